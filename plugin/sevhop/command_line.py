@@ -1,0 +1,253 @@
+"""
+The destination's command line, derived from the source's.
+
+It is the same one: adopt.so sees to it that memory and listening sockets may be had twice. What is left is little:
+
+===========================  ==================================================================
+left out                     ``-daemonize`` (sevhop starts it detached), ``-S``, ``-incoming``,
+                             ``-loadvm``, and what an earlier hop had added
+``-pidfile``                 written under another name, renamed when the source has ended
+``server=on`` sockets        do not wait for a client
+added                        ``-S -incoming defer`` and a private monitor
+===========================  ==================================================================
+
+What cannot be had twice by any means, such as a tap device or an inherited descriptor, is listed, with the option, and
+the hop is refused before anything is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+#: Id of the monitor that sevhop adds to a destination.
+PRIVATE_MONITOR = "sevhop-monitor"
+
+# Options of qemu-options.hx that take no argument.
+_FLAGS = frozenset(
+    """
+    S s alt-grab ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile full-screen h help
+    mem-prealloc no-acpi no-fd-bootchk no-hpet no-kvm no-quit no-reboot no-shutdown no-user-config nodefaults
+    nographic nouserconfig old-param only-migratable portrait preconfig rtc-td-hack sdl semihosting show-cursor
+    singlestep snapshot tdf usb version win2k-hack xen-attach xen-domid-restrict
+    """.split()
+)
+
+_LEGACY_CHARDEV_OPTIONS = frozenset({"serial", "parallel", "monitor", "qmp", "qmp-pretty", "debugcon", "gdb"})
+_CHARDEVS_HAD_TWICE = frozenset(
+    """
+    null vc file pty ringbuf memory socket hub msmouse wctablet testdev spicevmc spiceport qemu-vdagent
+    """.split()
+)
+_NETDEVS_HAD_TWICE = frozenset({"user", "hubport", "nic", "none"})
+_FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd"})
+_HOST_DEVICES = re.compile(r"(vfio-|vhost-|usb-host$|u2f-passthru$|scsi-generic$)")
+_PIDFILE_SUFFIX = re.compile(r"\.hop-[0-9a-f]{8}$")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its name without dashes (empty for a bare disk image), and its argument if it takes one."""
+
+    name: str
+    value: str | None = None
+
+    def words(self) -> list[str]:
+        """As it stands on a command line."""
+        if not self.name:
+            return [self.value or ""]
+        return [f"-{self.name}"] + ([] if self.value is None else [self.value])
+
+    def __str__(self) -> str:
+        return " ".join(self.words())
+
+
+@dataclass(frozen=True)
+class Derived:
+    """
+    What came of a source's command line.
+
+    :ivar arguments: for the destination, without the program.
+    :ivar refused: for each option that cannot be had twice, the option and why.
+    :ivar pidfile: (path to be renamed, path it must have in the end), when there is one.
+    """
+
+    arguments: list[str]
+    refused: list[str] = field(default_factory=list)
+    pidfile: tuple[str, str] | None = None
+
+
+def parse(words: list[str]) -> list[Option]:
+    """Split the arguments of a QEMU (without the program) into options."""
+    options = []
+    iterator = iter(words)
+    for word in iterator:
+        if not word.startswith("-") or word == "-":
+            options.append(Option("", word))
+            continue
+        name = word[2:] if word.startswith("--") else word[1:]
+        options.append(Option(name) if name in _FLAGS else Option(name, next(iterator, "")))
+    return options
+
+
+def properties(value: str) -> dict[str, str]:
+    """
+    The keys of an option's argument, in QEMU's ``key=value,...`` or JSON form. A first word without a key is under
+    ``""``; a later word without a value is a boolean. Nested JSON becomes ``a.b``.
+    """
+    if value.startswith("{"):
+        try:
+            return dict(_flatten(json.loads(value)))
+        except ValueError:
+            return {}
+    result: dict[str, str] = {}
+    # A comma is doubled where it is part of a value.
+    for position, part in enumerate(re.split(r"(?<!,),(?!,)", value)):
+        key, equals, text = part.replace(",,", ",").partition("=")
+        if equals:
+            result[key] = text
+        else:
+            result["" if position == 0 else key] = key if position == 0 else "on"
+    return result
+
+
+def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, bool):
+        yield prefix, "on" if tree else "off"
+    else:
+        yield prefix, str(tree)
+
+
+def derive(words: list[str], token: str) -> Derived:
+    """
+    Derive the destination's arguments from the source's.
+
+    :param words: the source's arguments, without the program.
+    :param token: eight hexadecimal digits that nobody can guess, for the name of a temporary file.
+    """
+    options = parse(words)
+    arguments: list[str] = []
+    refused: list[str] = []
+    pidfile = None
+    for option in options:
+        if _left_out(option):
+            continue
+        if reason := _reason_against(option, options):
+            refused.append(f"{option}: {reason}")
+        if option.name == "pidfile" and option.value:
+            final = _PIDFILE_SUFFIX.sub("", option.value)
+            temporary = f"{final}.hop-{token}"
+            pidfile = (temporary, final)
+            arguments += ["-pidfile", temporary]
+        else:
+            arguments += _without_waiting(option).words()
+    return Derived(arguments, refused, pidfile)
+
+
+def incoming(arguments: list[str], monitor_fd: int) -> list[str]:
+    """Add what makes a destination of it: paused, waiting for the stream, with a private monitor."""
+    kept = [word for option in parse(arguments) if not _left_out(option) for word in option.words()]
+    return [
+        *kept,
+        *("-chardev", f"socket,id={PRIVATE_MONITOR},fd={monitor_fd}"),
+        *("-mon", f"chardev={PRIVATE_MONITOR},mode=control"),
+        *("-S", "-incoming", "defer"),
+    ]
+
+
+def _left_out(option: Option) -> bool:
+    if option.name in ("daemonize", "S", "incoming", "loadvm"):
+        return True
+    if option.name == "chardev" and option.value:
+        return properties(option.value).get("id") == PRIVATE_MONITOR
+    return option.name == "mon" and option.value is not None and f"chardev={PRIVATE_MONITOR}" in option.value
+
+
+def _without_waiting(option: Option) -> Option:
+    """A server socket must not hold up the destination's start until somebody connects."""
+    value = option.value
+    if value is None or not (option.name == "chardev" or option.name in _LEGACY_CHARDEV_OPTIONS):
+        return option
+    if not _chardev_is_server(value):
+        return option
+    if value.startswith("{"):
+        tree = json.loads(value)
+        tree["backend"]["data"]["wait"] = False
+        return Option(option.name, json.dumps(tree))
+    parts = [part for part in value.split(",") if part not in ("wait", "nowait") and not part.startswith("wait=")]
+    return Option(option.name, ",".join([*parts, "wait=off"]))
+
+
+def _chardev_is_server(value: str) -> bool:
+    props = properties(value)
+    if value.startswith("{"):
+        # The QMP form, in which a socket is a server unless it says otherwise.
+        return props.get("backend.type") == "socket" and props.get("backend.data.server", "on") == "on"
+    return props.get("server") == "on"
+
+
+def _reason_against(option: Option, options: list[Option]) -> str:
+    """Why an option cannot be had twice; empty when it can."""
+    name, value = option.name, option.value or ""
+    props = properties(value)
+    if name == "add-fd" or _FD_KEYS & {key.rsplit(".", 1)[-1] for key in props} or "/dev/fdset/" in value:
+        return "a descriptor that the source inherited cannot be had by another process"
+    if name in ("netdev", "nic", "net"):
+        kind = props.get("", props.get("type", ""))
+        if kind not in _NETDEVS_HAD_TWICE:
+            return f"a {kind} network backend cannot be opened twice"
+    if name in ("snapshot",) or props.get("snapshot") == "on":
+        return "a temporary snapshot belongs to one process"
+    if name == "tpmdev":
+        return "a TPM serves one QEMU only"
+    if name in ("curses",) or (name == "display" and value.startswith("curses")):
+        return "the terminal belongs to the source"
+    if name == "nographic" and _nographic_takes_stdio(options):
+        return "standard input and output belong to the source"
+    if name == "vnc" and "reverse" in props:
+        return "a VNC viewer that was called back cannot be handed over"
+    if name == "device":
+        driver = props.get("", props.get("driver", ""))
+        if _HOST_DEVICES.match(driver):
+            return f"the host device behind {driver} cannot be opened twice"
+    if name == "chardev":
+        kind = props.get("", props.get("backend", props.get("backend.type", "")))
+        return _reason_against_chardev(kind, value)
+    if name == "gdb" and value.startswith(("tcp:", "unix:")):
+        return ""  # a gdb stub always listens, and never says so
+    if name in _LEGACY_CHARDEV_OPTIONS:
+        return _reason_against_legacy_chardev(value)
+    return ""
+
+
+def _reason_against_chardev(kind: str, value: str) -> str:
+    if kind == "stdio":
+        return "standard input and output belong to the source"
+    if kind not in _CHARDEVS_HAD_TWICE:
+        return f"a {kind} character device cannot be opened twice"
+    if kind == "socket" and not _chardev_is_server(value):
+        return "its peer expects one client, not two"
+    return ""
+
+
+def _reason_against_legacy_chardev(value: str) -> str:
+    value = value.removeprefix("mon:")
+    kind = re.split(r"[:,]", value, maxsplit=1)[0]
+    if kind in ("none", "chardev", "con") or value == "":
+        return ""
+    if kind in ("unix", "tcp", "telnet", "websocket"):
+        return _reason_against_chardev("socket", value)
+    return _reason_against_chardev(kind, value)
+
+
+def _nographic_takes_stdio(options: list[Option]) -> bool:
+    """-nographic puts on the terminal what has been given no other place (system/vl.c)."""
+    names = {option.name for option in options}
+    if "nodefaults" in names:
+        return False
+    return "serial" not in names or not names & {"monitor", "qmp", "qmp-pretty", "mon"}

@@ -1,0 +1,190 @@
+"""
+The destination: a new QEMU process that looks, to the system, like the one it replaces.
+
+It gets the source's user, working directory, environment, limits and cgroups, so that relative paths, permissions and
+accounting stay what they were, and adopt.so, so that it adopts instead of launching. It is paused and waits for a
+stream; nothing of it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from sevhop_qmp import adopt
+from sevhop_qmp.errors import MonitorError, SevhopError
+from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.process import QemuProcess
+
+from . import command_line
+from .keeper import Keeper
+
+#: Seconds until a new QEMU must answer its monitor.
+START_TIMEOUT = 30.0
+#: Seconds until a killed process must be gone.
+KILL_TIMEOUT = 10.0
+
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+class Destination:
+    """A started destination. :meth:`start`, then either let it live (:meth:`release`) or :meth:`kill` it."""
+
+    def __init__(self, child: subprocess.Popen[bytes], process: QemuProcess, log: BinaryIO) -> None:
+        self._child = child
+        self._log = log
+        self.process = process
+        self.monitor: Monitor
+
+    @classmethod
+    async def start(
+        cls, emulator: str, arguments: Sequence[str], source: QemuProcess, keeper: Keeper, *, timeout: float = START_TIMEOUT
+    ) -> Self:
+        """
+        Start a destination and connect to it.
+
+        :param emulator: path of the QEMU binary.
+        :param arguments: its command line without the program; what makes a destination of it is added here.
+        :param timeout: seconds until its monitor must answer.
+        :raises SevhopError: it did not come up; the message has QEMU's own reason when it gave one.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        # What QEMU says while it starts is needed for a reason; later it goes where the source's messages went.
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the destination is ours
+        stderr = _duplicate_or_null(source, 2)
+        stdout = _duplicate_or_null(source, 1)
+        try:
+            child = _spawn(
+                [emulator, *command_line.incoming(list(arguments), theirs.fileno())],
+                source,
+                {**_inherited_environment(source), **adopt.environment(f"fd:{keeper.theirs.fileno()}", stderr)},
+                stdout=stdout,
+                stderr=log.fileno(),
+                keep=[theirs.fileno(), keeper.theirs.fileno(), stderr],
+            )
+        except (OSError, subprocess.SubprocessError) as err:
+            ours.close()
+            log.close()
+            raise SevhopError(f"{emulator} cannot be started: {getattr(err, 'strerror', None) or err}") from err
+        finally:
+            theirs.close()
+            os.close(stderr)
+            os.close(stdout)
+        self = cls(child, QemuProcess.open(child.pid), log)
+        try:
+            _like(source, child.pid)
+            # QEMU opens its monitors before it builds the machine, and serves them afterwards.
+            self.monitor = await Monitor.connect(ours, greeting_timeout=timeout)
+        except MonitorError as err:
+            ours.close()
+            await self.kill()
+            raise SevhopError(f"the destination did not start: {self.last_words() or err.message}") from err
+        except BaseException:
+            ours.close()
+            await self.kill()
+            raise
+        return self
+
+    def last_words(self) -> str:
+        """The last thing QEMU said while it was ours, in one line; empty when it said nothing."""
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
+        told = [line for line in lines if line and "warning:" not in line]
+        return told[-1] if told else ""
+
+    async def kill(self) -> None:
+        """
+        End the destination and see that it has ended.
+
+        :raises SevhopError: it is still there. The source must not run then.
+        """
+        if hasattr(self, "monitor"):
+            await self.monitor.close()
+        self.process.kill()
+        gone = await self.process.wait(KILL_TIMEOUT)
+        if not gone:
+            raise SevhopError(f"the destination (process {self.process.pid}) cannot be killed")
+        self._child.wait()
+
+    async def release(self) -> None:
+        """Hang up and let it live on."""
+        await self.monitor.close()
+        self.process.close()
+        self._log.close()
+        # Not our child to wait for any more: it outlives us.
+        self._child.returncode = 0
+
+
+def _spawn(
+    command: Sequence[str],
+    source: QemuProcess,
+    environment: dict[str, str],
+    *,
+    stdout: int,
+    stderr: int,
+    keep: Sequence[int],
+) -> subprocess.Popen[bytes]:
+    identity = source.credentials
+    ours = (os.geteuid(), os.getegid())
+    switch = {} if (identity.uid, identity.gid) == ours else {
+        "user": identity.uid,
+        "group": identity.gid,
+        "extra_groups": identity.groups,
+    }
+    return subprocess.Popen(
+        command,
+        cwd=source.working_directory,
+        env=environment,
+        umask=identity.umask,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=keep,
+        start_new_session=True,
+        **switch,  # type: ignore[call-overload]
+    )
+
+
+def _inherited_environment(source: QemuProcess) -> dict[str, str]:
+    """The source's environment without what an earlier hop has put there."""
+    environment = {name: value for name, value in source.environment.items() if not name.startswith("SEVHOP_")}
+    preload = environment.pop("LD_PRELOAD", "")
+    others = [path for path in preload.split(":") if path and Path(path).name != adopt.library_path().name]
+    if others:
+        environment["LD_PRELOAD"] = ":".join(others)
+    return environment
+
+
+def _like(source: QemuProcess, pid: int) -> None:
+    """Give a process the limits and cgroups of the source."""
+    for number, limit in source.limits.items():
+        with contextlib.suppress(OSError, ValueError):
+            resource.prlimit(pid, number, limit)
+    for controllers, path in source.cgroups:
+        mount = _cgroup_mount(controllers)
+        # A hierarchy that is not mounted, or not ours to change, cannot matter to the source either.
+        if mount is not None:
+            with contextlib.suppress(OSError):
+                (mount / path.lstrip("/") / "cgroup.procs").write_text(str(pid))
+
+
+def _cgroup_mount(controllers: str) -> Path | None:
+    if not controllers:
+        candidates = [_CGROUP_ROOT / "unified", _CGROUP_ROOT]
+    else:
+        candidates = [_CGROUP_ROOT / controllers.removeprefix("name=")]
+    return next((path for path in candidates if (path / "cgroup.procs").exists()), None)
+
+
+def _duplicate_or_null(source: QemuProcess, number: int) -> int:
+    """The source's standard output or error, so that the guest's messages go on in the same place."""
+    with contextlib.suppress(SevhopError):
+        return source.duplicate(number)
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -1,0 +1,185 @@
+"""
+What a running QEMU tells of its guest, read once, changed by nothing.
+
+The same description is read from the source and from the destination; a hop compares the two before the source is
+stopped.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import Any
+
+from sevhop_qmp import ram_blocks
+from sevhop_qmp.errors import CommandError, MonitorError
+from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.ram_blocks import RamBlock
+
+#: Bit of the SEV policy that asks for encrypted registers (AMD SEV API, table "Guest Policy").
+_POLICY_ES = 0x4
+
+
+@dataclass(frozen=True)
+class MemoryBackend:
+    """One memory backend object: its QOM type (``memory-backend-memfd``), bytes, and whether it is shared."""
+
+    name: str
+    kind: str
+    size: int
+    share: bool
+
+
+@dataclass(frozen=True)
+class SevContext:
+    """
+    The guest's SEV context.
+
+    :ivar kind: ``none``, ``sev``, ``sev-es`` or ``sev-snp``.
+    :ivar handle: the firmware's handle of the guest.
+    :ivar measurement: launch measurement in hexadecimal, empty when QEMU does not tell.
+    """
+
+    kind: str
+    policy: int = 0
+    handle: int = 0
+    measurement: str = ""
+
+
+@dataclass(frozen=True)
+class Guest:
+    """
+    A guest as its QEMU describes it.
+
+    :ivar name: what the administrator calls it (``-name``), or the pid of its QEMU.
+    :ivar state: QEMU's run state, ``running`` or ``paused`` or another.
+    :ivar accelerator: ``kvm`` or ``tcg``.
+    :ivar memory: bytes of RAM at start.
+    :ivar devices: devices with an id, path → type.
+    :ivar blockers: why QEMU would not migrate it, in QEMU's words; devices that cannot be migrated are among them.
+    :ivar jobs: block jobs and other long tasks under way.
+    :ivar blocks: its RAM blocks by name.
+    """
+
+    name: str
+    version: str
+    machine_type: str
+    state: str
+    accelerator: str
+    context: SevContext
+    vcpus: int
+    memory: int
+    backends: tuple[MemoryBackend, ...]
+    devices: dict[str, str]
+    blockers: tuple[str, ...]
+    jobs: tuple[str, ...]
+    blocks: dict[str, RamBlock]
+
+
+async def inspect(monitor: Monitor, process: QemuProcess) -> Guest:
+    """
+    Read the description of a guest.
+
+    :raises SevhopError: QEMU does not answer, or its answers make no sense.
+    """
+    try:
+        kvm = await monitor.execute("query-kvm")
+        summary = await monitor.execute("query-memory-size-summary")
+        machine = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+        named = await monitor.execute("query-name")
+        status = await monitor.execute("query-status")
+        migration = await monitor.execute("query-migrate")
+        return Guest(
+            name=named.get("name") or f"pid {process.pid}",
+            version=monitor.version,
+            machine_type=str(machine).removesuffix("-machine"),
+            state=status["status"],
+            accelerator="kvm" if kvm["enabled"] else "tcg",
+            context=await _context(monitor),
+            vcpus=len(await monitor.execute("query-cpus-fast")),
+            memory=summary["base-memory"],
+            backends=await _backends(monitor),
+            devices=await _devices(monitor),
+            blockers=tuple(migration.get("blocked-reasons", ())),
+            jobs=await _jobs(monitor, migration),
+            blocks=await ram_blocks.read(monitor, process),
+        )
+    except (KeyError, TypeError, AttributeError) as err:
+        raise MonitorError(f"{monitor.name}: QEMU's answers are not understood ({err!r})") from err
+
+
+async def _context(monitor: Monitor) -> SevContext:
+    try:
+        sev = await monitor.execute("query-sev")
+    except CommandError:
+        return SevContext("none")  # what newer QEMUs say of a guest without SEV
+    if not sev["enabled"]:
+        return SevContext("none")
+    if sev.get("sev-type") == "sev-snp":
+        return SevContext("sev-snp", int(sev.get("snp-policy", 0)))
+    policy = int(sev["policy"])
+    kind = "sev-es" if policy & _POLICY_ES else "sev"
+    return SevContext(kind, policy, int(sev["handle"]), await _measurement(monitor))
+
+
+async def _measurement(monitor: Monitor) -> str:
+    try:
+        answer = await monitor.execute("query-sev-launch-measure")
+        return base64.b64decode(answer["data"], validate=True).hex()
+    except (CommandError, binascii.Error):
+        return ""
+
+
+async def _backends(monitor: Monitor) -> tuple[MemoryBackend, ...]:
+    backends = []
+    for row in await monitor.execute("query-memdev"):
+        name = row.get("id", "")
+        kind = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "type"}) if name else ""
+        backends.append(MemoryBackend(name, str(kind), row["size"], bool(row["share"])))
+    return tuple(backends)
+
+
+async def _devices(monitor: Monitor) -> dict[str, str]:
+    rows = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
+    return {
+        row["name"]: row["type"].removeprefix("child<").removesuffix(">")
+        for row in rows
+        if row["type"].startswith("child<")
+    }
+
+
+async def _jobs(monitor: Monitor, migration: dict[str, Any]) -> tuple[str, ...]:
+    jobs = [f"{row['type']} {row['id']}" for row in await monitor.execute("query-jobs")]
+    if migration.get("status") in ("setup", "active", "device", "pre-switchover", "cancelling", "postcopy-active"):
+        jobs.append("migration")
+    dump = await monitor.execute("query-dump")
+    if dump["status"] == "active":
+        jobs.append("memory dump")
+    return tuple(jobs)
+
+
+def differences(source: Guest, destination: Guest) -> list[str]:
+    """
+    In what the destination is not the machine that the source is; empty when a hop may go on.
+
+    RAM blocks are compared where they are paired (:func:`sevhop_qmp.ram_blocks.not_shared`).
+    """
+    found = [
+        f"{label} is {theirs} in the destination, {ours} in the source"
+        for label, ours, theirs in (
+            ("machine type", source.machine_type, destination.machine_type),
+            ("accelerator", source.accelerator, destination.accelerator),
+            ("number of vCPUs", source.vcpus, destination.vcpus),
+            ("memory size", source.memory, destination.memory),
+            ("SEV context", source.context.kind, destination.context.kind),
+            ("SEV policy", source.context.policy, destination.context.policy),
+        )
+        if ours != theirs
+    ]
+    found += [f"device {name} is missing in the destination" for name in sorted(source.devices.keys() - destination.devices)]
+    found += [f"device {name} is not in the source" for name in sorted(destination.devices.keys() - source.devices)]
+    return found
+
+

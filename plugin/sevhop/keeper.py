@@ -1,0 +1,166 @@
+"""
+The keeper holds what must outlive one QEMU and reach the next: the guest's memory, its VM, its listening sockets.
+
+The library in the destination (adopt.so) asks it over a connected SOCK_SEQPACKET socket, one ASCII message per
+request and reply:
+
+======================  =====================================================================================
+``hello 1``             ``ok context=... source=... handle=... measurement=...``, or ``no REASON``
+``memfd N NAME``        ``fd SIZE`` with the N-th memfd of that name, counted from 0; or ``none``
+``listener HEX``        ``fd`` with the source's socket that listens at this ``struct sockaddr``; or ``none``
+======================  =====================================================================================
+
+Who holds the other end of the socket pair may ask; it is inherited by the destination alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import threading
+from dataclasses import dataclass, field
+from typing import Self
+
+from sevhop_qmp.errors import RamError
+from sevhop_qmp.process import Address, QemuProcess, address_from_sockaddr
+
+from .guest import Guest, SevContext
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+_MEMFD_LINK = re.compile(r"/memfd:(?P<name>.*) \(deleted\)$")
+
+
+@dataclass(frozen=True)
+class Held:
+    """
+    What is held of a source.
+
+    :ivar vm: descriptor of its KVM VM; None under TCG.
+    :ivar memfds: name → descriptors in the order in which QEMU asks for them.
+    :ivar listeners: address → descriptor.
+    """
+
+    vm: int | None
+    memfds: dict[str, list[int]]
+    listeners: dict[Address, int] = field(default_factory=dict)
+
+    @classmethod
+    def take(cls, process: QemuProcess, guest: Guest) -> Self:
+        """
+        Duplicate everything from the source. Nothing of the source changes.
+
+        :raises ProcessError: it has ended, or we may not.
+        :raises RamError: the memory behind a backend cannot be told for certain.
+        """
+        number = process.vm_descriptor()
+        held = cls(None if number is None else process.duplicate(number), {})
+        try:
+            held._take_memory(process, guest)
+            held.listeners.update(process.listeners())
+        except BaseException:
+            held.close()
+            raise
+        return held
+
+    def _take_memory(self, process: QemuProcess, guest: Guest) -> None:
+        # /proc tells names, and all backends have the same one. The inode that is mapped as a RAM block is the
+        # proof of which memfd belongs to which; the descriptors' order is the order of creation.
+        by_inode = {block.inode: block for block in guest.blocks.values() if block.shared}
+        for descriptor in process.descriptors():
+            link = _MEMFD_LINK.match(descriptor.target)
+            if link is None:
+                continue
+            fd = process.duplicate(descriptor.number)
+            stat = os.fstat(fd)
+            inode = (f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}", stat.st_ino)
+            if by_inode.pop(inode, None) is None:
+                os.close(fd)
+                continue
+            self.memfds.setdefault(link["name"], []).append(fd)
+        if by_inode:
+            names = ", ".join(sorted(block.name for block in by_inode.values()))
+            raise RamError(f"no descriptor of the source leads to the memory of {names}")
+
+    def close(self) -> None:
+        """Let go of everything."""
+        fds = [fd for group in self.memfds.values() for fd in group] + list(self.listeners.values())
+        if self.vm is not None:
+            fds.append(self.vm)
+        for fd in fds:
+            os.close(fd)
+
+
+class Keeper:
+    """
+    Answers one destination, from a thread of its own.
+
+    :param source_ended: the source is gone already, so the destination maps the guest's pages by itself.
+    """
+
+    def __init__(self, held: Held, context: SevContext, *, source_ended: bool = False) -> None:
+        self._held = held
+        self._context = context
+        self._source = "ended" if source_ended else "running"
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._thread = threading.Thread(target=self._serve, name="keeper", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.theirs.close()
+        self._ours.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._ours.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                request = self._ours.recv(4096)
+            except OSError:
+                return
+            if not request:
+                return
+            text, fd = self.answer(request)
+            log.debug("keeper: %r -> %s", request, text)
+            try:
+                socket.send_fds(self._ours, [text.encode()], [] if fd is None else [fd])
+            except OSError:
+                return
+
+    def answer(self, request: bytes) -> tuple[str, int | None]:
+        """The reply to a request, and the descriptor that goes with it."""
+        try:
+            words = request.decode("ascii").rstrip("\n").split(" ", 2)
+            match words:
+                case ["hello", version]:
+                    return self._hello(int(version)), None
+                case ["memfd", number, name] if number.isdigit():
+                    fd = self._held.memfds.get(name, [])[int(number)]
+                    return f"fd {os.fstat(fd).st_size}", fd
+                case ["listener", hexadecimal]:
+                    address = address_from_sockaddr(bytes.fromhex(hexadecimal))
+                    fd_or_none = self._held.listeners.get(address) if address else None
+                    return ("none", None) if fd_or_none is None else ("fd", fd_or_none)
+        except IndexError:
+            return "none", None
+        except ValueError:
+            pass
+        return "no this is not a request", None
+
+    def _hello(self, version: int) -> str:
+        if version != PROTOCOL:
+            return f"no protocol {version} is not spoken here, only {PROTOCOL}"
+        answer = f"ok context={self._context.kind} source={self._source}"
+        if self._context.kind != "none":
+            answer += f" handle={self._context.handle}"
+            if self._context.measurement:
+                answer += f" measurement={self._context.measurement}"
+        return answer
+
+

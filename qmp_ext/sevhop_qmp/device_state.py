@@ -1,0 +1,227 @@
+"""
+The device state, on its way from source to destination.
+
+The source writes it by ``xen-save-devices-state``, which exists in every build, looks at no migration blocker and,
+with ``live`` on a stopped VM, also gives up its disk images. The destination loads it as an incoming migration. In
+between two things are missing from the stream, and this module puts them in: the configuration section after the
+8 byte header, and an empty description at the end (migration/savevm.c: ``qemu_savevm_state_header``,
+``QEMU_VM_CONFIGURATION``, ``QEMU_VM_VMDESCRIPTION``).
+
+Nothing is stored: the stream goes through two pipes while it is being written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import struct
+from io import FileIO
+from typing import Self
+
+from qemu.qmp import EventListener
+
+from .errors import CommandError, MonitorError, StateError
+from .monitor import Monitor
+
+MAGIC = b"QEVM\x00\x00\x00\x03"
+_CONFIGURATION = 0x07
+_DESCRIPTION = 0x06
+_STREAM_NAME = "sevhop-device-state"
+_PIPE_SIZE = 1 << 20
+
+#: Seconds that saving or loading may take.
+STATE_TIMEOUT = 10.0
+
+
+def configuration_section(machine_type: str) -> bytes:
+    """The section that tells the destination which machine type the stream is for."""
+    name = machine_type.encode("ascii")
+    return struct.pack(">BI", _CONFIGURATION, len(name)) + name
+
+
+#: An empty JSON description; QEMU expects one unless the machine has suppress-vmdesc=on.
+EMPTY_DESCRIPTION = struct.pack(">BI", _DESCRIPTION, 0)
+
+
+class DeviceStateStream:
+    """
+    The way of the device state from one QEMU to another.
+
+    Use as ``async with DeviceStateStream(...) as stream``; then :meth:`arm` while the guest runs, and :meth:`save`
+    and :meth:`loaded` once it has stopped.
+
+    :ivar bytes: length of the stream as the destination has seen it.
+    """
+
+    def __init__(self, source: Monitor, destination: Monitor, machine_type: str) -> None:
+        self._source = source
+        self._destination = destination
+        self._configuration = configuration_section(machine_type)
+        self._exit = contextlib.AsyncExitStack()
+        self._from_source: FileIO | None = None
+        self._to_destination: FileIO | None = None
+        self._path = ""
+        self._saved = asyncio.Event()
+        self._migration: EventListener | None = None
+        self.bytes = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._exit.aclose()
+
+    async def arm(self, source_uid: int, source_gid: int) -> None:
+        """
+        Give each side its end of a pipe; the destination starts to listen.
+
+        :param source_uid: user (and group) that the source runs as, who must be able to open the pipe.
+        :raises CommandError, MonitorError: one of them does not play along.
+        """
+        self._from_source, write_end = self._pipe()
+        # The source opens the pipe anew through /proc, which asks for the permissions of its inode.
+        if (source_uid, source_gid) != (os.getuid(), os.getgid()):
+            os.fchown(write_end.fileno(), source_uid, source_gid)
+        fdset, number = await self._source.add_fd(write_end.fileno())
+        self._exit.push_async_callback(self._remove_fdset, fdset)
+        write_end.close()
+        self._path = f"/proc/self/fd/{number}"
+
+        read_end, self._to_destination = self._pipe()
+        capabilities = [
+            {"capability": "events", "state": True},
+            # The images stay closed until the guest runs; otherwise the source could not take them back.
+            {"capability": "late-block-activate", "state": True},
+        ]
+        await self._destination.execute("migrate-set-capabilities", {"capabilities": capabilities})
+        self._migration = self._exit.enter_context(self._destination.events("MIGRATION"))
+        await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
+        read_end.close()
+        await self._destination.execute("migrate-incoming", {"uri": f"fd:{_STREAM_NAME}"})
+
+    def _pipe(self) -> tuple[FileIO, FileIO]:
+        """A pipe whose ends do not block; the stack closes what is still open in the end."""
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        ends = FileIO(read_fd, "rb"), FileIO(write_fd, "wb")
+        for end in ends:
+            self._exit.callback(end.close)
+        # Room for the whole state means that neither side waits for the other. Less is slower, not wrong.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+        return ends
+
+    async def _remove_fdset(self, fdset: int) -> None:
+        with contextlib.suppress(MonitorError, CommandError):
+            await self._source.execute("remove-fd", {"fdset-id": fdset})
+
+    async def save(self, *, timeout: float = STATE_TIMEOUT) -> None:
+        """
+        Have the stopped source write its state, completed on the way to the destination. Afterwards the source has
+        given up its disk images; ``cont`` takes them back.
+
+        :raises StateError: the source could not save, or what it wrote is not a device state.
+        :raises MonitorError: the source is gone or silent.
+        """
+        arguments = {"filename": self._path, "live": True}
+        forward = asyncio.ensure_future(self._forward())
+        saving = asyncio.ensure_future(
+            self._source.execute("xen-save-devices-state", arguments, timeout=timeout)
+        )
+        try:
+            await asyncio.wait({forward, saving}, return_when=asyncio.FIRST_COMPLETED)
+            if forward.done():
+                forward.result()
+            await saving
+            self._saved.set()
+            async with asyncio.timeout(timeout):
+                await forward
+        except CommandError as err:
+            raise StateError(f"the source cannot save its device state: {err.desc}") from err
+        except TimeoutError as err:
+            raise StateError(f"the destination did not take the device state within {timeout:g} s") from err
+        finally:
+            for task in (saving, forward):
+                task.cancel()
+            await asyncio.gather(saving, forward, return_exceptions=True)
+
+    async def loaded(self, *, timeout: float = STATE_TIMEOUT) -> None:
+        """
+        Wait until the destination has loaded it all.
+
+        :raises StateError: it could not; QEMU's reason is in its log more often than in the message.
+        :raises MonitorError: the destination ended, which is how QEMU usually reports a state it cannot load.
+        """
+        assert self._migration is not None
+        while True:
+            event = await self._destination.next_event(self._migration, timeout=timeout)
+            data = event["data"]
+            status = data["status"] if isinstance(data, dict) else None
+            if status == "completed":
+                return
+            if status == "failed":
+                info = await self._destination.execute("query-migrate")
+                reason = info.get("error-desc", "no reason given")
+                raise StateError(f"the destination cannot load the device state: {reason}")
+
+    async def _forward(self) -> None:
+        """Pass the stream on, completed. The destination's end is closed behind the last byte."""
+        assert self._to_destination is not None
+        head = b""
+        while len(head) < len(MAGIC):
+            piece = await self._read(len(MAGIC) - len(head))
+            if not piece:
+                raise StateError("the source wrote no device state")
+            head += piece
+        if head != MAGIC:
+            raise StateError(f"the source wrote no device state, its stream begins with {head.hex()}")
+        await self._write(head + self._configuration)
+        while data := await self._read(_PIPE_SIZE):
+            await self._write(data)
+        await self._write(EMPTY_DESCRIPTION)
+        self._to_destination.close()
+
+    async def _read(self, count: int) -> bytes:
+        """
+        Read what there is. The source's fd set keeps the pipe open, so its end is not told by end of file: it is
+        reached when QEMU has answered the command and the pipe is empty.
+        """
+        assert self._from_source is not None
+        while True:
+            finished = self._saved.is_set()
+            data: bytes | None = self._from_source.read(count)
+            if data is not None:
+                return data
+            if finished:
+                return b""
+            await _until_ready(self._from_source, write=False, unless=self._saved)
+
+    async def _write(self, data: bytes) -> None:
+        assert self._to_destination is not None
+        rest = memoryview(data)
+        while rest:
+            try:
+                count: int | None = self._to_destination.write(rest)
+            except BrokenPipeError as err:
+                raise StateError("the destination stopped reading the device state") from err
+            if count is None:
+                await _until_ready(self._to_destination, write=True)
+                continue
+            self.bytes += count
+            rest = rest[count:]
+
+
+async def _until_ready(file: FileIO, *, write: bool, unless: asyncio.Event | None = None) -> None:
+    """Wait until a pipe can be read (or written), or until an event is set."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
+    add(file.fileno(), ready.set)
+    waits = [asyncio.ensure_future(event.wait()) for event in (ready, unless) if event is not None]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        remove(file.fileno())
+        for wait in waits:
+            wait.cancel()

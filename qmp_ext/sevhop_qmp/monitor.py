@@ -1,0 +1,226 @@
+"""
+A QMP connection as a hop needs it: every step has a deadline, descriptors can be handed over, events can be
+awaited without missing one, and it is known *which process* is at the other end.
+
+The protocol itself is qemu.qmp's; its exceptions end here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp.protocol import Runstate
+
+from .errors import CommandError, MonitorClosed, MonitorError, MonitorTimeout
+
+# qemu.qmp reports a hang-up through its logger as well as by exception; the exception is enough.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+#: Seconds that an ordinary command may take.
+COMMAND_TIMEOUT = 10.0
+#: Seconds in which a monitor must greet. A monitor that serves another client accepts and stays silent.
+GREETING_TIMEOUT = 5.0
+
+
+class Monitor:
+    """
+    One connection to the QMP monitor of one QEMU process. Use :meth:`connect`, then ``async with``.
+
+    :ivar peer: pid of the process that serves the socket (SO_PEERCRED); for a socket pair, of its creator.
+    """
+
+    def __init__(self, client: QMPClient, name: str, peer: int, timeout: float) -> None:
+        self._client = client
+        self._fd_lock = asyncio.Lock()
+        self.name = name
+        self.peer = peer
+        self.timeout = timeout
+
+    @classmethod
+    async def connect(
+        cls,
+        address: Path | str | socket.socket,
+        *,
+        timeout: float = COMMAND_TIMEOUT,
+        greeting_timeout: float = GREETING_TIMEOUT,
+    ) -> Self:
+        """
+        Connect and negotiate.
+
+        :param address: path of a UNIX socket, or a connected socket, which the monitor then owns.
+        :param timeout: seconds for each later command unless it says otherwise.
+        :param greeting_timeout: seconds until QEMU must have greeted.
+        :raises MonitorError: no such socket, no permission, not a QMP monitor, or in use by another client.
+        """
+        if isinstance(address, socket.socket):
+            sock, name = address, "private monitor"
+            sock.setblocking(False)
+        else:
+            name = os.fspath(address)
+            sock = await _connect_unix(name, greeting_timeout)
+        peer = peer_credentials(sock)[0]
+        # No legacy fallback: a monitor that cannot do events and ids is not one that this project can use.
+        client = QMPClient(name)
+        try:
+            async with asyncio.timeout(greeting_timeout):
+                await client.connect(sock)
+        except TimeoutError as err:
+            sock.close()
+            raise MonitorError(
+                f"{name}: no QMP greeting within {greeting_timeout:g} s",
+                "another client holds this monitor, or it is not a QMP monitor; "
+                "give the guest a second one for sevhop",
+            ) from err
+        except QMPError as err:
+            sock.close()
+            raise MonitorError(f"{name}: this is not a QMP monitor ({_root_cause(err)})") from err
+        return cls(client, name, peer, timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up. What the other side did before does not matter any more, so nothing is raised."""
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._client.disconnect(), self.timeout)
+
+    @property
+    def closed(self) -> bool:
+        """Whether QEMU has hung up (or we have)."""
+        return self._client.runstate != Runstate.RUNNING
+
+    @property
+    def version(self) -> str:
+        """QEMU's version as it greeted, such as ``7.2.22``."""
+        greeting = self._client.greeting
+        if greeting is None:
+            raise MonitorClosed(f"{self.name}: not connected")
+        qemu: Mapping[str, int] = greeting.QMP.version["qemu"]  # type: ignore[assignment]
+        return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """
+        Run a QMP command and return what it returns.
+
+        :param timeout: seconds; the connection's own when not given.
+        :raises CommandError: QEMU refused.
+        :raises MonitorClosed: QEMU is gone.
+        :raises MonitorTimeout: no answer in time.
+        """
+        limit = self.timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await self._client.execute(command, dict(arguments) if arguments else None)
+        except TimeoutError as err:
+            raise MonitorTimeout(f"QEMU did not answer {command} within {limit:g} s") from err
+        except ExecuteError as err:
+            raise CommandError(command, err.error.error.desc, err.error_class) from err
+        except (QMPError, OSError) as err:
+            raise MonitorClosed(f"QEMU hung up during {command}") from err
+
+    async def hmp(self, line: str) -> str:
+        """Run a command of the human monitor; for what QMP does not tell in the QEMUs that we support."""
+        text: str = await self.execute("human-monitor-command", {"command-line": line})
+        return text
+
+    async def send_fd(self, name: str, fd: int) -> None:
+        """
+        Hand a descriptor over under a name (QMP ``getfd``). The name belongs to this monitor; a command that
+        takes the name consumes it. The caller keeps its own copy.
+        """
+        # The descriptor travels in front of the command that claims it, so the two must not be parted.
+        async with self._fd_lock:
+            self._send(fd)
+            await self.execute("getfd", {"fdname": name})
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        """
+        Hand a descriptor over into a new fd set (QMP ``add-fd``).
+
+        :return: number of the fd set, and the descriptor's number inside QEMU.
+        """
+        async with self._fd_lock:
+            self._send(fd)
+            added = await self.execute("add-fd")
+        return int(added["fdset-id"]), int(added["fd"])
+
+    def _send(self, fd: int) -> None:
+        try:
+            self._client.send_fd_scm(fd)
+        except (OSError, QMPError, AttributeError, AssertionError) as err:
+            raise MonitorClosed(f"{self.name}: a descriptor could not be handed over") from err
+
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[EventListener]:
+        """Collect events of these names from now on, for :meth:`next_event`."""
+        with self._client.listener(names) as listener:
+            yield listener
+
+    async def next_event(self, listener: EventListener, *, timeout: float | None = None) -> Message:
+        """
+        Wait for the next event that a listener has collected.
+
+        :raises MonitorClosed: QEMU hung up first.
+        :raises MonitorTimeout: none in time.
+        """
+        limit = self.timeout if timeout is None else timeout
+        event = asyncio.ensure_future(listener.get())
+        hangup = asyncio.ensure_future(self._hung_up())
+        try:
+            await asyncio.wait({event, hangup}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if event.done():
+                return event.result()
+            if hangup.done():
+                raise MonitorClosed("QEMU hung up while an event was awaited")
+            raise MonitorTimeout(f"no event from QEMU within {limit:g} s")
+        finally:
+            event.cancel()
+            hangup.cancel()
+
+    async def _hung_up(self) -> None:
+        while self._client.runstate == Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+
+async def _connect_unix(path: str, timeout: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.setblocking(False)
+    try:
+        async with asyncio.timeout(timeout):
+            await asyncio.get_running_loop().sock_connect(sock, path)
+    except TimeoutError as err:
+        sock.close()
+        raise MonitorError(f"{path}: nobody accepts the connection") from err
+    except OSError as err:
+        sock.close()
+        raise MonitorError(f"{path}: {err.strerror or err}") from err
+    return sock
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """The (pid, uid, gid) of the process at the other end of a UNIX socket (SO_PEERCRED, unix(7))."""
+    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid, gid
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__

@@ -1,0 +1,344 @@
+"""
+A QEMU process seen from outside: what it was started with, what it holds, what it has mapped.
+
+Everything is read from ``/proc/PID`` (proc(5)); descriptors are duplicated by ``pidfd_getfd(2)``, which needs the
+right to ptrace the process. The process is held by a pidfd, so a reused pid is never mistaken for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import resource
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from .errors import ProcessError
+
+_SYS_PIDFD_GETFD = 438
+_libc = ctypes.CDLL(None, use_errno=True)
+
+#: ``/proc/PID/fd`` link of a KVM VM descriptor.
+KVM_VM_LINK = "anon_inode:kvm-vm"
+
+_LIMITS: Mapping[str, int] = {
+    "Max core file size": resource.RLIMIT_CORE,
+    "Max locked memory": resource.RLIMIT_MEMLOCK,
+    "Max open files": resource.RLIMIT_NOFILE,
+    "Max processes": resource.RLIMIT_NPROC,
+}
+
+#: A stream socket's address in a form that compares: (family, path) or (family, host, port).
+Address = tuple[int, str] | tuple[int, str, int]
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """An open descriptor of another process: its number there, and what /proc says it refers to."""
+
+    number: int
+    target: str
+
+
+@dataclass(frozen=True)
+class MemoryMapping:
+    """One line of ``/proc/PID/maps``; addresses in bytes, ``end`` exclusive. ``inode`` is 0 for anonymous memory."""
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+    @property
+    def shared(self) -> bool:
+        """Whether writes reach the file behind the mapping (``s``), or stay private (``p``)."""
+        return self.permissions.endswith("s")
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the process runs as. ``capabilities`` is the effective set, as a bit mask."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    umask: int
+
+
+class QemuProcess:
+    """
+    One QEMU process, source or destination.
+
+    :ivar pid: its pid in our pid namespace.
+    """
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+        self._proc = Path("/proc") / str(pid)
+
+    @classmethod
+    def open(cls, pid: int) -> Self:
+        """:raises ProcessError: there is no such process."""
+        try:
+            return cls(pid, os.pidfd_open(pid))
+        except OSError as err:
+            raise ProcessError(f"process {pid}: {err.strerror}") from err
+
+    def close(self) -> None:
+        """Let go of the pidfd. The process is not affected."""
+        os.close(self._pidfd)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs. A zombie does not."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, 0)
+        except ProcessLookupError:
+            return False
+        with contextlib.suppress(OSError):
+            return self._stat_state() not in ("Z", "X")
+        return False
+
+    def kill(self) -> None:
+        """SIGKILL; nothing happens when it has ended already."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait until the process has ended. :return: False when it has not within ``timeout`` seconds."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(self._pidfd, ended.set)
+        try:
+            async with asyncio.timeout(timeout):
+                await ended.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._pidfd)
+        return True
+
+    def _stat_state(self) -> str:
+        stat = (self._proc / "stat").read_text()
+        return stat[stat.rindex(")") + 2]
+
+    # -- what it was started with ----------------------------------------------------------------
+
+    @cached_property
+    def executable(self) -> str:
+        """Path of the program; `` (deleted)`` is appended by the kernel when the file was replaced on disk."""
+        return self._link("exe")
+
+    @cached_property
+    def command_line(self) -> list[str]:
+        """Arguments, the program first."""
+        return [os.fsdecode(word) for word in self._read("cmdline").split(b"\0")[:-1]]
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Environment at the start of the program."""
+        pairs = (os.fsdecode(word).partition("=") for word in self._read("environ").split(b"\0") if word)
+        return {name: value for name, _, value in pairs}
+
+    @property
+    def working_directory(self) -> str:
+        """Where relative paths of its command line start."""
+        return self._link("cwd")
+
+    @property
+    def credentials(self) -> Credentials:
+        """Effective user and group, supplementary groups, umask."""
+        fields = self._status
+        return Credentials(
+            uid=int(fields["Uid"].split()[1]),
+            gid=int(fields["Gid"].split()[1]),
+            groups=tuple(int(group) for group in fields["Groups"].split()),
+            umask=int(fields["Umask"], 8),
+        )
+
+    @property
+    def limits(self) -> dict[int, tuple[int, int]]:
+        """Those resource limits that a QEMU depends on: RLIMIT_* → (soft, hard), -1 for unlimited."""
+        limits = {}
+        for line in self._read("limits").decode().splitlines():
+            for label, number in _LIMITS.items():
+                if line.startswith(label):
+                    soft, hard = line[len(label) :].split()[:2]
+                    limits[number] = (_limit(soft), _limit(hard))
+        return limits
+
+    @property
+    def cgroups(self) -> list[tuple[str, str]]:
+        """(controllers, path) of each hierarchy; controllers are empty for cgroup v2."""
+        rows = (line.split(":", 2) for line in self._read("cgroup").decode().splitlines())
+        return [(controllers, path) for _, controllers, path in rows]
+
+    def namespace(self, kind: str) -> str:
+        """Identity of a namespace, such as ``mnt`` or ``net``; equal strings are the same namespace."""
+        return self._link(f"ns/{kind}")
+
+    @property
+    def root(self) -> str:
+        """Its root directory, ``/`` unless it has called chroot."""
+        return self._link("root")
+
+    @property
+    def _status(self) -> dict[str, str]:
+        lines = self._read("status").decode().splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    # -- what it holds ---------------------------------------------------------------------------
+
+    def descriptors(self) -> list[Descriptor]:
+        """Open descriptors, by number."""
+        found = []
+        try:
+            numbers = sorted(int(name) for name in os.listdir(self._proc / "fd"))
+        except OSError as err:
+            raise self._unreadable("fd", err) from err
+        for number in numbers:
+            # One that has been closed meanwhile is of no interest.
+            with contextlib.suppress(OSError):
+                found.append(Descriptor(number, os.readlink(self._proc / "fd" / str(number))))
+        return found
+
+    def vm_descriptor(self) -> int | None:
+        """Number of the KVM VM descriptor; None under TCG."""
+        return next((fd.number for fd in self.descriptors() if fd.target == KVM_VM_LINK), None)
+
+    def duplicate(self, number: int) -> int:
+        """
+        A duplicate of one of its descriptors, close-on-exec (pidfd_getfd(2)).
+
+        :raises ProcessError: it has ended, has no such descriptor, or we may not.
+        """
+        fd = int(_libc.syscall(_SYS_PIDFD_GETFD, self._pidfd, number, 0))
+        if fd < 0:
+            reason = os.strerror(ctypes.get_errno())
+            raise ProcessError(f"descriptor {number} of process {self.pid} cannot be duplicated: {reason}")
+        return fd
+
+    def listeners(self) -> dict[Address, int]:
+        """Duplicates of its listening stream sockets, by address. The caller closes them."""
+        found: dict[Address, int] = {}
+        for descriptor in self.descriptors():
+            if not descriptor.target.startswith("socket:"):
+                continue
+            sock = socket.socket(fileno=self.duplicate(descriptor.number))
+            if (address := listening_address(sock)) is None or address in found:
+                sock.close()
+            else:
+                found[address] = sock.detach()
+        return found
+
+    # -- what it has mapped ----------------------------------------------------------------------
+
+    def mappings(self) -> Iterator[MemoryMapping]:
+        """Its memory mappings, by address."""
+        for line in os.fsdecode(self._read("maps")).splitlines():
+            area, permissions, offset, device, inode, *path = line.split(None, 5)
+            start, _, end = area.partition("-")
+            yield MemoryMapping(
+                int(start, 16),
+                int(end, 16),
+                permissions,
+                int(offset, 16),
+                device,
+                int(inode),
+                path[0] if path else "",
+            )
+
+    @contextlib.contextmanager
+    def memory(self, *, write: bool = False) -> Iterator[int]:
+        """Descriptor of ``/proc/PID/mem``, to be read (and written) by address with pread and pwrite."""
+        try:
+            fd = os.open(self._proc / "mem", (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+        except OSError as err:
+            raise self._unreadable("mem", err) from err
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    # -- reading /proc ---------------------------------------------------------------------------
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self._proc / name).read_bytes()
+        except OSError as err:
+            raise self._unreadable(name, err) from err
+
+    def _link(self, name: str) -> str:
+        try:
+            return os.readlink(self._proc / name)
+        except OSError as err:
+            raise self._unreadable(name, err) from err
+
+    def _unreadable(self, name: str, err: OSError) -> ProcessError:
+        if not self.alive:
+            return ProcessError(f"process {self.pid} has ended")
+        hint = "run sevhop as root" if isinstance(err, PermissionError) else ""
+        return ProcessError(f"/proc/{self.pid}/{name}: {err.strerror}", hint)
+
+
+def listening_address(sock: socket.socket) -> Address | None:
+    """The address of a listening stream socket; None for every other socket."""
+    try:
+        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return None
+        name = sock.getsockname()
+    except OSError:
+        return None
+    if sock.family == socket.AF_UNIX:
+        # Abstract names come as bytes; with surrogates they compare like paths do.
+        return (int(sock.family), os.fsdecode(name))
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        return (int(sock.family), name[0], name[1])
+    return None
+
+
+def address_from_sockaddr(raw: bytes) -> Address | None:
+    """
+    The same form from a raw ``struct sockaddr`` (unix(7), ip(7), ipv6(7)).
+
+    :return: None for a family that is never handed over, or for bytes that are no such address.
+    """
+    if len(raw) < 2:
+        return None
+    family = int.from_bytes(raw[:2], "little")
+    if family == socket.AF_UNIX:
+        path = raw[2:]
+        if not path:
+            return None
+        return (family, os.fsdecode(path if path[:1] == b"\0" else path.split(b"\0", 1)[0]))
+    if family == socket.AF_INET and len(raw) >= 8:
+        return (family, socket.inet_ntop(socket.AF_INET, raw[4:8]), int.from_bytes(raw[2:4], "big"))
+    if family == socket.AF_INET6 and len(raw) >= 24:
+        return (family, socket.inet_ntop(socket.AF_INET6, raw[8:24]), int.from_bytes(raw[2:4], "big"))
+    return None
+
+
+def _limit(word: str) -> int:
+    return resource.RLIM_INFINITY if word == "unlimited" else int(word)
+
+
+_DELETED = re.compile(r" \(deleted\)$")
+
+
+def path_on_disk(link: str) -> str:
+    """A ``/proc`` link target without the kernel's `` (deleted)`` mark."""
+    return _DELETED.sub("", link)

@@ -1,0 +1,217 @@
+"""
+The RAM blocks of a QEMU process: which are shared memory and so need no copying, and the others.
+
+``xen-save-devices-state`` writes no RAM at all. The guest's main memory is shared between the two processes; what
+is private to each (firmware, option ROMs, video memory, ACPI tables, UEFI variables in pflash) would be stale or
+empty in the destination: a reset would hang, and pflash would overwrite newer UEFI variables in its file. So these
+blocks are carried: once before the source stops, and after the stop whatever has changed since.
+
+Blocks are found by ``info ramblock``. It tells host addresses since QEMU 8; for older ones they are found in
+QEMU's own ``RAMBlock`` structures, which are verified field by field and never guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import RamError
+from .monitor import Monitor
+from .process import MemoryMapping, QemuProcess
+
+#: Blocks are compared and written in pieces of this many bytes.
+CHUNK = 64 * 1024
+
+# In struct RAMBlock (include/exec/ramblock.h, QEMU 2.9 to 11): host, colo_cache, offset, used_length, max_length,
+# resized, flags, idstr. Distances are from the field offset, which is what the search finds.
+_HOST_BEFORE_OFFSET = 16
+_IDSTR_AFTER_OFFSET = 36
+
+
+@dataclass(frozen=True)
+class RamBlock:
+    """
+    One RAM block.
+
+    :ivar name: QEMU's id of the block, the same in source and destination.
+    :ivar host: where it starts in the process; sizes and address in bytes.
+    :ivar used: bytes in use; ``size`` is what it may grow to.
+    :ivar inode: (device, inode) of the file behind it; None for private memory.
+    :ivar shared: whether writes reach that file.
+    """
+
+    name: str
+    host: int
+    used: int
+    size: int
+    inode: tuple[str, int] | None
+    shared: bool
+
+
+async def read(monitor: Monitor, process: QemuProcess) -> dict[str, RamBlock]:
+    """
+    The RAM blocks of a QEMU process, by name.
+
+    :raises RamError: their addresses cannot be told for certain.
+    """
+    rows = parse_ramblock_table(await monitor.hmp("info ramblock"))
+    if any(row.host is None for row in rows):
+        rows = _locate(rows, process)
+    mappings = list(process.mappings())
+    return {row.name: _describe(row, mappings) for row in rows}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of ``info ramblock``."""
+
+    name: str
+    offset: int
+    used: int
+    size: int
+    host: int | None
+
+
+def parse_ramblock_table(text: str) -> list[Row]:
+    """
+    Read the table that the HMP command ``info ramblock`` prints.
+
+    :raises RamError: it is not such a table.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines or not lines[0].split()[:2] == ["Block", "Name"]:
+        raise RamError("QEMU's list of RAM blocks has an unknown form")
+    with_host = "HVA" in lines[0]
+    rows = []
+    for line in lines[1:]:
+        # The name may contain blanks; the columns after it do not, but for the page size ("4 KiB").
+        columns = 6 if not with_host else 8 if lines[0].split()[-1] == "RO" else 7
+        words = line.rsplit(None, columns - 1)
+        try:
+            numbers = [int(word, 16) for word in words[3 : 7 if with_host else 6]]
+            rows.append(
+                Row(words[0].strip(), numbers[0], numbers[1], numbers[2], numbers[3] if with_host else None)
+            )
+        except (ValueError, IndexError) as err:
+            raise RamError(f"QEMU's list of RAM blocks has an unknown line: {line.strip()}") from err
+    return rows
+
+
+def _locate(rows: Iterable[Row], process: QemuProcess) -> list[Row]:
+    """Complete the rows with host addresses from the RAMBlock structures on the process's heap."""
+    heap = next((mapping for mapping in process.mappings() if mapping.path == "[heap]"), None)
+    if heap is None:
+        raise RamError(f"process {process.pid} has no heap to search for its RAM blocks")
+    with process.memory() as mem:
+        image = os.pread(mem, heap.end - heap.start, heap.start)
+    return [
+        Row(row.name, row.offset, row.used, row.size, _host_address(row, image)) for row in rows
+    ]
+
+
+def _host_address(row: Row, heap: bytes) -> int:
+    """Find the one structure on the heap whose offset, lengths and name are all those of the row."""
+    wanted = struct.pack("<QQQ", row.offset, row.used, row.size)
+    name = row.name.encode() + b"\0"
+    found = set()
+    at = heap.find(wanted)
+    while at >= 0:
+        idstr = at + _IDSTR_AFTER_OFFSET
+        if at >= _HOST_BEFORE_OFFSET and heap[idstr : idstr + len(name)] == name:
+            found.add(struct.unpack_from("<Q", heap, at - _HOST_BEFORE_OFFSET)[0])
+        at = heap.find(wanted, at + 8)
+    if len(found) != 1:
+        raise RamError(f"RAM block {row.name} was found {len(found)} times in QEMU's memory, not once")
+    return int(found.pop())
+
+
+def _describe(row: Row, mappings: list[MemoryMapping]) -> RamBlock:
+    assert row.host is not None
+    behind = next((m for m in mappings if m.start <= row.host < m.end), None)
+    if behind is None:
+        raise RamError(f"RAM block {row.name} is not mapped where QEMU says it is")
+    file = (behind.device, behind.inode) if behind.inode else None
+    return RamBlock(row.name, row.host, row.used, row.size, file, behind.shared and file is not None)
+
+
+def not_shared(
+    source: dict[str, RamBlock], destination: dict[str, RamBlock], *, encrypted: frozenset[str] = frozenset()
+) -> list[tuple[RamBlock, RamBlock]]:
+    """
+    Pair the blocks that must be carried, (source's, destination's).
+
+    :param encrypted: names of blocks whose content is tied to its physical page by SEV; they cannot be carried.
+    :raises RamError: the two processes do not have the same blocks.
+    """
+    pairs = []
+    for name, block in source.items():
+        other = destination.get(name)
+        if other is None:
+            raise RamError(f"the destination has no RAM block {name}")
+        if block.shared or other.inode is not None:
+            if block.inode != other.inode:
+                raise RamError(f"RAM block {name} is not the same memory in source and destination")
+            if block.size != other.size:
+                raise RamError(f"RAM block {name} has {block.size} bytes, in the destination {other.size}")
+            continue
+        if name in encrypted:
+            continue
+        if block.used != other.used:
+            # Tables that QEMU generates for fw_cfg may differ in length between versions. The destination makes its
+            # own again when the guest reads them after a reset, so its copy is as good.
+            if name.startswith("/rom@"):
+                continue
+            raise RamError(f"RAM block {name} has {block.used} bytes, in the destination {other.used}")
+        pairs.append((block, other))
+    return pairs
+
+
+class Carrier:
+    """
+    Carries blocks from a source to a destination: everything once, then only what has changed.
+
+    The first call of :meth:`carry` may run beside the running guest; the last one must come after the source has
+    stopped and before the destination runs.
+    """
+
+    def __init__(
+        self, source: QemuProcess, destination: QemuProcess, pairs: Iterable[tuple[RamBlock, RamBlock]]
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._pairs = list(pairs)
+        self._carried: dict[str, bytes] = {}
+
+    def carry(self) -> int:
+        """
+        Bring the destination's blocks up to date.
+
+        :return: bytes written.
+        :raises RamError: a block could not be read or written in full.
+        """
+        written = 0
+        with self._source.memory() as read_fd, self._destination.memory(write=True) as write_fd:
+            for ours, theirs in self._pairs:
+                try:
+                    now = os.pread(read_fd, ours.used, ours.host)
+                    before = self._carried.get(ours.name) or os.pread(write_fd, theirs.used, theirs.host)
+                    if len(now) != ours.used or len(before) != theirs.used:
+                        raise RamError(f"RAM block {ours.name} cannot be read in full")
+                    if now != before:
+                        written += _write_changes(write_fd, theirs.host, before, now)
+                except OSError as err:
+                    raise RamError(f"RAM block {ours.name} cannot be carried over: {err.strerror}") from err
+                self._carried[ours.name] = now
+        return written
+
+
+def _write_changes(fd: int, host: int, before: bytes, now: bytes) -> int:
+    written = 0
+    old, new = memoryview(before), memoryview(now)
+    for start in range(0, len(now), CHUNK):
+        piece = new[start : start + CHUNK]
+        if piece != old[start : start + CHUNK]:
+            written += os.pwrite(fd, piece, host + start)
+    return written
