@@ -9,15 +9,17 @@ from __future__ import annotations
 import enum
 import os
 import re
+import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
 from . import command_line
-from .guest import Guest
+from .guest import Guest, inspect
 
 #: Run states in which a guest can hop; it is in the same one afterwards.
 HOPPABLE_STATES = ("running", "paused")
@@ -80,13 +82,35 @@ def failed(name: str, detail: str, remedy: str = "", skipped: tuple[str, ...] = 
     return Finding(name, Status.FAIL, detail, remedy, [Finding(child, Status.SKIP) for child in skipped])
 
 
-def examine(guest: Guest, process: QemuProcess, emulator: str, arguments: command_line.Derived | None) -> Finding:
+@dataclass(frozen=True)
+class Verdict:
+    """What a check came to: the tree, the guest as it was found, and the command line for its destination."""
+
+    tree: Finding
+    guest: Guest
+    arguments: command_line.Derived
+
+
+async def bare(
+    monitor: Monitor, process: QemuProcess, emulator: str | None = None, command: Sequence[str] | None = None
+) -> Verdict:
     """
     Test a guest that runs outside libvirt.
 
-    :param emulator: path of the QEMU that the guest is to go to.
-    :param arguments: what was derived from the source's command line; None when the caller brings its own.
+    :param emulator: path of the QEMU that the guest is to go to; by default the file that the source was started from.
+    :param command: the destination's whole command line; by default the source's own is used.
+    :raises SevhopError: the source cannot be asked or looked into at all.
     """
+    source = process.command_line
+    if command:
+        arguments = command_line.Derived(command[0], list(command[1:]))
+    else:
+        arguments = command_line.derive(emulator or path_on_disk(process.executable), source[1:], secrets.token_hex(4))
+    guest = await inspect(monitor, process)
+    return Verdict(_examine(guest, process, arguments), guest, arguments)
+
+
+def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived) -> Finding:
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
@@ -97,7 +121,7 @@ def examine(guest: Guest, process: QemuProcess, emulator: str, arguments: comman
         _blockers(guest),
         _jobs(guest),
         _arguments(arguments),
-        _emulator(emulator, process),
+        _emulator(arguments.emulator, process),
     )
 
 
@@ -106,7 +130,9 @@ def _process(process: QemuProcess) -> Finding:
         for kind in ("mnt", "net", "pid", "user"):
             if process.namespace(kind) != os.readlink(f"/proc/self/ns/{kind}"):
                 return failed(
-                    "process", f"it is in another {kind} namespace", "run sevhop in the namespace that the guest's QEMU is in"
+                    "process",
+                    f"it is in another {kind} namespace",
+                    "run sevhop in the namespace that the guest's QEMU is in",
                 )
         if process.root != "/":
             return failed("process", f"its root directory is {process.root}", "a QEMU after -chroot cannot be replaced")
@@ -130,9 +156,7 @@ def _state(guest: Guest) -> Finding:
 
 
 def _memory(guest: Guest) -> Finding:
-    remedy = (
-        "start the guest with -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram"
-    )
+    remedy = "start the guest with -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram"
     if not guest.backends:
         return failed("memory", "private to its QEMU", remedy)
     for backend in guest.backends:
@@ -167,9 +191,7 @@ def _jobs(guest: Guest) -> Finding:
     return passed("jobs", "none under way")
 
 
-def _arguments(arguments: command_line.Derived | None) -> Finding:
-    if arguments is None:
-        return passed("command line", "given by the caller")
+def _arguments(arguments: command_line.Derived) -> Finding:
     if arguments.refused:
         return failed(
             "command line",
@@ -184,7 +206,9 @@ def _emulator(emulator: str, process: QemuProcess) -> Finding:
         version = emulator_version(emulator)
     except SevhopError as err:
         return failed("emulator", err.message, err.hint)
-    note = "" if path_on_disk(process.executable) == process.executable else "; the source's binary was replaced on disk"
+    note = (
+        "" if path_on_disk(process.executable) == process.executable else "; the source's binary was replaced on disk"
+    )
     return passed("emulator", f"{emulator}, QEMU {version}{note}")
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 PRIVATE_MONITOR = "sevhop-monitor"
 
 # Options of qemu-options.hx that take no argument.
-_FLAGS = frozenset(
+_FLAGS = frozenset(  # noqa: SIM905 - a list of words reads better
     """
     S s alt-grab ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile full-screen h help
     mem-prealloc no-acpi no-fd-bootchk no-hpet no-kvm no-quit no-reboot no-shutdown no-user-config nodefaults
@@ -67,13 +67,15 @@ class Option:
 @dataclass(frozen=True)
 class Derived:
     """
-    What came of a source's command line.
+    A command line for the destination.
 
+    :ivar emulator: the program.
     :ivar arguments: for the destination, without the program.
     :ivar refused: for each option that cannot be had twice, the option and why.
     :ivar pidfile: (path to be renamed, path it must have in the end), when there is one.
     """
 
+    emulator: str
     arguments: list[str]
     refused: list[str] = field(default_factory=list)
     pidfile: tuple[str, str] | None = None
@@ -123,10 +125,11 @@ def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, str(tree)
 
 
-def derive(words: list[str], token: str) -> Derived:
+def derive(emulator: str, words: list[str], token: str) -> Derived:
     """
     Derive the destination's arguments from the source's.
 
+    :param emulator: the program that is to get them.
     :param words: the source's arguments, without the program.
     :param token: eight hexadecimal digits that nobody can guess, for the name of a temporary file.
     """
@@ -146,7 +149,7 @@ def derive(words: list[str], token: str) -> Derived:
             arguments += ["-pidfile", temporary]
         else:
             arguments += _without_waiting(option).words()
-    return Derived(arguments, refused, pidfile)
+    return Derived(emulator, arguments, refused, pidfile)
 
 
 def incoming(arguments: list[str], monitor_fd: int) -> list[str]:

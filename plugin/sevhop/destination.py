@@ -45,7 +45,13 @@ class Destination:
 
     @classmethod
     async def start(
-        cls, emulator: str, arguments: Sequence[str], source: QemuProcess, keeper: Keeper, *, timeout: float = START_TIMEOUT
+        cls,
+        emulator: str,
+        arguments: Sequence[str],
+        source: QemuProcess,
+        keeper: Keeper,
+        *,
+        timeout: float = START_TIMEOUT,
     ) -> Self:
         """
         Start a destination and connect to it.
@@ -132,23 +138,21 @@ def _spawn(
     keep: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     identity = source.credentials
-    ours = (os.geteuid(), os.getegid())
-    switch = {} if (identity.uid, identity.gid) == ours else {
-        "user": identity.uid,
-        "group": identity.gid,
-        "extra_groups": identity.groups,
-    }
+    # Only root can become somebody else, and only root needs to.
+    other = (identity.uid, identity.gid) != (os.geteuid(), os.getegid())
     return subprocess.Popen(
         command,
         cwd=source.working_directory,
         env=environment,
+        user=identity.uid if other else None,
+        group=identity.gid if other else None,
+        extra_groups=identity.groups if other else None,
         umask=identity.umask,
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
         pass_fds=keep,
         start_new_session=True,
-        **switch,  # type: ignore[call-overload]
     )
 
 

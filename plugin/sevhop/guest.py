@@ -178,8 +178,8 @@ def differences(source: Guest, destination: Guest) -> list[str]:
         )
         if ours != theirs
     ]
-    found += [f"device {name} is missing in the destination" for name in sorted(source.devices.keys() - destination.devices)]
+    found += [
+        f"device {name} is missing in the destination" for name in sorted(source.devices.keys() - destination.devices)
+    ]
     found += [f"device {name} is not in the source" for name in sorted(destination.devices.keys() - source.devices)]
     return found
-
-

@@ -162,5 +162,3 @@ class Keeper:
             if self._context.measurement:
                 answer += f" measurement={self._context.measurement}"
         return answer
-
-

@@ -126,9 +126,7 @@ class DeviceStateStream:
         """
         arguments = {"filename": self._path, "live": True}
         forward = asyncio.ensure_future(self._forward())
-        saving = asyncio.ensure_future(
-            self._source.execute("xen-save-devices-state", arguments, timeout=timeout)
-        )
+        saving = asyncio.ensure_future(self._source.execute("xen-save-devices-state", arguments, timeout=timeout))
         try:
             await asyncio.wait({forward, saving}, return_when=asyncio.FIRST_COMPLETED)
             if forward.done():

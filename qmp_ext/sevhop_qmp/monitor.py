@@ -78,8 +78,7 @@ class Monitor:
             sock.close()
             raise MonitorError(
                 f"{name}: no QMP greeting within {greeting_timeout:g} s",
-                "another client holds this monitor, or it is not a QMP monitor; "
-                "give the guest a second one for sevhop",
+                "another client holds this monitor, or it is not a QMP monitor; give the guest a second one for sevhop",
             ) from err
         except QMPError as err:
             sock.close()

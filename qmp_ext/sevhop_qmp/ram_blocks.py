@@ -91,9 +91,7 @@ def parse_ramblock_table(text: str) -> list[Row]:
         words = line.rsplit(None, columns - 1)
         try:
             numbers = [int(word, 16) for word in words[3 : 7 if with_host else 6]]
-            rows.append(
-                Row(words[0].strip(), numbers[0], numbers[1], numbers[2], numbers[3] if with_host else None)
-            )
+            rows.append(Row(words[0].strip(), numbers[0], numbers[1], numbers[2], numbers[3] if with_host else None))
         except (ValueError, IndexError) as err:
             raise RamError(f"QEMU's list of RAM blocks has an unknown line: {line.strip()}") from err
     return rows
@@ -106,9 +104,7 @@ def _locate(rows: Iterable[Row], process: QemuProcess) -> list[Row]:
         raise RamError(f"process {process.pid} has no heap to search for its RAM blocks")
     with process.memory() as mem:
         image = os.pread(mem, heap.end - heap.start, heap.start)
-    return [
-        Row(row.name, row.offset, row.used, row.size, _host_address(row, image)) for row in rows
-    ]
+    return [Row(row.name, row.offset, row.used, row.size, _host_address(row, image)) for row in rows]
 
 
 def _host_address(row: Row, heap: bytes) -> int:

@@ -1,0 +1,215 @@
+"""
+The command line: arguments, output, exit codes. No logic.
+
+Exit codes: 0 done; 1 refused, nothing was touched; 2 usage; 3 failed and undone, the guest runs where it ran;
+4 the guest is paused and safe, ``sevhop recover`` is needed; 5 the guest ended with its QEMU during the hop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
+from sevhop_qmp.process import QemuProcess
+
+from . import check
+from .destination import START_TIMEOUT
+from .errors import Lost, NeedsRecover, Refused
+from .hop import Hop, Options, Phase, Report
+
+EXIT_DONE = 0
+EXIT_REFUSED = 1
+EXIT_UNDONE = 3
+EXIT_NEEDS_RECOVER = 4
+EXIT_LOST = 5
+
+_EXIT_OF: dict[type[SevhopError], int] = {
+    Refused: EXIT_REFUSED,
+    NeedsRecover: EXIT_NEEDS_RECOVER,
+    Lost: EXIT_LOST,
+}
+_STATE_OF_GUEST = {
+    EXIT_REFUSED: "nothing was touched",
+    EXIT_UNDONE: "the guest runs where it ran",
+    EXIT_NEEDS_RECOVER: "the guest is paused",
+    EXIT_LOST: "the guest is gone",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every command."""
+    top = argparse.ArgumentParser(
+        prog="sevhop", description="Replace the QEMU process under a running guest, SEV guests included."
+    )
+    top.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('sevhop')}")
+    top.add_argument("--verbose", "-v", action="store_true", help="log what is done, to standard error")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    hop = commands.add_parser(
+        "hop",
+        help="hop a guest that runs outside libvirt",
+        description="Replace the QEMU behind a QMP socket by a new one, while its guest goes on.",
+    )
+    hop.add_argument("--source", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
+    hop.add_argument(
+        "--emulator", metavar="PATH", help="the QEMU to hop to (default: the source's, as it is on disk now)"
+    )
+    hop.add_argument("--json", action="store_true", help="print one JSON object, errors included")
+    hop.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=COMMAND_TIMEOUT,
+        metavar="S",
+        help="seconds for each step (default: %(default)g)",
+    )
+    hop.add_argument(
+        "--start-timeout",
+        type=_seconds,
+        default=START_TIMEOUT,
+        metavar="S",
+        help="seconds in which the new QEMU must come up (default: %(default)g)",
+    )
+    hop.add_argument(
+        "--move-deadline",
+        type=_seconds,
+        default=2.0,
+        metavar="S",
+        help="seconds for which a busy migration is tried again (default: %(default)g)",
+    )
+    hop.add_argument(
+        "destination",
+        nargs="*",
+        metavar="COMMAND",
+        help="after --: the destination's whole command line (default: the source's own)",
+    )
+    hop.set_defaults(run=_hop)
+
+    examine = commands.add_parser(
+        "check", help="tell whether a guest can hop", description="Tell whether a guest can hop. Nothing is touched."
+    )
+    examine.add_argument("--qmp", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
+    examine.add_argument("--emulator", metavar="PATH", help="the QEMU to hop to")
+    examine.add_argument("--json", action="store_true", help="print one JSON object")
+    examine.set_defaults(run=_check)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``sevhop`` command."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.CRITICAL, format="%(name)s: %(message)s", stream=sys.stderr
+    )
+    status: int = options.run(options)
+    return status
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+# -- sevhop hop ------------------------------------------------------------------------------------
+
+
+def _hop(options: argparse.Namespace) -> int:
+    live = sys.stderr.isatty() and not options.json
+    hop = Hop(
+        Options(
+            source=options.source,
+            emulator=options.emulator,
+            command=options.destination or None,
+            step_timeout=options.timeout,
+            start_timeout=options.start_timeout,
+            move_deadline=options.move_deadline,
+        ),
+        _show_phase if live else lambda _: None,
+    )
+    status, error = EXIT_DONE, None
+    try:
+        asyncio.run(_interruptible(hop))
+    except SevhopError as err:
+        status, error = _EXIT_OF.get(type(err), EXIT_UNDONE), err
+    if options.json:
+        print(json.dumps(hop.report.as_json()))
+    elif error is None:
+        print(_summary(hop.report))
+    if error is not None and not options.json:
+        print(f"sevhop: {hop.report.guest or options.source}: {error}; {_STATE_OF_GUEST[status]}", file=sys.stderr)
+    return status
+
+
+async def _interruptible(hop: Hop) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, hop.interrupt)
+    await hop.run()
+
+
+def _show_phase(phase: str | Phase) -> None:
+    if isinstance(phase, Phase):
+        print(f"\r{phase.name:<9} {phase.ms:9.2f} ms", file=sys.stderr)
+    else:
+        print(f"{phase:<9} ...", end="", file=sys.stderr, flush=True)
+
+
+def _summary(report: Report) -> str:
+    blackout = "it stayed paused" if report.blackout_ms is None else f"blackout {report.blackout_ms:.1f} ms"
+    line = (
+        f"{report.guest}: QEMU {report.source_version} -> {report.destination_version}, "
+        f"now process {report.destination_pid}; {blackout}"
+    )
+    return "\n".join([line, *(f"note: {note}" for note in report.notes)])
+
+
+# -- sevhop check ----------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        tree = asyncio.run(_examine(options.qmp, options.emulator))
+    except SevhopError as err:
+        if options.json:
+            print(json.dumps(check.failed("monitor", err.message, err.hint).as_json()))
+        else:
+            print(f"sevhop: {err}; nothing was touched", file=sys.stderr)
+        return EXIT_REFUSED
+    if options.json:
+        print(json.dumps(tree.as_json()))
+    else:
+        for depth, finding in tree.walk():
+            print(_line(depth, finding))
+    return EXIT_REFUSED if tree.failures() else EXIT_DONE
+
+
+async def _examine(path: Path, emulator: str | None) -> check.Finding:
+    async with await Monitor.connect(path) as monitor:
+        process = QemuProcess.open(monitor.peer)
+        try:
+            return (await check.bare(monitor, process, emulator)).tree
+        finally:
+            process.close()
+
+
+def _line(depth: int, finding: check.Finding) -> str:
+    line = f"{'  ' * depth}{finding.status.name} {finding.name}"
+    if finding.detail:
+        line += f": {finding.detail}"
+    if finding.remedy:
+        line += f" -> {finding.remedy}"
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

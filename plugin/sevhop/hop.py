@@ -1,0 +1,476 @@
+"""
+The hop: a running guest changes its QEMU.
+
+::
+
+    check      nothing is touched: can this guest hop, to this emulator, on this host?
+    hold       the keeper takes the source's VM, memory and listening sockets        undo: let go
+    prepare    destination started, paused, incoming; stream armed                   undo: kill it
+    freeze     source stopped, and seen to be stopped                                undo: cont
+    share      destination maps the guest's pages for real                           undo: kill it, cont
+    save       device state into the stream, RAM blocks that are not shared          undo: cont
+    load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
+    COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
+    resume     destination runs
+    retire     source quits, its paths and sockets are the destination's
+
+Each phase is one method of :class:`Hop`, its undo is pushed where it becomes due, and undoing means to unwind that
+stack. Before COMMIT every failure, also SIGINT and SIGTERM, ends with the guest running in the source. For a guest
+without SEV context there is nothing to move: what commits is that the destination runs.
+
+At no moment can two QEMUs run the guest: the source is continued only after the destination is known to have ended, and
+the destination is continued only when the source has stopped (and, with SEV, the kernel has made it unable to run).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tenacity
+from sevhop_qmp import adopt, move, ram_blocks
+from sevhop_qmp.device_state import DeviceStateStream
+from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorError, SevhopError
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
+from sevhop_qmp.process import QemuProcess
+
+from . import check, command_line, guest
+from .destination import START_TIMEOUT, Destination
+from .errors import Lost, NeedsRecover, Refused, Undone
+from .keeper import Held, Keeper
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
+CONT_DEADLINE = 10.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    What to hop, and how patiently.
+
+    :ivar source: path of the source's QMP socket.
+    :ivar emulator: the QEMU to hop to; by default the file from which the source was started, as it is now.
+    :ivar command: the destination's whole command line; by default the source's own.
+    :ivar step_timeout: seconds that each step in the blackout may take.
+    :ivar start_timeout: seconds in which the destination must come up.
+    :ivar move_deadline: seconds for which a busy migration is tried again.
+    """
+
+    source: Path
+    emulator: str | None = None
+    command: Sequence[str] | None = None
+    step_timeout: float = COMMAND_TIMEOUT
+    start_timeout: float = START_TIMEOUT
+    move_deadline: float = 2.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase that is over, and how many milliseconds it took."""
+
+    name: str
+    ms: float
+
+
+@dataclass
+class Report:
+    """
+    What has become of a hop.
+
+    :ivar outcome: ``done``, ``refused``, ``undone``, ``needs-recover`` or ``lost``.
+    :ivar blackout_ms: milliseconds from the order to stop the source until the guest ran again, wherever; None when
+        it was never stopped.
+    :ivar notes: what went not quite as it should after the commit, none of which matters to the guest.
+    """
+
+    guest: str = ""
+    context: str = ""
+    source_pid: int = 0
+    source_version: str = ""
+    destination_pid: int = 0
+    destination_version: str = ""
+    phases: list[Phase] = field(default_factory=list)
+    blackout_ms: float | None = None
+    move: move.MoveReport | None = None
+    outcome: str = ""
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, object]:
+        """The object that ``--json`` prints."""
+        return {
+            "guest": self.guest,
+            "context": self.context,
+            "source": {"pid": self.source_pid, "version": self.source_version},
+            "destination": {"pid": self.destination_pid, "version": self.destination_version},
+            "phases": [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases],
+            "blackout_ms": None if self.blackout_ms is None else round(self.blackout_ms, 3),
+            "move": None
+            if self.move is None
+            else {"attempts": self.move.attempts, "errno": self.move.errno, "ms": round(self.move.ms, 3)},
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "notes": self.notes,
+        }
+
+
+#: RAM blocks whose content QEMU has had encrypted at launch. It is tied to its physical page and cannot be copied.
+ENCRYPTED_BLOCKS = frozenset({"pc.bios", "system.flash0"})
+
+#: Told of every phase: its name when it begins, and the phase when it is over.
+Progress = Callable[[str | Phase], None]
+
+
+class Hop:
+    """
+    One hop. :meth:`run` it once; :meth:`interrupt` may be called from a signal handler meanwhile.
+
+    :ivar report: filled in as the hop goes on, complete when :meth:`run` has returned or raised.
+    """
+
+    def __init__(self, options: Options, progress: Progress = lambda _: None) -> None:
+        self.report = Report()
+        self._options = options
+        self._progress = progress
+        self._resources = contextlib.AsyncExitStack()
+        self._undo = contextlib.AsyncExitStack()
+        self._task: asyncio.Task[object] | None = None
+        self._phase = ""
+        self._stopped_at: float | None = None
+        self._loaded = False
+        self._committed = False
+
+        # Set by the phase that is named.
+        self._source: QemuProcess  # check
+        self._source_monitor: Monitor  # check
+        self._guest: guest.Guest  # check
+        self._working_directory: str  # check
+        self._arguments: command_line.Derived  # check
+        self._held: Held  # hold
+        self._keeper: Keeper  # hold
+        self._destination: Destination  # prepare
+        self._carrier: ram_blocks.Carrier  # prepare
+        self._stream: DeviceStateStream  # prepare
+
+    async def run(self) -> Report:
+        """
+        Hop.
+
+        :raises Refused: the guest cannot hop; nothing was touched.
+        :raises Undone: something failed and the guest runs where it ran.
+        :raises NeedsRecover: something failed behind the commit, or could not be undone.
+        :raises Lost: the source ended by itself before its state was saved.
+        """
+        self._task = asyncio.current_task()
+        try:
+            async with self._resources:
+                await self._hop()
+        except SevhopError as err:
+            outcomes: dict[type, str] = {Refused: "refused", NeedsRecover: "needs-recover", Lost: "lost"}
+            self.report.outcome = outcomes.get(type(err), "undone")
+            self.report.reason = str(err)
+            raise
+        self.report.outcome = "done"
+        return self.report
+
+    def interrupt(self) -> bool:
+        """Undo the hop as soon as possible. :return: False behind the commit: then it goes on to its end."""
+        if self._committed or self._task is None:
+            return False
+        self._task.cancel()
+        return True
+
+    async def _hop(self) -> None:
+        """The procedure."""
+        try:
+            await self._do("check", self._check)
+            await self._do("hold", self._hold)
+            await self._do("prepare", self._prepare)
+            await self._do("freeze", self._freeze)
+            await self._do("share", self._share)
+            await self._do("save", self._save)
+            await self._do("load", self._load)
+            await self._do("commit", self._commit)
+            await self._do("resume", self._resume)
+        except BaseException as err:
+            failure = self._explain(err)
+            if self._committed:
+                raise failure from err
+            # Undoing is done in full, whatever else arrives meanwhile.
+            await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
+            raise failure from err
+        await self._do("retire", self._retire)
+
+    async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
+        self._phase = name
+        self._progress(name)
+        began = time.monotonic()
+        try:
+            await phase()
+        finally:
+            done = Phase(name, (time.monotonic() - began) * 1e3)
+            self.report.phases.append(done)
+            self._progress(done)
+
+    # -- before the guest is touched ---------------------------------------------------------------
+
+    async def _check(self) -> None:
+        options = self._options
+        try:
+            self._source_monitor = await self._resources.enter_async_context(
+                await Monitor.connect(options.source, timeout=options.step_timeout)
+            )
+            self._source = QemuProcess.open(self._source_monitor.peer)
+            self._resources.callback(self._source.close)
+            self.report.source_pid = self._source.pid
+            self.report.source_version = self._source_monitor.version
+            self._working_directory = self._source.working_directory
+            verdict = await check.bare(self._source_monitor, self._source, options.emulator, options.command)
+        except SevhopError as err:
+            raise Refused(err.message, err.hint) from err
+        self._guest = verdict.guest
+        self._arguments = verdict.arguments
+        self.report.guest = self._guest.name
+        self.report.context = self._guest.context.kind
+        if failures := verdict.tree.failures():
+            first = failures[0]
+            raise Refused(f"{first.name}: {first.detail}", first.remedy)
+
+    async def _hold(self) -> None:
+        self._held = Held.take(self._source, self._guest)
+        self._resources.callback(self._held.close)
+        self._keeper = self._resources.enter_context(Keeper(self._held, self._guest.context))
+
+    async def _prepare(self) -> None:
+        # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
+        self._undo.push_async_callback(self._continue_source)
+        self._destination = await Destination.start(
+            self._arguments.emulator,
+            self._arguments.arguments,
+            self._source,
+            self._keeper,
+            timeout=self._options.start_timeout,
+        )
+        self._undo.push_async_callback(self._kill_destination)
+        self.report.destination_pid = self._destination.process.pid
+        self.report.destination_version = self._destination.monitor.version
+        await self._compare()
+        self._stream = await self._resources.enter_async_context(
+            DeviceStateStream(self._source_monitor, self._destination.monitor, self._guest.machine_type)
+        )
+        identity = self._source.credentials
+        await self._stream.arm(identity.uid, identity.gid)
+
+    async def _compare(self) -> None:
+        """See that the destination is the same machine, on the same memory, and bring its other RAM blocks over."""
+        theirs = await guest.inspect(self._destination.monitor, self._destination.process)
+        if found := guest.differences(self._guest, theirs):
+            raise Refused("; ".join(found), "give the destination the source's command line")
+        encrypted = frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
+        pairs = ram_blocks.not_shared(self._guest.blocks, theirs.blocks, encrypted=encrypted)
+        self._carrier = ram_blocks.Carrier(self._source, self._destination.process, pairs)
+        await asyncio.to_thread(self._carrier.carry)
+
+    # -- the guest is stopped ----------------------------------------------------------------------
+
+    async def _freeze(self) -> None:
+        if self._guest.state == "running":
+            self._stopped_at = time.monotonic()
+            await self._source_monitor.execute("stop")
+        await self._see_source_stopped()
+
+    async def _see_source_stopped(self) -> None:
+        status = await self._source_monitor.execute("query-status")
+        if status["running"]:
+            raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
+
+    async def _share(self) -> None:
+        await adopt.adopt_ram(self._destination.monitor)
+
+    async def _save(self) -> None:
+        carrying = asyncio.ensure_future(asyncio.to_thread(self._carrier.carry))
+        try:
+            await self._stream.save(timeout=self._options.step_timeout)
+        finally:
+            # A thread cannot be cancelled, and must not write into a destination that is being ended.
+            await asyncio.wait({carrying})
+        carrying.result()
+
+    async def _load(self) -> None:
+        await self._stream.loaded(timeout=self._options.step_timeout)
+        status = await self._destination.monitor.execute("query-status")
+        if status["running"]:
+            raise SevhopError("the destination runs before it was told to")
+        # From here on all of the guest is in the destination; that the source may end does not matter any more.
+        self._loaded = True
+
+    async def _commit(self) -> None:
+        with contextlib.suppress(MonitorClosed):
+            await self._see_source_stopped()
+        if self._guest.context.kind == "none":
+            # Nothing to move. What commits is that the destination runs; if it is to stay paused, this.
+            if self._stopped_at is None:
+                self._commit_is_done()
+            return
+        assert self._held.vm is not None
+        self.report.move = await move.move(
+            self._destination.monitor,
+            self._destination.process.pid,
+            self._held.vm,
+            deadline=self._options.move_deadline,
+        )
+        self._commit_is_done()
+        if self.report.move.restore_errno:
+            reason = os.strerror(self.report.move.restore_errno)
+            raise NeedsRecover(f"the context was moved, but vCPU registers could not be set: {reason}")
+
+    def _commit_is_done(self) -> None:
+        self._committed = True
+        self._undo.pop_all()
+
+    async def _resume(self) -> None:
+        if self._stopped_at is None:
+            return
+        await _continue(self._destination.monitor, patience=CONT_DEADLINE if self._committed else 0)
+        self._commit_is_done()
+        self._end_of_blackout()
+
+    # -- putting back ------------------------------------------------------------------------------
+
+    async def _put_back(self, failure: SevhopError) -> None:
+        """
+        Unwind what has been done so far.
+
+        :raises NeedsRecover: the guest does not run again, but nothing of it is lost.
+        """
+        if self._loaded and not self._source.alive:
+            # All that is left of the guest is in the destination. Leave it there, paused.
+            self._undo.pop_all()
+            await self._destination.release()
+            pid = self._destination.process.pid
+            raise NeedsRecover(f"{failure.message}; the source has ended, the guest is paused in process {pid}")
+        try:
+            await self._undo.aclose()
+        except SevhopError as err:
+            raise NeedsRecover(f"{failure.message}; putting back failed: {err.message}") from failure
+        self._end_of_blackout()
+
+    async def _kill_destination(self) -> None:
+        await self._destination.kill()
+
+    async def _continue_source(self) -> None:
+        if self._stopped_at is None or not self._source.alive:
+            return
+        if hasattr(self, "_destination") and self._destination.process.alive:
+            raise SevhopError("the destination is still there, so the source stays paused")
+        await _continue(self._source_monitor, patience=CONT_DEADLINE)
+
+    def _end_of_blackout(self) -> None:
+        if self._stopped_at is not None and self.report.blackout_ms is None:
+            self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+
+    def _explain(self, error: BaseException) -> SevhopError:
+        """What is raised in the end for an error in some phase."""
+        if isinstance(error, asyncio.CancelledError):
+            return Undone("interrupted")
+        if isinstance(error, (Refused, NeedsRecover)):
+            return error
+        if not isinstance(error, SevhopError):
+            log.error("unexpected error", exc_info=error)
+            error = SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop")
+        message = f"{self._phase}: {error.message}"
+        if self._committed:
+            return NeedsRecover(message, error.hint)
+        if not self._loaded and not self._source.alive:
+            return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
+        if isinstance(error, MonitorError) and hasattr(self, "_destination") and not self._destination.process.alive:
+            words = self._destination.last_words()
+            message = f"{self._phase}: the destination ended" + (f": {words}" if words else "")
+        return Undone(message, error.hint)
+
+    # -- behind the commit -------------------------------------------------------------------------
+
+    async def _retire(self) -> None:
+        """End the source and let its name plates point to the destination. Nothing here can hurt the guest."""
+        kept = _keep_socket_paths(self._working_directory, self._held)
+        with contextlib.suppress(MonitorError, CommandError):
+            await self._source_monitor.execute("quit")
+        if not await self._source.wait(self._options.step_timeout):
+            self._note("the source did not quit and was killed")
+            self._source.kill()
+            await self._source.wait(self._options.step_timeout)
+        for path, spare in kept:
+            _put_socket_path_back(path, spare)
+        if self._arguments.pidfile is not None:
+            temporary, final = (os.path.join(self._working_directory, path) for path in self._arguments.pidfile)
+            with contextlib.suppress(OSError):
+                os.replace(temporary, final)
+        try:
+            await adopt.finish(self._destination.monitor)
+        except SevhopError as err:
+            self._note(f"the destination's sockets do not answer: {err.message}")
+        await self._destination.release()
+
+    def _note(self, text: str) -> None:
+        log.warning("%s", text)
+        self.report.notes.append(text)
+
+
+async def hop(options: Options, progress: Progress = lambda _: None) -> Report:
+    """Hop once; see :meth:`Hop.run` for what is raised."""
+    return await Hop(options, progress).run()
+
+
+async def _continue(monitor: Monitor, *, patience: float) -> None:
+    """
+    Let a guest run. Something else may hold its disk images for a moment, so a refusal is tried again for
+    ``patience`` seconds.
+
+    :raises CommandError: QEMU's last refusal.
+    """
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(CommandError),
+        stop=tenacity.stop_after_delay(patience),
+        wait=tenacity.wait_exponential(multiplier=0.01, max=0.5),
+        reraise=True,
+    ):
+        with attempt:
+            await monitor.execute("cont")
+
+
+def _keep_socket_paths(working_directory: str, held: Held) -> list[tuple[Path, Path]]:
+    """
+    Give the source's socket files a second name each: it removes them when it ends, but the destination listens at
+    the very same sockets.
+
+    :return: (path, second name) of each.
+    """
+    kept = []
+    for address in held.listeners:
+        name = address[1]
+        if address[0] != socket.AF_UNIX or name.startswith("\0"):
+            continue
+        path = Path(working_directory, name)
+        spare = path.with_name(f".{path.name[:16]}.{secrets.token_hex(8)}")
+        with contextlib.suppress(OSError):
+            os.link(path, spare, follow_symlinks=False)
+            kept.append((path, spare))
+    return kept
+
+
+def _put_socket_path_back(path: Path, spare: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.exists():
+            spare.unlink()
+        else:
+            spare.rename(path)

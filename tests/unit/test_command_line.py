@@ -1,0 +1,126 @@
+"""The destination's command line, derived from the source's."""
+
+from __future__ import annotations
+
+import pytest
+
+from sevhop.command_line import PRIVATE_MONITOR, derive, incoming, parse, properties
+
+TOKEN = "0123abcd"
+
+
+def derived(*words: str) -> list[str]:
+    result = derive("/usr/bin/qemu", list(words), TOKEN)
+    assert not result.refused
+    return result.arguments
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "256", "-nodefaults", "-display", "none"],
+        ["--machine", "q35", "-enable-kvm", "disk.img"],
+        ["-qmp", "unix:/run/vm.qmp,server=on,wait=off"],
+        ["-netdev", "user,id=n0,hostfwd=tcp::2222-:22", "-device", "virtio-net-pci,netdev=n0"],
+        ["-vnc", ":1", "-spice", "port=5930,disable-ticketing=on"],
+        ["-serial", "file:/var/log/serial.log", "-chardev", "pty,id=p", "-gdb", "tcp::1234"],
+        ["-blockdev", "driver=qcow2,node-name=d,file.driver=file,file.filename=/a,,b.qcow2"],
+    ],
+)
+def test_what_can_be_had_twice_is_unchanged(words: list[str]) -> None:
+    expected = [word.replace("--machine", "-machine") for word in words]
+    assert derived(*words) == expected
+
+
+def test_what_belongs_to_the_start_of_the_source_is_left_out() -> None:
+    words = ["-daemonize", "-m", "64", "-S", "-incoming", "tcp:0:4444", "-loadvm", "snap"]
+    assert derived(*words) == ["-m", "64"]
+
+
+def test_what_an_earlier_hop_added_is_left_out() -> None:
+    first = incoming(["-m", "64"], 7)
+    assert first[-3:] == ["-S", "-incoming", "defer"]
+    assert derived(*first) == ["-m", "64"]
+
+
+def test_incoming_does_not_double_what_the_caller_gave() -> None:
+    words = incoming(["-m", "64", "-S", "-incoming", "defer"], 9)
+    assert words.count("-incoming") == 1
+    assert words.count("-S") == 1
+    assert f"socket,id={PRIVATE_MONITOR},fd=9" in words
+
+
+def test_pidfile_goes_aside_and_keeps_its_name_over_hops() -> None:
+    first = derive("/usr/bin/qemu", ["-pidfile", "/run/vm.pid"], TOKEN)
+    assert first.pidfile == ("/run/vm.pid.hop-0123abcd", "/run/vm.pid")
+    assert first.arguments == ["-pidfile", "/run/vm.pid.hop-0123abcd"]
+    second = derive("/usr/bin/qemu", first.arguments, "ffff0000")
+    assert second.pidfile == ("/run/vm.pid.hop-ffff0000", "/run/vm.pid")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("unix:/run/s,server=on", "unix:/run/s,server=on,wait=off"),
+        ("unix:/run/s,server=on,wait=on", "unix:/run/s,server=on,wait=off"),
+        ("unix:/run/s,server,nowait", "unix:/run/s,server,wait=off"),
+        ("telnet:localhost:4555,server=on,wait=off", "telnet:localhost:4555,server=on,wait=off"),
+    ],
+)
+def test_server_sockets_do_not_wait_for_a_client(before: str, after: str) -> None:
+    assert derived("-serial", before) == ["-serial", after]
+
+
+def test_json_server_socket_does_not_wait() -> None:
+    value = (
+        '{"id": "c", "backend": {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "/s"}}, "wait": true}}}'
+    )
+    (_, after) = derived("-chardev", value)
+    assert '"wait": false' in after
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["-netdev", "tap,id=n,ifname=tap0"], "tap"),
+        (["-nic", "bridge,br=br0"], "bridge"),
+        (["-netdev", "tap,id=n,fd=7"], "inherited"),
+        (["-netdev", '{"type": "tap", "id": "n", "fds": "7:8"}'], "inherited"),
+        (["-chardev", "socket,id=c,fd=5,server=on"], "inherited"),
+        (["-add-fd", "fd=3,set=1"], "inherited"),
+        (["-drive", "file=/dev/fdset/1"], "inherited"),
+        (["-chardev", "socket,id=c,path=/run/swtpm.sock"], "one client"),
+        (["-serial", "tcp:localhost:4444"], "one client"),
+        (["-chardev", "stdio,id=c"], "standard input"),
+        (["-serial", "mon:stdio"], "standard input"),
+        (["-chardev", "pipe,id=c,path=/tmp/p"], "pipe"),
+        (["-nographic"], "standard input"),
+        (["-device", "vfio-pci,host=01:00.0"], "vfio"),
+        (["-device", '{"driver": "vhost-vsock-pci", "guest-cid": 3}'], "vhost-vsock"),
+        (["-tpmdev", "emulator,id=t,chardev=c"], "TPM"),
+        (["-snapshot"], "snapshot"),
+        (["-drive", "file=a.img,snapshot=on"], "snapshot"),
+        (["-display", "curses"], "terminal"),
+        (["-vnc", "localhost:1,reverse=on"], "VNC"),
+    ],
+)
+def test_what_cannot_be_had_twice_is_refused_with_the_option(words: list[str], option: str) -> None:
+    (reason,) = derive("/usr/bin/qemu", words, TOKEN).refused
+    assert reason.startswith(" ".join(words))
+    assert option in reason
+
+
+def test_nographic_without_the_terminal_is_fine() -> None:
+    assert derived("-nographic", "-serial", "null", "-monitor", "none")
+    assert derived("-nographic", "-nodefaults")
+
+
+def test_options_are_split_as_qemu_splits_them() -> None:
+    options = parse(["-S", "disk.img", "--name", "x", "-m"])
+    assert [(option.name, option.value) for option in options] == [("S", None), ("", "disk.img"), ("name", "x"), ("m", "")]
+
+
+def test_properties_of_both_notations() -> None:
+    assert properties("driver,a=1,b,c=x,,y") == {"": "driver", "a": "1", "b": "on", "c": "x,y"}
+    assert properties('{"driver": "d", "n": {"on": true}}') == {"driver": "d", "n.on": "on"}
+    assert properties("{broken") == {}

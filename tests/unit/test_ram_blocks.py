@@ -1,0 +1,84 @@
+"""RAM blocks: QEMU's table, and which blocks are carried."""
+
+from __future__ import annotations
+
+import pytest
+
+from sevhop_qmp.errors import RamError
+from sevhop_qmp.ram_blocks import RamBlock, not_shared, parse_ramblock_table
+
+QEMU_7 = """\
+              Block Name    PSize              Offset               Used              Total
+                    ram0    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000
+    /rom@etc/acpi/tables    4 KiB  0x0000000005100000 0x0000000000020000 0x0000000000200000
+"""
+QEMU_10 = """\
+              Block Name    PSize              Offset               Used              Total                HVA  RO
+                    ram0    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000 0x00007f28e3e00000  rw
+                 pc.bios    4 KiB  0x0000000004000000 0x0000000000040000 0x0000000000040000 0x00007f28e7c00000  ro
+"""
+
+
+def test_table_of_old_qemu_has_no_addresses() -> None:
+    rows = parse_ramblock_table(QEMU_7)
+    assert [row.name for row in rows] == ["ram0", "/rom@etc/acpi/tables"]
+    assert rows[1].used == 0x20000
+    assert rows[1].size == 0x200000
+    assert rows[0].host is None
+
+
+def test_table_of_new_qemu_has_addresses() -> None:
+    rows = parse_ramblock_table(QEMU_10)
+    assert rows[1].host == 0x7F28E7C00000
+    assert rows[1].name == "pc.bios"
+
+
+@pytest.mark.parametrize("text", ["", "unknown command: 'info ramblock'", QEMU_7 + "ram1 4 KiB\n", QEMU_7 + "x y z a b c\n"])
+def test_what_is_no_such_table_is_refused(text: str) -> None:
+    with pytest.raises(RamError):
+        parse_ramblock_table(text)
+
+
+def block(name: str, *, used: int = 4096, inode: int = 0, shared: bool = False) -> RamBlock:
+    return RamBlock(name, 0x1000, used, used, ("00:01", inode) if inode else None, shared)
+
+
+def by_name(*blocks: RamBlock) -> dict[str, RamBlock]:
+    return {b.name: b for b in blocks}
+
+
+def test_shared_blocks_are_not_carried() -> None:
+    ram = block("ram0", inode=5, shared=True)
+    bios = block("pc.bios")
+    assert not_shared(by_name(ram, bios), by_name(ram, bios)) == [(bios, bios)]
+
+
+def test_private_view_of_the_same_memory_is_the_same_memory() -> None:
+    assert not_shared(by_name(block("r", inode=5, shared=True)), by_name(block("r", inode=5))) == []
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        by_name(),
+        by_name(block("r", inode=6, shared=True)),
+        by_name(block("r", used=8192, inode=5, shared=True)),
+        by_name(block("r")),
+    ],
+)
+def test_other_memory_is_refused(theirs: dict[str, RamBlock]) -> None:
+    with pytest.raises(RamError):
+        not_shared(by_name(block("r", inode=5, shared=True)), theirs)
+
+
+def test_block_of_another_length_is_refused_unless_qemu_makes_it_anew() -> None:
+    with pytest.raises(RamError):
+        not_shared(by_name(block("pc.bios", used=4096)), by_name(block("pc.bios", used=8192)))
+    tables = "/rom@etc/acpi/tables"
+    assert not_shared(by_name(block(tables, used=4096)), by_name(block(tables, used=8192))) == []
+
+
+def test_encrypted_blocks_are_not_carried() -> None:
+    blocks = by_name(block("pc.bios"), block("vga.vram"))
+    pairs = not_shared(blocks, blocks, encrypted=frozenset({"pc.bios"}))
+    assert [ours.name for ours, _ in pairs] == ["vga.vram"]
