@@ -1,0 +1,181 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * adopt.so: preloaded into a stock QEMU, so that it takes over the guest of another QEMU instead of starting one.
+ *
+ * One file per concept:
+ *   main.c       what the process is, what it was told; how failures are said
+ *   keeper.c     the process that holds the source's descriptors, and the questions to it
+ *   next.c       the C library's own functions behind the ones that are interposed
+ *   memory.c     the guest's memory: private until the hand-over, the guest's own pages after it
+ *   listeners.c  the source's listening sockets
+ *   files.c      files that the source still writes
+ *   kvm.c        which of QEMU's ioctls concern the hop
+ *   sev.c        launch commands answered, the move
+ *   registers.c  vCPU registers that the kernel accepts only after the move
+ *   commands.c   the QMP commands and the guard against running too early
+ */
+#ifndef SEVHOP_ADOPT_H
+#define SEVHOP_ADOPT_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#undef _FORTIFY_SOURCE /* its inline wrappers of open() and others would collide with the definitions here */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
+#define likely(condition) __builtin_expect(!!(condition), 1)
+
+/* ---- main.c ---- */
+
+enum guest_context { CONTEXT_NONE, CONTEXT_SEV, CONTEXT_SEV_ES };
+
+#define MEASUREMENT_SIZE 48 /* digest and nonce of LAUNCH_MEASURE, bytes */
+
+/* What the keeper said in its answer to `hello`, and how far the hop has come. */
+struct hop {
+    bool keeper; /* a keeper is configured: this QEMU is the destination of a hop */
+    enum guest_context context;
+    bool source_ended;
+    uint32_t handle; /* the source's firmware handle, for query-sev */
+    unsigned char measurement[MEASUREMENT_SIZE];
+    atomic_bool machine_complete;
+    atomic_bool finished;
+};
+
+extern struct hop hop;
+
+/* True until the hop is over: files, sockets and memory may still be the source's. */
+static inline bool hop_under_way(void)
+{
+    return hop.keeper && !atomic_load_explicit(&hop.finished, memory_order_relaxed);
+}
+
+/* Guards the tables of all files. Recursive: an allocator that was preloaded as well may call back into mmap(). */
+extern pthread_mutex_t adopt_lock;
+
+const char *context_name(enum guest_context context);
+void say(const char *format, ...) PRINTF(1, 2); /* one line on stderr, errno is kept */
+void die(const char *format, ...) PRINTF(1, 2) __attribute__((noreturn)); /* one line on stderr, exit status 1 */
+void hand_over_stderr(void);
+bool parse_number(const char *text, unsigned long long *number);
+bool parse_hex(const char *text, unsigned char *bytes, size_t size);
+
+/* ---- keeper.c ---- */
+
+#define KEEPER_MESSAGE 4096 /* longest request or reply, bytes */
+
+void keeper_connect(const char *where); /* path of its socket, or fd:N */
+/*
+ * One request, one reply (NUL-terminated in `reply`). A descriptor that came with it is in *fd, else -1.
+ * Returns false when the keeper does not answer; during start-up it does not return then, but ends the process.
+ */
+bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PRINTF(3, 4);
+void keeper_close(void);
+
+/* ---- next.c ---- */
+
+struct next {
+    int (*ioctl)(int, unsigned long, ...);
+    int (*memfd_create)(const char *, unsigned int);
+    int (*ftruncate)(int, off64_t);
+    int (*fallocate)(int, int, off64_t, off64_t);
+    int (*fcntl)(int, int, ...);
+    void *(*mmap)(void *, size_t, int, int, int, off64_t);
+    int (*munmap)(void *, size_t);
+    int (*madvise)(void *, size_t, int);
+    int (*mlockall)(int);
+    int (*open)(const char *, int, ...);
+    FILE *(*fopen)(const char *, const char *);
+    int (*bind)(int, const struct sockaddr *, socklen_t);
+    int (*unlink)(const char *);
+    int (*accept)(int, struct sockaddr *, socklen_t *);
+    int (*accept4)(int, struct sockaddr *, socklen_t *, int);
+};
+
+extern struct next next_functions;
+void find_next_functions(void);
+
+/* Other libraries' constructors may call us before our own constructor has run: look the functions up then. */
+static inline const struct next *next(void)
+{
+    if (!likely(next_functions.ioctl))
+        find_next_functions();
+    return &next_functions;
+}
+
+/* ---- memory.c ---- */
+
+enum ram_state { RAM_NONE, RAM_PRIVATE, RAM_SHARED };
+
+struct memory_counts {
+    int mappings;
+    int64_t bytes;
+};
+
+enum ram_state memory_state(void);
+const char *memory_state_name(void);
+int memory_share(void); /* 0, or a negative errno; may be called again */
+struct memory_counts memory_count(void);
+void memory_each(void (*visit)(void *opaque, const char *name, int64_t size, uint64_t inode), void *opaque);
+void memory_lock_pages(void); /* does what mlockall() was asked for during the hop */
+
+/* ---- listeners.c ---- */
+
+int listeners_adopted(void);
+void listeners_forget(void); /* the hop is over: drops what was not used */
+
+/* ---- kvm.c ---- */
+
+bool kvm_vm_exists(void);
+int kvm_vm_fd(void);
+int kvm_vm_type(void);
+
+/* ---- sev.c ---- */
+
+struct kvm_sev_cmd;
+struct kvm_enc_region;
+
+struct move {
+    int error; /* of the ioctl that moves the context; 0: moved */
+    int vcpus; /* vCPUs whose CPUID was set again */
+    int registers; /* vCPUs whose held-back registers were set */
+    int restore_error; /* of either of these */
+};
+
+int sev_command(int vm, unsigned long request, struct kvm_sev_cmd *command);
+int sev_register_region(int vm, unsigned long request, struct kvm_enc_region *region);
+int sev_unregister_region(int vm, unsigned long request, struct kvm_enc_region *region);
+void sev_check_launch(void); /* once the machine is complete: was the guest that was adopted really asked for? */
+struct move sev_move_from(int source_vm);
+bool sev_moved(void);
+int sev_commands_answered(void);
+int sev_regions_answered(void);
+
+/* ---- registers.c ---- */
+
+struct kvm_cpuid2;
+
+void vcpu_created(int vcpu);
+int vcpu_set_cpuid(int vcpu, unsigned long request, struct kvm_cpuid2 *cpuid);
+int vcpu_set_registers(int vcpu, unsigned long request, void *registers);
+int vcpu_get_registers(int vcpu, unsigned long request, void *registers);
+void vcpus_restore(struct move *move);
+int vcpus_count(void);
+int vcpus_held(void);
+
+/* ---- commands.c ---- */
+
+bool is_qemu(void);
+void commands_install(void);
+
+#endif

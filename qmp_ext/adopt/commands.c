@@ -1,0 +1,255 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The QMP commands (documented in adopt.json), and the guard: a destination that has not adopted its guest does not run.
+ */
+#include "adopt.h"
+#include "qemu.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <string.h>
+#include <unistd.h>
+
+#define fail(error, ...) error_setg_internal(error, __FILE__, __LINE__, __func__, __VA_ARGS__)
+
+static int runs_refused;
+
+/* ---- arguments ---- */
+
+static bool no_more_arguments_than(const QDict *arguments, size_t count, Error **error)
+{
+    if (!arguments || qdict_size(arguments) <= count)
+        return true;
+    fail(error, "Parameter is unexpected");
+    return false;
+}
+
+static const char *string_argument(const QDict *arguments, const char *name, Error **error)
+{
+    const char *value = arguments ? qdict_get_try_str(arguments, name) : NULL;
+
+    if (value)
+        return value;
+    if (arguments && qdict_haskey(arguments, name))
+        fail(error, "Invalid parameter type for '%s', expected: string", name);
+    else
+        fail(error, "Parameter '%s' is missing", name);
+    return NULL;
+}
+
+/* ---- x-sev-adopt-ram ---- */
+
+static void adopt_ram(QDict *arguments, QObject **result, Error **error)
+{
+    struct memory_counts counts;
+    QDict *answer;
+    int failure;
+
+    if (!no_more_arguments_than(arguments, 0, error))
+        return;
+    if (runstate_is_running()) {
+        fail(error, "This VM is running");
+        return;
+    }
+    if (memory_state() == RAM_NONE) {
+        fail(error, "No guest memory was adopted");
+        return;
+    }
+    failure = memory_share();
+    if (failure) {
+        fail(error, "Guest memory cannot be mapped: %s", strerror(-failure));
+        return;
+    }
+    counts = memory_count();
+    answer = qdict_new();
+    qdict_put_int(answer, "mappings", counts.mappings);
+    qdict_put_int(answer, "bytes", counts.bytes);
+    *result = (QObject *)answer;
+}
+
+/* ---- x-sev-migrate-from ---- */
+
+static const char *reason_against_move(void)
+{
+    if (runstate_is_running())
+        return "This VM is running";
+    if (!kvm_vm_exists())
+        return "This QEMU has no KVM VM";
+    if (sev_moved())
+        return "A context has been moved into this VM already";
+    if (memory_state() == RAM_PRIVATE)
+        return "Guest memory is still private: use x-sev-adopt-ram first";
+    if (memory_state() == RAM_NONE)
+        return "No guest memory was adopted";
+    return NULL;
+}
+
+static void migrate_from(QDict *arguments, QObject **result, Error **error)
+{
+    const char *name = string_argument(arguments, "fd", error), *reason = reason_against_move(), *symbol;
+    struct move move;
+    QDict *answer;
+    int source;
+
+    if (!name || !no_more_arguments_than(arguments, 1, error))
+        return;
+    if (reason) {
+        fail(error, "%s", reason);
+        return;
+    }
+    source = monitor_get_fd(monitor_cur(), name, error);
+    if (source < 0)
+        return;
+    move = sev_move_from(source);
+    close(source);
+    symbol = move.error ? strerrorname_np(move.error) : "OK";
+    answer = qdict_new();
+    qdict_put_int(answer, "errno", move.error);
+    qdict_put_str(answer, "name", symbol ? symbol : "unknown");
+    qdict_put_int(answer, "vcpus", move.vcpus);
+    qdict_put_int(answer, "registers", move.registers);
+    qdict_put_int(answer, "restore-errno", move.restore_error);
+    *result = (QObject *)answer;
+}
+
+/* ---- x-sev-adopt-status ---- */
+
+static void add_memory(void *list, const char *name, int64_t size, uint64_t inode)
+{
+    QDict *memory = qdict_new();
+
+    qdict_put_str(memory, "name", name);
+    qdict_put_int(memory, "size", size);
+    qdict_put_int(memory, "inode", (int64_t)inode);
+    qlist_append_obj(list, (QObject *)memory);
+}
+
+static void adopt_status(QDict *arguments, QObject **result, Error **error)
+{
+    QDict *answer;
+    QList *memories;
+
+    if (!no_more_arguments_than(arguments, 0, error))
+        return;
+    memories = qlist_new();
+    memory_each(add_memory, memories);
+    answer = qdict_new();
+    qdict_put_str(answer, "context", context_name(hop.context));
+    qdict_put_str(answer, "source", !hop.keeper ? "none" : hop.source_ended ? "ended" : "running");
+    qdict_put_str(answer, "ram", memory_state_name());
+    qdict_put_bool(answer, "moved", sev_moved());
+    qdict_put_bool(answer, "finished", atomic_load(&hop.finished));
+    qdict_put_int(answer, "answered", sev_commands_answered());
+    qdict_put_int(answer, "regions", sev_regions_answered());
+    qdict_put_int(answer, "runs-refused", runs_refused);
+    qdict_put_int(answer, "vm-type", kvm_vm_type());
+    qdict_put_int(answer, "vcpus", vcpus_count());
+    qdict_put_int(answer, "registers-held", vcpus_held());
+    qdict_put_int(answer, "listeners", listeners_adopted());
+    qdict_put_obj(answer, "memfds", (QObject *)memories);
+    *result = (QObject *)answer;
+}
+
+/* ---- the guard ---- */
+
+static const char *reason_against_running(void)
+{
+    if (memory_state() == RAM_NONE)
+        return "no guest memory was adopted";
+    if (memory_state() == RAM_PRIVATE)
+        return "the guest's memory is still the source's";
+    if (hop.context != CONTEXT_NONE && !sev_moved())
+        return "the guest's SEV context is still the source's";
+    return NULL;
+}
+
+static void before_run(void *opaque, bool running, int state)
+{
+    const char *reason = running && hop.keeper ? reason_against_running() : NULL;
+
+    (void)opaque;
+    (void)state;
+    if (reason) {
+        runs_refused++;
+        die("this QEMU must not run: %s", reason);
+    }
+}
+
+/* ---- x-sev-adopt-finish ---- */
+
+static void adopt_finish(QDict *arguments, QObject **result, Error **error)
+{
+    const char *reason = hop.keeper ? reason_against_running() : NULL;
+
+    if (!no_more_arguments_than(arguments, 0, error))
+        return;
+    if (reason) {
+        fail(error, "The hop is not over: %s", reason);
+        return;
+    }
+    if (!atomic_exchange(&hop.finished, true)) {
+        listeners_forget();
+        keeper_close();
+        memory_lock_pages();
+        hand_over_stderr();
+    }
+    *result = (QObject *)qdict_new();
+}
+
+/* ---- start ---- */
+
+/*
+ * The source has ended: nobody else takes care of the hand-over. The first thing that the main loop does is late enough,
+ * since start-up has written what it writes (the reset that follows machine-init-done writes, too), and early enough, since
+ * the stream is read by the main loop.
+ */
+static void share_by_itself(void *opaque)
+{
+    int failure = memory_share();
+
+    (void)opaque;
+    if (failure)
+        die("guest memory cannot be mapped: %s", strerror(-failure));
+}
+
+static void machine_complete(Notifier *notifier, void *data)
+{
+    (void)notifier;
+    (void)data;
+    qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-ram", adopt_ram, 0, 0);
+    qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-migrate-from", migrate_from, 0, 0);
+    qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-status", adopt_status, 0, 0);
+    qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-finish", adopt_finish, 0, 0);
+    /* Before all other handlers: devices start to work when theirs are called. */
+    qemu_add_vm_change_state_handler_prio(before_run, NULL, INT_MIN);
+    if (!hop.keeper)
+        return;
+    sev_check_launch();
+    atomic_store(&hop.machine_complete, true);
+    if (hop.source_ended && memory_state() == RAM_PRIVATE)
+        aio_bh_schedule_oneshot_full(qemu_get_aio_context(), share_by_itself, NULL, "sevhop-adopt");
+}
+
+static Notifier when_machine_complete = {.notify = machine_complete};
+
+/* Any of these makes it one. Whether it has all that is needed is another question. */
+bool is_qemu(void)
+{
+    return qmp_commands || qmp_register_command || qemu_add_machine_init_done_notifier;
+}
+
+static void check_symbols(void)
+{
+#define CHECK(symbol) \
+    if (!(symbol))    \
+        die("this QEMU does not have " #symbol ", which adopting needs: use a stock build");
+    QEMU_SYMBOLS(CHECK)
+#undef CHECK
+}
+
+void commands_install(void)
+{
+    check_symbols();
+    /* Registering the commands themselves is too early: QEMU initialises its table later. First in, last called. */
+    qemu_add_machine_init_done_notifier(&when_machine_complete);
+}

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Files that QEMU writes a log to (-serial file:, logfile=, -D): it truncates them when it starts. The source still writes
+ * them then, so the destination appends.
+ */
+#include "adopt.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/stat.h>
+
+static bool is_regular_file(const char *path)
+{
+    int saved = errno;
+    struct stat file;
+    bool regular = !stat(path, &file) && S_ISREG(file.st_mode);
+
+    errno = saved;
+    return regular;
+}
+
+static int keep_content(const char *path, int flags)
+{
+    if (hop_under_way() && flags & O_TRUNC && (flags & O_ACCMODE) == O_WRONLY && is_regular_file(path))
+        return (flags & ~O_TRUNC) | O_APPEND;
+    return flags;
+}
+
+#define OPEN(name)                                                              \
+    EXPORT int name(const char *path, int flags, ...)                           \
+    {                                                                           \
+        va_list arguments;                                                      \
+        mode_t mode = 0;                                                        \
+                                                                                \
+        if (flags & (O_CREAT | (O_TMPFILE & ~O_DIRECTORY))) {                   \
+            va_start(arguments, flags);                                         \
+            mode = va_arg(arguments, mode_t);                                   \
+            va_end(arguments);                                                  \
+        }                                                                       \
+        return next()->open(path, keep_content(path, flags), mode);             \
+    }
+
+OPEN(open64)
+OPEN(open)
+
+/* What open() without a mode becomes in a program that is built with _FORTIFY_SOURCE. */
+#define OPEN_FORTIFIED(name)                                          \
+    EXPORT int name(const char *path, int flags);                     \
+    EXPORT int name(const char *path, int flags)                      \
+    {                                                                 \
+        return next()->open(path, keep_content(path, flags), 0);      \
+    }
+
+OPEN_FORTIFIED(__open64_2)
+OPEN_FORTIFIED(__open_2)
+
+static FILE *open_stream(const char *path, const char *mode)
+{
+    char appending[16];
+
+    /* "w", "wb", "we", ..., but not "w+", which also reads from the beginning */
+    if (hop_under_way() && mode[0] == 'w' && !strchr(mode, '+') && strlen(mode) < sizeof appending &&
+        is_regular_file(path)) {
+        strcpy(appending, mode);
+        appending[0] = 'a';
+        mode = appending;
+    }
+    return next()->fopen(path, mode);
+}
+
+EXPORT FILE *fopen64(const char *path, const char *mode)
+{
+    return open_stream(path, mode);
+}
+
+EXPORT FILE *fopen(const char *path, const char *mode)
+{
+    return open_stream(path, mode);
+}

@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The keeper: the process that holds the source's VM, memory and sockets while one QEMU takes the place of the other.
+ *
+ * One AF_UNIX SOCK_SEQPACKET connection, made at start or inherited (SEVHOP_KEEPER is a path or fd:N); one ASCII message
+ * per request and per reply:
+ *   hello 1          ok context=none|sev|sev-es source=running|ended [handle=N] [measurement=HEX]
+ *                    no REASON
+ *   memfd N NAME     fd SIZE, with the descriptor | none
+ *   listener HEX     fd, with the descriptor      | none
+ */
+#include "adopt.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define ANSWER_SECONDS 10 /* the keeper answers from memory; one that takes this long hangs */
+
+static int connection = -1;
+static pthread_mutex_t conversation = PTHREAD_MUTEX_INITIALIZER;
+
+static bool send_request(const char *request, size_t length)
+{
+    ssize_t sent;
+
+    do {
+        sent = send(connection, request, length, MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    return sent == (ssize_t)length;
+}
+
+static bool receive_reply(char reply[KEEPER_MESSAGE], int *fd)
+{
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec data = {reply, KEEPER_MESSAGE - 1};
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    struct cmsghdr *header;
+    ssize_t received;
+
+    do {
+        received = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+    } while (received < 0 && errno == EINTR);
+    if (received <= 0) {
+        if (!received)
+            errno = ECONNRESET;
+        return false;
+    }
+    reply[received] = '\0';
+    header = CMSG_FIRSTHDR(&message);
+    if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
+        header->cmsg_len == CMSG_LEN(sizeof(int)))
+        memcpy(fd, CMSG_DATA(header), sizeof(int));
+    if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
+        if (*fd >= 0)
+            close(*fd);
+        *fd = -1;
+        errno = EPROTO;
+        return false;
+    }
+    return true;
+}
+
+bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...)
+{
+    char request[KEEPER_MESSAGE];
+    va_list arguments;
+    bool answered;
+    int length;
+
+    *fd = -1;
+    va_start(arguments, format);
+    length = vsnprintf(request, sizeof request, format, arguments);
+    va_end(arguments);
+    if (length < 0 || (size_t)length >= sizeof request) {
+        errno = EMSGSIZE;
+        return false;
+    }
+
+    pthread_mutex_lock(&conversation);
+    errno = ENOTCONN;
+    answered = connection >= 0 && send_request(request, (size_t)length) && receive_reply(reply, fd);
+    pthread_mutex_unlock(&conversation);
+
+    /*
+     * During start-up nothing is lost by giving up. Later the guest may be here already: what was asked for fails, and
+     * the guest lives.
+     */
+    if (!answered) {
+        if (!atomic_load(&hop.machine_complete))
+            die("the keeper does not answer: %s", errno == EAGAIN ? "timed out" : strerror(errno));
+        say("the keeper does not answer: %s", strerror(errno));
+    }
+    return answered;
+}
+
+static bool understand(const char *word)
+{
+    unsigned long long number;
+
+    if (!strcmp(word, "context=none"))
+        hop.context = CONTEXT_NONE;
+    else if (!strcmp(word, "context=sev"))
+        hop.context = CONTEXT_SEV;
+    else if (!strcmp(word, "context=sev-es"))
+        hop.context = CONTEXT_SEV_ES;
+    else if (!strcmp(word, "source=running"))
+        hop.source_ended = false;
+    else if (!strcmp(word, "source=ended"))
+        hop.source_ended = true;
+    else if (!strncmp(word, "handle=", 7)) {
+        if (!parse_number(word + 7, &number) || number > UINT32_MAX)
+            return false;
+        hop.handle = (uint32_t)number;
+    } else if (!strncmp(word, "measurement=", 12))
+        return parse_hex(word + 12, hop.measurement, sizeof hop.measurement);
+    else
+        return false;
+    return true;
+}
+
+static void say_hello(void)
+{
+    char reply[KEEPER_MESSAGE], copy[KEEPER_MESSAGE], *rest = NULL, *word;
+    bool context = false, source = false;
+    int fd;
+
+    keeper_ask(reply, &fd, "hello 1");
+    if (fd >= 0)
+        close(fd);
+    if (!strncmp(reply, "no ", 3))
+        die("the keeper refuses: %s", reply + 3);
+    strcpy(copy, reply);
+    word = strtok_r(copy, " ", &rest);
+    if (!word || strcmp(word, "ok"))
+        die("the keeper says nonsense: %s", reply);
+    while ((word = strtok_r(NULL, " ", &rest))) {
+        if (!understand(word))
+            die("the keeper says nonsense: %s", reply);
+        context |= !strncmp(word, "context=", 8);
+        source |= !strncmp(word, "source=", 7);
+    }
+    if (!context || !source)
+        die("the keeper does not say what the guest is: %s", reply);
+}
+
+static int reach(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd;
+
+    if (strlen(path) >= sizeof address.sun_path)
+        die("SEVHOP_KEEPER is too long for a socket: %s", path);
+    strcpy(address.sun_path, path);
+    fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) < 0)
+        die("the keeper cannot be reached at %s: %s", path, strerror(errno));
+    return fd;
+}
+
+/* A socket that was inherited already connected: nobody else can ask, and nothing has to be found in a file system. */
+static int inherit(const char *text)
+{
+    unsigned long long number;
+    int type = 0;
+    socklen_t length = sizeof type;
+
+    if (!parse_number(text, &number) || number > INT_MAX ||
+        getsockopt((int)number, SOL_SOCKET, SO_TYPE, &type, &length) < 0 || type != SOCK_SEQPACKET)
+        die("SEVHOP_KEEPER is not an open socket: fd:%s", text);
+    return (int)number;
+}
+
+static void check_peer(int fd, const char *where)
+{
+    struct ucred peer;
+    socklen_t length = sizeof peer;
+
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0)
+        die("the keeper at %s cannot be identified: %s", where, strerror(errno));
+    if (peer.uid != 0 && peer.uid != geteuid())
+        die("the keeper at %s belongs to user %u, not to root or to this QEMU's user", where, (unsigned int)peer.uid);
+}
+
+void keeper_connect(const char *where)
+{
+    struct timeval patience = {.tv_sec = ANSWER_SECONDS};
+    int fd = strncmp(where, "fd:", 3) ? reach(where) : inherit(where + 3);
+
+    check_peer(fd, where);
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) < 0 ||
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) < 0)
+        die("no time limit for the keeper: %s", strerror(errno));
+    /* Started without stdio, the socket may have got one of its numbers, which QEMU or the hop will use otherwise. */
+    connection = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+    if (connection < 0)
+        die("no descriptor for the keeper: %s", strerror(errno));
+    close(fd);
+    hop.keeper = true;
+    say_hello();
+}
+
+void keeper_close(void)
+{
+    pthread_mutex_lock(&conversation);
+    if (connection >= 0)
+        close(connection);
+    connection = -1;
+    pthread_mutex_unlock(&conversation);
+}

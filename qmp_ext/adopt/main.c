@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What this process is, what it was told, and how failures are said.
+ *
+ * The library is told what to do by the environment of the destination:
+ *   SEVHOP_KEEPER  the keeper's socket, a path or fd:N; without it nothing is adopted, the commands are there and say so
+ *   SEVHOP_STDERR  a descriptor that becomes stderr when the hop is over; until then stderr is read by who started the hop
+ */
+#include "adopt.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+struct hop hop;
+pthread_mutex_t adopt_lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+
+static int later_stderr = -1;
+
+static void print_line(const char *format, va_list arguments)
+{
+    char line[1024] = "sevhop adopt: ";
+    size_t length = strlen(line);
+
+    vsnprintf(line + length, sizeof line - length - 1, format, arguments);
+    length = strlen(line);
+    line[length++] = '\n';
+    if (write(STDERR_FILENO, line, length) < 0) {
+        /* Nobody is left to be told. */
+    }
+}
+
+void say(const char *format, ...)
+{
+    int saved = errno;
+    va_list arguments;
+
+    va_start(arguments, format);
+    print_line(format, arguments);
+    va_end(arguments);
+    errno = saved;
+}
+
+/* _exit, not exit: QEMU's exit handlers would remove sockets and files that are still the source's. */
+void die(const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    print_line(format, arguments);
+    va_end(arguments);
+    _exit(1);
+}
+
+const char *context_name(enum guest_context context)
+{
+    switch (context) {
+    case CONTEXT_SEV:
+        return "sev";
+    case CONTEXT_SEV_ES:
+        return "sev-es";
+    default:
+        return "none";
+    }
+}
+
+/*
+ * Own parsers: newer headers redirect strtoul() and sscanf() to symbols that the C library of an older Debian, under which
+ * the destination may run, does not have.
+ */
+bool parse_number(const char *text, unsigned long long *number)
+{
+    unsigned long long value = 0;
+
+    if (!*text)
+        return false;
+    for (; *text; text++) {
+        if (*text < '0' || *text > '9' || value > (ULLONG_MAX - 9) / 10)
+            return false;
+        value = value * 10 + (unsigned long long)(*text - '0');
+    }
+    *number = value;
+    return true;
+}
+
+static int hex_digit(char digit)
+{
+    if (digit >= '0' && digit <= '9')
+        return digit - '0';
+    if (digit >= 'a' && digit <= 'f')
+        return digit - 'a' + 10;
+    if (digit >= 'A' && digit <= 'F')
+        return digit - 'A' + 10;
+    return -1;
+}
+
+bool parse_hex(const char *text, unsigned char *bytes, size_t size)
+{
+    if (strlen(text) != 2 * size)
+        return false;
+    for (size_t i = 0; i < size; i++) {
+        int high = hex_digit(text[2 * i]), low = hex_digit(text[2 * i + 1]);
+
+        if (high < 0 || low < 0)
+            return false;
+        bytes[i] = (unsigned char)(high << 4 | low);
+    }
+    return true;
+}
+
+/* QEMU's children are no destinations: takes this library, and only it, out of LD_PRELOAD. */
+static void leave_environment(void)
+{
+    const char *preload = getenv("LD_PRELOAD");
+    Dl_info self;
+
+    unsetenv("SEVHOP_KEEPER");
+    unsetenv("SEVHOP_STDERR");
+    if (!preload || !dladdr((void *)leave_environment, &self))
+        return;
+
+    char *entries = strdup(preload), *kept = calloc(1, strlen(preload) + 1), *rest = NULL;
+
+    if (!entries || !kept)
+        die("out of memory");
+    for (char *entry = strtok_r(entries, ": ", &rest); entry; entry = strtok_r(NULL, ": ", &rest)) {
+        if (!strcmp(entry, self.dli_fname))
+            continue;
+        if (*kept)
+            strcat(kept, ":");
+        strcat(kept, entry);
+    }
+    if (*kept)
+        setenv("LD_PRELOAD", kept, 1);
+    else
+        unsetenv("LD_PRELOAD");
+    free(entries);
+    free(kept);
+}
+
+static void take_stderr(const char *text)
+{
+    unsigned long long number;
+
+    if (!parse_number(text, &number) || number > INT_MAX || fcntl((int)number, F_SETFD, FD_CLOEXEC) < 0)
+        die("SEVHOP_STDERR is not an open descriptor: %s", text);
+    later_stderr = (int)number;
+}
+
+void hand_over_stderr(void)
+{
+    if (later_stderr < 0)
+        return;
+    if (dup3(later_stderr, STDERR_FILENO, 0) < 0)
+        say("stderr stays where it is: %s", strerror(errno));
+    close(later_stderr);
+    later_stderr = -1;
+}
+
+__attribute__((constructor)) static void start(void)
+{
+    const char *keeper = getenv("SEVHOP_KEEPER"), *standard_error = getenv("SEVHOP_STDERR");
+
+    if (!is_qemu())
+        return; /* a wrapper script's shell, say: the QEMU that it starts needs the environment as it is */
+    if (standard_error)
+        take_stderr(standard_error);
+    if (keeper)
+        keeper_connect(keeper);
+    leave_environment();
+    commands_install();
+}

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The few functions of QEMU that the library uses, as QEMU 7.2 to 11.1 declare them. Every stock build exports them for its
+ * own modules. Weak, because the library is also loaded into what is not QEMU (a wrapper script's shell).
+ */
+#ifndef SEVHOP_QEMU_H
+#define SEVHOP_QEMU_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct AioContext AioContext;
+typedef struct Error Error;
+typedef struct Monitor Monitor;
+typedef struct QDict QDict;
+typedef struct QList QList;
+typedef struct QObject QObject; /* the first member of QDict and QList: a pointer to one is a pointer to the other */
+typedef struct QmpCommandList QmpCommandList;
+typedef struct VMChangeStateEntry VMChangeStateEntry;
+
+typedef struct Notifier Notifier;
+struct Notifier {
+    void (*notify)(Notifier *notifier, void *data);
+    struct {
+        Notifier *next;
+        Notifier **previous;
+    } node;
+};
+
+typedef void QmpCommandFunc(QDict *arguments, QObject **result, Error **error);
+typedef void VMChangeStateHandler(void *opaque, bool running, int state);
+typedef void QEMUBHFunc(void *opaque);
+
+#pragma GCC visibility push(default)
+#define WEAK __attribute__((weak))
+
+extern WEAK char qmp_commands[]; /* a QmpCommandList */
+WEAK void qmp_register_command(QmpCommandList *list, const char *name, QmpCommandFunc *function, unsigned int options,
+                               uint64_t features);
+WEAK Monitor *monitor_cur(void);
+WEAK int monitor_get_fd(Monitor *monitor, const char *name, Error **error);
+WEAK void error_setg_internal(Error **error, const char *source, int line, const char *function, const char *format, ...)
+    __attribute__((format(printf, 5, 6)));
+
+WEAK QDict *qdict_new(void);
+WEAK void qdict_put_int(QDict *dict, const char *key, int64_t value);
+WEAK void qdict_put_bool(QDict *dict, const char *key, bool value);
+WEAK void qdict_put_str(QDict *dict, const char *key, const char *value);
+WEAK void qdict_put_obj(QDict *dict, const char *key, QObject *value);
+WEAK const char *qdict_get_try_str(const QDict *dict, const char *key);
+WEAK int qdict_haskey(const QDict *dict, const char *key);
+WEAK size_t qdict_size(const QDict *dict);
+WEAK QList *qlist_new(void);
+WEAK void qlist_append_obj(QList *list, QObject *value);
+
+WEAK void qemu_add_machine_init_done_notifier(Notifier *notifier);
+WEAK VMChangeStateEntry *qemu_add_vm_change_state_handler_prio(VMChangeStateHandler *handler, void *opaque, int priority);
+WEAK bool runstate_is_running(void);
+WEAK AioContext *qemu_get_aio_context(void);
+WEAK void aio_bh_schedule_oneshot_full(AioContext *context, QEMUBHFunc *function, void *opaque, const char *name);
+
+#pragma GCC visibility pop
+#undef WEAK
+
+#define QEMU_SYMBOLS(X)                      \
+    X(qmp_commands)                          \
+    X(qmp_register_command)                  \
+    X(monitor_cur)                           \
+    X(monitor_get_fd)                        \
+    X(error_setg_internal)                   \
+    X(qdict_new)                             \
+    X(qdict_put_int)                         \
+    X(qdict_put_bool)                        \
+    X(qdict_put_str)                         \
+    X(qdict_put_obj)                         \
+    X(qdict_get_try_str)                     \
+    X(qdict_haskey)                          \
+    X(qdict_size)                            \
+    X(qlist_new)                             \
+    X(qlist_append_obj)                      \
+    X(qemu_add_machine_init_done_notifier)   \
+    X(qemu_add_vm_change_state_handler_prio) \
+    X(runstate_is_running)                   \
+    X(qemu_get_aio_context)                  \
+    X(aio_bh_schedule_oneshot_full)
+
+#endif

@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * vCPU registers that the kernel accepts only after the move.
+ *
+ * An encrypted guest has the C-bit set in CR3. To KVM that is a reserved address bit until KVM_SET_CPUID2 is called on a VM
+ * that is an SEV guest; the destination becomes one only by the move, long after its CPUID was set. So the device state,
+ * which is loaded before the move, would be refused. The registers are checked without the C-bit and held back; after the
+ * move CPUID is set again, and then they are.
+ */
+#include "adopt.h"
+
+#include <errno.h>
+#include <linux/kvm.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Both start with the same fields; QEMU uses the one that the kernel has. */
+union registers {
+    struct kvm_sregs first;
+    struct kvm_sregs2 second;
+};
+
+_Static_assert(offsetof(struct kvm_sregs, cr3) == offsetof(struct kvm_sregs2, cr3), "cr3 is at one place");
+
+struct vcpu {
+    struct vcpu *next;
+    int fd;
+    unsigned long cpuid_request;
+    struct kvm_cpuid2 *cpuid;
+    unsigned long held_request; /* 0: nothing is held back */
+    union registers held;
+};
+
+static struct vcpu *vcpus;
+
+/* Never freed, so that a pointer stays good without the lock. */
+static struct vcpu *find(int fd)
+{
+    struct vcpu *vcpu;
+
+    pthread_mutex_lock(&adopt_lock);
+    for (vcpu = vcpus; vcpu && vcpu->fd != fd; vcpu = vcpu->next)
+        ;
+    pthread_mutex_unlock(&adopt_lock);
+    return vcpu;
+}
+
+static void *allocate(size_t size)
+{
+    void *memory = calloc(1, size);
+
+    if (!memory)
+        die("out of memory");
+    return memory;
+}
+
+void vcpu_created(int fd)
+{
+    struct vcpu *vcpu = allocate(sizeof *vcpu);
+
+    vcpu->fd = fd;
+    pthread_mutex_lock(&adopt_lock);
+    vcpu->next = vcpus;
+    vcpus = vcpu;
+    pthread_mutex_unlock(&adopt_lock);
+}
+
+static bool before_move(void)
+{
+    return hop.context != CONTEXT_NONE && !sev_moved();
+}
+
+int vcpu_set_cpuid(int fd, unsigned long request, struct kvm_cpuid2 *cpuid)
+{
+    int result = next()->ioctl(fd, request, cpuid);
+    struct vcpu *vcpu = before_move() && !result ? find(fd) : NULL;
+    size_t size = sizeof *cpuid + cpuid->nent * sizeof cpuid->entries[0];
+
+    if (vcpu) {
+        pthread_mutex_lock(&adopt_lock);
+        free(vcpu->cpuid);
+        vcpu->cpuid = memcpy(allocate(size), cpuid, size);
+        vcpu->cpuid_request = request;
+        pthread_mutex_unlock(&adopt_lock);
+    }
+    return result;
+}
+
+/* Fn8000_001F EBX[5:0]: position of the C-bit in a page table entry. */
+static uint64_t encryption_bit(const struct vcpu *vcpu)
+{
+    for (uint32_t i = 0; vcpu->cpuid && i < vcpu->cpuid->nent; i++)
+        if (vcpu->cpuid->entries[i].function == 0x8000001f)
+            return 1ULL << (vcpu->cpuid->entries[i].ebx & 63);
+    return 0;
+}
+
+static void report(const struct kvm_sregs *registers, int error)
+{
+    say("the kernel refuses vCPU registers: %s (cr0 %#llx cr3 %#llx cr4 %#llx efer %#llx apic_base %#llx)", strerror(error),
+        registers->cr0, registers->cr3, registers->cr4, registers->efer, registers->apic_base);
+}
+
+static int hold_back(struct vcpu *vcpu, unsigned long request, void *registers, uint64_t bit)
+{
+    const bool first = (unsigned int)request == KVM_SET_SREGS;
+    const size_t size = first ? sizeof(struct kvm_sregs) : sizeof(struct kvm_sregs2);
+    union registers without;
+    int result;
+
+    memcpy(&without, registers, size);
+    without.first.cr3 &= ~bit;
+    result = next()->ioctl(vcpu->fd, request, &without);
+    if (!result) {
+        pthread_mutex_lock(&adopt_lock);
+        memcpy(&vcpu->held, registers, size);
+        vcpu->held_request = request;
+        pthread_mutex_unlock(&adopt_lock);
+    }
+    return result;
+}
+
+int vcpu_set_registers(int fd, unsigned long request, void *registers)
+{
+    const struct kvm_sregs *common = registers;
+    int result = next()->ioctl(fd, request, registers);
+    struct vcpu *vcpu = before_move() ? find(fd) : NULL;
+    uint64_t bit;
+
+    if (vcpu && !result)
+        vcpu->held_request = 0; /* newer ones, and they are in place */
+    if (!result)
+        return result;
+    if (vcpu && errno == EINVAL && (bit = encryption_bit(vcpu)) && common->cr3 & bit)
+        result = hold_back(vcpu, request, registers, bit);
+    /* QEMU 7.2 does not look at the result: this line is the only sign of a guest that cannot go on. */
+    if (result)
+        report(common, errno);
+    return result;
+}
+
+/* QEMU may read the registers back before the move, and set what it has read: the C-bit must not be lost on the way. */
+int vcpu_get_registers(int fd, unsigned long request, void *registers)
+{
+    int result = next()->ioctl(fd, request, registers);
+    struct vcpu *vcpu = before_move() && !result ? find(fd) : NULL;
+    struct kvm_sregs *common = registers;
+
+    if (vcpu && vcpu->held_request && common->cr3 == (vcpu->held.first.cr3 & ~encryption_bit(vcpu)))
+        common->cr3 = vcpu->held.first.cr3;
+    return result;
+}
+
+/* After the move, for all vCPUs: CPUID makes the C-bit a part of an address, then the registers fit. */
+void vcpus_restore(struct move *move)
+{
+    pthread_mutex_lock(&adopt_lock);
+    for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next) {
+        if (!vcpu->cpuid)
+            continue;
+        if (next()->ioctl(vcpu->fd, vcpu->cpuid_request, vcpu->cpuid) < 0) {
+            move->restore_error = errno;
+            say("CPUID cannot be set again after the move: %s", strerror(errno));
+            continue;
+        }
+        move->vcpus++;
+    }
+    for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next) {
+        if (!vcpu->held_request)
+            continue;
+        if (next()->ioctl(vcpu->fd, vcpu->held_request, &vcpu->held) < 0) {
+            move->restore_error = errno;
+            report(&vcpu->held.first, errno);
+            continue;
+        }
+        vcpu->held_request = 0;
+        move->registers++;
+    }
+    pthread_mutex_unlock(&adopt_lock);
+}
+
+int vcpus_count(void)
+{
+    int count = 0;
+
+    pthread_mutex_lock(&adopt_lock);
+    for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next)
+        count++;
+    pthread_mutex_unlock(&adopt_lock);
+    return count;
+}
+
+int vcpus_held(void)
+{
+    int count = 0;
+
+    pthread_mutex_lock(&adopt_lock);
+    for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next)
+        count += vcpu->held_request != 0;
+    pthread_mutex_unlock(&adopt_lock);
+    return count;
+}

@@ -1,0 +1,170 @@
+"""
+The destination's side of a hop: the library that is preloaded into it, and the QMP commands that it adds there.
+
+The commands are documented, with units and errors, in ``qmp_ext/adopt/adopt.json``. Each has one function here. They
+raise what :meth:`sevhop_qmp.monitor.Monitor.execute` raises: :class:`~sevhop_qmp.errors.CommandError` when the
+destination refuses (its words say why), :class:`~sevhop_qmp.errors.MonitorError` when it is gone or silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .monitor import Monitor
+
+#: The commands that the library adds, as ``query-commands`` lists them.
+COMMANDS = ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status", "x-sev-adopt-finish")
+
+_PRELOAD = "LD_PRELOAD"
+_KEEPER = "SEVHOP_KEEPER"
+_STDERR = "SEVHOP_STDERR"
+
+
+def library_path() -> Path:
+    """
+    Where adopt.so is: inside this package.
+
+    :raises FileNotFoundError: the package was not built (``pip install .`` builds it).
+    """
+    path = Path(__file__).resolve().parent / "preload" / "adopt.so"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: install the package with a C compiler present")
+    return path
+
+
+def environment(
+    keeper: Path | str, stderr: int | None = None, inherited: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """
+    What the environment of a destination must have, and of nothing else: the library takes it away again at once.
+
+    :param keeper: path of the keeper's listening socket, or ``fd:N`` for a connected one that is inherited.
+    :param stderr: inherited descriptor that becomes the destination's stderr when the hop is over.
+    :param inherited: the environment that this will be added to. Other libraries that it preloads stay preloaded.
+    """
+    others = (inherited or {}).get(_PRELOAD, "")
+    added = {_PRELOAD: f"{library_path()}:{others}" if others else str(library_path()), _KEEPER: str(keeper)}
+    if stderr is not None:
+        added[_STDERR] = str(stderr)
+    return added
+
+
+@dataclass(frozen=True)
+class AdoptedRam:
+    """
+    What ``x-sev-adopt-ram`` has mapped.
+
+    :ivar mappings: number of mappings of guest memory.
+    :ivar size: their size, bytes.
+    """
+
+    mappings: int
+    size: int
+
+
+@dataclass(frozen=True)
+class MigrateResult:
+    """
+    What became of a move.
+
+    :ivar errno: the kernel's verdict; 0: the context was moved, and the source VM is dead.
+    :ivar name: symbolic name of ``errno``, ``OK`` for 0.
+    :ivar vcpus: vCPUs whose CPUID was set again after the move.
+    :ivar registers: vCPUs whose registers had been held back and are set now.
+    :ivar restore_errno: not 0 when one of these could not be set: the context is here, the guest cannot run.
+    """
+
+    errno: int
+    name: str
+    vcpus: int
+    registers: int
+    restore_errno: int
+
+
+@dataclass(frozen=True)
+class AdoptedMemfd:
+    """A memfd of the source that the destination uses: its name, size in bytes, and inode."""
+
+    name: str
+    size: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class AdoptStatus:
+    """
+    How far a destination has come.
+
+    :ivar context: ``none``, ``sev`` or ``sev-es``, as the keeper said.
+    :ivar source: ``running`` or ``ended``, as the keeper said; ``none`` without a keeper.
+    :ivar ram: ``none`` (nothing adopted), ``private`` (copies), ``shared`` (the guest's own pages).
+    :ivar moved: the SEV context is here.
+    :ivar finished: the hop is over.
+    :ivar answered: launch commands answered in the kernel's place.
+    :ivar regions: encrypted regions that were registered before there was a context.
+    :ivar runs_refused: times that the VM was about to run too early.
+    :ivar vm_type: as given to KVM_CREATE_VM; 0 is the only one that a destination may have.
+    :ivar vcpus: vCPUs that QEMU has created.
+    :ivar registers_held: vCPUs whose registers wait for the move.
+    :ivar listeners: listening sockets taken over.
+    :ivar memfds: memory taken over, in the order in which QEMU asked for it.
+    """
+
+    context: str
+    source: str
+    ram: str
+    moved: bool
+    finished: bool
+    answered: int
+    regions: int
+    runs_refused: int
+    vm_type: int
+    vcpus: int
+    registers_held: int
+    listeners: int
+    memfds: tuple[AdoptedMemfd, ...]
+
+
+async def adopt_ram(monitor: Monitor) -> AdoptedRam:
+    """
+    Map the guest's own pages instead of the copies. The source must have stopped: from now on the destination's writes
+    are the guest's. May be repeated.
+    """
+    answer: dict[str, Any] = await monitor.execute("x-sev-adopt-ram")
+    return AdoptedRam(answer["mappings"], answer["bytes"])
+
+
+async def migrate_from(monitor: Monitor, name: str) -> MigrateResult:
+    """
+    Move the SEV context of a source VM into the destination. One attempt; see :mod:`sevhop_qmp.move` for the retries.
+
+    :param name: under which the source's VM descriptor was sent over this monitor. The call consumes it unless it
+        raises before it has looked for it: send the descriptor again before every attempt.
+    """
+    answer: dict[str, Any] = await monitor.execute("x-sev-migrate-from", {"fd": name})
+    return MigrateResult(
+        errno=answer["errno"],
+        name=answer["name"],
+        vcpus=answer["vcpus"],
+        registers=answer["registers"],
+        restore_errno=answer["restore-errno"],
+    )
+
+
+async def adopt_status(monitor: Monitor) -> AdoptStatus:
+    """What the library has done so far."""
+    answer: dict[str, Any] = await monitor.execute("x-sev-adopt-status")
+    memfds = tuple(AdoptedMemfd(memfd["name"], memfd["size"], memfd["inode"]) for memfd in answer.pop("memfds"))
+    return AdoptStatus(memfds=memfds, **{name.replace("-", "_"): value for name, value in answer.items()})
+
+
+async def finish(monitor: Monitor) -> None:
+    """
+    The hop is over: the destination accepts clients on the sockets it has taken over, its stderr goes where the
+    source's went, and the keeper is not asked any more. May be repeated.
+    """
+    await monitor.execute("x-sev-adopt-finish")
