@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.CRITICAL, format="%(name)s: %(message)s", stream=sys.stderr
     )
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
     status: int = options.run(options)
     return status
 

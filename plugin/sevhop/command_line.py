@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 PRIVATE_MONITOR = "sevhop-monitor"
 
 # Options of qemu-options.hx that take no argument.
-_FLAGS = frozenset(  # noqa: SIM905 - a list of words reads better
+_FLAGS = frozenset(
     """
     S s alt-grab ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile full-screen h help
     mem-prealloc no-acpi no-fd-bootchk no-hpet no-kvm no-quit no-reboot no-shutdown no-user-config nodefaults

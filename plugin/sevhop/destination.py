@@ -66,11 +66,13 @@ class Destination:
         log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the destination is ours
         stderr = _duplicate_or_null(source, 2)
         stdout = _duplicate_or_null(source, 1)
+        environment = _inherited_environment(source)
+        environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", stderr, inherited=environment)
         try:
             child = _spawn(
                 [emulator, *command_line.incoming(list(arguments), theirs.fileno())],
                 source,
-                {**_inherited_environment(source), **adopt.environment(f"fd:{keeper.theirs.fileno()}", stderr)},
+                environment,
                 stdout=stdout,
                 stderr=log.fileno(),
                 keep=[theirs.fileno(), keeper.theirs.fileno(), stderr],

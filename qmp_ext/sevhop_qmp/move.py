@@ -136,7 +136,7 @@ async def move(destination: Monitor, destination_pid: int, source_vm_fd: int, *,
 
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_result(_is_transient),
-        wait=tenacity.wait_exponential_jitter(initial=0.001, max=0.1, jitter=0.001),
+        wait=tenacity.wait_exponential(multiplier=0.001, max=0.1) + tenacity.wait_random(0, 0.001),
         stop=tenacity.stop_after_delay(deadline),
         # Out of time: the last verdict is the answer.
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,

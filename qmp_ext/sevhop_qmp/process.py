@@ -15,6 +15,7 @@ import re
 import resource
 import signal
 import socket
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 #: ``/proc/PID/fd`` link of a KVM VM descriptor.
 KVM_VM_LINK = "anon_inode:kvm-vm"
+
+_PAGE_PRESENT_OR_SWAPPED = 3 << 62
 
 _LIMITS: Mapping[str, int] = {
     "Max core file size": resource.RLIMIT_CORE,
@@ -273,6 +276,27 @@ class QemuProcess:
             yield fd
         finally:
             os.close(fd)
+
+    def populated(self, start: int, length: int) -> list[tuple[int, int]]:
+        """
+        Those parts of a mapped range that have pages (Documentation/admin-guide/mm/pagemap.rst), as (first, end)
+        offsets from ``start``. What is left out has never been touched.
+        """
+        page = resource.getpagesize()
+        try:
+            with (self._proc / "pagemap").open("rb", buffering=0) as file:
+                table = os.pread(file.fileno(), -(-length // page) * 8, start // page * 8)
+        except OSError as err:
+            raise self._unreadable("pagemap", err) from err
+        areas: list[tuple[int, int]] = []
+        for number, (entry,) in enumerate(struct.iter_unpack("<Q", table)):
+            if entry & _PAGE_PRESENT_OR_SWAPPED:
+                first, end = number * page, min((number + 1) * page, length)
+                if areas and areas[-1][1] == first:
+                    areas[-1] = (areas[-1][0], end)
+                else:
+                    areas.append((first, end))
+        return areas
 
     # -- reading /proc ---------------------------------------------------------------------------
 

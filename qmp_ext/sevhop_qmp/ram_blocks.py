@@ -178,7 +178,7 @@ class Carrier:
         self._source = source
         self._destination = destination
         self._pairs = list(pairs)
-        self._carried: dict[str, bytes] = {}
+        self._carried: dict[str, bytearray] = {}
 
     def carry(self) -> int:
         """
@@ -191,23 +191,38 @@ class Carrier:
         with self._source.memory() as read_fd, self._destination.memory(write=True) as write_fd:
             for ours, theirs in self._pairs:
                 try:
-                    now = os.pread(read_fd, ours.used, ours.host)
-                    before = self._carried.get(ours.name) or os.pread(write_fd, theirs.used, theirs.host)
-                    if len(now) != ours.used or len(before) != theirs.used:
-                        raise RamError(f"RAM block {ours.name} cannot be read in full")
-                    if now != before:
-                        written += _write_changes(write_fd, theirs.host, before, now)
+                    # Most of a large block is often untouched, video memory above all. A page that neither process
+                    # has ever touched is zero in both, and looking at it would make it a page.
+                    areas = self._source.populated(ours.host, ours.used)
+                    image = self._carried.get(ours.name)
+                    if image is None:
+                        own = self._destination.populated(theirs.host, theirs.used)
+                        image = self._carried[ours.name] = bytearray(theirs.used)
+                        for start, end in own:
+                            image[start:end] = _read(write_fd, theirs.host + start, end - start)
+                        areas += own
+                    for start, end in areas:
+                        now = _read(read_fd, ours.host + start, end - start)
+                        if now != image[start:end]:
+                            written += _write_changes(write_fd, theirs.host + start, image[start:end], now)
+                            image[start:end] = now
                 except OSError as err:
                     raise RamError(f"RAM block {ours.name} cannot be carried over: {err.strerror}") from err
-                self._carried[ours.name] = now
         return written
 
 
-def _write_changes(fd: int, host: int, before: bytes, now: bytes) -> int:
+def _read(fd: int, address: int, count: int) -> bytes:
+    data = os.pread(fd, count, address)
+    if len(data) != count:
+        raise RamError(f"only {len(data)} of {count} bytes of a RAM block can be read")
+    return data
+
+
+def _write_changes(fd: int, address: int, before: bytearray, now: bytes) -> int:
     written = 0
-    old, new = memoryview(before), memoryview(now)
+    new = memoryview(now)
     for start in range(0, len(now), CHUNK):
         piece = new[start : start + CHUNK]
-        if piece != old[start : start + CHUNK]:
-            written += os.pwrite(fd, piece, host + start)
+        if piece != memoryview(before)[start : start + CHUNK]:
+            written += os.pwrite(fd, piece, address + start)
     return written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from sevhop.command_line import PRIVATE_MONITOR, derive, incoming, parse, properties
 
 TOKEN = "0123abcd"
@@ -72,9 +71,8 @@ def test_server_sockets_do_not_wait_for_a_client(before: str, after: str) -> Non
 
 
 def test_json_server_socket_does_not_wait() -> None:
-    value = (
-        '{"id": "c", "backend": {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "/s"}}, "wait": true}}}'
-    )
+    address = '{"type": "unix", "data": {"path": "/s"}}'
+    value = f'{{"id": "c", "backend": {{"type": "socket", "data": {{"addr": {address}, "wait": true}}}}}}'
     (_, after) = derived("-chardev", value)
     assert '"wait": false' in after
 
@@ -117,7 +115,12 @@ def test_nographic_without_the_terminal_is_fine() -> None:
 
 def test_options_are_split_as_qemu_splits_them() -> None:
     options = parse(["-S", "disk.img", "--name", "x", "-m"])
-    assert [(option.name, option.value) for option in options] == [("S", None), ("", "disk.img"), ("name", "x"), ("m", "")]
+    assert [(option.name, option.value) for option in options] == [
+        ("S", None),
+        ("", "disk.img"),
+        ("name", "x"),
+        ("m", ""),
+    ]
 
 
 def test_properties_of_both_notations() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-
 from sevhop_qmp import misc_cgroup
 from sevhop_qmp.errors import MoveError
 from sevhop_qmp.monitor import Monitor
@@ -74,7 +73,7 @@ def test_busy_ends_with_the_deadline() -> None:
 def test_full_cgroup_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     full = misc_cgroup.FullCgroup("/guests", "sev", 5, 5)
     monkeypatch.setattr(misc_cgroup, "find_full", lambda pid: full)
-    with pytest.raises(MoveError, match="cgroup /guests: sev 5 of 5 in use; raise misc.max"):
+    with pytest.raises(MoveError, match=r"cgroup /guests: sev 5 of 5 in use; raise misc\.max"):
         run(FakeDestination(errno.EBUSY), deadline=0.02)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.ram_blocks import RamBlock, not_shared, parse_ramblock_table
 
@@ -33,7 +32,9 @@ def test_table_of_new_qemu_has_addresses() -> None:
     assert rows[1].name == "pc.bios"
 
 
-@pytest.mark.parametrize("text", ["", "unknown command: 'info ramblock'", QEMU_7 + "ram1 4 KiB\n", QEMU_7 + "x y z a b c\n"])
+@pytest.mark.parametrize(
+    "text", ["", "unknown command: 'info ramblock'", QEMU_7 + "ram1 4 KiB\n", QEMU_7 + "x y z 1 2 size\n"]
+)
 def test_what_is_no_such_table_is_refused(text: str) -> None:
     with pytest.raises(RamError):
         parse_ramblock_table(text)
