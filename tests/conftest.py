@@ -1,0 +1,34 @@
+"""What all tests share: the kinds of test, and the accelerator that this machine really has."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from guests import counter, emulators
+from guests.build import BuildFailed
+from guests.machine import Accelerator, Machine
+from guests.running import Guest, GuestFailed
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the directory that they lie in: ``qemu``, ``lab``, ``libvirt``."""
+    for item in items:
+        kind = item.path.relative_to(TESTS).parts[0]
+        if kind in ("qemu", "lab", "libvirt"):
+            item.add_marker(kind)
+
+
+@pytest.fixture(scope="session")
+def accelerator(tmp_path_factory: pytest.TempPathFactory) -> Accelerator:
+    """``kvm`` if a guest really runs under it (/dev/kvm may exist and be of no use), else ``tcg``."""
+    try:
+        machine = Machine(tmp_path_factory.mktemp("kvm"), accelerator="kvm", bios=counter.firmware())
+        with Guest.start(machine, emulators.installed()) as guest:
+            guest.wait_for_ticks(3, timeout=10)
+    except (GuestFailed, emulators.EmulatorMissing, BuildFailed, subprocess.SubprocessError):
+        return "tcg"
+    return "kvm"

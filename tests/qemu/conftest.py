@@ -1,0 +1,110 @@
+"""
+Tests that run real QEMU processes.
+
+Every guest lives in the test's own temporary directory and is ended by pid when the test ends. After each test
+nothing may be left: no process with that directory on its command line, no child, no file in /dev/shm, no entry in
+the product's run directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from guests import counter, emulators
+from guests.build import BuildFailed
+from guests.machine import Accelerator, Machine
+from guests.running import Guest, processes_of
+
+#: Starts a guest in an emulator; the guest is ended with the test.
+StartGuest = Callable[[Machine, Path], Guest]
+#: Describes a bare-metal counter; keywords are fields of :class:`guests.machine.Machine`.
+DescribeCounter = Callable[..., Machine]
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Callable[[str], Path]:
+    """The emulator of a version, such as ``emulators.OLD``; the test is skipped if it is not to be had."""
+
+    def find(label: str) -> Path:
+        try:
+            return emulators.emulator(label)
+        except emulators.EmulatorMissing as err:
+            pytest.skip(f"no QEMU {label}: {err}")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def old(emulator: Callable[[str], Path]) -> Path:
+    """The older of the two QEMUs."""
+    return emulator(emulators.OLD)
+
+
+@pytest.fixture(scope="session")
+def new(emulator: Callable[[str], Path]) -> Path:
+    """The newer of the two QEMUs."""
+    return emulator(emulators.NEW)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """
+    A private directory for a guest, with a short enough name for sockets in it (108 bytes).
+
+    pytest's own names grow with the test's.
+    """
+    return tmp_path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartGuest]:
+    """Start guests that end with the test, at the latest."""
+    with ExitStack() as guests:
+        yield lambda machine, emulator: guests.enter_context(Guest.start(machine, emulator))
+
+
+@pytest.fixture
+def counter_machine(tmp_path: Path, accelerator: Accelerator) -> DescribeCounter:
+    """Describe a machine that runs the bare-metal counter, with the accelerator that this host has."""
+    try:
+        firmware = counter.firmware()
+    except BuildFailed as err:
+        pytest.skip(f"the bare-metal counter cannot be built: {err}")
+
+    def describe(**fields: object) -> Machine:
+        described: dict[str, object] = {"accelerator": accelerator, "bios": firmware, "memory_mib": 32, **fields}
+        return Machine(tmp_path, **described)  # type: ignore[arg-type]
+
+    return describe
+
+
+def _children() -> set[int]:
+    return {
+        int(pid)
+        for thread in os.listdir("/proc/self/task")
+        for pid in Path(f"/proc/self/task/{thread}/children").read_text().split()
+    }
+
+
+def _left_over(directory: Path) -> dict[str, set[str]]:
+    run_directory = Path("/run/sevhop")
+    return {
+        "processes": {str(pid) for pid in processes_of(directory)},
+        "children": {str(pid) for pid in _children()},
+        "/dev/shm": set(os.listdir("/dev/shm")),
+        "/run/sevhop": set(os.listdir(run_directory)) if run_directory.is_dir() else set(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """Fail a test that leaves something behind."""
+    before = _left_over(tmp_path)
+    yield
+    after = _left_over(tmp_path)
+    left = {kind: names - before[kind] for kind, names in after.items() if names - before[kind]}
+    assert not left, f"left behind: {left}"

@@ -1,0 +1,73 @@
+"""The guests themselves, without a hop: each runs on each QEMU and can tell when it is harmed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from guests import counter, emulators
+from guests.machine import I440FX, Q35
+from guests.running import Guest
+
+from .conftest import DescribeCounter, StartGuest
+
+BOTH = pytest.mark.parametrize("label", [emulators.OLD, emulators.NEW])
+
+
+def guest_memory(guest: Guest) -> Path:
+    """The guest's memory as a file: the memfd that its QEMU holds."""
+    for entry in os.scandir(f"/proc/{guest.pid}/fd"):
+        if os.readlink(entry.path).startswith("/memfd:memory-backend-memfd"):
+            return Path(entry.path)
+    raise AssertionError("no memfd")
+
+
+@BOTH
+@pytest.mark.parametrize("machine_type", [Q35, I440FX])
+def test_counter_counts(
+    label: str,
+    machine_type: str,
+    emulator: Callable[[str], Path],
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+) -> None:
+    guest = start(counter_machine(type=machine_type), emulator(label))
+    guest.wait_for_ticks(20)
+    with open(guest_memory(guest), "rb") as memory:
+        first, second = (int.from_bytes(os.pread(memory.fileno(), 8, counter.COUNTER), "little") for _ in range(2))
+        assert 0 < first <= second
+        assert os.pread(memory.fileno(), 4, counter.MAGIC_AT) == counter.MAGIC.to_bytes(4, "little")
+    verdict = guest.stop()
+    assert verdict.unharmed, verdict
+
+
+def test_counter_notices_foreign_memory(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    with open(guest_memory(guest), "r+b") as memory:
+        # A page that it comes to soon: it checks one with each line.
+        page = counter.PATTERN + (guest.seen().last + 50) * 4096
+        os.pwrite(memory.fileno(), b"not the guest's", page + 1234 // 4 * 4)
+    guest.wait_for_line("BAD ", timeout=30)
+    assert guest.log().count(f"BAD {page + 1232:08x}") == 1
+    verdict = guest.stop()
+    assert verdict.memory_errors == 1
+    assert not verdict.unharmed
+
+
+def test_counter_notices_a_restart(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    guest.execute("system_reset")
+    guest.wait_for_ticks(5)
+    verdict = guest.stop()
+    assert verdict.restarts == 1
+    assert not verdict.ticks_repeated
+
+
+def test_rich_machine_runs(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(rich=True, network=True, disk_mib=16), old)
+    guest.wait_for_ticks(5)
+    assert guest.execute("query-status")["running"]

@@ -1,0 +1,19 @@
+"""
+Guests that notice when they are harmed, and the QEMUs to run them in.
+
+Tests, ``tools/demo`` and the measurements run these guests while they are hopping, and have them judged afterwards:
+
+===============  ========================================================================================
+module           what
+===============  ========================================================================================
+``emulators``    the QEMU versions: the machine's own, and others fetched by ``tools/fetch-qemu``
+``machine``      a guest's command line, from a short description
+``counter``      a bare-metal guest that counts and checks its memory; boots in no time, runs under KVM and TCG
+``linux``        a small Linux that writes to its disk, pings, checks its memory; TCG is enough
+``running``      a guest that runs: start, control, wait, stop
+``judge``        what happened to a guest: ticks lost or repeated, restarts, damage to disk and memory
+===============  ========================================================================================
+
+It lies in ``tools/`` because it is no part of the product: programs in ``tools/`` import it as it stands, pytest by
+``pythonpath`` in setup.cfg.
+"""

@@ -1,0 +1,88 @@
+"""What guests are made of is built once and kept in ``.cache/guests``, under a name that changes with its sources."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+#: The project's root.
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "guests"
+
+
+class BuildFailed(Exception):
+    """A guest could not be built; the message has the tool's own words."""
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """
+    Run a tool and return what it prints.
+
+    :raises BuildFailed: it is not installed, or failed.
+    """
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    except OSError as err:
+        raise BuildFailed(f"{command[0]}: {err.strerror}") from err
+    if done.returncode:
+        raise BuildFailed(f"{Path(command[0]).name} failed ({done.returncode}): {done.stderr.strip()}")
+    return done.stdout
+
+
+def built(name: str, sources: Sequence[Path | str], make: Callable[[Path], None]) -> Path:
+    """
+    The file that ``make`` makes from ``sources``, made now if it has not been before.
+
+    :param name: of the file, with its suffix.
+    :param sources: files, whose contents count, and strings.
+    :param make: called with the path to write to.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        content = source.read_bytes() if isinstance(source, Path) else source.encode()
+        digest.update(b"%d\n" % len(content) + content)
+    wanted = CACHE / f"{Path(name).stem}-{digest.hexdigest()[:16]}{Path(name).suffix}"
+    if not wanted.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with open(CACHE / f"{name}.lock", "w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not wanted.exists():
+                with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+                    made = Path(scratch) / name
+                    make(made)
+                    os.rename(made, wanted)
+    return wanted
+
+
+def packages(name: str, suite: str, only: str, wanted: Sequence[str]) -> Path:
+    """
+    Debian packages, unpacked into a directory of the cache.
+
+    :param name: of the directory.
+    :param only: of what the wanted packages need, the names that match this expression; see ``tools/fetch-packages``.
+    """
+    directory = CACHE / f"{name}-{suite}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}-{suite}.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            run([ROOT / "tools" / "fetch-packages", "--only", only, suite, directory, *wanted])
+    return directory
+
+
+def tool(name: str) -> str:
+    """
+    The full path of a program that must be installed.
+
+    :raises BuildFailed: it is not.
+    """
+    path = shutil.which(name)
+    if path is None:
+        raise BuildFailed(f"{name} is not installed")
+    return path

@@ -1,0 +1,234 @@
+/*
+ * The bare-metal counter: a firmware image (-bios, 64 KiB) that counts and checks its own memory for ever.
+ *
+ * Serial port COM1:
+ *   START          once, when it begins; a second START means that the guest was restarted
+ *   0000002a       the number of the line (hexadecimal, from 1), one more in every line, a line every 10 ms
+ *   BAD aaaaaaaa   the memory at this address does not hold what was written there
+ *
+ * Guest-physical memory (the guest needs 16 MiB):
+ *   0x100000       this program, copied here at the start, so that it runs without its ROM
+ *   0x200000       u64, the counter; it always grows (two 32-bit additions: not atomic for somebody who looks on)
+ *   0x200008       u32, the number of the last line
+ *   0x20000c       u32, how many BAD lines there were
+ *   0x200010       u32, MAGIC once it counts
+ *   0x400000       4 MiB of a pattern, different in every page. With each line one page is checked and written anew in
+ *                  the next generation, so that a stale page is seen as well as a foreign one.
+ *
+ * The low half of the counter and the generation are also kept in registers: memory and vCPU state reach the next
+ * VMM by different ways and must fit together afterwards.
+ *
+ * Nothing but `in` and `out` leaves the guest on purpose: it also runs where no other instruction can be
+ * intercepted, and slowly (string instructions where possible) where KVM emulates every single instruction.
+ */
+
+#define ROM         0xffff0000          /* where the image is mapped, just below 4 GiB */
+#define PROGRAM     0x00100000
+#define COUNTER     0x00200000
+#define LINE        0x00200008
+#define BAD_LINES   0x0020000c
+#define MAGIC_AT    0x00200010
+#define LAST_TIME   0x00200014          /* u16, reading of the timer at the last line */
+#define PATTERN     0x00400000
+#define PATTERN_END 0x00800000
+#define STACK       0x00007000
+#define PAGE        4096
+
+#define MAGIC       0x746e6f63          /* "cont" */
+#define GENERATION_STEP 0x9e3779b9      /* odd: consecutive generations differ in many bits */
+#define COUNTS_PER_LOOK 256             /* counts between two looks at the timer, a power of two */
+
+#define COM1_DATA         0x3f8
+#define COM1_LINE_STATUS  0x3fd
+#define TRANSMITTER_EMPTY 0x20
+
+/* The i8254 timer, channel 0: counts down 1193182 times a second, from 65535 to 0 and again. */
+#define TIMER_DATA    0x40
+#define TIMER_CONTROL 0x43
+#define RATE_GENERATOR 0x34
+#define LATCH         0x00
+#define TICKS_PER_LINE 11932            /* 10 ms */
+
+/* Registers with a meaning all the time: esi low half of the counter, ebp generation, edi next page of the pattern. */
+
+        .text
+        .org 0
+        .code16
+start16:
+        cli
+        xorw    %ax, %ax
+        lgdtl   %cs:(gdt_in_rom - start16)
+        movl    %cr0, %eax
+        orl     $1, %eax
+        movl    %eax, %cr0
+        ljmpl   $0x08, $(ROM + start32 - start16)
+
+        .code32
+start32:
+        movw    $0x10, %ax
+        movw    %ax, %ds
+        movw    %ax, %es
+        movw    %ax, %ss
+        movl    $STACK, %esp
+        cld
+        movl    $ROM, %esi
+        movl    $PROGRAM, %edi
+        movl    $(0x10000 / 4), %ecx
+        rep movsl
+        ljmpl   $0x08, $(PROGRAM + in_ram - start16)
+
+in_ram:
+        lgdtl   PROGRAM + gdt_in_ram - start16
+
+        movl    $(PROGRAM + start_line - start16), %ebx
+        call    put_string
+
+        /* Generation 0 of the pattern: each word of a page holds the page's address. */
+        movl    $PATTERN, %edi
+1:      movl    %edi, %eax
+        movl    $(PAGE / 4), %ecx
+        rep stosl
+        cmpl    $PATTERN_END, %edi
+        jb      1b
+
+        movb    $RATE_GENERATOR, %al
+        outb    %al, $TIMER_CONTROL
+        movb    $0, %al
+        outb    %al, $TIMER_DATA
+        outb    %al, $TIMER_DATA
+
+        xorl    %esi, %esi
+        xorl    %ebp, %ebp
+        movl    $PATTERN, %edi
+        movl    %esi, COUNTER
+        movl    %esi, COUNTER + 4
+        movl    %esi, LINE
+        movl    %esi, BAD_LINES
+        movl    %esi, LAST_TIME
+        movl    $MAGIC, MAGIC_AT
+
+count:
+        addl    $1, COUNTER
+        adcl    $0, COUNTER + 4
+        incl    %esi
+        testl   $(COUNTS_PER_LOOK - 1), %esi
+        jnz     count
+
+        movb    $LATCH, %al
+        outb    %al, $TIMER_CONTROL
+        inb     $TIMER_DATA, %al
+        movb    %al, %dl
+        inb     $TIMER_DATA, %al
+        movb    %al, %dh
+        movw    LAST_TIME, %ax
+        subw    %dx, %ax
+        cmpw    $TICKS_PER_LINE, %ax
+        jb      count
+        movw    %dx, LAST_TIME
+
+        /* vCPU state and memory of the same moment? */
+        cmpl    %esi, COUNTER
+        je      2f
+        movl    $COUNTER, %edx
+        call    put_bad
+        movl    COUNTER, %esi
+2:
+        movl    %edi, %ebx
+        movl    %ebp, %eax
+        xorl    %ebx, %eax
+        movl    $(PAGE / 4), %ecx
+        repe scasl
+        je      3f
+        leal    -4(%edi), %edx
+        call    put_bad
+3:
+        movl    %ebx, %edi
+        leal    GENERATION_STEP(%ebp), %eax
+        xorl    %ebx, %eax
+        movl    $(PAGE / 4), %ecx
+        rep stosl
+        cmpl    $PATTERN_END, %edi
+        jb      4f
+        movl    $PATTERN, %edi
+        addl    $GENERATION_STEP, %ebp
+4:
+        incl    LINE
+        movl    LINE, %edx
+        call    put_hex
+        movb    $'\n', %al
+        call    put_char
+        jmp     count
+
+/* "BAD" and the address in edx. Changes eax, edx. */
+put_bad:
+        incl    BAD_LINES
+        pushl   %ebx
+        movl    $(PROGRAM + bad_mark - start16), %ebx
+        pushl   %edx
+        call    put_string
+        popl    %edx
+        call    put_hex
+        popl    %ebx
+        movb    $'\n', %al
+        jmp     put_char
+
+/* The zero-terminated string at ebx. Changes eax, ebx. */
+put_string:
+        movb    (%ebx), %al
+        testb   %al, %al
+        jz      5f
+        call    put_char
+        incl    %ebx
+        jmp     put_string
+5:      ret
+
+/* edx as eight hexadecimal digits. Changes eax, ebx, edx. */
+put_hex:
+        movl    $8, %ebx
+6:      roll    $4, %edx
+        movb    %dl, %al
+        andb    $15, %al
+        addb    $'0', %al
+        cmpb    $'9', %al
+        jbe     7f
+        addb    $('a' - '9' - 1), %al
+7:      call    put_char
+        decl    %ebx
+        jnz     6b
+        ret
+
+/* The character in al, when the port takes it. */
+put_char:
+        pushl   %edx
+        movb    %al, %ah
+        movw    $COM1_LINE_STATUS, %dx
+8:      inb     %dx, %al
+        testb   $TRANSMITTER_EMPTY, %al
+        jz      8b
+        movb    %ah, %al
+        movw    $COM1_DATA, %dx
+        outb    %al, %dx
+        popl    %edx
+        ret
+
+start_line:
+        .asciz  "START\n"
+bad_mark:
+        .asciz  "BAD "
+
+        .align  8
+gdt:    .quad   0
+        .quad   0x00cf9b000000ffff      /* 0x08: code, flat */
+        .quad   0x00cf93000000ffff      /* 0x10: data, flat */
+gdt_in_ram:
+        .word   3 * 8 - 1
+        .long   PROGRAM + gdt - start16
+gdt_in_rom:
+        .word   3 * 8 - 1
+        .long   ROM + gdt - start16
+
+        .org    0xfff0                  /* where the processor starts */
+        .code16
+        .byte   0xe9
+        .word   start16 - (. + 2)
+        .org    0x10000

@@ -1,0 +1,44 @@
+"""
+The bare-metal counter, ``counter.S``: what it prints and keeps in memory is described there.
+
+The addresses are guest-physical; the guest's memory starts at 0 and has no hole below 2 GiB, so they are offsets in
+its memory backend as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import build
+
+_SOURCE = Path(__file__).with_name("counter.S")
+
+#: u64, little endian: the counter.
+COUNTER = 0x200000
+#: u32: the number of the last line.
+LINE = 0x200008
+#: u32: how often memory was not what it should be.
+BAD_LINES = 0x20000C
+#: u32: MAGIC once the guest counts.
+MAGIC_AT = 0x200010
+MAGIC = 0x746E6F63
+#: First and next byte after the memory that the guest checks.
+PATTERN = 0x400000
+PATTERN_END = 0x800000
+#: The least memory it runs with.
+MEMORY_MIB = 16
+
+
+def firmware() -> Path:
+    """
+    The image for ``-bios``, assembled if need be.
+
+    :raises build.BuildFailed: no assembler.
+    """
+    return build.built("counter.bin", [_SOURCE], _assemble)
+
+
+def _assemble(image: Path) -> None:
+    unlinked = image.with_suffix(".o")
+    build.run(["gcc", "-m32", "-c", "-o", unlinked, _SOURCE])
+    build.run(["ld", "-m", "elf_i386", "-Ttext", "0", "--entry", "0", "--oformat", "binary", "-o", image, unlinked])
