@@ -13,7 +13,6 @@ import os
 import resource
 import socket
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -35,7 +34,11 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 class Destination:
-    """A started destination. :meth:`start`, then either let it live (:meth:`release`) or :meth:`kill` it."""
+    """
+    A started destination. :meth:`start`, then either let it live (:meth:`release`) or :meth:`kill` it.
+
+    It is our child, in a session of its own. When we end, init takes it over; a caller that lives on may wait for it.
+    """
 
     def __init__(self, child: subprocess.Popen[bytes], process: QemuProcess, log: BinaryIO) -> None:
         self._child = child
@@ -63,7 +66,7 @@ class Destination:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         # What QEMU says while it starts is needed for a reason; later it goes where the source's messages went.
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the destination is ours
+        log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
         stderr = _duplicate_or_null(source, 2)
         stdout = _duplicate_or_null(source, 1)
         environment = _inherited_environment(source)
@@ -126,8 +129,6 @@ class Destination:
         await self.monitor.close()
         self.process.close()
         self._log.close()
-        # Not our child to wait for any more: it outlives us.
-        self._child.returncode = 0
 
 
 def _spawn(

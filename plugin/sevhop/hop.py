@@ -213,6 +213,7 @@ class Hop:
 
     async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
         self._phase = name
+        log.info("%s: %s", self.report.guest or self._options.source, name)
         self._progress(name)
         began = time.monotonic()
         try:
@@ -228,7 +229,9 @@ class Hop:
         options = self._options
         try:
             self._source_monitor = await self._resources.enter_async_context(
-                await Monitor.connect(options.source, timeout=options.step_timeout)
+                await Monitor.connect(
+                    options.source, timeout=options.step_timeout, greeting_timeout=options.step_timeout
+                )
             )
             self._source = QemuProcess.open(self._source_monitor.peer)
             self._resources.callback(self._source.close)

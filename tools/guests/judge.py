@@ -37,6 +37,7 @@ class Verdict:
     :ivar disk_errors: writes that failed, blocks that were not read back as written, and what is wrong with the image.
     :ivar network_errors: pings without an answer.
     :ivar memory_errors: places in memory that did not hold what the guest had written there.
+    :ivar writes: whether it is a guest that writes its ticks to its disk.
     """
 
     ticks: int = 0
@@ -47,6 +48,7 @@ class Verdict:
     disk_errors: int = 0
     network_errors: int = 0
     memory_errors: int = 0
+    writes: bool = False
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -93,6 +95,7 @@ def judge_log(log: str) -> Verdict:
             verdict.remarks.append(line)
         elif found := _LINUX_LINE.fullmatch(line):
             number, write, read, ping, memory = map(int, found.groups())
+            verdict.writes = True
             verdict._tick(number)
             verdict.disk_errors += write != 0 or read != number
             verdict.network_errors += ping
@@ -111,7 +114,9 @@ def judge(machine: Machine) -> Verdict:
     log = machine.serial.read_text(encoding="ascii", errors="replace") if machine.serial.exists() else ""
     verdict = judge_log(log)
     if machine.disk_mib and machine.disk.exists():
-        problems = _image_problems(machine.disk) + _missing_blocks(machine.disk, verdict.last)
+        problems = _image_problems(machine.disk)
+        if verdict.writes:
+            problems += _missing_blocks(machine.disk, verdict.last)
         verdict.disk_errors += len(problems)
         verdict.remarks += problems
     return verdict

@@ -1,0 +1,99 @@
+"""Hops from inside a test: the engine itself, with something that happens when a phase begins."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from guests.running import Guest
+
+from sevhop.hop import Hop, Options, Phase, Report
+
+#: Phases of a hop between the start of the destination and the commit.
+BEFORE_COMMIT = ("freeze", "share", "save", "load", "commit")
+
+#: Called when a phase begins.
+Mischief = Callable[[Hop], None]
+
+
+class Meddler:
+    """Hops guests, and meddles when one phase begins."""
+
+    def __init__(self) -> None:
+        self.hop: Hop
+        self.phases: list[str] = []
+
+    def run(
+        self,
+        guest: Guest,
+        emulator: Path | None,
+        *,
+        at: str = "",
+        mischief: Mischief = lambda _: None,
+        command: list[str] | None = None,
+        timeout: float = 10.0,
+    ) -> Report:
+        """
+        Hop a guest.
+
+        :param at: the phase at whose beginning ``mischief`` is called.
+        :param timeout: seconds for each step.
+        """
+
+        def progress(phase: str | Phase) -> None:
+            if isinstance(phase, str):
+                self.phases.append(phase)
+                if phase == at:
+                    mischief(self.hop)
+
+        options = Options(
+            guest.machine.monitor,
+            emulator=str(emulator) if emulator else None,
+            command=command,
+            step_timeout=timeout,
+            start_timeout=60,
+        )
+        self.hop = Hop(options, progress)
+        return asyncio.run(self.hop.run())
+
+
+def hop(guest: Guest, emulator: Path) -> Report:
+    """Hop a guest that is expected to arrive."""
+    report = Meddler().run(guest, emulator)
+    assert report.outcome == "done"
+    assert not report.notes
+    return report
+
+
+def kill_source(hop: Hop) -> None:
+    """The source dies. The next thing the engine does finds it dead."""
+    _kill(hop.report.source_pid)
+
+
+def kill_destination(hop: Hop) -> None:
+    """The destination dies."""
+    _kill(hop.report.destination_pid)
+
+
+def hang_destination(hop: Hop) -> None:
+    """The destination answers no more."""
+    os.kill(hop.report.destination_pid, signal.SIGSTOP)
+
+
+def interrupt(hop: Hop) -> None:
+    """What SIGINT and SIGTERM do."""
+    assert hop.interrupt()
+
+
+def _kill(pid: int) -> None:
+    handle = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        # Readable when it has ended; whether anybody has waited for it does not matter.
+        assert select.select([handle], [], [], 10)[0]
+    finally:
+        os.close(handle)

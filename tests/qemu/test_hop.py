@@ -1,0 +1,225 @@
+"""Hops that arrive: what the guest keeps, and what an administrator finds afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from guests import counter
+from guests.machine import I440FX, Q35
+from guests.running import Guest, wait_until
+
+from sevhop_qmp.process import QemuProcess
+
+from .conftest import DescribeCounter, StartGuest
+from .hops import Meddler, hop
+
+
+def sevhop(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command, as a user calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", "sevhop.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def assert_unharmed(guest: Guest, ticks: int = 10) -> None:
+    """The guest counts on, and has counted without a gap from its start to now."""
+    guest.wait_for_ticks(ticks)
+    verdict = guest.stop()
+    assert verdict.unharmed, verdict
+
+
+@pytest.mark.parametrize("machine_type", [Q35, I440FX])
+@pytest.mark.parametrize("rich", [False, True])
+def test_there_and_back(
+    machine_type: str, rich: bool, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(type=machine_type, rich=rich, network=rich, disk_mib=16 if rich else 0), old)
+    guest.wait_for_ticks(5)
+    for emulator in (new, old, new):
+        report = hop(guest, emulator)
+        assert report.blackout_ms is not None
+        assert guest.pid == report.destination_pid
+        guest.wait_for_ticks(5)
+    assert_unharmed(guest)
+
+
+def test_under_tcg(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(accelerator="tcg", cpus=2), old)
+    guest.wait_for_ticks(5)
+    hop(guest, new)
+    hop(guest, old)
+    assert_unharmed(guest)
+
+
+def memory_of(pid: int) -> tuple[tuple[str, int], bool]:
+    """Inode and sharing of the guest memory that a QEMU has mapped."""
+    process = QemuProcess.open(pid)
+    try:
+        (mapping,) = (m for m in process.mappings() if m.path.startswith("/memfd:memory-backend-memfd"))
+        return (mapping.device, mapping.inode), mapping.shared
+    finally:
+        process.close()
+
+
+def test_the_pages_are_the_same_ones(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    """The destination's start-up leaves the running guest's memory alone; then it maps the very same inode."""
+    guest = start(counter_machine(memory_mib=64), old)
+    guest.wait_for_ticks(5)
+    before = memory_of(guest.pid)
+    source = QemuProcess.open(guest.pid)
+    (mapping,) = (m for m in source.mappings() if m.path.startswith("/memfd:memory-backend-memfd"))
+
+    def digest() -> str:
+        # What the guest itself never writes: above its pattern, and where firmware would put its tables.
+        with source.memory() as memory:
+            parts = [(0x1000, 0x6000), (0xC0000, 0x40000), (counter.PATTERN + (4 << 20), 64 << 20)]
+            return hashlib.sha256(
+                b"".join(os.pread(memory, end - first, mapping.start + first) for first, end in parts if end > first)
+            ).hexdigest()
+
+    hashes = [digest()]
+    meddler = Meddler()
+    report = meddler.run(
+        guest,
+        new,
+        at="freeze",
+        mischief=lambda h: hashes.append(digest()) or hashes.append(str(memory_of(h.report.destination_pid))),
+    )
+    source.close()
+    assert hashes[1] == hashes[0]
+    assert hashes[2] == str((before[0], False)), "private until the hand-over"
+    assert memory_of(report.destination_pid) == before
+    assert_unharmed(guest)
+
+
+def test_paused_guest_stays_paused(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    guest.execute("stop")
+    ticks = guest.seen().ticks
+    report = hop(guest, new)
+    assert report.blackout_ms is None
+    assert guest.execute("query-status")["status"] == "paused"
+    assert guest.seen().ticks == ticks
+    guest.execute("cont")
+    assert_unharmed(guest)
+
+
+def test_reset_after_a_hop_boots(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    """The firmware is in a RAM block of its own, which no device state has in it."""
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    hop(guest, new)
+    guest.execute("system_reset")
+    wait_until(lambda: guest.seen().restarts == 1, 30, "the guest starts again")
+    guest.wait_for_ticks(5)
+    hop(guest, old)
+    guest.wait_for_ticks(5)
+    verdict = guest.stop()
+    assert (verdict.restarts, verdict.ticks_repeated, verdict.ticks_lost, verdict.memory_errors) == (1, 0, 0, 0)
+
+
+def talk(path: Path) -> str:
+    """The first line that a stream socket says."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        return sock.makefile().readline()
+
+
+def test_sockets_pidfile_and_logs_are_the_new_qemus(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    second, line, pidfile = tmp_path / "second.sock", tmp_path / "line.sock", tmp_path / "qemu.pid"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    more = (
+        *("-qmp", f"unix:{second},server=on,wait=off"),
+        *("-chardev", f"socket,id=line,path={line},server=on,wait=off", "-serial", "chardev:line"),
+        *("-monitor", f"tcp:127.0.0.1:{port},server=on,wait=off"),
+        *("-vnc", f"unix:{tmp_path / 'vnc.sock'}"),
+        *("-pidfile", str(pidfile)),
+    )
+    guest = start(counter_machine(more=more), old)
+    guest.wait_for_ticks(5)
+    for emulator, version in ((new, "10"), (old, "7.2")):
+        report = hop(guest, emulator)
+        assert report.destination_version.startswith(version)
+        assert int(pidfile.read_text()) == report.destination_pid
+        assert json.loads(talk(second))["QMP"]["version"]["qemu"]["major"] == int(version.split(".")[0])
+        assert talk(tmp_path / "vnc.sock").startswith("RFB")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as hmp:
+            assert f"QEMU {version}" in hmp.makefile().readline()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(line))
+        guest.wait_for_ticks(3)
+    assert not list(tmp_path.glob("*.hop-*")), "temporary names are gone"
+    assert_unharmed(guest)
+
+
+def test_messages_go_where_the_sources_went(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(), old)
+    hop(guest, new)
+    for number in (1, 2):
+        assert os.readlink(f"/proc/{guest.pid}/fd/{number}") == str(guest.machine.messages)
+    assert "LD_PRELOAD" not in (guest.execute("query-name") or {}), "the environment is not the guest's business"
+
+
+def test_destination_is_like_the_source(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(), old)
+    source = QemuProcess.open(guest.pid)
+    before = (source.credentials, source.working_directory, source.limits, source.cgroups)
+    source.close()
+    report = hop(guest, new)
+    destination = QemuProcess.open(report.destination_pid)
+    assert (destination.credentials, destination.working_directory, destination.limits, destination.cgroups) == before
+    destination.close()
+
+
+def test_command_line_tool(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    checked = sevhop("check", "--qmp", guest.machine.monitor, "--emulator", new)
+    assert checked.returncode == 0, checked
+    assert "PASS memory: 32 MiB in 1 shared memfd(s)" in checked.stdout
+    assert "FAIL" not in checked.stdout
+
+    done = sevhop("hop", "--source", guest.machine.monitor, "--emulator", new, "--json")
+    assert done.returncode == 0, done
+    report = json.loads(done.stdout)
+    assert report["outcome"] == "done"
+    assert report["context"] == "none"
+    assert report["destination"]["pid"] == guest.pid
+    names = [phase["name"] for phase in report["phases"]]
+    assert names == ["check", "hold", "prepare", "freeze", "share", "save", "load", "commit", "resume", "retire"]
+
+    command = guest.machine.command(old)
+    back = sevhop("hop", "--source", guest.machine.monitor, "--", *command)
+    assert back.returncode == 0, back
+    assert len(back.stdout.splitlines()) == 1
+    assert "blackout" in back.stdout
+    assert_unharmed(guest)
+
+
+def test_default_is_the_sources_own_emulator(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(3)
+    report = Meddler().run(guest, None)
+    assert report.destination_version == report.source_version
+    assert_unharmed(guest)
