@@ -1,0 +1,215 @@
+"""The emulated machine: started, listened to, ended."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import initramfs, wire
+from .errors import LabError, LabTimeout
+from .kernels import TREE, Kernel
+
+EMULATOR = "qemu-system-x86_64"
+BOOT_LIMIT = 120.0  # seconds; it takes about 5 on an idle machine
+CONSOLE_LINES = 60
+
+# SVM by emulation. One thread for all processors: with one each, the emulation of nested guests has hung and crashed.
+_MACHINE = "-machine q35 -accel tcg,thread=single -cpu EPYC,+svm,+npt -nodefaults -no-user-config -display none"
+# The emulator keeps what it has translated by address, so that programs start twice as fast if theirs do not change
+# (norandmaps). A kernel that panics ends the machine (with -no-reboot).
+_KERNEL = (
+    "console=ttyS0 quiet loglevel=4 panic=-1 norandmaps nokaslr mitigations=off cryptomgr.notests "
+    "tsc=reliable no_timer_check random.trust_cpu=on"
+)
+# What the emulator always says, to stderr.
+_EXPECTED = "warning: TCG doesn't support requested feature"
+# Directories of the machine whose contents the lab does not see (see the script init).
+_EMPTY = (Path("/tmp"), Path("/run"), Path("/var/tmp"))
+
+Sink = Callable[[bytes], None]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One run of the lab.
+
+    :param kernel: what it boots.
+    :param memory: its size in MiB.
+    :param processors: their number.
+    :param shown: directories of the machine that are visible in the lab although they lie in one that is not.
+    """
+
+    kernel: Kernel
+    memory: int
+    processors: int
+    shown: tuple[Path, ...] = ()
+
+
+@dataclass
+class _Console:
+    """The last lines of the kernel's console: the only witness when the lab dies."""
+
+    lines: collections.deque[bytes] = field(default_factory=lambda: collections.deque(maxlen=CONSOLE_LINES))
+    rest: bytes = b""
+
+    def feed(self, data: bytes) -> None:
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        self.lines.extend(lines)
+
+    def text(self) -> str:
+        return b"\n".join([*self.lines, self.rest]).decode(errors="replace").replace("\r", "")
+
+
+def run(lab: Lab, base: bytes, job: wire.Job, timeout: float, out: Sink, err: Sink) -> int:
+    """Boot, run one command, end the machine.
+
+    :param base: from `initramfs.base`.
+    :param timeout: seconds for all of it.
+    :param out: gets what the command writes to stdout as it is written; `err`: the same of stderr.
+    :return: the command's exit status as a shell sees it.
+    :raise LabError: the machine did not come up or died; what the console said is in it.
+    """
+    started = time.monotonic()
+    with ExitStack() as stack:
+        console, console_far = (stack.enter_context(end) for end in socket.socketpair())
+        port, port_far = (stack.enter_context(end) for end in socket.socketpair())
+        initrd = stack.enter_context(_memory_file("initrd", base + _instructions(lab, job)))
+        complaints = stack.enter_context(_memory_file("stderr", b""))
+        inherited = (initrd, console_far.fileno(), port_far.fileno())
+        emulator = stack.enter_context(_emulator(_command(lab, *inherited), complaints, inherited))
+        console_far.close()
+        port_far.close()
+
+        receiver, witness, up = wire.Receiver(), _Console(), False
+
+        def died(reason: str) -> LabError:
+            said = os.pread(complaints, 1 << 16, 0).decode(errors="replace").splitlines()
+            said = [line for line in said if _EXPECTED not in line]
+            return LabError(reason, "\n".join([witness.text(), *said]))
+
+        selector = stack.enter_context(selectors.DefaultSelector())
+        for end in (console, port):
+            end.setblocking(False)
+            selector.register(end, selectors.EVENT_READ)
+        while True:
+            limit = timeout if up else min(timeout, BOOT_LIMIT)
+            left = started + limit - time.monotonic()
+            if left <= 0 and limit == timeout:
+                raise LabTimeout(f"the time limit of {timeout:g} s is over", witness.text())
+            if left <= 0:
+                raise died(f"the lab was not up after {BOOT_LIMIT:g} s")
+            ready = {key.fileobj for key, _ in selector.select(left)}
+            if console in ready:
+                witness.feed(_receive(console))
+            if port not in ready:
+                continue
+            data = _receive(port)
+            if not data:
+                with suppress(subprocess.TimeoutExpired):
+                    emulator.wait(5)
+                witness.feed(_receive(console))
+                raise died("the lab died" if up else "the lab did not come up")
+            for kind, payload in receiver.feed(data):
+                match kind:
+                    case wire.UP:
+                        up = True
+                    case wire.OUT:
+                        out(payload)
+                    case wire.ERR:
+                        err(payload)
+                    case wire.EXIT:
+                        return int(payload)
+                    case _:
+                        raise died(f"the lab failed: {payload.decode(errors='replace')}")
+
+
+def _receive(end: socket.socket) -> bytes:
+    """What is there; nothing if the other side is gone or says nothing."""
+    try:
+        return end.recv(1 << 18)
+    except (BlockingIOError, ConnectionResetError):
+        return b""
+
+
+def _command(lab: Lab, initrd: int, console: int, port: int) -> list[str]:
+    emulator = shutil.which(EMULATOR)
+    if emulator is None:
+        raise LabError(f"{EMULATOR} is not installed")
+    return [
+        emulator, *_MACHINE.split(), "-no-reboot", "-m", str(lab.memory), "-smp", str(lab.processors),
+        "-kernel", str(lab.kernel.image), "-initrd", f"/dev/fd/{initrd}", "-append", _KERNEL,
+        "-chardev", f"socket,id=console,fd={console}", "-serial", "chardev:console",
+        "-chardev", f"socket,id=port,fd={port}",
+        "-device", "virtio-serial-pci,max_ports=2", "-device", "virtserialport,nr=1,chardev=port,name=lab",
+        "-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
+        "-device", "virtio-9p-pci,fsdev=root,mount_tag=root",
+    ]  # fmt: skip
+
+
+def _instructions(lab: Lab, job: wire.Job) -> bytes:
+    """The part of the first file system that is for this run only."""
+    needed = (TREE, Path(job.directory), Path(sys.prefix), Path(sys.base_prefix), *lab.shown)
+    return initramfs.archive(
+        {
+            "run/job": (0o600, job.to_bytes()),
+            "run/shown": (0o600, "".join(f"{path}\n" for path in _hidden(needed)).encode()),
+            "run/stage": (0o600, f"{sys.executable} {Path(__file__).with_name('inside.py')}\n".encode()),
+        }
+    )
+
+
+def _hidden(paths: tuple[Path, ...]) -> list[Path]:
+    """Those of the directories that lie in an empty one, without those that lie in another one of them."""
+    inside = sorted({path.resolve() for path in paths if any(top in path.resolve().parents for top in _EMPTY)})
+    return [path for path in inside if not any(other in path.parents for other in inside)]
+
+
+@contextmanager
+def _memory_file(name: str, contents: bytes) -> Iterator[int]:
+    """A file without a name: nothing of it can be left behind."""
+    descriptor = os.memfd_create(name)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(contents)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _emulator(command: list[str], stderr: int, descriptors: tuple[int, ...]) -> Iterator[subprocess.Popen[bytes]]:
+    """The emulator's process, which does not outlive the block, nor this process, however that ends."""
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        set_parent_death_signal = 1
+        libc.prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        pass_fds=descriptors,
+        process_group=0,
+        preexec_fn=end_with_parent,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
