@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -37,9 +36,9 @@ def run(command: Sequence[str | Path]) -> str:
 
 def built(name: str, sources: Sequence[Path | str], make: Callable[[Path], None]) -> Path:
     """
-    The file that ``make`` makes from ``sources``, made now if it has not been before.
+    The file or directory that ``make`` makes from ``sources``, made now if it has not been before.
 
-    :param name: of the file, with its suffix.
+    :param name: of the result, with its suffix.
     :param sources: files, whose contents count, and strings.
     :param make: called with the path to write to.
     """
@@ -58,31 +57,3 @@ def built(name: str, sources: Sequence[Path | str], make: Callable[[Path], None]
                     make(made)
                     os.rename(made, wanted)
     return wanted
-
-
-def packages(name: str, suite: str, only: str, wanted: Sequence[str]) -> Path:
-    """
-    Debian packages, unpacked into a directory of the cache.
-
-    :param name: of the directory.
-    :param only: of what the wanted packages need, the names that match this expression; see ``tools/fetch-packages``.
-    """
-    directory = CACHE / f"{name}-{suite}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / f"{name}-{suite}.lock", "w", encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not directory.exists():
-            run([ROOT / "tools" / "fetch-packages", "--only", only, suite, directory, *wanted])
-    return directory
-
-
-def tool(name: str) -> str:
-    """
-    The full path of a program that must be installed.
-
-    :raises BuildFailed: it is not.
-    """
-    path = shutil.which(name)
-    if path is None:
-        raise BuildFailed(f"{name} is not installed")
-    return path

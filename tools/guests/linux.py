@@ -1,0 +1,144 @@
+"""
+The Linux guest: Debian's kernel as it is, and one program, ``linux_init.c``; what it does is described there.
+
+The kernel is that of the machine's own Debian suite, downloaded and unpacked, not installed. The initial file system
+is made here: the program, and the drivers that it needs.
+"""
+
+from __future__ import annotations
+
+import lzma
+import platform
+import re
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import build
+from .machine import Machine
+
+_HERE = Path(__file__)
+_INIT_SOURCE = _HERE.with_name("linux_init.c")
+
+#: Drivers for what the guest uses; those that they need come with them.
+_DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "efivarfs")
+
+_KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
+
+#: The UEFI variable that the guest sets, as UEFI writes names.
+_VARIABLE_NAME = "SevhopTick".encode("utf-16-le")
+
+
+@dataclass(frozen=True)
+class LinuxImages:
+    """What the guest boots."""
+
+    kernel: Path
+    initrd: Path
+
+
+def images() -> LinuxImages:
+    """
+    The kernel and initial file system, made if need be; the first call downloads some 70 MB.
+
+    :raises build.BuildFailed: the kernel cannot be had, or there is no C compiler.
+    """
+    suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "sid")
+    kernel = build.built(f"kernel-{suite}", [*_DRIVERS, _HERE], lambda path: _fetch_kernel(path, suite))
+    init = build.built("linux-init", [_INIT_SOURCE], _compile)
+    drivers = sorted(kernel.glob("*.ko"))
+    initrd = build.built("initrd.cpio", [init, *drivers, _HERE], lambda path: _write_initrd(path, init, drivers))
+    return LinuxImages(kernel / "vmlinuz", initrd)
+
+
+def on(machine: Machine) -> Machine:
+    """The same machine with Linux on it, and the devices that the guest uses."""
+    linux = images()
+    return replace(
+        machine,
+        kernel=linux.kernel,
+        initrd=linux.initrd,
+        kernel_arguments=_KERNEL_ARGUMENTS,
+        memory_mib=max(machine.memory_mib, 192),
+        disk_mib=machine.disk_mib or 16,
+        network=True,
+    )
+
+
+def uefi_variable(variables: Path) -> int | None:
+    """
+    The value of the guest's UEFI variable in a file of UEFI variables; None if it is not there.
+
+    The file may be in use: QEMU writes through.
+    """
+    store = variables.read_bytes()
+    value = None
+    # AUTHENTICATED_VARIABLE_HEADER of EDK II, packed; the name and the data follow it.
+    header = struct.Struct("<HBxIQ16sIII16s")
+    for found in re.finditer(b"\xaa\x55\x3f", store):  # 0x55aa, and the state of a variable that is in force
+        *_, name_size, data_size, _ = header.unpack_from(store, found.start())
+        name = found.start() + header.size
+        if store[name : name + name_size].rstrip(b"\0") == _VARIABLE_NAME.rstrip(b"\0") and data_size == 8:
+            (value,) = struct.unpack_from("<Q", store, name + name_size)
+    return value
+
+
+def _fetch_kernel(directory: Path, suite: str) -> None:
+    """Of the kernel's package, what is needed: ``vmlinuz``, and the drivers in the order in which to load them."""
+    unpacked = directory.with_name("unpacked")
+    only = "linux-image-[0-9].*"  # not the metapackage's other dependencies
+    build.run([build.ROOT / "tools" / "fetch-packages", "--only", only, suite, unpacked, "linux-image-amd64"])
+    directory.mkdir()
+    (image,) = unpacked.glob("boot/vmlinuz-*")
+    image.rename(directory / "vmlinuz")
+    for order, driver in enumerate(_in_order(unpacked)):
+        (directory / f"{order:02}.ko").write_bytes(driver)
+
+
+def _in_order(unpacked: Path) -> list[bytes]:
+    """The drivers as the kernel loads them, each after those that it needs. What is built in has no file."""
+    files = {
+        path.name.split(".")[0].replace("-", "_"): path
+        for where in ("lib", "usr/lib")  # before and after Debian merged the two
+        for path in (unpacked / where / "modules").rglob("*.ko*")
+    }
+    ordered: dict[str, bytes] = {}
+
+    def add(name: str) -> None:
+        if name in ordered or name not in files:
+            return
+        content = files[name].read_bytes()
+        if files[name].suffix == ".xz":
+            content = lzma.decompress(content)
+        needs = re.search(rb"\0depends=([^\0]*)\0", content)
+        for needed in needs[1].decode("ascii").split(",") if needs else ():
+            add(needed.replace("-", "_"))
+        ordered[name] = content
+
+    for name in _DRIVERS:
+        add(name)
+    return list(ordered.values())
+
+
+def _compile(program: Path) -> None:
+    build.run(["gcc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, _INIT_SOURCE])
+
+
+def _write_initrd(initrd: Path, init: Path, drivers: list[Path]) -> None:
+    """An archive in the format of the kernel's initramfs (cpio "newc"); not compressed, QEMU copies it fast enough."""
+    with open(initrd, "wb") as archive:
+        number = 0
+
+        def add(name: str, mode: int, content: bytes = b"") -> None:
+            nonlocal number
+            number += 1
+            encoded = name.encode("ascii") + b"\0"
+            fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
+            entry = b"070701" + b"".join(b"%08x" % value for value in fields) + encoded
+            archive.write(entry + bytes(-len(entry) % 4) + content + bytes(-len(content) % 4))
+
+        add("init", 0o100755, init.read_bytes())
+        add("modules", 0o040755)
+        for driver in drivers:
+            add(f"modules/{driver.name}", 0o100644, driver.read_bytes())
+        add("TRAILER!!!", 0)

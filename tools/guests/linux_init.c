@@ -1,0 +1,281 @@
+/*
+ * The only program in the Linux guest: its init. It uses what a guest has, tick by tick, and says on the serial port
+ * whether it was all right:
+ *
+ *   START                            it begins; again: it was restarted
+ *   TICK n w=0 r=n ping=0 mem=0      n from 1, one more each time
+ *        w     errno of writing n to the disk and flushing it (0: done), all over block n modulo the disk's size
+ *        r     what was read back from there, past all caches
+ *        ping  1 if the gateway did not answer within a second
+ *        mem   how many words of its memory did not hold what it had written there
+ *   UEFI-FOUND n                     at the start: the UEFI variable has the value n
+ *   UEFI n                           the variable has been set to n (every 20 ticks, if it was started by UEFI)
+ *   UEFI-FAILED e                    errno of an attempt to
+ *
+ * Static, without a shell beside it: a tick is then some milliseconds also under emulation.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <net/if.h>
+#include <netinet/ip.h>
+#include <netinet/ip_icmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define TICK_MS 40                      /* pause between two ticks, on top of the work */
+#define BLOCK 4096
+#define MEMORY (8 << 20)                /* bytes that are checked, in turn */
+#define CHUNK (128 << 10)               /* bytes of it in each tick */
+#define UEFI_TICKS 20                   /* ticks between two writes of the variable */
+#define UEFI_VARIABLE "/uefi/SevhopTick-5e7c0de5-0b1e-4d7a-9a54-0f0e5ed1d0ad"
+
+static int serial = -1;
+
+static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* One write for each line, so that nothing comes in between. */
+static void say(const char *format, ...)
+{
+    char line[128];
+    va_list arguments;
+    int length;
+
+    va_start(arguments, format);
+    length = vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    if (write(serial, line, length) != length)
+        _exit(1); /* without its serial port the guest can only end: the kernel panics */
+}
+
+static void pause_ms(long ms)
+{
+    struct timespec time = { ms / 1000, ms % 1000 * 1000000 };
+
+    nanosleep(&time, NULL);
+}
+
+/* /modules/00.ko, 01.ko, ...: each after those that it needs. */
+static void load_modules(void)
+{
+    for (int number = 0;; number++) {
+        char path[32];
+        int file;
+
+        snprintf(path, sizeof path, "/modules/%02d.ko", number);
+        file = open(path, O_RDONLY);
+        if (file < 0)
+            return;
+        if (syscall(SYS_finit_module, file, "", 0) && errno != EEXIST)
+            say("module %d: %s\n", number, strerror(errno));
+        close(file);
+    }
+}
+
+/* The disk; -1 if there is none. Its size in blocks goes to *blocks. */
+static int open_disk(uint64_t *blocks)
+{
+    int disk = open("/dev/vda", O_RDWR | O_DIRECT);
+    uint64_t bytes;
+
+    if (disk < 0 || ioctl(disk, BLKGETSIZE64, &bytes))
+        return -1;
+    *blocks = bytes / BLOCK;
+    return disk;
+}
+
+/* Returns errno; *seen is what the disk holds afterwards. */
+static int use_disk(int disk, uint64_t blocks, uint64_t tick, uint64_t *seen)
+{
+    static uint64_t buffer[BLOCK / sizeof(uint64_t)] __attribute__((aligned(BLOCK)));
+    const size_t words = sizeof buffer / sizeof *buffer;
+    off_t place = (off_t)(tick % blocks * BLOCK);
+
+    *seen = 0;
+    for (size_t i = 0; i < words; i++)
+        buffer[i] = tick;
+    if (pwrite(disk, buffer, BLOCK, place) != BLOCK || fsync(disk))
+        return errno ? errno : EIO;
+    memset(buffer, 0xff, sizeof buffer);
+    if (pread(disk, buffer, BLOCK, place) != BLOCK)
+        return errno ? errno : EIO;
+    *seen = buffer[0];
+    for (size_t i = 0; i < words; i++)
+        if (buffer[i] != tick)
+            *seen = buffer[i];
+    return 0;
+}
+
+/* A raw socket on the configured network card; -1 if there is none. The addresses are those of QEMU's user network. */
+static int open_network(void)
+{
+    struct timeval second = { 1, 0 };
+    struct ifreq request = { .ifr_name = "eth0" };
+    struct sockaddr_in *address = (struct sockaddr_in *)&request.ifr_addr;
+    int plain = socket(AF_INET, SOCK_DGRAM, 0);
+    int raw;
+
+    address->sin_family = AF_INET;
+    address->sin_addr.s_addr = inet_addr("10.0.2.15");
+    if (ioctl(plain, SIOCSIFADDR, &request))
+        return -1;
+    address->sin_addr.s_addr = inet_addr("255.255.255.0");
+    if (ioctl(plain, SIOCSIFNETMASK, &request))
+        return -1;
+    request.ifr_flags = IFF_UP | IFF_RUNNING;
+    if (ioctl(plain, SIOCSIFFLAGS, &request))
+        return -1;
+    close(plain);
+    raw = socket(AF_INET, SOCK_RAW, IPPROTO_ICMP);
+    setsockopt(raw, SOL_SOCKET, SO_RCVTIMEO, &second, sizeof second);
+    return raw;
+}
+
+static uint16_t internet_checksum(const void *data, size_t words)
+{
+    const uint16_t *word = data;
+    uint32_t sum = 0;
+
+    while (words--)
+        sum += *word++;
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (uint16_t)~(sum + (sum >> 16));
+}
+
+/* 0 if the gateway answered this very request, otherwise 1. */
+static int ping(int network, uint16_t sequence)
+{
+    struct sockaddr_in gateway = { .sin_family = AF_INET, .sin_addr.s_addr = inet_addr("10.0.2.2") };
+    struct icmphdr request = { .type = ICMP_ECHO, .un.echo = { .id = htons(1), .sequence = htons(sequence) } };
+    char packet[512];
+
+    request.checksum = internet_checksum(&request, sizeof request / 2);
+    if (sendto(network, &request, sizeof request, 0, (struct sockaddr *)&gateway, sizeof gateway) < 0)
+        return 1;
+    for (;;) {
+        ssize_t length = recv(network, packet, sizeof packet, 0);
+        const struct iphdr *ip = (const struct iphdr *)packet;
+        const struct icmphdr *reply = (const struct icmphdr *)(packet + ip->ihl * 4);
+
+        if (length < 0)
+            return 1;
+        if (reply->type == ICMP_ECHOREPLY && reply->un.echo.sequence == request.un.echo.sequence)
+            return 0;
+    }
+}
+
+static uint64_t *open_memory(void)
+{
+    int file = open("/tmp/memory", O_RDWR | O_CREAT, 0600);
+    uint64_t *memory;
+
+    if (file < 0 || ftruncate(file, MEMORY))
+        return NULL;
+    memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (memory == MAP_FAILED)
+        return NULL;
+    close(file);
+    return memory;
+}
+
+static uint64_t pattern(size_t place, uint64_t generation)
+{
+    return (place + 1) * 0x9e3779b97f4a7c15 ^ generation;
+}
+
+/* Check the next chunk, write it anew in the next generation: a stale page is seen as well as a foreign one. */
+static unsigned use_memory(uint64_t *memory, uint64_t tick)
+{
+    const size_t words = CHUNK / sizeof *memory;
+    const uint64_t chunks = MEMORY / CHUNK;
+    uint64_t generation = (tick - 1) / chunks;
+    size_t start = (tick - 1) % chunks * words;
+    unsigned bad = 0;
+
+    for (size_t place = start; place < start + words; place++) {
+        bad += memory[place] != pattern(place, generation);
+        memory[place] = pattern(place, generation + 1);
+    }
+    return bad;
+}
+
+struct uefi_variable {
+    uint32_t attributes;
+    uint64_t value;
+} __attribute__((packed));
+
+static void find_uefi_variable(void)
+{
+    struct uefi_variable variable;
+    int file = open(UEFI_VARIABLE, O_RDONLY);
+
+    if (file >= 0 && read(file, &variable, sizeof variable) == sizeof variable)
+        say("UEFI-FOUND %llu\n", (unsigned long long)variable.value);
+    close(file);
+}
+
+static void set_uefi_variable(uint64_t value)
+{
+    struct uefi_variable variable = { .attributes = 7, .value = value }; /* kept, and visible at all times */
+    int file = open(UEFI_VARIABLE, O_RDONLY);
+    int flags = 0; /* Linux protects variables that it does not know: take that away */
+
+    if (file >= 0) {
+        ioctl(file, FS_IOC_SETFLAGS, &flags);
+        close(file);
+    }
+    file = open(UEFI_VARIABLE, O_WRONLY | O_CREAT, 0600);
+    if (file < 0 || write(file, &variable, sizeof variable) != sizeof variable)
+        say("UEFI-FAILED %d\n", errno);
+    else
+        say("UEFI %llu\n", (unsigned long long)value);
+    close(file);
+}
+
+int main(void)
+{
+    uint64_t blocks = 0, seen;
+    uint64_t *memory;
+    int disk, network, uefi;
+
+    mkdir("/dev", 0755);
+    mkdir("/tmp", 0700);
+    mkdir("/uefi", 0700);
+    mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+    mount("tmpfs", "/tmp", "tmpfs", 0, NULL);
+    serial = open("/dev/ttyS0", O_WRONLY | O_NOCTTY);
+    say("START\n");
+    load_modules();
+    uefi = !mount("efivarfs", "/uefi", "efivarfs", 0, NULL);
+    if (uefi)
+        find_uefi_variable();
+    disk = open_disk(&blocks);
+    network = open_network();
+    memory = open_memory();
+    for (size_t place = 0; memory && place < MEMORY / sizeof *memory; place++)
+        memory[place] = pattern(place, 0);
+
+    for (uint64_t tick = 1;; tick++) {
+        int write_error = disk < 0 ? ENODEV : use_disk(disk, blocks, tick, &seen);
+        int unanswered = network < 0 || ping(network, (uint16_t)tick);
+        unsigned bad = memory ? use_memory(memory, tick) : 1;
+
+        say("TICK %llu w=%d r=%llu ping=%d mem=%u\n", (unsigned long long)tick, write_error,
+            (unsigned long long)(disk < 0 ? 0 : seen), unanswered, bad);
+        if (uefi && tick % UEFI_TICKS == 0)
+            set_uefi_variable(tick);
+        pause_ms(TICK_MS);
+    }
+}
