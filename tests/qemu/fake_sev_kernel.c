@@ -7,7 +7,7 @@
  *   SEV commands and regions: ENOTTY until a context was moved here (KVM_ENABLE_CAP 206), accepted afterwards
  *   SET_SREGS with bit $FAKE_SEV_BIT in CR3: EINVAL, unless CPUID was set since the context is here
  *   GET_SREGS says that CR3 is $FAKE_SEV_CR3, if that is given: an encrypted guest's
- *   $FAKE_SEV_VM_TYPE: QEMU asks for a VM of this type (as newer ones do for sev-guest)
+ *   VMs of all SEV types are offered
  *   $FAKE_SEV_MOVE_ERRNO: what the move gives
  */
 #define _GNU_SOURCE
@@ -27,11 +27,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define CONTEXT_MOVES 206
+#define CONTEXT_MOVES 206 /* KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM */
+#define VM_TYPES 235      /* KVM_CAP_VM_TYPES */
 
 static int vm = -1, sev = -1;
 static int has_context;
 static unsigned char cpuid_set[65536];
+static struct kvm_enc_region regions[16];
+static int region_count;
 
 static void note(const char *format, ...)
 {
@@ -108,6 +111,31 @@ static int sev_command(int fd, unsigned long request, struct kvm_sev_cmd *comman
     return 0;
 }
 
+static int register_region(const struct kvm_enc_region *region)
+{
+    if (!has_context)
+        return fail(ENOTTY);
+    if (region_count == sizeof regions / sizeof *regions)
+        return fail(ENOMEM);
+    regions[region_count++] = *region;
+    note("region registered\n");
+    return 0;
+}
+
+static int unregister_region(const struct kvm_enc_region *region)
+{
+    if (!has_context)
+        return fail(ENOTTY);
+    for (int i = 0; i < region_count; i++)
+        if (regions[i].addr == region->addr && regions[i].size == region->size) {
+            regions[i] = regions[--region_count];
+            note("region unregistered\n");
+            return 0;
+        }
+    note("region unknown\n");
+    return fail(EINVAL);
+}
+
 static int enable(int fd, unsigned long request, struct kvm_enable_cap *capability)
 {
     if (capability->cap != CONTEXT_MOVES)
@@ -144,18 +172,18 @@ int ioctl(int fd, unsigned long request, ...)
         if (result >= 0)
             vm = result;
         return result;
+    case KVM_CHECK_EXTENSION:
+        if ((long)argument == VM_TYPES)
+            return 1 << 0 | 1 << 2 | 1 << 3 | 1 << 4;
+        break;
     case KVM_ENABLE_CAP:
         return enable(fd, request, argument);
     case KVM_MEMORY_ENCRYPT_OP:
         return sev_command(fd, request, argument);
     case KVM_MEMORY_ENCRYPT_REG_REGION:
-        if (!has_context)
-            return fail(ENOTTY);
-        note("region registered\n");
-        return 0;
+        return register_region(argument);
     case KVM_MEMORY_ENCRYPT_UNREG_REGION:
-        note("region unknown\n");
-        return fail(has_context ? EINVAL : ENOTTY);
+        return unregister_region(argument);
     case KVM_SET_CPUID2:
         if (has_context) {
             cpuid_set[fd & 0xffff] = 1;
