@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from guests import counter, emulators
+from guests import counter, emulators, linux
 from guests.build import BuildFailed
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, processes_of
@@ -24,6 +24,8 @@ from guests.running import Guest, processes_of
 StartGuest = Callable[[Machine, Path], Guest]
 #: Describes a bare-metal counter; keywords are fields of :class:`guests.machine.Machine`.
 DescribeCounter = Callable[..., Machine]
+#: Describes the Linux guest, likewise.
+DescribeLinux = Callable[..., Machine]
 
 
 @pytest.fixture(scope="session")
@@ -52,16 +54,6 @@ def new(emulator: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """
-    A private directory for a guest, with a short enough name for sockets in it (108 bytes).
-
-    pytest's own names grow with the test's.
-    """
-    return tmp_path
-
-
-@pytest.fixture
 def start(tmp_path: Path) -> Iterator[StartGuest]:
     """Start guests that end with the test, at the latest."""
     with ExitStack() as guests:
@@ -79,6 +71,20 @@ def counter_machine(tmp_path: Path, accelerator: Accelerator) -> DescribeCounter
     def describe(**fields: object) -> Machine:
         described: dict[str, object] = {"accelerator": accelerator, "bios": firmware, "memory_mib": 32, **fields}
         return Machine(tmp_path, **described)  # type: ignore[arg-type]
+
+    return describe
+
+
+@pytest.fixture
+def linux_machine(tmp_path: Path) -> DescribeLinux:
+    """Describe a machine that runs the Linux guest, under TCG: it must run everywhere."""
+    try:
+        linux.images()
+    except BuildFailed as err:
+        pytest.skip(f"the Linux guest cannot be built: {err}")
+
+    def describe(**fields: object) -> Machine:
+        return linux.on(Machine(tmp_path, **fields))  # type: ignore[arg-type]
 
     return describe
 

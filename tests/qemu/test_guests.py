@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guests import counter, emulators
+from guests import counter, emulators, linux
+from guests.judge import judge
 from guests.machine import I440FX, Q35
 from guests.running import Guest
 
-from .conftest import DescribeCounter, StartGuest
+from .conftest import DescribeCounter, DescribeLinux, StartGuest
 
 BOTH = pytest.mark.parametrize("label", [emulators.OLD, emulators.NEW])
 
@@ -71,3 +72,42 @@ def test_rich_machine_runs(old: Path, counter_machine: DescribeCounter, start: S
     guest = start(counter_machine(rich=True, network=True, disk_mib=16), old)
     guest.wait_for_ticks(5)
     assert guest.execute("query-status")["running"]
+
+
+@BOTH
+@pytest.mark.parametrize("machine_type", [Q35, I440FX])
+def test_linux_uses_disk_network_and_memory(
+    label: str,
+    machine_type: str,
+    emulator: Callable[[str], Path],
+    linux_machine: DescribeLinux,
+    start: StartGuest,
+) -> None:
+    guest = start(linux_machine(type=machine_type), emulator(label))
+    guest.wait_for_ticks(30)
+    verdict = guest.stop()
+    assert verdict.unharmed, verdict
+    assert verdict.writes
+
+
+def test_linux_disk_is_really_judged(old: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
+    guest = start(linux_machine(), old)
+    guest.wait_for_ticks(10)
+    guest.stop()
+    with guest.machine.serial.open("a", encoding="ascii") as log:
+        last = guest.seen().last + 3
+        log.write(f"TICK {last} w=0 r={last} ping=0 mem=0\n")
+    verdict = judge(guest.machine)
+    assert verdict.ticks_lost == 2
+    assert verdict.disk_errors >= 2  # the guest may have written one more than it said
+
+
+def test_uefi_keeps_variables_over_a_reset(old: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
+    guest = start(linux_machine(uefi=True), old)
+    guest.wait_for_line("UEFI 40")
+    assert linux.uefi_variable(guest.machine.uefi_variables) in (40, 60)
+    guest.execute("system_reset")
+    kept = guest.wait_for_line("UEFI-FOUND")
+    assert kept in ("UEFI-FOUND 40", "UEFI-FOUND 60")
+    verdict = guest.stop()
+    assert verdict.restarts == 1
