@@ -14,7 +14,6 @@ import pytest
 from guests import counter
 from guests.machine import I440FX, Q35
 from guests.running import Guest, wait_until
-
 from sevhop_qmp.process import QemuProcess
 
 from .conftest import DescribeCounter, StartGuest
