@@ -98,6 +98,7 @@ struct next {
     FILE *(*fopen)(const char *, const char *);
     int (*bind)(int, const struct sockaddr *, socklen_t);
     int (*unlink)(const char *);
+    int (*listen)(int, int);
     int (*accept)(int, struct sockaddr *, socklen_t *);
     int (*accept4)(int, struct sockaddr *, socklen_t *, int);
 };
@@ -132,7 +133,7 @@ void memory_lock_pages(void); /* does what mlockall() was asked for during the h
 /* ---- listeners.c ---- */
 
 int listeners_adopted(void);
-void listeners_forget(void); /* the hop is over: drops what was not used */
+void listeners_serve(void); /* the hop is over: clients find this process */
 
 /* ---- kvm.c ---- */
 

@@ -188,7 +188,7 @@ static void adopt_finish(QDict *arguments, QObject **result, Error **error)
         return;
     }
     if (!atomic_exchange(&hop.finished, true)) {
-        listeners_forget();
+        listeners_serve();
         keeper_close();
         memory_lock_pages();
         hand_over_stderr();

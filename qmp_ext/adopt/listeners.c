@@ -26,6 +26,7 @@ struct listener {
     int fd; /* the source's socket, until bind() takes it; -1 otherwise */
     bool taken;
     ino_t inode;
+    int number, backlog; /* what QEMU called listen() with, of a taken one; -1 before */
 };
 
 static struct listener *listeners;
@@ -56,7 +57,7 @@ static void ask(struct listener *listener)
 
     for (socklen_t i = 0; i < listener->length; i++)
         sprintf(hex + 2 * i, "%02x", listener->address[i]);
-    listener->fd = -1;
+    listener->fd = listener->number = -1;
     if (!keeper_ask(reply, &listener->fd, "listener %s", hex) || !strcmp(reply, "none"))
         return;
     if (strcmp(reply, "fd") || listener->fd < 0)
@@ -164,7 +165,7 @@ EXPORT int unlink(const char *path)
 }
 
 /* By inode: a number may have been closed and used again. */
-static bool is_gated(int fd)
+static struct listener *gated(int fd)
 {
     struct listener *listener = NULL;
     int saved = errno;
@@ -181,9 +182,26 @@ static bool is_gated(int fd)
     return listener;
 }
 
+/*
+ * It listens already. Whoever calls listen() last is who SO_PEERCRED names to clients (unix(7)), so that is put off until
+ * the hop is over: up to then it has to be the source.
+ */
+EXPORT int listen(int fd, int backlog)
+{
+    struct listener *listener = gated(fd);
+
+    if (!listener)
+        return next()->listen(fd, backlog);
+    pthread_mutex_lock(&adopt_lock);
+    listener->number = fd;
+    listener->backlog = backlog;
+    pthread_mutex_unlock(&adopt_lock);
+    return 0;
+}
+
 EXPORT int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 {
-    if (is_gated(fd)) {
+    if (gated(fd)) {
         errno = EAGAIN;
         return -1;
     }
@@ -192,7 +210,7 @@ EXPORT int accept4(int fd, struct sockaddr *address, socklen_t *length, int flag
 
 EXPORT int accept(int fd, struct sockaddr *address, socklen_t *length)
 {
-    if (is_gated(fd)) {
+    if (gated(fd)) {
         errno = EAGAIN;
         return -1;
     }
@@ -210,13 +228,19 @@ int listeners_adopted(void)
     return count;
 }
 
-void listeners_forget(void)
+/* The hop is over: what was taken is served by this process from now on, the rest is let go. */
+void listeners_serve(void)
 {
+    struct stat file;
+
     pthread_mutex_lock(&adopt_lock);
-    for (struct listener *listener = listeners; listener; listener = listener->next)
+    for (struct listener *listener = listeners; listener; listener = listener->next) {
+        if (listener->number >= 0 && !fstat(listener->number, &file) && file.st_ino == listener->inode)
+            next()->listen(listener->number, listener->backlog);
         if (listener->fd >= 0) {
             close(listener->fd);
             listener->fd = -1;
         }
+    }
     pthread_mutex_unlock(&adopt_lock);
 }

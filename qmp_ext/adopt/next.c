@@ -37,6 +37,7 @@ void find_next_functions(void)
     *(void **)&n->fopen = find("fopen64");
     *(void **)&n->bind = find("bind");
     *(void **)&n->unlink = find("unlink");
+    *(void **)&n->listen = find("listen");
     *(void **)&n->accept = find("accept");
     *(void **)&n->accept4 = find("accept4");
     atomic_thread_fence(memory_order_release);

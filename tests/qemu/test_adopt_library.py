@@ -25,6 +25,7 @@ from guests.machine import OVMF_CODE, Accelerator
 from guests.running import wait_until
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import CommandError, MonitorError
+from sevhop_qmp.monitor import peer_credentials
 
 from .adopting import (
     BACKEND,
@@ -120,7 +121,7 @@ def test_library_exports_only_what_it_interposes() -> None:
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     assert names == set(
         "ioctl memfd_create mmap mmap64 munmap madvise mlockall ftruncate ftruncate64 fallocate fallocate64 "
-        "fcntl fcntl64 open open64 __open_2 __open64_2 fopen fopen64 bind unlink accept accept4".split()
+        "fcntl fcntl64 open open64 __open_2 __open64_2 fopen fopen64 bind unlink listen accept accept4".split()
     )
 
 
@@ -604,9 +605,16 @@ def test_listening_sockets_are_taken_over(
             client.connect(f"{tmp_path}/another")
             assert greeted(client, 10)
 
+        # Who looks finds the process that serves: the last one that has called listen(), unix(7).
+        assert peer_credentials(early[0])[0] == os.getpid()
+
         destination.adopt_ram()
         destination.finish()
         assert all(greeted(client, 10) for client in early)
+        early[0].close()
+        with socket.socket(socket.AF_UNIX) as late:
+            late.connect(str(path))
+            assert peer_credentials(late)[0] == destination.pid
 
 
 def test_paths_of_the_source_stay_when_the_destination_ends(
