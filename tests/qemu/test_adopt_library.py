@@ -7,6 +7,7 @@ is tested in the lab.
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import errno
@@ -18,9 +19,11 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guests import emulators
+from guests.build import ROOT
 from guests.machine import OVMF_CODE, Accelerator
 from guests.running import wait_until
 from sevhop_qmp import adopt
@@ -521,6 +524,35 @@ def test_commands_take_no_arguments(command: str, qemu: Path, accelerator: Accel
         pytest.raises(CommandError, match="Parameter is unexpected"),
     ):
         destination.execute(command, {"surprise": 1})
+
+
+def documented() -> dict[str, dict[str, Any]]:
+    """The commands and structs of adopt.json, by name."""
+    text = (ROOT / "qmp_ext" / "adopt" / "adopt.json").read_text()
+    code = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    definitions = [ast.literal_eval(part) for part in code.strip().split("\n\n") if part.strip()]
+    return {definition.get("command") or definition["struct"]: definition for definition in definitions}
+
+
+def test_commands_are_as_documented(qemu: Path, kvm: Accelerator, keeper: Keeper, vm: int) -> None:
+    schema = documented()
+    types = {"int": int, "str": str, "bool": bool}
+    with Destination.adopting(qemu, machine(kvm), keeper) as destination:
+        assert {name for name in schema if name.startswith("x-")} == set(adopt.COMMANDS)
+        for command in ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status"):
+            arguments = None
+            if command == "x-sev-migrate-from":
+                destination.send_fd("source", vm)
+                arguments = {"fd": "source"}
+            answer = destination.execute(command, arguments)
+            members = schema[schema[command]["returns"]]["data"]
+            assert answer.keys() == members.keys()
+            for name, kind in members.items():
+                if isinstance(kind, str):
+                    assert type(answer[name]) is types[kind], name
+        memfd = destination.execute("x-sev-adopt-status")["memfds"][0]
+        assert memfd.keys() == schema["AdoptedMemfd"]["data"].keys()
+        assert destination.execute("x-sev-adopt-finish") == {}
 
 
 # ---- the guard ----
