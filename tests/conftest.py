@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from guests import counter, emulators
-from guests.build import BuildFailed
+from guests.build import Unavailable
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
 
@@ -29,6 +28,6 @@ def accelerator(tmp_path_factory: pytest.TempPathFactory) -> Accelerator:
         machine = Machine(tmp_path_factory.mktemp("kvm"), accelerator="kvm", bios=counter.firmware())
         with Guest.start(machine, emulators.installed()) as guest:
             guest.wait_for_ticks(3, timeout=10)
-    except (GuestFailed, emulators.EmulatorMissing, BuildFailed, subprocess.SubprocessError):
+    except (GuestFailed, Unavailable):
         return "tcg"
     return "kvm"

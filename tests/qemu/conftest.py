@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from guests import counter, emulators, linux
-from guests.build import BuildFailed
+from guests.build import Unavailable
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, processes_of
 
@@ -32,11 +32,15 @@ DescribeLinux = Callable[..., Machine]
 def emulator() -> Callable[[str], Path]:
     """The emulator of a version, such as ``emulators.OLD``; the test is skipped if it is not to be had."""
 
+    missing: dict[str, str] = {}  # to try once, not once for each test
+
     def find(label: str) -> Path:
-        try:
-            return emulators.emulator(label)
-        except emulators.EmulatorMissing as err:
-            pytest.skip(f"no QEMU {label}: {err}")
+        if label not in missing:
+            try:
+                return emulators.emulator(label)
+            except Unavailable as err:
+                missing[label] = str(err)
+        pytest.skip(f"no QEMU {label}: {missing[label]}")
 
     return find
 
@@ -65,7 +69,7 @@ def counter_machine(tmp_path: Path, accelerator: Accelerator) -> DescribeCounter
     """Describe a machine that runs the bare-metal counter, with the accelerator that this host has."""
     try:
         firmware = counter.firmware()
-    except BuildFailed as err:
+    except Unavailable as err:
         pytest.skip(f"the bare-metal counter cannot be built: {err}")
 
     def describe(**fields: object) -> Machine:
@@ -75,13 +79,17 @@ def counter_machine(tmp_path: Path, accelerator: Accelerator) -> DescribeCounter
     return describe
 
 
-@pytest.fixture
-def linux_machine(tmp_path: Path) -> DescribeLinux:
-    """Describe a machine that runs the Linux guest, under TCG: it must run everywhere."""
+@pytest.fixture(scope="session")
+def _linux_images() -> None:
     try:
         linux.images()
-    except BuildFailed as err:
+    except Unavailable as err:
         pytest.skip(f"the Linux guest cannot be built: {err}")
+
+
+@pytest.fixture
+def linux_machine(tmp_path: Path, _linux_images: None) -> DescribeLinux:
+    """Describe a machine that runs the Linux guest, under TCG: it must run everywhere."""
 
     def describe(**fields: object) -> Machine:
         return linux.on(Machine(tmp_path, **fields))  # type: ignore[arg-type]

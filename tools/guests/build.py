@@ -15,20 +15,25 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "guests"
 
 
+class Unavailable(Exception):
+    """Something is not installed or cannot be downloaded, and a guest cannot do without; one line says what and why."""
+
+
 class BuildFailed(Exception):
-    """A guest could not be built; the message has the tool's own words."""
+    """A guest could not be built although everything is there; the message has the tool's own words."""
 
 
 def run(command: Sequence[str | Path]) -> str:
     """
     Run a tool and return what it prints.
 
-    :raises BuildFailed: it is not installed, or failed.
+    :raises Unavailable: it is not installed.
+    :raises BuildFailed: it failed.
     """
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except OSError as err:
-        raise BuildFailed(f"{command[0]}: {err.strerror}") from err
+        raise Unavailable(f"{command[0]}: {err.strerror}") from err
     if done.returncode:
         raise BuildFailed(f"{Path(command[0]).name} failed ({done.returncode}): {done.stderr.strip()}")
     return done.stdout
@@ -57,3 +62,18 @@ def built(name: str, sources: Sequence[Path | str], make: Callable[[Path], None]
                     make(made)
                     os.rename(made, wanted)
     return wanted
+
+
+def fetch(command: Sequence[str | Path]) -> str:
+    """
+    Run a tool that downloads, and return what it prints.
+
+    :raises Unavailable: it could not (exit status 1).
+    :raises BuildFailed: what it downloaded is not as it should be.
+    """
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode == 1:
+        raise Unavailable((done.stderr.strip() or f"{command[0]} failed").splitlines()[-1])
+    if done.returncode:
+        raise BuildFailed(f"{Path(command[0]).name} failed ({done.returncode}): {done.stderr.strip()}")
+    return done.stdout.strip()

@@ -33,7 +33,7 @@ def firmware() -> Path:
     """
     The image for ``-bios``, assembled if need be.
 
-    :raises build.BuildFailed: no assembler.
+    :raises build.Unavailable: no assembler.
     """
     return build.built("counter.bin", [_SOURCE], _assemble)
 

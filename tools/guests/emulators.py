@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
-from .build import ROOT
+from .build import ROOT, BuildFailed, Unavailable, fetch, run
 
 #: Version (major.minor) -> the Debian suite that has it.
 SUITES = {"7.2": "bookworm", "10.0": "trixie"}
@@ -23,25 +22,16 @@ OLD, NEW = SUITES
 UNSTABLE = "sid"
 
 
-class EmulatorMissing(Exception):
-    """A QEMU version is not to be had; the message says why."""
-
-
 def version(emulator: Path) -> str:
     """
     A QEMU's version as it says itself, such as ``7.2.22``.
 
-    :raises EmulatorMissing: it does not run, or is no QEMU.
+    :raises BuildFailed: it does not run, or is no QEMU.
     """
-    try:
-        done = subprocess.run(
-            [emulator, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-    except OSError as err:
-        raise EmulatorMissing(f"{emulator}: {err.strerror}") from err
-    found = re.match(r"QEMU emulator version (\d+\.\d+\.\d+)", done.stdout)
+    said = run([emulator, "--version"])
+    found = re.match(r"QEMU emulator version (\d+\.\d+\.\d+)", said)
     if not found:
-        raise EmulatorMissing(f"{emulator} is not a QEMU: {(done.stdout + done.stderr).strip()}")
+        raise BuildFailed(f"{emulator} is not a QEMU: {said.strip()}")
     return found[1]
 
 
@@ -49,11 +39,11 @@ def installed() -> Path:
     """
     The machine's own QEMU.
 
-    :raises EmulatorMissing: none is installed.
+    :raises Unavailable: none is installed.
     """
     path = shutil.which("qemu-system-x86_64")
     if path is None:
-        raise EmulatorMissing("qemu-system-x86_64 is not installed")
+        raise Unavailable("qemu-system-x86_64 is not installed")
     return Path(path)
 
 
@@ -61,14 +51,10 @@ def fetched(suite: str) -> Path:
     """
     The QEMU of a Debian suite; the first call downloads it.
 
-    :raises EmulatorMissing: it cannot be downloaded or does not run here.
+    :raises Unavailable: it cannot be downloaded.
+    :raises BuildFailed: it does not run here.
     """
-    done = subprocess.run(
-        [ROOT / "tools" / "fetch-qemu", suite], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise EmulatorMissing(done.stderr.strip())
-    return Path(done.stdout.strip())
+    return Path(fetch([ROOT / "tools" / "fetch-qemu", suite]))
 
 
 @functools.cache
@@ -76,12 +62,12 @@ def emulator(label: str) -> Path:
     """
     The QEMU of a version in :data:`SUITES`, or :data:`UNSTABLE`.
 
-    :raises EmulatorMissing: it is not to be had.
+    :raises Unavailable: it is not to be had.
     """
     if label != UNSTABLE:
         try:
             if version(installed()).startswith(f"{label}."):
                 return installed()
-        except EmulatorMissing:
+        except Unavailable:
             pass
     return fetched(SUITES.get(label, label))

@@ -47,7 +47,7 @@ def images() -> LinuxImages:
     """
     The kernel and initial file system, made if need be; the first call downloads some 70 MB.
 
-    :raises build.BuildFailed: the kernel cannot be had, or there is no C compiler.
+    :raises build.Unavailable: the kernel cannot be had, or there is no C compiler.
     """
     suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "sid")
     kernel = build.built(f"kernel-{suite}", [*_DRIVERS, _HERE], lambda path: _fetch_kernel(path, suite))
@@ -93,7 +93,7 @@ def _fetch_kernel(directory: Path, suite: str) -> None:
     """Of the kernel's package, what is needed: ``vmlinuz``, and the drivers in the order in which to load them."""
     unpacked = directory.with_name("unpacked")
     only = "linux-image-[0-9].*"  # not the metapackage's other dependencies
-    build.run([build.ROOT / "tools" / "fetch-packages", "--only", only, suite, unpacked, "linux-image-amd64"])
+    build.fetch([build.ROOT / "tools" / "fetch-packages", "--only", only, suite, unpacked, "linux-image-amd64"])
     directory.mkdir()
     (image,) = unpacked.glob("boot/vmlinuz-*")
     image.rename(directory / "vmlinuz")

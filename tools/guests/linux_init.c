@@ -246,7 +246,7 @@ static void set_uefi_variable(uint64_t value)
 
 int main(void)
 {
-    uint64_t blocks = 0, seen;
+    uint64_t blocks = 0, seen = 0;
     uint64_t *memory;
     int disk, network, uefi;
 
@@ -272,8 +272,8 @@ int main(void)
         int unanswered = network < 0 || ping(network, (uint16_t)tick);
         unsigned bad = memory ? use_memory(memory, tick) : 1;
 
-        say("TICK %llu w=%d r=%llu ping=%d mem=%u\n", (unsigned long long)tick, write_error,
-            (unsigned long long)(disk < 0 ? 0 : seen), unanswered, bad);
+        say("TICK %llu w=%d r=%llu ping=%d mem=%u\n", (unsigned long long)tick, write_error, (unsigned long long)seen,
+            unanswered, bad);
         if (uefi && tick % UEFI_TICKS == 0)
             set_uefi_variable(tick);
         pause_ms(TICK_MS);
