@@ -160,10 +160,10 @@ def _memory(guest: Guest) -> Finding:
     if not guest.backends:
         return failed("memory", "private to its QEMU", remedy)
     for backend in guest.backends:
+        if not backend.share:
+            return failed("memory", f"{backend.name} is private to its QEMU ({backend.kind}, share=off)", remedy)
         if backend.kind != "memory-backend-memfd":
             return failed("memory", f"{backend.name} is a {backend.kind or 'nameless backend'}, not memfd", remedy)
-        if not backend.share:
-            return failed("memory", f"{backend.name} is private to its QEMU (share=off)", remedy)
     shared = sum(backend.size for backend in guest.backends)
     if shared < guest.memory:
         return failed("memory", "part of it is private to its QEMU", remedy)

@@ -19,7 +19,7 @@ from typing import BinaryIO, Self
 
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import MonitorError, SevhopError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
 from . import command_line
@@ -55,6 +55,7 @@ class Destination:
         keeper: Keeper,
         *,
         timeout: float = START_TIMEOUT,
+        command_timeout: float = COMMAND_TIMEOUT,
     ) -> Self:
         """
         Start a destination and connect to it.
@@ -62,6 +63,7 @@ class Destination:
         :param emulator: path of the QEMU binary.
         :param arguments: its command line without the program; what makes a destination of it is added here.
         :param timeout: seconds until its monitor must answer.
+        :param command_timeout: seconds for each command afterwards.
         :raises SevhopError: it did not come up; the message has QEMU's own reason when it gave one.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -92,7 +94,7 @@ class Destination:
         try:
             _like(source, child.pid)
             # QEMU opens its monitors before it builds the machine, and serves them afterwards.
-            self.monitor = await Monitor.connect(ours, greeting_timeout=timeout)
+            self.monitor = await Monitor.connect(ours, timeout=command_timeout, greeting_timeout=timeout)
         except MonitorError as err:
             ours.close()
             await self.kill()

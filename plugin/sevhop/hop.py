@@ -38,7 +38,7 @@ from pathlib import Path
 import tenacity
 from sevhop_qmp import adopt, move, ram_blocks
 from sevhop_qmp.device_state import DeviceStateStream
-from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorError, SevhopError
+from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorError, SevhopError, StateError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
@@ -204,10 +204,11 @@ class Hop:
             await self._do("resume", self._resume)
         except BaseException as err:
             failure = self._explain(err)
-            if self._committed:
-                raise failure from err
-            # Undoing is done in full, whatever else arrives meanwhile.
-            await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
+            if not self._committed:
+                # Undoing is done in full, whatever else arrives meanwhile.
+                await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
+            if failure is err:
+                raise
             raise failure from err
         await self._do("retire", self._retire)
 
@@ -263,6 +264,7 @@ class Hop:
             self._source,
             self._keeper,
             timeout=self._options.start_timeout,
+            command_timeout=self._options.step_timeout,
         )
         self._undo.push_async_callback(self._kill_destination)
         self.report.destination_pid = self._destination.process.pid
@@ -307,7 +309,9 @@ class Hop:
         finally:
             # A thread cannot be cancelled, and must not write into a destination that is being ended.
             await asyncio.wait({carrying})
-        carrying.result()
+            carried = carrying.exception()
+        if carried is not None:
+            raise carried
 
     async def _load(self) -> None:
         await self._stream.loaded(timeout=self._options.step_timeout)
@@ -396,7 +400,8 @@ class Hop:
             return NeedsRecover(message, error.hint)
         if not self._loaded and not self._source.alive:
             return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
-        if isinstance(error, MonitorError) and hasattr(self, "_destination") and not self._destination.process.alive:
+        lost_contact = isinstance(error, (MonitorError, StateError))
+        if lost_contact and hasattr(self, "_destination") and not self._destination.process.alive:
             words = self._destination.last_words()
             message = f"{self._phase}: the destination ended" + (f": {words}" if words else "")
         return Undone(message, error.hint)

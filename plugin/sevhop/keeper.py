@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 PROTOCOL = 1
 _MEMFD_LINK = re.compile(r"/memfd:(?P<name>.*) \(deleted\)$")
+#: The name that QEMU gives to the memfd of every memory-backend-memfd object.
+_BACKEND_MEMFD = "memory-backend-memfd"
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ class Held:
         return held
 
     def _take_memory(self, process: QemuProcess, guest: Guest) -> None:
-        # /proc tells names, and all backends have the same one. The inode that is mapped as a RAM block is the
-        # proof of which memfd belongs to which; the descriptors' order is the order of creation.
+        # /proc tells names, and all backends have the same one; the descriptors' order is the order of creation. That a
+        # memfd is guest memory is proven by its inode, which is mapped as a RAM block.
         by_inode = {block.inode: block for block in guest.blocks.values() if block.shared}
+        seen = set()
         for descriptor in process.descriptors():
             link = _MEMFD_LINK.match(descriptor.target)
             if link is None:
@@ -77,9 +80,12 @@ class Held:
             fd = process.duplicate(descriptor.number)
             stat = os.fstat(fd)
             inode = (f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}", stat.st_ino)
-            if by_inode.pop(inode, None) is None:
+            # A backend that the guest does not use has no block, but the destination will ask for it all the same.
+            wanted = by_inode.pop(inode, None) is not None or link["name"] == _BACKEND_MEMFD
+            if inode in seen or not wanted:
                 os.close(fd)
                 continue
+            seen.add(inode)
             self.memfds.setdefault(link["name"], []).append(fd)
         if by_inode:
             names = ", ".join(sorted(block.name for block in by_inode.values()))

@@ -89,6 +89,8 @@ def parse_ramblock_table(text: str) -> list[Row]:
         # The name may contain blanks; the columns after it do not, but for the page size ("4 KiB").
         columns = 6 if not with_host else 8 if lines[0].split()[-1] == "RO" else 7
         words = line.rsplit(None, columns - 1)
+        if len(words) == columns - 1:
+            continue  # a block without a name belongs to a backend that the guest does not use
         try:
             numbers = [int(word, 16) for word in words[3 : 7 if with_host else 6]]
             rows.append(Row(words[0].strip(), numbers[0], numbers[1], numbers[2], numbers[3] if with_host else None))

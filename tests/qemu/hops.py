@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guests.running import Guest
-
 from sevhop.hop import Hop, Options, Phase, Report
 
 #: Phases of a hop between the start of the destination and the commit.
@@ -36,6 +35,7 @@ class Meddler:
         mischief: Mischief = lambda _: None,
         command: list[str] | None = None,
         timeout: float = 10.0,
+        start_timeout: float = 60.0,
     ) -> Report:
         """
         Hop a guest.
@@ -55,7 +55,7 @@ class Meddler:
             emulator=str(emulator) if emulator else None,
             command=command,
             step_timeout=timeout,
-            start_timeout=60,
+            start_timeout=start_timeout,
         )
         self.hop = Hop(options, progress)
         return asyncio.run(self.hop.run())

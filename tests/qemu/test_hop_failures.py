@@ -1,0 +1,442 @@
+"""
+Bad input and failures: a clear line, and the guest untouched or back.
+
+In every test the guest's counter goes on afterwards, without a gap. The only exception is a source that dies before its
+state has been saved: nobody can bring that guest back, and it is said so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from guests.machine import I440FX, Machine
+from guests.running import Guest, wait_ended
+from sevhop.errors import Lost, NeedsRecover, Refused, Undone
+from sevhop.guest import SevContext
+from sevhop.hop import Hop
+from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.process import QemuProcess
+
+from .conftest import DescribeCounter, StartGuest
+from .hops import BEFORE_COMMIT, Meddler, Mischief, hang_destination, interrupt, kill_destination, kill_source
+from .test_hop import assert_unharmed, sevhop
+
+
+@pytest.fixture
+def guest(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Guest:
+    """A counting guest in the older QEMU."""
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    return guest
+
+
+def assert_untouched(guest: Guest, pid: int) -> None:
+    """The guest counts on where it was."""
+    assert guest.pid == pid
+    assert guest.execute("query-status")["status"] == "running"
+    assert_unharmed(guest)
+
+
+# -- refused: nothing is touched -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"memory": "private"}, "memory: pc.ram is private to its QEMU"),
+        ({"more": ("-object", "memory-backend-memfd,id=other,size=16M,share=off")}, "other is private to its QEMU"),
+        ({"more": ("-netdev", "socket,id=n,mcast=230.0.0.1:1234")}, "command line: -netdev socket"),
+        ({"more": ("-chardev", "pipe,id=c,path={}/pipe")}, "a pipe character device cannot be opened twice"),
+        ({"more": ("-drive", "file=fat:rw:{},format=raw,if=virtio")}, "The vvfat (rw) format"),
+        (
+            {"more": ("-blockdev", "driver=null-co,node-name=n", "-device", "nvme,drive=n,serial=1")},
+            "non-migratable device",
+        ),
+        ({"more": ("-S",)}, "state: the guest is prelaunch"),
+    ],
+)
+def test_guest_that_cannot_hop(
+    fields: dict[str, object],
+    reason: str,
+    old: Path,
+    new: Path,
+    tmp_path: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+) -> None:
+    os.mkfifo(tmp_path / "pipe.in")
+    os.mkfifo(tmp_path / "pipe.out")
+    if "more" in fields:
+        fields = {"more": tuple(str(word).format(tmp_path) for word in fields["more"])}  # type: ignore[attr-defined]
+    guest = start(counter_machine(**fields), old)
+    pid = guest.pid
+    with pytest.raises(Refused) as caught:
+        Meddler().run(guest, new)
+    assert reason in str(caught.value)
+    done = sevhop("hop", "--source", guest.machine.monitor, "--emulator", new)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert reason in line
+    assert "nothing was touched" in line
+    checked = sevhop("check", "--qmp", guest.machine.monitor, "--emulator", new)
+    assert checked.returncode == 1
+    assert "FAIL" in checked.stdout
+    if "prelaunch" in reason:
+        guest.execute("cont")
+    assert_untouched(guest, pid)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"type": I440FX}, "machine type is pc-i440fx-7.2 in the destination, pc-q35-7.2 in the source"),
+        ({"cpus": 2}, "number of vCPUs is 2 in the destination, 1 in the source"),
+        ({"memory_mib": 48}, "memory"),
+        ({"accelerator": "tcg"}, "accelerator is tcg in the destination"),
+        ({"more": ("-device", "virtio-rng-pci,id=rng0")}, "device rng0 is not in the source"),
+        ({"more": ("-no-such-option",)}, "no-such-option"),
+        ({"memory": "private"}, "memory"),
+    ],
+)
+def test_destination_that_is_another_machine(
+    other: dict[str, object], reason: str, guest: Guest, new: Path, counter_machine: DescribeCounter
+) -> None:
+    if "accelerator" in other and guest.machine.accelerator == "tcg":
+        pytest.skip("there is only TCG here, so accelerators cannot differ")
+    pid = guest.pid
+    machine: Machine = counter_machine(**other)
+    meddler = Meddler()
+    with pytest.raises((Refused, Undone)) as caught:
+        meddler.run(guest, new, command=machine.command(new))
+    assert reason in str(caught.value)
+    assert "freeze" not in meddler.phases
+    assert_untouched(guest, pid)
+
+
+@pytest.mark.parametrize("program", ["/nonexistent/qemu", "/etc/passwd", "/bin/true"])
+def test_emulator_that_is_none(program: str, guest: Guest) -> None:
+    with pytest.raises(Refused, match="emulator"):
+        Meddler().run(guest, Path(program))
+    assert_untouched(guest, guest.pid)
+
+
+def write_emulator(path: Path, new: Path, body: str) -> Path:
+    """A program that claims to be QEMU and then does something else."""
+    path.write_text(
+        f"#!{sys.executable}\nimport os, re, socket, sys, time\n"
+        f"if sys.argv[1:] == ['--version']: os.execv({str(new)!r}, sys.argv)\n"
+        "number = int(re.search(r'id=sevhop-monitor,fd=(\\d+)', ' '.join(sys.argv))[1])\n"
+        "monitor = socket.socket(fileno=number)\n" + body
+    )
+    path.chmod(0o700)
+    return path
+
+
+GREETING = '{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": ""}, "capabilities": []}}'
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("sys.exit('cannot allocate memory')", "cannot allocate memory"),
+        ("monitor.sendall(b'\\x7fELF garbage\\n'); time.sleep(60)", "did not start"),
+        (
+            f"monitor.sendall({GREETING.encode()!r} + b'\\n')\n"
+            "while data := monitor.recv(4096):\n"
+            '    number = re.search(rb\'"id": ?"__qmp#\\d+"\', data)\n'
+            "    monitor.sendall(b'{\"return\": {}%s}\\n' % (b', ' + number[0] if number else b''))\n",
+            "not understood",
+        ),
+        ("time.sleep(60)", "did not start"),
+    ],
+)
+def test_emulator_that_talks_nonsense(body: str, reason: str, guest: Guest, new: Path, tmp_path: Path) -> None:
+    pid = guest.pid
+    fake = write_emulator(tmp_path / "emulator", new, body)
+    meddler = Meddler()
+    with pytest.raises(Undone, match=reason):
+        meddler.run(guest, fake, start_timeout=2)
+    assert "freeze" not in meddler.phases
+    assert_untouched(guest, pid)
+
+
+# -- the monitor -----------------------------------------------------------------------------------
+
+
+def test_no_monitor(tmp_path: Path) -> None:
+    done = sevhop("hop", "--source", tmp_path / "none.sock")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH\r\n", b"{}\n", b""])
+def test_socket_that_is_not_qmp(greeting: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "other.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            peer, _ = server.accept()
+            peer.sendall(greeting)
+            peer.recv(4096)
+            peer.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        done = sevhop("hop", "--source", path, "--timeout", "1")
+        thread.join()
+    assert done.returncode == 1
+    assert "QMP" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_monitor_of_another_client(guest: Guest, new: Path) -> None:
+    pid = guest.pid
+
+    async def while_held() -> subprocess.CompletedProcess[str]:
+        async with await Monitor.connect(guest.machine.monitor):
+            return await asyncio.to_thread(
+                sevhop, "hop", "--source", guest.machine.monitor, "--emulator", new, "--timeout", "1"
+            )
+
+    done = asyncio.run(while_held())
+    assert done.returncode == 1
+    assert "another client holds this monitor" in done.stderr
+    assert_untouched(guest, pid)
+
+
+def test_monitor_served_by_something_else(guest: Guest, new: Path, tmp_path: Path) -> None:
+    """A proxy speaks QMP but is not the process that has the guest."""
+    path = tmp_path / "proxy.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client, socket.socket(socket.AF_UNIX) as qemu:
+                qemu.connect(str(guest.machine.monitor))
+                back = threading.Thread(target=relay, args=(qemu, client))
+                back.start()
+                relay(client, qemu)
+                qemu.shutdown(socket.SHUT_RDWR)
+                back.join()
+
+        def relay(source: socket.socket, sink: socket.socket) -> None:
+            try:
+                while data := source.recv(65536):
+                    sink.sendall(data)
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        done = sevhop("hop", "--source", path, "--emulator", new)
+        thread.join()
+    assert done.returncode == 1, done
+    assert done.stderr.count("\n") == 1
+    assert_unharmed(guest)
+
+
+# -- undone: the guest goes on where it was --------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", BEFORE_COMMIT)
+@pytest.mark.parametrize("mischief", [kill_destination, interrupt])
+def test_failure_before_the_commit(at: str, mischief: Mischief, guest: Guest, new: Path) -> None:
+    pid = guest.pid
+    with pytest.raises(Undone) as caught:
+        Meddler().run(guest, new, at=at, mischief=mischief)
+    assert re.search("interrupted" if mischief is interrupt else "the destination (ended|stopped)", str(caught.value))
+    assert_untouched(guest, pid)
+
+
+def test_destination_killed_when_it_should_run(guest: Guest, new: Path) -> None:
+    """Without a context to move, the commit is that the destination runs; one that dies first changes nothing."""
+    pid = guest.pid
+    with pytest.raises(Undone, match="the destination ended"):
+        Meddler().run(guest, new, at="resume", mischief=kill_destination)
+    assert_untouched(guest, pid)
+
+
+@pytest.mark.parametrize("at", ["share", "load", "resume"])
+def test_destination_that_hangs(at: str, guest: Guest, new: Path) -> None:
+    pid = guest.pid
+    with pytest.raises(Undone, match="within 1 s"):
+        Meddler().run(guest, new, at=at, mischief=hang_destination, timeout=1)
+    assert_untouched(guest, pid)
+
+
+def test_interrupted_while_preparing(guest: Guest, new: Path) -> None:
+    pid = guest.pid
+    for at in ("hold", "prepare"):
+        with pytest.raises(Undone, match="interrupted"):
+            Meddler().run(guest, new, at=at, mischief=interrupt)
+    assert_untouched(guest, pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_undo_the_command(number: signal.Signals, guest: Guest, new: Path) -> None:
+    pid = guest.pid
+    command = [sys.executable, "-m", "sevhop.cli", "-v", "hop", "--source", str(guest.machine.monitor)]
+    with subprocess.Popen([*command, "--emulator", str(new)], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "prepare" in line:
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 3
+    assert rest.splitlines()[-1].endswith("interrupted; the guest runs where it ran")
+    assert_untouched(guest, pid)
+
+
+def test_interrupt_behind_the_commit_is_ignored(guest: Guest, new: Path) -> None:
+    refused = []
+    report = Meddler().run(guest, new, at="retire", mischief=lambda hop: refused.append(hop.interrupt()))
+    assert refused == [False]
+    assert report.outcome == "done"
+    assert_unharmed(guest)
+
+
+@contextmanager
+def image_locked(image: Path) -> Iterator[None]:
+    """Hold an image as QEMU does for a program that lets nobody else write (block/file-posix.c)."""
+    with image.open("r+b") as file:
+        others_must_not_write = 201
+        lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, others_must_not_write, 1, 0)
+        f_ofd_setlk = 37
+        fcntl.fcntl(file, f_ofd_setlk, lock)
+        yield
+
+
+def test_image_locked_by_somebody_else(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """Another program grabs the disk in the moment in which neither QEMU holds it, and lets go a while later."""
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(5)
+    pid = guest.pid
+    threads = []
+
+    def grab(hop: Hop) -> None:
+        locked = threading.Event()
+
+        def hold() -> None:
+            with image_locked(guest.machine.disk):
+                locked.set()
+                # The destination is ended when it cannot have the disk. Then the source wants it back.
+                assert wait_ended(hop.report.destination_pid, 30)
+
+        threads.append(threading.Thread(target=hold))
+        threads[0].start()
+        assert locked.wait(10)
+
+    with pytest.raises(Undone, match="lock"):
+        Meddler().run(guest, new, at="resume", mischief=grab)
+    threads[0].join()
+    assert_untouched(guest, pid)
+
+
+def test_source_continued_by_somebody_else(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    second = tmp_path / "second.sock"
+    guest = start(counter_machine(more=("-qmp", f"unix:{second},server=on,wait=off")), old)
+    guest.wait_for_ticks(5)
+    pid = guest.pid
+
+    def meddle(_: Hop) -> None:
+        thread = threading.Thread(target=lambda: asyncio.run(cont(second)))
+        thread.start()
+        thread.join()
+
+    with pytest.raises(Undone, match="the source runs although it was stopped"):
+        Meddler().run(guest, new, at="commit", mischief=meddle)
+    assert_untouched(guest, pid)
+
+
+async def cont(path: Path) -> None:
+    async with await Monitor.connect(path) as monitor:
+        await monitor.execute("cont")
+
+
+# -- the source dies or hangs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["hold", "prepare", "freeze", "share", "save"])
+def test_source_dies_before_its_state_is_saved(at: str, guest: Guest, new: Path) -> None:
+    """The guest is lost with its QEMU, by no doing of ours. It is said so, and nothing is left."""
+    with pytest.raises(Lost, match=r"the source's QEMU ended by itself"):
+        Meddler().run(guest, new, at=at, mischief=kill_source)
+
+
+def test_source_dies_when_the_destination_has_it_all(guest: Guest, new: Path) -> None:
+    for at in ("commit", "resume"):
+        report = Meddler().run(guest, new, at=at, mischief=kill_source)
+        assert report.outcome == "done"
+        guest.wait_for_ticks(5)
+        if at == "commit":
+            new = Path(os.readlink(f"/proc/{guest.pid}/exe"))
+    assert_unharmed(guest)
+
+
+def test_both_fail(guest: Guest, new: Path) -> None:
+    """With the source gone, a destination that does not answer is left alone: it has all there is of the guest."""
+
+    def both(hop: Hop) -> None:
+        kill_source(hop)
+        hang_destination(hop)
+
+    meddler = Meddler()
+    with pytest.raises(NeedsRecover, match="the guest is paused in process"):
+        meddler.run(guest, new, at="resume", mischief=both, timeout=1)
+    process = QemuProcess.open(meddler.hop.report.destination_pid)
+    assert process.alive
+    process.close()
+
+
+def test_source_that_hangs_is_let_go_on(guest: Guest, new: Path) -> None:
+    """A source that does not answer cannot be asked to go on either; when it wakes up, it does both."""
+    pid = guest.pid
+
+    def hang(hop: Hop) -> None:
+        os.kill(hop.report.source_pid, signal.SIGSTOP)
+
+    with pytest.raises(NeedsRecover, match="putting back failed"):
+        Meddler().run(guest, new, at="freeze", mischief=hang, timeout=1)
+    os.kill(pid, signal.SIGCONT)
+    assert_untouched(guest, pid)
+
+
+# -- a move without SEV ----------------------------------------------------------------------------
+
+
+def test_forced_move_without_sev(guest: Guest, new: Path) -> None:
+    """A source that claims a context which it has not: the kernel says so, and the hop is undone."""
+    if guest.machine.accelerator != "kvm":
+        pytest.skip("the move is a KVM call, and KVM does not work here")
+    pid = guest.pid
+
+    def claim(hop: Hop) -> None:
+        hop._guest = dataclasses.replace(hop._guest, context=SevContext("sev"))
+
+    meddler = Meddler()
+    with pytest.raises(Undone, match="EINVAL"):
+        meddler.run(guest, new, at="commit", mischief=claim)
+    assert_untouched(guest, pid)
