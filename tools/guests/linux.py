@@ -97,24 +97,30 @@ def _fetch_kernel(directory: Path, suite: str) -> None:
     directory.mkdir()
     (image,) = unpacked.glob("boot/vmlinuz-*")
     image.rename(directory / "vmlinuz")
-    (directory / "vmlinux").write_bytes(_kernel_inside((directory / "vmlinuz").read_bytes()))
+    _decompress(directory / "vmlinuz", directory / "vmlinux")
     for order, driver in enumerate(_in_order(unpacked)):
         (directory / f"{order:02}.ko").write_bytes(driver)
 
 
-def _kernel_inside(image: bytes) -> bytes:
+def _decompress(kernel: Path, inside: Path) -> None:
     """
-    The ELF file in a compressed kernel, or the image itself if it is compressed in a way that Python cannot undo.
+    Write the ELF file that a compressed kernel has in it.
 
-    The fields are those of Documentation/arch/x86/boot.rst.
+    The fields are those of Documentation/arch/x86/boot.rst; bookworm's kernel is compressed by xz, trixie's by zstd.
     """
+    image = kernel.read_bytes()
     setup_sectors = image[0x1F1]
     payload_offset, payload_length = struct.unpack_from("<II", image, 0x248)
     start = (setup_sectors + 1) * 512 + payload_offset
-    payload = image[start : start + payload_length]
+    payload = image[start : start + payload_length - 4]  # without the decompressed size
     if payload.startswith(b"\xfd7zXZ"):
-        return lzma.LZMADecompressor().decompress(payload)  # not all of it: the size is appended
-    return image
+        inside.write_bytes(lzma.decompress(payload))
+    elif payload.startswith(b"\x28\xb5\x2f\xfd"):
+        compressed = inside.with_suffix(".zst")
+        compressed.write_bytes(payload)
+        build.run(["zstd", "--quiet", "--decompress", "--rm", "-o", inside, compressed])
+    else:
+        raise build.BuildFailed(f"{kernel.name} is compressed in an unknown way ({payload[:4].hex()})")
 
 
 def _in_order(unpacked: Path) -> list[bytes]:
