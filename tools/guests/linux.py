@@ -23,6 +23,9 @@ _INIT_SOURCE = _HERE.with_name("linux_init.c")
 #: Drivers for what the guest uses; those that they need come with them.
 _DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "efivarfs")
 
+#: What is kept of a kernel's package, see _fetch_kernel. A change there needs a new value here, and another download.
+_KEPT = "vmlinuz, vmlinux, drivers"
+
 _KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
 
 #: The UEFI variable that the guest sets, as UEFI writes names.
@@ -50,7 +53,7 @@ def images() -> LinuxImages:
     :raises build.Unavailable: the kernel cannot be had, or there is no C compiler.
     """
     suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "sid")
-    kernel = build.built(f"kernel-{suite}", [*_DRIVERS, _HERE], lambda path: _fetch_kernel(path, suite))
+    kernel = build.built(f"kernel-{suite}", [*_DRIVERS, _KEPT], lambda path: _fetch_kernel(path, suite))
     init = build.built("linux-init", [_INIT_SOURCE], _compile)
     drivers = sorted(kernel.glob("*.ko"))
     initrd = build.built("initrd.cpio", [init, *drivers, _HERE], lambda path: _write_initrd(path, init, drivers))

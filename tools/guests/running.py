@@ -28,6 +28,8 @@ from .machine import Machine
 
 #: Seconds until an emulator must answer.
 START_TIMEOUT = 30.0
+#: Seconds until a guest must have said something. Linux with UEFI takes 30 under emulation on a busy machine.
+PATIENCE = 150.0
 #: Seconds until a guest must have ended that was told to.
 STOP_TIMEOUT = 20.0
 #: Seconds between two looks at something that cannot be waited for.
@@ -178,7 +180,7 @@ class Guest:
         """What the log says so far."""
         return judge_log(self.log())
 
-    def wait_for_ticks(self, more: int, timeout: float = 60.0) -> Verdict:
+    def wait_for_ticks(self, more: int, timeout: float = PATIENCE) -> Verdict:
         """
         Wait until the guest has counted on.
 
@@ -193,7 +195,7 @@ class Guest:
             raise GuestFailed(f"{err}; the log ends with {self.log()[-200:]!r}, QEMU said {self.said()!r}") from None
         return self.seen()
 
-    def wait_for_line(self, text: str, timeout: float = 60.0) -> str:
+    def wait_for_line(self, text: str, timeout: float = PATIENCE) -> str:
         """
         Wait until a line of the log contains a text, and return the last such line.
 
