@@ -11,9 +11,9 @@ import select
 import signal
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.abspath(__file__).rsplit("/", 3)[0])
 
-from sevlab import wire
+from lab.sevlab import wire
 
 PORT = "/dev/vport0p1"
 CANNOT_EXECUTE = 126

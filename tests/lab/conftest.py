@@ -1,0 +1,92 @@
+"""
+Tests in the SEV lab (tools/lab).
+
+Tests in the directories below this one run *in* the lab, once for each kernel: pytest starts the lab at the first of
+them, in it another pytest runs all that were selected, and the reports come back as if they had been made here. In
+the lab itself, or on a host with SEV whose SEVHOP_LAB is set to a kernel's name, they run as any other test.
+
+Tests in this directory run here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from .remote import Remote
+
+HERE = Path(__file__).parent
+KERNELS = ("6.1", "6.12")
+INSIDE = os.environ.get("SEVHOP_LAB")
+
+_remotes = pytest.StashKey[dict[str, Remote]]()
+
+
+def _runs_in_lab(path: Path) -> bool:
+    return path.parent != HERE
+
+
+@pytest.fixture(autouse=True)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """The series of the kernel that the test runs on."""
+    return str(getattr(request, "param", ""))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if _runs_in_lab(metafunc.definition.path):
+        metafunc.parametrize("kernel", [INSIDE] if INSIDE else KERNELS, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Instead of running a test here, have it run in the lab and report what came of it."""
+    if INSIDE or not _runs_in_lab(item.path):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in _remote_of(item).reports(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _remote_of(item: pytest.Item) -> Remote:
+    """The lab that the item runs in. At the first call all labs that are needed start, side by side."""
+    stash = item.session.stash
+    if _remotes not in stash:
+        selected: dict[str, list[str]] = {}
+        for other in item.session.items:
+            if _runs_in_lab(other.path) and HERE in other.path.parents:
+                selected.setdefault(_kernel_of(other), []).append(other.nodeid)
+        stash[_remotes] = {kernel: Remote(item.config, kernel, tests) for kernel, tests in selected.items()}
+    return stash[_remotes][_kernel_of(item)]
+
+
+def _kernel_of(item: pytest.Item) -> str:
+    assert isinstance(item, pytest.Function)
+    return str(item.callspec.params["kernel"])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for remote in session.stash.get(_remotes, {}).values():
+        remote.end()
+
+
+class _Reporter:
+    """In the lab, for the pytest outside: sends it the reports, each a line with a mark and JSON."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        writer = self._config.get_terminal_writer()
+        writer.line(f"{Remote.MARK}{json.dumps(data)}")
+        writer.flush()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if Remote.REPORTS in os.environ:
+        config.pluginmanager.register(_Reporter(config))

@@ -1,0 +1,130 @@
+"""SEV guests: launched as QEMU launches them, and what the fake firmware knows of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import kvm
+from .kvm import Memory, Vm
+
+# Increments a counter in memory and writes it to a port, for ever: each output is one more than the last.
+COUNT = bytes.fromhex(
+    "66ff060090"  # incl 0x9000
+    "66a10090"  # movl 0x9000, %eax
+    "66e7e9"  # outl %eax, $0xe9
+    "ebf2"  # jmp to the start
+)
+# Increments the counter and never leaves the guest.
+SPIN = bytes.fromhex(
+    "66ff060090"  # incl 0x9000
+    "ebf9"  # jmp to the start
+)
+PROGRAM = 0x8000
+COUNTER = 0x9000
+
+# State of a guest, as the firmware numbers them.
+RUNNING = 3
+
+POLICY_SEV = 0
+POLICY_SEV_ES = 4
+
+
+@dataclass(frozen=True)
+class Context:
+    """A guest as the firmware sees it, a line of /proc/fake_psp."""
+
+    handle: int
+    asid: int
+    policy: int
+    state: int
+    bytes: int
+    vmsas: int
+
+
+def contexts() -> list[Context]:
+    """All guests that the firmware knows."""
+    lines = Path("/proc/fake_psp").read_text().splitlines()
+    return [Context(**{name: int(value) for name, value in map(_pair, line.split())}) for line in lines]
+
+
+def _pair(word: str) -> tuple[str, str]:
+    name, _, value = word.partition("=")
+    return name, value
+
+
+class SevVm(Vm):
+    """
+    An SEV guest that has been launched and is ready to run PROGRAM; see `launch`.
+
+    :ivar es: whether its registers are encrypted, too (SEV-ES).
+    :ivar device: /dev/sev.
+    """
+
+    def __init__(
+        self, *, es: bool = False, type: int = kvm.KVM_X86_DEFAULT_VM, memory: Memory | None = None, vcpus: int = 1
+    ) -> None:
+        super().__init__(type=type, memory=memory, vcpus=0)
+        self.es = es
+        self.device = os.open("/dev/sev", os.O_RDWR | os.O_CLOEXEC)
+        if type == kvm.KVM_X86_DEFAULT_VM:
+            self.sev(kvm.KVM_SEV_ES_INIT if es else kvm.KVM_SEV_INIT)
+        else:
+            self.sev(kvm.KVM_SEV_INIT2, kvm.kvm_sev_init())
+        for _ in range(vcpus):
+            self.add_vcpu()
+        self.register_region(self.memory)
+
+    @classmethod
+    def launched(
+        cls,
+        *,
+        es: bool = False,
+        type: int = kvm.KVM_X86_DEFAULT_VM,
+        memory: Memory | None = None,
+        vcpus: int = 1,
+        program: bytes = COUNT,
+        vmsa: bool = True,
+    ) -> SevVm:
+        """
+        All of the launch.
+
+        :param vmsa: for SEV-ES: encrypt the registers. QEMU does it when the guest first runs.
+        """
+        vm = cls(es=es, type=type, memory=memory, vcpus=vcpus)
+        vm.memory.map[PROGRAM : PROGRAM + len(program)] = program
+        for vcpu in vm.vcpus:
+            vcpu.start_at(PROGRAM)
+        vm.sev(kvm.KVM_SEV_LAUNCH_START, kvm.kvm_sev_launch_start(policy=POLICY_SEV_ES if es else POLICY_SEV))
+        data = kvm.kvm_sev_launch_update_data(uaddr=vm.memory.address + PROGRAM, len=0x1000)
+        vm.sev(kvm.KVM_SEV_LAUNCH_UPDATE_DATA, data)
+        if es and vmsa:
+            vm.sev(kvm.KVM_SEV_LAUNCH_UPDATE_VMSA)
+        measurement = ctypes.create_string_buffer(48)
+        vm.sev(
+            kvm.KVM_SEV_LAUNCH_MEASURE,
+            kvm.kvm_sev_launch_measure(uaddr=ctypes.addressof(measurement), len=len(measurement)),
+        )
+        vm.sev(kvm.KVM_SEV_LAUNCH_FINISH)
+        return vm
+
+    def sev(self, number: int, argument: ctypes.Structure | None = None) -> None:
+        kvm.command(self.descriptor, self.device, number, argument)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self.device)
+        super().close()
+
+
+def guest_status(vm: Vm) -> kvm.kvm_sev_guest_status:
+    """KVM_SEV_GUEST_STATUS: what QEMU's query-sev is made of."""
+    status = kvm.kvm_sev_guest_status()
+    device = os.open("/dev/sev", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        kvm.command(vm.descriptor, device, kvm.KVM_SEV_GUEST_STATUS, status)
+    finally:
+        os.close(device)
+    return status

@@ -1,0 +1,88 @@
+"""A pytest that runs in the lab, seen from the pytest outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+RUN = "tools/lab/run"
+TIME_LIMIT = 600  # seconds for all tests in one lab
+
+
+class Remote:
+    """
+    One lab with one pytest in it.
+
+    :param kernel: the series that the lab boots.
+    :param tests: node ids. They are run in this order, and the same ones must be asked for.
+    """
+
+    MARK = "\x1e"
+    REPORTS = "SEVHOP_LAB_REPORTS"
+
+    def __init__(self, config: pytest.Config, kernel: str, tests: Iterable[str]) -> None:
+        self._config = config
+        self._kernel = kernel
+        self._kept: dict[str, list[pytest.TestReport]] = {}
+        self._finished: set[str] = set()
+        self._said: deque[str] = deque(maxlen=100)
+        inner = ("env", f"{self.REPORTS}=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        self._process = subprocess.Popen(
+            [RUN, "--kernel", kernel, "--timeout", str(TIME_LIMIT), "--show", sys.prefix, *inner],
+            cwd=config.rootpath,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """The reports of a test, waiting until it has run. If the lab ends before, a report that says so."""
+        if item.nodeid not in self._finished:
+            for report in self._arriving():
+                self._kept.setdefault(report.nodeid, []).append(report)
+                if report.when == "teardown":
+                    self._finished.add(report.nodeid)
+                if item.nodeid in self._finished:
+                    break
+            else:
+                return [*self._kept.pop(item.nodeid, []), self._lost(item)]
+        return self._kept.pop(item.nodeid)
+
+    def _arriving(self) -> Iterator[pytest.TestReport]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            said, mark, data = line.partition(self.MARK)
+            self._said.append(said)
+            if mark:
+                yield self._report(json.loads(data))
+
+    def _report(self, data: dict[str, Any]) -> pytest.TestReport:
+        for name in ("location", "longrepr"):  # JSON has no tuples
+            if isinstance(data[name], list):
+                data[name] = tuple(data[name])
+        report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+        assert isinstance(report, pytest.TestReport)
+        return report
+
+    def _lost(self, item: pytest.Item) -> pytest.TestReport:
+        text = f"the lab with kernel {self._kernel} ended ({self._process.wait()}) before the test had run\n"
+        return pytest.TestReport(
+            nodeid=item.nodeid,
+            location=item.location,
+            keywords={},
+            outcome="failed",
+            longrepr=text + "".join(self._said),
+            when="call",
+        )
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait()

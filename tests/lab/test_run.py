@@ -1,0 +1,158 @@
+"""``tools/lab/run`` itself: what goes in, what comes out, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from guests.running import wait_ended, wait_until
+from lab.sevlab.errors import LabError
+from lab.sevlab.fake_psp import compare_symbols
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = str(ROOT / "tools" / "lab" / "run")
+LIMIT = 180  # seconds; the first use of a kernel downloads it
+
+
+def _run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([RUN, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT)
+
+
+def test_command_goes_in_and_output_comes_out_as_they_are() -> None:
+    words = [b"two words", b"", b"'\"", b"$HOME `id` \\n *", b"new\nline", b"\xff\xfe", "żółw".encode(), b"--", b"-x"]
+    script = b"printf '%s\\0' \"$@\"; echo to stderr >&2; echo x >tools/lab/written && echo x >/etc/written && exit 7"
+    done = _run(b"sh", b"-c", script, b"sh", *words)
+    assert done.stdout.split(b"\0")[:-1] == words
+    assert done.stderr == b"to stderr\n"
+    assert done.returncode == 7
+    assert not (ROOT / "tools" / "lab" / "written").exists()
+    assert not Path("/etc/written").exists()
+
+
+def test_what_the_lab_is() -> None:
+    done = _run(
+        *("--processors", "1", "--memory", "512", "sh", "-ec"),
+        """
+        cat /sys/module/kvm_amd/parameters/sev /sys/module/kvm_amd/parameters/sev_es
+        for directory in /tmp /run /var/tmp /dev/shm /root /etc/libvirt /var/lib/libvirt; do
+            mkdir -p $directory && touch $directory/file
+        done
+        ls /tmp /var/tmp
+        test -c /dev/kvm && test -c /dev/sev && cut -d' ' -f1 /sys/fs/cgroup/misc.capacity
+        test "$(cat /sys/class/net/lo/operstate)" != down
+        unshare --mount true && nproc && test "$$" != 1 && echo "$SEVHOP_LAB" && pwd
+        sleep 1000 &
+        """,
+    )
+    assert done.stderr == b""
+    words = ["Y", "Y", "/tmp:", "file", "/var/tmp:", "file", "sev", "sev_es", "1", "6.1", str(ROOT)]
+    assert done.stdout.decode().split() == words
+    assert done.returncode == 0
+
+
+def test_program_that_cannot_be_executed() -> None:
+    programs = {"no-such-program": 127, "/etc/passwd": 126}
+    labs = [subprocess.Popen([RUN, program], cwd=ROOT, stderr=subprocess.PIPE) for program in programs]
+    for lab, (program, status) in zip(labs, programs.items(), strict=True):
+        _, said = lab.communicate(timeout=LIMIT)
+        assert lab.returncode == status
+        assert program.encode() in said
+
+
+def test_wrong_use_boots_nothing() -> None:
+    done = _run("--kernel", "2.4", "true")
+    assert done.returncode == 125
+    assert b"2.4" in done.stderr
+
+
+def test_lab_that_dies_is_not_the_command_s_failure() -> None:
+    done = _run("sh", "-c", "echo c >/proc/sysrq-trigger")
+    assert done.returncode == 125
+    assert b"sysrq triggered crash" in done.stderr
+    assert done.stderr.endswith(b"lab: the lab died\n")
+
+
+@contextmanager
+def _started(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A lab that is booting or runs its command, and the pid of its emulator, which must have ended afterwards."""
+    process = subprocess.Popen([RUN, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def emulators() -> list[int]:
+        pids = [int(pid) for pid in children.read_text().split()]
+        return [pid for pid in pids if b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    try:
+        wait_until(lambda: bool(emulators()), LIMIT, "the lab starts")
+        (emulator,) = emulators()
+        yield process, emulator
+        assert wait_ended(emulator, 20), "the emulator is left behind"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_time_limit() -> None:
+    with _started("--timeout", "9", "sleep", "1000") as (process, _):
+        assert process.wait(LIMIT) == 124
+        assert process.stderr
+        assert b"time limit" in process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted(number: signal.Signals) -> None:
+    with _started("sleep", "1000") as (process, _):
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+
+
+def test_killed() -> None:
+    with _started("sleep", "1000") as (process, _):
+        process.kill()
+        assert process.wait(20) == -signal.SIGKILL
+
+
+def test_two_labs_at_once() -> None:
+    processes = [
+        subprocess.Popen([RUN, "--kernel", kernel, "uname", "-r"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for kernel in ("6.1", "6.12")
+    ]
+    for process, version in zip(processes, ("6.1.", "6.12."), strict=True):
+        output, _ = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0
+        assert output.startswith(version)
+
+
+REAL = "0x1\tsev_do_cmd\tdrivers/crypto/ccp/ccp\tEXPORT_SYMBOL_GPL\t\n0x2\tother\tvmlinux\tEXPORT_SYMBOL\t\n"
+
+
+@pytest.mark.parametrize(
+    ("ours", "wrong"),
+    [
+        ("0x1\tsev_do_cmd\tccp\tEXPORT_SYMBOL_GPL\t\n", ""),
+        ("0x3\tsev_do_cmd\tccp\tEXPORT_SYMBOL_GPL\t\n", "sev_do_cmd"),
+        ("0x1\tinvented\tccp\tEXPORT_SYMBOL_GPL\t\n", "invented"),
+        ("0x2\tother\tccp\tEXPORT_SYMBOL_GPL\t\n", "other"),
+    ],
+)
+def test_symbols_are_compared(ours: str, wrong: str, tmp_path: Path) -> None:
+    for name, text in (("ours", ours), ("real", REAL)):
+        (tmp_path / name).write_text(text)
+    if not wrong:
+        compare_symbols(tmp_path / "ours", tmp_path / "real")
+        return
+    with pytest.raises(LabError, match=wrong):
+        compare_symbols(tmp_path / "ours", tmp_path / "real")
+
+
+def test_nothing_is_left_in_the_tree() -> None:
+    names = {path.name for path in (ROOT / ".cache" / "lab").iterdir()}
+    assert names <= {"6.1", "6.1.lock", "6.12", "6.12.lock"}
+    for directory in ("6.1", "6.12"):
+        inside = os.listdir(ROOT / ".cache" / "lab" / directory)
+        assert sorted(name.partition(".")[0] for name in inside) == ["initramfs", "root"]
