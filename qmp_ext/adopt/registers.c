@@ -74,9 +74,10 @@ int vcpu_set_cpuid(int fd, unsigned long request, struct kvm_cpuid2 *cpuid)
 {
     int result = next()->ioctl(fd, request, cpuid);
     struct vcpu *vcpu = before_move() && !result ? find(fd) : NULL;
-    size_t size = sizeof *cpuid + cpuid->nent * sizeof cpuid->entries[0];
 
     if (vcpu) {
+        size_t size = sizeof *cpuid + cpuid->nent * sizeof cpuid->entries[0];
+
         pthread_mutex_lock(&adopt_lock);
         free(vcpu->cpuid);
         vcpu->cpuid = memcpy(allocate(size), cpuid, size);
