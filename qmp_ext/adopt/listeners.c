@@ -23,10 +23,12 @@ struct listener {
     unsigned char address[MAX_ADDRESS];
     socklen_t length;
     bool of_source;
-    int fd; /* the source's socket, until bind() takes it; -1 otherwise */
+    int fd; /* the source's socket while no descriptor of QEMU's is it; -1 otherwise */
     bool taken;
     ino_t inode;
     int number, backlog; /* what QEMU called listen() with, of a taken one; -1 before */
+    ino_t substitute; /* inode of what stands at its number while a client waits for the source; 0: nothing does */
+    int other_end; /* of the substitute */
 };
 
 static struct listener *listeners;
@@ -199,21 +201,58 @@ EXPORT int listen(int fd, int backlog)
     return 0;
 }
 
+static bool is_inode(int fd, ino_t inode)
+{
+    struct stat file;
+
+    return !fstat(fd, &file) && file.st_ino == inode;
+}
+
+/*
+ * A client is there for the source to accept, which may take its time: QEMU would be told of it again and again. So the
+ * number gets, until the hop is over, a socket on which nothing ever happens (its other end is open and silent).
+ */
+static void hush(struct listener *listener, int fd)
+{
+    int pair[2], flags = fcntl(fd, F_GETFD);
+    struct stat file;
+
+    pthread_mutex_lock(&adopt_lock);
+    if (listener->number == fd && !listener->substitute && !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair)) {
+        listener->fd = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+        if (listener->fd >= 0 && !fstat(pair[0], &file) && dup3(pair[0], fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0) >= 0) {
+            listener->substitute = file.st_ino;
+            listener->other_end = pair[1];
+        } else {
+            close(pair[1]);
+        }
+        close(pair[0]);
+    }
+    pthread_mutex_unlock(&adopt_lock);
+}
+
+static bool refuse_client(int fd)
+{
+    struct listener *listener = gated(fd);
+
+    if (!listener)
+        return false;
+    hush(listener, fd);
+    errno = EAGAIN;
+    return true;
+}
+
 EXPORT int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 {
-    if (gated(fd)) {
-        errno = EAGAIN;
+    if (refuse_client(fd))
         return -1;
-    }
     return next()->accept4(fd, address, length, flags);
 }
 
 EXPORT int accept(int fd, struct sockaddr *address, socklen_t *length)
 {
-    if (gated(fd)) {
-        errno = EAGAIN;
+    if (refuse_client(fd))
         return -1;
-    }
     return next()->accept(fd, address, length);
 }
 
@@ -228,15 +267,29 @@ int listeners_adopted(void)
     return count;
 }
 
+/* The lock is held. */
+static void serve(struct listener *listener)
+{
+    int flags = fcntl(listener->number, F_GETFD);
+
+    if (listener->substitute) {
+        if (is_inode(listener->number, listener->substitute) &&
+            dup3(listener->fd, listener->number, flags & FD_CLOEXEC ? O_CLOEXEC : 0) < 0)
+            say("a listening socket is lost: %s", strerror(errno));
+        close(listener->other_end);
+        listener->substitute = 0;
+    }
+    if (is_inode(listener->number, listener->inode))
+        next()->listen(listener->number, listener->backlog);
+}
+
 /* The hop is over: what was taken is served by this process from now on, the rest is let go. */
 void listeners_serve(void)
 {
-    struct stat file;
-
     pthread_mutex_lock(&adopt_lock);
     for (struct listener *listener = listeners; listener; listener = listener->next) {
-        if (listener->number >= 0 && !fstat(listener->number, &file) && file.st_ino == listener->inode)
-            next()->listen(listener->number, listener->backlog);
+        if (listener->number >= 0)
+            serve(listener);
         if (listener->fd >= 0) {
             close(listener->fd);
             listener->fd = -1;
