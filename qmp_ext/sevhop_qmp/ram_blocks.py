@@ -101,11 +101,10 @@ def parse_ramblock_table(text: str) -> list[Row]:
 
 def _locate(rows: Iterable[Row], process: QemuProcess) -> list[Row]:
     """Complete the rows with host addresses from the RAMBlock structures on the process's heap."""
-    heap = next((mapping for mapping in process.mappings() if mapping.path == "[heap]"), None)
-    if heap is None:
-        raise RamError(f"process {process.pid} has no heap to search for its RAM blocks")
+    # Usually one mapping; two, side by side, where the heap has grown together with the program's data.
+    heap = [mapping for mapping in process.mappings() if mapping.path == "[heap]"]
     with process.memory() as mem:
-        image = os.pread(mem, heap.end - heap.start, heap.start)
+        image = b"".join(os.pread(mem, mapping.end - mapping.start, mapping.start) for mapping in heap)
     return [Row(row.name, row.offset, row.used, row.size, _host_address(row, image)) for row in rows]
 
 
