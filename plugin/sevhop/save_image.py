@@ -1,0 +1,106 @@
+"""
+libvirt's save image, written and read: what ``virsh save`` makes and ``virsh restore`` takes.
+
+::
+
+    offset  0   LibvirtQemudSave
+           16   five integers of 32 bits in the host's byte order: version (2), length of the XML block, whether the
+                guest was running, compression (0: none), offset of a cookie inside the XML block (0: none)
+           36   56 zero bytes
+           92   the XML block: the domain XML, NUL, perhaps a cookie; padded with NULs
+            +   QEMU's migration stream
+
+That is ``virQEMUSaveHeader`` in libvirt's src/qemu/qemu_saveimage.h. An image that sevhop writes has a stream without
+RAM: the keeper has that.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from sevhop_qmp.errors import SevhopError
+
+MAGIC = b"LibvirtQemudSave"
+#: What libvirt writes while an image is not complete yet.
+PARTIAL_MAGIC = b"LibvirtQemudPart"
+VERSION = 2
+_HEADER = struct.Struct("=16s5I56s")
+#: Room that libvirt leaves behind the XML, so that it can be edited in place (``virsh save-image-edit``).
+_PADDING = 1024
+#: The largest XML block that is read; domain XML has some kilobytes.
+_XML_LIMIT = 16 << 20
+#: The largest stream that is read; without RAM it has some hundred kilobytes.
+STREAM_LIMIT = 1 << 30
+
+
+class SaveImageError(SevhopError):
+    """A file is not a save image that sevhop has written, or is damaged."""
+
+
+@dataclass(frozen=True)
+class SaveImage:
+    """
+    A save image.
+
+    :ivar xml: the domain as it was running.
+    :ivar running: whether the guest is to run after it was restored; otherwise it stays paused.
+    :ivar stream: the migration stream, without RAM.
+    """
+
+    xml: str
+    running: bool
+    stream: bytes
+
+    def write(self, file: BinaryIO) -> None:
+        """
+        Write it to a file that is open at its start.
+
+        :raises SaveImageError: the XML contains a NUL.
+        :raises OSError: the disk is full, or the like.
+        """
+        text = self.xml.encode()
+        if b"\0" in text:
+            raise SaveImageError("domain XML contains a NUL")
+        block = text + bytes(1 + _PADDING)
+        file.write(_HEADER.pack(MAGIC, VERSION, len(block), self.running, 0, 0, b""))
+        file.write(block)
+        file.write(self.stream)
+        file.flush()
+
+    @classmethod
+    def read(cls, file: BinaryIO) -> SaveImage:
+        """
+        Read what :meth:`write` wrote; the XML may have been edited since. Nothing that a file says of itself is
+        believed before it was compared with the file's length.
+
+        :raises SaveImageError: it is not such a file.
+        """
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(_HEADER.size)
+        if len(header) != _HEADER.size:
+            raise SaveImageError("the file is too short for a save image")
+        magic, version, xml_length, running, compression, cookie, _ = _HEADER.unpack(header)
+        if magic == PARTIAL_MAGIC:
+            raise SaveImageError("the save image was not written to its end")
+        if magic != MAGIC:
+            raise SaveImageError("the file is not a save image of libvirt")
+        if version != VERSION:
+            raise SaveImageError(f"save image version {version} is not known, only {VERSION}")
+        if compression:
+            raise SaveImageError("the save image is compressed, which those of sevhop are not")
+        if xml_length > min(_XML_LIMIT, size - _HEADER.size):
+            raise SaveImageError(f"the save image claims {xml_length} bytes of XML, which it does not have")
+        if cookie > xml_length:
+            raise SaveImageError("the save image's cookie lies behind its XML")
+        if size - _HEADER.size - xml_length > STREAM_LIMIT:
+            raise SaveImageError("the save image contains RAM, so it was not written by sevhop")
+        text, end, _ = file.read(xml_length).partition(b"\0")
+        if not end:
+            raise SaveImageError("the save image's XML has no end")
+        try:
+            return cls(text.decode(), bool(running), file.read())
+        except UnicodeDecodeError as err:
+            raise SaveImageError("the save image's XML is not UTF-8") from err
