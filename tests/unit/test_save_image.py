@@ -48,7 +48,7 @@ def test_xml_with_a_nul_is_not_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 16, 91, HEADER, HEADER + 10])
 def test_truncated(tmp_path: Path, length: int) -> None:
-    with pytest.raises(SaveImageError, match="too short|does not have"):
+    with pytest.raises(SaveImageError, match=r"too short|does not have"):
         read(tmp_path / "image", written(tmp_path / "image")[:length])
 
 

@@ -1,0 +1,236 @@
+"""
+Domain XML, read and changed in those few places that a hop is about.
+
+The text is edited where it stands instead of being parsed and written anew, so that everything else stays byte for byte
+what the administrator wrote: comments, prefixes, order. Only the standard library is used, and of that little, because
+libvirt's hook loads this module inside the blackout.
+
+A destination gets, in libvirt's own ``qemu`` namespace (https://libvirt.org/drvqemu.html#pass-through-of-arbitrary-qemu-commands):
+two environment variables for adopt.so, and a second monitor for sevhop alone. :func:`for_destination` takes out what an
+earlier hop has put there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from xml.parsers import expat
+
+NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+#: Id of the monitor that a destination has for sevhop.
+MONITOR = "sevhop-monitor"
+_OURS = re.compile(rf"socket,id={MONITOR},|chardev={MONITOR},")
+_START_TAG = re.compile(rb"<(?:\"[^\"]*\"|'[^']*'|[^>\"'])*>")
+_LIBRARY = "adopt.so"
+_COMMANDLINE = ("domain", "qemu:commandline")
+_ARG = (*_COMMANDLINE, "qemu:arg")
+_ENV = (*_COMMANDLINE, "qemu:env")
+_ENTITIES = (("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&apos;", "'"))
+#: Domain XML has some kilobytes.
+_LIMIT = 16 << 20
+
+
+class DomainXmlError(ValueError):
+    """The text is not the XML of a domain."""
+
+
+@dataclass
+class _Element:
+    """
+    An element and where it stands; offsets in bytes.
+
+    :ivar path: names of its ancestors and itself, those of the ``qemu`` namespace with a leading ``qemu:``.
+    :ivar start, end: first byte, and the byte behind the last.
+    :ivar inner, inner_end: the same of what is inside.
+    """
+
+    path: tuple[str, ...]
+    attributes: dict[str, str]
+    start: int
+    inner: int
+    end: int = 0
+    inner_end: int = 0
+    children: list[_Element] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Description:
+    """
+    What a hop wants to know of a domain. Empty where the XML does not say it.
+
+    :ivar kind: ``kvm`` or ``qemu``.
+    """
+
+    name: str
+    uuid: str
+    kind: str
+    arch: str
+    machine: str
+    emulator: str
+
+
+def describe(xml: str) -> Description:
+    """:raises DomainXmlError: this is no domain."""
+    text = xml.encode()
+    elements = _elements(text)
+
+    def content(*path: str) -> str:
+        found = next((one for one in elements if one.path == ("domain", *path)), None)
+        return _unescape(text[found.inner : found.inner_end]) if found else ""
+
+    kind = next(one for one in elements if one.path == ("domain", "os", "type")) if content("os", "type") else None
+    return Description(
+        name=content("name"),
+        uuid=content("uuid"),
+        kind=elements[0].attributes.get("type", ""),
+        arch=kind.attributes.get("arch", "") if kind else "",
+        machine=kind.attributes.get("machine", "") if kind else "",
+        emulator=content("devices", "emulator"),
+    )
+
+
+def with_emulator(xml: str, emulator: str) -> str:
+    """
+    The same domain with another emulator.
+
+    :raises DomainXmlError: this is no domain, or one without an emulator.
+    """
+    text = xml.encode()
+    for element in _elements(text):
+        if element.path == ("domain", "devices", "emulator"):
+            return (text[: element.inner] + _escape(emulator).encode() + text[element.inner_end :]).decode()
+    raise DomainXmlError("the domain has no <emulator>")
+
+
+def for_destination(xml: str, emulator: str, environment: dict[str, str], monitor: str) -> str:
+    """
+    The domain of a destination.
+
+    :param environment: of QEMU, in addition to what the domain asks for.
+    :param monitor: path of the socket at which sevhop will reach it.
+    :raises DomainXmlError: this is no domain, or one without an emulator.
+    """
+    text = with_emulator(without_additions(xml), emulator).encode()
+    environment = dict(environment)
+    edits: list[_Edit] = []
+    for element in _elements(text):
+        # A variable can be set once; libraries that the domain preloads stay preloaded.
+        if element.path == _ENV and element.attributes.get("name") == "LD_PRELOAD" and "LD_PRELOAD" in environment:
+            environment["LD_PRELOAD"] += f":{element.attributes.get('value', '')}"
+            edits.append(_cut(text, element))
+    words = ["-chardev", f"socket,id={MONITOR},path={monitor.replace(',', ',,')},server=on,wait=off"]
+    words += ["-mon", f"chardev={MONITOR},mode=control"]
+    added = "".join(f"<q:arg value='{_escape(word)}'/>" for word in words)
+    added += "".join(f"<q:env name='{_escape(name)}' value='{_escape(v)}'/>" for name, v in environment.items())
+    end = _elements(text)[0].inner_end
+    edits.append((end, end, f"<q:commandline xmlns:q='{NAMESPACE}'>{added}</q:commandline>\n".encode()))
+    return _edited(text, edits)
+
+
+def without_additions(xml: str) -> str:
+    """
+    The domain without what hops have added to it.
+
+    :raises DomainXmlError: this is no domain.
+    """
+    text = xml.encode()
+    edits: list[_Edit] = []
+    for commandline in (one for one in _elements(text) if one.path == _COMMANDLINE):
+        ours: list[_Element] = []
+        before: _Element | None = None
+        for child in commandline.children:
+            value = child.attributes.get("value", "")
+            if child.path == _ARG and before is not None and _OURS.match(value):
+                ours += [before, child]
+            elif child.path == _ENV and child.attributes.get("name", "").startswith("SEVHOP_"):
+                ours.append(child)
+            elif child.path == _ENV and child.attributes.get("name") == "LD_PRELOAD":
+                others = [path for path in value.split(":") if not path.endswith(f"/{_LIBRARY}")]
+                if not others:
+                    ours.append(child)
+                else:
+                    prefix = text[child.start :].split(None, 1)[0].decode()
+                    kept = f"{prefix} name='LD_PRELOAD' value='{_escape(':'.join(others))}'/>"
+                    edits.append((child.start, child.end, kept.encode()))
+            before = child if child.path == _ARG else None
+        whole = len(ours) == len(commandline.children) > 0
+        edits += [_cut(text, element) for element in ([commandline] if whole else ours)]
+    return _edited(text, edits)
+
+
+#: What is replaced: first byte, the byte behind the last, and by what.
+_Edit = tuple[int, int, bytes]
+
+
+def _cut(text: bytes, element: _Element) -> _Edit:
+    """Cut an element out, with the white space in front of it."""
+    return len(text[: element.start].rstrip(b" \t\r\n")), element.end, b""
+
+
+def _edited(text: bytes, edits: list[_Edit]) -> str:
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text.decode()
+
+
+def _elements(text: bytes) -> list[_Element]:
+    """
+    All elements in document order; the first is the domain.
+
+    :raises DomainXmlError: this is no domain. A document type is refused: with it come entities, which can stand for
+        other files or for gigabytes.
+    """
+    found: list[_Element] = []
+    stack: list[_Element] = []
+    parser = expat.ParserCreate("UTF-8", " ")
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        uri, _, local = name.rpartition(" ")
+        label = local if not uri else f"qemu:{local}" if uri == NAMESPACE else name
+        at = parser.CurrentByteIndex
+        tag = _START_TAG.match(text, at)
+        if tag is None:
+            raise DomainXmlError("a tag has no end")
+        path = (*stack[-1].path, label) if stack else (label,)
+        element = _Element(path, attributes, at, tag.end())
+        if tag[0].endswith(b"/>"):
+            element.end = element.inner_end = tag.end()
+        if stack:
+            stack[-1].children.append(element)
+        found.append(element)
+        stack.append(element)
+
+    def end(_: str) -> None:
+        element = stack.pop()
+        if not element.end:
+            element.inner_end = parser.CurrentByteIndex
+            element.end = text.index(b">", element.inner_end) + 1
+
+    def doctype(*_: object) -> None:
+        raise DomainXmlError("domain XML with a document type is not read")
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.StartDoctypeDeclHandler = doctype
+    if len(text) > _LIMIT:
+        raise DomainXmlError("the domain XML is too long")
+    try:
+        parser.Parse(text, True)
+    except expat.ExpatError as err:
+        raise DomainXmlError(f"the domain XML is not well-formed: {err}") from err
+    if found[0].path != ("domain",) or not found[0].inner < found[0].end:
+        raise DomainXmlError(f"the XML is not that of a domain but of a <{found[0].path[0]}>")
+    return found
+
+
+def _escape(value: str) -> str:
+    for entity, character in _ENTITIES:
+        value = value.replace(character, entity)
+    return value
+
+
+def _unescape(raw: bytes) -> str:
+    text = raw.decode()
+    for entity, character in reversed(_ENTITIES):
+        text = text.replace(entity, character)
+    return text.strip()

@@ -1,0 +1,107 @@
+"""Domain XML: what a destination gets, what it loses again, and everything else as it was."""
+
+from __future__ import annotations
+
+import pytest
+from sevhop import domain_xml
+from sevhop.domain_xml import DomainXmlError
+
+PLAIN = """<domain type='kvm' id='7'>
+  <name>web &amp; mail</name>
+  <uuid>11111111-2222-3333-4444-555555555501</uuid>
+  <metadata><x:tag xmlns:x='http://example.org/'><emulator>not this</emulator></x:tag></metadata>
+  <!-- a > comment -->
+  <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+  </devices>
+</domain>
+"""
+ENVIRONMENT = {"LD_PRELOAD": "/lib/adopt.so", "SEVHOP_KEEPER": "/run/sevhop/a/keeper"}
+OWN = PLAIN.replace(
+    "</domain>",
+    "  <qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\n"
+    "    <qemu:arg value='-device'/>\n    <qemu:arg value='edu'/>\n"
+    "    <qemu:env name='LD_PRELOAD' value='/lib/own.so'/>\n"
+    "  </qemu:commandline>\n</domain>",
+)
+
+
+def for_destination(xml: str) -> str:
+    return domain_xml.for_destination(xml, "/opt/qemu", ENVIRONMENT, "/run/sevhop/a/monitor/qmp")
+
+
+def test_description() -> None:
+    found = domain_xml.describe(PLAIN)
+    assert found.name == "web & mail"
+    assert found.uuid.endswith("501")
+    assert (found.kind, found.arch, found.machine) == ("kvm", "x86_64", "pc-q35-7.2")
+    assert found.emulator == "/usr/bin/qemu-system-x86_64"
+
+
+def test_only_the_emulator_changes() -> None:
+    changed = domain_xml.with_emulator(PLAIN, "/opt/a&b")
+    assert changed == PLAIN.replace("/usr/bin/qemu-system-x86_64", "/opt/a&amp;b")
+    assert domain_xml.describe(changed).emulator == "/opt/a&b"
+
+
+@pytest.mark.parametrize("xml", [PLAIN, OWN])
+def test_additions_go_as_they_came(xml: str) -> None:
+    added = for_destination(xml)
+    assert "/lib/adopt.so" in added
+    assert domain_xml.describe(added).emulator == "/opt/qemu"
+    back = domain_xml.with_emulator(domain_xml.without_additions(added), "/usr/bin/qemu-system-x86_64")
+    assert "sevhop" not in back
+    assert "adopt.so" not in back
+    assert back.count("own.so") == xml.count("own.so")
+    assert back.count("'edu'") == xml.count("'edu'")
+    if xml == PLAIN:
+        assert back.split() == PLAIN.split()
+
+
+def test_a_second_hop_adds_nothing_twice() -> None:
+    twice = for_destination(for_destination(OWN))
+    assert twice.count("id=sevhop-monitor") == 1
+    assert twice.count("adopt.so") == 1
+    assert twice.count("/lib/own.so") == 1
+    assert twice.count("LD_PRELOAD") == 1
+
+
+def test_additions_as_libvirt_writes_them() -> None:
+    """libvirt puts everything into one element, with its own prefix and in its own order."""
+    xml = OWN.replace(
+        "<qemu:env name='LD_PRELOAD' value='/lib/own.so'/>",
+        "<qemu:arg value='-chardev'/><qemu:arg value='socket,id=sevhop-monitor,path=/x,server=on,wait=off'/>"
+        "<qemu:arg value='-mon'/><qemu:arg value='chardev=sevhop-monitor,mode=control'/>"
+        "<qemu:env name='LD_PRELOAD' value='/lib/adopt.so:/lib/own.so'/><qemu:env name='SEVHOP_KEEPER' value='/k'/>",
+    )
+    back = domain_xml.without_additions(xml)
+    assert "".join(back.split()) == "".join(OWN.split())
+
+
+def test_path_with_commas_and_quotes() -> None:
+    added = domain_xml.for_destination(PLAIN, "/q", {"A": "it's <&>"}, "/run/a,b")
+    assert "path=/run/a,,b,server=on" in added
+    domain_xml.describe(added)
+    assert "it&apos;s &lt;&amp;&gt;" in added
+
+
+@pytest.mark.parametrize(
+    ("xml", "reason"),
+    [
+        ("", "not well-formed"),
+        ("<domain>", "not well-formed"),
+        ("<network><name>a</name></network>", "not that of a domain"),
+        ("<domain/>", "not that of a domain"),
+        ("<!DOCTYPE domain [<!ENTITY a 'b'>]><domain><name>&a;</name></domain>", "document type"),
+        ("<!DOCTYPE d SYSTEM 'file:///etc/passwd'><domain><name>a</name></domain>", "document type"),
+    ],
+)
+def test_what_is_not_read(xml: str, reason: str) -> None:
+    with pytest.raises(DomainXmlError, match=reason):
+        domain_xml.describe(xml)
+
+
+def test_a_domain_without_emulator() -> None:
+    with pytest.raises(DomainXmlError, match="no <emulator>"):
+        domain_xml.with_emulator("<domain><name>a</name></domain>", "/q")
