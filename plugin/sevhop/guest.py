@@ -14,7 +14,7 @@ from typing import Any
 
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.errors import CommandError, MonitorError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 
@@ -78,7 +78,7 @@ class Guest:
     blocks: dict[str, RamBlock]
 
 
-async def inspect(monitor: Monitor, process: QemuProcess) -> Guest:
+async def inspect(monitor: Commands, process: QemuProcess) -> Guest:
     """
     Read the description of a guest.
 
@@ -110,7 +110,7 @@ async def inspect(monitor: Monitor, process: QemuProcess) -> Guest:
         raise MonitorError(f"{monitor.name}: QEMU's answers are not understood ({err!r})") from err
 
 
-async def _context(monitor: Monitor) -> SevContext:
+async def _context(monitor: Commands) -> SevContext:
     try:
         sev = await monitor.execute("query-sev")
     except CommandError:
@@ -124,7 +124,7 @@ async def _context(monitor: Monitor) -> SevContext:
     return SevContext(kind, policy, int(sev["handle"]), await _measurement(monitor))
 
 
-async def _measurement(monitor: Monitor) -> str:
+async def _measurement(monitor: Commands) -> str:
     try:
         answer = await monitor.execute("query-sev-launch-measure")
         return base64.b64decode(answer["data"], validate=True).hex()
@@ -132,7 +132,7 @@ async def _measurement(monitor: Monitor) -> str:
         return ""
 
 
-async def _backends(monitor: Monitor) -> tuple[MemoryBackend, ...]:
+async def _backends(monitor: Commands) -> tuple[MemoryBackend, ...]:
     backends = []
     for row in await monitor.execute("query-memdev"):
         name = row.get("id", "")
@@ -141,7 +141,7 @@ async def _backends(monitor: Monitor) -> tuple[MemoryBackend, ...]:
     return tuple(backends)
 
 
-async def _devices(monitor: Monitor) -> dict[str, str]:
+async def _devices(monitor: Commands) -> dict[str, str]:
     rows = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
     return {
         row["name"]: row["type"].removeprefix("child<").removesuffix(">")
@@ -150,7 +150,7 @@ async def _devices(monitor: Monitor) -> dict[str, str]:
     }
 
 
-async def _jobs(monitor: Monitor, migration: dict[str, Any]) -> tuple[str, ...]:
+async def _jobs(monitor: Commands, migration: dict[str, Any]) -> tuple[str, ...]:
     jobs = [f"{row['type']} {row['id']}" for row in await monitor.execute("query-jobs")]
     if migration.get("status") in ("setup", "active", "device", "pre-switchover", "cancelling", "postcopy-active"):
         jobs.append("migration")

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
@@ -32,7 +32,34 @@ COMMAND_TIMEOUT = 10.0
 GREETING_TIMEOUT = 5.0
 
 
-class Monitor:
+class Commands(Protocol):
+    """
+    Somebody who passes commands to a QEMU: a :class:`Monitor`, or whoever else holds its connection.
+
+    :ivar name: for messages.
+    """
+
+    name: str
+
+    @property
+    def version(self) -> str:
+        """QEMU's version, such as ``7.2.22``."""
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """Run a QMP command; see :meth:`Monitor.execute` for what is raised."""
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        """Hand a descriptor over into a new fd set; its number, and the descriptor's number inside QEMU."""
+
+    async def hmp(self, line: str) -> str:
+        """Run a command of the human monitor; for what QMP does not tell in the QEMUs that we support."""
+        text: str = await self.execute("human-monitor-command", {"command-line": line})
+        return text
+
+
+class Monitor(Commands):
     """
     One connection to the QMP monitor of one QEMU process. Use :meth:`connect`, then ``async with``.
 
@@ -133,11 +160,6 @@ class Monitor:
             raise CommandError(command, err.error.error.desc, err.error_class) from err
         except (QMPError, OSError) as err:
             raise MonitorClosed(f"QEMU hung up during {command}") from err
-
-    async def hmp(self, line: str) -> str:
-        """Run a command of the human monitor; for what QMP does not tell in the QEMUs that we support."""
-        text: str = await self.execute("human-monitor-command", {"command-line": line})
-        return text
 
     async def send_fd(self, name: str, fd: int) -> None:
         """

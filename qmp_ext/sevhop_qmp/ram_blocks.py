@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import RamError
-from .monitor import Monitor
+from .monitor import Commands
 from .process import MemoryMapping, QemuProcess
 
 #: Blocks are compared and written in pieces of this many bytes.
@@ -50,7 +50,7 @@ class RamBlock:
     shared: bool
 
 
-async def read(monitor: Monitor, process: QemuProcess) -> dict[str, RamBlock]:
+async def read(monitor: Commands, process: QemuProcess) -> dict[str, RamBlock]:
     """
     The RAM blocks of a QEMU process, by name.
 
@@ -211,6 +211,21 @@ class Carrier:
                     raise RamError(f"RAM block {ours.name} cannot be carried over: {err.strerror}") from err
         return written
 
+    def repeat(self, destination: QemuProcess, blocks: dict[str, RamBlock]) -> None:
+        """
+        Write what has been carried into another destination. The source may be gone.
+
+        :raises RamError: a block is not there, or cannot be written.
+        """
+        with destination.memory(write=True) as fd:
+            for name, image in self._carried.items():
+                if name not in blocks or blocks[name].used < len(image):
+                    raise RamError(f"the destination has no RAM block {name} of {len(image)} bytes")
+                try:
+                    os.pwrite(fd, image, blocks[name].host)
+                except OSError as err:
+                    raise RamError(f"RAM block {name} cannot be written: {err.strerror}") from err
+
 
 def _read(fd: int, address: int, count: int) -> bytes:
     data = os.pread(fd, count, address)
@@ -226,4 +241,57 @@ def _write_changes(fd: int, address: int, before: bytearray, now: bytes) -> int:
         piece = new[start : start + CHUNK]
         if piece != memoryview(before)[start : start + CHUNK]:
             written += os.pwrite(fd, piece, address + start)
+    return written
+
+
+@dataclass(frozen=True)
+class KeptBlock:
+    """A block of a process that ends: (offset, content) of each part that has pages. The rest is zero."""
+
+    block: RamBlock
+    parts: tuple[tuple[int, bytes], ...]
+
+
+def keep(process: QemuProcess, blocks: Iterable[RamBlock]) -> dict[str, KeptBlock]:
+    """
+    Copy the blocks of a stopped process that are not shared memory, by name.
+
+    :raises RamError: a block could not be read in full.
+    """
+    kept = {}
+    with process.memory() as fd:
+        for block in blocks:
+            if block.inode is None:
+                try:
+                    areas = process.populated(block.host, block.used)
+                    parts = tuple((start, _read(fd, block.host + start, end - start)) for start, end in areas)
+                except OSError as err:
+                    raise RamError(f"RAM block {block.name} cannot be kept: {err.strerror}") from err
+                kept[block.name] = KeptBlock(block, parts)
+    return kept
+
+
+def put(kept: Iterable[tuple[KeptBlock, RamBlock]], destination: QemuProcess) -> int:
+    """
+    Bring blocks of a destination that does not run to what was kept of the source.
+
+    :return: bytes written.
+    :raises RamError: a block could not be written in full.
+    """
+    written = 0
+    with destination.memory(write=True) as fd:
+        for theirs, ours in kept:
+            wanted, found = bytearray(ours.used), bytearray(ours.used)
+            for start, content in theirs.parts:
+                wanted[start : start + len(content)] = content
+            try:
+                areas = destination.populated(ours.host, ours.used)
+                for start, end in areas:
+                    found[start:end] = _read(fd, ours.host + start, end - start)
+                for start, end in [*areas, *((start, start + len(content)) for start, content in theirs.parts)]:
+                    now = bytes(wanted[start:end])
+                    written += _write_changes(fd, ours.host + start, found[start:end], now)
+                    found[start:end] = now
+            except OSError as err:
+                raise RamError(f"RAM block {ours.name} cannot be carried over: {err.strerror}") from err
     return written

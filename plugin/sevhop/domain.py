@@ -1,0 +1,273 @@
+"""
+The few libvirt calls that sevhop makes. libvirt's exceptions end here.
+
+Every call runs in a thread with a time limit: libvirt has none, and a daemon that hangs must not take the command with
+it. What needs a newer daemon than is running is refused by :func:`connect`, not found out in the middle of a hop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import libvirt
+import libvirt_qemu
+from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorTimeout, SevhopError
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands
+
+#: Seconds that a call to the daemon may take.
+CALL_TIMEOUT = 30.0
+#: Seconds that starting an emulator under libvirt may take.
+RESTORE_TIMEOUT = 120.0
+#: qemuMonitorCommandWithFiles came with this version (8.2.0), as libvirt counts.
+MINIMUM_VERSION = 8_002_000
+DEFAULT_URI = "qemu:///system"
+#: Where the daemon of the system keeps the pid of each QEMU.
+_PID_FILES = Path("/run/libvirt/qemu")
+_POLL = 0.001
+
+
+class DomainError(SevhopError):
+    """
+    libvirt refused; the message is its own.
+
+    :param code: libvirt's number (virErrorNumber), -1 when there is none.
+    """
+
+    def __init__(self, message: str, code: int = -1, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
+async def _call(function: Callable[..., Any], *arguments: Any, timeout: float = CALL_TIMEOUT) -> Any:
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(function, *arguments), timeout)
+    except libvirt.libvirtError as err:
+        raise DomainError(err.get_error_message() or str(err), err.get_error_code() or -1) from err
+    except TimeoutError as err:
+        raise DomainError(f"libvirt did not answer within {timeout:g} s") from err
+
+
+class Connection:
+    """A connection to the libvirt daemon of this host. Use :meth:`open`."""
+
+    def __init__(self, raw: Any, uri: str) -> None:
+        self._raw = raw
+        self.uri = uri
+
+    @classmethod
+    async def open(cls, uri: str = DEFAULT_URI) -> Self:
+        """
+        Connect.
+
+        :raises DomainError: nobody answers, the daemon is too old, is on another host, or does not run QEMU.
+        """
+        # libvirt prints errors to stderr as well; the exception is enough.
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        raw = await _call(libvirt.open, uri)
+        self = cls(raw, uri)
+        own = await _call(raw.getURI)
+        if not own.startswith("qemu:///system"):
+            self.close()
+            raise DomainError(f"{own} is not the system's QEMU on this host", hint="connect to qemu:///system")
+        version = await _call(raw.getLibVersion)
+        if version < MINIMUM_VERSION:
+            self.close()
+            raise DomainError(f"libvirt {readable_version(version)} is too old", hint="8.2 or later is needed")
+        return self
+
+    def close(self) -> None:
+        """Hang up."""
+        with contextlib.suppress(libvirt.libvirtError):
+            self._raw.close()
+
+    async def version(self) -> str:
+        """The running daemon's version, such as ``9.0.0``."""
+        return readable_version(await _call(self._raw.getLibVersion))
+
+    async def domain(self, name: str) -> Domain:
+        """:raises DomainError: there is no such domain."""
+        return Domain(await _call(self._raw.lookupByName, name))
+
+    async def domains(self) -> list[Domain]:
+        """Those that are active, by name."""
+        found = await _call(self._raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        return sorted((Domain(raw) for raw in found), key=lambda domain: domain.name)
+
+    async def learn(self, emulator: str, arch: str, machine: str, kind: str) -> None:
+        """
+        Have the daemon find out what an emulator can do. It takes seconds the first time, and would do so with the
+        guest stopped otherwise.
+
+        :raises DomainError: it is no emulator for such a domain.
+        """
+        await _call(self._raw.getDomainCapabilities, emulator, arch, machine, kind, 0, timeout=RESTORE_TIMEOUT)
+
+    async def restore(self, image: str) -> None:
+        """
+        Restore a saved domain.
+
+        :raises DomainError: it failed; the image is still there.
+        """
+        await _call(self._raw.restore, image, timeout=RESTORE_TIMEOUT)
+
+    async def define(self, xml: str) -> None:
+        """Replace the persistent definition of a domain."""
+        await _call(self._raw.defineXML, xml)
+
+
+class Domain:
+    """
+    One domain.
+
+    :ivar name: unique in its daemon.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self.name: str = raw.name()
+        self.uuid: str = raw.UUIDString()
+
+    async def active(self) -> bool:
+        """Whether it has a QEMU."""
+        return bool(await _call(self._raw.isActive))
+
+    async def persistent(self) -> bool:
+        """Whether it stays defined when it ends."""
+        return bool(await _call(self._raw.isPersistent))
+
+    async def running(self) -> bool:
+        """Whether its guest runs."""
+        state, _ = await _call(self._raw.state)
+        return bool(state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED))
+
+    async def managed_save(self) -> bool:
+        """Whether libvirt keeps a saved state of it for the next start."""
+        return bool(await _call(self._raw.hasManagedSaveImage))
+
+    async def job(self) -> bool:
+        """Whether libvirt is doing something lengthy with it."""
+        return bool((await _call(self._raw.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE)
+
+    async def xml(self) -> str:
+        """As it runs, in the form that a saved domain has."""
+        flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
+        return str(await _call(self._raw.XMLDesc, flags))
+
+    async def inactive_xml(self) -> str:
+        """As it will start the next time."""
+        return str(await _call(self._raw.XMLDesc, libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+    async def suspend(self) -> None:
+        """Stop the guest."""
+        await _call(self._raw.suspend)
+
+    async def resume(self) -> None:
+        """Let the guest go on."""
+        await _call(self._raw.resume)
+
+    async def end(self) -> None:
+        """Have libvirt clean up behind a QEMU; one that has not ended is killed."""
+        try:
+            await _call(self._raw.destroy)
+        except DomainError as err:
+            if err.code not in (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN):
+                raise
+        # libvirt may be cleaning up already, having seen QEMU end. Its last step makes the domain inactive.
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while await self._still_active():
+            if time.monotonic() > deadline:
+                raise DomainError(f"libvirt believes that domain {self.name} is active although its QEMU has ended")
+            await asyncio.sleep(_POLL)
+
+    async def _still_active(self) -> bool:
+        try:
+            return await self.active()
+        except DomainError as err:
+            if err.code == libvirt.VIR_ERR_NO_DOMAIN:
+                return False
+            raise
+
+    async def monitor(self) -> DomainMonitor:
+        """:raises SevhopError: it does not answer."""
+        monitor = DomainMonitor(self._raw)
+        await monitor.greet()
+        return monitor
+
+    def pid(self) -> int:
+        """
+        The pid of its QEMU.
+
+        :raises DomainError: it cannot be told.
+        """
+        try:
+            pid = int((_PID_FILES / f"{self.name}.pid").read_text())
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError) as err:
+            raise DomainError(f"the QEMU process of domain {self.name} cannot be told: {err}") from err
+        if self.uuid.encode() not in words:
+            raise DomainError(f"process {pid} is not the QEMU of domain {self.name}")
+        return pid
+
+
+class DomainMonitor(Commands):
+    """The monitor of a domain. libvirt holds it, and passes commands on."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self.name = f"domain {raw.name()}"
+        self._version = ""
+
+    @property
+    def version(self) -> str:
+        """QEMU's version."""
+        return self._version
+
+    async def greet(self) -> None:
+        """Learn QEMU's version."""
+        qemu = (await self.execute("query-version"))["qemu"]
+        self._version = f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """See :meth:`sevhop_qmp.monitor.Monitor.execute`."""
+        return await self._execute(command, arguments, (), COMMAND_TIMEOUT if timeout is None else timeout)
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        """See :meth:`sevhop_qmp.monitor.Monitor.add_fd`."""
+        added = await self._execute("add-fd", None, (fd,), COMMAND_TIMEOUT)
+        return int(added["fdset-id"]), int(added["fd"])
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None, fds: tuple[int, ...], timeout: float
+    ) -> Any:
+        request: dict[str, object] = {"execute": command}
+        if arguments:
+            request["arguments"] = dict(arguments)
+        function = libvirt_qemu.qemuMonitorCommandWithFiles
+        try:
+            text, returned = await asyncio.wait_for(
+                asyncio.to_thread(function, self._raw, json.dumps(request), list(fds), 0), timeout
+            )
+        except TimeoutError as err:
+            raise MonitorTimeout(f"QEMU did not answer {command} within {timeout:g} s") from err
+        except libvirt.libvirtError as err:
+            raise MonitorClosed(f"QEMU cannot be asked {command}: {err.get_error_message()}") from err
+        for fd in returned or ():
+            os.close(fd)
+        answer = json.loads(text)
+        if "error" in answer:
+            raise CommandError(command, answer["error"]["desc"], answer["error"]["class"])
+        return answer["return"]
+
+
+def readable_version(number: int) -> str:
+    """A version as libvirt counts, as people write it."""
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -1,0 +1,76 @@
+"""
+The device state of a source that ends before its destination starts: kept in memory, in the form in which a destination
+loads it. See :mod:`sevhop_qmp.device_state` for what is missing in what the source writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from .device_state import EMPTY_DESCRIPTION, MAGIC, STATE_TIMEOUT, configuration_section
+from .errors import CommandError, MonitorError, StateError
+from .monitor import Commands
+
+
+class KeptState:
+    """
+    A file in memory that the source has been given, to write its state to.
+
+    :meth:`arm` while the guest runs, :meth:`save` once it has stopped.
+    """
+
+    def __init__(self, source: Commands, machine_type: str) -> None:
+        self._source = source
+        self._configuration = configuration_section(machine_type)
+        self._file = -1
+        self._fdset: int | None = None
+
+    async def __aenter__(self) -> KeptState:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._fdset is not None:
+            with contextlib.suppress(MonitorError, CommandError):
+                await self._source.execute("remove-fd", {"fdset-id": self._fdset})
+        if self._file >= 0:
+            os.close(self._file)
+
+    async def arm(self) -> None:
+        """:raises CommandError, MonitorError: the source does not play along."""
+        self._file = os.memfd_create("sevhop-device-state", os.MFD_CLOEXEC)
+        # QEMU opens a descriptor of an fd set only in the very mode that it has.
+        write_end = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._fdset, _ = await self._source.add_fd(write_end)
+        finally:
+            os.close(write_end)
+
+    async def save(self, *, timeout: float = STATE_TIMEOUT) -> bytes:
+        """
+        Have the stopped source write its state. Afterwards it has given up its disk images; ``cont`` takes them back.
+
+        :return: what a destination loads.
+        :raises StateError: the source could not save, or what it wrote is not a device state.
+        :raises MonitorError: the source is gone or silent.
+        """
+        arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": True}
+        try:
+            await self._source.execute("xen-save-devices-state", arguments, timeout=timeout)
+        except CommandError as err:
+            raise StateError(f"the source cannot save its device state: {err.desc}") from err
+        written = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        return complete(written, self._configuration)
+
+
+def complete(written: bytes, configuration: bytes) -> bytes:
+    """
+    What a destination loads, from what a source wrote.
+
+    :raises StateError: that is no device state.
+    """
+    if not written:
+        raise StateError("the source wrote no device state")
+    if not written.startswith(MAGIC):
+        raise StateError(f"the source wrote no device state, its stream begins with {written[: len(MAGIC)].hex()}")
+    return MAGIC + configuration + written[len(MAGIC) :] + EMPTY_DESCRIPTION
