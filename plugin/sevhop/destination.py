@@ -14,13 +14,14 @@ import resource
 import socket
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
-from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.process import Credentials, QemuProcess
 
 from . import command_line
 from .keeper import Keeper
@@ -31,6 +32,41 @@ START_TIMEOUT = 30.0
 KILL_TIMEOUT = 10.0
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """
+    What the source lives in and the destination gets: kept, because the source may have ended when it is needed.
+
+    :ivar stdout: a duplicate of its standard output; the same for ``stderr``.
+    """
+
+    credentials: Credentials
+    working_directory: str
+    environment: dict[str, str]
+    limits: dict[int, tuple[int, int]]
+    cgroups: list[tuple[str, str]]
+    stdout: int
+    stderr: int
+
+    @classmethod
+    def of(cls, source: QemuProcess) -> Self:
+        """:raises ProcessError: the source has ended, or we may not look."""
+        return cls(
+            source.credentials,
+            source.working_directory,
+            _inheritable(source.environment),
+            source.limits,
+            source.cgroups,
+            _duplicate_or_null(source, 1),
+            _duplicate_or_null(source, 2),
+        )
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        os.close(self.stdout)
+        os.close(self.stderr)
 
 
 class Destination:
@@ -51,7 +87,7 @@ class Destination:
         cls,
         emulator: str,
         arguments: Sequence[str],
-        source: QemuProcess,
+        surroundings: Surroundings,
         keeper: Keeper,
         *,
         timeout: float = START_TIMEOUT,
@@ -69,18 +105,15 @@ class Destination:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         # What QEMU says while it starts is needed for a reason; later it goes where the source's messages went.
         log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
-        stderr = _duplicate_or_null(source, 2)
-        stdout = _duplicate_or_null(source, 1)
-        environment = _inherited_environment(source)
-        environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", stderr, inherited=environment)
+        environment = dict(surroundings.environment)
+        environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", surroundings.stderr, inherited=environment)
         try:
             child = _spawn(
                 [emulator, *command_line.incoming(list(arguments), theirs.fileno())],
-                source,
+                surroundings,
                 environment,
-                stdout=stdout,
                 stderr=log.fileno(),
-                keep=[theirs.fileno(), keeper.theirs.fileno(), stderr],
+                keep=[theirs.fileno(), keeper.theirs.fileno(), surroundings.stderr],
             )
         except (OSError, subprocess.SubprocessError) as err:
             ours.close()
@@ -88,11 +121,9 @@ class Destination:
             raise SevhopError(f"{emulator} cannot be started: {getattr(err, 'strerror', None) or err}") from err
         finally:
             theirs.close()
-            os.close(stderr)
-            os.close(stdout)
         self = cls(child, QemuProcess.open(child.pid), log)
         try:
-            _like(source, child.pid)
+            _place(child.pid, surroundings)
             # QEMU opens its monitors before it builds the machine, and serves them afterwards.
             self.monitor = await Monitor.connect(ours, timeout=command_timeout, greeting_timeout=timeout)
         except MonitorError as err:
@@ -135,48 +166,47 @@ class Destination:
 
 def _spawn(
     command: Sequence[str],
-    source: QemuProcess,
+    surroundings: Surroundings,
     environment: dict[str, str],
     *,
-    stdout: int,
     stderr: int,
     keep: Sequence[int],
 ) -> subprocess.Popen[bytes]:
-    identity = source.credentials
+    identity = surroundings.credentials
     # Only root can become somebody else, and only root needs to.
     other = (identity.uid, identity.gid) != (os.geteuid(), os.getegid())
     return subprocess.Popen(
         command,
-        cwd=source.working_directory,
+        cwd=surroundings.working_directory,
         env=environment,
         user=identity.uid if other else None,
         group=identity.gid if other else None,
         extra_groups=identity.groups if other else None,
         umask=identity.umask,
         stdin=subprocess.DEVNULL,
-        stdout=stdout,
+        stdout=surroundings.stdout,
         stderr=stderr,
         pass_fds=keep,
         start_new_session=True,
     )
 
 
-def _inherited_environment(source: QemuProcess) -> dict[str, str]:
-    """The source's environment without what an earlier hop has put there."""
-    environment = {name: value for name, value in source.environment.items() if not name.startswith("SEVHOP_")}
-    preload = environment.pop("LD_PRELOAD", "")
+def _inheritable(environment: dict[str, str]) -> dict[str, str]:
+    """An environment without what an earlier hop has put there."""
+    kept = {name: value for name, value in environment.items() if not name.startswith("SEVHOP_")}
+    preload = kept.pop("LD_PRELOAD", "")
     others = [path for path in preload.split(":") if path and Path(path).name != adopt.library_path().name]
     if others:
-        environment["LD_PRELOAD"] = ":".join(others)
-    return environment
+        kept["LD_PRELOAD"] = ":".join(others)
+    return kept
 
 
-def _like(source: QemuProcess, pid: int) -> None:
+def _place(pid: int, surroundings: Surroundings) -> None:
     """Give a process the limits and cgroups of the source."""
-    for number, limit in source.limits.items():
+    for number, limit in surroundings.limits.items():
         with contextlib.suppress(OSError, ValueError):
             resource.prlimit(pid, number, limit)
-    for controllers, path in source.cgroups:
+    for controllers, path in surroundings.cgroups:
         mount = _cgroup_mount(controllers)
         # A hierarchy that is not mounted, or not ours to change, cannot matter to the source either.
         if mount is not None:

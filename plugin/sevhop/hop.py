@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -37,13 +38,13 @@ from pathlib import Path
 
 import tenacity
 from sevhop_qmp import adopt, move, ram_blocks
-from sevhop_qmp.device_state import DeviceStateStream
-from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorError, SevhopError, StateError
+from sevhop_qmp.device_state import IncomingState, OutgoingState
+from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorError, MoveError, SevhopError, StateError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
 from . import check, command_line, guest
-from .destination import START_TIMEOUT, Destination
+from .destination import START_TIMEOUT, Destination, Surroundings
 from .errors import Lost, NeedsRecover, Refused, Undone
 from .keeper import Held, Keeper
 
@@ -148,6 +149,7 @@ class Hop:
         self._phase = ""
         self._stopped_at: float | None = None
         self._loaded = False
+        self._moving = False
         self._committed = False
 
         # Set by the phase that is named.
@@ -157,10 +159,12 @@ class Hop:
         self._working_directory: str  # check
         self._arguments: command_line.Derived  # check
         self._held: Held  # hold
-        self._keeper: Keeper  # hold
+        self._surroundings: Surroundings  # hold
         self._destination: Destination  # prepare
         self._carrier: ram_blocks.Carrier  # prepare
-        self._stream: DeviceStateStream  # prepare
+        self._incoming: IncomingState  # prepare
+        self._outgoing: OutgoingState  # prepare
+        self._moved_to: int  # commit
 
     async def run(self) -> Report:
         """
@@ -185,7 +189,7 @@ class Hop:
 
     def interrupt(self) -> bool:
         """Undo the hop as soon as possible. :return: False behind the commit: then it goes on to its end."""
-        if self._committed or self._task is None:
+        if self._committed or self._moving or self._task is None:
             return False
         self._task.cancel()
         return True
@@ -253,28 +257,34 @@ class Hop:
     async def _hold(self) -> None:
         self._held = Held.take(self._source, self._guest)
         self._resources.callback(self._held.close)
-        self._keeper = self._resources.enter_context(Keeper(self._held, self._guest.context))
+        self._surroundings = Surroundings.of(self._source)
+        self._resources.callback(self._surroundings.close)
 
     async def _prepare(self) -> None:
         # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
         self._undo.push_async_callback(self._continue_source)
+        await self._start_destination()
+        self._undo.push_async_callback(self._kill_destination)
+        await self._compare()
+        self._outgoing = await self._resources.enter_async_context(
+            OutgoingState(self._source_monitor, self._incoming, self._guest.machine_type)
+        )
+        identity = self._surroundings.credentials
+        await self._outgoing.arm(identity.uid, identity.gid)
+
+    async def _start_destination(self) -> None:
         self._destination = await Destination.start(
             self._arguments.emulator,
             self._arguments.arguments,
-            self._source,
-            self._keeper,
+            self._surroundings,
+            self._resources.enter_context(Keeper(self._held, self._guest.context)),
             timeout=self._options.start_timeout,
             command_timeout=self._options.step_timeout,
         )
-        self._undo.push_async_callback(self._kill_destination)
         self.report.destination_pid = self._destination.process.pid
         self.report.destination_version = self._destination.monitor.version
-        await self._compare()
-        self._stream = await self._resources.enter_async_context(
-            DeviceStateStream(self._source_monitor, self._destination.monitor, self._guest.machine_type)
-        )
-        identity = self._source.credentials
-        await self._stream.arm(identity.uid, identity.gid)
+        self._incoming = self._resources.enter_context(IncomingState(self._destination.monitor))
+        await self._incoming.arm()
 
     async def _compare(self) -> None:
         """See that the destination is the same machine, on the same memory, and bring its other RAM blocks over."""
@@ -305,7 +315,7 @@ class Hop:
     async def _save(self) -> None:
         carrying = asyncio.ensure_future(asyncio.to_thread(self._carrier.carry))
         try:
-            await self._stream.save(timeout=self._options.step_timeout)
+            await self._outgoing.save(timeout=self._options.step_timeout)
         finally:
             # A thread cannot be cancelled, and must not write into a destination that is being ended.
             await asyncio.wait({carrying})
@@ -314,7 +324,7 @@ class Hop:
             raise carried
 
     async def _load(self) -> None:
-        await self._stream.loaded(timeout=self._options.step_timeout)
+        await self._incoming.loaded(timeout=self._options.step_timeout)
         status = await self._destination.monitor.execute("query-status")
         if status["running"]:
             raise SevhopError("the destination runs before it was told to")
@@ -329,17 +339,68 @@ class Hop:
             if self._stopped_at is None:
                 self._commit_is_done()
             return
+        await self._move_context()
+
+    async def _move_context(self) -> None:
         assert self._held.vm is not None
-        self.report.move = await move.move(
-            self._destination.monitor,
-            self._destination.process.pid,
-            self._held.vm,
-            deadline=self._options.move_deadline,
-        )
+        # Whoever holds a VM keeps its context alive. If the destination dies behind the move, it is here.
+        number = self._destination.process.vm_descriptor()
+        if number is None:
+            raise SevhopError("the destination has no KVM VM")
+        self._moved_to = self._destination.process.duplicate(number)
+        self._resources.callback(os.close, self._moved_to)
+        self._moving = True
+        try:
+            self.report.move = await self._move_from(self._held.vm)
+        except MonitorError as err:
+            # The kernel may have moved the context or not; either way there is only one direction left.
+            self._commit_is_done()
+            await self._finish_elsewhere(err)
+        finally:
+            self._moving = False
         self._commit_is_done()
-        if self.report.move.restore_errno:
-            reason = os.strerror(self.report.move.restore_errno)
+
+    async def _move_from(self, vm: int) -> move.MoveReport:
+        report = await move.move(
+            self._destination.monitor, self._destination.process.pid, vm, deadline=self._options.move_deadline
+        )
+        if report.restore_errno:
+            self._commit_is_done()
+            reason = os.strerror(report.restore_errno)
             raise NeedsRecover(f"the context was moved, but vCPU registers could not be set: {reason}")
+        return report
+
+    async def _finish_elsewhere(self, failure: SevhopError) -> None:
+        """
+        The destination failed when the context was on its way to it, or there. Start another one, which takes the
+        context from wherever it is.
+
+        :raises Lost: this one failed as well.
+        """
+        assert self._held.vm is not None
+        self._note(f"{self._phase}: {failure.message}; going on in another process")
+        image = bytes(self._incoming.image)
+        try:
+            await self._destination.kill()
+            await self._start_destination()
+            theirs = await guest.inspect(self._destination.monitor, self._destination.process)
+            pairs = [(kept, theirs.blocks[kept.block.name]) for kept in self._carrier.kept()]
+            await asyncio.to_thread(ram_blocks.put, pairs, self._destination.process)
+            await self._share()
+            await self._incoming.write(image)
+            self._incoming.end()
+            await self._incoming.loaded(timeout=self._options.step_timeout)
+            try:
+                self.report.move = await self._move_from(self._held.vm)
+            except MoveError as err:
+                if err.errno != errno.EIO:
+                    raise
+                # The source is dead: the move had been done.
+                self.report.move = await self._move_from(self._moved_to)
+        except NeedsRecover:
+            raise
+        except SevhopError as err:
+            raise Lost(f"{failure.message}; another destination failed, too: {err.message}") from err
 
     def _commit_is_done(self) -> None:
         self._committed = True
@@ -348,7 +409,13 @@ class Hop:
     async def _resume(self) -> None:
         if self._stopped_at is None:
             return
-        await _continue(self._destination.monitor, patience=CONT_DEADLINE if self._committed else 0)
+        try:
+            await _continue(self._destination.monitor, patience=CONT_DEADLINE if self._committed else 0)
+        except MonitorError as err:
+            if not self._committed:
+                raise
+            await self._finish_elsewhere(err)
+            await _continue(self._destination.monitor, patience=CONT_DEADLINE)
         self._commit_is_done()
         self._end_of_blackout()
 
@@ -390,7 +457,7 @@ class Hop:
         """What is raised in the end for an error in some phase."""
         if isinstance(error, asyncio.CancelledError):
             return Undone("interrupted")
-        if isinstance(error, (Refused, NeedsRecover)):
+        if isinstance(error, (Refused, NeedsRecover, Lost)):
             return error
         if not isinstance(error, SevhopError):
             log.error("unexpected error", exc_info=error)
@@ -423,11 +490,23 @@ class Hop:
             temporary, final = (os.path.join(self._working_directory, path) for path in self._arguments.pidfile)
             with contextlib.suppress(OSError):
                 os.replace(temporary, final)
+        if self._guest.context.kind != "none":
+            await self._shut_down_instead_of_reset()
         try:
             await adopt.finish(self._destination.monitor)
         except SevhopError as err:
             self._note(f"the destination's sockets do not answer: {err.message}")
         await self._destination.release()
+
+    async def _shut_down_instead_of_reset(self) -> None:
+        """
+        The firmware of an SEV guest was encrypted in place at launch, in pages of the source. A reset would execute
+        what is no code here, so a guest that reboots is shut down and can be started afresh.
+        """
+        try:
+            await self._destination.monitor.execute("set-action", {"reboot": "shutdown"})
+        except SevhopError as err:
+            self._note(f"a reboot of the guest will fail: {err.message}")
 
     def _note(self, text: str) -> None:
         log.warning("%s", text)
@@ -453,7 +532,7 @@ async def _continue(monitor: Monitor, *, patience: float) -> None:
         reraise=True,
     ):
         with attempt:
-            await monitor.execute("cont")
+            await monitor.execute("cont", timeout=max(patience, monitor.timeout))
 
 
 def _keep_socket_paths(working_directory: str, held: Held) -> list[tuple[Path, Path]]:

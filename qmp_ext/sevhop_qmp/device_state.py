@@ -7,7 +7,7 @@ between two things are missing from the stream, and this module puts them in: th
 8 byte header, and an empty description at the end (migration/savevm.c: ``qemu_savevm_state_header``,
 ``QEMU_VM_CONFIGURATION``, ``QEMU_VM_VMDESCRIPTION``).
 
-Nothing is stored: the stream goes through two pipes while it is being written.
+Nothing is stored on disk: the stream goes through two pipes while it is being written.
 """
 
 from __future__ import annotations
@@ -45,51 +45,34 @@ def configuration_section(machine_type: str) -> bytes:
 EMPTY_DESCRIPTION = struct.pack(">BI", _DESCRIPTION, 0)
 
 
-class DeviceStateStream:
+class IncomingState:
     """
-    The way of the device state from one QEMU to another.
+    The destination's side: it is told to listen, given the stream, and waited for.
 
-    Use as ``async with DeviceStateStream(...) as stream``; then :meth:`arm` while the guest runs, and :meth:`save`
-    and :meth:`loaded` once it has stopped.
-
-    :ivar bytes: length of the stream as the destination has seen it.
+    :ivar image: the stream so far, for whoever has to load it once more into another destination.
     """
 
-    def __init__(self, source: Monitor, destination: Monitor, machine_type: str) -> None:
-        self._source = source
+    def __init__(self, destination: Monitor) -> None:
         self._destination = destination
-        self._configuration = configuration_section(machine_type)
-        self._exit = contextlib.AsyncExitStack()
-        self._from_source: FileIO | None = None
-        self._to_destination: FileIO | None = None
-        self._path = ""
-        self._saved = asyncio.Event()
+        self._exit = contextlib.ExitStack()
+        self._pipe: FileIO | None = None
         self._migration: EventListener | None = None
-        self.bytes = 0
+        self.image = bytearray()
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._exit.aclose()
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
 
-    async def arm(self, source_uid: int, source_gid: int) -> None:
+    async def arm(self) -> None:
         """
-        Give each side its end of a pipe; the destination starts to listen.
+        Let the destination listen.
 
-        :param source_uid: user (and group) that the source runs as, who must be able to open the pipe.
-        :raises CommandError, MonitorError: one of them does not play along.
+        :raises CommandError: it is not in a state to do so.
+        :raises MonitorError: it is gone or silent.
         """
-        self._from_source, write_end = self._pipe()
-        # The source opens the pipe anew through /proc, which asks for the permissions of its inode.
-        if (source_uid, source_gid) != (os.getuid(), os.getgid()):
-            os.fchown(write_end.fileno(), source_uid, source_gid)
-        fdset, number = await self._source.add_fd(write_end.fileno())
-        self._exit.push_async_callback(self._remove_fdset, fdset)
-        write_end.close()
-        self._path = f"/proc/self/fd/{number}"
-
-        read_end, self._to_destination = self._pipe()
+        read_end, self._pipe = _pipe(self._exit)
         capabilities = [
             {"capability": "events", "state": True},
             # The images stay closed until the guest runs; otherwise the source could not take them back.
@@ -101,16 +84,86 @@ class DeviceStateStream:
         read_end.close()
         await self._destination.execute("migrate-incoming", {"uri": f"fd:{_STREAM_NAME}"})
 
-    def _pipe(self) -> tuple[FileIO, FileIO]:
-        """A pipe whose ends do not block; the stack closes what is still open in the end."""
-        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        ends = FileIO(read_fd, "rb"), FileIO(write_fd, "wb")
-        for end in ends:
-            self._exit.callback(end.close)
-        # Room for the whole state means that neither side waits for the other. Less is slower, not wrong.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
-        return ends
+    async def write(self, data: bytes) -> None:
+        """
+        Give it the next part of the stream.
+
+        :raises StateError: it does not read any more.
+        """
+        assert self._pipe is not None
+        self.image += data
+        rest = memoryview(data)
+        while rest:
+            try:
+                count: int | None = self._pipe.write(rest)
+            except BrokenPipeError as err:
+                raise StateError("the destination stopped reading the device state") from err
+            if count is None:
+                await _until_ready(self._pipe, write=True)
+                continue
+            rest = rest[count:]
+
+    def end(self) -> None:
+        """That was all."""
+        assert self._pipe is not None
+        self._pipe.close()
+
+    async def loaded(self, *, timeout: float = STATE_TIMEOUT) -> None:
+        """
+        Wait until the destination has loaded it all.
+
+        :raises StateError: it could not; QEMU's reason is in its log more often than in the message.
+        :raises MonitorError: the destination ended, which is how QEMU usually reports a state it cannot load.
+        """
+        assert self._migration is not None
+        while True:
+            event = await self._destination.next_event(self._migration, timeout=timeout)
+            data = event["data"]
+            status = data["status"] if isinstance(data, dict) else None
+            if status == "completed":
+                return
+            if status == "failed":
+                info = await self._destination.execute("query-migrate")
+                reason = info.get("error-desc", "no reason given")
+                raise StateError(f"the destination cannot load the device state: {reason}")
+
+
+class OutgoingState:
+    """
+    The source's side, connected to a destination's: everything is armed while the guest runs, :meth:`save` is called
+    once it has stopped.
+    """
+
+    def __init__(self, source: Monitor, incoming: IncomingState, machine_type: str) -> None:
+        self._source = source
+        self._incoming = incoming
+        self._configuration = configuration_section(machine_type)
+        self._exit = contextlib.AsyncExitStack()
+        self._pipe: FileIO | None = None
+        self._path = ""
+        self._saved = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._exit.aclose()
+
+    async def arm(self, uid: int, gid: int) -> None:
+        """
+        Give the source a pipe to write to.
+
+        :param uid: user (and group) that the source runs as, who must be able to open the pipe.
+        :raises CommandError, MonitorError: it does not play along.
+        """
+        self._pipe, write_end = _pipe(self._exit)
+        # The source opens the pipe anew through /proc, which asks for the permissions of its inode.
+        if (uid, gid) != (os.getuid(), os.getgid()):
+            os.fchown(write_end.fileno(), uid, gid)
+        fdset, number = await self._source.add_fd(write_end.fileno())
+        self._exit.push_async_callback(self._remove_fdset, fdset)
+        write_end.close()
+        self._path = f"/proc/self/fd/{number}"
 
     async def _remove_fdset(self, fdset: int) -> None:
         with contextlib.suppress(MonitorError, CommandError):
@@ -144,28 +197,8 @@ class DeviceStateStream:
                 task.cancel()
             await asyncio.gather(saving, forward, return_exceptions=True)
 
-    async def loaded(self, *, timeout: float = STATE_TIMEOUT) -> None:
-        """
-        Wait until the destination has loaded it all.
-
-        :raises StateError: it could not; QEMU's reason is in its log more often than in the message.
-        :raises MonitorError: the destination ended, which is how QEMU usually reports a state it cannot load.
-        """
-        assert self._migration is not None
-        while True:
-            event = await self._destination.next_event(self._migration, timeout=timeout)
-            data = event["data"]
-            status = data["status"] if isinstance(data, dict) else None
-            if status == "completed":
-                return
-            if status == "failed":
-                info = await self._destination.execute("query-migrate")
-                reason = info.get("error-desc", "no reason given")
-                raise StateError(f"the destination cannot load the device state: {reason}")
-
     async def _forward(self) -> None:
-        """Pass the stream on, completed. The destination's end is closed behind the last byte."""
-        assert self._to_destination is not None
+        """Pass the stream on, completed."""
         head = b""
         while len(head) < len(MAGIC):
             piece = await self._read(len(MAGIC) - len(head))
@@ -174,40 +207,38 @@ class DeviceStateStream:
             head += piece
         if head != MAGIC:
             raise StateError(f"the source wrote no device state, its stream begins with {head.hex()}")
-        await self._write(head + self._configuration)
+        await self._incoming.write(head + self._configuration)
         while data := await self._read(_PIPE_SIZE):
-            await self._write(data)
-        await self._write(EMPTY_DESCRIPTION)
-        self._to_destination.close()
+            await self._incoming.write(data)
+        await self._incoming.write(EMPTY_DESCRIPTION)
+        self._incoming.end()
 
     async def _read(self, count: int) -> bytes:
         """
         Read what there is. The source's fd set keeps the pipe open, so its end is not told by end of file: it is
         reached when QEMU has answered the command and the pipe is empty.
         """
-        assert self._from_source is not None
+        assert self._pipe is not None
         while True:
             finished = self._saved.is_set()
-            data: bytes | None = self._from_source.read(count)
+            data: bytes | None = self._pipe.read(count)
             if data is not None:
                 return data
             if finished:
                 return b""
-            await _until_ready(self._from_source, write=False, unless=self._saved)
+            await _until_ready(self._pipe, write=False, unless=self._saved)
 
-    async def _write(self, data: bytes) -> None:
-        assert self._to_destination is not None
-        rest = memoryview(data)
-        while rest:
-            try:
-                count: int | None = self._to_destination.write(rest)
-            except BrokenPipeError as err:
-                raise StateError("the destination stopped reading the device state") from err
-            if count is None:
-                await _until_ready(self._to_destination, write=True)
-                continue
-            self.bytes += count
-            rest = rest[count:]
+
+def _pipe(exit_stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> tuple[FileIO, FileIO]:
+    """A pipe whose ends do not block; the stack closes what is still open in the end."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    ends = FileIO(read_fd, "rb"), FileIO(write_fd, "wb")
+    for end in ends:
+        exit_stack.callback(end.close)
+    # Room for the whole state means that neither side waits for the other. Less is slower, not wrong.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+    return ends
 
 
 async def _until_ready(file: FileIO, *, write: bool, unless: asyncio.Event | None = None) -> None:

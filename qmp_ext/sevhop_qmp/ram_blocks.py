@@ -211,20 +211,9 @@ class Carrier:
                     raise RamError(f"RAM block {ours.name} cannot be carried over: {err.strerror}") from err
         return written
 
-    def repeat(self, destination: QemuProcess, blocks: dict[str, RamBlock]) -> None:
-        """
-        Write what has been carried into another destination. The source may be gone.
-
-        :raises RamError: a block is not there, or cannot be written.
-        """
-        with destination.memory(write=True) as fd:
-            for name, image in self._carried.items():
-                if name not in blocks or blocks[name].used < len(image):
-                    raise RamError(f"the destination has no RAM block {name} of {len(image)} bytes")
-                try:
-                    os.pwrite(fd, image, blocks[name].host)
-                except OSError as err:
-                    raise RamError(f"RAM block {name} cannot be written: {err.strerror}") from err
+    def kept(self) -> list[KeptBlock]:
+        """What has been carried so far, for another destination: the source may be gone by then."""
+        return [KeptBlock(ours, ((0, bytes(self._carried[ours.name])),)) for ours, _ in self._pairs]
 
 
 def _read(fd: int, address: int, count: int) -> bytes:

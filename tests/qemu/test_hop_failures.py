@@ -411,16 +411,23 @@ def test_both_fail(guest: Guest, new: Path) -> None:
     process.close()
 
 
-def test_source_that_hangs_is_let_go_on(guest: Guest, new: Path) -> None:
-    """A source that does not answer cannot be asked to go on either; when it wakes up, it does both."""
+def test_source_that_hangs_for_a_while(guest: Guest, new: Path) -> None:
+    """It did not stop in time, so the hop is undone; it goes on as soon as it answers again."""
     pid = guest.pid
+    threads = []
 
     def hang(hop: Hop) -> None:
-        os.kill(hop.report.source_pid, signal.SIGSTOP)
+        def wake() -> None:
+            assert wait_ended(hop.report.destination_pid, 30)
+            os.kill(pid, signal.SIGCONT)
 
-    with pytest.raises(NeedsRecover, match="putting back failed"):
+        os.kill(pid, signal.SIGSTOP)
+        threads.append(threading.Thread(target=wake))
+        threads[0].start()
+
+    with pytest.raises(Undone, match="did not answer stop within 1 s"):
         Meddler().run(guest, new, at="freeze", mischief=hang, timeout=1)
-    os.kill(pid, signal.SIGCONT)
+    threads[0].join()
     assert_untouched(guest, pid)
 
 

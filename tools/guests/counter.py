@@ -1,6 +1,5 @@
 """
-The bare-metal counters: ``counter.S``, and ``real_mode_counter.S`` for the SEV lab. What they print and keep in memory is
-described there; the addresses below are those of the first.
+The bare-metal counter, ``counter.S``: what it prints and keeps in memory is described there.
 
 The addresses are guest-physical; the guest's memory starts at 0 and has no hole below 2 GiB, so they are offsets in
 its memory backend as well.
@@ -13,7 +12,6 @@ from pathlib import Path
 from . import build
 
 _SOURCE = Path(__file__).with_name("counter.S")
-_REAL_MODE_SOURCE = Path(__file__).with_name("real_mode_counter.S")
 
 #: u64, little endian: the counter.
 COUNTER = 0x200000
@@ -37,22 +35,10 @@ def firmware() -> Path:
 
     :raises build.Unavailable: no assembler.
     """
-    return _assembled("counter.bin", _SOURCE)
+    return build.built("counter.bin", [_SOURCE], _assemble)
 
 
-def real_mode_firmware() -> Path:
-    """
-    The image of the counter that runs as an SEV guest in the lab.
-
-    :raises build.Unavailable: no assembler.
-    """
-    return _assembled("real-mode-counter.bin", _REAL_MODE_SOURCE)
-
-
-def _assembled(name: str, source: Path) -> Path:
-    def assemble(image: Path) -> None:
-        unlinked = image.with_suffix(".o")
-        build.run(["gcc", "-m32", "-c", "-o", unlinked, source])
-        build.run(["ld", "-m", "elf_i386", "-Ttext", "0", "--entry", "0", "--oformat", "binary", "-o", image, unlinked])
-
-    return build.built(name, [source], assemble)
+def _assemble(image: Path) -> None:
+    unlinked = image.with_suffix(".o")
+    build.run(["gcc", "-m32", "-c", "-o", unlinked, _SOURCE])
+    build.run(["ld", "-m", "elf_i386", "-Ttext", "0", "--entry", "0", "--oformat", "binary", "-o", image, unlinked])
