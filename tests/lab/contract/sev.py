@@ -91,7 +91,7 @@ class SevVm(Vm):
         """
         All of the launch.
 
-        :param vmsa: for SEV-ES: encrypt the registers. QEMU does it when the guest first runs.
+        :param vmsa: for SEV-ES: encrypt the registers, as QEMU does when the machine is complete.
         """
         vm = cls(es=es, type=type, memory=memory, vcpus=vcpus)
         vm.memory.map[PROGRAM : PROGRAM + len(program)] = program

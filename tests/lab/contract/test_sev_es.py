@@ -30,7 +30,7 @@ def test_calls_about_registers_have_no_error_and_no_meaning() -> None:
 
 
 def test_registers_that_are_not_encrypted_yet() -> None:
-    """QEMU encrypts them when the guest first runs: a guest that was never started cannot be moved."""
+    """A launch that was not completed. QEMU completes it before a guest runs."""
     with SevVm.launched(es=True, vmsa=False) as source, Vm() as destination:
         assert destination.move_from(source.descriptor) == "EINVAL"
         destination.vcpu.set_regs(kvm_regs(rflags=2))

@@ -1,0 +1,47 @@
+"""SEV guests in stock QEMU, in the lab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from guests import emulators, real_mode
+from guests.machine import Machine
+from guests.running import Guest
+
+from ..contract.sev import contexts
+
+#: Describes a SEV guest that runs the real-mode counter: its policy, and words for the command line.
+DescribeSev = Callable[..., Machine]
+#: Starts a guest that ends with the test.
+StartGuest = Callable[[Machine], Guest]
+
+
+@pytest.fixture
+def sev_machine(tmp_path: Path) -> DescribeSev:
+    """Describe a SEV guest in a directory of its own."""
+
+    def describe(name: str = "guest", policy: int = 0, more: tuple[str, ...] = ()) -> Machine:
+        # The lab's processor shows user space no CPUID leaf of encryption, and QEMU compares these with it.
+        sev = ("-object", f"sev-guest,id=sev,cbitpos=0,reduced-phys-bits=1,policy={policy}")
+        use = ("-machine", "confidential-guest-support=sev")
+        return Machine(
+            tmp_path / name,
+            accelerator="kvm",
+            cpu="host",
+            memory_mib=32,
+            bios=real_mode.firmware(),
+            more=(*sev, *use, *more),
+        )
+
+    return describe
+
+
+@pytest.fixture
+def start() -> Iterator[StartGuest]:
+    """Start guests in the machine's own QEMU. No context may be left when they have ended."""
+    with ExitStack() as guests:
+        yield lambda machine: guests.enter_context(Guest.start(machine, emulators.installed()))
+    assert contexts() == []
