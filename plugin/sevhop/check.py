@@ -125,6 +125,24 @@ def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived
     )
 
 
+def domain(guest: Guest, process: QemuProcess, emulator: str) -> Finding:
+    """
+    Test the guest of a libvirt domain. libvirt sees to its command line and to where its QEMU runs.
+
+    :param emulator: path of the QEMU that the guest is to go to.
+    """
+    return passed(
+        "guest",
+        f"{guest.name}, QEMU {guest.version}, process {process.pid}",
+        _state(guest),
+        _memory(guest, "set <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"),
+        _context(guest),
+        _blockers(guest),
+        _jobs(guest),
+        _emulator(emulator, process),
+    )
+
+
 def _process(process: QemuProcess) -> Finding:
     try:
         for kind in ("mnt", "net", "pid", "user"):
@@ -155,8 +173,11 @@ def _state(guest: Guest) -> Finding:
     return failed("state", f"the guest is {guest.state}", "a guest can hop while it runs or is paused")
 
 
-def _memory(guest: Guest) -> Finding:
-    remedy = "start the guest with -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram"
+def _memory(
+    guest: Guest,
+    remedy: str = "start the guest with -object memory-backend-memfd,id=ram,size=SIZE,share=on "
+    "-machine memory-backend=ram",
+) -> Finding:
     if not guest.backends:
         return failed("memory", "private to its QEMU", remedy)
     for backend in guest.backends:

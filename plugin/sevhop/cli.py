@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
@@ -25,6 +26,9 @@ from . import check
 from .destination import START_TIMEOUT
 from .errors import Lost, NeedsRecover, Refused
 from .hop import Hop, Options, Phase, Report
+
+#: libvirt's Python package is optional, so what needs it is imported by the commands that need it.
+DEFAULT_URI = "qemu:///system"
 
 EXIT_DONE = 0
 EXIT_REFUSED = 1
@@ -93,13 +97,51 @@ def parser() -> argparse.ArgumentParser:
     )
     hop.set_defaults(run=_hop)
 
+    upgrade = commands.add_parser(
+        "upgrade",
+        help="hop domains of libvirt",
+        description="Replace the QEMU of libvirt domains by a new one, while their guests go on. Each domain keeps its "
+        "name, UUID and definition; only the emulator changes.",
+    )
+    upgrade.add_argument("domains", nargs="+", metavar="DOMAIN")
+    upgrade.add_argument(
+        "--emulator", metavar="PATH", help="the QEMU to hop to (default: the domain's own, as it is on disk now)"
+    )
+    upgrade.add_argument("--dry-run", action="store_true", help="check only")
+    upgrade.add_argument("--keep-going", action="store_true", help="go on with the next domain when one fails")
+    upgrade.add_argument(
+        "--prepare", action="store_true", help="stop when the guest is held; virsh restore goes on with it"
+    )
+    upgrade.set_defaults(run=_upgrade)
+
     examine = commands.add_parser(
         "check", help="tell whether a guest can hop", description="Tell whether a guest can hop. Nothing is touched."
     )
-    examine.add_argument("--qmp", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
+    which = examine.add_mutually_exclusive_group(required=True)
+    which.add_argument("domain", nargs="?", metavar="DOMAIN", help="domain of libvirt")
+    which.add_argument("--qmp", type=Path, metavar="PATH", help="QMP socket of a QEMU outside libvirt")
     examine.add_argument("--emulator", metavar="PATH", help="the QEMU to hop to")
-    examine.add_argument("--json", action="store_true", help="print one JSON object")
     examine.set_defaults(run=_check)
+
+    status = commands.add_parser(
+        "status",
+        help="tell which QEMU runs each domain",
+        description="Tell for each active domain which QEMU runs it, which one is installed, whether it can hop, and "
+        "whether a hop is under way.",
+    )
+    status.add_argument("domains", nargs="*", metavar="DOMAIN", help="default: all active ones")
+    status.set_defaults(run=_status)
+
+    for command in (upgrade, examine, status):
+        command.add_argument("--connect", default=DEFAULT_URI, metavar="URI", help="libvirt (default: %(default)s)")
+        command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
+
+    install = commands.add_parser(
+        "install", help="install libvirt's hook", description="Install the hook, and see that libvirt calls it."
+    )
+    install.set_defaults(run=_install)
+    uninstall = commands.add_parser("uninstall", help="remove libvirt's hook", description="Remove the hook again.")
+    uninstall.set_defaults(run=_uninstall)
     return top
 
 
@@ -151,7 +193,15 @@ def _hop(options: argparse.Namespace) -> int:
     return status
 
 
-async def _interruptible(hop: Hop) -> None:
+class _Interruptible(Protocol):
+    def interrupt(self) -> bool:
+        """Undo as soon as possible."""
+
+    async def run(self) -> Report:
+        """Hop."""
+
+
+async def _interruptible(hop: _Interruptible) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, hop.interrupt)
@@ -174,12 +224,99 @@ def _summary(report: Report) -> str:
     return "\n".join([line, *(f"note: {note}" for note in report.notes)])
 
 
+# -- sevhop upgrade --------------------------------------------------------------------------------
+
+
+def _upgrade(options: argparse.Namespace) -> int:
+    from . import upgrade
+
+    live = sys.stderr.isatty() and not options.json
+    chosen = upgrade.Options(emulator=options.emulator, prepare_only=options.prepare, dry_run=options.dry_run)
+    reports: list[Report] = []
+
+    async def one(name: str) -> int:
+        connection = await upgrade.connect(options.connect)
+        try:
+            hop = upgrade.Upgrade(connection, name, chosen, _show_phase if live else lambda _: None)
+            reports.append(hop.report)
+            await _interruptible(hop)
+            if not options.json:
+                print(hop.summary())
+        finally:
+            connection.close()
+        return EXIT_DONE
+
+    worst = EXIT_DONE
+    for name in options.domains:
+        try:
+            asyncio.run(one(name))
+        except SevhopError as err:
+            status = _EXIT_OF.get(type(err), EXIT_UNDONE)
+            if len(reports) == 0 or reports[-1].guest != name:
+                reports.append(Report(guest=name, outcome="refused", reason=str(err)))
+            if not options.json:
+                print(f"sevhop: {name}: {err}; {_STATE_OF_GUEST[status]}", file=sys.stderr)
+            worst = max(worst, status)
+            if not options.keep_going:
+                break
+    if options.json:
+        print(json.dumps({"domains": [report.as_json() for report in reports]}))
+    return worst
+
+
+# -- sevhop status ---------------------------------------------------------------------------------
+
+
+def _status(options: argparse.Namespace) -> int:
+    from . import upgrade
+
+    try:
+        rows = asyncio.run(upgrade.survey(options.connect, options.domains))
+    except SevhopError as err:
+        print(json.dumps({"domains": [], "reason": str(err)}) if options.json else f"sevhop: {err}", file=sys.stderr)
+        return EXIT_REFUSED
+    if options.json:
+        print(json.dumps({"domains": [row.as_json() for row in rows]}))
+    else:
+        for row in rows:
+            print(row)
+    return EXIT_DONE
+
+
+# -- sevhop install, uninstall ---------------------------------------------------------------------
+
+
+def _install(_: argparse.Namespace) -> int:
+    from . import installation
+
+    try:
+        path = installation.install()
+        asyncio.run(installation.see_that_it_is_called())
+    except SevhopError as err:
+        print(f"sevhop: {err}", file=sys.stderr)
+        return EXIT_REFUSED
+    print(f"installed {path}; libvirt calls it")
+    return EXIT_DONE
+
+
+def _uninstall(_: argparse.Namespace) -> int:
+    from . import installation
+
+    try:
+        removed = installation.uninstall()
+    except SevhopError as err:
+        print(f"sevhop: {err}", file=sys.stderr)
+        return EXIT_REFUSED
+    print("removed" if removed else "it was not installed")
+    return EXIT_DONE
+
+
 # -- sevhop check ----------------------------------------------------------------------------------
 
 
 def _check(options: argparse.Namespace) -> int:
     try:
-        tree = asyncio.run(_examine(options.qmp, options.emulator))
+        tree = asyncio.run(_examine(options))
     except SevhopError as err:
         if options.json:
             print(json.dumps(check.failed("monitor", err.message, err.hint).as_json()))
@@ -194,11 +331,15 @@ def _check(options: argparse.Namespace) -> int:
     return EXIT_REFUSED if tree.failures() else EXIT_DONE
 
 
-async def _examine(path: Path, emulator: str | None) -> check.Finding:
-    async with await Monitor.connect(path) as monitor:
+async def _examine(options: argparse.Namespace) -> check.Finding:
+    if options.domain is not None:
+        from . import upgrade
+
+        return await upgrade.check_domain(options.connect, options.domain, options.emulator)
+    async with await Monitor.connect(options.qmp) as monitor:
         process = QemuProcess.open(monitor.peer)
         try:
-            return (await check.bare(monitor, process, emulator)).tree
+            return (await check.bare(monitor, process, options.emulator)).tree
         finally:
             process.close()
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
+from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
@@ -99,6 +100,16 @@ class Connection:
         """Those that are active, by name."""
         found = await _call(self._raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         return sorted((Domain(raw) for raw in found), key=lambda domain: domain.name)
+
+    async def default_emulator(self) -> tuple[str, str]:
+        """
+        What the daemon would start a new domain with: its type (``kvm`` or ``qemu``), and the emulator.
+
+        :raises DomainError: it has no emulator.
+        """
+        text = await _call(self._raw.getDomainCapabilities, None, None, None, None, 0, timeout=RESTORE_TIMEOUT)
+        found = ElementTree.fromstring(text)
+        return found.findtext("domain", ""), found.findtext("path", "")
 
     async def learn(self, emulator: str, arch: str, machine: str, kind: str) -> None:
         """

@@ -10,7 +10,8 @@ request and reply:
 ``listener HEX``        ``fd`` with the source's socket that listens at this ``struct sockaddr``; or ``none``
 ======================  =====================================================================================
 
-Who holds the other end of the socket pair may ask; it is inherited by the destination alone.
+:class:`Answers` is what it says; :class:`Keeper` says it for as long as one command runs, and
+:mod:`sevhop.keeper_process` for as long as libvirt needs to end one QEMU and start the next.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import os
 import re
 import socket
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.process import Address, QemuProcess, address_from_sockaddr
+from sevhop_qmp.ram_blocks import RamBlock
 
 from .guest import Guest, SevContext
 
@@ -58,20 +61,34 @@ class Held:
         :raises ProcessError: it has ended, or we may not.
         :raises RamError: the memory behind a backend cannot be told for certain.
         """
-        number = process.vm_descriptor()
-        held = cls(None if number is None else process.duplicate(number), {})
+        held = cls.take_machine(process, guest.blocks.values())
         try:
-            held._take_memory(process, guest)
             held.listeners.update(process.listeners())
         except BaseException:
             held.close()
             raise
         return held
 
-    def _take_memory(self, process: QemuProcess, guest: Guest) -> None:
+    @classmethod
+    def take_machine(cls, process: QemuProcess, blocks: Iterable[RamBlock]) -> Self:
+        """
+        The same without the sockets: a source that ends first leaves its addresses to the destination.
+
+        :param blocks: the source's RAM blocks.
+        """
+        number = process.vm_descriptor()
+        held = cls(None if number is None else process.duplicate(number), {})
+        try:
+            held._take_memory(process, blocks)
+        except BaseException:
+            held.close()
+            raise
+        return held
+
+    def _take_memory(self, process: QemuProcess, blocks: Iterable[RamBlock]) -> None:
         # /proc tells names, and all backends have the same one; the descriptors' order is the order of creation. That a
         # memfd is guest memory is proven by its inode, which is mapped as a RAM block.
-        by_inode = {block.inode: block for block in guest.blocks.values() if block.shared}
+        by_inode = {block.inode: block for block in blocks if block.shared}
         seen = set()
         for descriptor in process.descriptors():
             link = _MEMFD_LINK.match(descriptor.target)
@@ -100,9 +117,9 @@ class Held:
             os.close(fd)
 
 
-class Keeper:
+class Answers:
     """
-    Answers one destination, from a thread of its own.
+    What a destination is told.
 
     :param source_ended: the source is gone already, so the destination maps the guest's pages by itself.
     """
@@ -111,33 +128,6 @@ class Keeper:
         self._held = held
         self._context = context
         self._source = "ended" if source_ended else "running"
-        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._thread = threading.Thread(target=self._serve, name="keeper", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.theirs.close()
-        self._ours.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._ours.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                request = self._ours.recv(4096)
-            except OSError:
-                return
-            if not request:
-                return
-            text, fd = self.answer(request)
-            log.debug("keeper: %r -> %s", request, text)
-            try:
-                socket.send_fds(self._ours, [text.encode()], [] if fd is None else [fd])
-            except OSError:
-                return
 
     def answer(self, request: bytes) -> tuple[str, int | None]:
         """The reply to a request, and the descriptor that goes with it."""
@@ -168,3 +158,41 @@ class Keeper:
             if self._context.measurement:
                 answer += f" measurement={self._context.measurement}"
         return answer
+
+
+class Keeper(Answers):
+    """
+    Answers one destination, from a thread of its own.
+
+    Who holds the other end of the socket pair may ask; it is inherited by the destination alone.
+    """
+
+    def __init__(self, held: Held, context: SevContext) -> None:
+        super().__init__(held, context)
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._thread = threading.Thread(target=self._serve, name="keeper", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.theirs.close()
+        self._ours.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._ours.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                request = self._ours.recv(4096)
+            except OSError:
+                return
+            if not request:
+                return
+            text, fd = self.answer(request)
+            log.debug("keeper: %r -> %s", request, text)
+            try:
+                socket.send_fds(self._ours, [text.encode()], [] if fd is None else [fd])
+            except OSError:
+                return

@@ -195,6 +195,13 @@ class QemuProcess:
         return self._link(f"ns/{kind}")
 
     @property
+    def confinement(self) -> str:
+        """Its label in the security module (AppArmor, SELinux), such as ``unconfined``; empty without one."""
+        with contextlib.suppress(ProcessError):
+            return self._read("attr/current").rstrip(b"\0\n").decode(errors="replace")
+        return ""
+
+    @property
     def root(self) -> str:
         """Its root directory, ``/`` unless it has called chroot."""
         return self._link("root")

@@ -1,0 +1,138 @@
+"""
+What sevhop puts on a host: one script that libvirt runs. Installed, removed, and seen to be run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+
+from .domain import Connection, DomainError
+from .keeper_process import DOMAINS, make_run_directories
+from .save_image import SaveImage
+
+#: libvirt looks for hooks there, and nowhere else.
+HOOKS = Path("/etc/libvirt/hooks")
+_SCRIPT = HOOKS / "qemu.d" / "sevhop"
+_HERE = Path(__file__).resolve().parent
+#: How often the daemon is asked whether it has found the hook.
+ATTEMPTS = 20
+_PID_FILES = tuple(Path("/run", name) for name in ("libvirtd.pid", "virtqemud.pid"))
+
+#: A domain for the daemon to ask the hook about. It is never started: the hook refuses.
+_PROBE = """<domain type='{kind}'>
+  <name>{name}</name><memory unit='MiB'>16</memory>
+  <os><type arch='x86_64'>hvm</type></os><features><acpi/></features>
+  <devices><emulator>{emulator}</emulator><memballoon model='none'/></devices>
+</domain>"""
+
+
+def install() -> Path:
+    """
+    Put the script in place, and have the daemon look for it.
+
+    :return: where it is.
+    :raises SevhopError: it cannot be written.
+    """
+    text = (_HERE / "host" / "qemu.d" / "sevhop").read_text()
+    text = text.replace("@PYTHON@", shlex.quote(sys.executable)).replace("@HOOK@", shlex.quote(str(_HERE / "hook.py")))
+    try:
+        _SCRIPT.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=HOOKS, prefix=".sevhop-", delete=False) as file:
+            file.write(text)
+        os.chmod(file.name, 0o755)
+        os.replace(file.name, _SCRIPT)
+    except OSError as err:
+        raise SevhopError(f"{_SCRIPT} cannot be written: {err.strerror}", "run sevhop as root") from err
+    _reload_daemon()
+    return _SCRIPT
+
+
+def uninstall() -> bool:
+    """
+    Remove the script. A directory that is empty then goes with it.
+
+    :return: whether there was one.
+    :raises SevhopError: a hop is under way, or it cannot be removed.
+    """
+    if DOMAINS.is_dir() and (under_way := sorted(os.listdir(DOMAINS))):
+        raise SevhopError(f"hops are under way: {', '.join(under_way)}", "see sevhop status")
+    try:
+        _SCRIPT.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as err:
+        raise SevhopError(f"{_SCRIPT} cannot be removed: {err.strerror}", "run sevhop as root") from err
+    with contextlib.suppress(OSError):
+        _SCRIPT.parent.rmdir()
+    return True
+
+
+def _reload_daemon() -> None:
+    """A daemon that found no hooks when it started looks for them again on SIGHUP."""
+    for path in _PID_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text())
+            if Path(f"/proc/{pid}/comm").read_text().strip() == path.stem:
+                os.kill(pid, signal.SIGHUP)
+
+
+async def see_that_it_is_called() -> None:
+    """:raises SevhopError: the daemon does not call the hook."""
+    connection = await Connection.open()
+    try:
+        # A daemon that has just been told looks for hooks a moment later.
+        for _ in range(ATTEMPTS):
+            if await hook_answers(connection):
+                return
+            await asyncio.sleep(0.2)
+    finally:
+        connection.close()
+    raise SevhopError("libvirt does not call the hook", "restart the daemon: systemctl restart libvirtd")
+
+
+async def hook_answers(connection: Connection) -> bool:
+    """
+    Whether the daemon runs our hook: it is given the image of a domain that does not exist, which the hook refuses.
+    Without the hook the daemon tries to start that domain, which fails since the image is empty.
+
+    :raises DomainError: the daemon has no emulator at all.
+    """
+    kind, emulator = await connection.default_emulator()
+    name = f"sevhop-probe-{secrets.token_hex(8)}"
+    make_run_directories()
+    link = DOMAINS / name
+    link.symlink_to(f"../{name}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=DOMAINS.parent, prefix="probe-") as file:
+            SaveImage(_PROBE.format(kind=kind, name=name, emulator=emulator), False, b"").write(file)  # type: ignore[arg-type]
+            try:
+                await connection.restore(file.name)
+            except DomainError as err:
+                return f"sevhop: the keeper of domain {name}" in err.message
+    finally:
+        link.unlink()
+    return False
+
+
+def can_read(path: Path, uid: int, gid: int, groups: tuple[int, ...]) -> bool:
+    """Whether a user can read a file; asked by becoming that user, since directories count as well."""
+    done = subprocess.run(
+        [shutil.which("test") or "/usr/bin/test", "-r", str(path)],
+        user=uid,
+        group=gid,
+        extra_groups=groups,
+        check=False,
+    )
+    return done.returncode == 0

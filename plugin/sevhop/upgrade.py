@@ -1,0 +1,561 @@
+"""
+The upgrade: a domain of libvirt changes its QEMU and keeps its name, UUID, devices and XML.
+
+::
+
+    check      nothing is touched: can this guest hop, to this emulator, on this host?
+    hold       a keeper of its own takes the source's VM and memory                  undo: let go
+    prepare    libvirt learns the new emulator; the source is given a file to save to
+    freeze     source suspended, and seen to be stopped                              undo: resume
+    save       device state into a save image, private RAM blocks to the keeper      undo: resume
+    retire     the source's QEMU ends: the guest is in the keeper and the image      undo: restore in the old emulator
+    restore    libvirt starts the destination from the image; before it lets the guest run, it calls our hook, and
+               the keeper brings the RAM blocks over and moves the SEV context       COMMIT
+    define     the persistent definition gets the new emulator
+
+libvirt cannot have two domains of one UUID, so the source ends before the destination starts. A failure of the restore
+brings the guest back in the old emulator, by the same way. Should that fail as well, the guest is still in the keeper
+and the image, and ``virsh restore`` tries again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sevhop_qmp import adopt, move
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.kept_state import KeptState
+from sevhop_qmp.monitor import COMMAND_TIMEOUT
+from sevhop_qmp.process import QemuProcess, path_on_disk
+
+from . import check, domain_xml, guest, installation
+from .domain import Connection, Domain, DomainError, DomainMonitor
+from .errors import Lost, NeedsRecover, Refused, Undone
+from .hop import ENCRYPTED_BLOCKS, Phase, Progress, Report
+from .keeper_process import Brief, KeeperProcess, State, hop_of, hops_under_way
+from .save_image import SaveImage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    What to upgrade, and how patiently.
+
+    :ivar emulator: the QEMU to go to; by default the one that the domain was started from, as it is on disk now.
+    :ivar prepare_only: stop when the guest is in the keeper and the image; ``virsh restore`` goes on from there.
+    :ivar dry_run: check only.
+    :ivar step_timeout: seconds that each step in the blackout may take.
+    :ivar move_deadline: seconds for which a busy migration is tried again.
+    """
+
+    emulator: str | None = None
+    prepare_only: bool = False
+    dry_run: bool = False
+    step_timeout: float = COMMAND_TIMEOUT
+    move_deadline: float = 2.0
+
+
+class Upgrade:
+    """
+    The upgrade of one domain. :meth:`run` it once; :meth:`interrupt` may be called from a signal handler meanwhile.
+
+    :ivar report: filled in as it goes on.
+    :ivar image: the save image with which a prepared upgrade goes on.
+    """
+
+    def __init__(
+        self, connection: Connection, name: str, options: Options, progress: Progress = lambda _: None
+    ) -> None:
+        self.report = Report(guest=name)
+        self.image: Path | None = None
+        self._connection = connection
+        self._name = name
+        self._options = options
+        self._progress = progress
+        self._resources = contextlib.AsyncExitStack()
+        self._task: asyncio.Task[object] | None = None
+        self._phase = ""
+        self._stopped_at: float | None = None
+        self._retiring = False
+        self._retired = False
+
+        # Set by the phase that is named.
+        self._domain: Domain  # check
+        self._monitor: DomainMonitor  # check
+        self._source: QemuProcess  # check
+        self._guest: guest.Guest  # check
+        self._xml: str  # check
+        self._old: str  # check
+        self._new: str  # check
+        self._keeper: KeeperProcess  # hold
+        self._state: KeptState  # prepare
+
+    async def run(self) -> Report:
+        """
+        Upgrade.
+
+        :raises Refused: the guest cannot hop; nothing was touched.
+        :raises Undone: something failed and the guest runs in the old emulator.
+        :raises NeedsRecover: something failed, the guest does not run, but nothing of it is lost.
+        :raises Lost: its QEMU ended by itself before its state was saved.
+        """
+        self._task = asyncio.current_task()
+        try:
+            async with self._resources:
+                await self._upgrade()
+        except SevhopError as err:
+            outcomes: dict[type, str] = {Refused: "refused", NeedsRecover: "needs-recover", Lost: "lost"}
+            self.report.outcome = outcomes.get(type(err), "undone")
+            self.report.reason = str(err)
+            raise
+        self.report.outcome = "prepared" if self.image else "checked" if self._options.dry_run else "done"
+        return self.report
+
+    def interrupt(self) -> bool:
+        """Undo as soon as possible. :return: False once the source is being ended: then it goes on to its end."""
+        if self._retiring or self._task is None:
+            return False
+        self._task.cancel()
+        return True
+
+    def summary(self) -> str:
+        """What has become of it, in a line or a few."""
+        report = self.report
+        if self._options.dry_run:
+            return f"{report.guest}: QEMU {report.source_version}, can hop to {self._new}"
+        if self.image is not None:
+            return f"{report.guest}: the guest is held, and goes on with: virsh restore {self.image}"
+        blackout = "it stayed paused" if report.blackout_ms is None else f"blackout {report.blackout_ms:.0f} ms"
+        line = f"{report.guest}: QEMU {report.source_version} -> {report.destination_version}; {blackout}"
+        return "\n".join([line, *(f"note: {note}" for note in report.notes)])
+
+    async def _upgrade(self) -> None:
+        """The procedure."""
+        try:
+            await self._do("check", self._check)
+            if self._options.dry_run:
+                return
+            await self._do("hold", self._hold)
+            await self._do("prepare", self._prepare)
+            await self._do("freeze", self._freeze)
+            await self._do("save", self._save)
+            await self._do("retire", self._retire)
+        except BaseException as err:
+            failure = self._explain(err)
+            if not self._retired:
+                await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
+            if failure is err:
+                raise
+            raise failure from err
+        if self._options.prepare_only:
+            self.image = self._keeper.image
+            return
+        try:
+            await self._do("restore", self._restore)
+        except SevhopError as err:
+            await asyncio.shield(asyncio.ensure_future(self._bring_back(err)))
+        await self._do("define", self._define)
+
+    async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
+        self._phase = name
+        log.info("%s: %s", self._name, name)
+        self._progress(name)
+        began = time.monotonic()
+        try:
+            await phase()
+        finally:
+            done = Phase(name, (time.monotonic() - began) * 1e3)
+            self.report.phases.append(done)
+            self._progress(done)
+
+    # -- before the guest is touched ---------------------------------------------------------------
+
+    async def _check(self) -> None:
+        try:
+            self._domain = await self._connection.domain(self._name)
+            examined = await self._resources.enter_async_context(
+                examine(self._connection, self._domain, self._options.emulator)
+            )
+        except SevhopError as err:
+            raise Refused(err.message, err.hint) from err
+        if failures := examined.tree.failures():
+            first = failures[0]
+            raise Refused(f"{first.name}: {first.detail}", first.remedy)
+        self._monitor, self._source, self._guest = examined.monitor, examined.process, examined.guest
+        self._xml, self._old, self._new = examined.xml, examined.old, examined.new
+        self.report.context = self._guest.context.kind
+        self.report.source_pid = self._source.pid
+        self.report.source_version = self._monitor.version
+
+    async def _hold(self) -> None:
+        identity = self._source.credentials
+        self._keeper = await KeeperProcess.start(
+            Brief(
+                name=self._domain.name,
+                uuid=self._domain.uuid,
+                pid=self._source.pid,
+                uid=identity.uid,
+                gid=identity.gid,
+                emulator=self._new,
+                context=self._guest.context,
+                blocks=tuple(self._guest.blocks.values()),
+                encrypted=() if self._guest.context.kind == "none" else tuple(ENCRYPTED_BLOCKS),
+                move_deadline=self._options.move_deadline,
+            )
+        )
+        self._resources.callback(self._keeper.close)
+
+    async def _prepare(self) -> None:
+        described = domain_xml.describe(self._xml)
+        await self._connection.learn(self._new, described.arch, described.machine, described.kind)
+        self._state = await self._resources.enter_async_context(KeptState(self._monitor, self._guest.machine_type))
+        await self._state.arm()
+
+    # -- the guest is stopped ----------------------------------------------------------------------
+
+    async def _freeze(self) -> None:
+        if self._guest.state == "running":
+            self._stopped_at = time.monotonic()
+            await self._domain.suspend()
+        await self._see_source_stopped()
+
+    async def _see_source_stopped(self) -> None:
+        status = await self._monitor.execute("query-status")
+        if status["running"]:
+            raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
+
+    async def _save(self) -> None:
+        keeping = asyncio.ensure_future(self._keeper.keep_blocks())
+        try:
+            stream = await self._state.save(timeout=self._options.step_timeout)
+        finally:
+            await asyncio.wait({keeping})
+        keeping.result()
+        xml = domain_xml.for_destination(
+            self._xml, self._new, adopt.environment(self._keeper.socket), str(self._keeper.monitor)
+        )
+        try:
+            with open(self._keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                SaveImage(xml, self._guest.state == "running", stream).write(file)
+        except OSError as err:
+            raise SevhopError(f"the save image cannot be written: {err.strerror}") from err
+
+    async def _retire(self) -> None:
+        """End the source. From here on the guest is in the keeper and the image, and only there."""
+        await self._see_source_stopped()
+        self._retiring = True
+        await self._keeper.retire()
+        # libvirt looks for the end of a QEMU that it ends every 200 ms; one that has quit already is noticed at once.
+        with contextlib.suppress(SevhopError):
+            await self._monitor.execute("quit")
+        if not await self._source.wait(self._options.step_timeout):
+            self._note("the source did not quit and was killed")
+            self._source.kill()
+            await self._source.wait(self._options.step_timeout)
+        await self._keeper.source_ended()
+        self._retired = True
+        await self._domain.end()
+
+    # -- it goes on ----------------------------------------------------------------------------------
+
+    async def _restore(self) -> None:
+        try:
+            await self._connection.restore(str(self._keeper.image))
+        except DomainError as err:
+            reason = (await self._keeper.status())["reason"]
+            raise SevhopError(reason or err.message) from err
+        if self._stopped_at is not None:
+            self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+        await self._look()
+
+    async def _look(self) -> None:
+        """Note what the keeper has seen of the destination."""
+        status = await self._keeper.status()
+        if status["state"] not in (State.COMMITTED.value, State.OVER.value):
+            raise SevhopError(status["reason"] or "libvirt restored the domain without our hook")
+        self.report.destination_pid = status["destination"]
+        self.report.destination_version = status["version"]
+        self.report.move = move.MoveReport(**status["move"]) if status["move"] else None
+        self.report.phases += [
+            Phase("restore: until the hook", status["until_started_ms"]),
+            Phase("restore: commit", status["commit_ms"]),
+        ]
+
+    async def _define(self) -> None:
+        """Nothing here can hurt the guest."""
+        try:
+            domain = await self._connection.domain(self._name)
+            if await domain.persistent():
+                await self._connection.define(domain_xml.with_emulator(await domain.inactive_xml(), self._new))
+        except SevhopError as err:
+            self._note(f"the persistent definition still has the old emulator: {err.message}")
+        # A guest that was paused stays so; its QEMU has everything, and we are not needed.
+        await self._keeper.release()
+
+    # -- putting back ------------------------------------------------------------------------------
+
+    async def _put_back(self, failure: SevhopError) -> None:
+        """
+        The source is still there: let it go on.
+
+        :raises NeedsRecover: it does not.
+        """
+        if self._stopped_at is not None and self._source.alive:
+            try:
+                await self._domain.resume()
+            except SevhopError as err:
+                if not await self._runs_again():
+                    raise NeedsRecover(
+                        f"{failure.message}; resuming failed: {err.message}", f"virsh resume {self._name}"
+                    ) from failure
+            self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+        if hasattr(self, "_keeper"):
+            await self._keeper.release()
+
+    async def _runs_again(self) -> bool:
+        with contextlib.suppress(SevhopError):
+            return await self._domain.running()
+        return False
+
+    async def _bring_back(self, failure: SevhopError) -> None:
+        """
+        The destination failed: restore the guest in the old emulator.
+
+        :raises Undone: it is back.
+        :raises NeedsRecover: it is not, but the keeper and the image have it.
+        """
+        try:
+            await self._keeper.use(self._old)
+            await self._restore()
+        except SevhopError as err:
+            raise NeedsRecover(
+                f"{self._phase}: {failure.message}; in the old emulator: {err.message}",
+                f"the guest is held; try again with: virsh restore {self._keeper.image}",
+            ) from failure
+        await self._keeper.release()
+        raise Undone(f"{self._phase}: {failure.message}", failure.hint) from failure
+
+    def _explain(self, error: BaseException) -> SevhopError:
+        """What is raised in the end for an error before the restore."""
+        if isinstance(error, asyncio.CancelledError):
+            return Undone("interrupted")
+        if isinstance(error, (Refused, NeedsRecover)):
+            return error
+        if not isinstance(error, SevhopError):
+            log.error("unexpected error", exc_info=error)
+            error = SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop")
+        message = f"{self._phase}: {error.message}"
+        if self._retired:
+            return NeedsRecover(message, f"the guest is held; go on with: virsh restore {self._keeper.image}")
+        if hasattr(self, "_source") and not self._source.alive:
+            return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
+        return Undone(message, error.hint)
+
+    def _note(self, text: str) -> None:
+        log.warning("%s", text)
+        self.report.notes.append(text)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """
+    An active domain, looked at.
+
+    :ivar tree: what was tested.
+    :ivar xml: the domain as it runs, without what earlier hops have added.
+    :ivar old, new: the emulator it runs in, and the one to go to.
+    """
+
+    tree: check.Finding
+    monitor: DomainMonitor
+    process: QemuProcess
+    guest: guest.Guest
+    xml: str
+    old: str
+    new: str
+
+
+@contextlib.asynccontextmanager
+async def examine(connection: Connection, domain: Domain, emulator: str | None = None) -> AsyncIterator[Examined]:
+    """
+    Test whether a domain can hop. Nothing is touched.
+
+    :param emulator: the QEMU to go to; by default the one it was started from, as it is on disk now.
+    :raises SevhopError: the domain is not active, or cannot be looked into at all.
+    """
+    if not await domain.active():
+        raise SevhopError(f"domain {domain.name} is not running", "start it; an upgrade is for running guests")
+    process = QemuProcess.open(domain.pid())
+    try:
+        monitor = await domain.monitor()
+        xml = domain_xml.without_additions(await domain.xml())
+        old = domain_xml.describe(xml).emulator
+        new = emulator or path_on_disk(old)
+        found = await guest.inspect(monitor, process)
+        tree = check.domain(found, process, new)
+        tree.children += [_devices(xml), _library(process), await _libvirt(connection, domain)]
+        yield Examined(tree, monitor, process, found, xml, old, new)
+    finally:
+        process.close()
+
+
+def _devices(xml: str) -> check.Finding:
+    """What has state outside of QEMU, which the end of the source would end as well."""
+    found = [f"<{name}>" for name in ("tpm", "filesystem", "hostdev", "shmem") if f"<{name} " in xml]
+    if found:
+        return check.failed("devices", f"{', '.join(found)} would lose its state", "remove the device")
+    return check.passed("devices", "none with state of its own")
+
+
+def _library(process: QemuProcess) -> check.Finding:
+    name = "library"
+    path, identity = adopt.library_path(), process.credentials
+    if not installation.can_read(path, identity.uid, identity.gid, identity.groups):
+        return check.failed(name, f"the user of QEMU ({identity.uid}) cannot read {path}", "install it for all users")
+    confinement = process.confinement
+    if confinement not in ("", "unconfined"):
+        return check.failed(
+            name,
+            f"the guest is confined ({confinement}), and QEMU could neither load {path} nor reach the keeper",
+            "security labels of libvirt domains are not supported yet: <seclabel type='none'/>",
+        )
+    return check.passed(name, str(path))
+
+
+async def _libvirt(connection: Connection, domain: Domain) -> check.Finding:
+    name = "libvirt"
+    if await domain.managed_save():
+        return check.failed(name, "the domain has a managed save image", f"virsh managedsave-remove {domain.name}")
+    if await domain.job():
+        return check.failed(name, "a job of the domain is under way", "wait for it to end, or cancel it")
+    if not await installation.hook_answers(connection):
+        return check.failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
+    return check.passed(name, f"{await connection.version()}, calls the hook")
+
+
+async def connect(uri: str) -> Connection:
+    """
+    Connect to libvirt.
+
+    :raises Refused: it cannot be had.
+    """
+    try:
+        return await Connection.open(uri)
+    except SevhopError as err:
+        raise Refused(err.message, err.hint) from err
+
+
+async def check_domain(uri: str, name: str, emulator: str | None) -> check.Finding:
+    """
+    Test whether a domain can hop. Nothing is touched.
+
+    :raises SevhopError: the domain is not active, or cannot be looked into at all.
+    """
+    connection = await connect(uri)
+    try:
+        async with examine(connection, await connection.domain(name), emulator) as examined:
+            return examined.tree
+    finally:
+        connection.close()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """
+    Where a domain stands.
+
+    :ivar running: the version that runs it; empty when no QEMU does.
+    :ivar installed: the version that its emulator has on disk now.
+    :ivar replaced: whether the file that it was started from is not there any more.
+    :ivar hop: how far a hop of it has come; empty when none is under way.
+    :ivar obstacle: why it cannot hop; empty when it can.
+    """
+
+    name: str
+    running: str = ""
+    installed: str = ""
+    replaced: bool = False
+    hop: str = ""
+    obstacle: str = ""
+
+    @property
+    def outdated(self) -> bool:
+        """Whether a hop to the emulator on disk would change something."""
+        return bool(self.running) and (self.replaced or self.running != self.installed)
+
+    def as_json(self) -> dict[str, object]:
+        """For ``--json``."""
+        return asdict(self) | {"outdated": self.outdated}
+
+    def __str__(self) -> str:
+        if not self.running:
+            return f"{self.name}: no QEMU; hop: {self.hop or 'none'}"
+        line = f"{self.name}: QEMU {self.running}"
+        line += f", {self.installed or 'none'} is installed" if self.outdated else ", up to date"
+        line += f", cannot hop: {self.obstacle}" if self.obstacle else ", can hop"
+        return line + (f"; hop: {self.hop}" if self.hop else "")
+
+
+async def survey(uri: str, names: Sequence[str]) -> list[Standing]:
+    """
+    Where domains stand.
+
+    :param names: of domains; all that are active, or in a hop, when there are none.
+    :raises SevhopError: libvirt does not answer, or has no such domain.
+    """
+    connection = await connect(uri)
+    try:
+        if names:
+            domains = [await connection.domain(name) for name in names if hop_of(name) is None]
+            held = [name for name in names if hop_of(name) is not None]
+        else:
+            held = hops_under_way()
+            domains = [domain for domain in await connection.domains() if domain.name not in held]
+        rows = [await _standing(connection, domain) for domain in domains]
+        rows += [Standing(name, hop=await _progress_of(name)) for name in held]
+        return sorted(rows, key=lambda row: row.name)
+    finally:
+        connection.close()
+
+
+async def _standing(connection: Connection, domain: Domain) -> Standing:
+    try:
+        async with examine(connection, domain) as examined:
+            failures = examined.tree.failures()
+            try:
+                installed = check.emulator_version(examined.new)
+            except SevhopError:
+                installed = ""
+            return Standing(
+                domain.name,
+                running=examined.monitor.version,
+                installed=installed,
+                replaced=path_on_disk(examined.process.executable) != examined.process.executable,
+                obstacle=f"{failures[0].name}: {failures[0].detail}" if failures else "",
+            )
+    except SevhopError as err:
+        return Standing(domain.name, obstacle=str(err))
+
+
+async def _progress_of(name: str) -> str:
+    directory = hop_of(name)
+    try:
+        if directory is None:
+            return ""
+        keeper = await KeeperProcess.connect(directory)
+    except SevhopError:
+        return "broken off: its keeper is gone"
+    try:
+        status = await keeper.status()
+        return f"{status['state']}, image {status['image']}"
+    finally:
+        keeper.close()

@@ -1,0 +1,218 @@
+"""A libvirt daemon that is the tests' own, and guests in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from xml.etree import ElementTree
+
+from guests import counter
+from guests.judge import Verdict, judge_log
+from guests.machine import Accelerator
+from guests.running import GuestFailed, wait_ended, wait_until
+
+from .enclosure import GUESTS
+
+_PATIENCE = 60.0
+_TIMEOUT = 180
+_ENCLOSURE = Path(__file__).with_name("enclosure.py")
+
+
+class Daemon:
+    """
+    A daemon in a mount namespace of its own, and commands run in there.
+
+    :ivar pid: of the process that is its namespace.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    @classmethod
+    def start(cls) -> Self:
+        """Start one, and wait until it answers."""
+        command = ["unshare", "--mount", "--propagation", "private", sys.executable, str(_ENCLOSURE)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "ready":
+            raise GuestFailed("the libvirt daemon did not start")
+        self = cls(process)
+        wait_until(lambda: self.run("virsh", "list").returncode == 0, _PATIENCE, "the libvirt daemon answers")
+        return self
+
+    def stop(self) -> None:
+        """End it, and everything that was started in it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(_PATIENCE)
+
+
+    @property
+    def root(self) -> Path:
+        """The file system as it looks in there."""
+        return Path(f"/proc/{self.pid}/root")
+
+    def start_command(self, *command: str | Path) -> subprocess.Popen[str]:
+        """Start a command in there."""
+        entered = ["nsenter", "--mount", "--target", str(self.pid), "--", *map(str, command)]
+        return subprocess.Popen(
+            entered, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a command in there."""
+        process = self.start_command(*command)
+        out, err = process.communicate(timeout=_TIMEOUT)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def virsh(self, *words: str | Path) -> str:
+        """Run virsh, which must succeed; what it prints."""
+        done = self.run("virsh", "--quiet", *words)
+        if done.returncode:
+            raise GuestFailed(f"virsh {words[0]}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def sevhop(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run sevhop."""
+        return self.run(sys.executable, "-m", "sevhop.cli", *words)
+
+    def upgrade(self, *words: str | Path) -> dict[str, Any]:
+        """Upgrade one domain; what is reported."""
+        done = self.sevhop("upgrade", "--json", *words)
+        report: dict[str, Any] = json.loads(done.stdout)["domains"][0]
+        return report | {"status": done.returncode}
+
+    def left_over(self) -> list[str]:
+        """What hops have left behind in there."""
+        run = self.root / "run/sevhop"
+        names = [str(path.relative_to(run)) for path in run.rglob("*")] if run.exists() else []
+        return sorted(set(names) - {"domains"})
+
+    def processes(self) -> list[int]:
+        """All processes in its namespace."""
+        own = os.readlink(f"/proc/{self.pid}/ns/mnt")
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and os.readlink(entry / "ns/mnt") == own:
+                    found.append(int(entry.name))
+        return found
+
+
+@dataclass(frozen=True)
+class Description:
+    """A domain that runs the bare-metal counter, with a disk and a network card."""
+
+    name: str
+    emulator: Path
+    accelerator: Accelerator
+    memory_mib: int = 64
+    memory: str = "memfd"
+    devices: str = ""
+
+    def xml(self) -> str:
+        """For ``virsh define``."""
+        backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+        return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
+  <name>{self.name}</name>
+  <metadata><x:note xmlns:x='http://example.org/note'>keep &amp; this</x:note></metadata>
+  <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
+  {backing if self.memory == "memfd" else ""}
+  <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
+    <loader readonly='yes' type='rom'>{counter.firmware()}</loader></os>
+  <features><acpi/></features>
+  <cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>
+  <devices>
+    <emulator>{self.emulator}</emulator>
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/{self.name}.qcow2'/>
+      <target dev='vda' bus='virtio'/></disk>
+    <interface type='user'><model type='virtio'/></interface>
+    <serial type='file'><source path='{GUESTS}/{self.name}.log' append='on'/></serial>
+    <memballoon model='none'/>
+    {self.devices}
+  </devices>
+</domain>"""
+
+
+class DomainGuest:
+    """A domain that runs, from :meth:`start` to :meth:`end`."""
+
+    def __init__(self, daemon: Daemon, name: str) -> None:
+        self.daemon = daemon
+        self.name = name
+
+    @classmethod
+    def start(cls, daemon: Daemon, description: Description) -> Self:
+        """Define it and start it."""
+        directory = daemon.root / str(GUESTS).lstrip("/")
+        definition = directory / f"{description.name}.xml"
+        definition.write_text(description.xml())
+        disk = GUESTS / f"{description.name}.qcow2"
+        assert daemon.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M").returncode == 0
+        daemon.virsh("define", GUESTS / definition.name)
+        self = cls(daemon, description.name)
+        daemon.virsh("start", self.name)
+        return self
+
+    def end(self) -> None:
+        """Destroy and undefine it."""
+        self.daemon.run("virsh", "destroy", self.name)
+        self.daemon.run("virsh", "undefine", self.name)
+
+    @property
+    def pid(self) -> int:
+        """Of its QEMU."""
+        return int((self.daemon.root / f"run/libvirt/qemu/{self.name}.pid").read_text())
+
+    @property
+    def state(self) -> str:
+        """As virsh says."""
+        return self.daemon.virsh("domstate", self.name)
+
+    def xml(self, *options: str) -> str:
+        """As virsh says."""
+        return self.daemon.virsh("dumpxml", self.name, *options)
+
+    def emulator(self, *options: str) -> str:
+        """The emulator in its XML."""
+        return ElementTree.fromstring(self.xml(*options)).findtext("devices/emulator", "")
+
+    def monitor(self, command: str) -> Any:
+        """Run a QMP command by way of libvirt."""
+        return json.loads(self.daemon.virsh("qemu-monitor-command", self.name, json.dumps({"execute": command})))
+
+    def seen(self) -> Verdict:
+        """What its serial log says so far."""
+        path = self.daemon.root / str(GUESTS).lstrip("/") / f"{self.name}.log"
+        return judge_log(path.read_text(encoding="ascii", errors="replace") if path.exists() else "")
+
+    def wait_for_ticks(self, more: int = 10) -> Verdict:
+        """Wait until it has counted on, without a gap since its start."""
+        wanted = self.seen().ticks + more
+        wait_until(lambda: self.seen().ticks >= wanted, _PATIENCE, f"{more} more ticks")
+        verdict = self.seen()
+        assert verdict.unharmed, verdict
+        return verdict
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal, and if it is SIGKILL wait until the process has ended."""
+    os.kill(pid, number)
+    if number == signal.SIGKILL:
+        assert wait_ended(pid, 10)
+
+
+def wait_for(condition: Any, what: str) -> float:
+    """Wait until a condition holds. :return: seconds that it took."""
+    began = time.monotonic()
+    wait_until(condition, _PATIENCE, what)
+    return time.monotonic() - began

@@ -1,0 +1,72 @@
+"""
+Runs a libvirt daemon of its own, in a mount namespace of its own: run by :mod:`.daemon` through ``unshare --mount``.
+
+What libvirt and sevhop keep in fixed places (/run, /etc/libvirt, /var/lib/libvirt ...) is an empty file system here, so
+nothing of the host's is seen or touched. This process stays as the subreaper of the QEMUs: libvirt waits until
+a QEMU that it has ended is really gone, and not every init reaps at once.
+
+It prints ``ready`` when the daemon may be asked, and ends everything when its standard input ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import grp
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36
+_OWN = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run")
+_DIRECTORIES = ("/run/lock", "/run/libvirt", "/etc/libvirt/qemu", "/etc/libvirt/hooks", "/var/lib/libvirt/qemu")
+#: For the guests' files; QEMU's user may write there.
+GUESTS = Path("/var/lib/libvirt/guests")
+_CONFIGURATION = """
+security_driver = "none"
+cgroup_controllers = []
+stdio_handler = "file"
+"""
+
+
+def main() -> int:
+    """The process."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for path in _OWN:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", path], check=True)
+    for path in _DIRECTORIES:
+        Path(path).mkdir(parents=True)
+    GUESTS.mkdir(mode=0o777)
+    GUESTS.chmod(0o777)
+    Path("/etc/libvirt/qemu.conf").write_text(_CONFIGURATION)
+    _own_kvm()
+    daemon = subprocess.Popen([shutil.which("libvirtd") or "/usr/sbin/libvirtd"], stdin=subprocess.DEVNULL)
+    pids = {daemon.pid}
+    # Whoever started us holds the other end of the pipe; when that end is gone, so are we.
+    if os.fork() == 0:
+        sys.stdin.read()
+        os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(daemon.pid, signal.SIGTERM))
+    print("ready", flush=True)
+    while pids:
+        pid, _ = os.wait()
+        pids.discard(pid)
+    return 0
+
+
+def _own_kvm() -> None:
+    """libvirt does not run QEMU as root, and /dev/kvm may be root's alone."""
+    if Path("/dev/kvm").exists():
+        node = Path("/run/kvm")
+        os.mknod(node, stat.S_IFCHR | 0o660, os.stat("/dev/kvm").st_rdev)
+        node.chmod(0o660)
+        os.chown(node, 0, grp.getgrnam("kvm").gr_gid)
+        subprocess.run(["mount", "--bind", node, "/dev/kvm"], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
