@@ -26,7 +26,7 @@ _remotes = pytest.StashKey[dict[str, Remote]]()
 
 
 def _runs_in_lab(path: Path) -> bool:
-    return path.parent != HERE
+    return HERE in path.parent.parents
 
 
 @pytest.fixture(autouse=True)

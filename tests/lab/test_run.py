@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -84,8 +84,12 @@ def _started(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
     def emulators() -> list[int]:
-        pids = [int(pid) for pid in children.read_text().split()]
-        return [pid for pid in pids if b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = []
+        for pid in children.read_text().split():
+            with suppress(OSError):  # others come and go
+                if b"qemu-system" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+        return found
 
     try:
         wait_until(lambda: bool(emulators()), LIMIT, "the lab starts")
