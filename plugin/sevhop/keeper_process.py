@@ -413,8 +413,6 @@ class Custody:
                 return f"no the guest is held; go on with: virsh restore {self._directory / 'image'}"
             case "started", "begin" if self.state is not State.OVER:
                 return await self._started()
-            case "stopped", _ if self.state is State.RESTORING:
-                self.state = State.WAITING
         return "ok"
 
     # -- commit ------------------------------------------------------------------------------------

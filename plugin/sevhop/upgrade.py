@@ -25,7 +25,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +43,9 @@ from .keeper_process import Brief, KeeperProcess, State, hop_of, hops_under_way
 from .save_image import SaveImage
 
 log = logging.getLogger(__name__)
+
+#: Name of the socket through which libvirt speaks to a QEMU.
+_LIBVIRT_MONITOR = "monitor.sock"
 
 
 @dataclass(frozen=True)
@@ -254,16 +257,19 @@ class Upgrade:
         await self._see_source_stopped()
         self._retiring = True
         await self._keeper.retire()
-        # libvirt looks for the end of a QEMU that it ends every 200 ms; one that has quit already is noticed at once.
-        with contextlib.suppress(SevhopError):
-            await self._monitor.execute("quit")
-        if not await self._source.wait(self._options.step_timeout):
-            self._note("the source did not quit and was killed")
-            self._source.kill()
-            await self._source.wait(self._options.step_timeout)
-        await self._keeper.source_ended()
-        self._retired = True
-        await self._domain.end()
+        # Told that its QEMU has hung up, libvirt looks every 200 ms whether it has ended. So libvirt is not told before
+        # it has ended: then one look is enough.
+        with _left_open(self._source.connections(_LIBVIRT_MONITOR)):
+            with contextlib.suppress(SevhopError):
+                await self._monitor.execute("quit")
+            if not await self._source.wait(self._options.step_timeout):
+                self._note("the source did not quit and was killed")
+                self._source.kill()
+            # Not every init reaps at once; then libvirt waits.
+            await self._source.wait_reaped(self._options.step_timeout)
+            await self._keeper.source_ended()
+            self._retired = True
+            await self._domain.end()
 
     # -- it goes on ----------------------------------------------------------------------------------
 
@@ -363,6 +369,15 @@ class Upgrade:
     def _note(self, text: str) -> None:
         log.warning("%s", text)
         self.report.notes.append(text)
+
+
+@contextlib.contextmanager
+def _left_open(descriptors: list[int]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for fd in descriptors:
+            os.close(fd)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 #: ``/proc/PID/fd`` link of a KVM VM descriptor.
 KVM_VM_LINK = "anon_inode:kvm-vm"
 
+#: Seconds between two looks at a process that has ended but is not reaped: nobody tells when it is.
+_REAPED_POLL = 0.001
+
 _PAGE_PRESENT_OR_SWAPPED = 3 << 62
 
 _LIMITS: Mapping[str, int] = {
@@ -254,6 +257,35 @@ class QemuProcess:
             else:
                 found[address] = sock.detach()
         return found
+
+    def connections(self, name: str) -> list[int]:
+        """
+        Duplicates of its connected UNIX sockets whose own path ends in a file name. The caller closes them.
+
+        Whoever is connected to them does not see the process end for as long as they are open.
+        """
+        found = []
+        for descriptor in self.descriptors():
+            if not descriptor.target.startswith("socket:"):
+                continue
+            sock = socket.socket(fileno=self.duplicate(descriptor.number))
+            own = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+            if isinstance(own, str) and own.endswith(f"/{name}") and listening_address(sock) is None:
+                found.append(sock.detach())
+            else:
+                sock.close()
+        return found
+
+    async def wait_reaped(self, timeout: float) -> bool:
+        """Wait until it has ended and its parent knows. :return: False when that took too long."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        if not await self.wait(timeout):
+            return False
+        while (self._proc / "stat").exists():
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(_REAPED_POLL)
+        return True
 
     # -- what it has mapped ----------------------------------------------------------------------
 

@@ -113,12 +113,13 @@ def _host_address(row: Row, heap: bytes) -> int:
     wanted = struct.pack("<QQQ", row.offset, row.used, row.size)
     name = row.name.encode() + b"\0"
     found = set()
-    at = heap.find(wanted)
+    # Names are rare on a heap, numbers are not.
+    at = heap.find(name)
     while at >= 0:
-        idstr = at + _IDSTR_AFTER_OFFSET
-        if at >= _HOST_BEFORE_OFFSET and heap[idstr : idstr + len(name)] == name:
-            found.add(struct.unpack_from("<Q", heap, at - _HOST_BEFORE_OFFSET)[0])
-        at = heap.find(wanted, at + 8)
+        offset = at - _IDSTR_AFTER_OFFSET
+        if offset >= _HOST_BEFORE_OFFSET and heap[offset : offset + len(wanted)] == wanted:
+            found.add(struct.unpack_from("<Q", heap, offset - _HOST_BEFORE_OFFSET)[0])
+        at = heap.find(name, at + 1)
     if len(found) != 1:
         raise RamError(f"RAM block {row.name} was found {len(found)} times in QEMU's memory, not once")
     return int(found.pop())
