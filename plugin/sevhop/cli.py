@@ -232,35 +232,24 @@ def _upgrade(options: argparse.Namespace) -> int:
 
     live = sys.stderr.isatty() and not options.json
     chosen = upgrade.Options(emulator=options.emulator, prepare_only=options.prepare, dry_run=options.dry_run)
-    reports: list[Report] = []
-
-    async def one(name: str) -> int:
-        connection = await upgrade.connect(options.connect)
-        try:
-            hop = upgrade.Upgrade(connection, name, chosen, _show_phase if live else lambda _: None)
-            reports.append(hop.report)
-            await _interruptible(hop)
-            if not options.json:
-                print(hop.summary())
-        finally:
-            connection.close()
-        return EXIT_DONE
-
+    reports: list[dict[str, object]] = []
     worst = EXIT_DONE
     for name in options.domains:
+        hop = upgrade.Upgrade(options.connect, name, chosen, _show_phase if live else lambda _: None)
         try:
-            asyncio.run(one(name))
+            asyncio.run(_interruptible(hop))
+            if not options.json:
+                print(hop.summary())
         except SevhopError as err:
             status = _EXIT_OF.get(type(err), EXIT_UNDONE)
-            if len(reports) == 0 or reports[-1].guest != name:
-                reports.append(Report(guest=name, outcome="refused", reason=str(err)))
             if not options.json:
                 print(f"sevhop: {name}: {err}; {_STATE_OF_GUEST[status]}", file=sys.stderr)
             worst = max(worst, status)
-            if not options.keep_going:
-                break
+        reports.append(hop.as_json())
+        if worst != EXIT_DONE and not options.keep_going:
+            break
     if options.json:
-        print(json.dumps({"domains": [report.as_json() for report in reports]}))
+        print(json.dumps({"domains": reports}))
     return worst
 
 

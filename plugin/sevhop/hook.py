@@ -13,6 +13,10 @@ hop. All knowledge is in the keeper of that hop. What the hook asks is::
 everything else      0. libvirt would kill a running guest if ``reconnect`` failed
 ===================  ================================================================================================
 
+A domain that is in no hop may have been in one: when it is saved and restored, or migrated here, what that hop has
+added to its XML is taken out again. A save image of sevhop's has no RAM in it and is marked; without its keeper it is
+refused.
+
 A domain of another daemon that happens to have the same name is ``foreign``, and is left alone. libvirt is never called
 from here, it waits for us. This runs inside the blackout, so next to nothing is imported: of the standard library's
 socket only the part in C, which takes a tenth of the time.
@@ -23,12 +27,19 @@ from __future__ import annotations
 import _socket
 import os
 import sys
-from typing import TextIO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import TextIO
 
 #: One entry for each hop under way: the domain's name, a link to the directory of its keeper.
 DOMAINS = "/run/sevhop/domains"
 #: Where there is something to ask; the script in ``host`` knows them, too.
 _MATTERS = (("restore", "begin"), ("prepare", "begin"), ("migrate", "begin"), ("started", "begin"))
+#: An environment variable in the XML of a save image that sevhop has written: the guest's RAM is not in it.
+IMAGE_MARK = "SEVHOP_IMAGE"
+_RESTORED_MARK = "SEVHOP_RESTORED"
 #: Seconds until the keeper must have answered. A commit may retry for seconds.
 PATIENCE = 30.0
 _MESSAGE = 4096
@@ -40,35 +51,37 @@ def main(arguments: list[str], stdin: TextIO, stdout: TextIO, stderr: TextIO, *,
 
     :param arguments: domain, operation, sub-operation, extra.
     :param stdin: the domain's XML.
-    :param stdout: for changed XML; otherwise nothing may be written to it.
+    :param stdout: for the XML, if it is to be changed; otherwise nothing may be written to it.
     :param stderr: for the reason of a refusal, which libvirt quotes.
     :return: 0 if libvirt may go on.
     """
     name, operation, sub = (*arguments, "", "", "")[:3]
     if (operation, sub) not in _MATTERS or name in ("", ".", "..") or "/" in name:
         return 0
-    try:
-        directory = os.readlink(os.path.join(domains, name))
-    except OSError:
-        return 0
     xml = stdin.read()
     try:
+        directory = os.readlink(os.path.join(domains, name))
         answer = ask(os.path.join(domains, directory, "control"), f"hook {operation} {sub} {_uuid(xml)}")
-    except OSError as err:
-        # A dead keeper's guest is gone, and what it has left behind must stop nobody but a destination of its own,
-        # which has its directory in the XML.
-        if os.path.basename(directory) not in xml:
-            return 0
-        stderr.write(f"sevhop: the keeper of domain {name} does not answer: {err.strerror or err}\n")
-        return 1
+    except OSError:
+        answer = "foreign"
     verdict, _, rest = answer.partition(" ")
+    restoring = operation in ("restore", "migrate")
     if verdict == "foreign":
+        # Not in a hop, or what a dead keeper has left behind. That must stop nothing but a destination of its own.
+        if f"'{IMAGE_MARK}'" in xml or (operation == "started" and f"'{_RESTORED_MARK}'" in xml):
+            stderr.write(f"sevhop: the keeper of domain {name} is gone, and the guest's memory with it\n")
+            return 1
+        if restoring and "'SEVHOP_" in xml:
+            stdout.write(_domain_xml().without_additions(xml))
         return 0
     if verdict != "ok":
         stderr.write(f"sevhop: {rest or answer}\n")
         return 1
-    if rest and (operation, sub) == ("restore", "begin") and f"<emulator>{rest}</emulator>" not in xml:
-        stdout.write(_with_emulator(xml, rest))
+    if operation == "restore":
+        xml = xml.replace(f"'{IMAGE_MARK}'", f"'{_RESTORED_MARK}'")
+        if rest and f"<emulator>{rest}</emulator>" not in xml:
+            xml = _domain_xml().with_emulator(xml, rest)
+        stdout.write(xml)
     return 0
 
 
@@ -97,11 +110,12 @@ def _uuid(xml: str) -> str:
     return uuid if uuid and not set(uuid) - set("0123456789abcdefABCDEF-") else "-"
 
 
-def _with_emulator(xml: str, emulator: str) -> str:
+def _domain_xml() -> ModuleType:
+    """The module, which is rarely needed, and must be looked for: the hook runs without the environment's packages."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     from sevhop import domain_xml
 
-    return domain_xml.with_emulator(xml, emulator)
+    return domain_xml
 
 
 if __name__ == "__main__":

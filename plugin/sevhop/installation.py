@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from sevhop_qmp.errors import SevhopError
 
+from . import hook
 from .domain import Connection, DomainError
-from .keeper_process import DOMAINS, make_run_directories
+from .keeper_process import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
 
 #: libvirt looks for hooks there, and nowhere else.
@@ -35,6 +37,7 @@ _PROBE = """<domain type='{kind}'>
   <name>{name}</name><memory unit='MiB'>16</memory>
   <os><type arch='x86_64'>hvm</type></os><features><acpi/></features>
   <devices><emulator>{emulator}</emulator><memballoon model='none'/></devices>
+  <q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'><q:env name='{mark}' value='-'/></q:commandline>
 </domain>"""
 
 
@@ -111,18 +114,14 @@ async def hook_answers(connection: Connection) -> bool:
     """
     kind, emulator = await connection.default_emulator()
     name = f"sevhop-probe-{secrets.token_hex(8)}"
+    xml = _PROBE.format(kind=kind, name=name, emulator=escape(emulator), mark=hook.IMAGE_MARK)
     make_run_directories()
-    link = DOMAINS / name
-    link.symlink_to(f"../{name}")
-    try:
-        with tempfile.NamedTemporaryFile(dir=DOMAINS.parent, prefix="probe-") as file:
-            SaveImage(_PROBE.format(kind=kind, name=name, emulator=emulator), False, b"").write(file)  # type: ignore[arg-type]
-            try:
-                await connection.restore(file.name)
-            except DomainError as err:
-                return f"sevhop: the keeper of domain {name}" in err.message
-    finally:
-        link.unlink()
+    with tempfile.NamedTemporaryFile(dir=RUN, prefix="probe-") as file:
+        SaveImage(xml, False, b"").write(file)  # type: ignore[arg-type]
+        try:
+            await connection.restore(file.name)
+        except DomainError as err:
+            return f"sevhop: the keeper of domain {name} is gone" in err.message
     return False
 
 

@@ -35,7 +35,7 @@ from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
-from . import check, domain_xml, guest, installation
+from . import check, domain_xml, guest, hook, installation
 from .domain import Connection, Domain, DomainError, DomainMonitor
 from .errors import Lost, NeedsRecover, Refused, Undone
 from .hop import ENCRYPTED_BLOCKS, Phase, Progress, Report
@@ -76,11 +76,11 @@ class Upgrade:
     """
 
     def __init__(
-        self, connection: Connection, name: str, options: Options, progress: Progress = lambda _: None
+        self, uri: str, name: str, options: Options, progress: Progress = lambda _: None
     ) -> None:
         self.report = Report(guest=name)
         self.image: Path | None = None
-        self._connection = connection
+        self._uri = uri
         self._name = name
         self._options = options
         self._progress = progress
@@ -92,6 +92,7 @@ class Upgrade:
         self._retired = False
 
         # Set by the phase that is named.
+        self._connection: Connection  # check
         self._domain: Domain  # check
         self._monitor: DomainMonitor  # check
         self._source: QemuProcess  # check
@@ -129,6 +130,10 @@ class Upgrade:
             return False
         self._task.cancel()
         return True
+
+    def as_json(self) -> dict[str, object]:
+        """For ``--json``: the report, and ``image`` if the upgrade was prepared."""
+        return self.report.as_json() | ({"image": str(self.image)} if self.image else {})
 
     def summary(self) -> str:
         """What has become of it, in a line or a few."""
@@ -184,6 +189,8 @@ class Upgrade:
 
     async def _check(self) -> None:
         try:
+            self._connection = await Connection.open(self._uri)
+            self._resources.callback(self._connection.close)
             self._domain = await self._connection.domain(self._name)
             examined = await self._resources.enter_async_context(
                 examine(self._connection, self._domain, self._options.emulator)
@@ -243,9 +250,8 @@ class Upgrade:
         finally:
             await asyncio.wait({keeping})
         keeping.result()
-        xml = domain_xml.for_destination(
-            self._xml, self._new, adopt.environment(self._keeper.socket), str(self._keeper.monitor)
-        )
+        environment = adopt.environment(self._keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
+        xml = domain_xml.for_destination(self._xml, self._new, environment, str(self._keeper.monitor))
         try:
             with open(self._keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 SaveImage(xml, self._guest.state == "running", stream).write(file)
@@ -457,25 +463,13 @@ async def _libvirt(connection: Connection, domain: Domain) -> check.Finding:
     return check.passed(name, f"{await connection.version()}, calls the hook")
 
 
-async def connect(uri: str) -> Connection:
-    """
-    Connect to libvirt.
-
-    :raises Refused: it cannot be had.
-    """
-    try:
-        return await Connection.open(uri)
-    except SevhopError as err:
-        raise Refused(err.message, err.hint) from err
-
-
 async def check_domain(uri: str, name: str, emulator: str | None) -> check.Finding:
     """
     Test whether a domain can hop. Nothing is touched.
 
     :raises SevhopError: the domain is not active, or cannot be looked into at all.
     """
-    connection = await connect(uri)
+    connection = await Connection.open(uri)
     try:
         async with examine(connection, await connection.domain(name), emulator) as examined:
             return examined.tree
@@ -527,7 +521,7 @@ async def survey(uri: str, names: Sequence[str]) -> list[Standing]:
     :param names: of domains; all that are active, or in a hop, when there are none.
     :raises SevhopError: libvirt does not answer, or has no such domain.
     """
-    connection = await connect(uri)
+    connection = await Connection.open(uri)
     try:
         if names:
             domains = [await connection.domain(name) for name in names if hop_of(name) is None]

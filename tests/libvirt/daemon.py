@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -56,6 +55,11 @@ class Daemon:
         self._process.wait(_PATIENCE)
 
 
+    def restart(self) -> None:
+        """Kill the daemon alone, and wait for the next one."""
+        kill(int((self.root / "run/libvirtd.pid").read_text()))
+        wait_until(lambda: self.run("virsh", "list").returncode == 0, _PATIENCE, "the libvirt daemon answers again")
+
     @property
     def root(self) -> Path:
         """The file system as it looks in there."""
@@ -98,12 +102,13 @@ class Daemon:
         return sorted(set(names) - {"domains"})
 
     def processes(self) -> list[int]:
-        """All processes in its namespace."""
+        """All processes in its namespace but daemons, of which a restarted one is another process."""
         own = os.readlink(f"/proc/{self.pid}/ns/mnt")
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and os.readlink(entry / "ns/mnt") == own:
+                here = entry.name.isdigit() and os.readlink(entry / "ns/mnt") == own
+                if here and (entry / "comm").read_text().strip() != "libvirtd":
                     found.append(int(entry.name))
         return found
 
@@ -209,10 +214,3 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
     os.kill(pid, number)
     if number == signal.SIGKILL:
         assert wait_ended(pid, 10)
-
-
-def wait_for(condition: Any, what: str) -> float:
-    """Wait until a condition holds. :return: seconds that it took."""
-    began = time.monotonic()
-    wait_until(condition, _PATIENCE, what)
-    return time.monotonic() - began

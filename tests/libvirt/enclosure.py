@@ -5,7 +5,8 @@ What libvirt and sevhop keep in fixed places (/run, /etc/libvirt, /var/lib/libvi
 nothing of the host's is seen or touched. This process stays as the subreaper of the QEMUs: libvirt waits until
 a QEMU that it has ended is really gone, and not every init reaps at once.
 
-It prints ``ready`` when the daemon may be asked, and ends everything when its standard input ends.
+It prints ``ready`` when the daemon may be asked, starts it again when it has died, and ends it when its standard input
+ends.
 """
 
 from __future__ import annotations
@@ -43,19 +44,33 @@ def main() -> int:
     GUESTS.chmod(0o777)
     Path("/etc/libvirt/qemu.conf").write_text(_CONFIGURATION)
     _own_kvm()
-    daemon = subprocess.Popen([shutil.which("libvirtd") or "/usr/sbin/libvirtd"], stdin=subprocess.DEVNULL)
-    pids = {daemon.pid}
     # Whoever started us holds the other end of the pipe; when that end is gone, so are we.
     if os.fork() == 0:
         sys.stdin.read()
         os.kill(os.getppid(), signal.SIGTERM)
         os._exit(0)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(daemon.pid, signal.SIGTERM))
+    ending = False
+
+    def end(*_: object) -> None:
+        nonlocal ending
+        ending = True
+        os.kill(daemon, signal.SIGTERM)
+
+    daemon = _start()
+    signal.signal(signal.SIGTERM, end)
     print("ready", flush=True)
-    while pids:
+    while True:
         pid, _ = os.wait()
-        pids.discard(pid)
-    return 0
+        if pid == daemon:
+            if ending:
+                return 0
+            daemon = _start()
+
+
+def _start() -> int:
+    # libvirtd -t would end when it is idle. Its messages repeat what virsh says.
+    program = shutil.which("libvirtd") or "/usr/sbin/libvirtd"
+    return subprocess.Popen([program], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
 
 
 def _own_kvm() -> None:

@@ -22,10 +22,15 @@ XML = f"""<domain type='kvm'>
   <name>web</name>
   <uuid>{UUID}</uuid>
   <devices><emulator>/usr/bin/qemu</emulator></devices>
-  <!-- SEVHOP_KEEPER=/run/sevhop/0123/keeper -->
 </domain>
 """
-FOREIGN = XML.replace("0123", "")
+LEFT = (
+    "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
+    "<qemu:env name='SEVHOP_KEEPER' value='/run/sevhop/0/keeper'/></qemu:commandline></domain>"
+)
+HOPPED = XML.replace("</domain>", LEFT)
+IMAGE = HOPPED.replace("<qemu:env", "<qemu:env name='SEVHOP_IMAGE' value='without RAM'/><qemu:env", 1)
+DESTINATION = IMAGE.replace("SEVHOP_IMAGE", "SEVHOP_RESTORED")
 SCRIPT = Path(sevhop.__file__).parent / "host" / "qemu.d" / "sevhop"
 
 
@@ -80,7 +85,8 @@ def run(keeper: FakeKeeper, *arguments: str, xml: str = XML) -> tuple[int, str, 
 @pytest.mark.parametrize("operation", ["restore", "prepare", "started", "migrate"])
 def test_steps_that_matter_are_the_keepers_business(keeper: FakeKeeper, operation: str) -> None:
     with keeper.alive():
-        assert run(keeper, "web", operation, "begin", "-") == (0, "", "")
+        printed = XML if operation == "restore" else ""
+        assert run(keeper, "web", operation, "begin", "-") == (0, printed, "")
     assert keeper.asked == [f"hook {operation} begin {UUID}"]
 
 
@@ -111,16 +117,14 @@ def test_what_does_not_matter_costs_nothing(keeper: FakeKeeper, arguments: tuple
 def test_restore_gets_the_keepers_emulator(keeper: FakeKeeper) -> None:
     with keeper.alive():
         keeper.answer = "ok /opt/qemu"
-        status, printed, _ = run(keeper, "web", "restore", "begin", "-")
+        status, printed, _ = run(keeper, "web", "restore", "begin", "-", xml=IMAGE)
     assert status == 0
-    assert printed == XML.replace("/usr/bin/qemu", "/opt/qemu")
+    assert printed == DESTINATION.replace("/usr/bin/qemu", "/opt/qemu")
 
 
-def test_nothing_is_printed_when_nothing_changes(keeper: FakeKeeper) -> None:
+def test_only_a_restore_may_print(keeper: FakeKeeper) -> None:
     """libvirt reads whatever is printed as a new domain."""
     with keeper.alive():
-        keeper.answer = "ok /usr/bin/qemu"
-        assert run(keeper, "web", "restore", "begin", "-") == (0, "", "")
         keeper.answer = "ok /opt/qemu"
         assert run(keeper, "web", "prepare", "begin", "-") == (0, "", "")
 
@@ -135,7 +139,7 @@ def test_refusal_has_a_reason(keeper: FakeKeeper) -> None:
 def test_nonsense_is_a_refusal(keeper: FakeKeeper, answer: str) -> None:
     with keeper.alive():
         keeper.answer = answer
-        assert run(keeper, "web", "started", "begin", "-")[0] == 1
+        assert run(keeper, "web", "started", "begin", "-", xml=DESTINATION)[0] == 1
 
 
 def test_a_foreign_domain_of_the_same_name_goes_on(keeper: FakeKeeper) -> None:
@@ -151,42 +155,58 @@ def test_a_domain_without_uuid_is_nobodys(keeper: FakeKeeper, xml: str) -> None:
     assert keeper.asked == ["hook started begin -"]
 
 
-@pytest.mark.parametrize("operation", ["restore", "prepare", "started"])
-def test_dead_keeper_stops_its_own_destination_only(keeper: FakeKeeper, operation: str) -> None:
-    status, _, reason = run(keeper, "web", operation, "begin", "-")
-    assert status == 1
-    assert "the keeper of domain web does not answer" in reason
-    assert run(keeper, "web", operation, "begin", "-", xml=FOREIGN) == (0, "", "")
+@pytest.mark.parametrize(("operation", "xml"), [("restore", IMAGE), ("started", DESTINATION)])
+@pytest.mark.parametrize("name", ["web", "other"])
+def test_no_guest_runs_whose_keeper_is_gone(keeper: FakeKeeper, name: str, operation: str, xml: str) -> None:
+    status, printed, reason = run(keeper, name, operation, "begin", "-", xml=xml)
+    assert (status, printed) == (1, "")
+    assert f"the keeper of domain {name} is gone" in reason
 
 
-def script(keeper: FakeKeeper, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script as installed, but for the directory."""
-    text = SCRIPT.read_text().replace("/run/sevhop/domains", str(keeper.domains))
-    text = text.replace("@PYTHON@", sys.executable).replace("@HOOK@", hook.__file__)
-    path = tmp_path / "script"
-    path.write_text(text)
-    path.chmod(0o755)
-    return subprocess.run([path, *arguments], input=XML, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("operation", ["restore", "prepare", "migrate", "started"])
+def test_a_dead_keeper_stops_nobody_else(keeper: FakeKeeper, operation: str) -> None:
+    assert run(keeper, "web", operation, "begin", "-") == (0, "", "")
+
+
+@pytest.mark.parametrize("operation", ["restore", "migrate"])
+@pytest.mark.parametrize("xml", [HOPPED, DESTINATION])
+def test_what_an_earlier_hop_has_left_is_taken_out(keeper: FakeKeeper, operation: str, xml: str) -> None:
+    status, printed, _ = run(keeper, "other", operation, "begin", "-", xml=xml)
+    assert status == 0
+    assert "".join(printed.split()) == "".join(XML.split())
 
 
 def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: Path) -> None:
-    # The path in the module is the real one, where there is no such domain; -I keeps this directory out of the way.
-    assert script(keeper, tmp_path, "web", "started", "begin", "-").returncode == 0
-    (tmp_path / "broken").mkdir()
     text = SCRIPT.read_text().replace("/run/sevhop/domains", str(keeper.domains)).replace("@PYTHON@", "/bin/false")
-    path = tmp_path / "broken" / "script"
+    path = tmp_path / "script"
     path.write_text(text)
     path.chmod(0o755)
 
-    def status(*words: str) -> int:
-        return subprocess.run([path, *words], input=XML, text=True, check=False).returncode
+    def status(*words: str, xml: str = XML) -> int:
+        return subprocess.run([path, *words], input=xml, text=True, check=False).returncode
 
     assert status("web", "started", "begin", "-") == 1
     assert status("web", "restore", "begin", "-") == 1
     assert status("web", "reconnect", "begin", "-") == 0
     assert status("web", "stopped", "end", "shutdown") == 0
     assert status("other", "started", "begin", "-") == 0
+    assert status("other", "restore", "begin", "-") == 0
+    assert status("other", "restore", "begin", "-", xml=HOPPED) == 1
+    assert status("other", "started", "begin", "-", xml=HOPPED) == 0
     assert status("a name with 'quotes' $(false)", "started", "begin", "-") == 0
+
+
+def test_script_and_hook_together(tmp_path: Path) -> None:
+    """As libvirt calls it: a domain that was in a hop is restored later."""
+    path = tmp_path / "script"
+    path.write_text(SCRIPT.read_text().replace("@PYTHON@", sys.executable).replace("@HOOK@", hook.__file__))
+    path.chmod(0o755)
+    command = [str(path), "no-such-domain", "restore", "begin", "-"]
+    done = subprocess.run(command, input=HOPPED, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "".join(done.stdout.split()) == "".join(XML.split())
+    done = subprocess.run(command, input=IMAGE, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
 
 
 def test_script_is_executable() -> None:

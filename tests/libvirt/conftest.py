@@ -1,0 +1,83 @@
+"""
+Tests on a real libvirt daemon, started by the tests for themselves; nothing of the host's libvirt is seen or touched.
+
+After each test nothing of it may be left: no process, no entry in /run/sevhop.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from guests import counter, emulators
+from guests.build import Unavailable
+from guests.machine import Accelerator
+
+from .daemon import Daemon, Description, DomainGuest
+
+#: Starts a domain; keywords are fields of :class:`.daemon.Description`.
+StartDomain = Callable[..., DomainGuest]
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[Daemon]:
+    """A daemon, with sevhop's hook."""
+    missing = [name for name in ("libvirtd", "virsh", "qemu-img", "nsenter") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a mount namespace cannot be had here")
+    daemon = Daemon.start()
+    try:
+        done = daemon.sevhop("install")
+        assert done.returncode == 0, done.stderr
+        yield daemon
+        done = daemon.sevhop("uninstall")
+        assert done.returncode == 0, done.stderr
+    finally:
+        daemon.stop()
+
+
+@pytest.fixture(scope="session")
+def old() -> Path:
+    """The older of the two QEMUs."""
+    return _emulator(emulators.OLD)
+
+
+@pytest.fixture(scope="session")
+def new() -> Path:
+    """The newer of the two QEMUs."""
+    return _emulator(emulators.NEW)
+
+
+def _emulator(label: str) -> Path:
+    try:
+        return emulators.emulator(label)
+    except Unavailable as err:
+        pytest.skip(f"no QEMU {label}: {err}")
+
+
+@pytest.fixture
+def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -> Iterator[StartDomain]:
+    """Start domains in the older QEMU; they are destroyed and undefined with the test."""
+    try:
+        counter.firmware()
+    except Unavailable as err:
+        pytest.skip(f"the bare-metal counter cannot be built: {err}")
+    before = set(daemon.processes())
+    with ExitStack() as guests:
+
+        def one(**fields: object) -> DomainGuest:
+            described: dict[str, object] = {"name": f"guest-{tmp_path.name[-20:]}", "emulator": old, **fields}
+            guest = DomainGuest.start(daemon, Description(accelerator=accelerator, **described))  # type: ignore[arg-type]
+            guests.callback(guest.end)
+            return guest
+
+        yield one
+    assert daemon.left_over() == []
+    assert set(daemon.processes()) - before == set()

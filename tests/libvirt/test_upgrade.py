@@ -1,0 +1,114 @@
+"""Upgrades that arrive: what libvirt and the guest see of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .conftest import StartDomain
+from .daemon import Daemon, DomainGuest
+
+
+def without_emulator(guest: DomainGuest, *options: str) -> str:
+    """The domain's XML, but for the emulator."""
+    return guest.xml(*options).replace(guest.emulator(*options), "EMULATOR")
+
+
+def test_there_and_back(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    uuid, inactive = daemon.virsh("domuuid", guest.name), without_emulator(guest, "--inactive")
+    pids = {guest.pid}
+    for emulator in (new, old, old):
+        report = daemon.upgrade(guest.name, "--emulator", emulator)
+        assert report["outcome"] == "done", report
+        assert report["status"] == 0
+        assert report["notes"] == []
+        assert guest.state == "running"
+        assert daemon.virsh("domuuid", guest.name) == uuid
+        assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
+        assert without_emulator(guest, "--inactive") == inactive
+        assert report["destination"]["pid"] == guest.pid
+        assert guest.pid not in pids
+        pids.add(guest.pid)
+        guest.wait_for_ticks()
+    assert guest.xml().count("sevhop-monitor") == 2  # what the last hop added, and nothing of those before
+
+
+def test_virsh_works_afterwards(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    daemon.virsh("suspend", guest.name)
+    assert guest.state == "paused"
+    ticks = guest.seen().ticks
+    daemon.virsh("resume", guest.name)
+    guest.wait_for_ticks()
+    assert guest.seen().ticks > ticks
+    assert "block.0.name=vda" in daemon.virsh("domstats", guest.name)
+    daemon.virsh("domblkstat", guest.name, "vda")
+    daemon.restart()
+    assert guest.state == "running"
+    guest.wait_for_ticks()
+    daemon.virsh("shutdown", guest.name)
+    daemon.virsh("destroy", guest.name)
+    daemon.virsh("start", guest.name)
+    assert guest.monitor("query-version")["return"]["qemu"]["major"] == 10
+
+
+def test_a_plain_save_and_restore_of_an_upgraded_domain(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """What a hop has added to the domain must not matter to libvirt's own business."""
+    guest = start()
+    guest.wait_for_ticks()
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    ticks = guest.wait_for_ticks().ticks
+    done = daemon.run("virsh", "managedsave", guest.name)
+    assert done.returncode == 0, done.stderr
+    done = daemon.run("virsh", "start", guest.name)
+    assert done.returncode == 0, done.stderr
+    assert guest.wait_for_ticks().ticks > ticks
+
+
+def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    daemon.virsh("suspend", guest.name)
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert report["outcome"] == "done", report
+    assert report["blackout_ms"] is None
+    assert guest.state == "paused"
+    assert guest.emulator() == str(new)
+    daemon.virsh("resume", guest.name)
+    guest.wait_for_ticks()
+
+
+def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
+    assert report["outcome"] == "prepared", report
+    assert guest.state == "shut off"
+    refused = daemon.run("virsh", "start", guest.name)
+    assert refused.returncode == 1
+    assert "virsh restore" in refused.stderr
+    assert "waiting" in daemon.sevhop("status").stdout
+    assert daemon.upgrade(guest.name)["outcome"] == "refused"
+    assert daemon.sevhop("uninstall").returncode == 1
+    daemon.virsh("restore", report["image"])
+    assert guest.state == "running"
+    assert guest.emulator() == str(new)
+    guest.wait_for_ticks()
+
+
+def test_several_domains(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guests = [start(name="first"), start(name="second")]
+    for guest in guests:
+        guest.wait_for_ticks()
+    done = daemon.sevhop("upgrade", "first", "missing", "second", "--keep-going", "--emulator", new)
+    assert done.returncode == 1
+    assert "missing" in done.stderr
+    assert "first: QEMU 7.2" in done.stdout
+    assert "second: QEMU 7.2" in done.stdout
+    for guest in guests:
+        guest.wait_for_ticks()
+    status = daemon.sevhop("status").stdout
+    assert "first: QEMU 10.0" in status
