@@ -39,7 +39,15 @@ from pathlib import Path
 import tenacity
 from sevhop_qmp import adopt, move, ram_blocks
 from sevhop_qmp.device_state import IncomingState, OutgoingState
-from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorError, MoveError, SevhopError, StateError
+from sevhop_qmp.errors import (
+    CommandError,
+    MonitorClosed,
+    MonitorError,
+    MoveError,
+    MoveUncertain,
+    SevhopError,
+    StateError,
+)
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
@@ -164,7 +172,7 @@ class Hop:
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
-        self._moved_to: int  # commit
+        self._destination_vm: int  # prepare; not under TCG
 
     async def run(self) -> Report:
         """
@@ -207,7 +215,7 @@ class Hop:
             await self._do("commit", self._commit)
             await self._do("resume", self._resume)
         except BaseException as err:
-            failure = self._explain(err)
+            failure = await self._explain(err)
             if not self._committed:
                 # Undoing is done in full, whatever else arrives meanwhile.
                 await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
@@ -285,6 +293,11 @@ class Hop:
         self.report.destination_version = self._destination.monitor.version
         self._incoming = self._resources.enter_context(IncomingState(self._destination.monitor))
         await self._incoming.arm()
+        # Whoever holds a VM keeps its context alive. If the destination dies behind the move, it will be in here.
+        number = self._destination.process.vm_descriptor()
+        if number is not None:
+            self._destination_vm = self._destination.process.duplicate(number)
+            self._resources.callback(os.close, self._destination_vm)
 
     async def _compare(self) -> None:
         """See that the destination is the same machine, on the same memory, and bring its other RAM blocks over."""
@@ -343,16 +356,10 @@ class Hop:
 
     async def _move_context(self) -> None:
         assert self._held.vm is not None
-        # Whoever holds a VM keeps its context alive. If the destination dies behind the move, it is here.
-        number = self._destination.process.vm_descriptor()
-        if number is None:
-            raise SevhopError("the destination has no KVM VM")
-        self._moved_to = self._destination.process.duplicate(number)
-        self._resources.callback(os.close, self._moved_to)
         self._moving = True
         try:
             self.report.move = await self._move_from(self._held.vm)
-        except MonitorError as err:
+        except MoveUncertain as err:
             # The kernel may have moved the context or not; either way there is only one direction left.
             self._commit_is_done()
             await self._finish_elsewhere(err)
@@ -379,7 +386,7 @@ class Hop:
         """
         assert self._held.vm is not None
         self._note(f"{self._phase}: {failure.message}; going on in another process")
-        image = bytes(self._incoming.image)
+        image, moved_to = bytes(self._incoming.image), self._destination_vm
         try:
             await self._destination.kill()
             await self._start_destination()
@@ -393,10 +400,10 @@ class Hop:
             try:
                 self.report.move = await self._move_from(self._held.vm)
             except MoveError as err:
-                if err.errno != errno.EIO:
+                if err.errno != errno.EINVAL:
                     raise
-                # The source is dead: the move had been done.
-                self.report.move = await self._move_from(self._moved_to)
+                # The source has no context any more: the move had been done.
+                self.report.move = await self._move_from(moved_to)
         except NeedsRecover:
             raise
         except SevhopError as err:
@@ -453,7 +460,7 @@ class Hop:
         if self._stopped_at is not None and self.report.blackout_ms is None:
             self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
 
-    def _explain(self, error: BaseException) -> SevhopError:
+    async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error in some phase."""
         if isinstance(error, asyncio.CancelledError):
             return Undone("interrupted")
@@ -468,6 +475,8 @@ class Hop:
         if not self._loaded and not self._source.alive:
             return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
         lost_contact = isinstance(error, (MonitorError, StateError))
+        if isinstance(error, MonitorClosed) and hasattr(self, "_destination") and not self._source_monitor.closed:
+            await self._destination.process.wait(1.0)  # it has hung up and is about to end
         if lost_contact and hasattr(self, "_destination") and not self._destination.process.alive:
             words = self._destination.last_words()
             message = f"{self._phase}: the destination ended" + (f": {words}" if words else "")

@@ -6,7 +6,8 @@ Everything that sevhop raises on purpose, under one root.
     SevhopError                 has a message, and a hint: what to do next
     ├── MonitorError            the monitor cannot be used: no socket, not QMP, in use by somebody else
     │   ├── MonitorClosed       QEMU ended, or hung up, in the middle of the conversation
-    │   └── MonitorTimeout      QEMU did not answer within the time allowed
+    │   ├── MonitorTimeout      QEMU did not answer within the time allowed
+    │   └── MoveUncertain       it did so when it was to move the SEV context: it may have, or not
     ├── CommandError            QEMU answered with an error; its own words are the message
     ├── ProcessError            a QEMU process cannot be looked at, or is not what it was
     ├── RamError                guest memory is not laid out as a hop needs it
@@ -46,6 +47,10 @@ class MonitorClosed(MonitorError):
 
 class MonitorTimeout(MonitorError):
     """QEMU did not answer in time; what it will still do is unknown."""
+
+
+class MoveUncertain(MonitorError):
+    """The destination fell silent when it was to move the SEV context. Whether it has is not known."""
 
 
 class CommandError(SevhopError):

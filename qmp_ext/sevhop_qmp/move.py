@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import tenacity
 
 from . import adopt, misc_cgroup
-from .errors import MoveError
+from .errors import MonitorError, MoveError, MoveUncertain
 from .monitor import Monitor
 
 log = logging.getLogger(__name__)
@@ -61,15 +61,15 @@ ERRNOS: Mapping[int, MoveErrno] = {
         MoveErrno(errno.EINTR, "the wait for a lock of the VM was interrupted", retry=True),
         MoveErrno(
             errno.EINVAL,
-            "the source has no SEV context, the destination has one already, or the two VMs do not match "
-            "(VM type, number of SEV-ES vCPUs, VMSA)",
+            "the source has no SEV context (any more), the destination has one already, or the two VMs do not "
+            "match (VM type, number of SEV-ES vCPUs, VMSA)",
             retry=False,
             remedy="compare the sev-guest objects and the vCPU counts of both QEMUs",
         ),
         MoveErrno(errno.EBADF, "the descriptor handed over is not that of a KVM VM", retry=False),
         MoveErrno(
             errno.EIO,
-            "the source VM is dead because its context was moved already, or the wrong process called",
+            "the destination VM is dead because its own context was moved away, or the wrong process called",
             retry=False,
         ),
         MoveErrno(errno.ENOMEM, "the kernel is out of memory", retry=False),
@@ -121,7 +121,8 @@ async def move(destination: Monitor, destination_pid: int, source_vm_fd: int, *,
 
     :raises MoveError: the context was not moved; the source still owns it.
     :raises CommandError: the destination is not in a state in which it may be asked.
-    :raises MonitorError: the destination is gone or silent. Whether the context was moved is *not known* then.
+    :raises MoveUncertain: the destination fell silent during the call. Whether the context was moved is *not known*.
+    :raises MonitorError: it was gone before; the context was not moved.
     """
     began = time.monotonic()
     attempts = 0
@@ -130,7 +131,10 @@ async def move(destination: Monitor, destination_pid: int, source_vm_fd: int, *,
         nonlocal attempts
         attempts += 1
         await destination.send_fd(FD_NAME, source_vm_fd)
-        result = await adopt.migrate_from(destination, FD_NAME)
+        try:
+            result = await adopt.migrate_from(destination, FD_NAME)
+        except MonitorError as err:
+            raise MoveUncertain(err.message) from err
         log.info("move attempt %d: %s", attempts, explain(result.errno).name if result.errno else "moved")
         return result
 

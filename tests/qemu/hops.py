@@ -36,6 +36,7 @@ class Meddler:
         command: list[str] | None = None,
         timeout: float = 10.0,
         start_timeout: float = 60.0,
+        move_deadline: float = 2.0,
     ) -> Report:
         """
         Hop a guest.
@@ -56,6 +57,7 @@ class Meddler:
             command=command,
             step_timeout=timeout,
             start_timeout=start_timeout,
+            move_deadline=move_deadline,
         )
         self.hop = Hop(options, progress)
         return asyncio.run(self.hop.run())

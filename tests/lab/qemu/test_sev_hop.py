@@ -1,0 +1,281 @@
+"""
+SEV guests hop, and the kernel itself moves their context.
+
+``HERE`` is this test's QEMU, Debian's own; ``THERE`` is that of another Debian release.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from guests import emulators
+from guests.running import Guest, wait_ended
+from sevhop.errors import Undone
+from sevhop.hop import Hop, Report
+from sevhop_qmp.errors import MonitorClosed
+from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.process import QemuProcess
+
+from ...qemu.hops import Meddler, Mischief, kill_destination, kill_source
+from ..contract.kvm import Vm
+from ..contract.sev import contexts
+from .competitor import Competitor
+from .conftest import DescribeSev, StartGuest
+
+#: Seconds for a step; everything is slow in the lab.
+PATIENCE = 60.0
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@pytest.fixture
+def here() -> Path:
+    return emulators.emulator(emulators.OLD)
+
+
+@pytest.fixture
+def there() -> Path:
+    return emulators.emulator(emulators.NEW)
+
+
+@pytest.fixture
+def guest(sev_machine: DescribeSev, start: StartGuest) -> Guest:
+    """A counting SEV guest."""
+    guest = start(sev_machine())
+    guest.wait_for_ticks(10)
+    return guest
+
+
+def hop(guest: Guest, emulator: Path, **meddling: object) -> Report:
+    """Hop a guest, with time enough."""
+    return Meddler().run(guest, emulator, timeout=PATIENCE, start_timeout=120, **meddling)  # type: ignore[arg-type]
+
+
+def hop_undone(guest: Guest, emulator: Path, mischief: Mischief, reason: str, at: str = "commit") -> None:
+    """Hop a guest, which fails for this reason; the guest goes on where it was."""
+    pid = guest.pid
+    with pytest.raises(Undone, match=reason):
+        hop(guest, emulator, at=at, mischief=mischief)
+    assert guest.pid == pid
+    guest.wait_for_ticks(10)
+    assert guest.seen().unharmed
+    (context,) = contexts()
+    assert guest.execute("query-sev")["handle"] == context.handle
+
+
+def memory_inode(pid: int) -> tuple[str, int]:
+    """Where the pages of a guest are. Without encryption only this tells shared from copied."""
+    process = QemuProcess.open(pid)
+    try:
+        (mapping,) = (m for m in process.mappings() if m.path.startswith("/memfd:memory-backend-memfd"))
+        assert mapping.shared
+        return mapping.device, mapping.inode
+    finally:
+        process.close()
+
+
+def test_sev_guest_hops_there_and_back_and_there(
+    sev_machine: DescribeSev, start: StartGuest, here: Path, there: Path
+) -> None:
+    guest = start(sev_machine(policy=1))
+    guest.wait_for_ticks(10)
+    (before,) = contexts()
+    pages = memory_inode(guest.pid)
+    for emulator in (there, here, there):
+        source = QemuProcess.open(guest.pid)
+        report = hop(guest, emulator)
+        assert report.context == "sev"
+        assert report.move is not None
+        assert (report.move.errno, report.move.attempts) == (0, 1)
+        assert not report.notes
+        assert not source.alive
+        source.close()
+        sev = guest.execute("query-sev")
+        assert (sev["enabled"], sev["state"], sev["policy"]) == (True, "running", 1)
+        (context,) = contexts()
+        assert context == before, "the firmware's guest is the same one"
+        assert memory_inode(guest.pid) == pages
+        guest.wait_for_ticks(10)
+    verdict = guest.stop()
+    assert verdict.unharmed, verdict
+
+
+def test_old_qemu_cannot_run_the_guest_any_more(
+    sev_machine: DescribeSev, start: StartGuest, there: Path, tmp_path: Path
+) -> None:
+    second = tmp_path / "second.sock"
+    guest = start(sev_machine(more=("-qmp", f"unix:{second},server=on,wait=off")))
+    guest.wait_for_ticks(10)
+    ended = []
+
+    async def run_it() -> None:
+        async with await Monitor.connect(second, timeout=PATIENCE) as monitor:
+            # It says yes, and then its first KVM_RUN fails.
+            with contextlib.suppress(MonitorClosed):
+                await monitor.execute("cont")
+
+    def run_old(hop: Hop) -> None:
+        thread = threading.Thread(target=lambda: asyncio.run(run_it()))
+        thread.start()
+        thread.join()
+        ended.append(wait_ended(hop.report.source_pid, PATIENCE))
+
+    hop(guest, there, at="retire", mischief=run_old)
+    assert ended == [True], "KVM refuses to run it, so QEMU aborts"
+    assert "KVM_SET_" in guest.said() or "kvm run failed" in guest.said() or "Input/output error" in guest.said()
+    guest.wait_for_ticks(10)
+    verdict = guest.stop()
+    assert verdict.unharmed, verdict
+
+
+def test_destination_that_did_not_adopt_cannot_run(guest: Guest, there: Path) -> None:
+    async def do_not() -> None:
+        pass
+
+    def skip_the_move(hop: Hop) -> None:
+        hop._move_context = do_not  # type: ignore[method-assign]
+
+    hop_undone(
+        guest,
+        there,
+        skip_the_move,
+        r"the destination ended: sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+    )
+
+
+# -- around the commit -----------------------------------------------------------------------------
+
+
+def test_source_killed_just_before_the_commit(guest: Guest, there: Path) -> None:
+    report = hop(guest, there, at="commit", mischief=kill_source)
+    assert report.outcome == "done"
+    guest.wait_for_ticks(10)
+    assert guest.stop().unharmed
+
+
+def test_destination_killed_just_before_the_commit(guest: Guest, there: Path) -> None:
+    hop_undone(guest, there, kill_destination, "the destination ended")
+
+
+def test_destination_killed_just_behind_the_commit(guest: Guest, there: Path) -> None:
+    """Only its VM is left, in our hands, with the context in it: a third QEMU adopts it."""
+    victims = []
+
+    def kill(hop: Hop) -> None:
+        victims.append(hop.report.destination_pid)
+        kill_destination(hop)
+
+    report = hop(guest, there, at="resume", mischief=kill)
+    assert report.outcome == "done"
+    assert report.destination_pid not in victims
+    assert any("going on in another process" in note for note in report.notes)
+    guest.wait_for_ticks(10)
+    assert guest.execute("query-sev")["state"] == "running"
+    assert guest.stop().unharmed
+
+
+def test_kernel_refuses_what_is_not_the_source(guest: Guest, there: Path) -> None:
+    with Vm() as other, open(os.devnull, "rb") as file:
+        for descriptor, reason in ((other.descriptor, "EINVAL"), (file.fileno(), "EBADF")):
+
+            def exchange(hop: Hop, descriptor: int = descriptor) -> None:
+                hop._held = dataclasses.replace(hop._held, vm=descriptor)
+
+            hop_undone(guest, there, exchange, reason)
+
+
+def test_typed_vm_is_refused(kernel: str, sev_machine: DescribeSev, there: Path) -> None:
+    """A VM of the new kind could be moved and would never run again, so the destination refuses it in time."""
+    if kernel == "6.1":
+        pytest.skip("Linux 6.1 has no VM type for SEV, so there is no such guest")
+    machine = sev_machine()
+    more = tuple(word.replace("policy=0", "policy=0,legacy-vm-type=off") for word in machine.more)
+    with Guest.start(dataclasses.replace(machine, more=more), there) as guest:
+        guest.wait_for_ticks(10)
+        pid = guest.pid
+        meddler = Meddler()
+        with pytest.raises(Undone, match=r"KVM_SEV_INIT2|VM type|vm type"):
+            meddler.run(guest, there, timeout=PATIENCE, start_timeout=120)
+        assert "freeze" not in meddler.phases
+        assert guest.pid == pid
+        guest.wait_for_ticks(10)
+
+
+# -- busy ------------------------------------------------------------------------------------------
+
+
+def test_busy_for_a_while_is_tried_again(guest: Guest, there: Path) -> None:
+    logger = logging.getLogger("sevhop_qmp.move")
+
+    with ExitStack() as stack:
+
+        def compete(hop: Hop) -> None:
+            assert hop._held.vm is not None
+            competitor = stack.enter_context(Competitor(hop._held.vm))
+            attempts = []
+
+            def count(record: logging.LogRecord) -> bool:
+                attempts.append(record)
+                if len(attempts) == 3:
+                    competitor.give_up()
+                return True
+
+            logger.addFilter(count)
+            stack.callback(logger.removeFilter, count)
+
+        before = logger.level
+        logger.setLevel(logging.INFO)
+        stack.callback(logger.setLevel, before)
+        report = hop(guest, there, at="commit", mischief=compete, move_deadline=30.0)
+    assert report.move is not None
+    assert report.move.errno == 0
+    assert report.move.attempts > 3
+    guest.wait_for_ticks(10)
+    assert guest.stop().unharmed
+
+
+def test_busy_for_too_long_is_undone(guest: Guest, there: Path) -> None:
+    """The competing move also holds up the source's vCPUs, so the guest goes on when that one gives up, too."""
+    threads = []
+
+    with ExitStack() as stack:
+
+        def compete(hop: Hop) -> None:
+            assert hop._held.vm is not None
+            competitor = stack.enter_context(Competitor(hop._held.vm))
+
+            def end() -> None:
+                assert wait_ended(hop.report.destination_pid, PATIENCE)
+                competitor.give_up()
+
+            threads.append(threading.Thread(target=end))
+            threads[0].start()
+            stack.callback(threads[0].join)
+
+        pid = guest.pid
+        with pytest.raises(Undone, match=r"EBUSY.*given up after \d+ attempts"):
+            hop(guest, there, at="commit", mischief=compete, move_deadline=0.5)
+    assert guest.pid == pid
+    guest.wait_for_ticks(10)
+    assert guest.stop().unharmed
+
+
+def test_full_misc_cgroup_is_named(guest: Guest, there: Path) -> None:
+    group = CGROUPS / "full"
+    group.mkdir()
+    try:
+        (group / "misc.max").write_text("sev 0")
+
+        def confine(hop: Hop) -> None:
+            (group / "cgroup.procs").write_text(str(hop.report.destination_pid))
+
+        hop_undone(guest, there, confine, r"no SEV ASID is left: cgroup /full: sev 0 of 0 in use; raise misc\.max")
+    finally:
+        group.rmdir()
