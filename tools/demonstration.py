@@ -1,4 +1,9 @@
-"""What ``tools/demo`` shows: guests that hop between two QEMU versions, by the product's own command."""
+"""
+What ``tools/demo`` shows: guests that hop between two QEMU versions, by the product's own command.
+
+The SEV guest hops on this machine if it has SEV, and otherwise in the SEV lab (``tools/lab``), where this program runs
+once more, for that guest alone.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
-from guests import counter, emulators, linux
+from guests import counter, emulators, linux, real_mode
 from guests.judge import Verdict
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
@@ -35,6 +41,8 @@ class Shown:
     disk_errors: int
     outcome: str
     reason: str = ""
+    move_errno: int | None = None
+    where: str = "this machine"
 
     @property
     def good(self) -> bool:
@@ -49,18 +57,24 @@ class Shown:
             "destination": {"version": self.destination},
         }
 
+    @classmethod
+    def from_json(cls, hop: dict[str, Any], where: str) -> Self:
+        """Read what another run of this program has printed."""
+        versions = {side: hop[side]["version"] for side in ("source", "destination")}
+        return cls(**{**hop, **versions, "where": where})
+
 
 def say(text: str) -> None:
     """Progress goes to standard error, so that ``--json`` prints nothing else."""
     print(f"demo: {text}", file=sys.stderr, flush=True)
 
 
-def sevhop_hop(guest: Guest, emulator: Path) -> dict[str, object]:
-    """``sevhop hop --json``, as anybody would call it."""
-    command = [sys.executable, "-m", "sevhop.cli", "hop", "--json"]
+def sevhop_hop(guest: Guest, emulator: Path) -> dict[str, Any]:
+    """``sevhop hop --json``, as anybody would call it; patiently, for the lab."""
+    command = [sys.executable, "-m", "sevhop.cli", "hop", "--json", "--timeout", "60", "--start-timeout", "120"]
     command += ["--source", str(guest.machine.monitor), "--emulator", str(emulator)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    report: dict[str, object] = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(done.stdout)
     return report
 
 
@@ -69,7 +83,7 @@ def hops_of(name: str, machine: Machine, old: Path, new: Path) -> Iterator[Shown
     say(f"{name}: starting it")
     with Guest.start(machine, old) as guest:
         before = guest.wait_for_ticks(_TICKS, timeout=120)
-        shown: list[tuple[dict[str, object], Verdict, Verdict]] = []
+        shown: list[tuple[dict[str, Any], Verdict, Verdict]] = []
         for emulator in (new, old):
             report = sevhop_hop(guest, emulator)
             say(f"{name}: {report['outcome']} {report['reason']}".rstrip())
@@ -81,20 +95,47 @@ def hops_of(name: str, machine: Machine, old: Path, new: Path) -> Iterator[Shown
         end = last if number == len(shown) else end
         yield Shown(
             name,
-            str(report["context"]),
-            _version(report["source"]),
-            _version(report["destination"]),
-            report["blackout_ms"] if isinstance(report["blackout_ms"], float) else None,
+            report["context"],
+            report["source"]["version"],
+            report["destination"]["version"],
+            report["blackout_ms"],
             end.ticks_lost - start.ticks_lost,
             end.ticks_repeated + end.restarts - start.ticks_repeated - start.restarts,
             end.disk_errors - start.disk_errors,
-            str(report["outcome"]),
-            str(report["reason"]),
+            report["outcome"],
+            report["reason"],
+            report["move"]["errno"] if report["move"] else None,
         )
 
 
-def _version(side: object) -> str:
-    return str(side["version"]) if isinstance(side, dict) else ""
+def _host_has_sev() -> bool:
+    parameter = Path("/sys/module/kvm_amd/parameters/sev")
+    return Path("/dev/sev").exists() and parameter.exists() and parameter.read_text().strip() in ("Y", "1")
+
+
+def _sev_machine(directory: Path, emulator: Path) -> Machine:
+    """A machine with SEV, as this processor wants it."""
+    bare = Machine(directory / "probe", accelerator="kvm", cpu="host", memory_mib=32, bios=real_mode.firmware())
+    with Guest.start(bare, emulator) as guest:
+        processor = guest.execute("query-sev-capabilities")
+    bits = f"cbitpos={processor['cbitpos']},reduced-phys-bits={processor['reduced-phys-bits']}"
+    sev = ("-object", f"sev-guest,id=sev,policy=1,{bits}", "-machine", "confidential-guest-support=sev")
+    return dataclasses.replace(bare, directory=directory / "sev", more=sev)
+
+
+def _sev_hops(directory: Path, old: Path, new: Path) -> list[Shown]:
+    if _host_has_sev():
+        return list(hops_of("SEV counter", _sev_machine(directory, old), old, new))
+    say("this machine has no SEV: the SEV guest hops in the lab")
+    root = Path(__file__).resolve().parent.parent
+    inside = ["env", f"PYTHONPATH={root / 'tools'}", sys.executable, "-m", "demonstration", "--json", "--sev"]
+    lab = [str(root / "tools/lab/run"), "--timeout", "300", "--show", sys.prefix, *inside]
+    done = subprocess.run(lab, cwd=root, stdout=subprocess.PIPE, check=False)
+    try:
+        report = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise SystemExit(f"demo: the lab ended with {done.returncode}: {done.stdout[-500:]!r}") from None
+    return [Shown.from_json(hop, "the SEV lab") for hop in report["hops"]]
 
 
 def _accelerator(directory: Path, emulator: Path) -> Accelerator:
@@ -109,12 +150,12 @@ def _accelerator(directory: Path, emulator: Path) -> Accelerator:
 
 
 def _table(hops: list[Shown]) -> str:
-    rows = [("guest", "context", "hop", "blackout", "ticks lost", "repeated", "disk errors", "outcome")]
+    rows = [("guest", "context", "on", "hop", "blackout", "ticks lost", "repeated", "disk errors", "outcome")]
     for hop in hops:
         blackout = "-" if hop.blackout_ms is None else f"{hop.blackout_ms:.1f} ms"
         way = f"{hop.source} -> {hop.destination}"
         counts = (str(hop.ticks_lost), str(hop.ticks_repeated), str(hop.disk_errors))
-        rows.append((hop.guest, hop.context, way, blackout, *counts, hop.outcome))
+        rows.append((hop.guest, hop.context, hop.where, way, blackout, *counts, hop.outcome))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -123,16 +164,21 @@ def main() -> int:
     """Hop, and print what became of it."""
     parser = argparse.ArgumentParser(prog="tools/demo", description="See guests hop between two QEMU versions.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--sev", action="store_true", help="only the SEV guest; this machine must have SEV")
     options = parser.parse_args()
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     hops: list[Shown] = []
     with tempfile.TemporaryDirectory(prefix="sevhop-demo-") as scratch:
         directory = Path(scratch)
-        accelerator = _accelerator(directory / "probe", old)
-        say(f"bare-metal guests run under {accelerator.upper()}")
-        bare = Machine(directory / "counter", accelerator=accelerator, bios=counter.firmware(), rich=True)
-        hops += hops_of("bare-metal counter", bare, old, new)
-        hops += hops_of("Linux", linux.on(Machine(directory / "linux")), old, new)
+        if options.sev:
+            hops += hops_of("SEV counter", _sev_machine(directory, old), old, new)
+        else:
+            accelerator = _accelerator(directory / "probe", old)
+            say(f"bare-metal guests run under {accelerator.upper()}")
+            bare = Machine(directory / "counter", accelerator=accelerator, bios=counter.firmware(), rich=True)
+            hops += hops_of("bare-metal counter", bare, old, new)
+            hops += hops_of("Linux", linux.on(Machine(directory / "linux")), old, new)
+            hops += _sev_hops(directory, old, new)
     print(json.dumps({"hops": [hop.as_json() for hop in hops]}) if options.json else _table(hops))
     return 0 if all(hop.good for hop in hops) else 1
 
