@@ -1,0 +1,136 @@
+"""
+Registers with the C-bit in CR3 arrive in the kernel with the move: adopt.so against the real KVM.
+
+``../contract/test_registers.py`` shows what the kernel demands. The destination is no QEMU but ``stub_qemu.c``, which
+says why.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sevhop.guest import SevContext
+from sevhop.keeper import Held, Keeper
+from sevhop_qmp import adopt
+
+from ..contract.sev import SevVm, contexts
+
+HERE = Path(__file__).parent
+#: Declarations of the QEMU functions that adopt.so uses.
+DECLARATIONS = HERE.parents[2] / "qmp_ext/adopt"
+PATIENCE = 60.0  # seconds; in emulation things take long
+
+C_BIT = 1 << 51
+EFER_LMA = 1 << 10
+#: CR3 of each vCPU, without the C-bit.
+PAGE_TABLES = (0x1000, 0x5000)
+
+
+@dataclass(frozen=True)
+class Said:
+    """
+    What a destination has told.
+
+    :ivar steps: name of the step → what came of it; see ``stub_qemu.c``.
+    """
+
+    status: int
+    steps: dict[str, dict[str, str]]
+    stderr: str
+
+    def numbers(self, step: str, key: str) -> list[int]:
+        """The values of a step that every vCPU takes."""
+        return [int(self.steps[f"{step}.{vcpu}"][key], 0) for vcpu in range(len(PAGE_TABLES))]
+
+
+@pytest.fixture(scope="module")
+def stub_qemu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("stub") / "stub_qemu"
+    # adopt.so finds QEMU's functions among the program's exported ones.
+    flags = ("-O2", "-Wall", "-Wextra", "-Werror", "-rdynamic")
+    subprocess.run(["cc", *flags, "-I", DECLARATIONS, "-o", program, HERE / "stub_qemu.c"], check=True)
+    return program
+
+
+@pytest.fixture
+def source() -> Iterator[SevVm]:
+    with SevVm.launched(vcpus=len(PAGE_TABLES)) as vm:
+        yield vm
+    assert contexts() == []
+
+
+def adopting(program: Path, source: SevVm, request: str, *, move: bool = True) -> Said:
+    """
+    Have a destination adopt the source, with the C-bit in the CR3 of every vCPU.
+
+    :param request: ``sregs`` or ``sregs2``.
+    """
+    (context,) = contexts()
+    held = Held(source.descriptor, {"memory-backend-memfd": [source.memory.file]})
+    with Keeper(held, SevContext("sev", handle=context.handle)) as keeper:
+        socket = keeper.theirs.fileno()
+        ended = subprocess.run(
+            [program, request, str(source.descriptor if move else -1), *(hex(table | C_BIT) for table in PAGE_TABLES)],
+            env=os.environ | adopt.environment(f"fd:{socket}"),
+            pass_fds=(socket, source.descriptor),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    steps = {}
+    for line in ended.stdout.splitlines():
+        step, *values = line.split()
+        steps[step] = dict(value.split("=", 1) for value in values)
+    return Said(ended.returncode, steps, ended.stderr)
+
+
+@pytest.mark.parametrize("request_name", ["sregs", "sregs2"])
+def test_registers_are_in_the_kernel_after_the_move(stub_qemu: Path, source: SevVm, request_name: str) -> None:
+    bare, encrypted = list(PAGE_TABLES), [table | C_BIT for table in PAGE_TABLES]
+
+    said = adopting(stub_qemu, source, request_name)
+
+    # Accepted early, as far as QEMU can see; the kernel cannot have them yet.
+    assert said.numbers("set", "errno") == [0, 0], said.stderr
+    assert said.numbers("before", "shown") == encrypted
+    assert said.numbers("before", "kernel") == bare
+    assert said.steps["x-sev-migrate-from"] == {
+        "errno": "0",
+        "name": "OK",
+        "vcpus": "2",
+        "registers": "2",
+        "restore-errno": "0",
+    }, said.stderr
+    assert said.numbers("after", "kernel") == encrypted
+    assert said.numbers("after", "shown") == encrypted
+    assert all(efer & EFER_LMA for efer in said.numbers("after", "efer"))
+    status = said.steps["x-sev-adopt-status"]
+    assert (status["moved"], status["registers-held"], status["vm-type"]) == ("true", "0", "0")
+    assert said.steps["launch-finish"] == {"errno": "0"}
+    assert "run" in said.steps
+    assert (said.status, said.stderr) == (0, "")
+    # The context was the destination's, and has ended with it: the source's VM is still there.
+    assert contexts() == []
+
+
+def test_destination_does_not_run_without_the_context(stub_qemu: Path, source: SevVm) -> None:
+    before = contexts()
+
+    said = adopting(stub_qemu, source, "sregs", move=False)
+
+    assert said.numbers("after", "kernel") == list(PAGE_TABLES)
+    assert said.steps["x-sev-adopt-status"]["registers-held"] == "2"
+    assert said.steps["launch-finish"] == {"errno": str(errno.EPERM)}
+    assert "run" not in said.steps
+    assert said.status == 1
+    assert said.stderr.splitlines() == [
+        "sevhop adopt: this QEMU has not adopted the guest yet: it must not run",
+        "sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+    ]
+    assert contexts() == before
