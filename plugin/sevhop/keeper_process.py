@@ -162,7 +162,9 @@ class KeeperProcess:
             raise KeeperError("the keeper did not start") from err
         if not words.startswith("ready "):
             raise KeeperError(words or "the keeper did not start")
-        return await cls.connect(Path(words.removeprefix("ready ")))
+        self = await cls.connect(Path(words.removeprefix("ready ")))
+        await self.status()
+        return self
 
     @classmethod
     async def connect(cls, directory: Path) -> Self:
@@ -322,6 +324,11 @@ class Custody:
             self._commands.discard(sock)
             if not self._commands:
                 await self._left_alone()
+
+    def expect_command(self) -> None:
+        """End unless there has been a command."""
+        if self.state is State.HELD and not self._commands:
+            self.end.set()
 
     async def _left_alone(self) -> None:
         """The command is gone. Whether we are needed without it depends on who has the guest."""
@@ -573,6 +580,8 @@ async def _keep(brief: Brief) -> None:
                 task.result()
         print(f"ready {directory}", flush=True)
         _detach()
+        # A command that was killed at this very moment will not come.
+        asyncio.get_running_loop().call_later(START_TIMEOUT, custody.expect_command)
         await custody.end.wait()
         for task in listening:
             task.cancel()

@@ -208,21 +208,27 @@ class Upgrade:
 
     async def _hold(self) -> None:
         identity = self._source.credentials
-        self._keeper = await KeeperProcess.start(
-            Brief(
-                name=self._domain.name,
-                uuid=self._domain.uuid,
-                pid=self._source.pid,
-                uid=identity.uid,
-                gid=identity.gid,
-                emulator=self._new,
-                context=self._guest.context,
-                blocks=tuple(self._guest.blocks.values()),
-                encrypted=() if self._guest.context.kind == "none" else tuple(ENCRYPTED_BLOCKS),
-                move_deadline=self._options.move_deadline,
-            )
+        starting = asyncio.ensure_future(KeeperProcess.start(self._brief(identity.uid, identity.gid)))
+        try:
+            await asyncio.shield(starting)
+        finally:
+            # Interrupted or not: a keeper that comes up must be told what to do.
+            self._keeper = await starting
+            self._resources.callback(self._keeper.close)
+
+    def _brief(self, uid: int, gid: int) -> Brief:
+        return Brief(
+            name=self._domain.name,
+            uuid=self._domain.uuid,
+            pid=self._source.pid,
+            uid=uid,
+            gid=gid,
+            emulator=self._new,
+            context=self._guest.context,
+            blocks=tuple(self._guest.blocks.values()),
+            encrypted=() if self._guest.context.kind == "none" else tuple(ENCRYPTED_BLOCKS),
+            move_deadline=self._options.move_deadline,
         )
-        self._resources.callback(self._keeper.close)
 
     async def _prepare(self) -> None:
         described = domain_xml.describe(self._xml)

@@ -115,27 +115,36 @@ class Daemon:
 
 @dataclass(frozen=True)
 class Description:
-    """A domain that runs the bare-metal counter, with a disk and a network card."""
+    """
+    A domain that runs a bare-metal counter, with a disk and a network card.
+
+    :ivar firmware: the counter.
+    :ivar sev: encrypted, as the SEV lab wants it.
+    """
 
     name: str
     emulator: Path
     accelerator: Accelerator
     memory_mib: int = 64
     memory: str = "memfd"
-    devices: str = ""
+    firmware: Path | None = None
+    sev: bool = False
 
     def xml(self) -> str:
         """For ``virsh define``."""
         backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+        cpu = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>"
+        policy = "<cbitpos>0</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
+        sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
   <name>{self.name}</name>
   <metadata><x:note xmlns:x='http://example.org/note'>keep &amp; this</x:note></metadata>
   <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
   {backing if self.memory == "memfd" else ""}
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
-    <loader readonly='yes' type='rom'>{counter.firmware()}</loader></os>
+    <loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader></os>
   <features><acpi/></features>
-  <cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>
+  {"<cpu mode='host-passthrough' check='none'/>" if self.sev else cpu}
   <devices>
     <emulator>{self.emulator}</emulator>
     <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/{self.name}.qcow2'/>
@@ -143,8 +152,8 @@ class Description:
     <interface type='user'><model type='virtio'/></interface>
     <serial type='file'><source path='{GUESTS}/{self.name}.log' append='on'/></serial>
     <memballoon model='none'/>
-    {self.devices}
   </devices>
+  {sev if self.sev else ""}
 </domain>"""
 
 

@@ -11,9 +11,11 @@ ends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import grp
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -49,6 +51,9 @@ def main() -> int:
         sys.stdin.read()
         os.kill(os.getppid(), signal.SIGTERM)
         os._exit(0)
+    # SEV guests have their memory pinned, on the account of QEMU, which inherits the limit.
+    with contextlib.suppress(ValueError, PermissionError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     ending = False
 
     def end(*_: object) -> None:

@@ -1,0 +1,212 @@
+"""Upgrades that do not arrive: the guest runs on, and the user reads why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from guests.running import wait_until
+
+from .conftest import StartDomain
+from .daemon import Daemon, DomainGuest, kill
+from .enclosure import GUESTS
+
+
+def wrapper(daemon: Daemon, name: str, emulator: Path, text: str) -> Path:
+    """A program that libvirt takes for an emulator: a shell script that ends up in one."""
+    path = GUESTS / name
+    inside = daemon.root / str(path).lstrip("/")
+    inside.write_text(f'#!/bin/sh\n{text}\nexec {emulator} "$@"\n')
+    inside.chmod(0o755)
+    return path
+
+
+def assert_as_before(daemon: Daemon, guest: DomainGuest, old: Path) -> None:
+    """The guest runs in the old emulator, and lost nothing."""
+    assert guest.state == "running"
+    assert guest.emulator() == guest.emulator("--inactive") == str(old)
+    guest.wait_for_ticks()
+    assert daemon.left_over() == []
+
+
+DYING = {
+    "dies at once": 'case "$*" in *-incoming*) echo "qemu: no, thanks" >&2; exit 1;; esac',
+    "is killed": 'case "$*" in *-incoming*) kill -9 $$;; esac',
+    "starts without the library": "unset LD_PRELOAD",
+    "starts without the keeper": "unset SEVHOP_KEEPER",
+}
+
+
+@pytest.mark.parametrize("how", DYING)
+def test_the_destination_fails(daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    emulator = wrapper(daemon, how.replace(" ", "-"), new, DYING[how])
+    pid = guest.pid
+    report = daemon.upgrade(guest.name, "--emulator", emulator)
+    assert report["status"] == 3, report
+    assert report["outcome"] == "undone"
+    assert report["reason"].startswith("restore: ")
+    assert guest.pid != pid
+    assert_as_before(daemon, guest, old)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("phase", ["hold", "prepare", "freeze", "save"])
+def test_interrupted(daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    command = daemon.start_command(
+        sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name, "--json", "--emulator", new
+    )
+    assert command.stderr is not None
+    for line in command.stderr:
+        if line.strip().endswith(f": {phase}"):
+            command.send_signal(signal.SIGINT)
+            break
+    out, _ = command.communicate(timeout=120)
+    report = json.loads(out)["domains"][0]
+    # What was too late to be interrupted is done.
+    if report["outcome"] == "done":
+        assert phase == "save"
+        guest.wait_for_ticks()
+    else:
+        assert (command.returncode, report["outcome"], report["reason"]) == (3, "undone", "interrupted")
+        assert_as_before(daemon, guest, old)
+
+
+@pytest.mark.parametrize("phase", ["hold", "prepare", "freeze", "save", "retire", "restore"])
+def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, new: Path) -> None:
+    """Whatever was under way: the guest runs, or is paused, or is held; nothing of it is lost."""
+    guest = start()
+    guest.wait_for_ticks()
+    command = daemon.start_command(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name)
+    assert command.stderr is not None
+    for line in command.stderr:
+        if line.strip().endswith(f": {phase}"):
+            kill(command.pid)
+            break
+    command.communicate(timeout=60)
+    # The keeper ends by itself unless the guest needs it.
+    wait_until(lambda: daemon.left_over() == [] or guest.state == "shut off", 15, "the keeper decides")
+    if guest.state == "shut off":
+        [image] = [name for name in daemon.left_over() if name.endswith("/image")]
+        wait_until(lambda: "waiting" in daemon.sevhop("status").stdout, 30, "the guest is held")
+        daemon.virsh("restore", Path("/run/sevhop", image))
+    elif guest.state == "paused":
+        daemon.virsh("resume", guest.name)
+    guest.wait_for_ticks()
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
+def test_libvirt_is_killed_when_the_guest_is_held(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
+    daemon.restart()
+    daemon.virsh("restore", report["image"])
+    guest.wait_for_ticks()
+
+
+def test_the_keeper_is_killed_when_the_guest_is_held(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Then the guest is lost; but nothing wrong runs, and the domain is free again."""
+    guest = start()
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
+    for pid in daemon.processes():
+        if b"sevhop.keeper_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            kill(pid)
+    refused = daemon.run("virsh", "restore", report["image"])
+    assert refused.returncode == 1
+    assert "is gone, and the guest's memory with it" in refused.stderr
+    assert "its keeper is gone" in daemon.sevhop("status").stdout
+    daemon.virsh("start", guest.name)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+
+
+REFUSED = {
+    "missing": (["no-such-domain"], "no domain with matching name"),
+    "no emulator": (["--emulator", "/nonexistent"], "No such file"),
+    "not executable": (["--emulator", "/etc/passwd"], "Permission denied"),
+    "no QEMU": (["--emulator", "/bin/true"], "not a QEMU"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(daemon: Daemon, start: StartDomain, old: Path, what: str) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    words, reason = REFUSED[what]
+    pid = guest.pid
+    report = daemon.upgrade(*words, *([] if what == "missing" else [guest.name]))
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert reason in report["reason"]
+    assert report["blackout_ms"] is None
+    assert guest.pid == pid
+    assert_as_before(daemon, guest, old)
+
+
+def test_private_memory(daemon: Daemon, start: StartDomain, old: Path) -> None:
+    guest = start(memory="private")
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name)
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert "memoryBacking" in report["reason"]
+    done = daemon.sevhop("check", guest.name)
+    assert done.returncode == 1
+    assert "FAIL memory" in done.stdout
+    assert_as_before(daemon, guest, old)
+
+
+def test_a_domain_that_is_off(daemon: Daemon, start: StartDomain) -> None:
+    guest = start()
+    daemon.virsh("destroy", guest.name)
+    report = daemon.upgrade(guest.name)
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert "is not running" in report["reason"]
+
+
+def test_without_the_hook(daemon: Daemon, start: StartDomain, old: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    assert daemon.sevhop("uninstall").returncode == 0
+    try:
+        report = daemon.upgrade(guest.name)
+    finally:
+        assert daemon.sevhop("install").returncode == 0
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert "sevhop install" in report["reason"]
+    assert_as_before(daemon, guest, old)
+
+
+def test_dry_run_touches_nothing(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    report = daemon.upgrade(guest.name, "--dry-run", "--emulator", new)
+    assert (report["status"], report["outcome"], report["blackout_ms"]) == (0, "checked", None)
+    assert guest.pid == pid
+    assert_as_before(daemon, guest, old)
+
+
+def test_the_hook_refuses(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """Another hook of the administrator's says no, after ours has committed: the guest comes back all the same."""
+    guest = start()
+    guest.wait_for_ticks()
+    other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"
+    other.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0\n')
+    os.chmod(other, 0o755)
+    (daemon.root / "run/refuse").touch()
+    try:
+        report = daemon.upgrade(guest.name, "--emulator", new)
+    finally:
+        other.unlink()
+    assert (report["status"], report["outcome"]) == (3, "undone")
+    assert_as_before(daemon, guest, old)
