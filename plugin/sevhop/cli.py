@@ -69,13 +69,6 @@ def parser() -> argparse.ArgumentParser:
     )
     hop.add_argument("--json", action="store_true", help="print one JSON object, errors included")
     hop.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=COMMAND_TIMEOUT,
-        metavar="S",
-        help="seconds for each step (default: %(default)g)",
-    )
-    hop.add_argument(
         "--start-timeout",
         type=_seconds,
         default=START_TIMEOUT,
@@ -131,6 +124,15 @@ def parser() -> argparse.ArgumentParser:
     )
     status.add_argument("domains", nargs="*", metavar="DOMAIN", help="default: all active ones")
     status.set_defaults(run=_status)
+
+    for command in (hop, upgrade):
+        command.add_argument(
+            "--timeout",
+            type=_seconds,
+            default=COMMAND_TIMEOUT,
+            metavar="S",
+            help="seconds for each step (default: %(default)g)",
+        )
 
     for command in (upgrade, examine, status):
         command.add_argument("--connect", default=DEFAULT_URI, metavar="URI", help="libvirt (default: %(default)s)")
@@ -231,7 +233,12 @@ def _upgrade(options: argparse.Namespace) -> int:
     from . import upgrade
 
     live = sys.stderr.isatty() and not options.json
-    chosen = upgrade.Options(emulator=options.emulator, prepare_only=options.prepare, dry_run=options.dry_run)
+    chosen = upgrade.Options(
+        emulator=options.emulator,
+        prepare_only=options.prepare,
+        dry_run=options.dry_run,
+        step_timeout=options.timeout,
+    )
     reports: list[dict[str, object]] = []
     worst = EXIT_DONE
     for name in options.domains:

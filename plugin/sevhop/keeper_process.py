@@ -44,7 +44,7 @@ from typing import IO, Any, Self
 
 from sevhop_qmp import adopt, move, ram_blocks
 from sevhop_qmp.errors import MonitorError, MoveError, SevhopError
-from sevhop_qmp.monitor import Monitor, peer_credentials
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor, peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
 
@@ -58,7 +58,7 @@ RUN = Path("/run/sevhop")
 #: One link for each hop under way, named like the domain; the hook looks here.
 DOMAINS = RUN / "domains"
 #: Seconds in which a new keeper must have taken everything.
-START_TIMEOUT = 20.0
+START_TIMEOUT = 60.0
 #: Seconds in which it must answer. A commit may retry for seconds.
 ANSWER_TIMEOUT = 30.0
 #: Seconds in which a source that was told to end has ended, if the command that told it has gone.
@@ -93,6 +93,7 @@ class Brief:
     :ivar blocks: the source's RAM blocks.
     :ivar encrypted: names of those whose content cannot be carried.
     :ivar move_deadline: seconds for which a busy migration is tried again.
+    :ivar step_timeout: seconds in which the destination must answer.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Brief:
     blocks: tuple[RamBlock, ...]
     encrypted: tuple[str, ...]
     move_deadline: float = 2.0
+    step_timeout: float = COMMAND_TIMEOUT
 
     def as_json(self) -> str:
         """For the keeper's standard input."""
@@ -159,6 +161,9 @@ class KeeperProcess:
                 words = await asyncio.wait_for(asyncio.to_thread(_first_line, process.stdout), START_TIMEOUT)
         except (TimeoutError, OSError) as err:
             process.kill()
+            process.wait()
+            if (left := hop_of(brief.name)) is not None and not _alive(left):
+                remove(brief.name, left)
             raise KeeperError("the keeper did not start") from err
         if not words.startswith("ready "):
             raise KeeperError(words or "the keeper did not start")
@@ -432,7 +437,9 @@ class Custody:
             began = time.monotonic()
             self._until_started_ms = (began - self._restore_began) * 1e3
             try:
-                monitor = await Monitor.connect(self._directory / "monitor" / "qmp")
+                patience = self._brief.step_timeout
+                path = self._directory / "monitor" / "qmp"
+                monitor = await Monitor.connect(path, timeout=patience, greeting_timeout=patience)
                 try:
                     await self._commit(monitor)
                 except BaseException:
@@ -533,13 +540,9 @@ def claim(name: str) -> Path:
     make_run_directories()
     left = hop_of(name)
     if left is not None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            try:
-                sock.connect(str(left / "control"))
-            except OSError:
-                remove(name, left)
-            else:
-                raise KeeperError(f"a hop of domain {name} is under way", "see sevhop status")
+        if _alive(left):
+            raise KeeperError(f"a hop of domain {name} is under way", "see sevhop status")
+        remove(name, left)
     # The name cannot be guessed, and the directory above cannot be listed by others.
     directory = RUN / secrets.token_hex(16)
     directory.mkdir(mode=0o711)
@@ -549,6 +552,16 @@ def claim(name: str) -> Path:
         directory.rmdir()
         raise KeeperError(f"a hop of domain {name} is under way", "see sevhop status") from err
     return directory
+
+
+def _alive(directory: Path) -> bool:
+    """Whether a keeper serves this directory."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        try:
+            sock.connect(str(directory / "control"))
+        except OSError:
+            return False
+    return True
 
 
 def remove(name: str, directory: Path) -> None:

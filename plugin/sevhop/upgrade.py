@@ -228,6 +228,7 @@ class Upgrade:
             blocks=tuple(self._guest.blocks.values()),
             encrypted=() if self._guest.context.kind == "none" else tuple(ENCRYPTED_BLOCKS),
             move_deadline=self._options.move_deadline,
+            step_timeout=self._options.step_timeout,
         )
 
     async def _prepare(self) -> None:

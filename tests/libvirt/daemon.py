@@ -21,7 +21,7 @@ from guests.running import GuestFailed, wait_ended, wait_until
 from .enclosure import GUESTS
 
 _PATIENCE = 60.0
-_TIMEOUT = 180
+_TIMEOUT = 300
 _ENCLOSURE = Path(__file__).with_name("enclosure.py")
 
 
