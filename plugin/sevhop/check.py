@@ -194,6 +194,12 @@ def _memory(
 def _context(guest: Guest) -> Finding:
     if guest.context.kind == "sev-snp":
         return failed("context", "SEV-SNP", "an SNP context cannot be moved between VMs by any kernel")
+    if guest.context.kind == "sev-es":
+        return failed(
+            "context",
+            "SEV-ES: its context can be moved, but nobody has seen such a guest run afterwards",
+            "wait for a version of sevhop that was tested on hardware",
+        )
     if guest.context.kind == "none":
         return passed("context", "none: there is nothing to move, only the QEMU changes")
     return passed("context", f"{guest.context.kind}, policy {guest.context.policy:#x}")

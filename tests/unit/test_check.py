@@ -1,0 +1,72 @@
+"""The preflight: which guests are refused, and that every refusal says what to do."""
+
+from __future__ import annotations
+
+import pytest
+from sevhop.check import Finding, Status, _blockers, _context, _state, failed, passed
+from sevhop.guest import Guest, SevContext
+
+
+def guest(**fields: object) -> Guest:
+    values: dict[str, object] = {
+        "name": "g",
+        "version": "7.2.0",
+        "machine_type": "pc-q35-7.2",
+        "state": "running",
+        "accelerator": "kvm",
+        "context": SevContext("none"),
+        "vcpus": 1,
+        "memory": 1 << 20,
+        "backends": (),
+        "devices": {},
+        "blockers": (),
+        "jobs": (),
+        "blocks": {},
+        **fields,
+    }
+    return Guest(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [("none", Status.PASS), ("sev", Status.PASS), ("sev-es", Status.FAIL), ("sev-snp", Status.FAIL)],
+)
+def test_contexts(kind: str, status: Status) -> None:
+    finding = _context(guest(context=SevContext(kind)))
+    assert finding.status is status
+    assert bool(finding.remedy) == (status is Status.FAIL)
+
+
+def test_only_sevs_own_blocker_is_ignored() -> None:
+    sev = "SEV: Migration is not implemented"
+    assert _blockers(guest(blockers=(sev,))).status is Status.PASS
+    finding = _blockers(guest(blockers=(sev, "non-migratable device: 0000:00:03.0/nvme")))
+    assert finding.status is Status.FAIL
+    assert sev not in finding.detail
+
+
+@pytest.mark.parametrize("state", ["prelaunch", "shutdown", "inmigrate", "guest-panicked", "io-error", "suspended"])
+def test_states_in_which_a_guest_does_not_hop(state: str) -> None:
+    assert _state(guest(state=state)).status is Status.FAIL
+
+
+def test_children_of_a_failure_are_skipped_and_the_tree_is_walked() -> None:
+    tree = passed("root", "", failed("memory", "private", "share it", skipped=("size",)), passed("state"))
+    assert [(depth, f.name, f.status.value) for depth, f in tree.walk()] == [
+        (0, "root", "pass"),
+        (1, "memory", "fail"),
+        (2, "size", "skip"),
+        (1, "state", "pass"),
+    ]
+    assert tree.failures() == [tree.children[0]]
+
+
+def test_json_has_the_whole_tree() -> None:
+    tree: Finding = passed("root", "x", failed("a", "b", "c"))
+    assert tree.as_json() == {
+        "name": "root",
+        "status": "pass",
+        "detail": "x",
+        "remedy": "",
+        "children": [{"name": "a", "status": "fail", "detail": "b", "remedy": "c", "children": []}],
+    }
