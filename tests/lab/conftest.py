@@ -10,11 +10,14 @@ Tests in this directory run here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
 import pytest
+from guests import emulators
+from guests.build import Unavailable
 
 from .remote import Remote
 
@@ -60,8 +63,16 @@ def _remote_of(item: pytest.Item) -> Remote:
         for other in item.session.items:
             if _runs_in_lab(other.path) and HERE in other.path.parents:
                 selected.setdefault(_kernel_of(other), []).append(other.nodeid)
+        _fetch_emulators()
         stash[_remotes] = {kernel: Remote(item.config, kernel, tests) for kernel, tests in selected.items()}
     return stash[_remotes][_kernel_of(item)]
+
+
+def _fetch_emulators() -> None:
+    """There is no network in the lab, so what tests there need of other Debian releases is fetched here."""
+    for label in (emulators.OLD, emulators.NEW):
+        with contextlib.suppress(Unavailable):  # the test that needs it will say so
+            emulators.emulator(label)
 
 
 def _kernel_of(item: pytest.Item) -> str:
