@@ -63,6 +63,10 @@ START_TIMEOUT = 60.0
 ANSWER_TIMEOUT = 30.0
 #: Seconds in which a source that was told to end has ended, if the command that told it has gone.
 RETIRE_TIMEOUT = 10.0
+#: Seconds in which a destination's machine is complete, counted from when its monitor exists.
+_MACHINE_TIMEOUT = 60.0
+#: Seconds between two looks for that monitor.
+_MONITOR_POLL = 0.005
 _MESSAGE = 4096
 
 
@@ -268,6 +272,15 @@ def hops_under_way() -> list[str]:
 # -- the keeper's side -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Met:
+    """A destination whose machine is complete."""
+
+    monitor: Monitor
+    process: QemuProcess
+    blocks: dict[str, RamBlock]
+
+
 class Custody:
     """
     What the keeper holds and what it does with it.
@@ -290,6 +303,7 @@ class Custody:
         self._destination: QemuProcess | None = None
         self._version = ""
         self._commands: set[socket.socket] = set()
+        self._meeting: asyncio.Task[_Met] | None = None
         self._committing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self.state = State.HELD
@@ -420,6 +434,7 @@ class Custody:
                 self.state = State.RESTORING
                 self.reason = ""
                 self._restore_began = time.monotonic()
+                self._expect_destination()
                 return f"ok {self._emulator}"
             case "prepare" | "migrate", "begin" if self.state in (State.HELD, State.RETIRING, State.WAITING):
                 return f"no the guest is held; go on with: virsh restore {self._directory / 'image'}"
@@ -437,36 +452,55 @@ class Custody:
             began = time.monotonic()
             self._until_started_ms = (began - self._restore_began) * 1e3
             try:
-                patience = self._brief.step_timeout
-                path = self._directory / "monitor" / "qmp"
-                monitor = await Monitor.connect(path, timeout=patience, greeting_timeout=patience)
+                assert self._meeting is not None
+                met = await asyncio.wait_for(self._meeting, self._brief.step_timeout)
                 try:
-                    await self._commit(monitor)
+                    await self._commit(met)
                 except BaseException:
-                    await monitor.close()
+                    await met.monitor.close()
                     raise
+            except TimeoutError as err:
+                self.reason = "the destination's monitor does not answer"
+                raise KeeperError(self.reason) from err
             except SevhopError as err:
                 self.reason = str(err)
                 raise
             finally:
                 self._commit_ms = (time.monotonic() - began) * 1e3
             self.state = State.COMMITTED
-            task = asyncio.ensure_future(self._until_it_runs(monitor))
+            task = asyncio.ensure_future(self._until_it_runs(met.monitor))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return "ok"
 
-    async def _commit(self, monitor: Monitor) -> None:
+    def _expect_destination(self) -> None:
+        """Get to know the destination while libvirt still sets it up: that takes time, too."""
+        if self._meeting is not None:
+            self._meeting.cancel()
+        path = self._directory / "monitor" / "qmp"
+        path.unlink(missing_ok=True)  # of one that has died
+        self._meeting = asyncio.ensure_future(self._meet(path))
+        # A destination that never comes up is libvirt's to tell of.
+        self._meeting.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _meet(self, path: Path) -> _Met:
+        while not path.exists():
+            await asyncio.sleep(_MONITOR_POLL)
+        # It answers when its machine is complete.
+        monitor = await Monitor.connect(path, timeout=self._brief.step_timeout, greeting_timeout=_MACHINE_TIMEOUT)
         destination = QemuProcess.open(monitor.peer)
+        return _Met(monitor, destination, await ram_blocks.read(monitor, destination))
+
+    async def _commit(self, met: _Met) -> None:
+        monitor, destination = met.monitor, met.process
         self._version = monitor.version
         status = await adopt.adopt_status(monitor)
         if status.source != "ended" or status.ram != "shared":
             raise KeeperError(f"the destination has not adopted the guest's memory (it is {status.ram})")
         if (await monitor.execute("query-status"))["running"]:
             raise KeeperError("the destination runs already")
-        blocks = await ram_blocks.read(monitor, destination)
         source = {block.name: block for block in self._brief.blocks}
-        pairs = ram_blocks.not_shared(source, blocks, encrypted=frozenset(self._brief.encrypted))
+        pairs = ram_blocks.not_shared(source, met.blocks, encrypted=frozenset(self._brief.encrypted))
         ram_blocks.put(((self._kept[theirs.name], ours) for theirs, ours in pairs), destination)
         if self._brief.context.kind != "none":
             await self._move_context(monitor, destination)
