@@ -1,0 +1,73 @@
+"""A domain with ``<launchSecurity type='sev'>`` hops under a real libvirt daemon, and the kernel moves its context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from guests import emulators, real_mode
+
+from ...libvirt.daemon import Daemon, Description, DomainGuest
+from ..contract.sev import contexts
+
+
+@pytest.fixture
+def daemon(kernel: str) -> Iterator[Daemon]:
+    """A daemon, with sevhop's hook. Starting it and having it look at two QEMUs takes minutes in emulation."""
+    if kernel != "6.1":
+        pytest.skip("libvirt makes no difference between kernels: once is enough")
+    daemon = Daemon.start()
+    try:
+        done = daemon.sevhop("install")
+        assert done.returncode == 0, done.stderr
+        yield daemon
+    finally:
+        daemon.stop()
+
+
+@pytest.fixture
+def guest(daemon: Daemon) -> Iterator[DomainGuest]:
+    """A counting SEV guest."""
+    firmware = real_mode.firmware()
+    guest = DomainGuest.start(
+        daemon, Description("sev", emulators.emulator(emulators.OLD), "kvm", 32, firmware=firmware, sev=True)
+    )
+    guest.wait_for_ticks()
+    yield guest
+    guest.end()
+    assert contexts() == []
+    assert daemon.left_over() == []
+
+
+def arrived(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
+    """The guest goes on in this emulator, and libvirt and QEMU say that it is an SEV guest."""
+    assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
+    guest.wait_for_ticks()
+    assert "<launchSecurity type='sev'>" in guest.xml()
+    assert "sev-measurement" in daemon.virsh("domlaunchsecinfo", guest.name)
+    sev = guest.monitor("query-sev")["return"]
+    (context,) = contexts()
+    assert (sev["enabled"], sev["state"], sev["handle"]) == (True, "running", context.handle)
+    status = guest.monitor("x-sev-adopt-status")["return"]
+    assert (status["context"], status["moved"], status["ram"]) == ("sev", True, "shared")
+
+
+def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None:
+    old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
+    assert "Migration is not implemented" in daemon.run("virsh", "save", guest.name, "/run/image").stderr
+    for emulator in (new, old):
+        report = daemon.upgrade(guest.name, "--emulator", emulator, "--timeout", "60")
+        assert report["outcome"] == "done", report["reason"]
+        assert report["context"] == "sev"
+        assert report["move"]["errno"] == 0
+        arrived(daemon, guest, emulator)
+
+    # Another hook says no when the context is in the destination already: it comes back from there.
+    other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"
+    other.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0\n')
+    other.chmod(0o755)
+    (daemon.root / "run/refuse").touch()
+    report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
+    assert (report["status"], report["outcome"]) == (3, "undone"), report["reason"]
+    arrived(daemon, guest, old)
