@@ -1,14 +1,31 @@
 """
 sevhop replaces the QEMU process under a running guest.
 
-==========================  =============================================================
-:mod:`sevhop.cli`           the command line: arguments, output, exit codes
-:mod:`sevhop.hop`           the engine: the phases of a hop in order, each with its undo
-:mod:`sevhop.check`         can this guest hop? a tree of named tests
-:mod:`sevhop.guest`         what a running QEMU tells of its guest
-:mod:`sevhop.command_line`  the destination's command line, derived from the source's
-:mod:`sevhop.destination`   the new QEMU process: started like the old one, and ended again
-:mod:`sevhop.keeper`        what holds the guest's memory, VM and sockets between two QEMUs
-:mod:`sevhop.errors`        how a hop can end other than well
-==========================  =============================================================
+============================  =============================================================================
+:mod:`sevhop.cli`             the command line: arguments, output, exit codes
+:mod:`sevhop.check`           can this guest hop? a tree of named tests
+:mod:`sevhop.guest`           what a running QEMU tells of its guest
+:mod:`sevhop.keeper`          what holds the guest's memory, VM and sockets between two QEMUs
+:mod:`sevhop.errors`          how a hop can end other than well
+============================  =============================================================================
+
+A guest outside libvirt, with both QEMUs alive during the hop:
+
+============================  =============================================================================
+:mod:`sevhop.hop`             the engine: the phases of a hop in order, each with its undo
+:mod:`sevhop.command_line`    the destination's command line, derived from the source's
+:mod:`sevhop.destination`     the new QEMU process: started like the old one, and ended again
+============================  =============================================================================
+
+A domain of libvirt, where one QEMU ends before the next one starts:
+
+============================  =============================================================================
+:mod:`sevhop.upgrade`         the engine, likewise
+:mod:`sevhop.keeper_process`  the keeper as a process of its own, which also commits
+:mod:`sevhop.hook`            what libvirt calls before the guest may run
+:mod:`sevhop.installation`    that hook, put in place and seen to be called
+:mod:`sevhop.domain`          the few libvirt calls that are made
+:mod:`sevhop.domain_xml`      the domain's XML: what a destination needs, put in and taken out
+:mod:`sevhop.save_image`      libvirt's save image, written and read
+============================  =============================================================================
 """
