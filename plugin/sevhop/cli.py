@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import logging
 import signal
@@ -27,7 +28,6 @@ from .destination import START_TIMEOUT
 from .errors import Lost, NeedsRecover, Refused
 from .hop import Hop, Options, Phase, Report
 
-#: libvirt's Python package is optional, so what needs it is imported by the commands that need it.
 DEFAULT_URI = "qemu:///system"
 
 EXIT_DONE = 0
@@ -229,7 +229,15 @@ def _summary(report: Report) -> str:
 # -- sevhop upgrade --------------------------------------------------------------------------------
 
 
+def _need_libvirt() -> None:
+    """Its Python package is optional, since hops outside libvirt do without."""
+    if importlib.util.find_spec("libvirt") is None:
+        print("sevhop: libvirt's Python package is missing: pip install 'sevhop[libvirt]'", file=sys.stderr)
+        raise SystemExit(EXIT_REFUSED)
+
+
 def _upgrade(options: argparse.Namespace) -> int:
+    _need_libvirt()
     from . import upgrade
 
     live = sys.stderr.isatty() and not options.json
@@ -264,12 +272,16 @@ def _upgrade(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    _need_libvirt()
     from . import upgrade
 
     try:
         rows = asyncio.run(upgrade.survey(options.connect, options.domains))
     except SevhopError as err:
-        print(json.dumps({"domains": [], "reason": str(err)}) if options.json else f"sevhop: {err}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"domains": [], "reason": str(err)}))
+        else:
+            print(f"sevhop: {err}", file=sys.stderr)
         return EXIT_REFUSED
     if options.json:
         print(json.dumps({"domains": [row.as_json() for row in rows]}))
@@ -283,6 +295,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _install(_: argparse.Namespace) -> int:
+    _need_libvirt()
     from . import installation
 
     try:
@@ -296,6 +309,7 @@ def _install(_: argparse.Namespace) -> int:
 
 
 def _uninstall(_: argparse.Namespace) -> int:
+    _need_libvirt()
     from . import installation
 
     try:
@@ -329,6 +343,7 @@ def _check(options: argparse.Namespace) -> int:
 
 async def _examine(options: argparse.Namespace) -> check.Finding:
     if options.domain is not None:
+        _need_libvirt()
         from . import upgrade
 
         return await upgrade.check_domain(options.connect, options.domain, options.emulator)
