@@ -71,9 +71,10 @@ def test_interrupted(daemon: Daemon, start: StartDomain, old: Path, new: Path, p
             break
     out, _ = command.communicate(timeout=120)
     report = json.loads(out)["domains"][0]
-    # What was too late to be interrupted is done.
+    # The signal races with the procedure. If it came too late the upgrade is done, all of it.
     if report["outcome"] == "done":
-        assert phase == "save"
+        assert command.returncode == 0
+        assert guest.emulator() == str(new)
         guest.wait_for_ticks()
     else:
         assert (command.returncode, report["outcome"], report["reason"]) == (3, "undone", "interrupted")

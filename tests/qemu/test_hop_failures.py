@@ -291,10 +291,12 @@ def test_interrupted_while_preparing(guest: Guest, new: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_undo_the_command(number: signal.Signals, guest: Guest, new: Path) -> None:
+def test_signals_undo_the_command(number: signal.Signals, guest: Guest, new: Path, tmp_path: Path) -> None:
     pid = guest.pid
+    # Its destination takes for ever to start, so the signal is in time.
+    slow = write_emulator(tmp_path / "emulator", new, "time.sleep(600)")
     command = [sys.executable, "-m", "sevhop.cli", "-v", "hop", "--source", str(guest.machine.monitor)]
-    with subprocess.Popen([*command, "--emulator", str(new)], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "--emulator", str(slow)], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "prepare" in line:
