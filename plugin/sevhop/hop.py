@@ -140,6 +140,18 @@ ENCRYPTED_BLOCKS = frozenset({"pc.bios", "system.flash0"})
 Progress = Callable[[str | Phase], None]
 
 
+async def timed(name: str, phase: Callable[[], Awaitable[None]], report: Report, progress: Progress) -> None:
+    """Go through a phase: tell when it begins and when it is over, also by failure, and report how long it took."""
+    progress(name)
+    began = time.monotonic()
+    try:
+        await phase()
+    finally:
+        done = Phase(name, (time.monotonic() - began) * 1e3)
+        report.phases.append(done)
+        progress(done)
+
+
 class Hop:
     """
     One hop. :meth:`run` it once; :meth:`interrupt` may be called from a signal handler meanwhile.
@@ -227,14 +239,7 @@ class Hop:
     async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
         self._phase = name
         log.info("%s: %s", self.report.guest or self._options.source, name)
-        self._progress(name)
-        began = time.monotonic()
-        try:
-            await phase()
-        finally:
-            done = Phase(name, (time.monotonic() - began) * 1e3)
-            self.report.phases.append(done)
-            self._progress(done)
+        await timed(name, phase, self.report, self._progress)
 
     # -- before the guest is touched ---------------------------------------------------------------
 

@@ -38,7 +38,7 @@ from sevhop_qmp.process import QemuProcess, path_on_disk
 from . import check, domain_xml, guest, hook, installation
 from .domain import Connection, Domain, DomainError, DomainMonitor
 from .errors import Lost, NeedsRecover, Refused, Undone
-from .hop import ENCRYPTED_BLOCKS, Phase, Progress, Report
+from .hop import ENCRYPTED_BLOCKS, Phase, Progress, Report, timed
 from .keeper_process import Brief, KeeperProcess, State, hop_of, hops_under_way
 from .save_image import SaveImage
 
@@ -176,14 +176,7 @@ class Upgrade:
     async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
         self._phase = name
         log.info("%s: %s", self._name, name)
-        self._progress(name)
-        began = time.monotonic()
-        try:
-            await phase()
-        finally:
-            done = Phase(name, (time.monotonic() - began) * 1e3)
-            self.report.phases.append(done)
-            self._progress(done)
+        await timed(name, phase, self.report, self._progress)
 
     # -- before the guest is touched ---------------------------------------------------------------
 
