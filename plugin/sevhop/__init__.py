@@ -21,7 +21,11 @@ A domain of libvirt, where one QEMU ends before the next one starts:
 
 ============================  =============================================================================
 :mod:`sevhop.upgrade`         the engine, likewise
-:mod:`sevhop.keeper_process`  the keeper as a process of its own, which also commits
+:mod:`sevhop.domain_check`    can this domain hop? what depends on libvirt
+:mod:`sevhop.status`          where domains stand: versions, obstacles, hops under way
+:mod:`sevhop.custody`         the keeper as a process of its own, which also commits
+:mod:`sevhop.keeper_process`  that process, started and spoken to
+:mod:`sevhop.run_directory`   where hops under way are found
 :mod:`sevhop.hook`            what libvirt calls before the guest may run
 :mod:`sevhop.installation`    that hook, put in place and seen to be called
 :mod:`sevhop.domain`          the few libvirt calls that are made

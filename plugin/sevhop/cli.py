@@ -273,10 +273,10 @@ def _upgrade(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     _need_libvirt()
-    from . import upgrade
+    from . import status
 
     try:
-        rows = asyncio.run(upgrade.survey(options.connect, options.domains))
+        rows = asyncio.run(status.survey(options.connect, options.domains))
     except SevhopError as err:
         if options.json:
             print(json.dumps({"domains": [], "reason": str(err)}))
@@ -344,9 +344,9 @@ def _check(options: argparse.Namespace) -> int:
 async def _examine(options: argparse.Namespace) -> check.Finding:
     if options.domain is not None:
         _need_libvirt()
-        from . import upgrade
+        from . import domain_check
 
-        return await upgrade.check_domain(options.connect, options.domain, options.emulator)
+        return await domain_check.check_domain(options.connect, options.domain, options.emulator)
     async with await Monitor.connect(options.qmp) as monitor:
         process = QemuProcess.open(monitor.peer)
         try:

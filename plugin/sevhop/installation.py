@@ -21,7 +21,7 @@ from sevhop_qmp.errors import SevhopError
 
 from . import hook
 from .domain import Connection, DomainError
-from .keeper_process import DOMAINS, RUN, make_run_directories
+from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
 
 #: libvirt looks for hooks there, and nowhere else.

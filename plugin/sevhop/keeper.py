@@ -11,7 +11,7 @@ request and reply:
 ======================  =====================================================================================
 
 :class:`Answers` is what it says; :class:`Keeper` says it for as long as one command runs, and
-:mod:`sevhop.keeper_process` for as long as libvirt needs to end one QEMU and start the next.
+:mod:`sevhop.custody` for as long as libvirt needs to end one QEMU and start the next.
 """
 
 from __future__ import annotations

@@ -25,21 +25,22 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from sevhop_qmp import adopt, move
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
-from sevhop_qmp.process import QemuProcess, path_on_disk
+from sevhop_qmp.process import QemuProcess
 
-from . import check, domain_xml, guest, hook, installation
+from . import domain_xml, guest, hook
 from .domain import Connection, Domain, DomainError, DomainMonitor
+from .domain_check import examine
 from .errors import Lost, NeedsRecover, Refused, Undone
 from .hop import ENCRYPTED_BLOCKS, Phase, Progress, Report, timed
-from .keeper_process import Brief, KeeperProcess, State, hop_of, hops_under_way
+from .keeper_process import Brief, KeeperProcess, State
 from .save_image import SaveImage
 
 log = logging.getLogger(__name__)
@@ -384,187 +385,3 @@ def _left_open(descriptors: list[int]) -> Iterator[None]:
     finally:
         for fd in descriptors:
             os.close(fd)
-
-
-@dataclass(frozen=True)
-class Examined:
-    """
-    An active domain, looked at.
-
-    :ivar tree: what was tested.
-    :ivar xml: the domain as it runs, without what earlier hops have added.
-    :ivar old, new: the emulator it runs in, and the one to go to.
-    """
-
-    tree: check.Finding
-    monitor: DomainMonitor
-    process: QemuProcess
-    guest: guest.Guest
-    xml: str
-    old: str
-    new: str
-
-
-@contextlib.asynccontextmanager
-async def examine(connection: Connection, domain: Domain, emulator: str | None = None) -> AsyncIterator[Examined]:
-    """
-    Test whether a domain can hop. Nothing is touched.
-
-    :param emulator: the QEMU to go to; by default the one it was started from, as it is on disk now.
-    :raises SevhopError: the domain is not active, or cannot be looked into at all.
-    """
-    if not await domain.active():
-        raise SevhopError(f"domain {domain.name} is not running", "start it; an upgrade is for running guests")
-    process = QemuProcess.open(domain.pid())
-    try:
-        monitor = await domain.monitor()
-        xml = domain_xml.without_additions(await domain.xml())
-        old = domain_xml.describe(xml).emulator
-        new = emulator or path_on_disk(old)
-        found = await guest.inspect(monitor, process)
-        tree = check.domain(found, process, new)
-        tree.children += [_devices(xml), _library(process), await _libvirt(connection, domain)]
-        yield Examined(tree, monitor, process, found, xml, old, new)
-    finally:
-        process.close()
-
-
-def _devices(xml: str) -> check.Finding:
-    """What has state outside of QEMU, which the end of the source would end as well."""
-    found = [f"<{name}>" for name in ("tpm", "filesystem", "hostdev", "shmem") if f"<{name} " in xml]
-    if found:
-        return check.failed("devices", f"{', '.join(found)} would lose its state", "remove the device")
-    return check.passed("devices", "none with state of its own")
-
-
-def _library(process: QemuProcess) -> check.Finding:
-    name = "library"
-    path, identity = adopt.library_path(), process.credentials
-    if not installation.can_read(path, identity.uid, identity.gid, identity.groups):
-        return check.failed(name, f"the user of QEMU ({identity.uid}) cannot read {path}", "install it for all users")
-    confinement = process.confinement
-    if confinement not in ("", "unconfined"):
-        return check.failed(
-            name,
-            f"the guest is confined ({confinement}), and QEMU could neither load {path} nor reach the keeper",
-            "security labels of libvirt domains are not supported yet: <seclabel type='none'/>",
-        )
-    return check.passed(name, str(path))
-
-
-async def _libvirt(connection: Connection, domain: Domain) -> check.Finding:
-    name = "libvirt"
-    if await domain.managed_save():
-        return check.failed(name, "the domain has a managed save image", f"virsh managedsave-remove {domain.name}")
-    if await domain.job():
-        return check.failed(name, "a job of the domain is under way", "wait for it to end, or cancel it")
-    if not await installation.hook_answers(connection):
-        return check.failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
-    return check.passed(name, f"{await connection.version()}, calls the hook")
-
-
-async def check_domain(uri: str, name: str, emulator: str | None) -> check.Finding:
-    """
-    Test whether a domain can hop. Nothing is touched.
-
-    :raises SevhopError: the domain is not active, or cannot be looked into at all.
-    """
-    connection = await Connection.open(uri)
-    try:
-        async with examine(connection, await connection.domain(name), emulator) as examined:
-            return examined.tree
-    finally:
-        connection.close()
-
-
-@dataclass(frozen=True)
-class Standing:
-    """
-    Where a domain stands.
-
-    :ivar running: the version that runs it; empty when no QEMU does.
-    :ivar installed: the version that its emulator has on disk now.
-    :ivar replaced: whether the file that it was started from is not there any more.
-    :ivar hop: how far a hop of it has come; empty when none is under way.
-    :ivar obstacle: why it cannot hop; empty when it can.
-    """
-
-    name: str
-    running: str = ""
-    installed: str = ""
-    replaced: bool = False
-    hop: str = ""
-    obstacle: str = ""
-
-    @property
-    def outdated(self) -> bool:
-        """Whether a hop to the emulator on disk would change something."""
-        return bool(self.running) and (self.replaced or self.running != self.installed)
-
-    def as_json(self) -> dict[str, object]:
-        """For ``--json``."""
-        return asdict(self) | {"outdated": self.outdated}
-
-    def __str__(self) -> str:
-        if not self.running:
-            return f"{self.name}: no QEMU; hop: {self.hop or 'none'}"
-        line = f"{self.name}: QEMU {self.running}"
-        line += f", {self.installed or 'none'} is installed" if self.outdated else ", up to date"
-        line += f", cannot hop: {self.obstacle}" if self.obstacle else ", can hop"
-        return line + (f"; hop: {self.hop}" if self.hop else "")
-
-
-async def survey(uri: str, names: Sequence[str]) -> list[Standing]:
-    """
-    Where domains stand.
-
-    :param names: of domains; all that are active, or in a hop, when there are none.
-    :raises SevhopError: libvirt does not answer, or has no such domain.
-    """
-    connection = await Connection.open(uri)
-    try:
-        if names:
-            domains = [await connection.domain(name) for name in names if hop_of(name) is None]
-            held = [name for name in names if hop_of(name) is not None]
-        else:
-            held = hops_under_way()
-            domains = [domain for domain in await connection.domains() if domain.name not in held]
-        rows = [await _standing(connection, domain) for domain in domains]
-        rows += [Standing(name, hop=await _progress_of(name)) for name in held]
-        return sorted(rows, key=lambda row: row.name)
-    finally:
-        connection.close()
-
-
-async def _standing(connection: Connection, domain: Domain) -> Standing:
-    try:
-        async with examine(connection, domain) as examined:
-            failures = examined.tree.failures()
-            try:
-                installed = check.emulator_version(examined.new)
-            except SevhopError:
-                installed = ""
-            return Standing(
-                domain.name,
-                running=examined.monitor.version,
-                installed=installed,
-                replaced=path_on_disk(examined.process.executable) != examined.process.executable,
-                obstacle=f"{failures[0].name}: {failures[0].detail}" if failures else "",
-            )
-    except SevhopError as err:
-        return Standing(domain.name, obstacle=str(err))
-
-
-async def _progress_of(name: str) -> str:
-    directory = hop_of(name)
-    try:
-        if directory is None:
-            return ""
-        keeper = await KeeperProcess.connect(directory)
-    except SevhopError:
-        return "broken off: its keeper is gone"
-    try:
-        status = await keeper.status()
-        return f"{status['state']}, image {status['image']}"
-    finally:
-        keeper.close()

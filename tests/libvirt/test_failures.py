@@ -122,7 +122,7 @@ def test_the_keeper_is_killed_when_the_guest_is_held(daemon: Daemon, start: Star
     guest.wait_for_ticks()
     report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
     for pid in daemon.processes():
-        if b"sevhop.keeper_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"sevhop.custody" in Path(f"/proc/{pid}/cmdline").read_bytes():
             kill(pid)
     refused = daemon.run("virsh", "restore", report["image"])
     assert refused.returncode == 1

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sevhop.custody import Custody
 from sevhop.guest import SevContext
 from sevhop.keeper import Held
-from sevhop.keeper_process import Brief, Custody, State
+from sevhop.keeper_process import Brief, State
 from sevhop_qmp.ram_blocks import RamBlock
 
 UUID = "11111111-2222-3333-4444-55555555550a"
