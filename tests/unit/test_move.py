@@ -66,7 +66,7 @@ def test_what_will_not_pass_is_never_tried_again(number: int) -> None:
 def test_busy_ends_with_the_deadline() -> None:
     destination = FakeDestination(errno.EBUSY)
     with pytest.raises(MoveError, match=r"EBUSY.*given up after \d+ attempts"):
-        run(destination, deadline=0.05)
+        run(destination, deadline=1.0)
     assert destination.handed_over > 2
 
 
