@@ -3,7 +3,10 @@ sevhop replaces the QEMU process under a running guest.
 
 ============================  =============================================================================
 :mod:`sevhop.cli`             the command line: arguments, output, exit codes
-:mod:`sevhop.check`           can this guest hop? a tree of named tests
+:mod:`sevhop.check`           can this guest hop? what holds wherever it runs
+:mod:`sevhop.finding`         what a check finds: a tree of named tests
+:mod:`sevhop.emulator`        a QEMU binary: its version and machine types, and whether it can be trusted
+:mod:`sevhop.sev_host`        what the host must have for an SEV context to be moved
 :mod:`sevhop.guest`           what a running QEMU tells of its guest
 :mod:`sevhop.keeper`          what holds the guest's memory, VM and sockets between two QEMUs
 :mod:`sevhop.errors`          how a hop can end other than well

@@ -1,85 +1,31 @@
 """
-Can this guest hop? A tree of named tests, each PASS, FAIL or SKIP; every FAIL says what to do.
+Can this guest hop? Here is what holds for every guest, wherever it runs; nothing is touched.
 
-A test whose parent has failed is skipped: its answer would mean nothing. Nothing is touched.
+Not among the tests, because it does not matter: a balloon. Where memory is encrypted QEMU itself ignores what the
+balloon gives back (``ram_block_discard_disable``), also in the destination; otherwise the pages that are gone are gone
+for both QEMUs.
 """
 
 from __future__ import annotations
 
-import enum
 import os
 import re
 import secrets
-import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
-from . import command_line
+from . import command_line, emulator, sev_host
+from .finding import Finding, failed, passed
 from .guest import Guest, inspect
 
 #: Run states in which a guest can hop; it is in the same one afterwards.
 HOPPABLE_STATES = ("running", "paused")
 _SEV_BLOCKER = re.compile(r"^SEV(-SNP)?: Migration is not implemented")
 _SERVICE = re.compile(r"\.service(/|$)")
-_VERSION = re.compile(r"QEMU emulator version (\d+(?:\.\d+)+)")
-
-
-class Status(enum.Enum):
-    """How a test came out."""
-
-    PASS = "pass"
-    FAIL = "fail"
-    SKIP = "skip"
-
-
-@dataclass
-class Finding:
-    """
-    One test and what depends on it.
-
-    :ivar detail: what was found, in a few words.
-    :ivar remedy: for a FAIL, what to do.
-    """
-
-    name: str
-    status: Status
-    detail: str = ""
-    remedy: str = ""
-    children: list[Finding] = field(default_factory=list)
-
-    def walk(self, depth: int = 0) -> Iterator[tuple[int, Finding]]:
-        """The tree, parents before children, with depth."""
-        yield depth, self
-        for child in self.children:
-            yield from child.walk(depth + 1)
-
-    def failures(self) -> list[Finding]:
-        """All that failed."""
-        return [finding for _, finding in self.walk() if finding.status is Status.FAIL]
-
-    def as_json(self) -> dict[str, object]:
-        """For ``--json``."""
-        return {
-            "name": self.name,
-            "status": self.status.value,
-            "detail": self.detail,
-            "remedy": self.remedy,
-            "children": [child.as_json() for child in self.children],
-        }
-
-
-def passed(name: str, detail: str = "", *children: Finding) -> Finding:
-    """A test that passed, with those that depend on it."""
-    return Finding(name, Status.PASS, detail, children=list(children))
-
-
-def failed(name: str, detail: str, remedy: str = "", skipped: tuple[str, ...] = ()) -> Finding:
-    """A test that failed, with the names of those that are skipped for it."""
-    return Finding(name, Status.FAIL, detail, remedy, [Finding(child, Status.SKIP) for child in skipped])
 
 
 @dataclass(frozen=True)
@@ -117,29 +63,29 @@ def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived
         _process(process),
         _state(guest),
         _memory(guest),
-        _context(guest),
+        _context(guest, process, own_group=None, sandbox=False),
         _blockers(guest),
         _jobs(guest),
         _arguments(arguments),
-        _emulator(arguments.emulator, process),
+        _emulator(arguments.emulator, guest, process),
     )
 
 
-def domain(guest: Guest, process: QemuProcess, emulator: str) -> Finding:
+def domain(guest: Guest, process: QemuProcess, path: str) -> Finding:
     """
     Test the guest of a libvirt domain. libvirt sees to its command line and to where its QEMU runs.
 
-    :param emulator: path of the QEMU that the guest is to go to.
+    :param path: of the QEMU that the guest is to go to.
     """
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
         _state(guest),
         _memory(guest, "set <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"),
-        _context(guest),
+        _context(guest, process, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
         _blockers(guest),
         _jobs(guest),
-        _emulator(emulator, process),
+        _emulator(path, guest, process),
     )
 
 
@@ -191,18 +137,21 @@ def _memory(
     return passed("memory", f"{shared >> 20} MiB in {len(guest.backends)} shared memfd(s)")
 
 
-def _context(guest: Guest) -> Finding:
-    if guest.context.kind == "sev-snp":
-        return failed("context", "SEV-SNP", "an SNP context cannot be moved between VMs by any kernel")
-    if guest.context.kind == "sev-es":
+def _context(guest: Guest, process: QemuProcess, *, own_group: re.Pattern[str] | None, sandbox: bool) -> Finding:
+    context = guest.context
+    if context.kind == "sev-snp":
+        return failed("context", "SEV-SNP", "an SNP context cannot be moved between VMs by any kernel", sev_host.NAMES)
+    if context.kind == "sev-es":
         return failed(
             "context",
             "SEV-ES: its context can be moved, but nobody has seen such a guest run afterwards",
             "wait for a version of sevhop that was tested on hardware",
+            sev_host.NAMES,
         )
-    if guest.context.kind == "none":
+    if context.kind == "none":
         return passed("context", "none: there is nothing to move, only the QEMU changes")
-    return passed("context", f"{guest.context.kind}, policy {guest.context.policy:#x}")
+    host = sev_host.examine(guest, process, own_group=own_group, sandbox=sandbox)
+    return passed("context", f"{context.kind}, policy {context.policy:#x}", *host)
 
 
 def _blockers(guest: Guest) -> Finding:
@@ -228,31 +177,22 @@ def _arguments(arguments: command_line.Derived) -> Finding:
     return passed("command line", "everything can be had twice")
 
 
-def _emulator(emulator: str, process: QemuProcess) -> Finding:
+def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
     try:
-        version = emulator_version(emulator)
+        new = emulator.look(path)
     except SevhopError as err:
-        return failed("emulator", err.message, err.hint)
+        return failed("emulator", err.message, err.hint, skipped=("machine type",))
     note = (
         "" if path_on_disk(process.executable) == process.executable else "; the source's binary was replaced on disk"
     )
-    return passed("emulator", f"{emulator}, QEMU {version}{note}")
+    return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))
 
 
-def emulator_version(emulator: str) -> str:
-    """
-    The version of a QEMU binary, such as ``10.0.2``.
-
-    :raises SevhopError: it cannot be run, or is not QEMU.
-    """
-    hint = "name a QEMU system emulator with --emulator"
-    try:
-        done = subprocess.run(
-            [emulator, "--version"], capture_output=True, stdin=subprocess.DEVNULL, timeout=20, check=False
+def _machine_type(new: emulator.Emulator, guest: Guest) -> Finding:
+    if guest.machine_type not in new.machine_types:
+        return failed(
+            "machine type",
+            f"QEMU {new.version} has no {guest.machine_type}",
+            "start the guest afresh with a machine type that both have, or name another emulator",
         )
-    except (OSError, subprocess.SubprocessError) as err:
-        raise SevhopError(f"{emulator}: {getattr(err, 'strerror', None) or err}", hint) from err
-    found = _VERSION.search(done.stdout.decode(errors="replace"))
-    if found is None:
-        raise SevhopError(f"{emulator} is not a QEMU system emulator", hint)
-    return found[1]
+    return passed("machine type", guest.machine_type)

@@ -26,6 +26,7 @@ from sevhop_qmp.process import QemuProcess
 from . import check
 from .destination import START_TIMEOUT
 from .errors import Lost, NeedsRecover, Refused
+from .finding import Finding, failed
 from .hop import Hop, Options, Phase, Report
 
 DEFAULT_URI = "qemu:///system"
@@ -329,7 +330,7 @@ def _check(options: argparse.Namespace) -> int:
         tree = asyncio.run(_examine(options))
     except SevhopError as err:
         if options.json:
-            print(json.dumps(check.failed("monitor", err.message, err.hint).as_json()))
+            print(json.dumps(failed("monitor", err.message, err.hint).as_json()))
         else:
             print(f"sevhop: {err}; nothing was touched", file=sys.stderr)
         return EXIT_REFUSED
@@ -341,7 +342,7 @@ def _check(options: argparse.Namespace) -> int:
     return EXIT_REFUSED if tree.failures() else EXIT_DONE
 
 
-async def _examine(options: argparse.Namespace) -> check.Finding:
+async def _examine(options: argparse.Namespace) -> Finding:
     if options.domain is not None:
         _need_libvirt()
         from . import domain_check
@@ -355,7 +356,7 @@ async def _examine(options: argparse.Namespace) -> check.Finding:
             process.close()
 
 
-def _line(depth: int, finding: check.Finding) -> str:
+def _line(depth: int, finding: Finding) -> str:
     line = f"{'  ' * depth}{finding.status.name} {finding.name}"
     if finding.detail:
         line += f": {finding.detail}"

@@ -16,6 +16,7 @@ from sevhop_qmp.process import QemuProcess, path_on_disk
 
 from . import check, domain_xml, guest, installation
 from .domain import Connection, Domain, DomainMonitor
+from .finding import Finding, failed, passed
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Examined:
     :ivar old, new: the emulator it runs in, and the one to go to.
     """
 
-    tree: check.Finding
+    tree: Finding
     monitor: DomainMonitor
     process: QemuProcess
     guest: guest.Guest
@@ -61,41 +62,41 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
         process.close()
 
 
-def _devices(xml: str) -> check.Finding:
+def _devices(xml: str) -> Finding:
     """What has state outside of QEMU, which the end of the source would end as well."""
     found = [f"<{name}>" for name in ("tpm", "filesystem", "hostdev", "shmem") if f"<{name} " in xml]
     if found:
-        return check.failed("devices", f"{', '.join(found)} would lose its state", "remove the device")
-    return check.passed("devices", "none with state of its own")
+        return failed("devices", f"{', '.join(found)} would lose its state", "remove the device")
+    return passed("devices", "none with state of its own")
 
 
-def _library(process: QemuProcess) -> check.Finding:
+def _library(process: QemuProcess) -> Finding:
     name = "library"
     path, identity = adopt.library_path(), process.credentials
-    if not installation.can_read(path, identity.uid, identity.gid, identity.groups):
-        return check.failed(name, f"the user of QEMU ({identity.uid}) cannot read {path}", "install it for all users")
+    if not identity.may("r", path):
+        return failed(name, f"the user of QEMU ({identity.uid}) cannot read {path}", "install it for all users")
     confinement = process.confinement
     if confinement not in ("", "unconfined"):
-        return check.failed(
+        return failed(
             name,
             f"the guest is confined ({confinement}), and QEMU could neither load {path} nor reach the keeper",
             "security labels of libvirt domains are not supported yet: <seclabel type='none'/>",
         )
-    return check.passed(name, str(path))
+    return passed(name, str(path))
 
 
-async def _libvirt(connection: Connection, domain: Domain) -> check.Finding:
+async def _libvirt(connection: Connection, domain: Domain) -> Finding:
     name = "libvirt"
     if await domain.managed_save():
-        return check.failed(name, "the domain has a managed save image", f"virsh managedsave-remove {domain.name}")
+        return failed(name, "the domain has a managed save image", f"virsh managedsave-remove {domain.name}")
     if await domain.job():
-        return check.failed(name, "a job of the domain is under way", "wait for it to end, or cancel it")
+        return failed(name, "a job of the domain is under way", "wait for it to end, or cancel it")
     if not await installation.hook_answers(connection):
-        return check.failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
-    return check.passed(name, f"{await connection.version()}, calls the hook")
+        return failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
+    return passed(name, f"{await connection.version()}, calls the hook")
 
 
-async def check_domain(uri: str, name: str, emulator: str | None) -> check.Finding:
+async def check_domain(uri: str, name: str, emulator: str | None) -> Finding:
     """
     Test whether a domain can hop. Nothing is touched.
 

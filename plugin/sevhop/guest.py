@@ -40,12 +40,16 @@ class SevContext:
     :ivar kind: ``none``, ``sev``, ``sev-es`` or ``sev-snp``.
     :ivar handle: the firmware's handle of the guest.
     :ivar measurement: launch measurement in hexadecimal, empty when QEMU does not tell.
+    :ivar device: through which QEMU speaks to the firmware.
+    :ivar typed: whether QEMU wanted a VM of a type of its own for it (``legacy-vm-type=off``).
     """
 
     kind: str
     policy: int = 0
     handle: int = 0
     measurement: str = ""
+    device: str = "/dev/sev"
+    typed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,20 @@ async def _context(monitor: Commands) -> SevContext:
         return SevContext("sev-snp", int(sev.get("snp-policy", 0)))
     policy = int(sev["policy"])
     kind = "sev-es" if policy & _POLICY_ES else "sev"
-    return SevContext(kind, policy, int(sev["handle"]), await _measurement(monitor))
+    device, typed = await _object(monitor)
+    return SevContext(kind, policy, int(sev["handle"]), await _measurement(monitor), device, typed)
+
+
+async def _object(monitor: Commands) -> tuple[str, bool]:
+    """The device of the sev-guest object, and whether it wants a typed VM."""
+    path = await monitor.execute("qom-get", {"path": "/machine", "property": "confidential-guest-support"})
+    device = await monitor.execute("qom-get", {"path": path, "property": "sev-device"})
+    try:
+        legacy = await monitor.execute("qom-get", {"path": path, "property": "legacy-vm-type"})
+    except CommandError:
+        return str(device), False  # before 9.1
+    # 9.1 has a boolean.
+    return str(device), legacy in ("off", False)
 
 
 async def _measurement(monitor: Commands) -> str:

@@ -9,9 +9,7 @@ import contextlib
 import os
 import secrets
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -123,15 +121,3 @@ async def hook_answers(connection: Connection) -> bool:
         except DomainError as err:
             return f"sevhop: the keeper of domain {name} is gone" in err.message
     return False
-
-
-def can_read(path: Path, uid: int, gid: int, groups: tuple[int, ...]) -> bool:
-    """Whether a user can read a file; asked by becoming that user, since directories count as well."""
-    done = subprocess.run(
-        [shutil.which("test") or "/usr/bin/test", "-r", str(path)],
-        user=uid,
-        group=gid,
-        extra_groups=groups,
-        check=False,
-    )
-    return done.returncode == 0

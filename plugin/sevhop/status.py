@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import path_on_disk
 
-from . import check
+from . import emulator
 from .domain import Connection, Domain
 from .domain_check import examine
 from .keeper_process import KeeperProcess
@@ -79,7 +79,7 @@ async def _standing(connection: Connection, domain: Domain) -> Standing:
         async with examine(connection, domain) as examined:
             failures = examined.tree.failures()
             try:
-                installed = check.emulator_version(examined.new)
+                installed = emulator.look(examined.new).version
             except SevhopError:
                 installed = ""
             return Standing(

@@ -8,10 +8,13 @@ reached the kernel answers EBUSY, like for a migration in progress, although wai
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+#: What the controller counts for SEV guests.
+RESOURCES = ("sev", "sev_es")
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,33 @@ class FullCgroup:
         return f"cgroup {self.path}: {self.resource} {self.current} of {self.limit} in use"
 
 
-def find_full(pid: int, root: Path = CGROUP_ROOT, proc: Path = Path("/proc")) -> FullCgroup | None:
+def find_full(
+    pid: int,
+    root: Path = CGROUP_ROOT,
+    proc: Path = Path("/proc"),
+    *,
+    resources: tuple[str, ...] = RESOURCES,
+    above: re.Pattern[str] | None = None,
+) -> FullCgroup | None:
     """
     The innermost cgroup of a process, or of its ancestors, that has no SEV (or SEV-ES) ASID left.
 
+    :param resources: what is looked at.
+    :param above: leave out a cgroup with such a name, and those below it; without such a cgroup there is nothing to
+        look at.
     :return: None when none is full, or when the host has no misc controller.
     """
     for mount, path in _misc_paths(pid, root, proc):
-        for level in (path, *path.parents):
+        levels = [path, *path.parents]
+        if above is not None:
+            own = [number for number, level in enumerate(levels) if above.fullmatch(level.name)]
+            levels = levels[own[-1] + 1 :] if own else []
+        for level in levels:
             directory = mount / level.relative_to("/")
             current = _table(directory / "misc.current")
             # The root has no misc.max; what it cannot exceed is the capacity of the machine.
             limits = _table(directory / "misc.max") or _table(directory / "misc.capacity")
-            for resource in ("sev", "sev_es"):
+            for resource in resources:
                 limit, used = limits.get(resource), current.get(resource)
                 if limit is not None and used is not None and used >= limit:
                     return FullCgroup(str(level), resource, used, limit)

@@ -13,9 +13,11 @@ import ctypes
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,7 @@ from typing import Self
 from .errors import ProcessError
 
 _SYS_PIDFD_GETFD = 438
+_CAP_IPC_LOCK = 14
 _libc = ctypes.CDLL(None, use_errno=True)
 
 #: ``/proc/PID/fd`` link of a KVM VM descriptor.
@@ -80,6 +83,28 @@ class Credentials:
     gid: int
     groups: tuple[int, ...]
     umask: int
+    capabilities: int = 0
+
+    @property
+    def may_lock_memory(self) -> bool:
+        """Whether no limit of locked memory holds for it."""
+        return bool(self.capabilities >> _CAP_IPC_LOCK & 1)
+
+    def may(self, access: str, path: Path) -> bool:
+        """
+        Whether this user can open a file; asked by becoming that user, since directories count as well.
+
+        :param access: ``r``, ``w`` or ``rw``.
+        """
+        questions = " -a ".join(f"-{letter} {{0}}" for letter in access).split()
+        done = subprocess.run(
+            [shutil.which("test") or "/usr/bin/test", *(word.format(path) for word in questions)],
+            user=self.uid,
+            group=self.gid,
+            extra_groups=self.groups,
+            check=False,
+        )
+        return done.returncode == 0
 
 
 class QemuProcess:
@@ -167,13 +192,14 @@ class QemuProcess:
 
     @property
     def credentials(self) -> Credentials:
-        """Effective user and group, supplementary groups, umask."""
+        """Effective user and group, supplementary groups, umask, effective capabilities."""
         fields = self._status
         return Credentials(
             uid=int(fields["Uid"].split()[1]),
             gid=int(fields["Gid"].split()[1]),
             groups=tuple(int(group) for group in fields["Groups"].split()),
             umask=int(fields["Umask"], 8),
+            capabilities=int(fields["CapEff"], 16),
         )
 
     @property

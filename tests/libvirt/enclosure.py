@@ -28,6 +28,8 @@ _OWN = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libv
 _DIRECTORIES = ("/run/lock", "/run/libvirt", "/etc/libvirt/qemu", "/etc/libvirt/hooks", "/var/lib/libvirt/qemu")
 #: For the guests' files; QEMU's user may write there.
 GUESTS = Path("/var/lib/libvirt/guests")
+#: For programs that stand in for an emulator; only root may write there.
+PROGRAMS = Path("/var/lib/libvirt/programs")
 _CONFIGURATION = """
 security_driver = "none"
 cgroup_controllers = []
@@ -44,6 +46,7 @@ def main() -> int:
         Path(path).mkdir(parents=True)
     GUESTS.mkdir(mode=0o777)
     GUESTS.chmod(0o777)
+    PROGRAMS.mkdir(mode=0o755)
     Path("/etc/libvirt/qemu.conf").write_text(_CONFIGURATION)
     _own_kvm()
     # Whoever started us holds the other end of the pipe; when that end is gone, so are we.

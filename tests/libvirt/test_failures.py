@@ -13,12 +13,12 @@ from guests.running import wait_until
 
 from .conftest import StartDomain
 from .daemon import Daemon, DomainGuest, kill
-from .enclosure import GUESTS
+from .enclosure import GUESTS, PROGRAMS
 
 
-def wrapper(daemon: Daemon, name: str, emulator: Path, text: str) -> Path:
+def wrapper(daemon: Daemon, name: str, emulator: Path, text: str, directory: Path = PROGRAMS) -> Path:
     """A program that libvirt takes for an emulator: a shell script that ends up in one."""
-    path = GUESTS / name
+    path = directory / name
     inside = daemon.root / str(path).lstrip("/")
     inside.write_text(f'#!/bin/sh\n{text}\nexec {emulator} "$@"\n')
     inside.chmod(0o755)
@@ -150,6 +150,19 @@ def test_refused(daemon: Daemon, start: StartDomain, old: Path, what: str) -> No
     assert (report["status"], report["outcome"]) == (1, "refused")
     assert reason in report["reason"]
     assert report["blackout_ms"] is None
+    assert guest.pid == pid
+    assert_as_before(daemon, guest, old)
+
+
+def test_an_emulator_that_others_may_change(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    emulator = wrapper(daemon, "touched", new, "touch /run/touched", GUESTS)
+    pid = guest.pid
+    report = daemon.upgrade(guest.name, "--emulator", emulator)
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert f"everybody may write to {GUESTS}" in report["reason"]
+    assert not (daemon.root / "run/touched").exists(), "it was not even started"
     assert guest.pid == pid
     assert_as_before(daemon, guest, old)
 

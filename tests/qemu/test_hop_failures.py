@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import fcntl
+import json
 import os
 import re
 import signal
@@ -134,13 +135,33 @@ def test_emulator_that_is_none(program: str, guest: Guest) -> None:
     assert_untouched(guest, guest.pid)
 
 
+def test_emulator_that_everybody_may_change(guest: Guest, new: Path, tmp_path: Path) -> None:
+    fake = write_emulator(tmp_path / "emulator", new, "")
+    fake.chmod(0o707)
+    with pytest.raises(Refused, match=f"everybody may write to {fake}"):
+        Meddler().run(guest, fake)
+    assert_untouched(guest, guest.pid)
+
+
+def test_emulator_without_the_machine_type(guest: Guest, tmp_path: Path) -> None:
+    """One that knows only the machine without parts."""
+    greeting = json.loads(GREETING)
+    said = [greeting, {"return": {}}, {"return": [{"name": "none"}]}, {"return": {}}]
+    fake = tmp_path / "emulator"
+    fake.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(map(json.dumps, said)) + "\nEND\n")
+    fake.chmod(0o755)
+    with pytest.raises(Refused, match=r"machine type: QEMU 10\.0\.0 has no pc-q35-7\.2"):
+        Meddler().run(guest, fake)
+    assert_untouched(guest, guest.pid)
+
+
 def write_emulator(path: Path, new: Path, body: str) -> Path:
     """A program that claims to be QEMU and then does something else."""
     path.write_text(
         f"#!{sys.executable}\nimport os, re, socket, sys, time\n"
-        f"if sys.argv[1:] == ['--version']: os.execv({str(new)!r}, sys.argv)\n"
-        "number = int(re.search(r'id=sevhop-monitor,fd=(\\d+)', ' '.join(sys.argv))[1])\n"
-        "monitor = socket.socket(fileno=number)\n" + body
+        "number = re.search(r'id=sevhop-monitor,fd=(\\d+)', ' '.join(sys.argv))\n"
+        f"if not number: os.execv({str(new)!r}, sys.argv)\n"
+        "monitor = socket.socket(fileno=int(number[1]))\n" + body
     )
     path.chmod(0o700)
     return path

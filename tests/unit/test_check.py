@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
-from sevhop.check import Finding, Status, _blockers, _context, _state, failed, passed
+from sevhop.check import _blockers, _context, _machine_type, _state
+from sevhop.emulator import Emulator
+from sevhop.finding import Finding, Status, failed, passed
 from sevhop.guest import Guest, SevContext
+from sevhop_qmp.process import QemuProcess
+
+
+@pytest.fixture
+def ourselves() -> Iterator[QemuProcess]:
+    process = QemuProcess.open(os.getpid())
+    yield process
+    process.close()
 
 
 def guest(**fields: object) -> Guest:
@@ -27,14 +40,26 @@ def guest(**fields: object) -> Guest:
     return Guest(**values)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("kind", "status"),
-    [("none", Status.PASS), ("sev", Status.PASS), ("sev-es", Status.FAIL), ("sev-snp", Status.FAIL)],
-)
-def test_contexts(kind: str, status: Status) -> None:
-    finding = _context(guest(context=SevContext(kind)))
-    assert finding.status is status
-    assert bool(finding.remedy) == (status is Status.FAIL)
+@pytest.mark.parametrize("kind", ["sev-es", "sev-snp"])
+def test_contexts_that_do_not_hop(kind: str, ourselves: QemuProcess) -> None:
+    finding = _context(guest(context=SevContext(kind)), ourselves, own_group=None, sandbox=False)
+    assert finding.status is Status.FAIL
+    assert finding.remedy
+    assert {child.status for child in finding.children} == {Status.SKIP}
+
+
+def test_the_host_does_not_matter_without_a_context(ourselves: QemuProcess) -> None:
+    finding = _context(guest(), ourselves, own_group=None, sandbox=False)
+    assert (finding.status, finding.children) == (Status.PASS, [])
+
+
+def test_machine_type_that_the_new_qemu_has_not() -> None:
+    new = Emulator("/usr/bin/qemu", "12.0.0", frozenset({"pc-q35-12.0", "q35"}))
+    finding = _machine_type(new, guest())
+    assert finding.status is Status.FAIL
+    assert finding.detail == "QEMU 12.0.0 has no pc-q35-7.2"
+    assert finding.remedy
+    assert _machine_type(new, guest(machine_type="q35")).status is Status.PASS
 
 
 def test_only_sevs_own_blocker_is_ignored() -> None:

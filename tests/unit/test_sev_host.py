@@ -1,0 +1,186 @@
+"""What the host must have for a guest with an SEV context, on hosts made of files."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from pathlib import Path
+
+import pytest
+from sevhop import sev_host
+from sevhop.finding import Finding, Status
+from sevhop.guest import Guest, SevContext
+from sevhop_qmp.process import Credentials
+
+from .test_check import guest
+
+PID = 7
+SCOPE = r"machine.slice/machine-qemu\x2d1\x2dweb.scope"
+CONTEXT = SevContext("sev", device="/dev/sev")
+
+
+class Process:
+    """As much of a process as is looked at."""
+
+    def __init__(self) -> None:
+        self.pid = PID
+        self.credentials = Credentials(0, 0, (), 0)
+        self.limits = {resource.RLIMIT_MEMLOCK: (1 << 30, 1 << 30)}
+
+
+class Host:
+    """A host with SEV, and one guest in a scope of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.process = Process()
+        self.guest: Guest = guest(context=CONTEXT, memory=1 << 30)
+        root.chmod(0o755)
+        self.write("sys/module/kvm_amd/parameters/sev", "Y\n")
+        self.write("dev/sev", "")
+        self.write(f"proc/{PID}/cgroup", f"0::/{SCOPE}/libvirt/emulator\n")
+        self.write("sys/fs/cgroup/misc.capacity", "sev 10\nsev_es 5\n")
+        self.write("sys/fs/cgroup/misc.current", "sev 1\nsev_es 5\n")
+
+    def write(self, path: str, text: str) -> Path:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def found(self, name: str, *, libvirt: bool = True) -> Finding:
+        findings = sev_host.examine(
+            self.guest,
+            self.process,  # type: ignore[arg-type]
+            own_group=sev_host.DOMAIN_GROUP if libvirt else None,
+            sandbox=libvirt,
+            system=self.root,
+        )
+        assert tuple(one.name for one in findings) == sev_host.NAMES
+        (finding,) = (one for one in findings if one.name == name)
+        assert bool(finding.remedy) == (finding.status is Status.FAIL)
+        return finding
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+@pytest.mark.parametrize("libvirt", [True, False])
+def test_a_host_that_has_everything(host: Host, libvirt: bool) -> None:
+    for name in sev_host.NAMES:
+        assert host.found(name, libvirt=libvirt).status is Status.PASS, name
+
+
+@pytest.mark.parametrize(
+    ("release", "status"),
+    [
+        ("5.15.0-91-generic", Status.FAIL),
+        ("4.18.0-553.el8.x86_64", Status.FAIL),
+        ("nonsense", Status.FAIL),
+        ("5.16.0", Status.PASS),
+        ("6.1.0-39-amd64", Status.PASS),
+        ("10.0.0", Status.PASS),
+    ],
+)
+def test_kernels(release: str, status: Status) -> None:
+    finding = sev_host.kernel(release)
+    assert finding.status is status
+    assert bool(finding.remedy) == (status is Status.FAIL)
+
+
+@pytest.mark.parametrize("value", ["N", "0", None])
+def test_kvm_amd_without_sev(host: Host, value: str | None) -> None:
+    parameter = host.write("sys/module/kvm_amd/parameters/sev", f"{value}\n")
+    if value is None:
+        parameter.unlink()
+    assert host.found("kvm_amd").status is Status.FAIL
+
+
+def test_each_kind_has_its_parameter(host: Host) -> None:
+    host.guest = dataclasses.replace(host.guest, context=SevContext("sev-es"))
+    assert host.found("kvm_amd").status is Status.FAIL
+    host.write("sys/module/kvm_amd/parameters/sev_es", "Y\n")
+    assert host.found("kvm_amd").status is Status.PASS
+
+
+def test_no_device(host: Host) -> None:
+    (host.root / "dev/sev").unlink()
+    assert host.found("device").status is Status.FAIL
+
+
+def test_device_that_the_user_may_not_open(host: Host) -> None:
+    for directory in (host.root, *host.root.parents[:2]):
+        directory.chmod(0o755)
+    (host.root / "dev/sev").chmod(0o640)
+    host.process.credentials = Credentials(65534, 65534, (0,), 0)
+    finding = host.found("device", libvirt=False)
+    assert finding.status is Status.FAIL, "reading is not enough"
+    assert host.found("device").status is Status.PASS, "libvirt sees to it"
+    (host.root / "dev/sev").chmod(0o660)
+    assert host.found("device", libvirt=False).status is Status.PASS
+
+
+def test_a_vm_of_a_type_of_its_own(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.guest = dataclasses.replace(host.guest, context=dataclasses.replace(CONTEXT, typed=True))
+    finding = host.found("VM type")
+    assert finding.status is Status.FAIL, "where KVM cannot be asked, QEMU is believed"
+    assert "legacy-vm-type=on" in finding.remedy
+    monkeypatch.setattr(sev_host, "_kernel_has_types", lambda _: False)
+    assert host.found("VM type").status is Status.PASS
+
+
+def test_no_room_for_another_asid(host: Host) -> None:
+    host.write("sys/fs/cgroup/misc.current", "sev 10\nsev_es 0\n")
+    finding = host.found("ASID")
+    assert finding.status is Status.FAIL
+    assert "cgroup /: sev 10 of 10 in use" in finding.detail
+    assert host.found("ASID", libvirt=False).status is Status.PASS, "it takes the source's place"
+
+
+def test_room_in_the_groups_above_the_domains_own(host: Host) -> None:
+    host.write(f"sys/fs/cgroup/{SCOPE}/misc.max", "sev 1\n")
+    host.write(f"sys/fs/cgroup/{SCOPE}/misc.current", "sev 1\n")
+    assert host.found("ASID").status is Status.PASS, "the destination gets a scope of its own"
+    host.write("sys/fs/cgroup/machine.slice/misc.max", "sev 1\n")
+    host.write("sys/fs/cgroup/machine.slice/misc.current", "sev 1\n")
+    assert "cgroup /machine.slice: sev 1 of 1" in host.found("ASID").detail
+
+
+def test_without_a_group_of_its_own_nothing_is_charged_twice(host: Host) -> None:
+    host.write(f"proc/{PID}/cgroup", "0::/system.slice/libvirtd.service\n")
+    host.write("sys/fs/cgroup/misc.current", "sev 10\n")
+    assert host.found("ASID").status is Status.PASS
+
+
+@pytest.mark.parametrize(
+    ("group", "own"),
+    [
+        (r"machine-qemu\x2d1\x2dweb.scope", True),
+        ("qemu-1-web.libvirt-qemu", True),
+        ("qemu-12-a.b", True),
+        ("machine.slice", False),
+        ("system.slice", False),
+    ],
+)
+def test_groups_that_libvirt_makes_for_a_domain(group: str, own: bool) -> None:
+    assert bool(sev_host.DOMAIN_GROUP.fullmatch(group)) == own
+
+
+def test_memory_lock(host: Host) -> None:
+    assert host.found("memory lock").status is Status.PASS
+    host.process.limits[resource.RLIMIT_MEMLOCK] = ((1 << 30) - 1, 1 << 40)
+    finding = host.found("memory lock")
+    assert (finding.status, finding.detail) == (Status.FAIL, "QEMU may lock 1023 MiB, the guest has 1024")
+    host.process.credentials = Credentials(1000, 1000, (), 0, 1 << 14)
+    assert host.found("memory lock").detail == "unlimited", "with CAP_IPC_LOCK there is no limit"
+    host.process.credentials = Credentials(1000, 1000, (), 0, 0x8000)
+    assert host.found("memory lock").status is Status.FAIL
+    host.process.limits[resource.RLIMIT_MEMLOCK] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    assert host.found("memory lock").status is Status.PASS
+
+
+@pytest.mark.parametrize("device", ["/nonexistent", "/dev/null"])
+def test_kvm_that_cannot_be_asked_for_its_types(device: str) -> None:
+    assert sev_host._kernel_has_types(Path(device))
