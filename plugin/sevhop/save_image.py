@@ -5,19 +5,24 @@ libvirt's save image, written and read: what ``virsh save`` makes and ``virsh re
 
     offset  0   LibvirtQemudSave
            16   five integers of 32 bits in the host's byte order: version (2), length of the XML block, whether the
-                guest was running, compression (0: none), offset of a cookie inside the XML block (0: none)
+                guest was running, compression (0: none, 1: gzip), offset of a cookie inside the XML block (0: none)
            36   56 zero bytes
            92   the XML block: the domain XML, NUL, perhaps a cookie; padded with NULs
             +   QEMU's migration stream
 
 That is ``virQEMUSaveHeader`` in libvirt's src/qemu/qemu_saveimage.h. An image that sevhop writes has a stream without
 RAM: the keeper has that.
+
+libvirt gives QEMU the image's descriptor, placed at the stream. QEMU 11 does not read a stream from a regular file that
+way. From a pipe it does, and a pipe is what libvirt makes for a compressed image: gzip at its other end, here with
+nothing to unpack, since the stream is stored as it is.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -27,6 +32,9 @@ MAGIC = b"LibvirtQemudSave"
 #: What libvirt writes while an image is not complete yet.
 PARTIAL_MAGIC = b"LibvirtQemudPart"
 VERSION = 2
+_RAW, _GZIP = 0, 1
+#: For zlib: a gzip header, and the largest window.
+_GZIP_WINDOW = 31
 _HEADER = struct.Struct("=16s5I56s")
 #: Room that libvirt leaves behind the XML, so that it can be edited in place (``virsh save-image-edit``).
 _PADDING = 1024
@@ -48,11 +56,13 @@ class SaveImage:
     :ivar xml: the domain as it was running.
     :ivar running: whether the guest is to run after it was restored; otherwise it stays paused.
     :ivar stream: the migration stream, without RAM.
+    :ivar piped: whether QEMU gets the stream through a pipe.
     """
 
     xml: str
     running: bool
     stream: bytes
+    piped: bool = False
 
     def write(self, file: BinaryIO) -> None:
         """
@@ -65,9 +75,10 @@ class SaveImage:
         if b"\0" in text:
             raise SaveImageError("domain XML contains a NUL")
         block = text + bytes(1 + _PADDING)
-        file.write(_HEADER.pack(MAGIC, VERSION, len(block), self.running, 0, 0, b""))
+        form = _GZIP if self.piped else _RAW
+        file.write(_HEADER.pack(MAGIC, VERSION, len(block), self.running, form, 0, b""))
         file.write(block)
-        file.write(self.stream)
+        file.write(_stored(self.stream) if self.piped else self.stream)
         file.flush()
 
     @classmethod
@@ -89,8 +100,8 @@ class SaveImage:
             raise SaveImageError("the file is not a save image of libvirt")
         if version != VERSION:
             raise SaveImageError(f"save image version {version} is not known, only {VERSION}")
-        if compression:
-            raise SaveImageError("the save image is compressed, which those of sevhop are not")
+        if compression not in (_RAW, _GZIP):
+            raise SaveImageError("the save image is compressed as those of sevhop are not")
         if xml_length > min(_XML_LIMIT, size - _HEADER.size):
             raise SaveImageError(f"the save image claims {xml_length} bytes of XML, which it does not have")
         if cookie > xml_length:
@@ -100,7 +111,27 @@ class SaveImage:
         text, end, _ = file.read(xml_length).partition(b"\0")
         if not end:
             raise SaveImageError("the save image's XML has no end")
+        stream = file.read()
         try:
-            return cls(text.decode(), bool(running), file.read())
+            piped = compression == _GZIP
+            return cls(text.decode(), bool(running), _unpacked(stream) if piped else stream, piped)
         except UnicodeDecodeError as err:
             raise SaveImageError("the save image's XML is not UTF-8") from err
+
+
+def _stored(stream: bytes) -> bytes:
+    """In the format of gzip, without the time that compressing takes."""
+    packer = zlib.compressobj(level=0, wbits=_GZIP_WINDOW)
+    return packer.compress(stream) + packer.flush()
+
+
+def _unpacked(packed: bytes) -> bytes:
+    unpacker = zlib.decompressobj(wbits=_GZIP_WINDOW)
+    try:
+        # Ours is no larger than it is packed; what unpacks to gigabytes is not ours.
+        stream = unpacker.decompress(packed, len(packed) + 1)
+    except zlib.error as err:
+        raise SaveImageError(f"the save image's stream is damaged: {err}") from err
+    if not unpacker.eof or unpacker.unused_data:
+        raise SaveImageError("the save image's stream is damaged: it does not end where it should")
+    return stream

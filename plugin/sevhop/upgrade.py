@@ -35,7 +35,7 @@ from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, guest, hook
+from . import domain_xml, emulator, guest, hook
 from .domain import Connection, Domain, DomainError, DomainMonitor
 from .domain_check import examine
 from .errors import Lost, NeedsRecover, Refused, Undone
@@ -102,6 +102,7 @@ class Upgrade:
         self._old: str  # check
         self._new: str  # check
         self._keeper: KeeperProcess  # hold
+        self._piped: bool  # prepare
         self._state: KeptState  # prepare
 
     async def run(self) -> Report:
@@ -228,6 +229,7 @@ class Upgrade:
     async def _prepare(self) -> None:
         described = domain_xml.describe(self._xml)
         await self._connection.learn(self._new, described.arch, described.machine, described.kind)
+        self._piped = emulator.look(self._new).wants_pipe
         self._state = await self._resources.enter_async_context(KeptState(self._monitor, self._guest.machine_type))
         await self._state.arm()
 
@@ -255,7 +257,7 @@ class Upgrade:
         xml = domain_xml.for_destination(self._xml, self._new, environment, str(self._keeper.monitor))
         try:
             with open(self._keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                SaveImage(xml, self._guest.state == "running", stream).write(file)
+                SaveImage(xml, self._guest.state == "running", stream, self._piped).write(file)
         except OSError as err:
             raise SevhopError(f"the save image cannot be written: {err.strerror}") from err
 

@@ -55,6 +55,12 @@ def new() -> Path:
     return _emulator(emulators.NEW)
 
 
+@pytest.fixture(scope="session")
+def newest() -> Path:
+    """Debian's newest QEMU."""
+    return _emulator(emulators.UNSTABLE)
+
+
 def _emulator(label: str) -> Path:
     try:
         return emulators.emulator(label)

@@ -210,8 +210,12 @@ def test_dry_run_touches_nothing(daemon: Daemon, start: StartDomain, old: Path, 
     assert_as_before(daemon, guest, old)
 
 
-def test_the_hook_refuses(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+@pytest.mark.parametrize("destination", ["new", "newest"])
+def test_the_hook_refuses(
+    daemon: Daemon, start: StartDomain, old: Path, destination: str, request: pytest.FixtureRequest
+) -> None:
     """Another hook of the administrator's says no, after ours has committed: the guest comes back all the same."""
+    new: Path = request.getfixturevalue(destination)
     guest = start()
     guest.wait_for_ticks()
     other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"

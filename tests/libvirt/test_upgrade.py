@@ -34,6 +34,31 @@ def test_there_and_back(daemon: Daemon, start: StartDomain, old: Path, new: Path
     assert guest.xml().count("sevhop-monitor") == 2  # what the last hop added, and nothing of those before
 
 
+def test_qemu_that_reads_no_stream_from_a_file(
+    daemon: Daemon, start: StartDomain, old: Path, newest: Path
+) -> None:
+    """QEMU 11 and later. It refuses the descriptor that libvirt passes for an ordinary image."""
+    guest = start()
+    guest.wait_for_ticks()
+    for emulator in (newest, old):
+        report = daemon.upgrade(guest.name, "--emulator", emulator)
+        assert (report["outcome"], report["reason"]) == ("done", "")
+        assert guest.emulator() == str(emulator)
+        guest.wait_for_ticks()
+
+
+def test_a_prepared_upgrade_to_such_a_qemu_is_completed_by_virsh(
+    daemon: Daemon, start: StartDomain, newest: Path
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--emulator", newest, "--prepare")
+    assert report["outcome"] == "prepared", report
+    daemon.virsh("restore", report["image"])
+    assert guest.emulator() == str(newest)
+    guest.wait_for_ticks()
+
+
 def test_virsh_works_afterwards(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
+import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,10 +39,39 @@ def test_layout_is_libvirts(tmp_path: Path) -> None:
     assert content[HEADER + length :] == IMAGE.stream
 
 
+@pytest.mark.parametrize("piped", [True, False])
 @pytest.mark.parametrize("running", [True, False])
-def test_what_was_written_is_read(tmp_path: Path, running: bool) -> None:
-    image = SaveImage(XML, running, b"\0\1\2" * 1000)
+def test_what_was_written_is_read(tmp_path: Path, running: bool, piped: bool) -> None:
+    image = SaveImage(XML, running, b"\0\1\2" * 100_000, piped)
     assert read(tmp_path / "copy", written(tmp_path / "image", image)) == image
+
+
+def test_for_a_pipe_it_is_what_gzip_unpacks(tmp_path: Path) -> None:
+    image = dataclasses.replace(IMAGE, piped=True, stream=os.urandom(200_000))
+    content = written(tmp_path / "image", image)
+    length, _, compression = struct.unpack("=3I", content[20:32])
+    assert compression == 1
+    packed = content[HEADER + length :]
+    done = subprocess.run(["gzip", "-dc"], input=packed, capture_output=True, check=True)
+    assert done.stdout == image.stream
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"",
+        b"QEVM\0\0\0\3state",
+        gzip.compress(b"state")[:-1],
+        gzip.compress(b"state") + b"more",
+        gzip.compress(bytes(10_000_000)),
+    ],
+    ids=["empty", "not packed", "cut", "more behind it", "bomb"],
+)
+def test_stream_that_is_not_packed_as_ours(tmp_path: Path, packed: bytes) -> None:
+    content = bytearray(written(tmp_path / "image", SaveImage(XML, True, b"")))
+    struct.pack_into("=I", content, FIELDS["compression"], 1)
+    with pytest.raises(SaveImageError, match="damaged"):
+        read(tmp_path / "copy", bytes(content) + packed)
 
 
 def test_xml_with_a_nul_is_not_written(tmp_path: Path) -> None:
@@ -70,7 +103,8 @@ def test_wrong_magic(tmp_path: Path, magic: bytes, reason: str) -> None:
         ("xml", 1 << 20, "does not have"),
         ("xml", 5, "no end"),
         ("xml", 0, "no end"),
-        ("compression", 1, "compressed"),
+        ("compression", 1, "damaged"),
+        ("compression", 2, "compressed"),
         ("cookie", 0x7FFFFFFF, "cookie"),
     ],
 )
