@@ -28,6 +28,8 @@ CALL_TIMEOUT = 30.0
 RESTORE_TIMEOUT = 120.0
 #: qemuMonitorCommandWithFiles came with this version (8.2.0), as libvirt counts.
 MINIMUM_VERSION = 8_002_000
+#: The oldest that all of this was tested with.
+TESTED_VERSION = 9_000_000
 DEFAULT_URI = "qemu:///system"
 #: Where the daemon of the system keeps the pid of each QEMU.
 _PID_FILES = Path("/run/libvirt/qemu")
@@ -91,6 +93,10 @@ class Connection:
     async def version(self) -> str:
         """The running daemon's version, such as ``9.0.0``."""
         return readable_version(await _call(self._raw.getLibVersion))
+
+    async def tested(self) -> bool:
+        """Whether the running daemon is one that sevhop was tested with, or newer."""
+        return bool(await _call(self._raw.getLibVersion) >= TESTED_VERSION)
 
     async def domain(self, name: str) -> Domain:
         """:raises DomainError: there is no such domain."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from xml.etree import ElementTree
 
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
@@ -56,18 +57,56 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
         new = emulator or path_on_disk(old)
         found = await guest.inspect(monitor, process)
         tree = check.domain(found, process, new)
-        tree.children += [_devices(xml), _library(process), await _libvirt(connection, domain)]
+        tree.children += [devices(xml), _library(process), await _libvirt(connection, domain)]
         yield Examined(tree, monitor, process, found, xml, old, new)
     finally:
         process.close()
 
 
-def _devices(xml: str) -> Finding:
-    """What has state outside of QEMU, which the end of the source would end as well."""
-    found = [f"<{name}>" for name in ("tpm", "filesystem", "hostdev", "shmem") if f"<{name} " in xml]
+#: What cannot be had again when the source has ended: where it stands in the XML, and why.
+_UNREPEATABLE = (
+    ("devices/tpm", "its state ends with the old QEMU"),
+    ("devices/filesystem", "its server ends with the old QEMU"),
+    ("devices/shmem", "its server knows one QEMU"),
+    ("devices/hostdev", "the state of a host device cannot be saved"),
+    ("devices/interface[@type='hostdev']", "the state of a host device cannot be saved"),
+    ("devices/interface[@type='vdpa']", "the state of a host device cannot be saved"),
+    ("devices/interface[@type='vhostuser']", "its server knows one QEMU"),
+    ("devices/disk[@type='nvme']", "the state of a host device cannot be saved"),
+    ("devices/disk[@type='vhostuser']", "its server knows one QEMU"),
+    ("devices/disk/transient", "libvirt throws the disk's changes away when the old QEMU ends"),
+    ("devices/video/driver[@name='vhostuser']", "its server knows one QEMU"),
+    ("devices/memory[@model='nvdimm']", "its memory is a file"),
+    ("devices/memory[@model='virtio-pmem']", "its memory is a file"),
+)
+
+
+def devices(xml: str) -> Finding:
+    """
+    Whether libvirt can give the destination every device of the domain. Taps, sockets and ptys are made anew.
+
+    :param xml: of the domain as it runs; libvirt has written it.
+    """
+    domain = ElementTree.fromstring(xml)
+    found = {}
+    for path, reason in _UNREPEATABLE:
+        if domain.find(path) is not None:
+            found[_as_written(path)] = reason
     if found:
-        return failed("devices", f"{', '.join(found)} would lose its state", "remove the device")
-    return passed("devices", "none with state of its own")
+        return failed(
+            "devices",
+            "; ".join(f"{name}: {reason}" for name, reason in found.items()),
+            "remove the device; otherwise the domain has to be shut down and started",
+        )
+    return passed("devices", "all can be had again")
+
+
+def _as_written(path: str) -> str:
+    """An element of :data:`_UNREPEATABLE` as people know it, such as ``<disk type='nvme'>``."""
+    inner, _, attribute = path.removeprefix("devices/").rstrip("]").partition("[@")
+    outer, _, name = inner.rpartition("/")
+    element = f"<{name} {attribute}>" if attribute else f"<{name}>"
+    return f"{element} of a <{outer}>" if outer else element
 
 
 def _library(process: QemuProcess) -> Finding:
@@ -93,7 +132,9 @@ async def _libvirt(connection: Connection, domain: Domain) -> Finding:
         return failed(name, "a job of the domain is under way", "wait for it to end, or cancel it")
     if not await installation.hook_answers(connection):
         return failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
-    return passed(name, f"{await connection.version()}, calls the hook")
+    version = await connection.version()
+    note = "" if await connection.tested() else ", older than was tested,"
+    return passed(name, f"{installation.daemon_name()} {version}{note} calls the hook")
 
 
 async def check_domain(uri: str, name: str, emulator: str | None) -> Finding:

@@ -82,11 +82,25 @@ def uninstall() -> bool:
 
 def _reload_daemon() -> None:
     """A daemon that found no hooks when it started looks for them again on SIGHUP."""
+    for pid in _daemons().values():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGHUP)
+
+
+def _daemons() -> dict[str, int]:
+    """The daemons that run on this host and may have QEMU domains: program and pid."""
+    found = {}
     for path in _PID_FILES:
         with contextlib.suppress(OSError, ValueError):
             pid = int(path.read_text())
             if Path(f"/proc/{pid}/comm").read_text().strip() == path.stem:
-                os.kill(pid, signal.SIGHUP)
+                found[path.stem] = pid
+    return found
+
+
+def daemon_name() -> str:
+    """The program that is libvirt here: ``libvirtd``, or ``virtqemud`` where it is split into parts."""
+    return ", ".join(_daemons()) or "libvirt"
 
 
 async def see_that_it_is_called() -> None:

@@ -120,6 +120,8 @@ class Description:
 
     :ivar firmware: the counter.
     :ivar sev: encrypted, as the SEV lab wants it.
+    :ivar balloon: the model of its balloon.
+    :ivar more: further devices, in XML.
     """
 
     name: str
@@ -129,6 +131,8 @@ class Description:
     memory: str = "memfd"
     firmware: Path | None = None
     sev: bool = False
+    balloon: str = "none"
+    more: str = ""
 
     def xml(self) -> str:
         """For ``virsh define``."""
@@ -151,7 +155,8 @@ class Description:
       <target dev='vda' bus='virtio'/></disk>
     <interface type='user'><model type='virtio'/></interface>
     <serial type='file'><source path='{GUESTS}/{self.name}.log' append='on'/></serial>
-    <memballoon model='none'/>
+    <memballoon model='{self.balloon}'/>
+    {self.more}
   </devices>
   {sev if self.sev else ""}
 </domain>"""

@@ -179,6 +179,31 @@ def test_private_memory(daemon: Daemon, start: StartDomain, old: Path) -> None:
     assert_as_before(daemon, guest, old)
 
 
+def test_a_device_that_cannot_be_had_again(daemon: Daemon, start: StartDomain, old: Path) -> None:
+    directories = "<source dir='/usr'/><target dir='x'/>"
+    guest = start(more=f"<filesystem type='mount' accessmode='mapped'>{directories}<readonly/></filesystem>")
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name)
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert "devices: <filesystem>" in report["reason"]
+    assert_as_before(daemon, guest, old)
+
+
+def test_a_copy_of_the_disk_is_under_way(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    daemon.virsh("blockcopy", guest.name, "vda", "--dest", GUESTS / f"{guest.name}.copy", "--transient-job")
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert "jobs: mirror" in report["reason"]
+    found = daemon.sevhop("check", guest.name)
+    assert "FAIL jobs: mirror" in found.stdout
+    assert_as_before(daemon, guest, old)
+    daemon.virsh("blockjob", guest.name, "vda", "--abort")
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
 def test_a_domain_that_is_off(daemon: Daemon, start: StartDomain) -> None:
     guest = start()
     daemon.virsh("destroy", guest.name)

@@ -94,7 +94,7 @@ def test_a_plain_save_and_restore_of_an_upgraded_domain(daemon: Daemon, start: S
 
 
 def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    guest = start()
+    guest = start(balloon="virtio")
     guest.wait_for_ticks()
     daemon.virsh("suspend", guest.name)
     report = daemon.upgrade(guest.name, "--emulator", new)
