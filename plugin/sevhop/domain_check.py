@@ -7,6 +7,7 @@ Nothing is touched.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -52,9 +53,13 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
     process = QemuProcess.open(domain.pid())
     try:
         monitor = await domain.monitor()
-        xml = domain_xml.without_additions(await domain.xml())
-        old = domain_xml.describe(xml).emulator
-        new = emulator or path_on_disk(old)
+        try:
+            xml = domain_xml.without_additions(await domain.xml())
+            old = domain_xml.describe(xml).emulator
+            new = emulator or path_on_disk(old)
+            domain_xml.with_emulator(xml, new)
+        except domain_xml.DomainXmlError as err:
+            raise SevhopError(f"the XML of domain {domain.name}: {err}") from err
         found = await guest.inspect(monitor, process)
         tree = check.domain(found, process, new)
         tree.children += [devices(xml), _library(process), await _libvirt(connection, domain)]
@@ -127,7 +132,8 @@ def _library(process: QemuProcess) -> Finding:
 async def _libvirt(connection: Connection, domain: Domain) -> Finding:
     name = "libvirt"
     if await domain.managed_save():
-        return failed(name, "the domain has a managed save image", f"virsh managedsave-remove {domain.name}")
+        remedy = f"virsh managedsave-remove {shlex.quote(domain.name)}"
+        return failed(name, "the domain has a managed save image", remedy)
     if await domain.job():
         return failed(name, "a job of the domain is under way", "wait for it to end, or cancel it")
     if not await installation.hook_answers(connection):

@@ -19,15 +19,25 @@ from xml.parsers import expat
 NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 #: Id of the monitor that a destination has for sevhop.
 MONITOR = "sevhop-monitor"
-_OURS = re.compile(rf"socket,id={MONITOR},|chardev={MONITOR},")
+_OURS = {"-chardev": f"socket,id={MONITOR},", "-mon": f"chardev={MONITOR},"}
 _START_TAG = re.compile(rb"<(?:\"[^\"]*\"|'[^']*'|[^>\"'])*>")
 _LIBRARY = "adopt.so"
 _COMMANDLINE = ("domain", "qemu:commandline")
 _ARG = (*_COMMANDLINE, "qemu:arg")
 _ENV = (*_COMMANDLINE, "qemu:env")
-_ENTITIES = (("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&apos;", "'"))
+_ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
+_REFERENCE = re.compile(r"&(?:#x([0-9a-fA-F]+)|#([0-9]+)|([a-z]+));")
+#: White space that a parser changes unless it is written as a reference.
+_KEPT_WHITE = {character: f"&#{ord(character)};" for character in "\t\n\r"}
+_ESCAPED = str.maketrans({character: f"&{name};" for name, character in _ENTITIES.items()} | _KEPT_WHITE)
+#: What XML 1.0 cannot have in any form.
+_IMPOSSIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+#: Between namespace and name, from the parser; nothing that a namespace can have.
+_SEPARATOR = "\x01"
 #: Domain XML has some kilobytes.
 _LIMIT = 16 << 20
+#: Elements inside each other; the parser that libvirt uses allows no more either.
+_DEPTH = 256
 
 
 class DomainXmlError(ValueError):
@@ -71,7 +81,7 @@ class Description:
 
 def describe(xml: str) -> Description:
     """:raises DomainXmlError: this is no domain."""
-    text = xml.encode()
+    text = _encoded(xml)
     elements = _elements(text)
 
     def content(*path: str) -> str:
@@ -93,9 +103,9 @@ def with_emulator(xml: str, emulator: str) -> str:
     """
     The same domain with another emulator.
 
-    :raises DomainXmlError: this is no domain, or one without an emulator.
+    :raises DomainXmlError: this is no domain, or one without an emulator, or XML cannot have such a path.
     """
-    text = xml.encode()
+    text = _encoded(xml)
     for element in _elements(text):
         if element.path == ("domain", "devices", "emulator"):
             return (text[: element.inner] + _escape(emulator).encode() + text[element.inner_end :]).decode()
@@ -133,14 +143,15 @@ def without_additions(xml: str) -> str:
 
     :raises DomainXmlError: this is no domain.
     """
-    text = xml.encode()
+    text = _encoded(xml)
     edits: list[_Edit] = []
     for commandline in (one for one in _elements(text) if one.path == _COMMANDLINE):
         ours: list[_Element] = []
         before: _Element | None = None
         for child in commandline.children:
             value = child.attributes.get("value", "")
-            if child.path == _ARG and before is not None and _OURS.match(value):
+            option = before.attributes.get("value", "") if before else ""
+            if child.path == _ARG and before and option in _OURS and value.startswith(_OURS[option]):
                 ours += [before, child]
             elif child.path == _ENV and child.attributes.get("name", "").startswith("SEVHOP_"):
                 ours.append(child)
@@ -182,11 +193,13 @@ def _elements(text: bytes) -> list[_Element]:
     """
     found: list[_Element] = []
     stack: list[_Element] = []
-    parser = expat.ParserCreate("UTF-8", " ")
+    parser = expat.ParserCreate("UTF-8", _SEPARATOR)
 
     def start(name: str, attributes: dict[str, str]) -> None:
-        uri, _, local = name.rpartition(" ")
-        label = local if not uri else f"qemu:{local}" if uri == NAMESPACE else name
+        if len(stack) == _DEPTH:
+            raise DomainXmlError("the domain XML is nested too deep")
+        uri, _, local = name.rpartition(_SEPARATOR)
+        label = local if not uri else f"qemu:{local}" if uri == NAMESPACE else f"{uri} {local}"
         at = parser.CurrentByteIndex
         tag = _START_TAG.match(text, at)
         if tag is None:
@@ -223,14 +236,26 @@ def _elements(text: bytes) -> list[_Element]:
     return found
 
 
+def _encoded(xml: str) -> bytes:
+    """:raises DomainXmlError: this did not come from UTF-8."""
+    try:
+        return xml.encode()
+    except UnicodeEncodeError as err:
+        raise DomainXmlError("the domain XML is not UTF-8") from err
+
+
 def _escape(value: str) -> str:
-    for entity, character in _ENTITIES:
-        value = value.replace(character, entity)
-    return value
+    """:raises DomainXmlError: XML cannot have it."""
+    if _IMPOSSIBLE.search(value):
+        raise DomainXmlError(f"{value!a} cannot be written in XML")
+    return value.translate(_ESCAPED)
 
 
 def _unescape(raw: bytes) -> str:
-    text = raw.decode()
-    for entity, character in reversed(_ENTITIES):
-        text = text.replace(entity, character)
-    return text.strip()
+    def character(reference: re.Match[str]) -> str:
+        hexadecimal, decimal, name = reference.groups()
+        if name:
+            return _ENTITIES.get(name, reference[0])
+        return chr(int(hexadecimal, 16) if hexadecimal else int(decimal))
+
+    return _REFERENCE.sub(character, raw.decode()).strip()

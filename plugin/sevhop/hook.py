@@ -56,33 +56,43 @@ def main(arguments: list[str], stdin: TextIO, stdout: TextIO, stderr: TextIO, *,
     :return: 0 if libvirt may go on.
     """
     name, operation, sub = (*arguments, "", "", "")[:3]
-    if (operation, sub) not in _MATTERS or name in ("", ".", "..") or "/" in name:
+    if (operation, sub) not in _MATTERS or name in ("", ".", "..") or "/" in name or "\0" in name:
         return 0
-    xml = stdin.read()
+    try:
+        refused, changed = _answer(name, operation, sub, stdin.read(), domains)
+    except ValueError as err:  # DomainXmlError among them
+        refused, changed = f"the domain's XML is not understood: {err}", ""
+    if refused:
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in refused)
+        stderr.write(f"sevhop: {line}\n")
+        return 1
+    stdout.write(changed)
+    return 0
+
+
+def _answer(name: str, operation: str, sub: str, xml: str, domains: str) -> tuple[str, str]:
+    """Why libvirt may not go on, and the changed XML; empty if it may, or if nothing changes."""
     try:
         directory = os.readlink(os.path.join(domains, name))
         answer = ask(os.path.join(domains, directory, "control"), f"hook {operation} {sub} {_uuid(xml)}")
-    except OSError:
+    except (OSError, UnicodeEncodeError):
         answer = "foreign"
     verdict, _, rest = answer.partition(" ")
-    restoring = operation in ("restore", "migrate")
     if verdict == "foreign":
         # Not in a hop, or what a dead keeper has left behind. That must stop nothing but a destination of its own.
         if f"'{IMAGE_MARK}'" in xml or (operation == "started" and f"'{_RESTORED_MARK}'" in xml):
-            stderr.write(f"sevhop: the keeper of domain {name} is gone, and the guest's memory with it\n")
-            return 1
-        if restoring and "'SEVHOP_" in xml:
-            stdout.write(_domain_xml().without_additions(xml))
-        return 0
+            return f"the keeper of domain {name} is gone, and the guest's memory with it", ""
+        if operation in ("restore", "migrate") and "'SEVHOP_" in xml:
+            return "", _domain_xml().without_additions(xml)
+        return "", ""
     if verdict != "ok":
-        stderr.write(f"sevhop: {rest or answer}\n")
-        return 1
-    if operation == "restore":
-        xml = xml.replace(f"'{IMAGE_MARK}'", f"'{_RESTORED_MARK}'")
-        if rest and f"<emulator>{rest}</emulator>" not in xml:
-            xml = _domain_xml().with_emulator(xml, rest)
-        stdout.write(xml)
-    return 0
+        return rest or answer, ""
+    if operation != "restore":
+        return "", ""
+    xml = xml.replace(f"'{IMAGE_MARK}'", f"'{_RESTORED_MARK}'")
+    if rest and f"<emulator>{rest}</emulator>" not in xml:
+        xml = _domain_xml().with_emulator(xml, rest)
+    return "", xml
 
 
 def ask(path: str, request: str) -> str:
@@ -96,7 +106,7 @@ def ask(path: str, request: str) -> str:
     try:
         sock.connect(path)
         sock.sendall(request.encode())
-        answer = sock.recv(_MESSAGE).decode()
+        answer = sock.recv(_MESSAGE).decode(errors="replace")
     finally:
         sock.close()
     if not answer:
@@ -119,4 +129,10 @@ def _domain_xml() -> ModuleType:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], sys.stdin, sys.stdout, sys.stderr))
+    # libvirt speaks UTF-8, whatever its locale is; what is not is passed on as it came.
+    with (
+        open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as xml,
+        open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as out,
+    ):
+        status = main(sys.argv[1:], xml, out, sys.stderr)
+    sys.exit(status)

@@ -68,10 +68,13 @@ class SaveImage:
         """
         Write it to a file that is open at its start.
 
-        :raises SaveImageError: the XML contains a NUL.
+        :raises SaveImageError: the XML contains a NUL, or what UTF-8 cannot have.
         :raises OSError: the disk is full, or the like.
         """
-        text = self.xml.encode()
+        try:
+            text = self.xml.encode()
+        except UnicodeEncodeError as err:
+            raise SaveImageError("domain XML is not UTF-8") from err
         if b"\0" in text:
             raise SaveImageError("domain XML contains a NUL")
         block = text + bytes(1 + _PADDING)

@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -311,8 +312,8 @@ class Upgrade:
             domain = await self._connection.domain(self._name)
             if await domain.persistent():
                 await self._connection.define(domain_xml.with_emulator(await domain.inactive_xml(), self._new))
-        except SevhopError as err:
-            self._note(f"the persistent definition still has the old emulator: {err.message}")
+        except (SevhopError, domain_xml.DomainXmlError) as err:
+            self._note(f"the persistent definition still has the old emulator: {err}")
         # A guest that was paused stays so; its QEMU has everything, and we are not needed.
         await self._keeper.release()
 
@@ -330,7 +331,7 @@ class Upgrade:
             except SevhopError as err:
                 if not await self._runs_again():
                     raise NeedsRecover(
-                        f"{failure.message}; resuming failed: {err.message}", f"virsh resume {self._name}"
+                        f"{failure.message}; resuming failed: {err.message}", f"virsh resume {shlex.quote(self._name)}"
                     ) from failure
             self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
         if hasattr(self, "_keeper"):

@@ -1,0 +1,224 @@
+"""Domain XML: whatever it says, it is changed where a hop is about, or refused."""
+
+from __future__ import annotations
+
+import contextlib
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape, quoteattr
+
+import pytest
+from hypothesis import strategies as st
+from sevhop import domain_xml
+from sevhop.domain_xml import DomainXmlError
+
+from .inputs import clean_texts, fuzzed, texts
+
+QEMU = f"{{{domain_xml.NAMESPACE}}}"
+ENVIRONMENT = {"LD_PRELOAD": "/lib/adopt.so", "SEVHOP_KEEPER": "/run/sevhop/a/keeper"}
+OLD, NEW = "/usr/bin/qemu", "/opt/qemu"
+
+#: Text that XML can have. White space at the ends means nothing in a path or a name.
+xml_texts = clean_texts.map(
+    lambda text: "".join(c for c in text if c.isprintable() and c not in "\ufffe\uffff").strip()
+)
+words = st.one_of(
+    st.sampled_from(
+        [
+            "-chardev",
+            "-mon",
+            "socket,id=sevhop-monitor,path=/x,server=on,wait=off",
+            "chardev=sevhop-monitor,mode=control",
+            "socket,id=sevhop-monitor2,path=/y",
+        ]
+    ),
+    xml_texts,
+)
+variables = st.tuples(
+    st.sampled_from(["LD_PRELOAD", "SEVHOP_KEEPER", "SEVHOP_IMAGE", "HOME"]),
+    st.one_of(
+        xml_texts, st.sampled_from(["/lib/adopt.so", "/lib/own.so:/lib/adopt.so", "/x/adopt.so:/y/adopt.so", ""])
+    ),
+)
+
+
+@st.composite
+def commandlines(draw: st.DrawFn) -> str:
+    """What libvirt passes through to QEMU, in any shape that XML allows."""
+    prefix = draw(st.sampled_from(["qemu", "q", "sevhop", ""]))
+    tag = f"{prefix}:" if prefix else ""
+    gap = draw(st.sampled_from(["", " ", "\n    ", "<!-- > -->"]))
+    declared = f"xmlns:{prefix}" if prefix else "xmlns"
+    parts = []
+    for entry in draw(st.lists(st.one_of(words, variables), max_size=6)):
+        end = draw(st.sampled_from(["/>", " />", f"></{tag}%s>", f"\n></{tag}%s >"]))
+        if isinstance(entry, tuple):
+            parts.append(
+                f"<{tag}env name={quoteattr(entry[0])}\tvalue={quoteattr(entry[1])}" + end.replace("%s", "env")
+            )
+        else:
+            parts.append(f"<{tag}arg value={quoteattr(entry)}" + end.replace("%s", "arg"))
+    return f"{gap}<{tag}commandline {declared}='{domain_xml.NAMESPACE}'>{gap}{gap.join(parts)}</{tag}commandline>"
+
+
+@st.composite
+def domains(draw: st.DrawFn) -> str:
+    """A domain as libvirt could describe one, with whatever in it."""
+    name, note = draw(xml_texts), draw(xml_texts)
+    extra = "".join(draw(st.lists(commandlines(), max_size=2)))
+    return (
+        "<?xml version='1.0' encoding='UTF-8'?>\n<domain type='kvm'>\n"
+        f"  <name>{escape(name)}</name>\n  <uuid>1-2</uuid>\n"
+        f"  <metadata><n:a xmlns:n={quoteattr('u ' + note.replace('}', ''))}>"
+        f"<emulator>{escape(note)}</emulator></n:a></metadata>\n"
+        f"  <!-- {escape(note).replace('--', '')}> -->\n"
+        f"  <os><type arch='x86_64' machine={quoteattr(note)}>hvm</type></os>\n"
+        f"  <devices>\n    <emulator>{OLD}</emulator>\n  </devices>{extra}\n</domain>\n"
+    )
+
+
+def passed_through(xml: str) -> list[tuple[str, dict[str, str]]]:
+    """Tag and attributes of all that is passed through to QEMU, in order."""
+    root = ElementTree.fromstring(xml.encode())
+    return [(child.tag, child.attrib) for line in root.findall(f"{QEMU}commandline") for child in line]
+
+
+def without_ours(xml: str) -> list[tuple[str, dict[str, str]]]:
+    """The same without what a hop passes through, or somebody who does as if."""
+    kept: list[tuple[str, dict[str, str]]] = []
+    pairs = (("-chardev", "socket,id=sevhop-monitor,"), ("-mon", "chardev=sevhop-monitor,"))
+    for line in ElementTree.fromstring(xml.encode()).findall(f"{QEMU}commandline"):
+        own: list[tuple[str, dict[str, str]]] = []
+        for child in line:
+            value, name = child.attrib["value"], child.attrib.get("name", "")
+            before = own[-1] if own and own[-1][0] == f"{QEMU}arg" else None
+            if name.startswith("SEVHOP_"):
+                own.append(("cut", {}))
+            elif name == "LD_PRELOAD":
+                libraries = [path for path in value.split(":") if not path.endswith("/adopt.so")]
+                own.append((child.tag, {"name": name, "value": ":".join(libraries)}) if libraries else ("cut", {}))
+            elif before and not name and any((before[1]["value"], value[: len(b)]) == (a, b) for a, b in pairs):
+                own[-1:] = [("cut", {}), ("cut", {})]
+            else:
+                own.append((child.tag, child.attrib))
+        kept += [entry for entry in own if entry[0] != "cut"]
+    return kept
+
+
+@fuzzed(xml=domains())
+def test_what_is_not_ours_survives(xml: str) -> None:
+    back = domain_xml.without_additions(xml)
+    assert passed_through(back) == without_ours(xml)
+    before, after = ElementTree.fromstring(xml.encode()), ElementTree.fromstring(back.encode())
+    assert after.findtext("name") == before.findtext("name")
+
+
+@fuzzed(xml=domains())
+def test_additions_go_as_they_came(xml: str) -> None:
+    plain = domain_xml.without_additions(xml)
+    assert domain_xml.without_additions(plain) == plain
+    added = domain_xml.for_destination(xml, NEW, ENVIRONMENT, "/run/sevhop/a/monitor/qmp")
+    assert domain_xml.describe(added).emulator == NEW
+    again = domain_xml.for_destination(added, NEW, ENVIRONMENT, "/run/sevhop/a/monitor/qmp")
+    assert passed_through(again) == passed_through(added)
+    preloads = [entry[1]["value"] for entry in passed_through(added) if entry[1].get("name") == "LD_PRELOAD"]
+    assert len(preloads) == 1
+    assert preloads[0].split(":").count("/lib/adopt.so") == 1
+    back = domain_xml.without_additions(added)
+    own = [entry for entry in passed_through(plain) if entry[1].get("name") != "LD_PRELOAD"]
+    assert [entry for entry in passed_through(back) if entry[1].get("name") != "LD_PRELOAD"] == own
+
+
+@fuzzed(xml=domains())
+def test_description_is_that_of_a_real_parser(xml: str) -> None:
+    found, root = domain_xml.describe(xml), ElementTree.fromstring(xml.encode())
+    assert found.name == (root.findtext("name") or "").strip()
+    kind = root.find("os/type")
+    assert kind is not None
+    assert found.machine == kind.get("machine")
+    assert found.emulator == OLD
+
+
+@fuzzed(emulator=texts, monitor=texts, value=texts)
+def test_any_value_is_written_as_it_is_or_refused(emulator: str, monitor: str, value: str) -> None:
+    xml = f"<domain type='kvm'><devices><emulator>{OLD}</emulator></devices></domain>"
+    try:
+        added = domain_xml.for_destination(xml, emulator, {"SEVHOP_X": value}, monitor)
+    except DomainXmlError:
+        return
+    root = ElementTree.fromstring(added.encode())
+    assert root.findtext("devices/emulator", "") == emulator
+    entries = passed_through(added)
+    assert [tag for tag, _ in entries] == [f"{QEMU}arg"] * 4 + [f"{QEMU}env"]
+    assert entries[1][1]["value"] == f"socket,id=sevhop-monitor,path={monitor.replace(',', ',,')},server=on,wait=off"
+    assert entries[4][1] == {"name": "SEVHOP_X", "value": value}
+    assert domain_xml.describe(added).emulator == emulator.strip()
+
+
+pieces = st.one_of(
+    texts,
+    st.sampled_from(
+        (
+            *("<domain>", "</domain>", "<domain type='", "<name>", "</name>", "<emulator>", "<devices>", "</devices>"),
+            *("<!DOCTYPE d [<!ENTITY a 'b'>]>", "&a;", "<![CDATA[", "<?xml encoding='utf-16'?>", "<a b='>'/>"),
+            *("<q:env ", "xmlns:q='", domain_xml.NAMESPACE),
+        )
+    ),
+)
+
+
+@fuzzed(
+    xml=st.one_of(
+        st.lists(pieces, max_size=12).map("".join),
+        domains().flatmap(
+            lambda text: st.tuples(st.integers(0, len(text)), pieces, st.integers(0, 9)).map(
+                lambda cut: text[: cut[0]] + cut[1] + text[cut[0] + cut[2] :]
+            )
+        ),
+    )
+)
+def test_garbage_is_refused_in_one_way(xml: str) -> None:
+    for function in (
+        domain_xml.describe,
+        domain_xml.without_additions,
+        lambda text: domain_xml.with_emulator(text, NEW),
+        lambda text: domain_xml.for_destination(text, NEW, ENVIRONMENT, "/m"),
+    ):
+        with contextlib.suppress(DomainXmlError):
+            function(xml)
+
+
+def test_no_entity_is_expanded() -> None:
+    xml = "<!DOCTYPE d [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;&a;'>]><domain><name>&b;</name></domain>"
+    with pytest.raises(DomainXmlError, match="document type"):
+        domain_xml.without_additions(xml)
+
+
+def test_deep_nesting_is_refused() -> None:
+    """A hundred thousand levels would take gigabytes."""
+    with pytest.raises(DomainXmlError, match="deep"):
+        domain_xml.describe("<domain>" + "<a>" * 100_000 + "</a>" * 100_000 + "</domain>")
+
+
+def test_only_whole_pairs_are_ours() -> None:
+    """Marks side by side were cut twice, and half of what stood behind them with it."""
+    ours = "<q:arg value='-chardev'/><q:arg value='socket,id=sevhop-monitor,path=/x'/>"
+    own = "<q:arg value='socket,id=sevhop-monitor,path=/x'/><q:arg value='-device'/><q:arg value='edu'/>"
+    xml = f"<domain><q:commandline xmlns:q='{domain_xml.NAMESPACE}'>{ours}{own}</q:commandline></domain>"
+    assert domain_xml.without_additions(xml) == xml.replace(ours, "")
+
+
+def test_a_namespace_may_have_blanks() -> None:
+    """They are the administrator's, in <metadata>."""
+    xml = f"<domain><metadata><n:a xmlns:n='a b'/></metadata><devices><emulator>{OLD}</emulator></devices></domain>"
+    assert domain_xml.with_emulator(xml, NEW) == xml.replace(OLD, NEW)
+
+
+@pytest.mark.parametrize("emulator", ["/opt/\x01qemu", "/opt/\udcffqemu", "/opt/\uffffqemu", "/opt/\0"])
+def test_a_path_that_xml_cannot_have_is_refused(emulator: str) -> None:
+    with pytest.raises(DomainXmlError, match="XML"):
+        domain_xml.with_emulator(f"<domain><devices><emulator>{OLD}</emulator></devices></domain>", emulator)
+
+
+def test_text_that_is_not_unicode_is_refused() -> None:
+    with pytest.raises(DomainXmlError, match="UTF-8"):
+        domain_xml.describe("<domain><name>\udcff</name></domain>")
