@@ -12,6 +12,7 @@
  *   kvm.c        which of QEMU's ioctls concern the hop
  *   sev.c        launch commands answered, the move
  *   registers.c  vCPU registers that the kernel accepts only after the move
+ *   cpu_properties.c  what libvirt need not ask for while the guest waits
  *   commands.c   the QMP commands and the guard against running too early
  */
 #ifndef SEVHOP_ADOPT_H
@@ -173,6 +174,10 @@ int vcpu_get_registers(int vcpu, unsigned long request, void *registers);
 void vcpus_restore(struct move *move);
 int vcpus_count(void);
 int vcpus_held(void);
+
+/* ---- cpu_properties.c ---- */
+
+void cpu_properties_shorten(void); /* in the answer to qom-list, until the hop is over */
 
 /* ---- commands.c ---- */
 

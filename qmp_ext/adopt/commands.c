@@ -226,6 +226,8 @@ static void machine_complete(Notifier *notifier, void *data)
         return;
     sev_check_launch();
     atomic_store(&hop.machine_complete, true);
+    if (hop.source_ended)
+        cpu_properties_shorten();
     if (hop.source_ended && memory_state() == RAM_PRIVATE)
         aio_bh_schedule_oneshot_full(qemu_get_aio_context(), share_by_itself, NULL, "sevhop-adopt");
 }

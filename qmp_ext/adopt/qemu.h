@@ -12,6 +12,7 @@
 typedef struct AioContext AioContext;
 typedef struct Error Error;
 typedef struct Monitor Monitor;
+typedef struct Object Object;
 typedef struct QDict QDict;
 typedef struct QList QList;
 typedef struct QObject QObject; /* the first member of QDict and QList: a pointer to one is a pointer to the other */
@@ -28,6 +29,12 @@ struct Notifier {
 };
 
 typedef void QmpCommandFunc(QDict *arguments, QObject **result, Error **error);
+/* The beginning of it, which has not changed. */
+struct QmpCommand {
+    const char *name;
+    QmpCommandFunc *function;
+};
+
 typedef void VMChangeStateHandler(void *opaque, bool running, int state);
 typedef void QEMUBHFunc(void *opaque);
 
@@ -58,6 +65,16 @@ WEAK VMChangeStateEntry *qemu_add_vm_change_state_handler_prio(VMChangeStateHand
 WEAK bool runstate_is_running(void);
 WEAK AioContext *qemu_get_aio_context(void);
 WEAK void aio_bh_schedule_oneshot_full(AioContext *context, QEMUBHFunc *function, void *opaque, const char *name);
+
+/* Without these a hop takes longer, see cpu_properties.c. */
+WEAK struct QmpCommand *qmp_find_command(QmpCommandList *list, const char *name);
+WEAK QmpCommandFunc qmp_marshal_qom_list;
+WEAK Object *object_resolve_path(const char *path, bool *ambiguous);
+WEAK Object *object_dynamic_cast(Object *object, const char *type);
+WEAK bool object_property_get_bool(Object *object, const char *name, Error **error);
+WEAK void error_free(Error *error);
+WEAK QObject *qlist_pop(QList *list);
+WEAK void qlist_destroy_obj(QObject *list);
 
 #pragma GCC visibility pop
 #undef WEAK

@@ -119,6 +119,7 @@ class Description:
     A domain that runs a bare-metal counter, with a disk and a network card.
 
     :ivar firmware: the counter.
+    :ivar cpu: the element; a plain one by default.
     :ivar sev: encrypted, as the SEV lab wants it.
     :ivar balloon: the model of its balloon.
     :ivar more: further devices, in XML.
@@ -130,6 +131,7 @@ class Description:
     memory_mib: int = 64
     memory: str = "memfd"
     firmware: Path | None = None
+    cpu: str = ""
     sev: bool = False
     balloon: str = "none"
     more: str = ""
@@ -148,7 +150,7 @@ class Description:
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
     <loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader></os>
   <features><acpi/></features>
-  {"<cpu mode='host-passthrough' check='none'/>" if self.sev else cpu}
+  {self.cpu or ("<cpu mode='host-passthrough' check='none'/>" if self.sev else cpu)}
   <devices>
     <emulator>{self.emulator}</emulator>
     <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/{self.name}.qcow2'/>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 from .conftest import StartDomain
 from .daemon import Daemon, DomainGuest
@@ -56,6 +57,23 @@ def test_a_prepared_upgrade_to_such_a_qemu_is_completed_by_virsh(
     assert report["outcome"] == "prepared", report
     daemon.virsh("restore", report["image"])
     assert guest.emulator() == str(newest)
+    guest.wait_for_ticks()
+
+
+def test_the_cpu_is_still_what_libvirt_found_it_to_be(daemon: Daemon, start: StartDomain, old: Path) -> None:
+    """libvirt works it out at each start, and a destination tells it only what matters (cpu_properties.c)."""
+
+    def cpu() -> str:
+        found = ElementTree.fromstring(guest.xml()).find("cpu")
+        assert found is not None
+        return ElementTree.tostring(found, encoding="unicode")
+
+    guest = start(cpu="<cpu mode='host-model'/>")
+    guest.wait_for_ticks()
+    before = cpu()
+    assert before.count("<feature") > 10
+    assert daemon.upgrade(guest.name, "--emulator", old)["outcome"] == "done"
+    assert cpu() == before
     guest.wait_for_ticks()
 
 

@@ -213,6 +213,33 @@ def test_after_the_source_has_ended_memory_is_mapped_at_once(
 
 
 @EVERY_EMULATOR
+def test_while_libvirt_waits_a_cpu_has_only_properties_that_are_true(
+    qemu: Path, accelerator: Accelerator, memory: Memory
+) -> None:
+    """libvirt asks for each boolean by itself, while the guest is stopped, and counts those that are true."""
+    cpu = "/machine/unattached/device[0]"
+
+    def matters(destination: Destination, entry: dict[str, str]) -> bool:
+        get = {"path": cpu, "property": entry["name"]}
+        return entry["type"] != "bool" or destination.execute("qom-get", get)
+
+    with (
+        Keeper([memory], source="ended") as keeper,
+        Destination.adopting(qemu, machine(accelerator), keeper) as destination,
+    ):
+        short, other = (destination.execute("qom-list", {"path": path}) for path in (cpu, "/machine"))
+        with pytest.raises(CommandError, match="not found"):
+            destination.execute("qom-list", {"path": "/nowhere"})
+        destination.finish()
+        complete = destination.execute("qom-list", {"path": cpu})
+        assert short == [entry for entry in complete if matters(destination, entry)]
+        assert len(short) < len(complete) / 2
+        assert destination.execute("qom-list", {"path": "/machine"}) == other
+    with Keeper([memory]) as keeper, Destination.adopting(qemu, machine(accelerator), keeper) as destination:
+        assert destination.execute("qom-list", {"path": cpu}) == complete
+
+
+@EVERY_EMULATOR
 def test_mapping_is_what_it_would_have_been(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper
 ) -> None:
