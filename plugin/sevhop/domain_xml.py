@@ -147,12 +147,14 @@ def without_additions(xml: str) -> str:
     edits: list[_Edit] = []
     for commandline in (one for one in _elements(text) if one.path == _COMMANDLINE):
         ours: list[_Element] = []
-        before: _Element | None = None
+        kept: list[_Element] = []
         for child in commandline.children:
             value = child.attributes.get("value", "")
-            option = before.attributes.get("value", "") if before else ""
-            if child.path == _ARG and before and option in _OURS and value.startswith(_OURS[option]):
-                ours += [before, child]
+            option = kept[-1].attributes.get("value", "") if kept else ""
+            if child.path == _ARG and option in _OURS and value.startswith(_OURS[option]):
+                ours += [kept.pop(), child]
+            elif child.path == _ARG:
+                kept.append(child)
             elif child.path == _ENV and child.attributes.get("name", "").startswith("SEVHOP_"):
                 ours.append(child)
             elif child.path == _ENV and child.attributes.get("name") == "LD_PRELOAD":
@@ -161,9 +163,8 @@ def without_additions(xml: str) -> str:
                     ours.append(child)
                 else:
                     prefix = text[child.start :].split(None, 1)[0].decode()
-                    kept = f"{prefix} name='LD_PRELOAD' value='{_escape(':'.join(others))}'/>"
-                    edits.append((child.start, child.end, kept.encode()))
-            before = child if child.path == _ARG else None
+                    shorter = f"{prefix} name='LD_PRELOAD' value='{_escape(':'.join(others))}'/>"
+                    edits.append((child.start, child.end, shorter.encode()))
         whole = len(ours) == len(commandline.children) > 0
         edits += [_cut(text, element) for element in ([commandline] if whole else ours)]
     return _edited(text, edits)

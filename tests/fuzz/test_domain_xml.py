@@ -90,17 +90,16 @@ def without_ours(xml: str) -> list[tuple[str, dict[str, str]]]:
         own: list[tuple[str, dict[str, str]]] = []
         for child in line:
             value, name = child.attrib["value"], child.attrib.get("name", "")
-            before = own[-1] if own and own[-1][0] == f"{QEMU}arg" else None
-            if name.startswith("SEVHOP_"):
-                own.append(("cut", {}))
-            elif name == "LD_PRELOAD":
+            before = next((i for i in reversed(range(len(own))) if own[i][0] == f"{QEMU}arg"), -1)
+            option = own[before][1]["value"] if before >= 0 else ""
+            if name == "LD_PRELOAD":
                 libraries = [path for path in value.split(":") if not path.endswith("/adopt.so")]
-                own.append((child.tag, {"name": name, "value": ":".join(libraries)}) if libraries else ("cut", {}))
-            elif before and not name and any((before[1]["value"], value[: len(b)]) == (a, b) for a, b in pairs):
-                own[-1:] = [("cut", {}), ("cut", {})]
-            else:
+                own += [(child.tag, {"name": name, "value": ":".join(libraries)})] if libraries else []
+            elif not name and any(option == a and value.startswith(b) for a, b in pairs):
+                del own[before]
+            elif not name.startswith("SEVHOP_"):
                 own.append((child.tag, child.attrib))
-        kept += [entry for entry in own if entry[0] != "cut"]
+        kept += own
     return kept
 
 
@@ -197,6 +196,14 @@ def test_deep_nesting_is_refused() -> None:
     """A hundred thousand levels would take gigabytes."""
     with pytest.raises(DomainXmlError, match="deep"):
         domain_xml.describe("<domain>" + "<a>" * 100_000 + "</a>" * 100_000 + "</domain>")
+
+
+def test_no_pair_is_left_when_another_is_gone() -> None:
+    ours = "<q:arg value='socket,id=sevhop-monitor,path=/x'/>"
+    added = "<q:arg value='-chardev'/><q:arg value='-chardev'/><q:env name='A' value='b'/>" + ours + ours
+    xml = f"<domain><q:commandline xmlns:q='{domain_xml.NAMESPACE}'>{added}</q:commandline></domain>"
+    back = domain_xml.without_additions(xml)
+    assert passed_through(back) == [(f"{QEMU}env", {"name": "A", "value": "b"})]
 
 
 def test_only_whole_pairs_are_ours() -> None:
