@@ -24,6 +24,7 @@ A domain of libvirt, where one QEMU ends before the next one starts:
 
 ============================  =============================================================================
 :mod:`sevhop.upgrade`         the engine, likewise
+:mod:`sevhop.series`          upgrades of several domains, one after the other
 :mod:`sevhop.domain_check`    can this domain hop? what depends on libvirt
 :mod:`sevhop.status`          where domains stand: versions, obstacles, hops under way
 :mod:`sevhop.custody`         the keeper as a process of its own, which also commits

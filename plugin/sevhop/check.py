@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
-from sevhop_qmp.process import QemuProcess, path_on_disk
+from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
 from . import command_line, emulator, sev_host
 from .finding import Finding, failed, passed
@@ -182,9 +182,8 @@ def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
         new = emulator.look(path)
     except SevhopError as err:
         return failed("emulator", err.message, err.hint, skipped=("machine type",))
-    note = (
-        "" if path_on_disk(process.executable) == process.executable else "; the source's binary was replaced on disk"
-    )
+    was = process.on_disk
+    note = "" if was is OnDisk.UNCHANGED else f"; the source's binary was {was.value} on disk"
     return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))
 
 

@@ -96,17 +96,28 @@ def parser() -> argparse.ArgumentParser:
         help="hop domains of libvirt",
         description="Replace the QEMU of libvirt domains by a new one, while their guests go on. Each domain keeps its "
         "name, UUID and definition; only the emulator changes.",
+        epilog="Domains are upgraded one after the other. A failure ends the series, and so does a domain that is "
+        "named and refused; with --all and --outdated, domains that cannot hop are told and left out. The exit status "
+        "is that of the domain that fared worst: 1 also if one was left out.",
     )
-    upgrade.add_argument("domains", nargs="+", metavar="DOMAIN")
+    upgrade.add_argument("domains", nargs="*", metavar="DOMAIN")
+    upgrade.add_argument("--all", action="store_true", help="all active domains")
+    upgrade.add_argument(
+        "--outdated",
+        action="store_true",
+        help="all active domains whose QEMU is another version than is installed, or was replaced on disk",
+    )
     upgrade.add_argument(
         "--emulator", metavar="PATH", help="the QEMU to hop to (default: the domain's own, as it is on disk now)"
     )
     upgrade.add_argument("--dry-run", action="store_true", help="check only")
-    upgrade.add_argument("--keep-going", action="store_true", help="go on with the next domain when one fails")
+    upgrade.add_argument(
+        "--keep-going", action="store_true", help="go on with the next domain when one fails or is refused"
+    )
     upgrade.add_argument(
         "--prepare", action="store_true", help="stop when the guest is held; virsh restore goes on with it"
     )
-    upgrade.set_defaults(run=_upgrade)
+    upgrade.set_defaults(run=_upgrade, misused=upgrade.error)
 
     examine = commands.add_parser(
         "check", help="tell whether a guest can hop", description="Tell whether a guest can hop. Nothing is touched."
@@ -200,7 +211,7 @@ class _Interruptible(Protocol):
     def interrupt(self) -> bool:
         """Undo as soon as possible."""
 
-    async def run(self) -> Report:
+    async def run(self) -> object:
         """Hop."""
 
 
@@ -238,35 +249,68 @@ def _need_libvirt() -> None:
 
 
 def _upgrade(options: argparse.Namespace) -> int:
+    if bool(options.domains) + options.all + options.outdated != 1:
+        options.misused("name domains, or give --all or --outdated")
     _need_libvirt()
-    from . import upgrade
+    from . import series, upgrade
 
     live = sys.stderr.isatty() and not options.json
-    chosen = upgrade.Options(
-        emulator=options.emulator,
-        prepare_only=options.prepare,
-        dry_run=options.dry_run,
-        step_timeout=options.timeout,
-    )
-    reports: list[dict[str, object]] = []
     worst = EXIT_DONE
-    for name in options.domains:
-        hop = upgrade.Upgrade(options.connect, name, chosen, _show_phase if live else lambda _: None)
-        try:
-            asyncio.run(_interruptible(hop))
-            if not options.json:
-                print(hop.summary())
-        except SevhopError as err:
-            status = _EXIT_OF.get(type(err), EXIT_UNDONE)
-            if not options.json:
-                print(f"sevhop: {name}: {err}; {_STATE_OF_GUEST[status]}", file=sys.stderr)
-            worst = max(worst, status)
-        reports.append(hop.as_json())
-        if worst != EXIT_DONE and not options.keep_going:
-            break
+
+    def ended(hop: upgrade.Upgrade, error: SevhopError | None) -> None:
+        nonlocal worst
+        status = EXIT_DONE if error is None else _EXIT_OF.get(type(error), EXIT_UNDONE)
+        worst = max(worst, status)
+        if options.json:
+            return
+        if error is None:
+            print(hop.summary(), flush=True)
+        else:
+            print(f"sevhop: {hop.report.guest}: {error}; {_STATE_OF_GUEST[status]}", file=sys.stderr)
+
+    try:
+        names = asyncio.run(_chosen(options)) if not options.domains else options.domains
+    except SevhopError as err:
+        return _no_domains(options, err)
+    hops = series.Series(
+        options.connect,
+        names,
+        upgrade.Options(
+            emulator=options.emulator,
+            prepare_only=options.prepare,
+            dry_run=options.dry_run,
+            step_timeout=options.timeout,
+        ),
+        chosen=not options.domains,
+        keep_going=options.keep_going,
+        progress=_show_phase if live else lambda _: None,
+        ended=ended,
+    )
+    asyncio.run(_interruptible(hops))
     if options.json:
-        print(json.dumps({"domains": reports}))
+        print(json.dumps({"domains": [hop.as_json() for hop in hops.upgrades]}))
+    elif not names:
+        print(f"no domain is {'outdated' if options.outdated else 'active'}")
+    elif len(names) > 1:
+        print(hops.summary())
     return worst
+
+
+async def _chosen(options: argparse.Namespace) -> list[str]:
+    from . import series
+
+    if options.outdated:
+        return await series.all_outdated(options.connect, options.emulator)
+    return await series.all_active(options.connect)
+
+
+def _no_domains(options: argparse.Namespace, error: SevhopError) -> int:
+    """libvirt could not be asked for its domains."""
+    if options.json:
+        print(json.dumps({"domains": [], "reason": str(error)}))
+    else:
+        print(f"sevhop: {error}; nothing was touched", file=sys.stderr)
+    return EXIT_REFUSED
 
 
 # -- sevhop status ---------------------------------------------------------------------------------
@@ -279,11 +323,7 @@ def _status(options: argparse.Namespace) -> int:
     try:
         rows = asyncio.run(status.survey(options.connect, options.domains))
     except SevhopError as err:
-        if options.json:
-            print(json.dumps({"domains": [], "reason": str(err)}))
-        else:
-            print(f"sevhop: {err}", file=sys.stderr)
-        return EXIT_REFUSED
+        return _no_domains(options, err)
     if options.json:
         print(json.dumps({"domains": [row.as_json() for row in rows]}))
     else:

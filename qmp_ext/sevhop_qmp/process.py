@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import enum
 import os
 import re
 import resource
@@ -107,6 +108,14 @@ class Credentials:
         return done.returncode == 0
 
 
+class OnDisk(enum.Enum):
+    """What has become of the file that a process was started from."""
+
+    UNCHANGED = "unchanged"
+    REPLACED = "replaced"
+    DELETED = "deleted"
+
+
 class QemuProcess:
     """
     One QEMU process, source or destination.
@@ -173,6 +182,23 @@ class QemuProcess:
     def executable(self) -> str:
         """Path of the program; `` (deleted)`` is appended by the kernel when the file was replaced on disk."""
         return self._link("exe")
+
+    @property
+    def on_disk(self) -> OnDisk:
+        """
+        What has become of that file. Its content matters as little as its version: another file is another QEMU.
+
+        :raises ProcessError: the process has ended.
+        """
+        path = path_on_disk(self.executable)
+        try:
+            running = os.stat(self._proc / "exe")
+        except OSError as err:
+            raise self._unreadable("exe", err) from err
+        try:
+            return OnDisk.UNCHANGED if os.path.samestat(running, os.stat(path)) else OnDisk.REPLACED
+        except OSError:
+            return OnDisk.DELETED
 
     @cached_property
     def command_line(self) -> list[str]:

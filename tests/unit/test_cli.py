@@ -12,6 +12,9 @@ LIBVIRT = (["upgrade", "web"], ["check", "web"], ["status"], ["install"], ["unin
 WRONG: tuple[list[str], ...] = (
     [],
     ["upgrade"],
+    ["upgrade", "web", "--all"],
+    ["upgrade", "--all", "--outdated"],
+    ["upgrade", "--keep-going"],
     ["check"],
     ["check", "web", "--qmp", "/run/qmp"],
     ["hop"],
@@ -40,7 +43,9 @@ def test_without_libvirt(
     assert "sevhop[libvirt]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["upgrade", "web"], ["status"]])
+@pytest.mark.parametrize(
+    "words", [["upgrade", "web"], ["upgrade", "--all"], ["upgrade", "--outdated"], ["status"], ["status", "web"]]
+)
 def test_no_daemon_answers(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*words, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
     answer = json.loads(capsys.readouterr().out)

@@ -1,0 +1,83 @@
+"""Where a domain stands, in words; and what has become of the file that a process was started from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sevhop.status import Standing
+from sevhop_qmp.errors import ProcessError
+from sevhop_qmp.process import OnDisk, QemuProcess
+
+LINES = {
+    "web: QEMU 7.2.22, up to date, can hop": Standing("web", "7.2.22", "unchanged", "7.2.22"),
+    "web: QEMU 7.2.22, 10.0.13 is installed, can hop": Standing("web", "7.2.22", "unchanged", "10.0.13"),
+    "web: QEMU 7.2.22 (replaced on disk), 7.2.22 is installed, can hop": Standing(
+        "web", "7.2.22", "replaced", "7.2.22"
+    ),
+    "web: QEMU 7.2.22 (deleted on disk), none is installed, cannot hop: emulator: gone": Standing(
+        "web", "7.2.22", "deleted", "", obstacle="emulator: gone"
+    ),
+    "web: QEMU 7.2.22, up to date, can hop; hop: broken off": Standing(
+        "web", "7.2.22", "unchanged", "7.2.22", hop="broken off"
+    ),
+    "web: in a hop: waiting": Standing("web", hop="waiting"),
+    "web: domain web is not running": Standing("web", obstacle="domain web is not running"),
+    "web: no QEMU": Standing("web"),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_in_words(line: str) -> None:
+    assert str(LINES[line]) == line
+
+
+def test_what_is_outdated() -> None:
+    assert {line for line, row in LINES.items() if row.outdated} == {
+        line for line in LINES if line.endswith(" is installed, can hop")
+    }
+    for row in LINES.values():
+        assert row.as_json()["outdated"] == row.outdated
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    return Path(shutil.copy("/bin/sleep", tmp_path / "program"))
+
+
+@pytest.fixture
+def process(program: Path) -> Iterator[QemuProcess]:
+    child = subprocess.Popen([program, "60"])
+    process = QemuProcess.open(child.pid)
+    try:
+        yield process
+    finally:
+        process.close()
+        child.kill()
+        child.wait()
+
+
+def test_the_file_is_unchanged(process: QemuProcess) -> None:
+    assert process.on_disk is OnDisk.UNCHANGED
+
+
+def test_the_file_is_replaced(process: QemuProcess, program: Path) -> None:
+    shutil.copy(program, f"{program}.new")
+    os.replace(f"{program}.new", program)
+    assert process.on_disk is OnDisk.REPLACED
+
+
+def test_the_file_is_deleted(process: QemuProcess, program: Path) -> None:
+    program.unlink()
+    assert process.on_disk is OnDisk.DELETED
+
+
+def test_a_process_that_has_ended(process: QemuProcess) -> None:
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(ProcessError, match="has ended"):
+        assert process.on_disk
