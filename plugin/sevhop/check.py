@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
@@ -182,6 +183,14 @@ def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
         new = emulator.look(path)
     except SevhopError as err:
         return failed("emulator", err.message, err.hint, skipped=("machine type",))
+    user = process.credentials
+    if not user.may("x", Path(path)):
+        return failed(
+            "emulator",
+            f"the user of the guest's QEMU ({user.uid}) may not run {path}",
+            "install it for all users, or name another one with --emulator",
+            skipped=("machine type",),
+        )
     was = process.on_disk
     note = "" if was is OnDisk.UNCHANGED else f"; the source's binary was {was.value} on disk"
     return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))

@@ -93,16 +93,17 @@ class Credentials:
 
     def may(self, access: str, path: Path) -> bool:
         """
-        Whether this user can open a file; asked by becoming that user, since directories count as well.
+        Whether this user can open or run a file; asked by becoming that user, since directories count as well.
 
-        :param access: ``r``, ``w`` or ``rw``.
+        :param access: letters of ``rwx``.
         """
+        other = (self.uid, self.gid) != (os.geteuid(), os.getegid())
         questions = " -a ".join(f"-{letter} {{0}}" for letter in access).split()
         done = subprocess.run(
             [shutil.which("test") or "/usr/bin/test", *(word.format(path) for word in questions)],
-            user=self.uid,
-            group=self.gid,
-            extra_groups=self.groups,
+            user=self.uid if other else None,
+            group=self.gid if other else None,
+            extra_groups=self.groups if other else None,
             check=False,
         )
         return done.returncode == 0

@@ -29,9 +29,9 @@ def written(image: SaveImage) -> bytes:
         return file.read()
 
 
-@fuzzed(xml=texts, running=st.booleans(), stream=raw)
-def test_what_was_written_is_read(xml: str, running: bool, stream: bytes) -> None:
-    image = SaveImage(xml, running, stream)
+@fuzzed(xml=texts, running=st.booleans(), stream=raw, piped=st.booleans())
+def test_what_was_written_is_read(xml: str, running: bool, stream: bytes, piped: bool) -> None:
+    image = SaveImage(xml, running, stream, piped)
     try:
         content = written(image)
     except SaveImageError:
@@ -40,17 +40,18 @@ def test_what_was_written_is_read(xml: str, running: bool, stream: bytes) -> Non
         assert SaveImage.read(file) == image
 
 
-WHOLE = written(SaveImage("<domain><name>gäst</name></domain>", True, b"QEVM\0\0\0\3state"))
+XML = "<domain><name>gäst</name></domain>"
+WHOLE = [written(SaveImage(XML, True, b"QEVM\0\0\0\3state", piped)) for piped in (False, True)]
 
 
 @fuzzed(
     content=st.one_of(
         raw,
-        st.tuples(st.integers(0, len(WHOLE)), raw, st.integers(0, 40)).map(
-            lambda cut: WHOLE[: cut[0]] + cut[1] + WHOLE[cut[0] + cut[2] :]
+        st.tuples(st.sampled_from(WHOLE), st.integers(0, len(WHOLE[1])), raw, st.integers(0, 40)).map(
+            lambda cut: cut[0][: cut[1]] + cut[2] + cut[0][cut[1] + cut[3] :]
         ),
-        st.tuples(st.integers(16, 35), st.binary(min_size=1, max_size=4)).map(
-            lambda field: WHOLE[: field[0]] + field[1] + WHOLE[field[0] + len(field[1]) :]
+        st.tuples(st.sampled_from(WHOLE), st.integers(16, 35), st.binary(min_size=1, max_size=4)).map(
+            lambda field: field[0][: field[1]] + field[2] + field[0][field[1] + len(field[2]) :]
         ),
     )
 )

@@ -170,6 +170,17 @@ def test_an_emulator_that_others_may_change(daemon: Daemon, start: StartDomain, 
     assert_as_before(daemon, guest, old)
 
 
+def test_an_emulator_that_qemus_user_cannot_reach(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    closed = PROGRAMS / "closed"
+    (daemon.root / str(closed).lstrip("/")).mkdir(0o700)
+    report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "qemu", new, "", closed))
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert "may not run" in report["reason"]
+    assert_as_before(daemon, guest, old)
+
+
 def test_private_memory(daemon: Daemon, start: StartDomain, old: Path) -> None:
     guest = start(memory="private")
     guest.wait_for_ticks()
