@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from .conftest import StartDomain
 from .daemon import Daemon, DomainGuest
 from .enclosure import PROGRAMS
@@ -145,6 +147,21 @@ def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDoma
     assert guest.state == "running"
     assert guest.emulator() == str(new)
     guest.wait_for_ticks()
+
+
+def test_a_tap_is_made_anew(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("this host has no taps")
+    name = "sevhop-test-tap"  # the network is the host's
+    guest = start(more=f"<interface type='ethernet'><target dev='{name}'/><model type='virtio'/></interface>")
+    guest.wait_for_ticks()
+    before = Path(f"/sys/class/net/{name}/ifindex").read_text()
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert Path(f"/sys/class/net/{name}/ifindex").read_text() != before
+    assert name in daemon.virsh("domiflist", guest.name)
+    guest.wait_for_ticks()
+    guest.end()
+    assert not Path(f"/sys/class/net/{name}").exists()
 
 
 def test_several_domains(daemon: Daemon, start: StartDomain, new: Path) -> None:
