@@ -9,9 +9,10 @@ keeper has a session of its own and outlives the command that started it. ::
                              ^                          │                            │
                              └──────────────────────────┴──── the destination died ──┘
 
-In its directory, which it makes and removes, are two sockets, both SOCK_SEQPACKET, and peers are told by SO_PEERCRED:
+In its directory, which it makes and removes, are three sockets, all SOCK_SEQPACKET, and peers are told by SO_PEERCRED:
 
-``control``   root's: the command that has started it, and the hook
+``control``   root's: the command that has started it, and the hook where that is a program of its own
+``hook``      root's: the hook; see :mod:`sevhop.hook_calls`
 ``keeper``    QEMU's user's: adopt.so in the destination; see :mod:`sevhop.keeper`
 
 The commit happens here, asked for by the hook at ``started begin``: the kept RAM blocks are written into the
@@ -44,6 +45,7 @@ from sevhop_qmp.monitor import Monitor, peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
 
+from . import hook_calls
 from .keeper import Answers, Held
 from .keeper_process import MESSAGE, START_TIMEOUT, Brief, KeeperError, State
 from .run_directory import claim, remove
@@ -167,6 +169,10 @@ class Custody:
             log.exception("%r", request)
             return f"no unexpected {type(err).__name__}: {err}"[:MESSAGE], None
         return "no this is not a request", None
+
+    async def answer_hook(self, sock: socket.socket, request: str) -> str:
+        """The same for a hook whose call was handed over."""
+        return (await self.answer_control(sock, request.encode()))[0]
 
     async def _command(self, word: str, argument: str) -> str:
         match word:
@@ -357,6 +363,7 @@ async def _keep(brief: Brief) -> None:
         listening = [
             asyncio.ensure_future(custody.listen(directory / "control", os.geteuid(), custody.answer_control)),
             asyncio.ensure_future(custody.listen(directory / "keeper", brief.uid, custody.answer_destination)),
+            asyncio.ensure_future(hook_calls.listen(directory / hook_calls.SOCKET, custody.answer_hook)),
         ]
         # The first run of each makes its socket.
         await asyncio.sleep(0)

@@ -18,8 +18,9 @@ added to its XML is taken out again. A save image of sevhop's has no RAM in it a
 refused.
 
 A domain of another daemon that happens to have the same name is ``foreign``, and is left alone. libvirt is never called
-from here, it waits for us. This runs inside the blackout, so next to nothing is imported: of the standard library's
-socket only the part in C, which takes a tenth of the time.
+from here, it waits for us. Inside the blackout the keeper itself runs this (:mod:`sevhop.hook_calls`). Without one it
+is a program, which imports next to nothing: of the standard library's socket only the part in C, which takes a tenth of
+the time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
     from typing import TextIO
 
@@ -45,7 +47,15 @@ PATIENCE = 30.0
 _MESSAGE = 4096
 
 
-def main(arguments: list[str], stdin: TextIO, stdout: TextIO, stderr: TextIO, *, domains: str = DOMAINS) -> int:
+def main(
+    arguments: list[str],
+    stdin: TextIO,
+    stdout: TextIO,
+    stderr: TextIO,
+    *,
+    domains: str = DOMAINS,
+    keeper: Callable[[str], str] | None = None,
+) -> int:
     """
     Answer libvirt.
 
@@ -53,13 +63,18 @@ def main(arguments: list[str], stdin: TextIO, stdout: TextIO, stderr: TextIO, *,
     :param stdin: the domain's XML.
     :param stdout: for the XML, if it is to be changed; otherwise nothing may be written to it.
     :param stderr: for the reason of a refusal, which libvirt quotes.
+    :param keeper: asks the domain's keeper; by default the one whose directory ``domains`` names.
     :return: 0 if libvirt may go on.
     """
     name, operation, sub = (*arguments, "", "", "")[:3]
     if (operation, sub) not in _MATTERS or name in ("", ".", "..") or "/" in name or "\0" in name:
         return 0
+    def linked(request: str) -> str:
+        directory = os.readlink(os.path.join(domains, name))
+        return ask(os.path.join(domains, directory, "control"), request)
+
     try:
-        refused, changed = _answer(name, operation, sub, stdin.read(), domains)
+        refused, changed = _answer(name, operation, sub, stdin.read(), keeper or linked)
     except ValueError as err:  # DomainXmlError among them
         refused, changed = f"the domain's XML is not understood: {err}", ""
     if refused:
@@ -70,11 +85,10 @@ def main(arguments: list[str], stdin: TextIO, stdout: TextIO, stderr: TextIO, *,
     return 0
 
 
-def _answer(name: str, operation: str, sub: str, xml: str, domains: str) -> tuple[str, str]:
+def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str], str]) -> tuple[str, str]:
     """Why libvirt may not go on, and the changed XML; empty if it may, or if nothing changes."""
     try:
-        directory = os.readlink(os.path.join(domains, name))
-        answer = ask(os.path.join(domains, directory, "control"), f"hook {operation} {sub} {_uuid(xml)}")
+        answer = keeper(f"hook {operation} {sub} {_uuid(xml)}")
     except (OSError, UnicodeEncodeError):
         answer = "foreign"
     verdict, _, rest = answer.partition(" ")
@@ -128,11 +142,12 @@ def _domain_xml() -> ModuleType:
     return domain_xml
 
 
+def stream(descriptor: int, mode: str) -> TextIO:
+    """One of libvirt's. It speaks UTF-8, whatever its locale is; what is not is passed on as it came."""
+    return open(descriptor, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # type: ignore[return-value]
+
+
 if __name__ == "__main__":
-    # libvirt speaks UTF-8, whatever its locale is; what is not is passed on as it came.
-    with (
-        open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as xml,
-        open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as out,
-    ):
+    with stream(0, "r") as xml, stream(1, "w") as out:
         status = main(sys.argv[1:], xml, out, sys.stderr)
     sys.exit(status)

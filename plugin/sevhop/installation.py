@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 
 from sevhop_qmp.errors import SevhopError
 
-from . import hook
+from . import hook, hook_calls
 from .domain import Connection, DomainError
 from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
@@ -47,7 +47,9 @@ def install() -> Path:
     :raises SevhopError: it cannot be written.
     """
     text = (_HERE / "host" / "qemu.d" / "sevhop").read_text()
-    text = text.replace("@PYTHON@", shlex.quote(sys.executable)).replace("@HOOK@", shlex.quote(str(_HERE / "hook.py")))
+    programs = {"@PYTHON@": sys.executable, "@HOOK@": str(_HERE / "hook.py"), "@CLIENT@": str(hook_calls.CLIENT)}
+    for mark, path in programs.items():
+        text = text.replace(mark, shlex.quote(path))
     try:
         _SCRIPT.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=HOOKS, prefix=".sevhop-", delete=False) as file:

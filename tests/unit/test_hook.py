@@ -177,7 +177,8 @@ def test_what_an_earlier_hop_has_left_is_taken_out(keeper: FakeKeeper, operation
 
 
 def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: Path) -> None:
-    text = SCRIPT.read_text().replace("/run/sevhop/domains", str(keeper.domains)).replace("@PYTHON@", "/bin/false")
+    text = SCRIPT.read_text().replace("/run/sevhop/domains", str(keeper.domains))
+    text = text.replace("@PYTHON@", "/bin/false").replace("@CLIENT@", "/no/such/file")
     path = tmp_path / "script"
     path.write_text(text)
     path.chmod(0o755)
