@@ -5,12 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from faults.table import FaultTable
 from guests import counter, emulators
 from guests.build import Unavailable
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
 
 TESTS = Path(__file__).parent
+
+
+_FAULTS = pytest.StashKey[FaultTable]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-table", type=Path, metavar="FILE", help="write what became of the guests after faults")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FAULTS] = FaultTable()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if file := session.config.getoption("--fault-table"):
+        session.config.stash[_FAULTS].write(file)
+
+
+@pytest.fixture(scope="session")
+def fault_table(request: pytest.FixtureRequest) -> FaultTable:
+    """Where tests of faults note what they have seen."""
+    return request.config.stash[_FAULTS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,11 +23,12 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import check
+from . import check, recover
 from .destination import START_TIMEOUT
 from .errors import Lost, NeedsRecover, Refused
 from .finding import Finding, failed
-from .hop import Hop, Options, Phase, Report
+from .hop import Hop, Options
+from .procedure import Phase, Report
 
 DEFAULT_URI = "qemu:///system"
 
@@ -137,7 +138,17 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("domains", nargs="*", metavar="DOMAIN", help="default: all active ones")
     status.set_defaults(run=_status)
 
-    for command in (hop, upgrade):
+    mend = commands.add_parser(
+        "recover",
+        help="finish or undo hops that were broken off",
+        description="Bring every hop that was broken off to its end: the guest runs in its old QEMU, or in the new "
+        "one. Safe at any time, also when nothing is wrong.",
+    )
+    mend.add_argument("guests", nargs="*", metavar="DOMAIN", help="default: all")
+    mend.add_argument("--json", action="store_true", help="print one JSON object, errors included")
+    mend.set_defaults(run=_recover)
+
+    for command in (hop, upgrade, mend):
         command.add_argument(
             "--timeout",
             type=_seconds,
@@ -170,6 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def exit_status(error: SevhopError) -> int:
+    """What an error that ends a hop means for the caller."""
+    return _EXIT_OF.get(type(error), EXIT_UNDONE)
+
+
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 86400:
@@ -197,7 +213,7 @@ def _hop(options: argparse.Namespace) -> int:
     try:
         asyncio.run(_interruptible(hop))
     except SevhopError as err:
-        status, error = _EXIT_OF.get(type(err), EXIT_UNDONE), err
+        status, error = exit_status(err), err
     if options.json:
         print(json.dumps(hop.report.as_json()))
     elif error is None:
@@ -259,7 +275,7 @@ def _upgrade(options: argparse.Namespace) -> int:
 
     def ended(hop: upgrade.Upgrade, error: SevhopError | None) -> None:
         nonlocal worst
-        status = EXIT_DONE if error is None else _EXIT_OF.get(type(error), EXIT_UNDONE)
+        status = EXIT_DONE if error is None else exit_status(error)
         worst = max(worst, status)
         if options.json:
             return
@@ -330,6 +346,24 @@ def _status(options: argparse.Namespace) -> int:
         for row in rows:
             print(row)
     return EXIT_DONE
+
+
+# -- sevhop recover --------------------------------------------------------------------------------
+
+
+_EXIT_OF_RECOVERY = {recover.End.STUCK: EXIT_NEEDS_RECOVER, recover.End.GONE: EXIT_LOST}
+
+
+def _recover(options: argparse.Namespace) -> int:
+    found = asyncio.run(recover.recover(options.guests, timeout=options.timeout))
+    if options.json:
+        print(json.dumps({"guests": [one.as_json() for one in found]}))
+    else:
+        for one in found:
+            print(one)
+        if not found:
+            print("nothing was broken off")
+    return max((_EXIT_OF_RECOVERY.get(one.end, EXIT_DONE) for one in found), default=EXIT_DONE)
 
 
 # -- sevhop install, uninstall ---------------------------------------------------------------------

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -23,7 +24,7 @@ from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import Credentials, QemuProcess
 
-from . import command_line
+from . import command_line, run_directory
 from .keeper import Keeper
 
 #: Seconds until a new QEMU must answer its monitor.
@@ -31,6 +32,8 @@ START_TIMEOUT = 30.0
 #: Seconds until a killed process must be gone.
 KILL_TIMEOUT = 10.0
 
+#: Name of the monitor's socket in the directory of the hop.
+_MONITOR = "monitor"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -74,13 +77,37 @@ class Destination:
     A started destination. :meth:`start`, then either let it live (:meth:`release`) or :meth:`kill` it.
 
     It is our child, in a session of its own. When we end, init takes it over; a caller that lives on may wait for it.
+
+    :ivar directory: of its own, below ``/run/sevhop``; its monitor is there, so that another process can reach it
+        should this one end. It goes away when the destination is let live or has been killed.
     """
 
-    def __init__(self, child: subprocess.Popen[bytes], process: QemuProcess, log: BinaryIO) -> None:
+    def __init__(
+        self,
+        process: QemuProcess,
+        directory: Path,
+        child: subprocess.Popen[bytes] | None = None,
+        log: BinaryIO | None = None,
+    ) -> None:
+        self.process = process
+        self.directory = directory
         self._child = child
         self._log = log
-        self.process = process
         self.monitor: Monitor
+
+    @classmethod
+    async def reach(cls, process: QemuProcess, directory: Path, *, timeout: float = COMMAND_TIMEOUT) -> Self:
+        """
+        Connect to a destination that another process has started.
+
+        :raises MonitorError: it does not answer.
+        """
+        self = cls(process, directory)
+        self.monitor = await Monitor.connect(directory / _MONITOR, timeout=timeout, greeting_timeout=timeout)
+        if self.monitor.peer != process.pid:
+            await self.monitor.close()
+            raise MonitorError(f"{directory / _MONITOR} is not served by process {process.pid}")
+        return self
 
     @classmethod
     async def start(
@@ -92,6 +119,7 @@ class Destination:
         *,
         timeout: float = START_TIMEOUT,
         command_timeout: float = COMMAND_TIMEOUT,
+        started: Callable[[QemuProcess, Path], None] = lambda process, directory: None,
     ) -> Self:
         """
         Start a destination and connect to it.
@@ -100,44 +128,52 @@ class Destination:
         :param arguments: its command line without the program; what makes a destination of it is added here.
         :param timeout: seconds until its monitor must answer.
         :param command_timeout: seconds for each command afterwards.
+        :param started: told, as soon as there is a process, of it and of the directory in which its monitor will be.
         :raises SevhopError: it did not come up; the message has QEMU's own reason when it gave one.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        directory = run_directory.make()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # What QEMU says while it starts is needed for a reason; later it goes where the source's messages went.
         log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
         environment = dict(surroundings.environment)
         environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", surroundings.stderr, inherited=environment)
         try:
+            listener.bind(str(directory / _MONITOR))
+            listener.listen()
             child = _spawn(
-                [emulator, *command_line.incoming(list(arguments), theirs.fileno())],
+                [emulator, *command_line.incoming(list(arguments), listener.fileno())],
                 surroundings,
                 environment,
                 stderr=log.fileno(),
-                keep=[theirs.fileno(), keeper.theirs.fileno(), surroundings.stderr],
+                keep=[listener.fileno(), keeper.theirs.fileno(), surroundings.stderr],
             )
         except (OSError, subprocess.SubprocessError) as err:
-            ours.close()
             log.close()
+            shutil.rmtree(directory, ignore_errors=True)
             raise SevhopError(f"{emulator} cannot be started: {getattr(err, 'strerror', None) or err}") from err
         finally:
-            theirs.close()
-        self = cls(child, QemuProcess.open(child.pid), log)
+            # When QEMU ends, nobody listens any more, and whoever waits to be accepted is told so.
+            listener.close()
+        self = cls(QemuProcess.open(child.pid), directory, child, log)
         try:
+            started(self.process, directory)
             _place(child.pid, surroundings)
-            # QEMU opens its monitors before it builds the machine, and serves them afterwards.
-            self.monitor = await Monitor.connect(ours, timeout=command_timeout, greeting_timeout=timeout)
+            # QEMU serves its monitors when it has built the machine.
+            self.monitor = await Monitor.connect(
+                directory / _MONITOR, timeout=command_timeout, greeting_timeout=timeout
+            )
         except MonitorError as err:
-            ours.close()
             await self.kill()
             raise SevhopError(f"the destination did not start: {self.last_words() or err.message}") from err
         except BaseException:
-            ours.close()
             await self.kill()
             raise
         return self
 
     def last_words(self) -> str:
         """The last thing QEMU said while it was ours, in one line; empty when it said nothing."""
+        if self._log is None:
+            return ""
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
         told = [line for line in lines if line and "warning:" not in line]
@@ -155,13 +191,21 @@ class Destination:
         gone = await self.process.wait(KILL_TIMEOUT)
         if not gone:
             raise SevhopError(f"the destination (process {self.process.pid}) cannot be killed")
-        self._child.wait()
+        if self._child is not None:
+            self._child.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     async def release(self) -> None:
-        """Hang up and let it live on."""
+        """Hang up and let it live on. Nobody can reach this monitor any more."""
+        await self.leave()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    async def leave(self) -> None:
+        """Hang up and let it live on, for somebody else to :meth:`reach`."""
         await self.monitor.close()
         self.process.close()
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
 
 def _spawn(

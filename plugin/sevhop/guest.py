@@ -21,6 +21,9 @@ from sevhop_qmp.ram_blocks import RamBlock
 #: Bit of the SEV policy that asks for encrypted registers (AMD SEV API, table "Guest Policy").
 _POLICY_ES = 0x4
 
+#: RAM blocks whose content QEMU has had encrypted at launch. It is tied to its physical page and cannot be copied.
+ENCRYPTED_BLOCKS = frozenset({"pc.bios", "system.flash0"})
+
 
 @dataclass(frozen=True)
 class MemoryBackend:

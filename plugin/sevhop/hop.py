@@ -27,13 +27,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import os
-import secrets
-import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tenacity
@@ -54,9 +51,11 @@ from sevhop_qmp.process import QemuProcess
 from . import check, command_line, guest
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .errors import Lost, NeedsRecover, Refused, Undone
+from .guest import ENCRYPTED_BLOCKS
+from .journal import Entry, Process
 from .keeper import Held, Keeper
-
-log = logging.getLogger(__name__)
+from .name_plates import NamePlates
+from .procedure import Procedure, Progress, Report, expected
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
 CONT_DEADLINE = 10.0
@@ -83,91 +82,13 @@ class Options:
     move_deadline: float = 2.0
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A phase that is over, and how many milliseconds it took."""
-
-    name: str
-    ms: float
-
-
-@dataclass
-class Report:
-    """
-    What has become of a hop.
-
-    :ivar outcome: ``done``, ``refused``, ``undone``, ``needs-recover`` or ``lost``.
-    :ivar blackout_ms: milliseconds from the order to stop the source until the guest ran again, wherever; None when
-        it was never stopped.
-    :ivar notes: what went not quite as it should after the commit, none of which matters to the guest.
-    """
-
-    guest: str = ""
-    context: str = ""
-    source_pid: int = 0
-    source_version: str = ""
-    destination_pid: int = 0
-    destination_version: str = ""
-    phases: list[Phase] = field(default_factory=list)
-    blackout_ms: float | None = None
-    move: move.MoveReport | None = None
-    outcome: str = ""
-    reason: str = ""
-    notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, object]:
-        """The object that ``--json`` prints."""
-        return {
-            "guest": self.guest,
-            "context": self.context,
-            "source": {"pid": self.source_pid, "version": self.source_version},
-            "destination": {"pid": self.destination_pid, "version": self.destination_version},
-            "phases": [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases],
-            "blackout_ms": None if self.blackout_ms is None else round(self.blackout_ms, 3),
-            "move": None
-            if self.move is None
-            else {"attempts": self.move.attempts, "errno": self.move.errno, "ms": round(self.move.ms, 3)},
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "notes": self.notes,
-        }
-
-
-#: RAM blocks whose content QEMU has had encrypted at launch. It is tied to its physical page and cannot be copied.
-ENCRYPTED_BLOCKS = frozenset({"pc.bios", "system.flash0"})
-
-#: Told of every phase: its name when it begins, and the phase when it is over.
-Progress = Callable[[str | Phase], None]
-
-
-async def timed(name: str, phase: Callable[[], Awaitable[None]], report: Report, progress: Progress) -> None:
-    """Go through a phase: tell when it begins and when it is over, also by failure, and report how long it took."""
-    progress(name)
-    began = time.monotonic()
-    try:
-        await phase()
-    finally:
-        done = Phase(name, (time.monotonic() - began) * 1e3)
-        report.phases.append(done)
-        progress(done)
-
-
-class Hop:
-    """
-    One hop. :meth:`run` it once; :meth:`interrupt` may be called from a signal handler meanwhile.
-
-    :ivar report: filled in as the hop goes on, complete when :meth:`run` has returned or raised.
-    """
+class Hop(Procedure):
+    """A hop of a guest that runs outside libvirt."""
 
     def __init__(self, options: Options, progress: Progress = lambda _: None) -> None:
-        self.report = Report()
+        super().__init__(str(options.source), progress)
         self._options = options
-        self._progress = progress
-        self._resources = contextlib.AsyncExitStack()
         self._undo = contextlib.AsyncExitStack()
-        self._task: asyncio.Task[object] | None = None
-        self._phase = ""
-        self._stopped_at: float | None = None
         self._loaded = False
         self._moving = False
         self._committed = False
@@ -180,42 +101,17 @@ class Hop:
         self._arguments: command_line.Derived  # check
         self._held: Held  # hold
         self._surroundings: Surroundings  # hold
+        self._plates: NamePlates  # hold
         self._destination: Destination  # prepare
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
         self._destination_vm: int  # prepare; not under TCG
 
-    async def run(self) -> Report:
-        """
-        Hop.
+    def _past_undoing(self) -> bool:
+        return self._committed or self._moving
 
-        :raises Refused: the guest cannot hop; nothing was touched.
-        :raises Undone: something failed and the guest runs where it ran.
-        :raises NeedsRecover: something failed behind the commit, or could not be undone.
-        :raises Lost: the source ended by itself before its state was saved.
-        """
-        self._task = asyncio.current_task()
-        try:
-            async with self._resources:
-                await self._hop()
-        except SevhopError as err:
-            outcomes: dict[type, str] = {Refused: "refused", NeedsRecover: "needs-recover", Lost: "lost"}
-            self.report.outcome = outcomes.get(type(err), "undone")
-            self.report.reason = str(err)
-            raise
-        self.report.outcome = "done"
-        return self.report
-
-    def interrupt(self) -> bool:
-        """Undo the hop as soon as possible. :return: False behind the commit: then it goes on to its end."""
-        if self._committed or self._moving or self._task is None:
-            return False
-        self._task.cancel()
-        return True
-
-    async def _hop(self) -> None:
-        """The procedure."""
+    async def _go(self) -> None:
         try:
             await self._do("check", self._check)
             await self._do("hold", self._hold)
@@ -235,11 +131,6 @@ class Hop:
                 raise
             raise failure from err
         await self._do("retire", self._retire)
-
-    async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
-        self._phase = name
-        log.info("%s: %s", self.report.guest or self._options.source, name)
-        await timed(name, phase, self.report, self._progress)
 
     # -- before the guest is touched ---------------------------------------------------------------
 
@@ -266,14 +157,29 @@ class Hop:
         if failures := verdict.tree.failures():
             first = failures[0]
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
+        self._begin_journal(
+            Entry(
+                kind="bare",
+                guest=self._guest.name,
+                context=self._guest.context.kind,
+                running=self._guest.state == "running",
+                source=Process.of(self._source),
+                monitor=os.path.abspath(options.source),
+                old=self._source.executable,
+                new=self._arguments.emulator,
+            )
+        )
 
     async def _hold(self) -> None:
         self._held = Held.take(self._source, self._guest)
         self._resources.callback(self._held.close)
         self._surroundings = Surroundings.of(self._source)
         self._resources.callback(self._surroundings.close)
+        self._plates = NamePlates.of(self._working_directory, self._held.listeners, self._arguments.pidfile)
+        self._remember(plates=self._plates.as_facts())
 
     async def _prepare(self) -> None:
+        self._undo.callback(self._plates.take_back)
         # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
         self._undo.push_async_callback(self._continue_source)
         await self._start_destination()
@@ -293,6 +199,7 @@ class Hop:
             self._resources.enter_context(Keeper(self._held, self._guest.context)),
             timeout=self._options.start_timeout,
             command_timeout=self._options.step_timeout,
+            started=self._remember_destination,
         )
         self.report.destination_pid = self._destination.process.pid
         self.report.destination_version = self._destination.monitor.version
@@ -303,6 +210,9 @@ class Hop:
         if number is not None:
             self._destination_vm = self._destination.process.duplicate(number)
             self._resources.callback(os.close, self._destination_vm)
+
+    def _remember_destination(self, process: QemuProcess, directory: Path) -> None:
+        self._remember(destination=Process.of(process), directory=str(directory))
 
     async def _compare(self) -> None:
         """See that the destination is the same machine, on the same memory, and bring its other RAM blocks over."""
@@ -348,6 +258,7 @@ class Hop:
             raise SevhopError("the destination runs before it was told to")
         # From here on all of the guest is in the destination; that the source may end does not matter any more.
         self._loaded = True
+        self._remember(loaded=True)
 
     async def _commit(self) -> None:
         with contextlib.suppress(MonitorClosed):
@@ -378,8 +289,9 @@ class Hop:
         )
         if report.restore_errno:
             self._commit_is_done()
-            reason = os.strerror(report.restore_errno)
-            raise NeedsRecover(f"the context was moved, but vCPU registers could not be set: {reason}")
+            reason = f"vCPU registers could not be set: {os.strerror(report.restore_errno)}"
+            self._remember(broken=reason)
+            raise NeedsRecover(f"the context was moved, but {reason}")
         return report
 
     async def _finish_elsewhere(self, failure: SevhopError) -> None:
@@ -417,17 +329,18 @@ class Hop:
     def _commit_is_done(self) -> None:
         self._committed = True
         self._undo.pop_all()
+        self._remember(committed=True)
 
     async def _resume(self) -> None:
         if self._stopped_at is None:
             return
         try:
-            await _continue(self._destination.monitor, patience=CONT_DEADLINE if self._committed else 0)
+            await let_run(self._destination.monitor, patience=CONT_DEADLINE if self._committed else 0)
         except MonitorError as err:
             if not self._committed:
                 raise
             await self._finish_elsewhere(err)
-            await _continue(self._destination.monitor, patience=CONT_DEADLINE)
+            await let_run(self._destination.monitor, patience=CONT_DEADLINE)
         self._commit_is_done()
         self._end_of_blackout()
 
@@ -442,7 +355,7 @@ class Hop:
         if self._loaded and not self._source.alive:
             # All that is left of the guest is in the destination. Leave it there, paused.
             self._undo.pop_all()
-            await self._destination.release()
+            await self._destination.leave()
             pid = self._destination.process.pid
             raise NeedsRecover(f"{failure.message}; the source has ended, the guest is paused in process {pid}")
         try:
@@ -459,11 +372,7 @@ class Hop:
             return
         if hasattr(self, "_destination") and self._destination.process.alive:
             raise SevhopError("the destination is still there, so the source stays paused")
-        await _continue(self._source_monitor, patience=CONT_DEADLINE)
-
-    def _end_of_blackout(self) -> None:
-        if self._stopped_at is not None and self.report.blackout_ms is None:
-            self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+        await let_run(self._source_monitor, patience=CONT_DEADLINE)
 
     async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error in some phase."""
@@ -471,9 +380,7 @@ class Hop:
             return Undone("interrupted")
         if isinstance(error, (Refused, NeedsRecover, Lost)):
             return error
-        if not isinstance(error, SevhopError):
-            log.error("unexpected error", exc_info=error)
-            error = SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop")
+        error = expected(error)
         message = f"{self._phase}: {error.message}"
         if self._committed:
             return NeedsRecover(message, error.hint)
@@ -490,41 +397,16 @@ class Hop:
     # -- behind the commit -------------------------------------------------------------------------
 
     async def _retire(self) -> None:
-        """End the source and let its name plates point to the destination. Nothing here can hurt the guest."""
-        kept = _keep_socket_paths(self._working_directory, self._held)
-        with contextlib.suppress(MonitorError, CommandError):
-            await self._source_monitor.execute("quit")
-        if not await self._source.wait(self._options.step_timeout):
-            self._note("the source did not quit and was killed")
-            self._source.kill()
-            await self._source.wait(self._options.step_timeout)
-        for path, spare in kept:
-            _put_socket_path_back(path, spare)
-        if self._arguments.pidfile is not None:
-            temporary, final = (os.path.join(self._working_directory, path) for path in self._arguments.pidfile)
-            with contextlib.suppress(OSError):
-                os.replace(temporary, final)
-        if self._guest.context.kind != "none":
-            await self._shut_down_instead_of_reset()
-        try:
-            await adopt.finish(self._destination.monitor)
-        except SevhopError as err:
-            self._note(f"the destination's sockets do not answer: {err.message}")
-        await self._destination.release()
-
-    async def _shut_down_instead_of_reset(self) -> None:
-        """
-        The firmware of an SEV guest was encrypted in place at launch, in pages of the source. A reset would execute
-        what is no code here, so a guest that reboots is shut down and can be started afresh.
-        """
-        try:
-            await self._destination.monitor.execute("set-action", {"reboot": "shutdown"})
-        except SevhopError as err:
-            self._note(f"a reboot of the guest will fail: {err.message}")
-
-    def _note(self, text: str) -> None:
-        log.warning("%s", text)
-        self.report.notes.append(text)
+        """Nothing here can hurt the guest."""
+        self._unfinished = not await retire(
+            self._source,
+            self._source_monitor,
+            self._destination,
+            self._plates,
+            context=self._guest.context.kind,
+            timeout=self._options.step_timeout,
+            note=self._note,
+        )
 
 
 async def hop(options: Options, progress: Progress = lambda _: None) -> Report:
@@ -532,7 +414,54 @@ async def hop(options: Options, progress: Progress = lambda _: None) -> Report:
     return await Hop(options, progress).run()
 
 
-async def _continue(monitor: Monitor, *, patience: float) -> None:
+async def retire(
+    source: QemuProcess | None,
+    source_monitor: Monitor | None,
+    destination: Destination,
+    plates: NamePlates,
+    *,
+    context: str,
+    timeout: float,
+    note: Callable[[str], None],
+) -> bool:
+    """
+    The guest runs in the destination: end the source, if it is still there, and let its name plates lead to the
+    destination. May be repeated.
+
+    :param context: of the guest.
+    :param timeout: seconds in which the source must quit; then it is killed.
+    :param note: told what went wrong; none of it matters to the guest.
+    :return: whether the destination has been let go. Otherwise its sockets do not answer yet, and this should be
+        repeated.
+    """
+    if source is not None:
+        plates.keep()
+        if source_monitor is not None:
+            with contextlib.suppress(MonitorError, CommandError):
+                await source_monitor.execute("quit")
+        if source_monitor is None or not await source.wait(timeout):
+            note("the source did not quit and was killed")
+            source.kill()
+            await source.wait(timeout)
+    plates.hand_over()
+    if context != "none":
+        # The firmware of an SEV guest was encrypted in place at launch, in pages of the source. A reset would execute
+        # what is no code here, so a guest that reboots is shut down and can be started afresh.
+        try:
+            await destination.monitor.execute("set-action", {"reboot": "shutdown"})
+        except SevhopError as err:
+            note(f"a reboot of the guest will fail: {err.message}")
+    try:
+        await adopt.finish(destination.monitor)
+    except SevhopError as err:
+        note(f"the destination's sockets do not answer until sevhop recover has run: {err.message}")
+        await destination.leave()
+        return False
+    await destination.release()
+    return True
+
+
+async def let_run(monitor: Monitor, *, patience: float) -> None:
     """
     Let a guest run. Something else may hold its disk images for a moment, so a refusal is tried again for
     ``patience`` seconds.
@@ -547,31 +476,3 @@ async def _continue(monitor: Monitor, *, patience: float) -> None:
     ):
         with attempt:
             await monitor.execute("cont", timeout=max(patience, monitor.timeout))
-
-
-def _keep_socket_paths(working_directory: str, held: Held) -> list[tuple[Path, Path]]:
-    """
-    Give the source's socket files a second name each: it removes them when it ends, but the destination listens at
-    the very same sockets.
-
-    :return: (path, second name) of each.
-    """
-    kept = []
-    for address in held.listeners:
-        name = address[1]
-        if address[0] != socket.AF_UNIX or name.startswith("\0"):
-            continue
-        path = Path(working_directory, name)
-        spare = path.with_name(f".{path.name[:16]}.{secrets.token_hex(8)}")
-        with contextlib.suppress(OSError):
-            os.link(path, spare, follow_symlinks=False)
-            kept.append((path, spare))
-    return kept
-
-
-def _put_socket_path_back(path: Path, spare: Path) -> None:
-    with contextlib.suppress(OSError):
-        if path.exists():
-            spare.unlink()
-        else:
-            spare.rename(path)

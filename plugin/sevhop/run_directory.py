@@ -1,8 +1,9 @@
 """
 Where hops under way are found: ``/run/sevhop``.
 
-Each hop of a domain has a directory there, with a name that cannot be guessed, and a link in ``domains`` that is named
-like the domain. It is claimed by the keeper (:mod:`sevhop.custody`) and removed with it.
+Each hop has a directory there, with a name that cannot be guessed. That of a domain also has a link in ``domains``,
+named like the domain; it is claimed by the keeper (:mod:`sevhop.custody`) and removed with it. That of a guest outside
+libvirt has the destination's monitor in it (:mod:`sevhop.destination`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,27 @@ DOMAINS = RUN / "domains"
 
 
 class HopUnderWay(SevhopError):
-    """The domain is in a hop already."""
+    """The guest is in a hop already."""
 
 
 def make_run_directories() -> None:
-    """Make those directories that all hops share. QEMU's user may pass through the outer one, but not list it."""
+    """Make those directories that the hops of all domains share."""
+    _make_outer()
+    DOMAINS.mkdir(mode=0o700, exist_ok=True)
+
+
+def _make_outer() -> None:
+    """QEMU's user may pass through, but not list what is there."""
     RUN.mkdir(mode=0o711, exist_ok=True)
     RUN.chmod(0o711)
-    DOMAINS.mkdir(mode=0o700, exist_ok=True)
+
+
+def make(mode: int = 0o700) -> Path:
+    """Make a directory for a hop. Its name cannot be guessed, and the one above cannot be listed by others."""
+    _make_outer()
+    directory = RUN / secrets.token_hex(16)
+    directory.mkdir(mode=mode)
+    return directory
 
 
 def claim(name: str) -> Path:
@@ -45,9 +59,7 @@ def claim(name: str) -> Path:
         if alive(left):
             raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status")
         remove(name, left)
-    # The name cannot be guessed, and the directory above cannot be listed by others.
-    directory = RUN / secrets.token_hex(16)
-    directory.mkdir(mode=0o711)
+    directory = make(mode=0o711)
     try:
         os.symlink(f"../{directory.name}", DOMAINS / name)
     except OSError as err:
@@ -58,9 +70,13 @@ def claim(name: str) -> Path:
 
 def alive(directory: Path) -> bool:
     """Whether a keeper serves this directory."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+    return _listens(directory / "control", socket.SOCK_SEQPACKET)
+
+
+def _listens(path: Path, kind: int) -> bool:
+    with socket.socket(socket.AF_UNIX, kind) as sock:
         try:
-            sock.connect(str(directory / "control"))
+            sock.connect(str(path))
         except OSError:
             return False
     return True
@@ -88,3 +104,24 @@ def hops_under_way() -> list[str]:
         return sorted(name for name in os.listdir(DOMAINS) if hop_of(name))
     except FileNotFoundError:
         return []
+
+
+def sweep(used: set[str]) -> None:
+    """
+    Remove what hops have left that were killed.
+
+    :param used: directories that a journal mentions.
+    """
+    for name in hops_under_way():
+        directory = hop_of(name)
+        if directory is not None and not alive(directory) and str(directory) not in used:
+            remove(name, directory)
+    with contextlib.suppress(OSError):
+        for path in RUN.iterdir():
+            if path != DOMAINS and str(path) not in used and not _served(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _served(directory: Path) -> bool:
+    """Whether a keeper or a destination listens there."""
+    return alive(directory) or _listens(directory / "monitor", socket.SOCK_STREAM)

@@ -26,7 +26,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +36,14 @@ from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, emulator, guest, hook
+from . import domain_xml, emulator, guest, hook, journal
 from .domain import Connection, Domain, DomainError, DomainMonitor
 from .domain_check import examine
 from .errors import Lost, NeedsRecover, Refused, Undone
-from .hop import ENCRYPTED_BLOCKS, Phase, Progress, Report, timed
+from .guest import ENCRYPTED_BLOCKS
+from .journal import Entry, Process
 from .keeper_process import Brief, KeeperProcess, State
+from .procedure import Phase, Procedure, Progress, expected
 from .save_image import SaveImage
 
 log = logging.getLogger(__name__)
@@ -69,27 +71,21 @@ class Options:
     move_deadline: float = 2.0
 
 
-class Upgrade:
+class Upgrade(Procedure):
     """
-    The upgrade of one domain. :meth:`run` it once; :meth:`interrupt` may be called from a signal handler meanwhile.
+    The upgrade of one domain.
 
-    :ivar report: filled in as it goes on.
     :ivar image: the save image with which a prepared upgrade goes on.
     """
 
     def __init__(
         self, uri: str, name: str, options: Options, progress: Progress = lambda _: None
     ) -> None:
-        self.report = Report(guest=name)
+        super().__init__(name, progress)
         self.image: Path | None = None
         self._uri = uri
         self._name = name
         self._options = options
-        self._progress = progress
-        self._resources = contextlib.AsyncExitStack()
-        self._task: asyncio.Task[object] | None = None
-        self._phase = ""
-        self._stopped_at: float | None = None
         self._retiring = False
         self._retired = False
 
@@ -106,33 +102,11 @@ class Upgrade:
         self._piped: bool  # prepare
         self._state: KeptState  # prepare
 
-    async def run(self) -> Report:
-        """
-        Upgrade.
+    def _past_undoing(self) -> bool:
+        return self._retiring
 
-        :raises Refused: the guest cannot hop; nothing was touched.
-        :raises Undone: something failed and the guest runs in the old emulator.
-        :raises NeedsRecover: something failed, the guest does not run, but nothing of it is lost.
-        :raises Lost: its QEMU ended by itself before its state was saved.
-        """
-        self._task = asyncio.current_task()
-        try:
-            async with self._resources:
-                await self._upgrade()
-        except SevhopError as err:
-            outcomes: dict[type, str] = {Refused: "refused", NeedsRecover: "needs-recover", Lost: "lost"}
-            self.report.outcome = outcomes.get(type(err), "undone")
-            self.report.reason = str(err)
-            raise
-        self.report.outcome = "prepared" if self.image else "checked" if self._options.dry_run else "done"
-        return self.report
-
-    def interrupt(self) -> bool:
-        """Undo as soon as possible. :return: False once the source is being ended: then it goes on to its end."""
-        if self._retiring or self._task is None:
-            return False
-        self._task.cancel()
-        return True
+    def _outcome(self) -> str:
+        return "prepared" if self.image else "checked" if self._options.dry_run else "done"
 
     def as_json(self) -> dict[str, object]:
         """For ``--json``: the report, and ``image`` if the upgrade was prepared."""
@@ -149,8 +123,7 @@ class Upgrade:
         line = f"{report.guest}: QEMU {report.source_version} -> {report.destination_version}; {blackout}"
         return "\n".join([line, *(f"note: {note}" for note in report.notes)])
 
-    async def _upgrade(self) -> None:
-        """The procedure."""
+    async def _go(self) -> None:
         try:
             await self._do("check", self._check)
             if self._options.dry_run:
@@ -169,17 +142,14 @@ class Upgrade:
             raise failure from err
         if self._options.prepare_only:
             self.image = self._keeper.image
+            self._remember(phase="prepared")
+            self._unfinished = True
             return
         try:
             await self._do("restore", self._restore)
         except SevhopError as err:
             await asyncio.shield(asyncio.ensure_future(self._bring_back(err)))
         await self._do("define", self._define)
-
-    async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
-        self._phase = name
-        log.info("%s: %s", self._name, name)
-        await timed(name, phase, self.report, self._progress)
 
     # -- before the guest is touched ---------------------------------------------------------------
 
@@ -188,6 +158,8 @@ class Upgrade:
             self._connection = await Connection.open(self._uri)
             self._resources.callback(self._connection.close)
             self._domain = await self._connection.domain(self._name)
+            # A domain whose hop was broken off may well be off, and then this is why.
+            journal.expect_none(journal.domain_key(self._domain.uuid))
             examined = await self._resources.enter_async_context(
                 examine(self._connection, self._domain, self._options.emulator)
             )
@@ -201,6 +173,20 @@ class Upgrade:
         self.report.context = self._guest.context.kind
         self.report.source_pid = self._source.pid
         self.report.source_version = self._monitor.version
+        if not self._options.dry_run:
+            self._begin_journal(
+                Entry(
+                    kind="domain",
+                    guest=self._domain.name,
+                    uri=self._uri,
+                    uuid=self._domain.uuid,
+                    context=self._guest.context.kind,
+                    running=self._guest.state == "running",
+                    source=Process.of(self._source),
+                    old=self._old,
+                    new=self._new,
+                )
+            )
 
     async def _hold(self) -> None:
         identity = self._source.credentials
@@ -211,6 +197,7 @@ class Upgrade:
             # Interrupted or not: a keeper that comes up must be told what to do.
             self._keeper = await starting
             self._resources.callback(self._keeper.close)
+            self._remember(directory=str(self._keeper.directory))
 
     def _brief(self, uid: int, gid: int) -> Brief:
         return Brief(
@@ -289,8 +276,7 @@ class Upgrade:
         except DomainError as err:
             reason = (await self._keeper.status())["reason"]
             raise SevhopError(reason or err.message) from err
-        if self._stopped_at is not None:
-            self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+        self._end_of_blackout()
         await self._look()
 
     async def _look(self) -> None:
@@ -309,9 +295,7 @@ class Upgrade:
     async def _define(self) -> None:
         """Nothing here can hurt the guest."""
         try:
-            domain = await self._connection.domain(self._name)
-            if await domain.persistent():
-                await self._connection.define(domain_xml.with_emulator(await domain.inactive_xml(), self._new))
+            await define(self._connection, self._name, self._new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             self._note(f"the persistent definition still has the old emulator: {err}")
         # A guest that was paused stays so; its QEMU has everything, and we are not needed.
@@ -333,7 +317,7 @@ class Upgrade:
                     raise NeedsRecover(
                         f"{failure.message}; resuming failed: {err.message}", f"virsh resume {shlex.quote(self._name)}"
                     ) from failure
-            self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+            self._end_of_blackout()
         if hasattr(self, "_keeper"):
             await self._keeper.release()
 
@@ -366,9 +350,7 @@ class Upgrade:
             return Undone("interrupted")
         if isinstance(error, (Refused, NeedsRecover)):
             return error
-        if not isinstance(error, SevhopError):
-            log.error("unexpected error", exc_info=error)
-            error = SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop")
+        error = expected(error)
         message = f"{self._phase}: {error.message}"
         if self._retired:
             return NeedsRecover(message, f"the guest is held; go on with: virsh restore {self._keeper.image}")
@@ -376,9 +358,16 @@ class Upgrade:
             return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
         return Undone(message, error.hint)
 
-    def _note(self, text: str) -> None:
-        log.warning("%s", text)
-        self.report.notes.append(text)
+
+async def define(connection: Connection, name: str, emulator: str) -> None:
+    """
+    Let a domain start in another emulator from now on, if it is persistent.
+
+    :raises DomainError: libvirt refuses.
+    """
+    domain = await connection.domain(name)
+    if await domain.persistent():
+        await connection.define(domain_xml.with_emulator(await domain.inactive_xml(), emulator))
 
 
 @contextlib.contextmanager

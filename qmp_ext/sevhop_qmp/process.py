@@ -173,9 +173,24 @@ class QemuProcess:
             loop.remove_reader(self._pidfd)
         return True
 
+    @property
+    def start_time(self) -> int:
+        """
+        When it was started, in clock ticks since boot. No two processes have the same pid and start time.
+
+        :raises ProcessError: it has ended.
+        """
+        try:
+            return int(self._stat()[19])
+        except OSError as err:
+            raise self._unreadable("stat", err) from err
+
     def _stat_state(self) -> str:
-        stat = (self._proc / "stat").read_text()
-        return stat[stat.rindex(")") + 2]
+        return self._stat()[0]
+
+    def _stat(self) -> list[str]:
+        """The fields of ``/proc/PID/stat`` from the third on; the second may have blanks and parentheses in it."""
+        return (self._proc / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
     # -- what it was started with ----------------------------------------------------------------
 

@@ -97,9 +97,9 @@ class Daemon:
 
     def left_over(self) -> list[str]:
         """What hops have left behind in there."""
-        run = self.root / "run/sevhop"
-        names = [str(path.relative_to(run)) for path in run.rglob("*")] if run.exists() else []
-        return sorted(set(names) - {"domains"})
+        run, state = self.root / "run/sevhop", self.root / "var/lib/sevhop"
+        names = {str(path.relative_to(root)) for root in (run, state) if root.exists() for path in root.rglob("*")}
+        return sorted(names - {"domains", "journal"})
 
     def processes(self) -> list[int]:
         """All processes in its namespace but daemons, of which a restarted one is another process."""

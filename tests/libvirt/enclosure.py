@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
-_OWN = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run")
+_OWN = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/var/lib/sevhop", "/run")
 _DIRECTORIES = ("/run/lock", "/run/libvirt", "/etc/libvirt/qemu", "/etc/libvirt/hooks", "/var/lib/libvirt/qemu")
 #: For the guests' files; QEMU's user may write there.
 GUESTS = Path("/var/lib/libvirt/guests")
@@ -41,6 +41,7 @@ def main() -> int:
     """The process."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for path in _OWN:
+        Path(path).mkdir(mode=0o700, exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", path], check=True)
     for path in _DIRECTORIES:
         Path(path).mkdir(parents=True)

@@ -83,7 +83,7 @@ def test_interrupted(daemon: Daemon, start: StartDomain, old: Path, new: Path, p
 
 @pytest.mark.parametrize("phase", ["hold", "prepare", "freeze", "save", "retire", "restore"])
 def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, new: Path) -> None:
-    """Whatever was under way: the guest runs, or is paused, or is held; nothing of it is lost."""
+    """Whatever was under way: ``recover`` lets the guest run, in the old emulator or the new one."""
     guest = start()
     guest.wait_for_ticks()
     command = daemon.start_command(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name)
@@ -93,14 +93,11 @@ def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, n
             kill(command.pid)
             break
     command.communicate(timeout=60)
-    # The keeper ends by itself unless the guest needs it.
-    wait_until(lambda: daemon.left_over() == [] or guest.state == "shut off", 15, "the keeper decides")
-    if guest.state == "shut off":
-        [image] = [name for name in daemon.left_over() if name.endswith("/image")]
-        wait_until(lambda: "waiting" in daemon.sevhop("status").stdout, 30, "the guest is held")
-        daemon.virsh("restore", Path("/run/sevhop", image))
-    elif guest.state == "paused":
-        daemon.virsh("resume", guest.name)
+    refused = daemon.upgrade(guest.name)
+    assert "run: sevhop recover" in refused["reason"]
+    done = daemon.sevhop("recover")
+    assert done.returncode == 0, done
+    assert guest.state == "running"
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
@@ -114,6 +111,7 @@ def test_libvirt_is_killed_when_the_guest_is_held(daemon: Daemon, start: StartDo
     daemon.restart()
     daemon.virsh("restore", report["image"])
     guest.wait_for_ticks()
+    assert daemon.sevhop("recover").returncode == 0
 
 
 def test_the_keeper_is_killed_when_the_guest_is_held(daemon: Daemon, start: StartDomain, new: Path) -> None:
@@ -128,6 +126,9 @@ def test_the_keeper_is_killed_when_the_guest_is_held(daemon: Daemon, start: Star
     assert refused.returncode == 1
     assert "is gone, and the guest's memory with it" in refused.stderr
     assert "its keeper is gone" in daemon.sevhop("status").stdout
+    done = daemon.sevhop("recover")
+    assert (done.returncode, daemon.left_over()) == (5, [])
+    assert "neither a QEMU nor a keeper has its memory" in done.stdout
     daemon.virsh("start", guest.name)
     status = daemon.sevhop("status", guest.name).stdout
     assert "QEMU 7.2" in status

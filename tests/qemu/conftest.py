@@ -19,6 +19,7 @@ from guests import counter, emulators, linux
 from guests.build import Unavailable
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, processes_of
+from sevhop import journal
 
 #: Starts a guest in an emulator; the guest is ended with the test.
 StartGuest = Callable[[Machine, Path], Guest]
@@ -112,6 +113,7 @@ def _left_over(directory: Path) -> dict[str, set[str]]:
         "children": {str(pid) for pid in _children()},
         "/dev/shm": set(os.listdir("/dev/shm")),
         "/run/sevhop": set(os.listdir(run_directory)) if run_directory.is_dir() else set(),
+        "journals": {str(path) for path in journal.journals()},
     }
 
 

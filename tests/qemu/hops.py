@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guests.running import Guest
-from sevhop.hop import Hop, Options, Phase, Report
+from sevhop.hop import Hop, Options
+from sevhop.procedure import Phase, Report
 
 #: Phases of a hop between the start of the destination and the commit.
 BEFORE_COMMIT = ("freeze", "share", "save", "load", "commit")

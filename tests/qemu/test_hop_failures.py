@@ -30,7 +30,6 @@ from sevhop.errors import Lost, NeedsRecover, Refused, Undone
 from sevhop.guest import SevContext
 from sevhop.hop import Hop
 from sevhop_qmp.monitor import Monitor
-from sevhop_qmp.process import QemuProcess
 
 from .conftest import DescribeCounter, StartGuest
 from .hops import BEFORE_COMMIT, Meddler, Mischief, hang_destination, interrupt, kill_destination, kill_source
@@ -161,7 +160,7 @@ def write_emulator(path: Path, new: Path, body: str) -> Path:
         f"#!{sys.executable}\nimport os, re, socket, sys, time\n"
         "number = re.search(r'id=sevhop-monitor,fd=(\\d+)', ' '.join(sys.argv))\n"
         f"if not number: os.execv({str(new)!r}, sys.argv)\n"
-        "monitor = socket.socket(fileno=int(number[1]))\n" + body
+        "listener = socket.socket(fileno=int(number[1]))\n" + body
     )
     path.chmod(0o700)
     return path
@@ -174,8 +173,9 @@ GREETING = '{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, 
     ("body", "reason"),
     [
         ("sys.exit('cannot allocate memory')", "cannot allocate memory"),
-        ("monitor.sendall(b'\\x7fELF garbage\\n'); time.sleep(60)", "did not start"),
+        ("monitor, _ = listener.accept(); monitor.sendall(b'\\x7fELF garbage\\n'); time.sleep(60)", "did not start"),
         (
+            "monitor, _ = listener.accept()\n"
             f"monitor.sendall({GREETING.encode()!r} + b'\\n')\n"
             "while data := monitor.recv(4096):\n"
             '    number = re.search(rb\'"id": ?"__qmp#\\d+"\', data)\n'
@@ -429,9 +429,13 @@ def test_both_fail(guest: Guest, new: Path) -> None:
     meddler = Meddler()
     with pytest.raises(NeedsRecover, match="the guest is paused in process"):
         meddler.run(guest, new, at="resume", mischief=both, timeout=1)
-    process = QemuProcess.open(meddler.hop.report.destination_pid)
-    assert process.alive
-    process.close()
+    stuck = sevhop("recover", "--timeout", "1")
+    assert stuck.returncode == 4
+    assert "does not answer" in stuck.stdout
+    os.kill(meddler.hop.report.destination_pid, signal.SIGCONT)
+    assert "runs in the new QEMU" in sevhop("recover").stdout
+    assert guest.pid == meddler.hop.report.destination_pid
+    assert_unharmed(guest)
 
 
 def test_source_that_hangs_for_a_while(guest: Guest, new: Path) -> None:

@@ -46,7 +46,7 @@ def test_incoming_does_not_double_what_the_caller_gave() -> None:
     words = incoming(["-m", "64", "-S", "-incoming", "defer"], 9)
     assert words.count("-incoming") == 1
     assert words.count("-S") == 1
-    assert f"socket,id={PRIVATE_MONITOR},fd=9" in words
+    assert f"socket,id={PRIVATE_MONITOR},fd=9,server=on,wait=off" in words
 
 
 def test_pidfile_goes_aside_and_keeps_its_name_over_hops() -> None:

@@ -19,7 +19,8 @@ import pytest
 from guests import emulators
 from guests.running import Guest, wait_ended
 from sevhop.errors import Refused, Undone
-from sevhop.hop import Hop, Report
+from sevhop.hop import Hop
+from sevhop.procedure import Report
 from sevhop_qmp.errors import MonitorClosed
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess

@@ -1,0 +1,184 @@
+"""
+Recover for a domain of libvirt: see :mod:`.recover`.
+
+===================================  ==================================================================
+its old QEMU is there                it goes on in there, the keeper lets go
+the keeper waits                     the domain is restored from the image, in the new emulator, or the old
+somebody restores it                 that is waited for
+it runs, the keeper is done          the persistent definition gets the new emulator
+neither a QEMU nor a keeper          the guest is gone, which is said
+===================================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess
+
+from . import domain_xml, run_directory, upgrade
+from .domain import Connection, Domain
+from .errors import NeedsRecover
+from .journal import Entry, Journal
+from .keeper_process import KeeperError, KeeperProcess, State
+from .recover import End, Recovered
+
+#: Seconds for which a restore that somebody else has begun is waited for.
+RESTORE_TIMEOUT = 60.0
+#: Seconds in which a QEMU that was told to quit has ended.
+_QUIT_TIMEOUT = 5.0
+_POLL = 0.05
+
+
+async def finish_or_undo(mine: Journal) -> Recovered:
+    """
+    Bring the hop of a domain to its end.
+
+    :raises SevhopError: that is not possible now; nothing of the guest is lost by it.
+    """
+    entry = mine.entry
+    connection = await Connection.open(entry.uri)
+    try:
+        keeper = await _keeper(entry)
+        source = entry.source.open()
+        try:
+            return await _Interrupted(entry, connection, keeper, source).finish_or_undo()
+        finally:
+            if keeper is not None:
+                keeper.close()
+            if source is not None:
+                source.close()
+    finally:
+        connection.close()
+
+
+async def _keeper(entry: Entry) -> KeeperProcess | None:
+    directory = Path(entry.directory) if entry.directory else run_directory.hop_of(entry.guest)
+    if directory is not None:
+        with contextlib.suppress(KeeperError):
+            return await KeeperProcess.connect(directory)
+    return None
+
+
+class _Interrupted:
+    """A hop that was broken off."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        connection: Connection,
+        keeper: KeeperProcess | None,
+        source: QemuProcess | None,
+    ) -> None:
+        self._entry = entry
+        self._connection = connection
+        self._keeper = keeper
+        self._source = source
+
+    async def finish_or_undo(self) -> Recovered:
+        state = await self._settled()
+        # A source that is being retired may have been told to quit by a command that has died.
+        if self._source is not None and state is State.RETIRING and await self._source.wait(_QUIT_TIMEOUT):
+            self._source = None
+        if self._source is not None and state in (State.HELD, State.RETIRING, None):
+            return await self._go_on_in_source()
+        if state is State.RETIRING:
+            await self._kept().source_ended()
+            state = State.WAITING
+        if state is State.WAITING:
+            return await self._restore()
+        if state is State.OVER:
+            return await self._define()
+        return await self._without_keeper()
+
+    async def _settled(self) -> State | None:
+        """How far the keeper has come, when nothing is under way any more; None without a keeper."""
+        if self._keeper is None:
+            return None
+        deadline = time.monotonic() + RESTORE_TIMEOUT
+        while True:
+            try:
+                status = await self._keeper.status()
+            except KeeperError:
+                self._keeper = None
+                return None
+            state = State(status["state"])
+            if state is State.RESTORING and not await self._active():
+                # Its last restore came to nothing, and it may be tried again.
+                return State.WAITING
+            if state not in (State.RESTORING, State.COMMITTED):
+                return state
+            if state is State.COMMITTED and not self._entry.running:
+                return State.OVER  # the guest stays paused
+            if time.monotonic() > deadline:
+                raise NeedsRecover(f"a restore does not come to its end: it is {state.value}", "see virsh list")
+            await asyncio.sleep(_POLL)
+
+    def _kept(self) -> KeeperProcess:
+        assert self._keeper is not None
+        return self._keeper
+
+    async def _domain(self) -> Domain:
+        return await self._connection.domain(self._entry.guest)
+
+    async def _active(self) -> bool:
+        """Whether the domain has a QEMU, as far as libvirt knows. One that was not persistent is unknown without."""
+        try:
+            return await (await self._domain()).active()
+        except SevhopError:
+            return False
+
+    async def _go_on_in_source(self) -> Recovered:
+        domain = await self._domain()
+        if self._entry.running and not await domain.running():
+            await domain.resume()
+        await self._let_go()
+        return Recovered(self._entry.guest, End.SOURCE)
+
+    async def _restore(self) -> Recovered:
+        keeper = self._kept()
+        if await self._active():
+            await (await self._domain()).end()
+        try:
+            await self._connection.restore(str(keeper.image))
+        except SevhopError as err:
+            reason = (await keeper.status())["reason"] or err.message
+            await keeper.use(self._entry.old)
+            try:
+                await self._connection.restore(str(keeper.image))
+            except SevhopError as again:
+                raise NeedsRecover(
+                    f"{reason}; in the old emulator: {again.message}",
+                    f"the guest is held; try again with: virsh restore {keeper.image}",
+                ) from again
+            await self._let_go()
+            return Recovered(self._entry.guest, End.SOURCE, f"in a new process, since {reason}")
+        return await self._define()
+
+    async def _define(self) -> Recovered:
+        note = ""
+        try:
+            await upgrade.define(self._connection, self._entry.guest, self._entry.new)
+        except (SevhopError, domain_xml.DomainXmlError) as err:
+            note = f"the persistent definition still has the old emulator: {err}"
+        await self._let_go()
+        return Recovered(self._entry.guest, End.DESTINATION, note)
+
+    async def _without_keeper(self) -> Recovered:
+        """Its old QEMU has ended, and no keeper is left."""
+        if not await self._active():
+            return Recovered(
+                self._entry.guest, End.GONE, "neither a QEMU nor a keeper has its memory; start it afresh"
+            )
+        domain = await self._domain()
+        if domain_xml.describe(await domain.xml()).emulator == self._entry.new:
+            return await self._define()
+        return Recovered(self._entry.guest, End.SOURCE, "in a new process")
+
+    async def _let_go(self) -> None:
+        if self._keeper is not None:
+            await self._keeper.release()

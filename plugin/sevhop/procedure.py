@@ -1,0 +1,195 @@
+"""
+What the two engines, :mod:`.hop` and :mod:`.upgrade`, have in common: phases one after the other, a report of how they
+went, a journal of what was begun, and an end that the caller can tell by its class.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sevhop_qmp import move
+from sevhop_qmp.errors import SevhopError
+
+from .errors import Lost, NeedsRecover, Refused
+from .journal import Entry, Journal, JournalError
+
+log = logging.getLogger(__name__)
+
+_OUTCOMES: dict[type[SevhopError], str] = {Refused: "refused", NeedsRecover: "needs-recover", Lost: "lost"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase that is over, and how many milliseconds it took."""
+
+    name: str
+    ms: float
+
+
+@dataclass
+class Report:
+    """
+    What has become of a hop.
+
+    :ivar outcome: ``done``, ``refused``, ``undone``, ``needs-recover`` or ``lost``; of an upgrade also ``prepared`` or
+        ``checked``.
+    :ivar blackout_ms: milliseconds from the order to stop the source until the guest ran again, wherever; None when
+        it was never stopped.
+    :ivar notes: what went not quite as it should after the commit, none of which matters to the guest.
+    """
+
+    guest: str = ""
+    context: str = ""
+    source_pid: int = 0
+    source_version: str = ""
+    destination_pid: int = 0
+    destination_version: str = ""
+    phases: list[Phase] = field(default_factory=list)
+    blackout_ms: float | None = None
+    move: move.MoveReport | None = None
+    outcome: str = ""
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, object]:
+        """The object that ``--json`` prints."""
+        return {
+            "guest": self.guest,
+            "context": self.context,
+            "source": {"pid": self.source_pid, "version": self.source_version},
+            "destination": {"pid": self.destination_pid, "version": self.destination_version},
+            "phases": [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases],
+            "blackout_ms": None if self.blackout_ms is None else round(self.blackout_ms, 3),
+            "move": None
+            if self.move is None
+            else {"attempts": self.move.attempts, "errno": self.move.errno, "ms": round(self.move.ms, 3)},
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "notes": self.notes,
+        }
+
+
+#: Told of every phase: its name when it begins, and the phase when it is over.
+Progress = Callable[[str | Phase], None]
+
+
+class Procedure(abc.ABC):
+    """
+    One hop, by whichever way. :meth:`run` it once; :meth:`interrupt` may be called from a signal handler meanwhile.
+
+    :ivar report: filled in as it goes on, complete when :meth:`run` has returned or raised.
+    """
+
+    def __init__(self, guest: str, progress: Progress) -> None:
+        self.report = Report(guest=guest)
+        self._progress = progress
+        self._resources = contextlib.AsyncExitStack()
+        self._task: asyncio.Task[object] | None = None
+        self._journal: Journal | None = None
+        self._phase = ""
+        self._stopped_at: float | None = None
+        self._unfinished = False
+
+    async def run(self) -> Report:
+        """
+        Go through it.
+
+        :raises Refused: the guest cannot hop; nothing was touched.
+        :raises Undone: something failed and the guest runs where it ran.
+        :raises NeedsRecover: something failed, the guest does not run, but nothing of it is lost.
+        :raises Lost: its QEMU ended by itself before its state was saved.
+        """
+        self._task = asyncio.current_task()
+        try:
+            async with self._resources:
+                await self._go()
+        except SevhopError as err:
+            self.report.outcome = _OUTCOMES.get(type(err), "undone")
+            self.report.reason = str(err)
+            raise
+        else:
+            self.report.outcome = self._outcome()
+        finally:
+            if self._journal is not None:
+                if self._unfinished or self.report.outcome in ("", "needs-recover"):
+                    self._journal.leave()
+                else:
+                    self._journal.end()
+        return self.report
+
+    def interrupt(self) -> bool:
+        """Undo as soon as possible. :return: False when it is too late for that: then it goes on to its end."""
+        if self._task is None or self._past_undoing():
+            return False
+        self._task.cancel()
+        return True
+
+    @abc.abstractmethod
+    async def _go(self) -> None:
+        """All phases, and what is undone if one fails."""
+
+    @abc.abstractmethod
+    def _past_undoing(self) -> bool:
+        """Whether an interrupt comes too late."""
+
+    def _outcome(self) -> str:
+        return "done"
+
+    async def _do(self, name: str, phase: Callable[[], Awaitable[None]]) -> None:
+        """Go through a phase: tell when it begins and when it is over, also by failure, and how long it took."""
+        self._phase = name
+        log.info("%s: %s", self.report.guest, name)
+        self._remember(phase=name)
+        self._progress(name)
+        began = time.monotonic()
+        try:
+            await phase()
+        finally:
+            done = Phase(name, (time.monotonic() - began) * 1e3)
+            self.report.phases.append(done)
+            self._progress(done)
+
+    def _begin_journal(self, entry: Entry) -> None:
+        """:raises Refused: somebody else is hopping the guest, or there is no journal to be had."""
+        try:
+            self._journal = Journal.begin(entry)
+        except SevhopError as err:
+            raise Refused(err.message, err.hint) from err
+
+    def _remember(self, **facts: Any) -> None:
+        """
+        Write something down before it is done.
+
+        :raises JournalError: that is not possible, and it is not too late to undo.
+        """
+        if self._journal is None:
+            return
+        try:
+            self._journal.write(**facts)
+        except JournalError as err:
+            if not self._past_undoing():
+                raise
+            self._note(err.message)
+
+    def _end_of_blackout(self) -> None:
+        if self._stopped_at is not None and self.report.blackout_ms is None:
+            self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+
+    def _note(self, text: str) -> None:
+        log.warning("%s", text)
+        self.report.notes.append(text)
+
+
+def expected(error: BaseException) -> SevhopError:
+    """The error itself if it was raised on purpose; otherwise one that says that there is a bug."""
+    if isinstance(error, SevhopError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop")

@@ -1,0 +1,45 @@
+"""
+The table of faults: at which step of a hop what was killed, and what became of the guest.
+
+Tests of faults fill it in (fixture ``fault_table``); ``pytest --fault-table FILE`` writes it down as Markdown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one fault at one step came to: the end, and the ticks that the guest lost or counted twice."""
+
+    end: str
+    ticks_lost: int
+    ticks_repeated: int
+
+    def __str__(self) -> str:
+        harm = f", {self.ticks_lost} lost" * bool(self.ticks_lost)
+        return self.end + harm + f", {self.ticks_repeated} repeated" * bool(self.ticks_repeated)
+
+
+@dataclass
+class FaultTable:
+    """Rows by path (bare, libvirt, SEV in the lab) and step, columns by fault."""
+
+    cells: dict[str, dict[str, dict[str, Cell]]] = field(default_factory=dict)
+
+    def add(self, path: str, step: str, fault: str, cell: Cell) -> None:
+        """Note one result."""
+        self.cells.setdefault(path, {}).setdefault(step, {})[fault] = cell
+
+    def write(self, file: Path) -> None:
+        """Write the table."""
+        lines: list[str] = []
+        for path, rows in self.cells.items():
+            faults = sorted({fault for row in rows.values() for fault in row})
+            lines += [f"### {path}", "", f"| step | {' | '.join(faults)} |", "|---" * (len(faults) + 1) + "|"]
+            for step, row in rows.items():
+                lines.append(f"| {step} | {' | '.join(str(row.get(fault, '')) for fault in faults)} |")
+            lines.append("")
+        file.write_text("\n".join(lines))
