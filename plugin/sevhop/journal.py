@@ -126,9 +126,7 @@ class Entry:
     @property
     def key(self) -> str:
         """What tells this guest from all others, as a file name."""
-        if self.kind == "domain":
-            return domain_key(self.uuid)
-        return f"process-{self.source.pid}-{self.source.started}"
+        return f"domain-{self.uuid}" if self.kind == "domain" else f"process-{self.source.pid}-{self.source.started}"
 
     @property
     def this_boot(self) -> bool:
@@ -175,6 +173,7 @@ class Journal:
         :raises HopBrokenOff: an earlier one did not come to an end.
         :raises JournalError: it cannot be written; the disk may be full.
         """
+        expect_none(entry.source)
         try:
             DIRECTORY.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = DIRECTORY / f"{entry.key}{_SUFFIX}"
@@ -258,21 +257,21 @@ class Journal:
         os.close(self._fd)
 
 
-def domain_key(uuid: str) -> str:
-    """The key of a domain of libvirt."""
-    return f"domain-{uuid}"
-
-
-def expect_none(key: str) -> None:
+def expect_none(guest: Process | str) -> None:
     """
     See that no hop of a guest is under way or broken off.
 
+    :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain.
     :raises HopUnderWay: another command is hopping this guest.
     :raises HopBrokenOff: an earlier one did not come to an end.
     """
-    path = DIRECTORY / f"{key}{_SUFFIX}"
-    if path.exists():
-        raise _held_by_another(path)
+    for path in journals():
+        try:
+            entry = read(path)
+        except JournalError:
+            continue
+        if guest in (entry.source, entry.destination) or (entry.kind == "domain" and guest == entry.uuid):
+            raise _held_by_another(path)
 
 
 def journals() -> Iterator[Path]:

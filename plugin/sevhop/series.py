@@ -15,7 +15,7 @@ from sevhop_qmp.errors import SevhopError
 
 from .domain import Connection
 from .errors import Refused
-from .hop import Progress
+from .procedure import Progress
 from .status import survey
 from .upgrade import Options, Upgrade
 

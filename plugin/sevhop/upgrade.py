@@ -159,7 +159,7 @@ class Upgrade(Procedure):
             self._resources.callback(self._connection.close)
             self._domain = await self._connection.domain(self._name)
             # A domain whose hop was broken off may well be off, and then this is why.
-            journal.expect_none(journal.domain_key(self._domain.uuid))
+            journal.expect_none(self._domain.uuid)
             examined = await self._resources.enter_async_context(
                 examine(self._connection, self._domain, self._options.emulator)
             )

@@ -72,6 +72,7 @@ def main() -> int:
         pid, _ = os.wait()
         if pid == daemon:
             if ending:
+                _end_the_rest()
                 return 0
             daemon = _start()
 
@@ -80,6 +81,16 @@ def _start() -> int:
     # libvirtd -t would end when it is idle. Its messages repeat what virsh says.
     program = shutil.which("libvirtd") or "/usr/sbin/libvirtd"
     return subprocess.Popen([program], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
+
+
+def _end_the_rest() -> None:
+    """A test that has failed may have left guests, which are our children now that the daemon has gone."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            for pid in Path("/proc/self/task", str(os.getpid()), "children").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            os.wait()
 
 
 def _own_kvm() -> None:

@@ -65,6 +65,7 @@ def test_a_prepared_upgrade_to_such_a_qemu_is_completed_by_virsh(
     daemon.virsh("restore", report["image"])
     assert guest.emulator() == str(newest)
     guest.wait_for_ticks()
+    assert daemon.sevhop("recover").returncode == 0
 
 
 def test_the_cpu_is_still_what_libvirt_found_it_to_be(daemon: Daemon, start: StartDomain, old: Path) -> None:

@@ -89,6 +89,19 @@ def test_what_was_broken_off_must_be_recovered_first() -> None:
     assert journal.read(mine.path).phase == "commit"
 
 
+def test_the_destination_of_a_hop_is_the_same_guest() -> None:
+    mine = Journal.begin(entry())
+    mine.write(destination=Process(9, 10))
+    mine.leave()
+    for guest in (Process(7, 8), Process(9, 10), "4711"):
+        with pytest.raises(HopBrokenOff):
+            journal.expect_none(guest)
+    journal.expect_none(Process(9, 11))
+    journal.expect_none("4712")
+    with pytest.raises(HopBrokenOff):
+        Journal.begin(dataclasses.replace(entry(), kind="bare", source=Process(9, 10)))
+
+
 @pytest.mark.parametrize("cut", [1, 5, 15])
 def test_a_torn_last_line_is_ignored(cut: int) -> None:
     mine = Journal.begin(entry())

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from sevhop import series
 from sevhop.errors import Lost, NeedsRecover, Refused, Undone
-from sevhop.hop import Report
+from sevhop.procedure import Report
 from sevhop.upgrade import Options
 from sevhop_qmp.errors import SevhopError
 
