@@ -1,0 +1,189 @@
+"""The benchmark: its arithmetic, its tables and picture, and that it sees a guest stand still."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bench import pause
+from bench.picture import svg
+from bench.report import Report, Run, Spread
+from guests import counter
+from guests.running import GuestFailed
+
+
+def run(mode: str, memory: int, pause_ms: float, machine: str = "minimal", **phases: float) -> Run:
+    return Run(mode, machine, memory, pause_ms, pause_ms + 100, phases, "7.2.22", "10.0.13")
+
+
+REPORT = Report(
+    [
+        run("hop", 256, 4.0, freeze=1.0, save=2.0),
+        run("precopy", 256, 100.0),
+        run("hop", 256, 6.0, freeze=3.0, save=4.0),
+        run("hop", 256, 50.0, freeze=2.0, save=40.0),
+        run("precopy", 256, 300.0),
+        run("hop", 1024, 9.0),
+        run("hop", 1024, 99.0, machine="rich"),
+        run("file", 1024, 900.0),
+        run("upgrade", 256, 200.0, machine="domain", restore=180.0),
+        run("save-restore", 256, 4000.0, machine="domain"),
+    ],
+    {"date": "today"},
+    [2.0, 3.0, 4.0],
+)
+
+
+def test_spread() -> None:
+    assert Spread.of([3.0, 1.0, 2.0, 10.0]) == Spread(2.5, 1.0, 10.0, 4)
+    assert str(Spread.of([3.04, 150.4])) == "76.7 (3.0 to 150)"
+    with pytest.raises(ValueError, match="nothing"):
+        Spread.of([])
+
+
+def test_ratios_are_of_medians_and_of_what_was_measured() -> None:
+    assert REPORT.ratios() == {
+        "hop/precopy": {"256": 6.0 / 200.0},
+        "hop/file": {"1024": 0.01},
+        "upgrade/save-restore": {"256": 0.05},
+    }
+
+
+def test_growth_is_most_memory_to_least() -> None:
+    assert REPORT.growth() == {"hop": 9.0 / 6.0}
+
+
+def test_phases_are_medians_in_order() -> None:
+    assert list(REPORT.phases(("minimal", "hop", 256)).items()) == [("freeze", 2.0), ("save", 4.0)]
+    assert REPORT.phases(("minimal", "precopy", 256)) == {}
+
+
+def test_json_has_everything() -> None:
+    report = json.loads(json.dumps(REPORT.as_json()))
+    assert report["ratios"] == REPORT.ratios()
+    assert report["foreign_hook_ms"]["median"] == 3.0
+    assert len(report["runs"]) == 10
+    first = report["summary"][0]
+    assert (first["mode"], first["machine"], first["memory_mib"]) == ("hop", "minimal", 256)
+    assert first["pause_ms"] == {"median": 6.0, "low": 4.0, "high": 50.0, "count": 3}
+
+
+def test_tables() -> None:
+    text = REPORT.markdown()
+    assert "| minimal | 256 MB | hop | 7.2 → 10.0 | 6.0 (4.0 to 50.0) | 106 (104 to 150) | 3 |" in text
+    assert "| hop/precopy | 0.0300 |  |" in text
+    assert "hop 1.50" in text
+    assert "| hop | 256 MB | freeze 2.0, save 4.0 |" in text
+
+
+def test_an_empty_report_is_still_one() -> None:
+    empty = dataclasses.replace(REPORT, runs=[run("hop", 256, 0.0)], foreign_hook_ms=[])
+    assert empty.ratios() == {}
+    assert empty.as_json()["foreign_hook_ms"] is None
+    ElementTree.fromstring(svg(empty))
+
+
+def test_picture_has_every_mode() -> None:
+    drawn = ElementTree.fromstring(svg(REPORT))
+    texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
+    assert {"hop", "precopy", "file", "upgrade", "save-restore", "256 MB", "1 GB"} <= texts
+    assert {"hop, 256 MB", "upgrade, 256 MB", "restore 180"} <= texts
+
+
+class Counting:
+    """A guest's memory in which a number grows while :attr:`running` is set."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("memory-backend-memfd")
+        os.ftruncate(self.fd, counter.COUNTER + mmap.PAGESIZE)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self.fd}")
+        self.running = threading.Event()
+        self._ended = False
+        self._map = mmap.mmap(self.fd, 0)
+        self._thread = threading.Thread(target=self._count)
+        self._thread.start()
+
+    def _count(self) -> None:
+        value = 0
+        while not self._ended:
+            if not self.running.wait(0.01):
+                continue
+            value += 1
+            struct.pack_into("<Q", self._map, counter.COUNTER, value)
+            time.sleep(0)
+
+    def end(self) -> None:
+        self._ended = True
+        self._thread.join()
+        self._map.close()
+        os.close(self.fd)
+
+
+@pytest.fixture
+def counting() -> Iterator[Counting]:
+    counting = Counting()
+    yield counting
+    counting.end()
+
+
+def test_sampler_sees_a_guest_stand_still(counting: Counting) -> None:
+    with pause.Sampler(counting.path) as sampler:
+        counting.running.set()
+        sampler.wait()
+        counting.running.clear()
+        stopped = time.monotonic_ns()
+        time.sleep(0.3)
+        going_on = time.monotonic_ns()
+        counting.running.set()
+        while os.pread(counting.fd, 8, counter.COUNTER) == os.pread(counting.fd, 8, counter.COUNTER):
+            pass
+        sampler.stop()
+    assert 0 < sampler.began < stopped
+    # It may have stood still a moment before and after, for want of a processor; never less.
+    assert any(start <= going_on - 200_000_000 and end >= going_on for start, end in sampler.gaps)
+    assert sampler.longest_ms >= 200
+    assert sampler.last >= going_on
+
+
+def test_sampler_takes_a_single_step_for_loading(counting: Counting) -> None:
+    with pause.Sampler(counting.path) as sampler:
+        os.pwrite(counting.fd, b"\1", counter.COUNTER)
+        time.sleep(0.05)  # time for a thousand looks
+        loaded = time.monotonic_ns()
+        counting.running.set()
+        sampler.wait()
+        sampler.stop()
+    assert sampler.began > loaded
+
+
+def test_memory_is_found_and_touched() -> None:
+    assert pause.memory_of(os.getpid()) is None
+    fd = os.memfd_create("memory-backend-memfd")
+    os.ftruncate(fd, 16 << 20)
+    other = os.memfd_create("memory-backend-memfd")
+    try:
+        memory = pause.memory_of(os.getpid())
+        assert memory == Path(f"/proc/{os.getpid()}/fd/{fd}")
+        pause.touch(memory)
+        pages = [os.pread(fd, 4096, at) for at in range(0, 16 << 20, 4096)]
+        own = counter.PATTERN_END // 4096
+        assert not any(any(page) for page in pages[:own])
+        assert len(set(pages[own:])) == len(pages) - own
+    finally:
+        os.close(fd)
+        os.close(other)
+
+
+def test_memory_of_nobody(tmp_path: Path) -> None:
+    assert pause.memory_of(2**22 + 1) is None
+    with pause.Sampler(tmp_path / "missing") as sampler, pytest.raises(GuestFailed):
+        sampler.wait()

@@ -1,0 +1,108 @@
+"""What ``tools/bench/run`` measures and prints."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from guests import counter, emulators
+from guests.build import CACHE, Unavailable
+from guests.machine import Accelerator, Machine
+from guests.running import Guest, GuestFailed
+
+from .domains import Domains
+from .picture import svg
+from .report import Report, Run
+
+#: MiB of guest memory.
+_SIZES = [256, 1024, 4096, 8192]
+_QUICK_SIZES = [256]
+
+
+def say(text: str) -> None:
+    """Progress, one line."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _accelerator(directory: Path) -> Accelerator:
+    """KVM if a guest really runs under it."""
+    try:
+        machine = Machine(directory, accelerator="kvm", bios=counter.firmware())
+        with Guest.start(machine, emulators.installed()) as guest:
+            guest.wait_for_ticks(3, timeout=10)
+    except GuestFailed:
+        return "tcg"
+    return "kvm"
+
+
+def _about(accelerator: Accelerator) -> dict[str, str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": f"{os.cpu_count()} x {cpu}",
+        "kernel": platform.release(),
+        "guests run under": accelerator.upper(),
+        "load when it began": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+    }
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> Report:
+    """Everything that was asked for."""
+    accelerator = _accelerator(scratch / "probe")
+    about = _about(accelerator)
+    runs: list[Run] = []
+    with Domains(accelerator, options.images) as domains:
+        foreign = domains.hook_of_a_foreign_domain()
+        for size in options.sizes:
+            for run in domains.measure(size, options.rounds):
+                say(f"{run.machine} {run.mode} {run.memory_mib} MiB: {run.pause_ms:.1f} ms")
+                runs.append(run)
+    return Report(runs, about, foreign)
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="tools/bench/run", description="How long a guest stands still when it changes its QEMU, side by side."
+    )
+    parser.add_argument("--quick", action="store_true", help="the smallest memory and one round: does it work at all?")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--sizes", type=_sizes, metavar="MIB,...", help="guest memory (default: 256,1024,4096,8192)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds with each size (default: 5)")
+    parser.add_argument("--images", type=Path, default=CACHE, metavar="DIRECTORY", help="where save images are written")
+    parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="write bench.md, bench.json, bench.svg there")
+    options = parser.parse_args()
+    options.sizes = options.sizes or (_QUICK_SIZES if options.quick else _SIZES)
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sevhop-bench-") as scratch:
+            report = measure(options, Path(scratch))
+    except (GuestFailed, Unavailable) as err:
+        say(str(err))
+        return 1
+    text = json.dumps(report.as_json(), indent=2)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "bench.json").write_text(text + "\n")
+        (options.output / "bench.md").write_text(report.markdown())
+        (options.output / "bench.svg").write_text(svg(report))
+    print(text if options.json else report.markdown(), end="")
+    return 0
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(word) for word in text.split(",")]
+    if min(sizes) < counter.MEMORY_MIB:
+        raise ValueError(f"the guest needs {counter.MEMORY_MIB} MiB")
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""
+libvirt's ways for a domain to get into another QEMU process: ``sevhop upgrade``, and ``virsh save`` with ``restore``.
+
+They take turns with one domain in a daemon of the benchmark's own. An upgrade goes to the other of the two emulators;
+save and restore stay in the one that the domain is in, since that is all they can do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from guests import emulators
+from guests.machine import Accelerator
+from guests.running import GuestFailed
+
+from tests.libvirt.daemon import Daemon, Description, DomainGuest
+
+from .pause import Sampler, memory_of, touch
+from .report import Run
+
+UPGRADE, SAVE_RESTORE = "upgrade", "save-restore"
+#: Seconds between two looks for a QEMU that libvirt starts.
+_POLL = 0.002
+#: Calls of the hook for a domain that is in no hop.
+_FOREIGN_CALLS = 20
+
+
+class Domains:
+    """
+    Measures domains in a daemon. A context manager.
+
+    :param images: directory for the save images; on a disk, as they are usually.
+    """
+
+    def __init__(self, accelerator: Accelerator, images: Path) -> None:
+        self._accelerator = accelerator
+        self._image = images / "domain.save"
+        self._old, self._new = (emulators.emulator(label) for label in (emulators.OLD, emulators.NEW))
+        self._daemon = Daemon.start()
+
+    def __enter__(self) -> Domains:
+        done = self._daemon.sevhop("install")
+        if done.returncode:
+            self._daemon.stop()
+            raise GuestFailed(done.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._daemon.stop()
+        self._image.unlink(missing_ok=True)
+
+    def measure(self, memory_mib: int, rounds: int) -> Iterator[Run]:
+        """All runs with one size of memory; a round is an upgrade there, one back, and as many saves."""
+        described = Description("bench", self._old, self._accelerator, memory_mib=memory_mib)
+        guest = DomainGuest.start(self._daemon, described)
+        try:
+            guest.wait_for_ticks()
+            memory = memory_of(guest.pid)
+            assert memory is not None
+            touch(memory)
+            # The first use of an emulator costs libvirt and the page cache something, once.
+            for emulator in (self._new, self._old):
+                self._upgrade(guest, emulator, memory_mib)
+            for _ in range(rounds):
+                for emulator in (self._new, self._old):
+                    yield self._upgrade(guest, emulator, memory_mib)
+                    yield self._save_and_restore(guest, memory_mib)
+            guest.wait_for_ticks()
+        finally:
+            guest.end()
+
+    def _upgrade(self, guest: DomainGuest, emulator: Path, memory_mib: int) -> Run:
+        memory = memory_of(guest.pid)
+        assert memory is not None
+        with Sampler(memory) as sampler:
+            sampler.wait()
+            began = time.monotonic()
+            report = guest.daemon.upgrade(guest.name, "--emulator", emulator)
+            total = time.monotonic() - began
+            if report["outcome"] != "done":
+                raise GuestFailed(f"upgrade: {report['reason']}")
+            sampler.stop()
+        phases = {phase["name"]: phase["ms"] for phase in report["phases"]}
+        versions = (report["source"]["version"], report["destination"]["version"])
+        return Run(UPGRADE, "domain", memory_mib, sampler.longest_ms, total * 1e3, phases, *versions)
+
+    def _save_and_restore(self, guest: DomainGuest, memory_mib: int) -> Run:
+        memory = memory_of(guest.pid)
+        assert memory is not None
+        version = ".".join(str(guest.monitor("query-version")["return"]["qemu"][part]) for part in _VERSION)
+        began = time.monotonic()
+        with Sampler(memory) as before:
+            before.wait()
+            self._daemon.virsh("save", guest.name, self._image)
+            before.stop()
+        saved = time.monotonic()
+        with _Successor(lambda: _pid(guest)) as successor:
+            self._daemon.virsh("restore", self._image)
+            ended = time.monotonic()
+            after = successor.sampler()
+        pause = (after - before.last) / 1e6
+        phases = {"save": (saved - began) * 1e3, "restore": (ended - saved) * 1e3}
+        return Run(SAVE_RESTORE, "domain", memory_mib, pause, (ended - began) * 1e3, phases, version, version)
+
+    def hook_of_a_foreign_domain(self) -> list[float]:
+        """What the hook costs a domain that is in no hop, ms for each call."""
+        script = "/etc/libvirt/hooks/qemu.d/sevhop"
+        code = "import subprocess, sys, time\nfor n in range(int(sys.argv[1])):\n    t = time.monotonic()\n"
+        code += "    subprocess.run([sys.argv[2], 'other', 'started', 'begin', '-'], input=b'', check=True)\n"
+        code += "    print((time.monotonic() - t) * 1e3)\n"
+        done = self._daemon.run("python3", "-c", code, str(_FOREIGN_CALLS), script)
+        return [float(line) for line in done.stdout.split()]
+
+
+_VERSION = ("major", "minor", "micro")
+
+
+def _pid(guest: DomainGuest) -> int | None:
+    try:
+        return guest.pid
+    except (OSError, ValueError):
+        return None
+
+
+class _Successor:
+    """Waits, beside libvirt, for the QEMU that it starts, and looks at the memory of its guest. A context manager."""
+
+    def __init__(self, pid: Callable[[], int | None]) -> None:
+        self._pid = pid
+        self._ended = threading.Event()
+        self._sampler: Sampler | None = None
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> _Successor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._sampler is not None:
+            self._sampler.__exit__(None, None, None)
+
+    def sampler(self) -> int:
+        """When the guest was seen to run, ns."""
+        self._ended.set()
+        self._thread.join()
+        if self._sampler is None:
+            raise GuestFailed("the restored guest was not found")
+        self._sampler.wait()
+        return self._sampler.began
+
+    def _look(self) -> None:
+        while self._sampler is None:
+            pid = self._pid()
+            memory = None if pid is None else memory_of(pid)
+            if memory is not None:
+                self._sampler = Sampler(memory)
+            elif self._ended.wait(_POLL):
+                return

@@ -1,0 +1,120 @@
+"""
+How long a guest stands still, as the guest itself sees it.
+
+The guest is the bare-metal counter: a number in its memory grows for as long as it runs. Its memory is a file that is
+shared with QEMU, so a small program with real-time priority (``sampler.c``) looks at that number from outside, 20 times
+in a millisecond. What a tool says of itself does not matter here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from guests import build, counter
+from guests.running import GuestFailed
+
+_SOURCE = Path(__file__).with_name("sampler.c")
+_TIMEOUT = 60.0
+_FILL = 2 << 20
+_PAGE = 4096
+
+
+class Sampler:
+    """
+    Looks at a guest's number from :meth:`start` until :meth:`stop`. A context manager.
+
+    :ivar began: when the number was seen to grow, ns; 0 until then.
+    :ivar gaps: (from, to) of each time it stood still for a millisecond or longer, ns.
+    :ivar last: when it was seen to grow for the last time, ns.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self.began = 0
+        self.gaps: list[tuple[int, int]] = []
+        self.last = 0
+        self._process = subprocess.Popen(
+            [_program(), memory, hex(counter.COUNTER)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def wait(self) -> None:
+        """
+        Wait until the number grows.
+
+        :raises GuestFailed: there is no such memory.
+        """
+        assert self._process.stdout is not None
+        self._read(self._process.stdout.readline())
+        if not self.began:
+            raise GuestFailed("the guest's memory cannot be looked at")
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._process.terminate()
+        for line in self._process.communicate(timeout=_TIMEOUT)[0].splitlines():
+            self._read(line)
+
+    def _read(self, line: str) -> None:
+        match line.split():
+            case ["first", time]:
+                self.began = int(time)
+            case ["gap", start, end]:
+                self.gaps.append((int(start), int(end)))
+            case ["last", time]:
+                self.last = int(time)
+
+    @property
+    def longest_ms(self) -> float:
+        """The longest time for which the guest stood still; 0 if it was shorter than a millisecond."""
+        return max((end - start for start, end in self.gaps), default=0) / 1e6
+
+
+def _program() -> Path:
+    def compile_it(target: Path) -> None:
+        build.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", target, _SOURCE])
+
+    return build.built("sampler", [_SOURCE], compile_it)
+
+
+def memory_of(pid: int) -> Path | None:
+    """
+    The file behind the memory of a QEMU process's guest: the largest of its memfds.
+
+    :return: None when there is none yet, or no such process.
+    """
+    sizes: dict[int, Path] = {}
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            entry = Path(f"/proc/{pid}/fd/{number}")
+            # Descriptors come and go.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if os.readlink(entry).startswith("/memfd:memory-backend-memfd"):
+                    sizes[os.stat(entry).st_size] = entry
+    # Made, and not sized yet: 0 bytes.
+    return sizes[max(sizes)] if sizes and max(sizes) > counter.COUNTER else None
+
+
+def touch(memory: Path) -> None:
+    """Give every page of a guest's memory that it does not use itself content of its own."""
+    fd = os.open(memory, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        block = bytearray(os.urandom(_FILL))
+        for offset in range(counter.PATTERN_END, os.fstat(fd).st_size, _FILL):
+            for page in range(0, _FILL, _PAGE):
+                block[page : page + 8] = (offset + page).to_bytes(8, "little")
+            os.pwrite(fd, block, offset)
+    finally:
+        os.close(fd)

@@ -1,0 +1,97 @@
+"""The report as a picture: pauses over memory, both on logarithmic scales, and where our own pause goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from xml.sax.saxutils import escape
+
+from .report import COMPARED, PAIRS, Report, memory
+
+_WIDTH, _HEIGHT = 720, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 160, 40, 50
+_COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b08900", "#5c677d", "#2a9d8f")
+#: Phases in which the guest stands still.
+_STILL = ("freeze", "share", "save", "load", "commit", "retire", "restore")
+
+
+def svg(report: Report) -> str:
+    """The picture."""
+    cells = [cell for cell in report.cells() if cell[0] in COMPARED]
+    modes = list(dict.fromkeys(cell[1] for cell in cells))
+    colours = {mode: _COLOURS[n % len(_COLOURS)] for n, mode in enumerate(modes)}
+    bars = _bars(report)
+    height = _HEIGHT + 40 + 34 * len(bars)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+        *_curves(report, cells, colours),
+        *_breakdown(bars),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _curves(report: Report, cells: list[tuple[str, str, int]], colours: dict[str, str]) -> Iterable[str]:
+    pauses = {cell: max(report.spread(cell, lambda run: run.pause_ms).median, 0.1) for cell in cells}
+    sizes = sorted({cell[2] for cell in cells})
+    low, high = math.floor(math.log10(min(pauses.values()))), math.ceil(math.log10(max(pauses.values())) + 1e-9)
+    high = max(high, low + 1)
+    step = (_WIDTH - _LEFT - _RIGHT) / max(math.log2(sizes[-1] / sizes[0]), 1)
+
+    def x(size: int) -> float:
+        return _LEFT + math.log2(size / sizes[0]) * step
+
+    def y(pause: float) -> float:
+        return _HEIGHT - _BOTTOM - (math.log10(pause) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    yield _text(_LEFT, 22, "The guest's pause over its memory, all of it touched", "start", bold=True)
+    for power in range(low, high + 1):
+        level = y(10**power)
+        yield f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>'
+        yield _text(_LEFT - 8, level + 4, f"{10**power:g} ms", "end")
+    for size in sizes:
+        yield _text(x(size), _HEIGHT - _BOTTOM + 20, memory(size), "middle")
+    for mode, colour in colours.items():
+        points = sorted((cell[2], pause) for cell, pause in pauses.items() if cell[1] == mode)
+        path = " ".join(f"{x(size):.1f},{y(pause):.1f}" for size, pause in points)
+        yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        for size, pause in points:
+            yield f'<circle cx="{x(size):.1f}" cy="{y(pause):.1f}" r="3.5" fill="{colour}"/>'
+        yield _text(x(points[-1][0]) + 8, y(points[-1][1]) + 4, mode, "start", colour)
+
+
+def _bars(report: Report) -> list[tuple[str, dict[str, float]]]:
+    found = []
+    for mode in dict.fromkeys(ours for ours, _ in PAIRS):
+        for cell in sorted(cell for cell in report.cells() if cell[1] == mode and cell[0] in COMPARED):
+            still = {name: ms for name, ms in report.phases(cell).items() if name in _STILL}
+            if still:
+                found.append((f"{mode}, {memory(cell[2])}", still))
+    return found
+
+
+def _breakdown(bars: list[tuple[str, dict[str, float]]]) -> Iterable[str]:
+    if not bars:
+        return
+    yield _text(_LEFT, _HEIGHT + 20, "Where sevhop's pause goes", "start", bold=True)
+    names = list(dict.fromkeys(name for _, phases in bars for name in phases))
+    left, width = _LEFT + 70, _WIDTH - _LEFT - 70 - 110
+    for n, (label, phases) in enumerate(bars):
+        top, whole, at = _HEIGHT + 34 + 34 * n, sum(phases.values()) or 1.0, float(left)
+        yield _text(left - 8, top + 15, label, "end")
+        for name, ms in phases.items():
+            part = ms / whole * width
+            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            yield f'<rect x="{at:.1f}" y="{top}" width="{part:.1f}" height="22" fill="{colour}">'
+            yield f"<title>{escape(name)}: {ms:.1f} ms</title></rect>"
+            if part > 45:
+                yield _text(at + part / 2, top + 15, f"{name} {ms:.0f}", "middle", "white")
+            at += part
+        yield _text(left + width + 8, top + 15, f"{whole:.0f} ms", "start")
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str = "black", *, bold: bool = False) -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'

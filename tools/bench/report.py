@@ -1,0 +1,208 @@
+"""What was measured, and what is said of it: medians with their spread, ratios, tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+#: Each of sevhop's ways, and what it is compared with.
+PAIRS = (
+    ("hop", "cpr-transfer"),
+    ("hop", "x-ignore-shared"),
+    ("hop", "precopy"),
+    ("hop", "file"),
+    ("upgrade", "save-restore"),
+)
+#: The machines that ratios are about; the others are shown only.
+COMPARED = ("minimal", "domain")
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One change of QEMU.
+
+    :ivar mode: by which way.
+    :ivar machine: what kind of guest: ``minimal``, ``rich``, or a ``domain`` of libvirt.
+    :ivar memory_mib: of the guest, all of it touched.
+    :ivar pause_ms: for how long the guest stood still, as it sees it itself.
+    :ivar total_ms: from the first command to the end of the last.
+    :ivar phases: what the tool says of itself: name and ms.
+    :ivar source, destination: versions of QEMU.
+    """
+
+    mode: str
+    machine: str
+    memory_mib: int
+    pause_ms: float
+    total_ms: float
+    phases: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+    destination: str = ""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """:raises ValueError: there are none."""
+        found = sorted(values)
+        if not found:
+            raise ValueError("nothing was measured")
+        return cls(statistics.median(found), found[0], found[-1], len(found))
+
+    def __str__(self) -> str:
+        return f"{_number(self.median)} ({_number(self.low)} to {_number(self.high)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    All of a run of the benchmark.
+
+    :ivar about: what it was measured on: name and value.
+    :ivar foreign_hook_ms: calls of the hook for a domain that is in no hop.
+    """
+
+    runs: Sequence[Run]
+    about: dict[str, str]
+    foreign_hook_ms: Sequence[float] = ()
+
+    def cells(self) -> list[tuple[str, str, int]]:
+        """What was measured: (machine, mode, memory), in the order in which it was first measured."""
+        return list(dict.fromkeys((run.machine, run.mode, run.memory_mib) for run in self.runs))
+
+    def spread(self, cell: tuple[str, str, int], value: Callable[[Run], float]) -> Spread:
+        """One value in all runs of a cell."""
+        return Spread.of(value(run) for run in self.runs if (run.machine, run.mode, run.memory_mib) == cell)
+
+    def phases(self, cell: tuple[str, str, int]) -> dict[str, float]:
+        """The median of each phase, ms, in their order."""
+        runs = [run for run in self.runs if (run.machine, run.mode, run.memory_mib) == cell]
+        names = dict.fromkeys(name for run in runs for name in run.phases)
+        return {name: statistics.median(run.phases[name] for run in runs if name in run.phases) for name in names}
+
+    def ratios(self) -> dict[str, dict[str, float]]:
+        """Median pause of ours to that of theirs, of those pairs that were measured: pair, then memory in MiB."""
+        medians = {
+            (cell[1], cell[2]): self.spread(cell, _pause).median for cell in self.cells() if cell[0] in COMPARED
+        }
+        found: dict[str, dict[str, float]] = {}
+        for ours, theirs in PAIRS:
+            sizes = [size for mode, size in medians if mode == ours and medians.get((theirs, size))]
+            if sizes:
+                found[f"{ours}/{theirs}"] = {str(s): medians[ours, s] / medians[theirs, s] for s in sorted(sizes)}
+        return found
+
+    def growth(self) -> dict[str, float]:
+        """Of our own ways, the median pause with the most memory to that with the least."""
+        found = {}
+        for mode in dict.fromkeys(ours for ours, _ in PAIRS):
+            cells = sorted(c for c in self.cells() if c[1] == mode and c[0] in COMPARED)
+            if len(cells) > 1:
+                small, large = (self.spread(cell, _pause).median for cell in (cells[0], cells[-1]))
+                found[mode] = large / small
+        return found
+
+    def as_json(self) -> dict[str, object]:
+        """For ``--json``."""
+        summary = [
+            {
+                "machine": cell[0],
+                "mode": cell[1],
+                "memory_mib": cell[2],
+                "pause_ms": asdict(self.spread(cell, _pause)),
+                "total_ms": asdict(self.spread(cell, _total)),
+                "phases_ms": self.phases(cell),
+            }
+            for cell in self.cells()
+        ]
+        foreign = asdict(Spread.of(self.foreign_hook_ms)) if self.foreign_hook_ms else None
+        return {
+            "about": self.about,
+            "summary": summary,
+            "ratios": self.ratios(),
+            "growth": self.growth(),
+            "foreign_hook_ms": foreign,
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+    def markdown(self) -> str:
+        """The tables."""
+        lines = [f"{name}: {value}  " for name, value in self.about.items()]
+        lines += ["", "The guest's pause, in ms: median (least to most).", ""]
+        lines += _table(
+            ("machine", "memory", "mode", "QEMU", "pause", "total", "runs"),
+            (
+                (
+                    cell[0],
+                    memory(cell[2]),
+                    cell[1],
+                    self._versions(cell),
+                    str(self.spread(cell, _pause)),
+                    str(self.spread(cell, _total)),
+                    str(self.spread(cell, _pause).count),
+                )
+                for cell in self.cells()
+            ),
+        )
+        if ratios := self.ratios():
+            sizes = sorted({int(size) for row in ratios.values() for size in row})
+            lines += ["", "Median pause, ours to theirs.", ""]
+            rows = [(pair, *(_ratio(row.get(str(size))) for size in sizes)) for pair, row in ratios.items()]
+            lines += _table(("", *map(memory, sizes)), rows)
+        if growth := self.growth():
+            lines += ["", "Median pause with the most memory to that with the least:"]
+            lines += [" ".join(f"{mode} {ratio:.2f}" for mode, ratio in growth.items())]
+        if broken_down := [cell for cell in self.cells() if self.phases(cell)]:
+            lines += ["", "By phase, medians in ms; behind a colon is a part of the phase in front of it.", ""]
+            rows = [(cell[1], memory(cell[2]), _told(self.phases(cell))) for cell in broken_down]
+            lines += _table(("mode", "memory", "phases"), rows)
+        if self.foreign_hook_ms:
+            lines += ["", f"The hook of a domain that is in no hop: {Spread.of(self.foreign_hook_ms)} ms."]
+        return "\n".join(lines) + "\n"
+
+    def _versions(self, cell: tuple[str, str, int]) -> str:
+        runs = [run for run in self.runs if (run.machine, run.mode, run.memory_mib) == cell]
+        return ", ".join(dict.fromkeys(f"{_short(run.source)} → {_short(run.destination)}" for run in runs))
+
+
+def _pause(run: Run) -> float:
+    return run.pause_ms
+
+
+def _total(run: Run) -> float:
+    return run.total_ms
+
+
+def _short(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _told(phases: dict[str, float]) -> str:
+    return ", ".join(f"{name} {_number(ms)}" for name, ms in phases.items())
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
+
+
+def memory(mib: int) -> str:
+    """As people say it."""
+    return f"{mib // 1024} GB" if mib >= 1024 and mib % 1024 == 0 else f"{mib} MB"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Watches a number in a guest's memory that grows for as long as the guest runs.
+ *
+ *   sampler MEMORY OFFSET
+ *
+ * MEMORY is the file behind the guest's memory (/proc/PID/fd/N), OFFSET where in it the number is. What it prints, times in
+ * nanoseconds of CLOCK_MONOTONIC:
+ *
+ *   first T       the number has begun to grow, by several steps one after the other: being loaded into memory is one step
+ *   gap T U       it stood still from T to U, for a millisecond or longer
+ *   last T        at the end (SIGTERM): when it was last seen to grow
+ *
+ * It runs with a real-time priority, so that others do not make gaps, and sleeps nearly all of the time.
+ */
+#include <fcntl.h>
+#include <inttypes.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PERIOD 50000 /* ns between two looks */
+#define GAP 1000000 /* ns that are worth telling */
+#define STEPS 4 /* that make growth */
+
+static volatile sig_atomic_t ended;
+
+static void end(int number)
+{
+    (void)number;
+    ended = 1;
+}
+
+static int64_t now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
+int main(int argc, char **argv)
+{
+    const struct timespec period = {.tv_nsec = PERIOD};
+    struct sched_param priority = {.sched_priority = 50};
+    int64_t begun = 0, grown = 0;
+    uint64_t offset, before;
+    int steps = 0, fd;
+    char *page;
+
+    if (argc != 3) {
+        fprintf(stderr, "usage: sampler MEMORY OFFSET\n");
+        return 2;
+    }
+    offset = strtoull(argv[2], NULL, 0);
+    fd = open(argv[1], O_RDONLY | O_CLOEXEC);
+    page = fd < 0 ? MAP_FAILED : mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, (off_t)(offset & ~UINT64_C(4095)));
+    if (page == MAP_FAILED) {
+        perror(argv[1]);
+        return 1;
+    }
+    signal(SIGTERM, end);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    sched_setscheduler(0, SCHED_FIFO, &priority);
+
+    volatile const uint64_t *number = (volatile const uint64_t *)(page + (offset & 4095));
+
+    before = *number;
+    while (!ended) {
+        uint64_t value;
+        int64_t time;
+
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &period, NULL);
+        value = *number;
+        time = now();
+        if (value == before) {
+            if (steps < STEPS)
+                steps = 0;
+            continue;
+        }
+        before = value;
+        if (steps < STEPS) {
+            if (!steps)
+                begun = time;
+            if (++steps == STEPS)
+                printf("first %" PRId64 "\n", begun);
+        } else if (time - grown >= GAP) {
+            printf("gap %" PRId64 " %" PRId64 "\n", grown, time);
+        }
+        grown = time;
+    }
+    printf("last %" PRId64 "\n", grown);
+    return 0;
+}
