@@ -3,7 +3,8 @@ The keeper as a process of its own: it carries a guest from a QEMU that has ende
 
 libvirt cannot have two domains of one UUID, so for a moment there is no QEMU at all. What is left of the guest then is
 here (its memory, its VM, the RAM blocks that were private to the source) and in a save image (its device state). The
-keeper has a session of its own and outlives the command that started it. ::
+keeper has a session of its own and outlives the command that started it, and :mod:`sevhop.guardian` outlives the
+keeper: in whatever state it is killed, its successor goes on from there. ::
 
     held ──> retiring ──> waiting ──restore begin──> restoring ──started begin──> committed ──the guest runs──> over
                              ^                          │                            │
@@ -13,14 +14,17 @@ In its directory, which it makes and removes, are three sockets, all SOCK_SEQPAC
 
 ``control``   root's: the command that has started it, and the hook where that is a program of its own
 ``hook``      root's: the hook; see :mod:`sevhop.hook_calls`
-``keeper``    QEMU's user's: adopt.so in the destination; see :mod:`sevhop.keeper`
+``keeper``    QEMU's user's: adopt.so in the destination, which must be the process that spoke first since the restore
+              began; see :mod:`sevhop.keeper`
+
+Every request may be repeated: whoever does not know whether it was heard by a keeper that has died asks the next one.
 
 The commit happens here, asked for by the hook at ``started begin``: the kept RAM blocks are written into the
 destination and the SEV context is moved. The keeper holds the destination's VM from then on, so that the guest is safe
 should that QEMU be killed before it runs.
 
 It ends when it is told to; when the guest runs and no command is connected any more; and when the command goes away
-while the source still has everything.
+while the source still has everything. SIGTERM ends it unless the guest may exist nowhere else.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -35,6 +40,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +52,10 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
 
 from . import hook_calls
+from .guardian import Deposit, Guardian, protect, rename
 from .keeper import Answers, Held
-from .keeper_process import MESSAGE, START_TIMEOUT, Brief, KeeperError, State
-from .run_directory import claim, remove
+from .keeper_process import MESSAGE, Brief, KeeperError, State
+from .run_directory import claim, listening, remove
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +65,18 @@ RETIRE_TIMEOUT = 10.0
 _MACHINE_TIMEOUT = 60.0
 #: Seconds between two looks for that monitor.
 _MONITOR_POLL = 0.005
+#: Seconds between two attempts to reach a destination that has hung up but has not ended.
+_REACH_POLL = 0.05
+
+# Names of descriptors: what was taken from the source, and what later deposits have beside other VMs.
+_SOURCE_VM = "source"
+_DESTINATION = "destination"
+_KEPT = "kept blocks"
+
+#: While the guest may exist nowhere but here.
+_NEEDED = (State.RETIRING, State.WAITING, State.RESTORING, State.COMMITTED)
+#: Behind the end of the source.
+_ENDED = (State.WAITING, State.RESTORING, State.COMMITTED, State.OVER)
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,8 @@ class _Met:
 
 class Custody:
     """
-    What the keeper holds and what it does with it.
+    What the keeper holds and what it does with it. Made once, before the first keeper is forked; each begins with
+    :meth:`take_up`.
 
     :ivar reason: why the last restore did not come to its end.
     """
@@ -82,13 +102,20 @@ class Custody:
         self._held = held
         self._emulator = brief.emulator
         self._source = QemuProcess.open(brief.pid)
+        self._command_process = QemuProcess.open(brief.command)
+        self._command_expected = True
+        self._deposit = Deposit({}, {})
+        self._released = False
         self._kept: dict[str, KeptBlock] = {}
+        self._kept_fd: int | None = None
+        # VMs that the SEV context may be in, in the order in which they are tried.
+        self._vms: dict[str, int] = {} if held.vm is None else {_SOURCE_VM: held.vm}
         self._move: move.MoveReport | None = None
-        self._perhaps_moved_to: int | None = None
         self._commit_ms = 0.0
         self._restore_began = 0.0
         self._until_started_ms = 0.0
         self._destination: QemuProcess | None = None
+        self._peer: int | None = None
         self._version = ""
         self._commands: set[socket.socket] = set()
         self._meeting: asyncio.Task[_Met] | None = None
@@ -98,24 +125,79 @@ class Custody:
         self.reason = ""
         self.end = asyncio.Event()
 
+    # -- what outlives the keeper --------------------------------------------------------------------
+
+    def take_up(self, deposit: Deposit) -> None:
+        """
+        Begin, where the last keeper was.
+
+        :raises RamError: what it had kept cannot be read.
+        """
+        self._deposit = deposit
+        record, descriptors = deposit.record, dict(deposit.descriptors)
+        if record:
+            self.state = State(record["state"])
+            self.reason = record["reason"]
+            self._emulator = record["emulator"]
+            self._released = record["released"]
+            self._peer = record["peer"]
+            self._version = record["version"]
+            self._restore_began = record["restore_began"]
+            self._until_started_ms, self._commit_ms = record["until_started_ms"], record["commit_ms"]
+            self._move = move.MoveReport(**record["move"]) if record["move"] else None
+            if record["destination"]:
+                self._destination = QemuProcess(record["destination"], descriptors.pop(_DESTINATION))
+            if (kept := descriptors.pop(_KEPT, None)) is not None:
+                self._kept_fd = kept
+                self._kept = ram_blocks.unpack(kept, self._to_be_kept())
+            self._vms = {name: (self._vms | descriptors)[name] for name in record["vms"]}
+        if self._released:
+            self.end.set()
+        self._start(self._outlive_command())
+        if self.state is State.RESTORING:
+            # libvirt may still be at it. If the hook was asking it was refused, and libvirt will restore again.
+            self._expect_destination()
+        elif self.state is State.COMMITTED and self._destination is not None:
+            self._start(self._until_it_runs(self._destination, None))
+
+    def _put_down(self) -> None:
+        """Whatever comes next is done by this keeper or by its successor."""
+        descriptors = {name: fd for name, fd in self._vms.items() if name != _SOURCE_VM}
+        if self._kept_fd is not None:
+            descriptors[_KEPT] = self._kept_fd
+        if self._destination is not None:
+            descriptors[_DESTINATION] = self._destination.fileno()
+        record = {
+            **self._status(),
+            "released": self._released,
+            "peer": self._peer,
+            "restore_began": self._restore_began,
+            "vms": list(self._vms),
+        }
+        self._deposit.put(record, descriptors, needed=self.state in _NEEDED and not self._released)
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self._put_down()
+
+    # -- who is there --------------------------------------------------------------------------------
+
     # Whoever connects is served by a task of its own.
 
-    async def listen(self, path: Path, uid: int, serve: Any) -> None:
+    async def listen(self, listener: socket.socket, uid: int, serve: Any) -> None:
         """Serve all who connect to a socket and run as a user, or as root."""
         loop = asyncio.get_running_loop()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as listener:
-            listener.bind(str(path))
-            os.chmod(path, 0o600)
-            os.chown(path, uid, -1)
-            listener.listen(8)
-            while True:
-                sock, _ = await loop.sock_accept(listener)
-                if peer_credentials(sock)[1] not in (0, os.geteuid(), uid):
-                    sock.close()
-                    continue
-                task = asyncio.ensure_future(self._until_hangup(sock, serve))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+        while True:
+            sock, _ = await loop.sock_accept(listener)
+            if peer_credentials(sock)[1] not in (0, os.geteuid(), uid):
+                sock.close()
+                continue
+            self._start(self._until_hangup(sock, serve))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _until_hangup(self, sock: socket.socket, serve: Any) -> None:
         loop = asyncio.get_running_loop()
@@ -129,18 +211,25 @@ class Custody:
                     self.end.set()
         if sock in self._commands:
             self._commands.discard(sock)
-            if not self._commands:
+            if not self._commands and not self._command_expected:
                 await self._left_alone()
 
-    def expect_command(self) -> None:
-        """End unless there has been a command."""
-        if self.state is State.HELD and not self._commands:
+    async def _outlive_command(self) -> None:
+        """Until it has connected, the command that has started us is there for as long as its process lives."""
+        await self._command_process.wait(float("inf"))
+        self._command_expected = False
+        if not self._commands:
+            await self._left_alone()
+
+    def terminate(self) -> None:
+        """Somebody wants us to end."""
+        if self.state not in _NEEDED:
             self.end.set()
 
     async def _left_alone(self) -> None:
         """The command is gone. Whether we are needed without it depends on who has the guest."""
         if self.state is State.RETIRING and await self._source.wait(RETIRE_TIMEOUT):
-            self.state = State.WAITING
+            self._enter(State.WAITING)
         if self.state in (State.HELD, State.RETIRING, State.OVER):
             self.end.set()
 
@@ -150,6 +239,12 @@ class Custody:
         """Only while libvirt restores the domain, with our hook, is there a destination."""
         if self.state is not State.RESTORING:
             return "no the hook of sevhop did not announce this QEMU", None
+        pid = peer_credentials(sock)[0]
+        if self._peer is None:
+            self._peer = pid
+            self._put_down()
+        elif self._peer != pid:
+            return f"no process {self._peer} is the destination", None
         return Answers(self._held, self._brief.context, source_ended=True).answer(request)
 
     # -- the command and the hook ------------------------------------------------------------------
@@ -162,6 +257,8 @@ class Custody:
                     return await self._hook(operation, sub, uuid), None
                 case [word, *arguments]:
                     self._commands.add(sock)
+                    if peer_credentials(sock)[0] == self._brief.command:
+                        self._command_expected = False
                     return await self._command(word, " ".join(arguments)), None
         except SevhopError as err:
             return f"no {err}"[:MESSAGE], None
@@ -179,23 +276,37 @@ class Custody:
             case "status":
                 return f"ok {json.dumps(self._status())}"
             case "blocks" if self.state is State.HELD:
-                wanted = [block for block in self._brief.blocks if block.name not in self._brief.encrypted]
-                self._kept = ram_blocks.keep(self._source, wanted)
+                self._keep_blocks()
                 return "ok"
-            case "retire" if self.state is State.HELD:
-                self.state = State.RETIRING
+            case "retire" if self.state in (State.HELD, State.RETIRING):
+                self._enter(State.RETIRING)
                 return "ok"
             case "ended" if self.state is State.RETIRING:
                 if self._source.alive:
                     return "no the source is still there"
-                self.state = State.WAITING
+                self._enter(State.WAITING)
+                return "ok"
+            case "ended" if self.state in _ENDED:
                 return "ok"
             case "emulator" if argument:
                 self._emulator = argument
+                self._put_down()
                 return "ok"
             case "release":
+                self._released = True
+                self._put_down()
                 return "ok"
         return f"no {word} is not possible while the guest is {self.state.value}"
+
+    def _to_be_kept(self) -> list[RamBlock]:
+        return [block for block in self._brief.blocks if block.name not in self._brief.encrypted]
+
+    def _keep_blocks(self) -> None:
+        self._kept = ram_blocks.keep(self._source, self._to_be_kept())
+        if self._kept_fd is not None:
+            os.close(self._kept_fd)
+        self._kept_fd = ram_blocks.pack(self._kept.values())
+        self._put_down()
 
     def _status(self) -> dict[str, object]:
         return {
@@ -223,9 +334,11 @@ class Custody:
                     return "no the guest has not been saved yet"
                 if self.state is State.OVER:
                     return "no the guest runs"
-                self.state = State.RESTORING
                 self.reason = ""
                 self._restore_began = time.monotonic()
+                self._destination = self._peer = None
+                self._enter(State.RESTORING)
+                (self._directory / "monitor" / "qmp").unlink(missing_ok=True)  # of one that has died
                 self._expect_destination()
                 return f"ok {self._emulator}"
             case "prepare" | "migrate", "begin" if self.state in (State.HELD, State.RETIRING, State.WAITING):
@@ -259,19 +372,16 @@ class Custody:
                 raise
             finally:
                 self._commit_ms = (time.monotonic() - began) * 1e3
-            self.state = State.COMMITTED
-            task = asyncio.ensure_future(self._until_it_runs(met.monitor))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._destination = met.process
+            self._enter(State.COMMITTED)
+            self._start(self._until_it_runs(met.process, met.monitor))
         return "ok"
 
     def _expect_destination(self) -> None:
         """Get to know the destination while libvirt still sets it up: that takes time, too."""
         if self._meeting is not None:
             self._meeting.cancel()
-        path = self._directory / "monitor" / "qmp"
-        path.unlink(missing_ok=True)  # of one that has died
-        self._meeting = asyncio.ensure_future(self._meet(path))
+        self._meeting = asyncio.ensure_future(self._meet(self._directory / "monitor" / "qmp"))
         # A destination that never comes up is libvirt's to tell of.
         self._meeting.add_done_callback(lambda task: task.cancelled() or task.exception())
 
@@ -289,6 +399,8 @@ class Custody:
         status = await adopt.adopt_status(monitor)
         if status.source != "ended" or status.ram != "shared":
             raise KeeperError(f"the destination has not adopted the guest's memory (it is {status.ram})")
+        if destination.pid != self._peer:
+            raise KeeperError(f"process {destination.pid} has the monitor, but {self._peer} asked for the memory")
         if (await monitor.execute("query-status"))["running"]:
             raise KeeperError("the destination runs already")
         source = {block.name: block for block in self._brief.blocks}
@@ -297,89 +409,134 @@ class Custody:
         if self._brief.context.kind != "none":
             await self._move_context(monitor, destination)
         await adopt.finish(monitor)
-        self._destination = destination
 
     async def _move_context(self, monitor: Monitor, destination: QemuProcess) -> None:
-        """Move, and hold the VM in which the context is then."""
-        number = destination.vm_descriptor()
-        if number is None or self._held.vm is None:
+        """Move, and hold the VM in which the context is then. It is held before: nobody knows who dies meanwhile."""
+        descriptor = destination.vm_descriptor()
+        if descriptor is None or not self._vms:
             raise KeeperError("there is no KVM VM to move the context to, or from")
-        vm = destination.duplicate(number)
+        before = dict(self._vms)
+        name = next(name for number in itertools.count(1) if (name := f"vm {number}") not in before)
+        self._vms[name] = destination.duplicate(descriptor)
+        self._put_down()
         try:
-            self._move = await self._move_from(self._held.vm, monitor, destination)
+            self._move = await self._move_from(before, monitor, destination)
         except MonitorError:
-            # The destination died in the middle. Whether the context was moved is for the next attempt to find out.
-            self._perhaps_moved_to, vm = vm, -1
+            # The destination died in the middle. Where the context is, is for the next attempt to find out.
             raise
-        finally:
-            if vm >= 0:
-                if self._move is not None and not self._move.errno:
-                    os.dup2(vm, self._held.vm, inheritable=False)
-                os.close(vm)
+        except SevhopError:
+            self._forget_vms([name])
+            raise
+        self._forget_vms(before)
         if self._move.restore_errno:
             reason = os.strerror(self._move.restore_errno)
             raise KeeperError(f"the context was moved, but vCPU registers could not be set: {reason}")
         # The firmware was encrypted in place at launch, in pages of the source: a reset would execute what is no code.
         await monitor.execute("set-action", {"reboot": "shutdown"})
 
-    async def _move_from(self, vm: int, monitor: Monitor, destination: QemuProcess) -> move.MoveReport:
-        deadline = self._brief.move_deadline
-        try:
-            return await move.move(monitor, destination.pid, vm, deadline=deadline)
-        except MoveError as err:
-            if err.errno != errno.EIO or self._perhaps_moved_to is None:
-                raise
-        # That VM is dead: the earlier attempt had moved the context before it died.
-        return await move.move(monitor, destination.pid, self._perhaps_moved_to, deadline=deadline)
+    async def _move_from(
+        self, vms: Mapping[str, int], monitor: Monitor, destination: QemuProcess
+    ) -> move.MoveReport:
+        """From the first of these VMs that has the context. One that has none any more is EINVAL, or EIO."""
+        failure = MoveError("there is no VM that could have the SEV context", errno.EINVAL)
+        for vm in vms.values():
+            try:
+                return await move.move(monitor, destination.pid, vm, deadline=self._brief.move_deadline)
+            except MoveError as err:
+                if err.errno not in (errno.EINVAL, errno.EIO):
+                    raise
+                failure = err
+        raise failure
 
-    async def _until_it_runs(self, monitor: Monitor) -> None:
-        """Behind the commit, until the guest runs or its QEMU has ended."""
-        async with monitor:
-            with monitor.events("RESUME") as events:
-                try:
-                    while not (await monitor.execute("query-status"))["running"]:
-                        await monitor.next_event(events, timeout=float("inf"))
-                except SevhopError as err:
-                    log.info("the destination is gone: %s", err)
-                    self.reason = "the destination ended before the guest ran"
-                    self.state = State.WAITING
-                    self._destination = None
-                    return
-        self.state = State.OVER
-        if not self._commands:
-            self.end.set()
+    def _forget_vms(self, names: Iterable[str]) -> None:
+        for name in names:
+            os.close(self._vms.pop(name))
+        self._put_down()
+
+    async def _until_it_runs(self, destination: QemuProcess, monitor: Monitor | None) -> None:
+        """
+        Behind the commit, until the guest runs or its QEMU has ended.
+
+        :param monitor: None when it must be reached anew.
+        """
+        while destination.alive:
+            try:
+                if monitor is None:
+                    monitor = await self._reach(destination)
+                await _see_it_run(monitor)
+            except SevhopError as err:
+                log.info("the destination does not answer: %s", err)
+                monitor = None
+                await destination.wait(_REACH_POLL)
+                continue
+            self._enter(State.OVER)
+            if not self._commands and not self._command_expected:
+                self.end.set()
+            return
+        # The next restore may have begun.
+        if self.state is State.COMMITTED and self._destination is destination:
+            self.reason = "the destination ended before the guest ran"
+            self._destination = None
+            self._enter(State.WAITING)
+
+    async def _reach(self, destination: QemuProcess) -> Monitor:
+        path = self._directory / "monitor" / "qmp"
+        monitor = await Monitor.connect(path, timeout=self._brief.step_timeout)
+        if monitor.peer != destination.pid:
+            await monitor.close()
+            raise KeeperError(f"process {monitor.peer} has the destination's monitor")
+        return monitor
 
 
-async def _keep(brief: Brief) -> None:
-    directory = claim(brief.name)
-    try:
-        process = QemuProcess.open(brief.pid)
-        held = Held.take_machine(process, brief.blocks)
-        process.close()
-        monitor = directory / "monitor"
-        monitor.mkdir(mode=0o700)
-        os.chown(monitor, brief.uid, brief.gid)
-        custody = Custody(brief, directory, held)
-        listening = [
-            asyncio.ensure_future(custody.listen(directory / "control", os.geteuid(), custody.answer_control)),
-            asyncio.ensure_future(custody.listen(directory / "keeper", brief.uid, custody.answer_destination)),
-            asyncio.ensure_future(hook_calls.listen(directory / hook_calls.SOCKET, custody.answer_hook)),
-        ]
-        # The first run of each makes its socket.
-        await asyncio.sleep(0)
-        for task in listening:
-            if task.done():
-                task.result()
-        print(f"ready {directory}", flush=True)
-        _detach()
-        # A command that was killed at this very moment will not come.
-        asyncio.get_running_loop().call_later(START_TIMEOUT, custody.expect_command)
-        await custody.end.wait()
-        for task in listening:
-            task.cancel()
-        held.close()
-    finally:
+async def _see_it_run(monitor: Monitor) -> None:
+    async with monitor:
+        with monitor.events("RESUME") as events:
+            while not (await monitor.execute("query-status"))["running"]:
+                await monitor.next_event(events, timeout=float("inf"))
+
+
+def _keep(brief: Brief, directory: Path) -> None:
+    """Take everything, say so, and have keepers keep it."""
+    source = QemuProcess.open(brief.pid)
+    held = Held.take_machine(source, brief.blocks)
+    source.close()
+    monitor = directory / "monitor"
+    monitor.mkdir(mode=0o700)
+    os.chown(monitor, brief.uid, brief.gid)
+    custody = Custody(brief, directory, held)
+    control = listening(directory / "control", os.geteuid())
+    hook = listening(directory / hook_calls.SOCKET, os.geteuid())
+    keeper = listening(directory / "keeper", brief.uid)
+
+    async def serve(deposit: Deposit) -> None:
+        custody.take_up(deposit)
+        await _until_end(
+            custody,
+            custody.listen(control, os.geteuid(), custody.answer_control),
+            custody.listen(keeper, brief.uid, custody.answer_destination),
+            hook_calls.listen(hook, custody.answer_hook),
+        )
+        # Nobody who waits for our end may find anything behind it.
         remove(brief.name, directory)
+
+    def work(deposit: Deposit) -> int:
+        rename("sevhop-keeper")
+        asyncio.run(serve(deposit))
+        return 0
+
+    print(f"ready {directory}", flush=True)
+    _detach()
+    Guardian(work).run()
+
+
+async def _until_end(custody: Custody, *listening: Coroutine[Any, Any, None]) -> None:
+    """Serve until the keeper is not needed any more. Whoever cannot listen dies, and its successor may do better."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, custody.terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    tasks = {asyncio.ensure_future(work) for work in (custody.end.wait(), *listening)}
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
 
 
 def _detach() -> None:
@@ -391,12 +548,17 @@ def _detach() -> None:
 
 
 def main() -> int:
-    """The process."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """The process, which becomes the guardian."""
+    protect()
+    rename("sevhop-guardian")
     logging.basicConfig(level=logging.CRITICAL)
     try:
-        asyncio.run(_keep(Brief.from_json(sys.stdin.read())))
+        brief = Brief.from_json(sys.stdin.read())
+        directory = claim(brief.name)
+        try:
+            _keep(brief, directory)
+        finally:
+            remove(brief.name, directory)
     except SevhopError as err:
         print(err, flush=True)
         return 1

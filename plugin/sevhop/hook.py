@@ -17,6 +17,9 @@ A domain that is in no hop may have been in one: when it is saved and restored, 
 added to its XML is taken out again. A save image of sevhop's has no RAM in it and is marked; without its keeper it is
 refused.
 
+A keeper that dies while it is asked is not asked again: the refusal makes libvirt end the destination, and whoever
+restores next finds the keeper's successor.
+
 A domain of another daemon that happens to have the same name is ``foreign``, and is left alone. libvirt is never called
 from here, it waits for us. Inside the blackout the keeper itself runs this (:mod:`sevhop.hook_calls`). Without one it
 is a program, which imports next to nothing: of the standard library's socket only the part in C, which takes a tenth of
@@ -89,6 +92,9 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
     """Why libvirt may not go on, and the changed XML; empty if it may, or if nothing changes."""
     try:
         answer = keeper(f"hook {operation} {sub} {_uuid(xml)}")
+    except (ConnectionResetError, BrokenPipeError, TimeoutError, BlockingIOError):
+        # There is a keeper, and if it has just died there is another. What it has done is not known here.
+        answer = f"no the keeper of domain {name} broke off; the guest is held, try again"
     except (OSError, UnicodeEncodeError):
         answer = "foreign"
     verdict, _, rest = answer.partition(" ")

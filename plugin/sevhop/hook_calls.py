@@ -37,22 +37,18 @@ _STREAMS = 3
 Answer = Callable[[socket.socket, str], Awaitable[str]]
 
 
-async def listen(path: Path, answer: Answer) -> None:
+async def listen(listener: socket.socket, answer: Answer) -> None:
     """Serve calls at a socket until cancelled. They come from root: from the hook that libvirt runs."""
     loop = asyncio.get_running_loop()
     calls: set[asyncio.Task[None]] = set()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as listener:
-        listener.bind(str(path))
-        os.chmod(path, 0o600)
-        listener.listen(8)
-        while True:
-            sock, _ = await loop.sock_accept(listener)
-            if peer_credentials(sock)[1] not in (0, os.geteuid()):
-                sock.close()
-                continue
-            task = asyncio.ensure_future(asyncio.to_thread(_serve, sock, answer, loop))
-            calls.add(task)
-            task.add_done_callback(calls.discard)
+    while True:
+        sock, _ = await loop.sock_accept(listener)
+        if peer_credentials(sock)[1] not in (0, os.geteuid()):
+            sock.close()
+            continue
+        task = asyncio.ensure_future(asyncio.to_thread(_serve, sock, answer, loop))
+        calls.add(task)
+        task.add_done_callback(calls.discard)
 
 
 def _serve(sock: socket.socket, answer: Answer, loop: asyncio.AbstractEventLoop) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import json
 import logging
+import os
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 START_TIMEOUT = 60.0
 #: Seconds in which it must answer. A commit may retry for seconds.
 ANSWER_TIMEOUT = 30.0
+#: There is where systemd runs (sd_booted(3)).
+_SYSTEMD = Path("/run/systemd/system")
 #: Bytes of the longest request or answer.
 MESSAGE = 4096
 
@@ -59,6 +65,7 @@ class Brief:
     :ivar encrypted: names of those whose content cannot be carried.
     :ivar move_deadline: seconds for which a busy migration is tried again.
     :ivar step_timeout: seconds in which the destination must answer.
+    :ivar command: pid of the command that starts the keeper.
     """
 
     name: str
@@ -72,6 +79,7 @@ class Brief:
     encrypted: tuple[str, ...]
     move_deadline: float = 2.0
     step_timeout: float = COMMAND_TIMEOUT
+    command: int = field(default_factory=os.getpid)
 
     def as_json(self) -> str:
         """For the keeper's standard input."""
@@ -111,7 +119,7 @@ class KeeperProcess:
         """
         # Not asyncio's subprocess: that one kills its child when the loop is closed, and this child is to outlive us.
         process = subprocess.Popen(
-            [sys.executable, "-m", "sevhop.custody"],
+            _command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -139,14 +147,7 @@ class KeeperProcess:
     @classmethod
     async def connect(cls, directory: Path) -> Self:
         """:raises KeeperError: nobody answers there."""
-        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        control.setblocking(False)
-        try:
-            await asyncio.get_running_loop().sock_connect(control, str(directory / "control"))
-        except OSError as err:
-            control.close()
-            raise KeeperError(f"the keeper in {directory} is gone") from err
-        return cls(directory, control)
+        return cls(directory, await _connect(directory))
 
     def close(self) -> None:
         """Hang up. The keeper goes on for as long as the guest needs it."""
@@ -195,11 +196,14 @@ class KeeperProcess:
             await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self._control, 1), ANSWER_TIMEOUT)
 
     async def _ask(self, request: str) -> str:
-        loop = asyncio.get_running_loop()
+        """Ask; and if the keeper has died of it or before it, ask the next one. Every request may be repeated."""
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
-                await loop.sock_sendall(self._control, request.encode())
-                answer = (await loop.sock_recv(self._control, MESSAGE)).decode()
+            try:
+                answer = await self._exchange(request)
+            except ConnectionError:
+                self._control.close()
+                self._control = await _connect(self.directory)
+                answer = await self._exchange(request)
         except TimeoutError as err:
             raise KeeperError(f"the keeper did not answer within {ANSWER_TIMEOUT:g} s") from err
         except OSError as err:
@@ -208,6 +212,41 @@ class KeeperProcess:
         if verdict != "ok":
             raise KeeperError(rest or "the keeper is gone")
         return rest
+
+    async def _exchange(self, request: str) -> str:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            await loop.sock_sendall(self._control, request.encode())
+            answer = await loop.sock_recv(self._control, MESSAGE)
+        if not answer:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+        return answer.decode()
+
+
+async def _connect(directory: Path) -> socket.socket:
+    """:raises KeeperError: nobody answers there."""
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(control, str(directory / "control"))
+    except OSError as err:
+        control.close()
+        raise KeeperError(f"the keeper in {directory} is gone") from err
+    return control
+
+
+def _command() -> list[str]:
+    """
+    What starts a keeper. Where systemd runs it gets a scope of its own, so that it does not end with the login session
+    or the service that the command belongs to.
+    """
+    keeper = [sys.executable, "-m", "sevhop.custody"]
+    systemd_run = shutil.which("systemd-run")
+    if not _SYSTEMD.is_dir() or systemd_run is None:
+        return keeper
+    unit = f"--unit=sevhop-keeper-{secrets.token_hex(8)}"
+    description = "--description=Memory of a guest that changes its QEMU"
+    return [systemd_run, "--scope", "--quiet", "--collect", unit, description, "--", *keeper]
 
 
 def _first_line(file: IO[bytes]) -> str:

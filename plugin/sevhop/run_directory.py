@@ -68,6 +68,16 @@ def claim(name: str) -> Path:
     return directory
 
 
+def listening(path: Path, uid: int) -> socket.socket:
+    """A socket there that listens, and can be connected to by one user, and root."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    listener.bind(str(path))
+    os.chmod(path, 0o600)
+    os.chown(path, uid, -1)
+    listener.listen(8)
+    return listener
+
+
 def alive(directory: Path) -> bool:
     """Whether a keeper serves this directory."""
     return _listens(directory / "control", socket.SOCK_SEQPACKET)

@@ -141,6 +141,10 @@ class QemuProcess:
         """Let go of the pidfd. The process is not affected."""
         os.close(self._pidfd)
 
+    def fileno(self) -> int:
+        """The pidfd, which stays ours."""
+        return self._pidfd
+
     # -- life ------------------------------------------------------------------------------------
 
     @property

@@ -12,9 +12,11 @@ QEMU's own ``RAMBlock`` structures, which are verified field by field and never 
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .errors import RamError
@@ -259,6 +261,68 @@ def keep(process: QemuProcess, blocks: Iterable[RamBlock]) -> dict[str, KeptBloc
                     raise RamError(f"RAM block {block.name} cannot be kept: {err.strerror}") from err
                 kept[block.name] = KeptBlock(block, parts)
     return kept
+
+
+def pack(kept: Iterable[KeptBlock]) -> int:
+    """
+    Put kept blocks into a memfd, one behind the other in their order. What is zero takes no memory.
+
+    :return: its descriptor, which is the caller's.
+    :raises RamError: there is no memory for it.
+    """
+    fd = os.memfd_create("sevhop-kept-blocks", os.MFD_CLOEXEC)
+    try:
+        at = 0
+        for item in kept:
+            os.ftruncate(fd, at + _pages(item.block))
+            for start, content in item.parts:
+                if os.pwrite(fd, content, at + start) != len(content):
+                    raise RamError(f"RAM block {item.block.name} cannot be kept as a whole")
+            at += _pages(item.block)
+    except OSError as err:
+        os.close(fd)
+        raise RamError(f"RAM blocks cannot be kept: {err.strerror}") from err
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def unpack(fd: int, blocks: Iterable[RamBlock]) -> dict[str, KeptBlock]:
+    """
+    Kept blocks from such a memfd, by name.
+
+    :param blocks: those that :func:`keep` was given, in the same order.
+    :raises RamError: something is missing.
+    """
+    kept = {}
+    at = 0
+    for block in blocks:
+        if block.inode is None:
+            parts = tuple((start - at, _read(fd, start, end - start)) for start, end in _data(fd, at, at + block.used))
+            kept[block.name] = KeptBlock(block, parts)
+            at += _pages(block)
+    return kept
+
+
+def _pages(block: RamBlock) -> int:
+    page = resource.getpagesize()
+    return -(-block.used // page) * page
+
+
+def _data(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Those parts of a range of a file that are not holes (lseek(2))."""
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as err:
+            if err.errno == errno.ENXIO:
+                return
+            raise
+        if start < end:
+            hole = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+            yield start, hole
+            start = hole
 
 
 def put(kept: Iterable[tuple[KeptBlock, RamBlock]], destination: QemuProcess) -> int:
