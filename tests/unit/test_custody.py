@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import json
+import mmap
 import os
 import socket
-from collections.abc import Coroutine
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.custody import Custody
+from sevhop.custody import Custody, listening
+from sevhop.guardian import Deposit
 from sevhop.guest import SevContext
 from sevhop.keeper import Held
 from sevhop.keeper_process import Brief, State
+from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 
 UUID = "11111111-2222-3333-4444-55555555550a"
@@ -127,3 +137,213 @@ def test_another_emulator(custody: Custody) -> None:
     custody.state = State.WAITING
     assert run(ask(custody, "emulator /old qemu")) == "ok"
     assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /old qemu"
+
+
+# -- what outlives a keeper ------------------------------------------------------------------------
+
+
+class Shelf(Deposit):
+    """A guardian that passes on what was put there."""
+
+    def __init__(self) -> None:
+        super().__init__({}, {})
+        self.needed = False
+
+    def put(self, record: Mapping[str, Any], descriptors: Mapping[str, int], *, needed: bool) -> None:
+        # As it goes over the wire.
+        self.record, self.needed = json.loads(json.dumps(record)), needed
+        self.descriptors = {name: os.dup(fd) for name, fd in descriptors.items()}
+
+
+async def succeed(custody: Custody, state: State, tmp_path: Path) -> Custody:
+    """A keeper that dies in a state, and the next one."""
+    shelf = Shelf()
+    custody.take_up(shelf)
+    custody._enter(state)
+    successor = Custody(brief(), tmp_path, Held(None, {}))
+    successor.take_up(shelf)
+    return successor
+
+
+@pytest.mark.parametrize("state", State)
+def test_the_next_keeper_goes_on(custody: Custody, tmp_path: Path, state: State) -> None:
+    async def work() -> None:
+        await ask(custody, "emulator /other")
+        successor = await succeed(custody, state, tmp_path)
+        assert successor.state is state
+        assert successor._status() == custody._status()
+        assert not successor.end.is_set()
+
+    run(work())
+
+
+def test_kept_blocks_outlive_the_keeper(custody: Custody, tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 8 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[page : page + 5] = b"first"
+    memory[5 * page : 5 * page + 4] = b"last"
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    # The second begins where the first ends, and ends within a page.
+    blocks = (
+        BLOCKS[0],
+        RamBlock("pc.rom", address, 4 * page, 4 * page, None, False),
+        RamBlock("tables", address + 4 * page, page + 3, 4 * page, None, False),
+        RamBlock("empty", address + 6 * page, page, page, None, False),
+    )
+    of_this_test = replace(brief(), blocks=blocks)
+
+    async def work() -> None:
+        shelf = Shelf()
+        custody = Custody(of_this_test, tmp_path, Held(None, {}))
+        custody.take_up(shelf)
+        assert await ask(custody, "blocks") == "ok"
+        assert await ask(custody, "blocks") == "ok"
+        successor = Custody(of_this_test, tmp_path, Held(None, {}))
+        successor.take_up(shelf)
+        assert successor._kept == custody._kept
+        assert successor._kept["pc.rom"].parts == ((page, b"first".ljust(page, b"\0")),)
+        assert successor._kept["tables"].parts == ((page, b"las"),)
+        assert successor._kept["empty"].parts == ()
+
+    run(work())
+
+
+NEEDED = {State.RETIRING, State.WAITING, State.RESTORING, State.COMMITTED}
+
+
+@pytest.mark.parametrize("state", State)
+def test_sigterm_ends_no_keeper_that_the_guest_may_need(custody: Custody, state: State) -> None:
+    shelf = Shelf()
+
+    async def work() -> None:
+        custody.take_up(shelf)
+        custody._enter(state)
+        custody.terminate()
+
+    run(work())
+    assert shelf.needed == (state in NEEDED)
+    assert custody.end.is_set() == (state not in NEEDED)
+
+
+def test_requests_may_be_repeated(custody: Custody) -> None:
+    with subprocess.Popen(["true"]) as source:
+        source.wait()
+        custody._source.close()
+        custody._source = QemuProcess(source.pid, os.pidfd_open(os.getpid()))
+    assert run(ask(custody, "retire")) == "ok"
+    assert run(ask(custody, "retire")) == "ok"
+    for state in (State.WAITING, State.RESTORING, State.COMMITTED, State.OVER):
+        custody.state = state
+        assert run(ask(custody, "ended")) == "ok"
+        assert run(ask(custody, "retire")).startswith("no ")
+        assert custody.state is state
+
+
+def test_one_that_dies_while_it_lets_go_is_not_followed(custody: Custody, tmp_path: Path) -> None:
+    async def work() -> Custody:
+        shelf = Shelf()
+        custody.take_up(shelf)
+        custody._enter(State.WAITING)
+        assert await ask(custody, "release") == "ok"
+        assert not shelf.needed
+        successor = Custody(brief(), tmp_path, Held(None, {}))
+        successor.take_up(shelf)
+        return successor
+
+    assert run(work()).end.is_set()
+
+
+def test_a_status_does_not_end_a_keeper_whose_command_has_not_come_back(custody: Custody) -> None:
+    """The command is this very test, and only another process asks."""
+
+    async def work() -> None:
+        custody.take_up(Shelf())
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        serving = asyncio.ensure_future(custody._until_hangup(theirs, answer_stranger))
+        custody._commands.add(theirs)
+        ours.close()
+        await serving
+        assert not custody.end.is_set()
+
+    async def answer_stranger(sock: socket.socket, request: bytes) -> tuple[str, None]:
+        return "ok", None
+
+    run(work())
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+NOBODY = 65534
+_PEER = """
+import os, socket, sys
+os.setuid(int(sys.argv[2]))
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+    sock.connect(sys.argv[1])
+    for request in sys.argv[3:]:
+        sock.send(request.encode())
+        print(sock.recv(4096).decode())
+"""
+
+
+async def connect_as(uid: int, path: Path, *requests: str) -> list[str]:
+    """What a process of some user is answered; nothing when it is hung up on."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _PEER, str(path), str(uid), *requests, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    out, _ = await process.communicate()
+    return [line for line in out.decode().splitlines() if line]
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """One that every user reaches."""
+    if os.geteuid():
+        pytest.skip("other users can be played by root only")
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o711)
+        yield Path(directory)
+
+
+async def served(custody: Custody, path: Path, uid: int, serve: Any, *peers: tuple[int, str]) -> list[list[str]]:
+    """What peers are answered, one after the other, by a socket that anybody may open."""
+    with listening(path, uid) as listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert path.stat().st_uid == uid
+        path.chmod(0o666)
+        task = asyncio.ensure_future(custody.listen(listener, uid, serve))
+        answers = [await connect_as(peer, path, request) for peer, request in peers]
+        task.cancel()
+        return answers
+
+
+def test_control_is_roots_alone(custody: Custody, open_directory: Path) -> None:
+    serve = custody.answer_control
+    answers = run(served(custody, open_directory / "s", 0, serve, (NOBODY, "retire"), (0, f"hook x y {UUID}")))
+    assert answers == [[], ["ok"]]
+    assert custody.state is State.HELD
+
+
+def test_the_memory_is_for_the_users_of_qemu_alone(custody: Custody, open_directory: Path) -> None:
+    custody.state = State.RESTORING
+    serve = custody.answer_destination
+    answers = run(served(custody, open_directory / "s", 1234, serve, (NOBODY, "hello 1"), (1234, "hello 1")))
+    assert answers[0] == []
+    assert answers[1][0].startswith("ok ")
+
+
+def test_the_memory_is_for_one_destination_alone(custody: Custody, open_directory: Path) -> None:
+    """Who spoke first is the destination, until libvirt starts another one."""
+    custody.state = State.RESTORING
+    serve = custody.answer_destination
+    path = open_directory / "s"
+    answers = run(served(custody, path, NOBODY, serve, (NOBODY, "hello 1"), (NOBODY, "hello 1")))
+    assert answers[0][0].startswith("ok ")
+    assert answers[1][0].startswith("no process ")
+    path.unlink()
+
+    async def again() -> list[list[str]]:
+        await ask(custody, f"hook restore begin {UUID}")
+        return await served(custody, path, NOBODY, serve, (NOBODY, "hello 1"))
+
+    (open_directory / "monitor").mkdir()
+    assert run(again())[0][0].startswith("ok ")

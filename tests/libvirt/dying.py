@@ -1,0 +1,101 @@
+"""
+Kills a process of a keeper at an exact moment. Run inside a daemon's mount namespace, and only there. ::
+
+    dying.py VICTIM MOMENT ARGUMENT...     runs sevhop with these arguments; the victim dies at the moment
+    dying.py VICTIM                        kills at once
+
+The state in which the guest was is appended to :data:`STATES`. Whoever comes later must find that file missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from sevhop.run_directory import DOMAINS
+
+STATES = Path("/run/killed-in")
+
+#: Moments of the command: behind which call of which class.
+CALLS = {
+    "held": ("sevhop.domain", "Connection", "learn"),
+    "held with its blocks": ("sevhop.keeper_process", "KeeperProcess", "keep_blocks"),
+    "retiring": ("sevhop.keeper_process", "KeeperProcess", "retire"),
+    "waiting": ("sevhop.keeper_process", "KeeperProcess", "source_ended"),
+    "over": ("sevhop.domain", "Connection", "restore"),
+}
+
+
+def state() -> str:
+    """Of the only guest that is in a hop."""
+    (link,) = DOMAINS.iterdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+        control.connect(str(link / "control"))
+        control.send(b"status")
+        answer = control.recv(4096).decode().removeprefix("ok ")
+    return str(json.loads(answer)["state"])
+
+
+def kill(victim: str, wanted: str = "") -> None:
+    """Kill the process of this name, and see it end. If a state is wanted, not before that."""
+    while (now := state()) != wanted and wanted:
+        pass
+    with STATES.open("a") as file:
+        file.write(now)
+    own = os.readlink("/proc/self/ns/mnt")
+    (pid,) = (
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _read(entry / "comm") == victim and _namespace(entry) == own
+    )
+    ended = os.pidfd_open(pid)
+    signal.pidfd_send_signal(ended, signal.SIGKILL)
+    select.select([ended], [], [])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace(entry: Path) -> str:
+    try:
+        return os.readlink(entry / "ns" / "mnt")
+    except OSError:
+        return ""
+
+
+def _kill_behind(victim: str, moment: str) -> None:
+    module, name, call = CALLS[moment]
+    owner = getattr(__import__(module, fromlist=[name]), name)
+    original = getattr(owner, call)
+
+    async def dying(*arguments: Any) -> Any:
+        result = await original(*arguments)
+        kill(victim, wanted=moment.split(" ")[0])
+        return result
+
+    setattr(owner, call, dying)
+
+
+def main(victim: str, moment: str = "", *arguments: str) -> int:
+    """The program."""
+    if not moment:
+        kill(victim)
+        return 0
+    from sevhop import cli
+
+    _kill_behind(victim, moment)
+    return cli.main(list(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""The keeper or its guardian is killed in every state of an upgrade: the guest does not notice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import dying
+from .conftest import StartDomain
+from .daemon import Daemon, DomainGuest
+
+_PROGRAM = Path(dying.__file__)
+KEEPER, GUARDIAN = "sevhop-keeper", "sevhop-guardian"
+
+#: Moments inside libvirt's restore: the state, the hook's step, and whether that is before our own hook or behind it.
+STEPS = {
+    "restore has begun": ("restoring", "prepare/begin", "zz"),
+    "destination is complete": ("restoring", "started/begin", "aa"),
+    "committed": ("committed", "started/begin", "zz"),
+}
+MOMENTS = [*dying.CALLS, *STEPS]
+
+
+@pytest.fixture(autouse=True)
+def states(daemon: Daemon) -> Iterator[Path]:
+    """Where the states are noted in which somebody was killed."""
+    path = daemon.root / str(dying.STATES).lstrip("/")
+    yield path
+    path.unlink(missing_ok=True)
+    for hook in (daemon.root / "etc/libvirt/hooks/qemu.d").glob("*-dying"):
+        hook.unlink()
+
+
+def upgrade_with(daemon: Daemon, victim: str, moment: str, name: str, emulator: Path) -> dict[str, Any]:
+    """An upgrade in which somebody dies; what is reported."""
+    program = [sys.executable, str(_PROGRAM), victim]
+    arguments = ["upgrade", "--json", name, "--emulator", str(emulator)]
+    if moment in dying.CALLS:
+        done = daemon.run(*program, moment, *arguments)
+    else:
+        _, step, order = STEPS[moment]
+        hook = daemon.root / f"etc/libvirt/hooks/qemu.d/{order}-dying"
+        once = f'[ "$2/$3" = {step} ] && [ ! -e {dying.STATES} ] || exit 0'
+        hook.write_text(f"#!/bin/sh\n{once}\nexec {' '.join(program)} >/dev/null\n")
+        hook.chmod(0o755)
+        done = daemon.sevhop(*arguments)
+        hook.unlink()
+    report: dict[str, Any] = json.loads(done.stdout)["domains"][0]
+    return report
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_one_of_the_two_is_killed(
+    daemon: Daemon, start: StartDomain, states: Path, old: Path, new: Path, moment: str
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    wanted = STEPS[moment][0] if moment in STEPS else moment.split(" ")[0]
+    for victim, here, there in ((KEEPER, old, new), (GUARDIAN, new, old)):
+        report = upgrade_with(daemon, victim, moment, guest.name, there)
+        assert states.read_text() == wanted
+        states.unlink()
+        # A keeper that dies while a destination starts takes that one along.
+        undone = victim == KEEPER and wanted == "restoring"
+        assert report["outcome"] in (("done", "undone") if undone else ("done",)), report
+        assert guest.emulator() == str(there if report["outcome"] == "done" else here)
+        guest.wait_for_ticks()
+        assert daemon.left_over() == []
+        if report["outcome"] == "undone":
+            assert daemon.upgrade(guest.name, "--emulator", there)["outcome"] == "done"
+
+
+def held(daemon: Daemon, guest: DomainGuest, emulator: Path) -> str:
+    """Have the guest in nobody's hands but the keeper's. :return: the save image."""
+    guest.wait_for_ticks()
+    return str(daemon.upgrade(guest.name, "--emulator", emulator, "--prepare")["image"])
+
+
+def test_keepers_are_killed_one_after_the_other(daemon: Daemon, start: StartDomain, states: Path, new: Path) -> None:
+    guest = start()
+    image = held(daemon, guest, new)
+    for _ in range(3):
+        assert daemon.run(sys.executable, _PROGRAM, KEEPER).returncode == 0
+    assert daemon.run(sys.executable, _PROGRAM, GUARDIAN).returncode == 0
+    assert states.read_text() == 4 * "waiting"
+    daemon.virsh("restore", image)
+    guest.wait_for_ticks()
+
+
+def test_the_destination_is_killed_with_the_keeper(
+    daemon: Daemon, start: StartDomain, states: Path, new: Path
+) -> None:
+    """Behind the commit and before the guest runs: the next keeper knows that it has the guest again."""
+    guest = start()
+    image = held(daemon, guest, new)
+    hook = daemon.root / "etc/libvirt/hooks/qemu.d/zz-dying"
+    hook.write_text(f'#!/bin/sh\n[ "$2/$3" = started/begin ] || exit 0\n{sys.executable} {_PROGRAM} {KEEPER}\nexit 1\n')
+    hook.chmod(0o755)
+    assert daemon.run("virsh", "restore", image).returncode == 1
+    hook.unlink()
+    assert states.read_text() == "committed"
+    daemon.virsh("restore", image)
+    guest.wait_for_ticks()
+
+
+def test_a_keeper_ignores_what_ends_others_by_accident(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    image = held(daemon, guest, new)
+    for name in ("HUP", "INT", "TERM"):
+        for pid in keepers(daemon):
+            daemon.run("kill", f"-{name}", str(pid))
+    assert "waiting" in daemon.sevhop("status").stdout
+    assert len(keepers(daemon)) == 2
+    for pid in keepers(daemon):
+        assert Path(f"/proc/{pid}/cwd").resolve() == Path("/")
+    daemon.virsh("restore", image)
+    guest.wait_for_ticks()
+
+
+def keepers(daemon: Daemon) -> list[int]:
+    """Both processes."""
+    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in daemon.processes()}
+    return [pid for pid, name in names.items() if name in (KEEPER, GUARDIAN)]
+
+
+def test_both_are_killed(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Then a guest that is nowhere else is lost; but nothing wrong runs, and the domain is free again."""
+    guest = start()
+    image = held(daemon, guest, new)
+    for victim in (GUARDIAN, KEEPER):
+        assert daemon.run(sys.executable, _PROGRAM, victim).returncode == 0
+    refused = daemon.run("virsh", "restore", image)
+    assert refused.returncode == 1
+    assert "is gone, and the guest's memory with it" in refused.stderr
+    assert "its keeper is gone" in daemon.sevhop("status").stdout
+    daemon.virsh("start", guest.name)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
