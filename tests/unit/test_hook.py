@@ -164,6 +164,17 @@ def test_no_guest_runs_whose_keeper_is_gone(keeper: FakeKeeper, name: str, opera
 
 
 @pytest.mark.parametrize("operation", ["restore", "prepare", "migrate", "started"])
+def test_a_keeper_that_dies_while_it_is_asked_refuses(keeper: FakeKeeper, operation: str) -> None:
+    """It has a successor: the guest is not gone, and nobody may start it behind its back."""
+    keeper.answer = ""
+    with keeper.alive():
+        status, printed, reason = run(keeper, "web", operation, "begin", "-")
+    assert (status, printed) == (1, "")
+    assert "the guest is held, try again" in reason
+    assert len(keeper.asked) == 1
+
+
+@pytest.mark.parametrize("operation", ["restore", "prepare", "migrate", "started"])
 def test_a_dead_keeper_stops_nobody_else(keeper: FakeKeeper, operation: str) -> None:
     assert run(keeper, "web", operation, "begin", "-") == (0, "", "")
 
