@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from guests import emulators, real_mode
 
+from ...libvirt import dying
 from ...libvirt.daemon import Daemon, Description, DomainGuest
 from ..contract.sev import contexts
 
@@ -71,3 +74,48 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
     report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
     assert (report["status"], report["outcome"]) == (3, "undone"), report["reason"]
     arrived(daemon, guest, old)
+
+
+#: Kills the first keeper that has moved a context, before it can say so to anybody.
+_DIES_OF_THE_MOVE = """
+import os, signal
+from sevhop_qmp import move
+
+original = move.move
+
+async def dying(*arguments, **options):
+    report = await original(*arguments, **options)
+    try:
+        os.close(os.open("/run/died", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return report
+    os.kill(os.getpid(), signal.SIGKILL)
+
+move.move = dying
+"""
+
+
+def test_the_keeper_dies_around_the_move(daemon: Daemon, guest: DomainGuest, tmp_path: Path) -> None:
+    """The context is in the destination's VM by then, the destination ends, and nobody but the guardian has that VM."""
+    old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
+    arguments = ["upgrade", "--json", guest.name, "--emulator", str(new), "--timeout", "60"]
+    (tmp_path / "sitecustomize.py").write_text(_DIES_OF_THE_MOVE)
+    done = daemon.run("env", f"PYTHONPATH={tmp_path}", sys.executable, "-m", "sevhop.cli", *arguments)
+    report = json.loads(done.stdout)["domains"][0]
+    assert report["outcome"] == "undone", report
+    assert (daemon.root / "run/died").exists()
+    arrived(daemon, guest, old)
+
+    # The keeper dies behind the commit, and the destination with it.
+    other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-dying"
+    once = f'[ "$2/$3" = started/begin ] && [ ! -e {dying.STATES} ] || exit 0'
+    other.write_text(f"#!/bin/sh\n{once}\n{sys.executable} {dying.__file__} sevhop-keeper >/dev/null\nexit 1\n")
+    other.chmod(0o755)
+    report = daemon.upgrade(*arguments[2:])
+    assert report["outcome"] == "undone", report
+    assert (daemon.root / str(dying.STATES).lstrip("/")).read_text() == "committed"
+    arrived(daemon, guest, old)
+    other.unlink()
+    report = daemon.upgrade(*arguments[2:])
+    assert report["outcome"] == "done", report
+    arrived(daemon, guest, new)
