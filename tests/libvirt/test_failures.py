@@ -114,28 +114,6 @@ def test_libvirt_is_killed_when_the_guest_is_held(daemon: Daemon, start: StartDo
     assert daemon.sevhop("recover").returncode == 0
 
 
-def test_the_keeper_is_killed_when_the_guest_is_held(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """Then the guest is lost; but nothing wrong runs, and the domain is free again."""
-    guest = start()
-    guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
-    for pid in daemon.processes():
-        if b"sevhop.custody" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            kill(pid)
-    refused = daemon.run("virsh", "restore", report["image"])
-    assert refused.returncode == 1
-    assert "is gone, and the guest's memory with it" in refused.stderr
-    assert "its keeper is gone" in daemon.sevhop("status").stdout
-    done = daemon.sevhop("recover")
-    assert (done.returncode, daemon.left_over()) == (5, [])
-    assert "neither a QEMU nor a keeper has its memory" in done.stdout
-    daemon.virsh("start", guest.name)
-    status = daemon.sevhop("status", guest.name).stdout
-    assert "QEMU 7.2" in status
-    assert "can hop; hop: broken off: its keeper is gone" in status
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
-
-
 REFUSED = {
     "missing": (["no-such-domain"], "no domain with matching name"),
     "no emulator": (["--emulator", "/nonexistent"], "No such file"),
