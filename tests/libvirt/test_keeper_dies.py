@@ -139,4 +139,7 @@ def test_both_are_killed(daemon: Daemon, start: StartDomain, new: Path) -> None:
     assert "is gone, and the guest's memory with it" in refused.stderr
     assert "its keeper is gone" in daemon.sevhop("status").stdout
     daemon.virsh("start", guest.name)
+    status = daemon.sevhop("status", guest.name).stdout
+    assert "QEMU 7.2" in status
+    assert "can hop; hop: broken off: its keeper is gone" in status
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
