@@ -142,4 +142,9 @@ def test_both_are_killed(daemon: Daemon, start: StartDomain, new: Path) -> None:
     status = daemon.sevhop("status", guest.name).stdout
     assert "QEMU 7.2" in status
     assert "can hop; hop: broken off: its keeper is gone" in status
+    daemon.virsh("destroy", guest.name)
+    done = daemon.sevhop("recover")
+    assert (done.returncode, daemon.left_over()) == (5, [])
+    assert "neither a QEMU nor a keeper has its memory" in done.stdout
+    daemon.virsh("start", guest.name)
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"

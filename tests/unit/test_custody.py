@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.custody import Custody, listening
+from sevhop.custody import Custody
 from sevhop.guardian import Deposit
 from sevhop.guest import SevContext
 from sevhop.keeper import Held
 from sevhop.keeper_process import Brief, State
+from sevhop.run_directory import listening
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 

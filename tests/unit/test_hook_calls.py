@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from sevhop import hook_calls
+from sevhop.run_directory import listening
 from sevhop_qmp.monitor import peer_credentials
 
 from .test_hook import DESTINATION, IMAGE, SCRIPT, UUID, XML
@@ -33,10 +34,10 @@ class FakeKeeper:
 
     @contextlib.asynccontextmanager
     async def alive(self) -> AsyncIterator[None]:
-        task = asyncio.ensure_future(hook_calls.listen(self.directory / hook_calls.SOCKET, self._answer))
-        await asyncio.sleep(0)
-        yield
-        task.cancel()
+        with listening(self.directory / hook_calls.SOCKET, os.geteuid()) as listener:
+            task = asyncio.ensure_future(hook_calls.listen(listener, self._answer))
+            yield
+            task.cancel()
 
     async def _answer(self, sock: socket.socket, request: str) -> str:
         self.asked.append(request)
