@@ -314,6 +314,7 @@ async def served(custody: Custody, path: Path, uid: int, serve: Any, *peers: tup
         task = asyncio.ensure_future(custody.listen(listener, uid, serve))
         answers = [await connect_as(peer, path, request) for peer, request in peers]
         task.cancel()
+        await asyncio.wait({task})
         return answers
 
 

@@ -38,6 +38,7 @@ class FakeKeeper:
             task = asyncio.ensure_future(hook_calls.listen(listener, self._answer))
             yield
             task.cancel()
+            await asyncio.wait({task})
 
     async def _answer(self, sock: socket.socket, request: str) -> str:
         self.asked.append(request)
