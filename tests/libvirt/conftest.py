@@ -17,6 +17,7 @@ import pytest
 from guests import counter, emulators
 from guests.build import Unavailable
 from guests.machine import Accelerator
+from guests.running import wait_until
 
 from .daemon import Daemon, Description, DomainGuest
 
@@ -86,4 +87,4 @@ def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -
 
         yield one
     assert daemon.left_over() == []
-    assert set(daemon.processes()) - before == set()
+    wait_until(lambda: set(daemon.processes()) <= before, 30, "the last processes end")

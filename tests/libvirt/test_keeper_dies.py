@@ -81,6 +81,13 @@ def held(daemon: Daemon, guest: DomainGuest, emulator: Path) -> str:
     return str(daemon.upgrade(guest.name, "--emulator", emulator, "--prepare")["image"])
 
 
+def go_on(daemon: Daemon, guest: DomainGuest, image: str) -> None:
+    """Finish what was prepared."""
+    daemon.virsh("restore", image)
+    guest.wait_for_ticks()
+    assert daemon.sevhop("recover").returncode == 0
+
+
 def test_keepers_are_killed_one_after_the_other(daemon: Daemon, start: StartDomain, states: Path, new: Path) -> None:
     guest = start()
     image = held(daemon, guest, new)
@@ -88,8 +95,7 @@ def test_keepers_are_killed_one_after_the_other(daemon: Daemon, start: StartDoma
         assert daemon.run(sys.executable, _PROGRAM, KEEPER).returncode == 0
     assert daemon.run(sys.executable, _PROGRAM, GUARDIAN).returncode == 0
     assert states.read_text() == 4 * "waiting"
-    daemon.virsh("restore", image)
-    guest.wait_for_ticks()
+    go_on(daemon, guest, image)
 
 
 def test_the_destination_is_killed_with_the_keeper(
@@ -104,8 +110,7 @@ def test_the_destination_is_killed_with_the_keeper(
     assert daemon.run("virsh", "restore", image).returncode == 1
     hook.unlink()
     assert states.read_text() == "committed"
-    daemon.virsh("restore", image)
-    guest.wait_for_ticks()
+    go_on(daemon, guest, image)
 
 
 def test_a_keeper_ignores_what_ends_others_by_accident(daemon: Daemon, start: StartDomain, new: Path) -> None:
@@ -118,8 +123,7 @@ def test_a_keeper_ignores_what_ends_others_by_accident(daemon: Daemon, start: St
     assert len(keepers(daemon)) == 2
     for pid in keepers(daemon):
         assert Path(f"/proc/{pid}/cwd").resolve() == Path("/")
-    daemon.virsh("restore", image)
-    guest.wait_for_ticks()
+    go_on(daemon, guest, image)
 
 
 def keepers(daemon: Daemon) -> list[int]:
