@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from bench import pause
 from bench.picture import svg
-from bench.report import Report, Run, Spread
+from bench.report import Failed, Report, Run, Spread
 from guests import counter
 from guests.running import GuestFailed
 
@@ -85,6 +85,14 @@ def test_tables() -> None:
     assert "| hop | 256 MB | freeze 2.0, save 4.0 |" in text
 
 
+def test_a_failure_is_told() -> None:
+    failed = dataclasses.replace(REPORT, failures=[Failed("file", "rich", 1024, "no space")])
+    assert "rich file, 1 GB, did not arrive: no space" in failed.markdown()
+    assert failed.as_json()["failures"] == [
+        {"mode": "file", "machine": "rich", "memory_mib": 1024, "reason": "no space"}
+    ]
+
+
 def test_an_empty_report_is_still_one() -> None:
     empty = dataclasses.replace(REPORT, runs=[run("hop", 256, 0.0)], foreign_hook_ms=[])
     assert empty.ratios() == {}
@@ -144,8 +152,7 @@ def test_sampler_sees_a_guest_stand_still(counting: Counting) -> None:
         time.sleep(0.3)
         going_on = time.monotonic_ns()
         counting.running.set()
-        while os.pread(counting.fd, 8, counter.COUNTER) == os.pread(counting.fd, 8, counter.COUNTER):
-            pass
+        sampler.see_growth()
         sampler.stop()
     assert 0 < sampler.began < stopped
     # It may have stood still a moment before and after, for want of a processor; never less.
@@ -185,5 +192,6 @@ def test_memory_is_found_and_touched() -> None:
 
 def test_memory_of_nobody(tmp_path: Path) -> None:
     assert pause.memory_of(2**22 + 1) is None
-    with pause.Sampler(tmp_path / "missing") as sampler, pytest.raises(GuestFailed):
+    (tmp_path / "empty").touch()
+    with pause.Sampler(tmp_path / "empty") as sampler, pytest.raises(GuestFailed):
         sampler.wait()

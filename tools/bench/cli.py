@@ -7,8 +7,10 @@ import datetime
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from guests import counter, emulators
@@ -16,13 +18,18 @@ from guests.build import CACHE, Unavailable
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
 
+from .bare import Bare
 from .domains import Domains
 from .picture import svg
-from .report import Report, Run
+from .report import Failed, Report, Run
 
 #: MiB of guest memory.
 _SIZES = [256, 1024, 4096, 8192]
 _QUICK_SIZES = [256]
+#: MiB that are left to everybody else.
+_SPARE = 2048
+_PARTS = ["bare", "domains"]
+_KINDS = ["minimal", "rich"]
 
 
 def say(text: str) -> None:
@@ -58,13 +65,40 @@ def measure(options: argparse.Namespace, scratch: Path) -> Report:
     accelerator = _accelerator(scratch / "probe")
     about = _about(accelerator)
     runs: list[Run] = []
-    with Domains(accelerator, options.images) as domains:
-        foreign = domains.hook_of_a_foreign_domain()
-        for size in options.sizes:
-            for run in domains.measure(size, options.rounds):
-                say(f"{run.machine} {run.mode} {run.memory_mib} MiB: {run.pause_ms:.1f} ms")
-                runs.append(run)
-    return Report(runs, about, foreign)
+    failures: list[Failed] = []
+
+    def take(found: Iterable[Run | Failed]) -> None:
+        for one in found:
+            what = f"{one.machine} {one.mode} {one.memory_mib} MiB"
+            if isinstance(one, Run):
+                say(f"{what}: {one.pause_ms:.1f} ms")
+                runs.append(one)
+            else:
+                say(f"{what}: {one.reason}")
+                failures.append(one)
+
+    sizes = [size for size in options.sizes if _fits(size)]
+    if "bare" in options.only:
+        bare = Bare(emulators.emulator(emulators.NEW), accelerator, scratch, options.images)
+        for kind in options.machines:
+            for size in sizes:
+                take(bare.measure(kind, size, options.rounds))
+    foreign: list[float] = []
+    if "domains" in options.only:
+        with Domains(accelerator, options.images) as domains:
+            foreign = domains.hook_of_a_foreign_domain()
+            for size in sizes:
+                take(domains.measure(size, options.rounds))
+    return Report(runs, about, foreign, failures)
+
+
+def _fits(size: int) -> bool:
+    """Migration has a guest's memory twice. Swapping would be measured otherwise, or somebody killed."""
+    available = int(re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[0]) >> 10
+    if 2 * size + _SPARE <= available:
+        return True
+    say(f"left out {size} MiB: {available} MiB of memory are available")
+    return False
 
 
 def main() -> int:
@@ -72,15 +106,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="tools/bench/run", description="How long a guest stands still when it changes its QEMU, side by side."
     )
-    parser.add_argument("--quick", action="store_true", help="the smallest memory and one round: does it work at all?")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest memory, a minimal machine, one round: does it work at all?"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--only", type=_words, default=_PARTS, metavar="PART,...", help="bare, domains (default: both)")
+    parser.add_argument("--machines", type=_words, metavar="KIND,...", help="bare: minimal, rich (default: both)")
     parser.add_argument("--sizes", type=_sizes, metavar="MIB,...", help="guest memory (default: 256,1024,4096,8192)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds with each size (default: 5)")
     parser.add_argument("--images", type=Path, default=CACHE, metavar="DIRECTORY", help="where save images are written")
     parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="write bench.md, bench.json, bench.svg there")
     options = parser.parse_args()
     options.sizes = options.sizes or (_QUICK_SIZES if options.quick else _SIZES)
+    options.machines = options.machines or (_KINDS[:1] if options.quick else _KINDS)
     options.rounds = options.rounds or (1 if options.quick else 5)
+    if wrong := sorted({*options.only, *options.machines}.difference(_PARTS, _KINDS)):
+        parser.error(f"not known: {', '.join(wrong)}")
     try:
         with tempfile.TemporaryDirectory(prefix="sevhop-bench-") as scratch:
             report = measure(options, Path(scratch))
@@ -94,7 +135,11 @@ def main() -> int:
         (options.output / "bench.md").write_text(report.markdown())
         (options.output / "bench.svg").write_text(svg(report))
     print(text if options.json else report.markdown(), end="")
-    return 0
+    return 1 if report.failures else 0
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _sizes(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from guests.running import GuestFailed
 from tests.libvirt.daemon import Daemon, Description, DomainGuest
 
 from .pause import Sampler, memory_of, touch
-from .report import Run
+from .report import Failed, Run
 
 UPGRADE, SAVE_RESTORE = "upgrade", "save-restore"
 #: Seconds between two looks for a QEMU that libvirt starts.
@@ -52,8 +52,14 @@ class Domains:
         self._daemon.stop()
         self._image.unlink(missing_ok=True)
 
-    def measure(self, memory_mib: int, rounds: int) -> Iterator[Run]:
+    def measure(self, memory_mib: int, rounds: int) -> Iterator[Run | Failed]:
         """All runs with one size of memory; a round is an upgrade there, one back, and as many saves."""
+        try:
+            yield from self._runs(memory_mib, rounds)
+        except GuestFailed as err:
+            yield Failed(UPGRADE, "domain", memory_mib, str(err))
+
+    def _runs(self, memory_mib: int, rounds: int) -> Iterator[Run]:
         described = Description("bench", self._old, self._accelerator, memory_mib=memory_mib)
         guest = DomainGuest.start(self._daemon, described)
         try:
@@ -82,6 +88,7 @@ class Domains:
             total = time.monotonic() - began
             if report["outcome"] != "done":
                 raise GuestFailed(f"upgrade: {report['reason']}")
+            sampler.see_growth()
             sampler.stop()
         phases = {phase["name"]: phase["ms"] for phase in report["phases"]}
         versions = (report["source"]["version"], report["destination"]["version"])

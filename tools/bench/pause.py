@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from guests import build, counter
-from guests.running import GuestFailed
+from guests.running import GuestFailed, wait_until
 
 _SOURCE = Path(__file__).with_name("sampler.c")
 _TIMEOUT = 60.0
@@ -37,6 +37,7 @@ class Sampler:
         self.began = 0
         self.gaps: list[tuple[int, int]] = []
         self.last = 0
+        self._fd = os.open(memory, os.O_RDONLY | os.O_CLOEXEC)
         self._process = subprocess.Popen(
             [_program(), memory, hex(counter.COUNTER)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
         )
@@ -49,17 +50,30 @@ class Sampler:
     ) -> None:
         self._process.kill()
         self._process.communicate()
+        os.close(self._fd)
 
     def wait(self) -> None:
         """
         Wait until the number grows.
 
-        :raises GuestFailed: there is no such memory.
+        :raises GuestFailed: it cannot be looked at.
         """
         assert self._process.stdout is not None
         self._read(self._process.stdout.readline())
         if not self.began:
             raise GuestFailed("the guest's memory cannot be looked at")
+
+    def see_growth(self) -> None:
+        """
+        Wait until the number grows again: a guest that stands still at the end has no gap.
+
+        :raises GuestFailed: it does not.
+        """
+        before = self._number()
+        wait_until(lambda: self._number() != before, _TIMEOUT, "the guest counts")
+
+    def _number(self) -> bytes:
+        return os.pread(self._fd, 8, counter.COUNTER)
 
     def stop(self) -> None:
         """Look no more."""

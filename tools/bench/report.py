@@ -43,6 +43,20 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """
+    A run that did not arrive.
+
+    :ivar reason: one line or a few.
+    """
+
+    mode: str
+    machine: str
+    memory_mib: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Spread:
     """Several measurements of one thing."""
 
@@ -73,12 +87,14 @@ class Report:
     All of a run of the benchmark.
 
     :ivar about: what it was measured on: name and value.
+    :ivar failures: runs that did not arrive.
     :ivar foreign_hook_ms: calls of the hook for a domain that is in no hop.
     """
 
     runs: Sequence[Run]
     about: dict[str, str]
     foreign_hook_ms: Sequence[float] = ()
+    failures: Sequence[Failed] = ()
 
     def cells(self) -> list[tuple[str, str, int]]:
         """What was measured: (machine, mode, memory), in the order in which it was first measured."""
@@ -136,6 +152,7 @@ class Report:
             "ratios": self.ratios(),
             "growth": self.growth(),
             "foreign_hook_ms": foreign,
+            "failures": [asdict(failed) for failed in self.failures],
             "runs": [asdict(run) for run in self.runs],
         }
 
@@ -172,6 +189,9 @@ class Report:
             lines += _table(("mode", "memory", "phases"), rows)
         if self.foreign_hook_ms:
             lines += ["", f"The hook of a domain that is in no hop: {Spread.of(self.foreign_hook_ms)} ms."]
+        for failed in self.failures:
+            what = f"{failed.machine} {failed.mode}, {memory(failed.memory_mib)}"
+            lines += ["", f"{what}, did not arrive: {failed.reason}"]
         return "\n".join(lines) + "\n"
 
     def _versions(self, cell: tuple[str, str, int]) -> str:

@@ -1,0 +1,322 @@
+"""
+Ways between two QEMU processes on one host: sevhop's hop, and QEMU's own.
+
+==================  ================================================================================================
+``hop``             ``sevhop hop``
+``cpr-transfer``    QEMU's live update: memory and descriptors are passed on (QEMU 9.2 and later, on both sides)
+``x-ignore-shared`` migration without the memory, which both processes map from one file
+``precopy``         live migration over a UNIX socket, as fast as it can be
+``file``            the guest stops, is written to a file, and read again by a QEMU that has been started before
+==================  ================================================================================================
+
+Each run has a guest of its own; source and destination are the same QEMU. None of the ways of QEMU takes an SEV guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from guests import counter
+from guests.machine import Accelerator, Machine
+from guests.running import Guest, GuestFailed, wait_until
+from qemu.qmp import EventListener
+from sevhop_qmp.errors import MonitorError, SevhopError
+from sevhop_qmp.monitor import Monitor
+
+from .pause import Sampler, memory_of, touch
+from .report import Failed, Run
+
+#: Seconds that a migration may take; on a busy machine 8 GB are not written in less than minutes.
+_PATIENCE = 600.0
+_START_TIMEOUT = 60.0
+#: Bytes per second: no limit.
+_BANDWIDTH = 1 << 40
+#: For memory in files that have names.
+_SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Given:
+    """
+    What a run begins with.
+
+    :ivar guest: runs, all of its memory touched.
+    :ivar memory: the file behind it.
+    :ivar image: where a save image may be written.
+    """
+
+    guest: Guest
+    emulator: Path
+    memory: Path
+    image: Path
+
+    @property
+    def directory(self) -> Path:
+        """The guest's own."""
+        return self.guest.machine.directory
+
+    @property
+    def monitor(self) -> Path:
+        """Of the destination."""
+        return self.directory / "destination.sock"
+
+    @contextlib.contextmanager
+    def destination(self, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A second QEMU with the source's command line, but for its monitor and its log. It is killed at the end."""
+        machine = self.guest.machine
+        words = machine.command(self.emulator)
+        for ours, theirs in ((machine.monitor, self.monitor), (machine.serial, self.directory / "destination.log")):
+            words = [word.replace(str(ours), str(theirs)) for word in words]
+        with open(machine.messages, "ab") as messages:
+            process = subprocess.Popen([*words, *more], stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    async def connect(self, path: Path) -> Monitor:
+        """:raises GuestFailed: nobody answers there, in time."""
+        deadline = time.monotonic() + _START_TIMEOUT
+        while True:
+            try:
+                return await Monitor.connect(path)
+            except MonitorError as err:
+                if time.monotonic() > deadline:
+                    raise GuestFailed(str(err)) from err
+                await asyncio.sleep(0.01)
+
+
+#: What a way gives back: the pause in ms, when it began and ended (monotonic seconds), its phases.
+Outcome = tuple[float, float, float, dict[str, float]]
+
+
+def hop(given: Given) -> Outcome:
+    """sevhop's own."""
+    command = [sys.executable, "-m", "sevhop.cli", "hop", "--source", str(given.guest.machine.monitor)]
+    with Sampler(given.memory) as sampler:
+        sampler.wait()
+        began = time.monotonic()
+        done = subprocess.run(
+            [*command, "--emulator", str(given.emulator), "--json"], capture_output=True, text=True, check=False
+        )
+        ended = time.monotonic()
+        report = json.loads(done.stdout)
+        if report["outcome"] != "done":
+            raise GuestFailed(f"hop: {report['reason']}")
+        sampler.see_growth()
+        sampler.stop()
+    return sampler.longest_ms, began, ended, {phase["name"]: phase["ms"] for phase in report["phases"]}
+
+
+def cpr_transfer(given: Given) -> Outcome:
+    """QEMU's live update."""
+    stream, state = given.directory / "stream.sock", given.directory / "cpr.sock"
+    cpr = {"channel-type": "cpr", "addr": _unix(state)}
+    main = {"channel-type": "main", "addr": _unix(stream)}
+
+    async def work() -> tuple[float, float]:
+        async with await given.connect(given.guest.machine.monitor) as source:
+            await _events(source)
+            await source.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+            with source.events("MIGRATION") as events:
+                began = time.monotonic()
+                # It answers when the destination has come up, whose start takes its time.
+                await source.execute("migrate", {"channels": [main, cpr]}, timeout=_START_TIMEOUT)
+                await _completed(source, events)
+        return began, time.monotonic()
+
+    with Sampler(given.memory) as sampler:
+        sampler.wait()
+        with given.destination("-incoming", f"unix:{stream}", "-incoming", json.dumps(cpr)):
+            wait_until(state.exists, _START_TIMEOUT, "the destination listens")
+            began, ended = asyncio.run(work())
+            sampler.see_growth()
+            sampler.stop()
+    return sampler.longest_ms, began, ended, {}
+
+
+def x_ignore_shared(given: Given) -> Outcome:
+    """Migration without the memory."""
+    with Sampler(given.memory) as sampler, given.destination("-incoming", "defer"):
+        sampler.wait()
+        began, ended = asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}", "x-ignore-shared"))
+        sampler.see_growth()
+        sampler.stop()
+    return sampler.longest_ms, began, ended, {}
+
+
+def precopy(given: Given) -> Outcome:
+    """Live migration."""
+    with Sampler(given.memory) as before, given.destination("-incoming", "defer") as process:
+        before.wait()
+        with Sampler(_memory(process.pid)) as after:
+            began, ended = asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}"))
+            after.wait()
+        before.stop()
+    return (after.began - before.last) / 1e6, began, ended, {}
+
+
+def file(given: Given) -> Outcome:
+    """Stopped, written, read."""
+
+    async def save() -> float:
+        async with await given.connect(given.guest.machine.monitor) as source:
+            await _events(source)
+            await source.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+            began = time.monotonic()
+            await source.execute("stop")
+            with source.events("MIGRATION") as events:
+                await source.execute("migrate", {"uri": f"file:{given.image}"})
+                await _completed(source, events)
+            return began
+
+    async def restore() -> float:
+        async with await given.connect(given.monitor) as destination:
+            await _events(destination)
+            with destination.events("MIGRATION") as events:
+                await destination.execute("migrate-incoming", {"uri": f"file:{given.image}"})
+                await _completed(destination, events)
+            await destination.execute("cont")
+            return time.monotonic()
+
+    try:
+        with Sampler(given.memory) as before, given.destination("-incoming", "defer") as process:
+            before.wait()
+            with Sampler(_memory(process.pid)) as after:
+                began = asyncio.run(save())
+                before.stop()
+                saved = time.monotonic()
+                ended = asyncio.run(restore())
+                after.wait()
+    finally:
+        given.image.unlink(missing_ok=True)
+    phases = {"save": (saved - began) * 1e3, "restore": (ended - saved) * 1e3}
+    return (after.began - before.last) / 1e6, began, ended, phases
+
+
+async def _migrate(given: Given, uri: str, capability: str | None = None) -> tuple[float, float]:
+    """A migration to a destination that was started for it: when it began, and when the source was told of its end."""
+    async with (
+        await given.connect(given.guest.machine.monitor) as source,
+        await given.connect(given.monitor) as destination,
+    ):
+        for monitor in (source, destination):
+            await _events(monitor, capability)
+        await source.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+        await destination.execute("migrate-incoming", {"uri": uri})
+        with source.events("MIGRATION") as events:
+            began = time.monotonic()
+            await source.execute("migrate", {"uri": uri})
+            await _completed(source, events)
+    return began, time.monotonic()
+
+
+async def _events(monitor: Monitor, *more: str | None) -> None:
+    wanted = [{"capability": name, "state": True} for name in ("events", *more) if name]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": wanted})
+
+
+async def _completed(monitor: Monitor, events: EventListener) -> None:
+    while True:
+        event = await monitor.next_event(events, timeout=_PATIENCE)
+        status = event["data"]["status"]  # type: ignore[index]
+        if status == "completed":
+            return
+        if status == "failed":
+            reason = (await monitor.execute("query-migrate")).get("error-desc", "")
+            raise GuestFailed(f"the migration failed: {reason}")
+
+
+def _unix(path: Path) -> dict[str, str]:
+    return {"transport": "socket", "type": "unix", "path": str(path)}
+
+
+def _memory(pid: int) -> Path:
+    wait_until(lambda: memory_of(pid) is not None, _START_TIMEOUT, "the destination has memory")
+    memory = memory_of(pid)
+    assert memory is not None
+    return memory
+
+
+#: In the order in which they take turns.
+MODES: dict[str, Callable[[Given], Outcome]] = {
+    "hop": hop,
+    "cpr-transfer": cpr_transfer,
+    "x-ignore-shared": x_ignore_shared,
+    "precopy": precopy,
+    "file": file,
+}
+
+
+def _for(mode: str, machine: Machine, memory: Path) -> Machine:
+    """What a mode wants its guest's memory to be like."""
+    if mode == "cpr-transfer":
+        return dataclasses.replace(machine, more=("-machine", "aux-ram-share=on"))
+    if mode == "x-ignore-shared":
+        # Only memory in a file that has a name is left out.
+        backend = f"memory-backend-file,id=memory,size={machine.memory_mib}M,share=on,mem-path={memory}"
+        more = ("-object", backend, "-machine", "memory-backend=memory")
+        return dataclasses.replace(machine, memory="private", more=more)
+    return machine
+
+
+@dataclass(frozen=True)
+class Bare:
+    """
+    Measures guests between two processes of one emulator.
+
+    :ivar scratch: for the guests' files.
+    :ivar images: for save images; on a disk, as they are usually.
+    """
+
+    emulator: Path
+    accelerator: Accelerator
+    scratch: Path
+    images: Path
+
+    def measure(self, kind: str, memory_mib: int, rounds: int) -> Iterator[Run | Failed]:
+        """All runs with one kind of machine and one size of memory; in a round each mode has its turn."""
+        for mode in list(MODES) * rounds:
+            try:
+                yield self.run(mode, kind, memory_mib)
+            except (GuestFailed, SevhopError) as err:
+                yield Failed(mode, kind, memory_mib, str(err))
+
+    def run(self, mode: str, kind: str, memory_mib: int) -> Run:
+        """
+        One change of QEMU.
+
+        :raises GuestFailed: it did not arrive.
+        """
+        with contextlib.ExitStack() as resources:
+            # Short names: there is a limit to the path of a socket.
+            directory = Path(resources.enter_context(tempfile.TemporaryDirectory(dir=self.scratch)))
+            plain = Machine(directory, accelerator=self.accelerator, memory_mib=memory_mib, bios=counter.firmware())
+            kinds = {"minimal": plain, "rich": dataclasses.replace(plain, rich=True, disk_mib=16, network=True)}
+            shm = resources.enter_context(tempfile.TemporaryDirectory(prefix="sevhop-bench-", dir=_SHM))
+            described = _for(mode, kinds[kind], Path(shm, "memory"))
+            guest = resources.enter_context(Guest.start(described, self.emulator))
+            guest.wait_for_ticks(3)
+            version = ".".join(str(guest.execute("query-version")["qemu"][part]) for part in _VERSION)
+            memory = memory_of(guest.pid) or Path(shm, "memory")
+            touch(memory)
+            try:
+                given = Given(guest, self.emulator, memory, self.images / "bare.save")
+                pause, began, ended, phases = MODES[mode](given)
+            except (GuestFailed, SevhopError) as err:
+                raise GuestFailed(f"{err}; QEMU said {guest.said()[-500:]!r}") from err
+        return Run(mode, kind, memory_mib, pause, (ended - began) * 1e3, phases, version, version)
+
+
+_VERSION = ("major", "minor", "micro")
