@@ -34,10 +34,11 @@ _QUIT_TIMEOUT = 5.0
 _POLL = 0.05
 
 
-async def finish_or_undo(mine: Journal) -> Recovered:
+async def finish_or_undo(mine: Journal, *, named: bool) -> Recovered:
     """
     Bring the hop of a domain to its end.
 
+    :param named: whether it was asked for this domain. One that was prepared on purpose waits for that.
     :raises SevhopError: that is not possible now; nothing of the guest is lost by it.
     """
     entry = mine.entry
@@ -46,7 +47,7 @@ async def finish_or_undo(mine: Journal) -> Recovered:
         keeper = await _keeper(entry)
         source = entry.source.open()
         try:
-            return await _Interrupted(entry, connection, keeper, source).finish_or_undo()
+            return await _Interrupted(entry, connection, keeper, source).finish_or_undo(named)
         finally:
             if keeper is not None:
                 keeper.close()
@@ -79,7 +80,7 @@ class _Interrupted:
         self._keeper = keeper
         self._source = source
 
-    async def finish_or_undo(self) -> Recovered:
+    async def finish_or_undo(self, named: bool) -> Recovered:
         state = await self._settled()
         # A source that is being retired may have been told to quit by a command that has died.
         if self._source is not None and state is State.RETIRING and await self._source.wait(_QUIT_TIMEOUT):
@@ -89,6 +90,12 @@ class _Interrupted:
         if state is State.RETIRING:
             await self._kept().source_ended()
             state = State.WAITING
+        if state is State.WAITING and self._entry.phase == "prepared" and not named:
+            return Recovered(
+                self._entry.guest,
+                End.UNDER_WAY,
+                f"held; go on with virsh restore {self._kept().image}, or sevhop recover {self._entry.guest}",
+            )
         if state is State.WAITING:
             return await self._restore()
         if state is State.OVER:

@@ -65,7 +65,7 @@ async def recover(names: Sequence[str] = (), *, timeout: float = COMMAND_TIMEOUT
     """
     Bring hops that were broken off to their end.
 
-    :param names: of guests; all when there are none.
+    :param names: of guests; all when there are none. An upgrade that was only prepared is left alone then.
     :param timeout: seconds for each step.
     """
     journal.remove_unfinished()
@@ -97,18 +97,21 @@ async def _recover(path: Path, names: Sequence[str], timeout: float) -> Recovere
         return None if not path.exists() else Recovered(entry.guest, End.STUCK, str(err))
     log.info("%s: broken off in the phase %s", entry.guest, entry.phase)
     try:
-        result = await _finish_or_undo(mine, timeout)
+        result = await _finish_or_undo(mine, bool(names), timeout)
     except SevhopError as err:
         mine.leave()
         return Recovered(entry.guest, End.STUCK, str(err))
     except BaseException:
         mine.leave()
         raise
-    mine.end()
+    if result.end is End.UNDER_WAY:
+        mine.leave()
+    else:
+        mine.end()
     return result
 
 
-async def _finish_or_undo(mine: Journal, timeout: float) -> Recovered:
+async def _finish_or_undo(mine: Journal, named: bool, timeout: float) -> Recovered:
     entry = mine.entry
     if not entry.this_boot:
         return Recovered(
@@ -120,7 +123,7 @@ async def _finish_or_undo(mine: Journal, timeout: float) -> Recovered:
         # libvirt is only needed here, and is optional.
         from . import domain_recover
 
-        return await domain_recover.finish_or_undo(mine)
+        return await domain_recover.finish_or_undo(mine, named=named)
     source = entry.source.open()
     process = entry.destination.open() if entry.destination else None
     try:

@@ -144,6 +144,9 @@ def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDoma
     assert "waiting" in daemon.sevhop("status").stdout
     assert "not finished, it stands at prepared" in daemon.upgrade(guest.name)["reason"]
     assert daemon.sevhop("uninstall").returncode == 1
+    done = daemon.sevhop("recover")
+    assert (done.returncode, guest.state) == (0, "shut off")
+    assert f"held; go on with virsh restore {report['image']}" in done.stdout
     daemon.virsh("restore", report["image"])
     assert guest.state == "running"
     assert guest.emulator() == str(new)
