@@ -45,7 +45,7 @@ class Daemon:
         if process.stdout.readline().strip() != "ready":
             raise GuestFailed("the libvirt daemon did not start")
         self = cls(process)
-        wait_until(lambda: self.run("virsh", "list").returncode == 0, _PATIENCE, "the libvirt daemon answers")
+        self.wait_until_it_answers()
         return self
 
     def stop(self) -> None:
@@ -58,7 +58,11 @@ class Daemon:
     def restart(self) -> None:
         """Kill the daemon alone, and wait for the next one."""
         kill(int((self.root / "run/libvirtd.pid").read_text()))
-        wait_until(lambda: self.run("virsh", "list").returncode == 0, _PATIENCE, "the libvirt daemon answers again")
+        self.wait_until_it_answers()
+
+    def wait_until_it_answers(self) -> None:
+        """Wait until there is a daemon, again."""
+        wait_until(lambda: self.run("virsh", "list").returncode == 0, _PATIENCE, "the libvirt daemon answers")
 
     @property
     def root(self) -> Path:

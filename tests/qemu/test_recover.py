@@ -21,6 +21,7 @@ from faults.table import Cell, FaultTable
 from guests.running import Guest, processes_of
 from sevhop import journal
 
+from ..conftest import some_of
 from .conftest import DescribeCounter, StartGuest
 from .test_hop import assert_unharmed, sevhop
 
@@ -67,7 +68,7 @@ def note(table: FaultTable, guest: Guest, point: str, fault: str, end: str) -> N
     assert not list(journal.journals())
 
 
-@pytest.mark.parametrize("point", [*BEFORE_THE_STATE_IS_SAVED, *SAVED, *RUNNING])
+@pytest.mark.parametrize("point", some_of((*BEFORE_THE_STATE_IS_SAVED, *SAVED, *RUNNING)))
 def test_the_command_is_killed(point: str, guest: Guest, old: Path, new: Path, fault_table: FaultTable) -> None:
     assert break_off(guest, new, point, "command") == -signal.SIGKILL
     refused = sevhop("hop", "--source", guest.machine.monitor, "--emulator", new, "--timeout", "2")
@@ -87,7 +88,7 @@ def test_the_command_is_killed(point: str, guest: Guest, old: Path, new: Path, f
     assert_unharmed(guest)
 
 
-@pytest.mark.parametrize("point", [*BEFORE_THE_STATE_IS_SAVED, *SAVED])
+@pytest.mark.parametrize("point", some_of((*BEFORE_THE_STATE_IS_SAVED, *SAVED)))
 def test_the_destination_is_killed(point: str, guest: Guest, new: Path, fault_table: FaultTable) -> None:
     status = break_off(guest, new, point, "destination")
     there_is_none = point in ("phase hold", "phase prepare")
@@ -96,7 +97,7 @@ def test_the_destination_is_killed(point: str, guest: Guest, new: Path, fault_ta
     note(fault_table, guest, point, "destination", "destination" if there_is_none else "source")
 
 
-@pytest.mark.parametrize("point", RUNNING)
+@pytest.mark.parametrize("point", some_of(RUNNING))
 def test_the_destination_is_killed_with_the_guest(
     point: str, guest: Guest, new: Path, fault_table: FaultTable
 ) -> None:
@@ -107,7 +108,7 @@ def test_the_destination_is_killed_with_the_guest(
     fault_table.add("bare", point, COLUMNS["destination"], Cell("ended with its QEMU", 0, 0))
 
 
-@pytest.mark.parametrize("point", BEFORE_THE_STATE_IS_SAVED)
+@pytest.mark.parametrize("point", some_of(BEFORE_THE_STATE_IS_SAVED))
 def test_the_source_is_killed_with_the_guest(point: str, guest: Guest, new: Path, fault_table: FaultTable) -> None:
     """Likewise."""
     assert break_off(guest, new, point, "source") == 5
@@ -116,7 +117,7 @@ def test_the_source_is_killed_with_the_guest(point: str, guest: Guest, new: Path
     fault_table.add("bare", point, COLUMNS["source"], Cell("ended with its QEMU", 0, 0))
 
 
-@pytest.mark.parametrize("point", [*SAVED, *RUNNING])
+@pytest.mark.parametrize("point", some_of((*SAVED, *RUNNING)))
 def test_the_source_is_killed(point: str, guest: Guest, new: Path, fault_table: FaultTable) -> None:
     """Once its state is saved it is not needed any more."""
     assert break_off(guest, new, point, "source") == 0
@@ -124,7 +125,7 @@ def test_the_source_is_killed(point: str, guest: Guest, new: Path, fault_table: 
 
 
 @pytest.mark.parametrize("fault", ["error", "silence"])
-@pytest.mark.parametrize("point", COMMANDS)
+@pytest.mark.parametrize("point", some_of(COMMANDS))
 def test_qemu_refuses_or_does_not_answer(
     point: str, fault: str, guest: Guest, new: Path, fault_table: FaultTable
 ) -> None:
