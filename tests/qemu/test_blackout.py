@@ -1,0 +1,96 @@
+"""
+What a hop does while the guest is stopped, counted instead of timed: this does not depend on the machine.
+
+QEMU reads its monitors byte by byte, so every command costs some tenths of a millisecond of the blackout. Whoever adds
+one changes the list here, and knows what it costs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sevhop_qmp.monitor import Monitor
+
+from .conftest import DescribeCounter, StartGuest
+from .hops import Meddler
+
+#: From the first phase in which the guest is stopped to the last.
+BLACKOUT = ("freeze", "share", "save", "load", "commit", "resume")
+#: The command of each round trip, in the phase in which it is made.
+ROUND_TRIPS = [
+    ("freeze", "stop"),
+    ("freeze", "query-status"),
+    ("share", "x-sev-adopt-ram"),
+    ("save", "xen-save-devices-state"),
+    ("load", "query-status"),
+    ("commit", "query-status"),
+    ("resume", "cont"),
+]
+#: What Python tells of (https://docs.python.org/3/library/audit_events.html) that has no place in a blackout.
+SLOW = ("import", "subprocess.Popen", "os.fork", "os.exec", "os.posix_spawn", "time.sleep", "socket.connect")
+
+_listeners: list[list[str]] = []
+
+
+def _hook(event: str, arguments: tuple[object, ...]) -> None:
+    if _listeners and event in SLOW:
+        _listeners[-1].append(f"{event} {arguments[:1]}")
+
+
+@contextmanager
+def audited() -> Iterator[list[str]]:
+    """What of the slow is done meanwhile. A hook cannot be removed, so there is only one."""
+    if not hasattr(audited, "installed"):
+        sys.addaudithook(_hook)
+        audited.installed = True  # type: ignore[attr-defined]
+    seen: list[str] = []
+    _listeners.append(seen)
+    try:
+        yield seen
+    finally:
+        _listeners.remove(seen)
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_round_trips_and_nothing_slow(
+    rich: bool,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guest = start(counter_machine(rich=rich, disk_mib=16 if rich else 0, network=rich), old)
+    guest.wait_for_ticks(5)
+    meddler = Meddler()
+    said: list[tuple[str, str]] = []
+    slow: list[tuple[str, str]] = []
+    execute = Monitor.execute
+
+    def note_slow() -> None:
+        slow.extend((meddler.phases[-1], event) for event in seen)
+        seen.clear()
+
+    async def noted(
+        self: Monitor, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        note_slow()
+        said.append((meddler.phases[-1], command))
+        try:
+            return await execute(self, command, arguments, timeout=timeout)
+        finally:
+            note_slow()
+
+    monkeypatch.setattr(Monitor, "execute", noted)
+    with audited() as seen:
+        report = meddler.run(guest, new)
+    assert report.outcome == "done"
+    assert [(phase, command) for phase, command in said if phase in BLACKOUT] == ROUND_TRIPS
+    assert [(phase, event) for phase, event in slow if phase in BLACKOUT] == []
+    assert any(phase == "prepare" for phase, _ in slow)  # the audit works: there the destination is started
+    guest.wait_for_ticks(5)
