@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,10 @@ from pathlib import Path
 import pytest
 from guests import emulators
 from guests.running import Guest, wait_ended
+from sevhop import check, sev_host
 from sevhop.errors import Refused, Undone
+from sevhop.finding import Finding, Status
+from sevhop.guest import inspect
 from sevhop.hop import Hop
 from sevhop.procedure import Report
 from sevhop_qmp.errors import MonitorClosed
@@ -207,6 +211,54 @@ def test_typed_vm_is_refused(kernel: str, sev_machine: DescribeSev, there: Path)
         assert meddler.phases == ["check"]
         assert guest.pid == pid
         guest.wait_for_ticks(10)
+
+
+def host_as_checked(guest: Guest, emulator: Path, *, own_group: re.Pattern[str] | None = None) -> dict[str, Finding]:
+    """What is found of the host."""
+
+    pid = guest.pid
+
+    async def look() -> dict[str, Finding]:
+        process = QemuProcess.open(pid)
+        try:
+            async with await Monitor.connect(guest.machine.monitor, timeout=PATIENCE) as monitor:
+                tree = (await check.bare(monitor, process, str(emulator))).tree
+                assert tree.failures() == []
+                described = await inspect(monitor, process)
+            (context,) = (one for one in tree.children if one.name == "context")
+            assert [one.name for one in context.children] == list(sev_host.NAMES)
+            again = sev_host.examine(described, process, own_group=own_group, sandbox=False)
+            return {one.name: one for one in again}
+        finally:
+            process.close()
+
+    return asyncio.run(look())
+
+
+def test_check_looks_at_the_host(guest: Guest, there: Path) -> None:
+    found = host_as_checked(guest, there)
+    assert {one.status for one in found.values()} == {Status.PASS}
+    assert found["kvm_amd"].detail == "sev=Y"
+    assert found["device"].detail == "/dev/sev"
+
+
+def test_check_sees_that_there_is_no_room_for_another_context(guest: Guest, there: Path) -> None:
+    """As libvirt would have it: a group for all guests, and in it one for each."""
+    outer = CGROUPS / "machine"
+    inner = outer / "qemu-1-guest.libvirt-qemu"
+    inner.mkdir(parents=True)
+    try:
+        (inner / "cgroup.procs").write_text(str(guest.pid))
+        own = sev_host.DOMAIN_GROUP
+        assert host_as_checked(guest, there, own_group=own)["ASID"].status is Status.PASS
+        (outer / "misc.max").write_text("sev 0")
+        finding = host_as_checked(guest, there, own_group=own)["ASID"]
+        assert finding.status is Status.FAIL
+        assert "cgroup /machine: sev 0 of 0 in use" in finding.detail
+    finally:
+        (CGROUPS / "cgroup.procs").write_text(str(guest.pid))
+        inner.rmdir()
+        outer.rmdir()
 
 
 # -- busy ------------------------------------------------------------------------------------------
