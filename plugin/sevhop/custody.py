@@ -20,8 +20,8 @@ In its directory, which it makes and removes, are three sockets, all SOCK_SEQPAC
 Every request may be repeated: whoever does not know whether it was heard by a keeper that has died asks the next one.
 
 The commit happens here, asked for by the hook at ``started begin``: the kept RAM blocks are written into the
-destination and the SEV context is moved. The keeper holds the destination's VM from then on, so that the guest is safe
-should that QEMU be killed before it runs.
+destination and the SEV context is moved. The keeper holds the destination's VM since before that, so that the guest is
+safe should that QEMU be killed before it runs.
 
 It ends when it is told to; when the guest runs and no command is connected any more; and when the command goes away
 while the source still has everything. SIGTERM ends it unless the guest may exist nowhere else.
@@ -217,8 +217,8 @@ class Custody:
     async def _outlive_command(self) -> None:
         """Until it has connected, the command that has started us is there for as long as its process lives."""
         await self._command_process.wait(float("inf"))
-        self._command_expected = False
-        if not self._commands:
+        expected, self._command_expected = self._command_expected, False
+        if expected and not self._commands:
             await self._left_alone()
 
     def terminate(self) -> None:

@@ -32,6 +32,31 @@ CALLS = {
 }
 
 
+_IN_A_KEEPER = """
+import os, signal
+import {module}
+
+original = {module}.{call}
+
+async def dying(*arguments, **options):
+    result = await original(*arguments, **options)
+    try:
+        os.close(os.open({states!r}, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return result
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{module}.{call} = dying
+"""
+
+
+def in_a_keeper(directory: Path, module: str, call: str) -> str:
+    """What must be in the environment for the first keeper that makes this call to die of it before it has a result."""
+    text = _IN_A_KEEPER.format(module=module, call=call, states=str(STATES))
+    (directory / "sitecustomize.py").write_text(text)
+    return f"PYTHONPATH={directory}"
+
+
 def state() -> str:
     """Of the only guest that is in a hop."""
     (link,) = DOMAINS.iterdir()

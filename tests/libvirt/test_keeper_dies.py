@@ -75,6 +75,23 @@ def test_one_of_the_two_is_killed(
             assert daemon.upgrade(guest.name, "--emulator", there)["outcome"] == "done"
 
 
+def test_the_keeper_dies_in_the_commit(
+    daemon: Daemon, start: StartDomain, states: Path, old: Path, new: Path, tmp_path: Path
+) -> None:
+    """The hook was asking, and refuses: libvirt ends the destination, and the guest comes back in the old emulator."""
+    guest = start()
+    guest.wait_for_ticks()
+    environment = dying.in_a_keeper(tmp_path, "sevhop_qmp.adopt", "finish")
+    arguments = ["upgrade", "--json", guest.name, "--emulator", str(new)]
+    done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
+    report = json.loads(done.stdout)["domains"][0]
+    assert states.exists()
+    assert (done.returncode, report["outcome"]) == (3, "undone"), report
+    assert guest.emulator() == str(old)
+    guest.wait_for_ticks()
+    assert daemon.left_over() == []
+
+
 def held(daemon: Daemon, guest: DomainGuest, emulator: Path) -> str:
     """Have the guest in nobody's hands but the keeper's. :return: the save image."""
     guest.wait_for_ticks()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -24,6 +25,8 @@ from sevhop.guest import SevContext
 from sevhop.keeper import Held
 from sevhop.keeper_process import Brief, State
 from sevhop.run_directory import listening
+from sevhop_qmp.errors import MoveError, MoveUncertain, SevhopError
+from sevhop_qmp.move import MoveReport
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 
@@ -349,3 +352,94 @@ def test_the_memory_is_for_one_destination_alone(custody: Custody, open_director
 
     (open_directory / "monitor").mkdir()
     assert run(again())[0][0].startswith("ok ")
+
+
+# -- where the context is --------------------------------------------------------------------------
+
+
+class Destination:
+    """A destination with a VM."""
+
+    pid = 4711
+
+    def vm_descriptor(self) -> int:
+        return 9
+
+    def duplicate(self, number: int) -> int:
+        return os.memfd_create("destination")
+
+
+class Monitor:
+    """Its monitor."""
+
+    async def execute(self, command: str, arguments: object) -> None:
+        pass
+
+
+class Kernel:
+    """Moves the context out of one VM only, and notes what was on the shelf meanwhile."""
+
+    def __init__(self, shelf: Shelf, fate: SevhopError | None = None) -> None:
+        self.shelf = shelf
+        self.fate = fate
+        self.has_it = ""
+        self.stored: list[list[str]] = []
+
+    async def move(self, monitor: object, pid: int, vm: int, *, deadline: float) -> MoveReport:
+        self.stored.append(self.shelf.record["vms"])
+        if self.fate is not None:
+            raise self.fate
+        if os.readlink(f"/proc/self/fd/{vm}") != f"/memfd:{self.has_it} (deleted)":
+            raise MoveError("it has no context", errno.EINVAL)
+        return MoveReport(1, 0, 0.1)
+
+
+@pytest.fixture
+def moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Custody, Shelf, Kernel]:
+    custody = Custody(brief(), tmp_path, Held(os.memfd_create("source"), {}))
+    shelf = Shelf()
+    kernel = Kernel(shelf)
+    monkeypatch.setattr("sevhop_qmp.move.move", kernel.move)
+    custody._deposit = shelf
+    return custody, shelf, kernel
+
+
+def move_context(custody: Custody) -> None:
+    run(custody._move_context(Monitor(), Destination()))  # type: ignore[arg-type]
+
+
+def test_the_vm_is_stored_before_the_context_is_moved_there(moving: tuple[Custody, Shelf, Kernel]) -> None:
+    custody, shelf, kernel = moving
+    kernel.has_it = "source"
+    move_context(custody)
+    assert kernel.stored == [["source", "vm 1"]]
+    assert shelf.record["vms"] == list(shelf.descriptors) == ["vm 1"]
+
+
+def test_after_a_refusal_the_context_is_where_it_was(moving: tuple[Custody, Shelf, Kernel]) -> None:
+    custody, shelf, kernel = moving
+    kernel.fate = MoveError("busy", errno.EBUSY)
+    with pytest.raises(MoveError):
+        move_context(custody)
+    assert shelf.record["vms"] == ["source"]
+
+
+@pytest.mark.parametrize("has_it", ["source", "destination"])
+def test_a_keeper_that_was_not_told_finds_the_context(
+    moving: tuple[Custody, Shelf, Kernel], tmp_path: Path, has_it: str
+) -> None:
+    """The destination fell silent, then the keeper died: its successor tries both."""
+    custody, shelf, kernel = moving
+    kernel.fate = MoveUncertain("QEMU hung up")
+    with pytest.raises(MoveUncertain):
+        move_context(custody)
+    assert shelf.record["vms"] == ["source", "vm 1"]
+    kernel.fate, kernel.has_it = None, has_it
+
+    async def succeed() -> Custody:
+        successor = Custody(brief(), tmp_path, custody._held)
+        successor.take_up(shelf)
+        return successor
+
+    move_context(run(succeed()))
+    assert shelf.record["vms"] == list(shelf.descriptors) == ["vm 2"]

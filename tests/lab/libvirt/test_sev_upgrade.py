@@ -76,34 +76,16 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
     arrived(daemon, guest, old)
 
 
-#: Kills the first keeper that has moved a context, before it can say so to anybody.
-_DIES_OF_THE_MOVE = """
-import os, signal
-from sevhop_qmp import move
-
-original = move.move
-
-async def dying(*arguments, **options):
-    report = await original(*arguments, **options)
-    try:
-        os.close(os.open("/run/died", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return report
-    os.kill(os.getpid(), signal.SIGKILL)
-
-move.move = dying
-"""
-
-
 def test_the_keeper_dies_around_the_move(daemon: Daemon, guest: DomainGuest, tmp_path: Path) -> None:
     """The context is in the destination's VM by then, the destination ends, and nobody but the guardian has that VM."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     arguments = ["upgrade", "--json", guest.name, "--emulator", str(new), "--timeout", "60"]
-    (tmp_path / "sitecustomize.py").write_text(_DIES_OF_THE_MOVE)
-    done = daemon.run("env", f"PYTHONPATH={tmp_path}", sys.executable, "-m", "sevhop.cli", *arguments)
+    environment = dying.in_a_keeper(tmp_path, "sevhop_qmp.move", "move")
+    done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     report = json.loads(done.stdout)["domains"][0]
     assert report["outcome"] == "undone", report
-    assert (daemon.root / "run/died").exists()
+    states = daemon.root / str(dying.STATES).lstrip("/")
+    states.unlink()
     arrived(daemon, guest, old)
 
     # The keeper dies behind the commit, and the destination with it.
@@ -113,7 +95,7 @@ def test_the_keeper_dies_around_the_move(daemon: Daemon, guest: DomainGuest, tmp
     other.chmod(0o755)
     report = daemon.upgrade(*arguments[2:])
     assert report["outcome"] == "undone", report
-    assert (daemon.root / str(dying.STATES).lstrip("/")).read_text() == "committed"
+    assert states.read_text() == "committed"
     arrived(daemon, guest, old)
     other.unlink()
     report = daemon.upgrade(*arguments[2:])
