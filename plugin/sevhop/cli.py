@@ -111,7 +111,12 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--emulator", metavar="PATH", help="the QEMU to hop to (default: the domain's own, as it is on disk now)"
     )
-    upgrade.add_argument("--dry-run", action="store_true", help="check only")
+    upgrade.add_argument("--dry-run", action="store_true", help="check only; nothing is rehearsed")
+    upgrade.add_argument(
+        "--no-rehearsal",
+        action="store_true",
+        help="do not have the new QEMU load a trial copy of the device state first, which pauses the guest briefly",
+    )
     upgrade.add_argument(
         "--keep-going", action="store_true", help="go on with the next domain when one fails or is refused"
     )
@@ -295,6 +300,7 @@ def _upgrade(options: argparse.Namespace) -> int:
             emulator=options.emulator,
             prepare_only=options.prepare,
             dry_run=options.dry_run,
+            rehearse=not options.no_rehearsal,
             step_timeout=options.timeout,
         ),
         chosen=not options.domains,

@@ -43,7 +43,8 @@ _CHARDEVS_HAD_TWICE = frozenset(
 )
 _NETDEVS_HAD_TWICE = frozenset({"user", "hubport", "nic", "none"})
 _FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd"})
-_HOST_DEVICES = re.compile(r"(vfio-|vhost-|usb-host$|u2f-passthru$|scsi-generic$)")
+#: Names of devices behind which there is one of the host's.
+HOST_DEVICES = re.compile(r"(vfio-|vhost-|usb-host$|u2f-passthru$|scsi-generic$)")
 _PIDFILE_SUFFIX = re.compile(r"\.hop-[0-9a-f]{8}$")
 
 
@@ -220,7 +221,7 @@ def _reason_against(option: Option, options: list[Option]) -> str:
         return "a VNC viewer that was called back cannot be handed over"
     if name == "device":
         driver = props.get("", props.get("driver", ""))
-        if _HOST_DEVICES.match(driver):
+        if HOST_DEVICES.match(driver):
             return f"the host device behind {driver} cannot be opened twice"
     if name == "chardev":
         kind = props.get("", props.get("backend", props.get("backend.type", "")))

@@ -120,6 +120,9 @@ class Destination:
         timeout: float = START_TIMEOUT,
         command_timeout: float = COMMAND_TIMEOUT,
         started: Callable[[QemuProcess, Path], None] = lambda process, directory: None,
+        directory: Path | None = None,
+        within: Sequence[str] = (),
+        keep: Sequence[int] = (),
     ) -> Self:
         """
         Start a destination and connect to it.
@@ -129,9 +132,15 @@ class Destination:
         :param timeout: seconds until its monitor must answer.
         :param command_timeout: seconds for each command afterwards.
         :param started: told, as soon as there is a process, of it and of the directory in which its monitor will be.
+        :param directory: to be made for its monitor; by default one that nobody can guess.
+        :param within: what stands in front of the command: a program that executes it in another place.
+        :param keep: descriptors that it inherits.
         :raises SevhopError: it did not come up; the message has QEMU's own reason when it gave one.
         """
-        directory = run_directory.make()
+        if directory is None:
+            directory = run_directory.make()
+        else:
+            directory.mkdir(mode=0o700)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # What QEMU says while it starts is needed for a reason; later it goes where the source's messages went.
         log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
@@ -141,11 +150,11 @@ class Destination:
             listener.bind(str(directory / _MONITOR))
             listener.listen()
             child = _spawn(
-                [emulator, *command_line.incoming(list(arguments), listener.fileno())],
+                [*within, emulator, *command_line.incoming(list(arguments), listener.fileno())],
                 surroundings,
                 environment,
                 stderr=log.fileno(),
-                keep=[listener.fileno(), keeper.theirs.fileno(), surroundings.stderr],
+                keep=[listener.fileno(), keeper.theirs.fileno(), surroundings.stderr, *keep],
             )
         except (OSError, subprocess.SubprocessError) as err:
             log.close()
@@ -172,12 +181,15 @@ class Destination:
 
     def last_words(self) -> str:
         """The last thing QEMU said while it was ours, in one line; empty when it said nothing."""
+        return said[-1] if (said := self.said()) else ""
+
+    def said(self) -> list[str]:
+        """What QEMU said while it was ours, line by line, but for warnings."""
         if self._log is None:
-            return ""
+            return []
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
-        told = [line for line in lines if line and "warning:" not in line]
-        return told[-1] if told else ""
+        return [line for line in lines if line and "warning:" not in line]
 
     async def kill(self) -> None:
         """

@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +36,7 @@ DEFAULT_URI = "qemu:///system"
 #: Where the daemon of the system keeps the pid of each QEMU.
 _PID_FILES = Path("/run/libvirt/qemu")
 _POLL = 0.001
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
 class DomainError(SevhopError):
@@ -125,6 +128,19 @@ class Connection:
         :raises DomainError: it is no emulator for such a domain.
         """
         await _call(self._raw.getDomainCapabilities, emulator, arch, machine, kind, 0, timeout=RESTORE_TIMEOUT)
+
+    async def command_line(self, xml: str) -> tuple[dict[str, str], list[str]]:
+        """
+        What the daemon would start a domain with: environment, and the emulator with its arguments.
+
+        Network interfaces must not be in the XML: libvirt makes others of them here, and tap devices for these.
+
+        :raises DomainError: it cannot be started at all.
+        """
+        text = await _call(self._raw.domainXMLToNative, "qemu-argv", xml, 0, timeout=RESTORE_TIMEOUT)
+        words = shlex.split(text)
+        first = next(number for number, word in enumerate(words) if not _ASSIGNMENT.match(word))
+        return dict(word.split("=", 1) for word in words[:first]), words[first:]
 
     async def restore(self, image: str) -> None:
         """

@@ -25,6 +25,7 @@ _LIBRARY = "adopt.so"
 _COMMANDLINE = ("domain", "qemu:commandline")
 _ARG = (*_COMMANDLINE, "qemu:arg")
 _ENV = (*_COMMANDLINE, "qemu:env")
+_INTERFACE = ("domain", "devices", "interface")
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _REFERENCE = re.compile(r"&(?:#x([0-9a-fA-F]+)|#([0-9]+)|([a-z]+));")
 #: White space that a parser changes unless it is written as a reference.
@@ -168,6 +169,16 @@ def without_additions(xml: str) -> str:
         whole = len(ours) == len(commandline.children) > 0
         edits += [_cut(text, element) for element in ([commandline] if whole else ours)]
     return _edited(text, edits)
+
+
+def without_interfaces(xml: str) -> str:
+    """
+    The domain without its network interfaces.
+
+    :raises DomainXmlError: this is no domain.
+    """
+    text = xml.encode()
+    return _edited(text, [_cut(text, one) for one in _elements(text) if one.path == _INTERFACE])
 
 
 #: What is replaced: first byte, the byte behind the last, and by what.

@@ -5,6 +5,7 @@ The upgrade: a domain of libvirt changes its QEMU and keeps its name, UUID, devi
 
     check      nothing is touched: can this guest hop, to this emulator, on this host?
     hold       a keeper of its own takes the source's VM and memory                  undo: let go
+    rehearse   the new emulator loads a trial copy of the device state, in a short pause; see :mod:`.rehearsal`
     prepare    libvirt learns the new emulator; the source is given a file to save to
     freeze     source suspended, and seen to be stopped                              undo: resume
     save       device state into a save image, private RAM blocks to the keeper      undo: resume
@@ -44,7 +45,9 @@ from .guest import ENCRYPTED_BLOCKS
 from .journal import Entry, Process
 from .keeper_process import Brief, KeeperProcess, State
 from .procedure import Phase, Procedure, Progress, expected
+from .rehearsal import Rehearsal, Subject
 from .save_image import SaveImage
+from .trial_command_line import Unrehearsable
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class Options:
     :ivar emulator: the QEMU to go to; by default the one that the domain was started from, as it is on disk now.
     :ivar prepare_only: stop when the guest is in the keeper and the image; ``virsh restore`` goes on from there.
     :ivar dry_run: check only.
+    :ivar rehearse: have the new emulator load a trial copy of the device state first.
     :ivar step_timeout: seconds that each step in the blackout may take.
     :ivar move_deadline: seconds for which a busy migration is tried again.
     """
@@ -67,6 +71,7 @@ class Options:
     emulator: str | None = None
     prepare_only: bool = False
     dry_run: bool = False
+    rehearse: bool = True
     step_timeout: float = COMMAND_TIMEOUT
     move_deadline: float = 2.0
 
@@ -76,6 +81,7 @@ class Upgrade(Procedure):
     The upgrade of one domain.
 
     :ivar image: the save image with which a prepared upgrade goes on.
+    :ivar rehearsal_ms: milliseconds for which the rehearsal has stopped the guest; None if it has not.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Upgrade(Procedure):
     ) -> None:
         super().__init__(name, progress)
         self.image: Path | None = None
+        self.rehearsal_ms: float | None = None
         self._uri = uri
         self._name = name
         self._options = options
@@ -109,8 +116,9 @@ class Upgrade(Procedure):
         return "prepared" if self.image else "checked" if self._options.dry_run else "done"
 
     def as_json(self) -> dict[str, object]:
-        """For ``--json``: the report, and ``image`` if the upgrade was prepared."""
-        return self.report.as_json() | ({"image": str(self.image)} if self.image else {})
+        """For ``--json``: the report, ``rehearsal_ms``, and ``image`` if the upgrade was prepared."""
+        rehearsal = None if self.rehearsal_ms is None else round(self.rehearsal_ms, 3)
+        return self.report.as_json() | {"rehearsal_ms": rehearsal} | ({"image": str(self.image)} if self.image else {})
 
     def summary(self) -> str:
         """What has become of it, in a line or a few."""
@@ -121,6 +129,8 @@ class Upgrade(Procedure):
             return f"{report.guest}: the guest is held, and goes on with: virsh restore {self.image}"
         blackout = "it stayed paused" if report.blackout_ms is None else f"blackout {report.blackout_ms:.0f} ms"
         line = f"{report.guest}: QEMU {report.source_version} -> {report.destination_version}; {blackout}"
+        if self.rehearsal_ms is not None:
+            line += f", and {self.rehearsal_ms:.0f} ms for the rehearsal"
         return "\n".join([line, *(f"note: {note}" for note in report.notes)])
 
     async def _go(self) -> None:
@@ -129,6 +139,8 @@ class Upgrade(Procedure):
             if self._options.dry_run:
                 return
             await self._do("hold", self._hold)
+            if self._options.rehearse:
+                await self._do("rehearse", self._rehearse)
             await self._do("prepare", self._prepare)
             await self._do("freeze", self._freeze)
             await self._do("save", self._save)
@@ -209,10 +221,32 @@ class Upgrade(Procedure):
             emulator=self._new,
             context=self._guest.context,
             blocks=tuple(self._guest.blocks.values()),
-            encrypted=() if self._guest.context.kind == "none" else tuple(ENCRYPTED_BLOCKS),
+            encrypted=tuple(self._encrypted()),
             move_deadline=self._options.move_deadline,
             step_timeout=self._options.step_timeout,
         )
+
+    def _encrypted(self) -> frozenset[str]:
+        return frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
+
+    async def _rehearse(self) -> None:
+        subject = Subject(
+            name=self._domain.name,
+            xml=self._xml,
+            emulator=self._new,
+            monitor=self._monitor,
+            process=self._source,
+            guest=self._guest,
+            encrypted=self._encrypted(),
+            directory=self._keeper.directory / "trial",
+        )
+        rehearsal = Rehearsal(self._connection, subject, self._options.step_timeout)
+        try:
+            await rehearsal.run()
+        except Unrehearsable as err:
+            self._note(f"not rehearsed: {err}")
+        finally:
+            self.rehearsal_ms = rehearsal.pause_ms
 
     async def _prepare(self) -> None:
         described = domain_xml.describe(self._xml)

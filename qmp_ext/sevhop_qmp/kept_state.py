@@ -46,15 +46,16 @@ class KeptState:
         finally:
             os.close(write_end)
 
-    async def save(self, *, timeout: float = STATE_TIMEOUT) -> bytes:
+    async def save(self, *, release_images: bool = True, timeout: float = STATE_TIMEOUT) -> bytes:
         """
-        Have the stopped source write its state. Afterwards it has given up its disk images; ``cont`` takes them back.
+        Have the stopped source write its state.
 
+        :param release_images: afterwards it has given up its disk images; ``cont`` takes them back.
         :return: what a destination loads.
         :raises StateError: the source could not save, or what it wrote is not a device state.
         :raises MonitorError: the source is gone or silent.
         """
-        arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": True}
+        arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": release_images}
         try:
             await self._source.execute("xen-save-devices-state", arguments, timeout=timeout)
         except CommandError as err:

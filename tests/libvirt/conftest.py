@@ -80,8 +80,13 @@ def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -
     with ExitStack() as guests:
 
         def one(**fields: object) -> DomainGuest:
-            described: dict[str, object] = {"name": f"guest-{tmp_path.name[-20:]}", "emulator": old, **fields}
-            guest = DomainGuest.start(daemon, Description(accelerator=accelerator, **described))  # type: ignore[arg-type]
+            described: dict[str, object] = {
+                "name": f"guest-{tmp_path.name[-20:]}",
+                "emulator": old,
+                "accelerator": accelerator,
+                **fields,
+            }
+            guest = DomainGuest.start(daemon, Description(**described))  # type: ignore[arg-type]
             guests.callback(guest.end)
             return guest
 

@@ -123,6 +123,7 @@ class Description:
     A domain that runs a bare-metal counter, with a disk and a network card.
 
     :ivar firmware: the counter.
+    :ivar pflash: it is in flash, with variables beside it, as a UEFI is.
     :ivar cpu: the element; a plain one by default.
     :ivar sev: encrypted, as the SEV lab wants it.
     :ivar balloon: the model of its balloon.
@@ -135,6 +136,7 @@ class Description:
     memory_mib: int = 64
     memory: str = "memfd"
     firmware: Path | None = None
+    pflash: bool = False
     cpu: str = ""
     sev: bool = False
     balloon: str = "none"
@@ -145,6 +147,10 @@ class Description:
         backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
         cpu = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>"
         policy = "<cbitpos>0</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
+        loader = f"<loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader>"
+        if self.pflash:
+            variables = f"<nvram template='{counter.firmware()}'>{GUESTS}/{self.name}.fd</nvram>"
+            loader = loader.replace("'rom'", "'pflash'") + variables
         sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
   <name>{self.name}</name>
@@ -152,7 +158,7 @@ class Description:
   <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
   {backing if self.memory == "memfd" else ""}
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
-    <loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader></os>
+    {loader}</os>
   <features><acpi/></features>
   {self.cpu or ("<cpu mode='host-passthrough' check='none'/>" if self.sev else cpu)}
   <devices>

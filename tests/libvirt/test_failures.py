@@ -47,7 +47,7 @@ def test_the_destination_fails(daemon: Daemon, start: StartDomain, old: Path, ne
     guest.wait_for_ticks()
     emulator = wrapper(daemon, how.replace(" ", "-"), new, DYING[how])
     pid = guest.pid
-    report = daemon.upgrade(guest.name, "--emulator", emulator)
+    report = daemon.upgrade(guest.name, "--emulator", emulator, "--no-rehearsal")
     assert report["status"] == 3, report
     assert report["outcome"] == "undone"
     assert report["reason"].startswith("restore: ")
@@ -57,7 +57,7 @@ def test_the_destination_fails(daemon: Daemon, start: StartDomain, old: Path, ne
     guest.wait_for_ticks()
 
 
-@pytest.mark.parametrize("phase", ["hold", "prepare", "freeze", "save"])
+@pytest.mark.parametrize("phase", ["hold", "rehearse", "prepare", "freeze", "save"])
 def test_interrupted(daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str) -> None:
     guest = start()
     guest.wait_for_ticks()
@@ -81,7 +81,7 @@ def test_interrupted(daemon: Daemon, start: StartDomain, old: Path, new: Path, p
         assert_as_before(daemon, guest, old)
 
 
-@pytest.mark.parametrize("phase", ["hold", "prepare", "freeze", "save", "retire", "restore"])
+@pytest.mark.parametrize("phase", ["hold", "rehearse", "prepare", "freeze", "save", "retire", "restore"])
 def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, new: Path) -> None:
     """Whatever was under way: ``recover`` lets the guest run, in the old emulator or the new one."""
     guest = start()

@@ -105,3 +105,10 @@ def test_what_is_not_read(xml: str, reason: str) -> None:
 def test_a_domain_without_emulator() -> None:
     with pytest.raises(DomainXmlError, match="no <emulator>"):
         domain_xml.with_emulator("<domain><name>a</name></domain>", "/q")
+
+
+def test_without_interfaces() -> None:
+    interface = "<interface type='network'>\n      <mac address='52:54:00:00:00:01'/>\n    </interface>"
+    xml = PLAIN.replace("</devices>", f"{interface}<interface type='user'/>\n  </devices>")
+    assert domain_xml.without_interfaces(xml).split() == PLAIN.split()
+    assert domain_xml.without_interfaces(PLAIN) == PLAIN

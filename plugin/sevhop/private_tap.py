@@ -1,0 +1,47 @@
+"""
+Tap devices in a network namespace that nothing else is in: they look to a QEMU like any other, and lead nowhere.
+
+Such a device lasts as long as its descriptors; the namespace goes with it. See Documentation/networking/tuntap.rst.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+from sevhop_qmp.errors import SevhopError
+
+_CLONE_NEWNET = 0x40000000
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_MULTI_QUEUE, _IFF_VNET_HDR = 0x0002, 0x1000, 0x0100, 0x4000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def open_tap(queues: int) -> list[int]:
+    """
+    A tap device, as one descriptor for each queue.
+
+    :raises SevhopError: the host does not have such devices, or does not let us.
+    """
+    # A namespace belongs to a thread: this one ends when it has opened the device.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_open, queues).result()
+
+
+def _open(queues: int) -> list[int]:
+    descriptors: list[int] = []
+    try:
+        if _libc.unshare(_CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+        for _ in range(queues):
+            descriptors.append(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+            fcntl.ioctl(descriptors[-1], _TUNSETIFF, struct.pack("16sH22x", b"trial", flags))
+    except OSError as err:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise SevhopError(f"no tap device can be had for a trial: {err.strerror}") from err
+    return descriptors

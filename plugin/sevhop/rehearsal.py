@@ -1,0 +1,336 @@
+"""
+The rehearsal: the new emulator loads a trial copy of the device state, before the guest is touched for real.
+
+A trial is a QEMU with the domain's own devices beside the running guest. It sees the guest's memory privately, has
+disks without content and a network of its own (:mod:`.trial_command_line`), and never runs. ::
+
+    while the guest runs     the trial is started, and waits for a device state
+    in a pause               the source's state is saved, the trial loads it
+    while the guest runs     the trial is ended
+
+That loading is part of the pause, too, has a reason: a virtio device compares what it loads with its rings in the
+guest's memory, which must stand still meanwhile. The pause is made by plain ``stop`` and ``cont``, which libvirt
+sees as events; with its own suspend and resume it would take the guest's network down and up. It is bounded, and it
+ends whatever happens but SIGKILL. A guest that is paused already stays so. What cannot be told: a ``virsh suspend`` of
+somebody else in those milliseconds finds the guest paused, and libvirt does nothing that we could see.
+
+Two versions that cannot load each other's state are refused here, in QEMU's own words. What cannot exist twice at all
+cannot be rehearsed, which is noted (:exc:`.trial_command_line.Unrehearsable`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sevhop_qmp import adopt, ram_blocks
+from sevhop_qmp.device_state import IncomingState
+from sevhop_qmp.errors import SevhopError, StateError
+from sevhop_qmp.kept_state import KeptState
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands
+from sevhop_qmp.process import QemuProcess
+
+from . import domain_xml, guest, trial_command_line
+from .destination import START_TIMEOUT, Destination, Surroundings
+from .domain import Connection
+from .errors import NeedsRecover, Refused
+from .keeper import Held, Keeper
+from .private_tap import open_tap
+from .trial_command_line import Disk, Unrehearsable
+
+log = logging.getLogger(__name__)
+
+#: The longest pause, as a part of what a step may take: 3 s with the default.
+_PART_OF_STEP = 0.3
+#: Seconds for ``stop`` and ``cont``: more than libvirt waits for its own jobs of the domain, so that one of the two
+#: that was given up is not carried out behind our back.
+_LIBVIRT_PATIENCE = 40.0
+#: Seconds for which a daemon that does not answer is asked again to continue the guest, and between two attempts.
+_DAEMON_PATIENCE = 30.0
+_POLL = 0.1
+#: Seconds in which a trial that has failed ends.
+_LAST_WORDS = 2.0
+_NO_TRIAL = "sevhop upgrade --no-rehearsal goes without the trial"
+_QDEV = re.compile(r"/machine/peripheral/(?P<id>[^/]+)|/machine/system\.flash(?P<flash>[01])$|(?P<name>[^/]+)$")
+_PREFIX = re.compile(r"^[^ ]*qemu[^ :]*: ")
+_CONCLUSION = re.compile(r"load of migration failed")
+#: Lines of QEMU that make up a reason.
+_LINES = 3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """
+    What is rehearsed.
+
+    :ivar xml: the domain as it runs.
+    :ivar emulator: the QEMU to go to.
+    :ivar encrypted: names of RAM blocks whose content cannot be carried.
+    :ivar directory: for the trial, to be made, where it goes away should we be killed.
+    """
+
+    name: str
+    xml: str
+    emulator: str
+    monitor: Commands
+    process: QemuProcess
+    guest: guest.Guest
+    encrypted: frozenset[str]
+    directory: Path
+
+
+class Rehearsal:
+    """
+    The rehearsal of one upgrade. :meth:`run` it once.
+
+    :ivar pause_ms: milliseconds for which the guest was stopped; None while it was not.
+    """
+
+    def __init__(self, connection: Connection, subject: Subject, step_timeout: float = COMMAND_TIMEOUT) -> None:
+        self.pause_ms: float | None = None
+        self._connection = connection
+        self._subject = subject
+        self._step_timeout = step_timeout
+        self._resources = contextlib.AsyncExitStack()
+
+    async def run(self) -> None:
+        """
+        Rehearse. Afterwards the guest is in the state that it was in.
+
+        :raises Refused: the new emulator does not start, or cannot load the state.
+        :raises Unrehearsable: this guest cannot be rehearsed; that says nothing of the upgrade.
+        :raises NeedsRecover: the guest could not be continued.
+        :raises SevhopError: the source does not play along.
+        """
+        async with self._resources:
+            state = await self._resources.enter_async_context(
+                KeptState(self._subject.monitor, self._subject.guest.machine_type)
+            )
+            trial = await self._start()
+            incoming = self._resources.enter_context(IncomingState(trial.monitor))
+            try:
+                await incoming.arm()
+                await self._compare(trial)
+            except Unrehearsable:
+                raise
+            except SevhopError as err:
+                raise self._refused(trial, [], err) from err
+            await state.arm()
+            await self._load(state, trial, incoming)
+
+    # -- while the guest runs ------------------------------------------------------------------------
+
+    async def _start(self) -> Destination:
+        subject = self._subject
+        xml = domain_xml.with_emulator(domain_xml.without_interfaces(subject.xml), subject.emulator)
+        try:
+            environment, (emulator, *arguments) = await self._connection.command_line(xml)
+        except SevhopError as err:
+            hint = err.hint or _NO_TRIAL
+            raise Refused(f"libvirt cannot start it in {subject.emulator}: {err.message}", hint) from err
+        disks = _disks(await subject.monitor.execute("query-block"))
+        derived = trial_command_line.derive(arguments, subject.process.command_line[1:], disks)
+        taps = self._resources.enter_context(_taps(derived.networks))
+        for network in derived.networks:
+            numbers = [str(tap) for tap in taps[network.name]]
+            key = "fd" if len(numbers) == 1 else "fds"
+            derived.arguments[:0] = ["-netdev", f"tap,id={network.name},{key}={':'.join(numbers)},vhost=off"]
+        held = Held.take_machine(subject.process, subject.guest.blocks.values())
+        self._resources.callback(held.close)
+        keeper = self._resources.enter_context(Keeper(held, subject.guest.context))
+        with _surroundings(subject.process, environment) as surroundings:
+            try:
+                trial = await Destination.start(
+                    emulator,
+                    derived.arguments,
+                    surroundings,
+                    keeper,
+                    timeout=max(START_TIMEOUT, self._step_timeout),
+                    command_timeout=self._step_timeout,
+                    directory=subject.directory,
+                    within=_elsewhere(subject.process),
+                    keep=[tap for group in taps.values() for tap in group],
+                )
+            except SevhopError as err:
+                raise Refused(f"{subject.emulator} does not start with this domain: {err.message}", _NO_TRIAL) from err
+        self._resources.push_async_callback(trial.kill)
+        return trial
+
+    async def _compare(self, trial: Destination) -> None:
+        """See that it is the same machine: with fewer devices it would fail for no reason, or succeed for none."""
+        subject = self._subject
+        status = await adopt.adopt_status(trial.monitor)
+        if status.ram != "private":
+            raise SevhopError(f"it has not adopted the guest's memory (it is {status.ram})")
+        theirs = await guest.inspect(trial.monitor, trial.process)
+        if found := guest.differences(subject.guest, theirs):
+            raise Unrehearsable("; ".join(found))
+        # As it will be done when the hop commits.
+        ram_blocks.not_shared(subject.guest.blocks, theirs.blocks, encrypted=subject.encrypted)
+
+    # -- in the pause ----------------------------------------------------------------------------------
+
+    async def _load(self, state: KeptState, trial: Destination, incoming: IncomingState) -> None:
+        heard = len(trial.said())
+        limit = self._step_timeout * _PART_OF_STEP
+        failure: SevhopError | None = None
+        async with self._pause():
+            try:
+                async with asyncio.timeout(limit):
+                    stream = await state.save(release_images=False, timeout=limit)
+                    failure = await _fed(incoming, stream, limit)
+            except TimeoutError:
+                failure = StateError(f"it has not loaded the device state within {limit:g} s")
+        if failure is not None:
+            # QEMU tells why on its way out.
+            await trial.process.wait(_LAST_WORDS)
+            raise self._refused(trial, trial.said()[heard:], failure) from failure
+
+    @contextlib.asynccontextmanager
+    async def _pause(self) -> AsyncIterator[None]:
+        """
+        Stop the guest, and let it go on whatever happens.
+
+        :raises Refused: somebody else has continued it meanwhile, so the trial proves nothing.
+        :raises NeedsRecover: it cannot be continued.
+        """
+        monitor = self._subject.monitor
+        stops = (await monitor.execute("query-status"))["running"]
+        began = time.monotonic()
+        try:
+            if stops:
+                log.info("%s: pause", self._subject.name)
+                # To its end, so that it cannot come behind what continues the guest.
+                await _to_its_end(monitor.execute("stop", timeout=_LIBVIRT_PATIENCE))
+            yield
+            intact = not (await monitor.execute("query-status"))["running"]
+        finally:
+            if stops:
+                await _to_its_end(self._continue())
+                self.pause_ms = (time.monotonic() - began) * 1e3
+        if not intact:
+            raise Refused("somebody else continued the guest in the middle of the rehearsal", "try again")
+
+    async def _continue(self) -> None:
+        """:raises NeedsRecover: it does not go on."""
+        subject = self._subject
+        monitor = subject.monitor
+        deadline = time.monotonic() + _DAEMON_PATIENCE
+        while subject.process.alive:
+            try:
+                await monitor.execute("cont", timeout=_LIBVIRT_PATIENCE)
+                return
+            except SevhopError as err:
+                if time.monotonic() > deadline:
+                    message = f"the guest cannot be continued after the rehearsal: {err.message}"
+                    raise NeedsRecover(message, f"virsh resume {subject.name}") from err
+            await asyncio.sleep(_POLL)
+            # The daemon may have been restarted, and another connection is needed.
+            with contextlib.suppress(SevhopError):
+                connection = await Connection.open(self._connection.uri)
+                self._resources.callback(connection.close)
+                monitor = await (await connection.domain(subject.name)).monitor()
+
+    def _refused(self, trial: Destination, said: list[str], error: SevhopError) -> Refused:
+        versions = f"QEMU {trial.monitor.version} cannot take this guest over from {self._subject.guest.version}"
+        return Refused(f"{versions}: {_reason(said) or error.message}", "choose another version of QEMU")
+
+
+async def _fed(incoming: IncomingState, stream: bytes, timeout: float) -> SevhopError | None:
+    """Have the trial load a state. :return: why it could not."""
+    try:
+        await incoming.write(stream)
+        incoming.end()
+        await incoming.loaded(timeout=timeout)
+    except SevhopError as err:
+        return err
+    return None
+
+
+async def _to_its_end(work: Coroutine[Any, Any, Any]) -> None:
+    """Do something in full, also when we are cancelled meanwhile; only then be cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as err:
+            cancelled = err
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+def _reason(said: list[str]) -> str:
+    """Why QEMU could not load a state, in its own words, in one line; empty when it said nothing."""
+    lines = [_PREFIX.sub("", line) for line in said]
+    told = list(dict.fromkeys(line for line in lines if not _CONCLUSION.match(line))) or lines
+    return "; ".join(told[:_LINES])
+
+
+def _disks(rows: list[Mapping[str, Any]]) -> dict[str, Disk]:
+    """The disks that ``query-block`` tells of, by the id of their device; flash by ``pflash0``, ``pflash1``."""
+    found = {}
+    for row in rows:
+        device = _QDEV.match(row.get("qdev", ""))
+        if device is None or "inserted" not in row:
+            continue
+        name = f"pflash{device['flash']}" if device["flash"] else device["id"] or device["name"]
+        inserted = row["inserted"]
+        found[name] = Disk(inserted["image"]["virtual-size"], inserted["ro"])
+    return found
+
+
+@contextlib.contextmanager
+def _taps(networks: list[trial_command_line.Network]) -> Iterator[dict[str, list[int]]]:
+    """Taps in networks of their own, by the id of the backend."""
+    taps: dict[str, list[int]] = {}
+    try:
+        for network in networks:
+            try:
+                taps[network.name] = open_tap(network.queues)
+            except SevhopError as err:
+                raise Unrehearsable(err.message) from err
+        yield taps
+    finally:
+        for group in taps.values():
+            for tap in group:
+                os.close(tap)
+
+
+@contextlib.contextmanager
+def _surroundings(source: QemuProcess, environment: Mapping[str, str]) -> Iterator[Surroundings]:
+    """The source's, but for the guest's cgroups, in which a trial would be counted. It starts as ourselves."""
+    own = QemuProcess.open(os.getpid())
+    try:
+        null = [os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC) for _ in range(2)]
+        surroundings = Surroundings(own.credentials, "/", dict(environment), source.limits, [], *null)
+    finally:
+        own.close()
+    try:
+        yield surroundings
+    finally:
+        surroundings.close()
+
+
+def _elsewhere(source: QemuProcess) -> list[str]:
+    """
+    What executes a trial where the source's files are, without a network, as the source's user. It ends with us.
+
+    ``/dev`` is the domain's own under libvirt, with those devices in it that this user may use.
+    """
+    identity = source.credentials
+    groups = f"--groups={','.join(map(str, identity.groups))}" if identity.groups else "--clear-groups"
+    return [
+        *("nsenter", f"--mount=/proc/{source.pid}/ns/mnt", "--"),
+        *("unshare", "--net", "--"),
+        *("setpriv", f"--reuid={identity.uid}", f"--regid={identity.gid}", groups, "--pdeathsig=KILL", "--"),
+    ]

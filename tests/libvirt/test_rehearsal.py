@@ -1,0 +1,270 @@
+"""The rehearsal: what it finds, and that the guest does not notice it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guests import emulators
+from guests.running import wait_until
+
+from .conftest import StartDomain
+from .daemon import Daemon, DomainGuest
+from .enclosure import GUESTS
+from .test_failures import DYING, assert_as_before, wrapper
+
+#: A migration stream as sevhop writes it has a configuration section, which this QEMU does not expect.
+CANNOT_LOAD = 'case "$*" in *-incoming*) set -- "$@" -global migration.send-configuration=off;; esac'
+
+#: A second disk that may only be read, a drive without a medium, a channel that is connected, a screen, a tap ...
+DEVICES = f"""
+    <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{GUESTS}/second.raw'/>
+      <target dev='vdb' bus='virtio'/><readonly/></disk>
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/third.qcow2'/>
+      <target dev='sda' bus='scsi'/></disk>
+    <disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/></disk>
+    <controller type='scsi' model='virtio-scsi'/>
+    <channel type='unix'><source mode='bind' path='{GUESTS}/channel'/>
+      <target type='virtio' name='org.example.channel'/></channel>
+    <graphics type='vnc' socket='{GUESTS}/vnc'/>
+    <video><model type='vga'/></video>
+    <input type='tablet' bus='usb'/>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+    <interface type='ethernet'><target dev='sevhop-test' managed='yes'/><model type='virtio'/></interface>
+    <interface type='ethernet'><model type='virtio'/><driver queues='2'/></interface>
+"""
+
+
+def inside(daemon: Daemon, path: Path) -> Path:
+    """A path in the daemon's file system."""
+    return daemon.root / str(path).lstrip("/")
+
+
+def files(daemon: Daemon) -> dict[str, tuple[int, int, str]]:
+    """The guests' files: inode, time of the last change, content. A log grows."""
+    found = {}
+    for path in sorted(inside(daemon, GUESTS).iterdir()):
+        stat = path.lstat()
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        if path.suffix != ".log":
+            found[path.name] = (stat.st_ino, stat.st_mtime_ns, content)
+    return found
+
+
+def connected(daemon: Daemon, path: Path) -> socket.socket:
+    """A client of one of the guest's sockets."""
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(30)
+    client.connect(str(inside(daemon, path)))
+    return client
+
+
+def locked(pid: int) -> set[str]:
+    """Names of the files that a QEMU has locked."""
+    rows = Path(f"/proc/{pid}/fdinfo").iterdir()
+    return {os.readlink(f"/proc/{pid}/fd/{row.name}").rsplit("/")[-1] for row in rows if "OFDLCK" in row.read_text()}
+
+
+def trials(guest: DomainGuest) -> list[int]:
+    """Trials of a guest that are there."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if f"guest={guest.name},".encode() in words and b"null-co" in words:
+                found.append(int(entry.name))
+    return found
+
+
+def traced(daemon: Daemon, guest: DomainGuest, fault: str, *words: str | Path) -> tuple[int, dict[str, Any]]:
+    """
+    Upgrade, and have something happen in the middle of the pause.
+
+    :param fault: statements; ``trial`` is the trial's pid, ``name`` the domain's.
+    """
+    script = f"""
+import os, signal, subprocess, sys
+from pathlib import Path
+from sevhop import cli
+from sevhop_qmp import device_state
+
+write = device_state.IncomingState.write
+
+async def then(self, data):
+    name = {guest.name!r}
+    children = Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()
+    [trial] = [int(pid) for pid in children if b"-incoming" in Path("/proc", pid, "cmdline").read_bytes()]
+    {fault}
+    await write(self, data)
+
+device_state.IncomingState.write = then
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    done = daemon.run(sys.executable, "-c", script, "upgrade", guest.name, "--json", *words)
+    report = json.loads(done.stdout)["domains"][0] if done.stdout else {}
+    return done.returncode, report
+
+
+REFUSED = {
+    "cannot load": (CANNOT_LOAD, "Unknown savevm section type"),
+    "dies at once": (DYING["dies at once"], "no, thanks"),
+    "is killed": (DYING["is killed"], "does not start with this domain"),
+    "hangs": ('case "$*" in *-incoming*) exec sleep 300;; esac', "no QMP greeting"),
+    "starts without the library": (DYING["starts without the library"], "x-sev-adopt-status"),
+    "starts without the keeper": (DYING["starts without the keeper"], "has not adopted the guest's memory"),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str) -> None:
+    text, reason = REFUSED[how]
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    emulator = wrapper(daemon, how.replace(" ", "-"), new, text)
+    before = files(daemon)
+    report = daemon.upgrade(guest.name, "--emulator", emulator)
+    assert (report["status"], report["outcome"]) == (1, "refused"), report
+    assert reason in report["reason"]
+    assert [phase["name"] for phase in report["phases"]][-1] == "rehearse"
+    assert (report["rehearsal_ms"] is not None) == (how == "cannot load")
+    assert files(daemon) == before
+    assert guest.pid == pid
+    assert f"{guest.name}.qcow2" in locked(pid)
+    assert_as_before(daemon, guest, old)
+
+
+def test_a_real_pair(daemon: Daemon, start: StartDomain, new: Path, newest: Path) -> None:
+    """QEMU 11.1 cannot load virtio devices of 10.0. Others may, and then do; never is it found out too late."""
+    guest = start(emulator=new)
+    guest.wait_for_ticks()
+    pid = guest.pid
+    report = daemon.upgrade(guest.name, "--emulator", newest)
+    if emulators.version(newest).startswith("11.1."):
+        assert report["outcome"] == "refused"
+        assert "vring.num" in report["reason"]
+    if report["outcome"] == "refused":
+        assert guest.pid == pid
+        assert trials(guest) == []
+        assert_as_before(daemon, guest, new)
+    else:
+        assert report["outcome"] == "done", report
+        guest.wait_for_ticks()
+
+
+def test_nothing_of_the_domain_is_disturbed(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("no tap devices here")
+    assert daemon.run("qemu-img", "create", "-q", "-f", "raw", GUESTS / "second.raw", "4M").returncode == 0
+    assert daemon.run("qemu-img", "create", "-q", "-f", "qcow2", GUESTS / "third.qcow2", "64M").returncode == 0
+    guest = start(pflash=True, more=DEVICES)
+    guest.wait_for_ticks()
+    pid = guest.pid
+    cards = set(os.listdir("/sys/class/net"))
+    assert "sevhop-test" in cards
+    locks = locked(pid)
+    assert {f"{guest.name}.qcow2", f"{guest.name}.fd", "third.qcow2", "second.raw"} <= locks
+    emulator = wrapper(daemon, "cannot-load", new, CANNOT_LOAD)
+    before = files(daemon)
+    with connected(daemon, GUESTS / "channel") as channel, connected(daemon, GUESTS / "vnc") as vnc:
+        assert vnc.recv(4) == b"RFB "
+        report = daemon.upgrade(guest.name, "--emulator", emulator)
+        assert (report["status"], report["outcome"]) == (1, "refused"), report
+        assert report["notes"] == []
+        assert set(os.listdir("/sys/class/net")) == cards
+        assert files(daemon) == before
+        assert locked(pid) == locks
+        channel.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            channel.recv(1)  # still connected, and silent
+        assert vnc.recv(8) == b"003.008\n"
+        vnc.send(b"RFB 003.008\n")
+        assert vnc.recv(1) == b"\1"  # served by the source
+    assert guest.pid == pid
+    assert trials(guest) == []
+    assert_as_before(daemon, guest, old)
+
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert report["outcome"] == "done", report
+    assert report["notes"] == []
+    assert report["rehearsal_ms"] > 0
+    guest.wait_for_ticks()
+
+
+def test_without_kvm(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start(accelerator="tcg")
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert report["outcome"] == "done", report
+    assert (report["notes"], report["rehearsal_ms"] > 0) == ([], True)
+    guest.wait_for_ticks()
+
+
+FAULTS = {
+    "hangs": ("os.kill(trial, signal.SIGSTOP)", (1, "refused"), "has not loaded the device state"),
+    "dies": ("os.kill(trial, signal.SIGKILL)", (1, "refused"), "cannot take this guest over"),
+    "interrupted": ("os.kill(os.getpid(), signal.SIGINT)", (3, "undone"), "interrupted"),
+    "continued": ("subprocess.run(['virsh', '-q', 'resume', name])", (1, "refused"), "somebody else continued"),
+    "libvirt dies": (
+        "os.kill(int(Path('/run/libvirtd.pid').read_text()), signal.SIGKILL)",
+        (3, "undone"),
+        "rehearse: QEMU cannot be asked",
+    ),
+    "a bug": ("raise ValueError('wrong')", (3, "undone"), "unexpected ValueError"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_in_the_pause(daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    fault, outcome, reason = FAULTS[what]
+    status, report = traced(daemon, guest, fault, "--emulator", new)
+    assert (status, report["outcome"]) == outcome, report
+    assert reason in report["reason"]
+    assert guest.pid == pid
+    assert trials(guest) == []
+    assert_as_before(daemon, guest, old)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
+def test_killed_in_the_pause(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """Then nobody continues the guest until ``recover`` does; but the trial ends with the command."""
+    guest = start()
+    guest.wait_for_ticks()
+    traced(daemon, guest, "os.kill(os.getpid(), signal.SIGKILL)", "--emulator", new)
+    assert guest.state == "paused"
+    wait_until(lambda: not trials(guest), 15, "the trial ends")
+    done = daemon.sevhop("recover")
+    assert done.returncode == 0, done
+    wait_until(lambda: daemon.left_over() == [], 15, "the keeper ends")
+    assert_as_before(daemon, guest, old)
+
+
+def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    daemon.virsh("suspend", guest.name)
+    report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "cannot-load", new, CANNOT_LOAD))
+    assert (report["status"], report["outcome"], report["rehearsal_ms"]) == (1, "refused", None)
+    assert guest.state == "paused"
+    daemon.virsh("resume", guest.name)
+    assert_as_before(daemon, guest, old)
+
+
+def test_without_a_rehearsal(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--emulator", new, "--no-rehearsal")
+    assert report["outcome"] == "done", report
+    assert "rehearse" not in [phase["name"] for phase in report["phases"]]
+    guest.wait_for_ticks()
