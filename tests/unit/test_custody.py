@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sevhop import hook_calls
 from sevhop.custody import Custody
 from sevhop.guardian import Deposit
 from sevhop.guest import SevContext
@@ -26,6 +27,7 @@ from sevhop.keeper import Held
 from sevhop.keeper_process import Brief, State
 from sevhop.run_directory import listening
 from sevhop_qmp.errors import MoveError, MoveUncertain, SevhopError
+from sevhop_qmp.monitor import peer_credentials
 from sevhop_qmp.move import MoveReport
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
@@ -326,6 +328,29 @@ def test_control_is_roots_alone(custody: Custody, open_directory: Path) -> None:
     answers = run(served(custody, open_directory / "s", 0, serve, (NOBODY, "retire"), (0, f"hook x y {UUID}")))
     assert answers == [[], ["ok"]]
     assert custody.state is State.HELD
+
+
+def test_the_hooks_socket_is_roots_alone(custody: Custody, open_directory: Path) -> None:
+    heard: list[int] = []
+    path = open_directory / "hook"
+
+    def serve(sock: socket.socket, *_: object) -> None:
+        with sock:
+            heard.append(peer_credentials(sock)[1])
+
+    async def work() -> None:
+        with listening(path, 0) as listener:
+            path.chmod(0o666)
+            task = asyncio.ensure_future(hook_calls.listen(listener, custody.answer_hook))
+            for uid in (NOBODY, 0):
+                await connect_as(uid, path, "web")
+            task.cancel()
+            await asyncio.wait({task})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hook_calls, "_serve", serve)
+        run(work())
+    assert heard == [0]
 
 
 def test_the_memory_is_for_the_users_of_qemu_alone(custody: Custody, open_directory: Path) -> None:
