@@ -35,6 +35,25 @@ static bool send_request(const char *request, size_t length)
     return sent == (ssize_t)length;
 }
 
+/* The descriptor that came with a message, -1 if none did. One of several, or one that is not wanted, is closed. */
+static int take_descriptor(struct msghdr *message, bool wanted)
+{
+    struct cmsghdr *header = CMSG_FIRSTHDR(message);
+    size_t count = 0;
+    int fd = -1;
+
+    if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS)
+        count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < count; i++) {
+        memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+        if (count > 1 || !wanted) {
+            close(fd);
+            fd = -1;
+        }
+    }
+    return fd;
+}
+
 static bool receive_reply(char reply[KEEPER_MESSAGE], int *fd)
 {
     union {
@@ -44,8 +63,8 @@ static bool receive_reply(char reply[KEEPER_MESSAGE], int *fd)
     struct iovec data = {reply, KEEPER_MESSAGE - 1};
     struct msghdr message = {
         .msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-    struct cmsghdr *header;
     ssize_t received;
+    bool whole;
 
     do {
         received = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
@@ -56,18 +75,11 @@ static bool receive_reply(char reply[KEEPER_MESSAGE], int *fd)
         return false;
     }
     reply[received] = '\0';
-    header = CMSG_FIRSTHDR(&message);
-    if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
-        header->cmsg_len == CMSG_LEN(sizeof(int)))
-        memcpy(fd, CMSG_DATA(header), sizeof(int));
-    if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-        if (*fd >= 0)
-            close(*fd);
-        *fd = -1;
+    whole = !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
+    *fd = take_descriptor(&message, whole && !strncmp(reply, "fd", 2));
+    if (!whole)
         errno = EPROTO;
-        return false;
-    }
-    return true;
+    return whole;
 }
 
 bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...)

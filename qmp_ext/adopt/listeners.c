@@ -76,7 +76,7 @@ static struct listener *find(const struct sockaddr *address, socklen_t length)
     struct listener *listener;
     unsigned char bytes[MAX_ADDRESS] = {0};
 
-    if (length > MAX_ADDRESS)
+    if (length >= MAX_ADDRESS) /* the kernel takes none that long; one more byte may be added below */
         return NULL;
     memcpy(bytes, address, length);
     length = kernel_length(address, length);

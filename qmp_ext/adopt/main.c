@@ -22,13 +22,16 @@ pthread_mutex_t adopt_lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 static int later_stderr = -1;
 
+/* What is quoted may have control characters in it: it stays one line, and a terminal only shows it. */
 static void print_line(const char *format, va_list arguments)
 {
     char line[1024] = "sevhop adopt: ";
     size_t length = strlen(line);
 
     vsnprintf(line + length, sizeof line - length - 1, format, arguments);
-    length = strlen(line);
+    for (length = 0; line[length]; length++)
+        if ((unsigned char)line[length] < ' ' || line[length] == 0x7f)
+            line[length] = '?';
     line[length++] = '\n';
     if (write(STDERR_FILENO, line, length) < 0) {
         /* Nobody is left to be told. */

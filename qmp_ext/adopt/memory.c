@@ -251,43 +251,7 @@ static int control_file(int fd, int command, void *argument)
 
 /* ---- what QEMU does to the mapping ---- */
 
-static void *map_privately(struct memory *memory, void *address, size_t length, int prot, int flags, int fd,
-                           off64_t offset)
-{
-    struct mapping *mapping;
-    void *start;
-
-    if ((flags & MAP_TYPE) == MAP_PRIVATE)
-        die("guest memory '%s' is to be private here: it needs share=on", memory->name);
-    start = next()->mmap(address, length, prot, (flags & ~(MAP_TYPE | MAP_SYNC)) | MAP_PRIVATE | MAP_NORESERVE, fd, offset);
-    if (start == MAP_FAILED)
-        return start;
-    mapping = allocate(sizeof *mapping);
-    *mapping = (struct mapping){.memory = memory,
-                                .start = start,
-                                .length = length,
-                                .prot = prot,
-                                .flags = flags & ~MAP_FIXED_NOREPLACE,
-                                .offset = offset};
-    pthread_mutex_lock(&adopt_lock);
-    mapping->next = mappings;
-    mappings = mapping;
-    pthread_mutex_unlock(&adopt_lock);
-    return start;
-}
-
-static void *map_file(void *address, size_t length, int prot, int flags, int fd, off64_t offset)
-{
-    struct memory *memory = NULL;
-
-    if (fd >= 0 && memory_state() == RAM_PRIVATE)
-        memory = memory_of(fd);
-    if (memory)
-        return map_privately(memory, address, length, prot, flags, fd, offset);
-    return next()->mmap(address, length, prot, flags, fd, offset);
-}
-
-/* The hand-over maps at fixed addresses: an address that QEMU has given back must not be among them. */
+/* The hand-over maps at fixed addresses: what QEMU has given back, or mapped over, must not be among them. */
 static void forget_mappings(char *start, size_t length)
 {
     struct mapping **link = &mappings, *mapping;
@@ -307,6 +271,49 @@ static void forget_mappings(char *start, size_t length)
         link = &mapping->next;
     }
     pthread_mutex_unlock(&adopt_lock);
+}
+
+static void *map_privately(struct memory *memory, void *address, size_t length, int prot, int flags, int fd,
+                           off64_t offset)
+{
+    struct mapping *mapping;
+    void *start;
+
+    if ((flags & MAP_TYPE) == MAP_PRIVATE)
+        die("guest memory '%s' is to be private here: it needs share=on", memory->name);
+    start = next()->mmap(address, length, prot, (flags & ~(MAP_TYPE | MAP_SYNC)) | MAP_PRIVATE | MAP_NORESERVE, fd, offset);
+    if (start == MAP_FAILED)
+        return start;
+    mapping = allocate(sizeof *mapping);
+    *mapping = (struct mapping){.memory = memory,
+                                .start = start,
+                                .length = length,
+                                .prot = prot,
+                                .flags = flags & ~MAP_FIXED_NOREPLACE,
+                                .offset = offset};
+    if (flags & MAP_FIXED)
+        forget_mappings(start, length);
+    pthread_mutex_lock(&adopt_lock);
+    mapping->next = mappings;
+    mappings = mapping;
+    pthread_mutex_unlock(&adopt_lock);
+    return start;
+}
+
+static void *map_file(void *address, size_t length, int prot, int flags, int fd, off64_t offset)
+{
+    struct memory *memory = NULL;
+    const bool before = memory_state() == RAM_PRIVATE;
+    void *start;
+
+    if (fd >= 0 && before)
+        memory = memory_of(fd);
+    if (memory)
+        return map_privately(memory, address, length, prot, flags, fd, offset);
+    start = next()->mmap(address, length, prot, flags, fd, offset);
+    if (before && flags & MAP_FIXED && start != MAP_FAILED)
+        forget_mappings(start, length);
+    return start;
 }
 
 EXPORT int munmap(void *address, size_t length)

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The functions of QEMU that the library calls; as strict as QEMU's own. */
+#include "world.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define ENTRIES 24
+
+struct Error {
+    char text[2048];
+};
+
+/* One type for dictionaries and lists: what matters is that nobody writes past them. */
+struct QDict {
+    unsigned int count;
+    struct {
+        char *key, *text;
+    } entry[ENTRIES];
+};
+
+struct QList {
+    unsigned int count;
+};
+
+char qmp_commands[1];
+
+static char *copied(const char *text)
+{
+    char *copy = world_keep(malloc(strlen(text) + 1));
+
+    return strcpy(copy, text);
+}
+
+static void put(QDict *dict, const char *key, const char *text)
+{
+    demand(dict->count < ENTRIES);
+    dict->entry[dict->count].key = copied(key);
+    dict->entry[dict->count++].text = text ? copied(text) : NULL;
+}
+
+QDict *qdict_new(void)
+{
+    return world_keep(calloc(1, sizeof(QDict)));
+}
+
+void qdict_put_int(QDict *dict, const char *key, int64_t value)
+{
+    (void)value;
+    put(dict, key, NULL);
+}
+
+void qdict_put_bool(QDict *dict, const char *key, bool value)
+{
+    (void)value;
+    put(dict, key, NULL);
+}
+
+void qdict_put_str(QDict *dict, const char *key, const char *value)
+{
+    demand(value);
+    put(dict, key, value);
+}
+
+void qdict_put_obj(QDict *dict, const char *key, QObject *value)
+{
+    demand(value);
+    put(dict, key, NULL);
+}
+
+const char *qdict_get_try_str(const QDict *dict, const char *key)
+{
+    for (unsigned int i = 0; i < dict->count; i++)
+        if (!strcmp(dict->entry[i].key, key))
+            return dict->entry[i].text;
+    return NULL;
+}
+
+int qdict_haskey(const QDict *dict, const char *key)
+{
+    for (unsigned int i = 0; i < dict->count; i++)
+        if (!strcmp(dict->entry[i].key, key))
+            return 1;
+    return 0;
+}
+
+size_t qdict_size(const QDict *dict)
+{
+    return dict->count;
+}
+
+QList *qlist_new(void)
+{
+    return world_keep(calloc(1, sizeof(QList)));
+}
+
+void qlist_append_obj(QList *list, QObject *value)
+{
+    demand(value);
+    list->count++;
+}
+
+/* QEMU aborts if an error is set twice, or is no single line. */
+void error_setg_internal(Error **error, const char *source, int line, const char *function, const char *format, ...)
+{
+    Error *made = world_keep(calloc(1, sizeof *made));
+    va_list arguments;
+
+    demand(!*error && source && line && function);
+    va_start(arguments, format);
+    vsnprintf(made->text, sizeof made->text, format, arguments);
+    va_end(arguments);
+    demand(*made->text && !strchr(made->text, '\n'));
+    *error = made;
+}
+
+Monitor *monitor_cur(void)
+{
+    return (Monitor *)&world;
+}
+
+int monitor_get_fd(Monitor *monitor, const char *name, Error **error)
+{
+    demand(monitor && name);
+    if (*name == 'x') {
+        error_setg_internal(error, __FILE__, __LINE__, __func__, "File descriptor named '%s' has not been found", "x");
+        return -1;
+    }
+    return dup(pool_memory[0]);
+}
+
+bool runstate_is_running(void)
+{
+    return input_chance(16);
+}
+
+void qmp_register_command(QmpCommandList *list, const char *name, QmpCommandFunc *function, unsigned int options,
+                          uint64_t features)
+{
+    demand(list == (QmpCommandList *)qmp_commands && !options && !features);
+    demand(world.commands < sizeof world.command / sizeof *world.command);
+    world.command[world.commands].name = name;
+    world.command[world.commands++].function = function;
+}
+
+void qemu_add_machine_init_done_notifier(Notifier *notifier)
+{
+    world.notifier = notifier;
+}
+
+VMChangeStateEntry *qemu_add_vm_change_state_handler_prio(VMChangeStateHandler *handler, void *opaque, int priority)
+{
+    demand(!opaque && priority < 0);
+    world.handler = handler;
+    return NULL;
+}
+
+AioContext *qemu_get_aio_context(void)
+{
+    return (AioContext *)&world;
+}
+
+void aio_bh_schedule_oneshot_full(AioContext *context, QEMUBHFunc *function, void *opaque, const char *name)
+{
+    demand(context && name && !world.bottom_half);
+    world.bottom_half = function;
+    world.bottom_half_opaque = opaque;
+}
