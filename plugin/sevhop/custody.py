@@ -67,6 +67,10 @@ _MACHINE_TIMEOUT = 60.0
 _MONITOR_POLL = 0.005
 #: Seconds between two attempts to reach a destination that has hung up but has not ended.
 _REACH_POLL = 0.05
+#: Characters of the longest reason in a message, so that it has room however it is written.
+_REASON = 400
+#: At one socket at a time. Needed are two; who wants more wants to use up our descriptors.
+_CONNECTIONS = 32
 
 # Names of descriptors: what was taken from the source, and what later deposits have beside other VMs.
 _SOURCE_VM = "source"
@@ -187,17 +191,21 @@ class Custody:
     async def listen(self, listener: socket.socket, uid: int, serve: Any) -> None:
         """Serve all who connect to a socket and run as a user, or as root."""
         loop = asyncio.get_running_loop()
+        connected: set[asyncio.Task[None]] = set()
         while True:
             sock, _ = await loop.sock_accept(listener)
-            if peer_credentials(sock)[1] not in (0, os.geteuid(), uid):
+            if peer_credentials(sock)[1] not in (0, os.geteuid(), uid) or len(connected) >= _CONNECTIONS:
                 sock.close()
                 continue
-            self._start(self._until_hangup(sock, serve))
+            task = self._start(self._until_hangup(sock, serve))
+            connected.add(task)
+            task.add_done_callback(connected.discard)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _until_hangup(self, sock: socket.socket, serve: Any) -> None:
         loop = asyncio.get_running_loop()
@@ -206,7 +214,7 @@ class Custody:
             while request := await loop.sock_recv(sock, MESSAGE):
                 text, fd = await serve(sock, request)
                 log.info("%r -> %s", request, text)
-                socket.send_fds(sock, [text.encode()], [] if fd is None else [fd])
+                socket.send_fds(sock, [_message(text)], [] if fd is None else [fd])
                 if request == b"release":
                     self.end.set()
         if sock in self._commands:
@@ -260,11 +268,13 @@ class Custody:
                     if peer_credentials(sock)[0] == self._brief.command:
                         self._command_expected = False
                     return await self._command(word, " ".join(arguments)), None
+        except UnicodeDecodeError:
+            pass
         except SevhopError as err:
-            return f"no {err}"[:MESSAGE], None
+            return f"no {err}", None
         except Exception as err:
             log.exception("%r", request)
-            return f"no unexpected {type(err).__name__}: {err}"[:MESSAGE], None
+            return f"no unexpected {type(err).__name__}: {err}", None
         return "no this is not a request", None
 
     async def answer_hook(self, sock: socket.socket, request: str) -> str:
@@ -274,7 +284,7 @@ class Custody:
     async def _command(self, word: str, argument: str) -> str:
         match word:
             case "status":
-                return f"ok {json.dumps(self._status())}"
+                return f"ok {json.dumps(self._status() | {'reason': self.reason[:_REASON]})}"
             case "blocks" if self.state is State.HELD:
                 self._keep_blocks()
                 return "ok"
@@ -338,7 +348,7 @@ class Custody:
                 self._restore_began = time.monotonic()
                 self._destination = self._peer = None
                 self._enter(State.RESTORING)
-                (self._directory / "monitor" / "qmp").unlink(missing_ok=True)  # of one that has died
+                self._clear_monitor()
                 self._expect_destination()
                 return f"ok {self._emulator}"
             case "prepare" | "migrate", "begin" if self.state in (State.HELD, State.RETIRING, State.WAITING):
@@ -377,6 +387,14 @@ class Custody:
             self._start(self._until_it_runs(met.process, met.monitor))
         return "ok"
 
+    def _clear_monitor(self) -> None:
+        """Remove that of a destination that has died. It lies where QEMU's user may put anything."""
+        path = self._directory / "monitor" / "qmp"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as err:
+            raise KeeperError(f"{path} cannot be removed: {err.strerror}") from err
+
     def _expect_destination(self) -> None:
         """Get to know the destination while libvirt still sets it up: that takes time, too."""
         if self._meeting is not None:
@@ -391,6 +409,10 @@ class Custody:
         # It answers when its machine is complete.
         monitor = await Monitor.connect(path, timeout=self._brief.step_timeout, greeting_timeout=_MACHINE_TIMEOUT)
         destination = QemuProcess.open(monitor.peer)
+        # QEMU's user may put anything in the monitor's place, but nobody else's.
+        if destination.credentials.uid not in (0, self._brief.uid):
+            await monitor.close()
+            raise KeeperError(f"the destination's monitor is served by process {monitor.peer} of another user")
         return _Met(monitor, destination, await ram_blocks.read(monitor, destination))
 
     async def _commit(self, met: _Met) -> None:
@@ -493,6 +515,11 @@ async def _see_it_run(monitor: Monitor) -> None:
         with monitor.events("RESUME") as events:
             while not (await monitor.execute("query-status"))["running"]:
                 await monitor.next_event(events, timeout=float("inf"))
+
+
+def _message(text: str) -> bytes:
+    """As it is sent: cut where it is too long, but not inside a character."""
+    return text.encode(errors="backslashreplace")[:MESSAGE].decode(errors="ignore").encode()
 
 
 def _keep(brief: Brief, directory: Path) -> None:

@@ -186,7 +186,10 @@ class KeeperProcess:
 
     async def status(self) -> dict[str, Any]:
         """How far it has come."""
-        answer: dict[str, Any] = json.loads(await self._ask("status"))
+        try:
+            answer: dict[str, Any] = json.loads(await self._ask("status"))
+        except ValueError as err:
+            raise KeeperError("the keeper's answer is not understood") from err
         return answer
 
     async def release(self) -> None:
@@ -220,7 +223,7 @@ class KeeperProcess:
             answer = await loop.sock_recv(self._control, MESSAGE)
         if not answer:
             raise ConnectionResetError(errno.ECONNRESET, "it hung up")
-        return answer.decode()
+        return answer.decode(errors="replace")
 
 
 async def _connect(directory: Path) -> socket.socket:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
@@ -21,6 +23,12 @@ from sevhop_qmp.errors import SevhopError
 RUN = Path("/run/sevhop")
 #: One link for each hop under way, named like the domain; the hook looks here.
 DOMAINS = RUN / "domains"
+#: Where a link in there leads: to a directory beside it. Anything else was not made here.
+_TARGET = re.compile(r"\.\./[0-9a-f]{32}")
+
+
+class RunDirectoryError(SevhopError):
+    """What is found in the place of a run directory was not made here; who put it there could lead a hop astray."""
 
 
 class HopUnderWay(SevhopError):
@@ -28,15 +36,37 @@ class HopUnderWay(SevhopError):
 
 
 def make_run_directories() -> None:
-    """Make those directories that the hops of all domains share."""
+    """
+    Make those directories that the hops of all domains share.
+
+    :raises RunDirectoryError: they cannot be made, or something else is in their place.
+    """
     _make_outer()
-    DOMAINS.mkdir(mode=0o700, exist_ok=True)
+    _make_or_check(DOMAINS, 0o700)
 
 
 def _make_outer() -> None:
     """QEMU's user may pass through, but not list what is there."""
-    RUN.mkdir(mode=0o711, exist_ok=True)
-    RUN.chmod(0o711)
+    _make_or_check(RUN, 0o711)
+
+
+def _make_or_check(path: Path, mode: int) -> None:
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=mode)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as err:
+        hint = "run sevhop as root" if isinstance(err, PermissionError) else f"see what {path} is, and remove it"
+        raise RunDirectoryError(f"{path} cannot be made or is no directory: {err.strerror}", hint) from err
+    try:
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            raise RunDirectoryError(f"{path} belongs to user {found.st_uid}", "see who made it, and remove it")
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RunDirectoryError(f"{path} can be written by others", "see what is in it, and remove it")
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
 
 
 def make(mode: int = 0o700) -> Path:
@@ -52,7 +82,10 @@ def claim(name: str) -> Path:
     Make the directory of a keeper, and the link by which the hook finds it. What a dead keeper has left is removed.
 
     :raises HopUnderWay: a hop of this domain is under way.
+    :raises RunDirectoryError: something else is in the place of what is made here.
     """
+    if not _can_be_a_name(name):
+        raise RunDirectoryError(f"{name!a} is not the name of a domain")
     make_run_directories()
     left = hop_of(name)
     if left is not None:
@@ -64,8 +97,18 @@ def claim(name: str) -> Path:
         os.symlink(f"../{directory.name}", DOMAINS / name)
     except OSError as err:
         directory.rmdir()
-        raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status") from err
+        if isinstance(err, FileExistsError) and hop_of(name) is not None:
+            raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status") from err
+        raise RunDirectoryError(f"{DOMAINS / name}: {err.strerror}", "if it is there, remove it") from err
     return directory
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Of a domain, and of a file: libvirt allows no other names."""
+    try:
+        return os.fsencode(name) not in (b"", b".", b"..") and not {"/", "\0"} & set(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def listening(path: Path, uid: int) -> socket.socket:
@@ -103,9 +146,10 @@ def remove(name: str, directory: Path) -> None:
 def hop_of(name: str) -> Path | None:
     """The directory of the keeper of a domain, None when it is in no hop. The keeper may be dead."""
     try:
-        return DOMAINS / os.readlink(DOMAINS / name)
+        target = os.readlink(DOMAINS / name) if _can_be_a_name(name) else ""
     except OSError:
         return None
+    return DOMAINS / target if _TARGET.fullmatch(target) else None
 
 
 def hops_under_way() -> list[str]:
@@ -121,7 +165,11 @@ def sweep(used: set[str]) -> None:
     Remove what hops have left that were killed.
 
     :param used: directories that a journal mentions.
+    :raises RunDirectoryError: what is there was not made here.
     """
+    if not RUN.is_symlink() and not RUN.is_dir():
+        return
+    _make_outer()
     for name in hops_under_way():
         directory = hop_of(name)
         if directory is not None and not alive(directory) and str(directory) not in used:

@@ -1,4 +1,4 @@
-"""adopt.so with a hostile keeper and a QEMU that does anything: no bad access, and the source's memory stays as it is."""
+"""adopt.so with a hostile keeper and a QEMU that does anything: no bad access, and the source's memory stays whole."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-Builds the fuzz targets of adopt.so: its sources as they are, with other names for the functions that it stands in front of.
+Builds the fuzz targets of adopt.so: its sources as they are, with other names for the functions that it is in front of.
 """
 
 from __future__ import annotations

@@ -1,0 +1,278 @@
+"""What somebody without privileges tries: sockets that are not theirs, places taken before we come, planted links."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sevhop import hook_calls, run_directory
+from sevhop.custody import Custody
+from sevhop.keeper import Held
+from sevhop.keeper_process import KeeperError, State
+from sevhop.run_directory import HopUnderWay, RunDirectoryError
+
+from .test_custody import UUID, brief
+
+NOBODY, QEMU, OTHER = 65534, 64055, 64056
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+def as_user(uid: int, function: Callable[[], object]) -> object:
+    """What a function returns, or the class of what it raises, in a process of that user."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            result: object = function()
+        except BaseException as err:
+            result = type(err)
+        os.write(write_end, pickle.dumps(result))
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as file:
+        content = file.read()
+    os.waitpid(pid, 0)
+    return pickle.loads(content)
+
+
+def call(path: Path, request: bytes) -> bytes:
+    """Ask at a socket; nothing when it hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(20)
+        sock.connect(str(path))
+        try:
+            sock.send(request)
+            return sock.recv(4096)
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that everybody can reach; pytest's own are root's alone."""
+    directory = Path(tempfile.mkdtemp(dir="/run", prefix="sevhop-test-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of /run/sevhop; not made yet."""
+    monkeypatch.setattr(run_directory, "RUN", place / "sevhop")
+    monkeypatch.setattr(run_directory, "DOMAINS", place / "sevhop" / "domains")
+    return place / "sevhop"
+
+
+class Serving:
+    """A keeper of the domain ``web``, without a guest, whose QEMU runs as :data:`QEMU`."""
+
+    def __init__(self) -> None:
+        self.directory = run_directory.claim("web")
+        self.monitor = self.directory / "monitor"
+        self.monitor.mkdir(mode=0o700)
+        self.custody: Custody
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
+        self._ready.wait()
+
+    async def _serve(self) -> None:
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        self.custody = Custody(replace(brief(), uid=QEMU, gid=QEMU, step_timeout=20), self.directory, Held(None, {}))
+        self.custody.state = State.RESTORING
+        control, qemus, hook = (
+            run_directory.listening(self.directory / name, uid)
+            for name, uid in (("control", 0), ("keeper", QEMU), ("hook", 0))
+        )
+        tasks = [
+            asyncio.ensure_future(self.custody.listen(control, 0, self.custody.answer_control)),
+            asyncio.ensure_future(self.custody.listen(qemus, QEMU, self.custody.answer_destination)),
+            asyncio.ensure_future(hook_calls.listen(hook, self.custody.answer_hook)),
+        ]
+        self._ready.set()
+        await self._end.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for listener in (control, qemus, hook):
+            listener.close()
+
+    def end(self) -> None:
+        """As a keeper ends."""
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join()
+        run_directory.remove("web", self.directory)
+
+
+@pytest.fixture
+def keeper(run: Path) -> Iterator[Serving]:
+    """One that serves."""
+    keeper = Serving()
+    yield keeper
+    keeper.end()
+
+
+REQUESTS = {"control": b"status", "keeper": b"hello 1"}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_peer_check_keeps_foreign_users_out(keeper: Serving, name: str) -> None:
+    """Whatever has become of the permissions: SO_PEERCRED decides."""
+    path = keeper.directory / name
+    path.chmod(0o666)
+    assert call(path, REQUESTS[name]).startswith(b"ok ")
+    for uid in (NOBODY, OTHER):
+        assert as_user(uid, lambda: call(path, REQUESTS[name])) == b""
+
+
+def test_qemu_has_no_business_at_the_control_socket(keeper: Serving) -> None:
+    for name in ("control", "hook"):
+        (keeper.directory / name).chmod(0o666)
+        assert as_user(QEMU, lambda path=keeper.directory / name: call(path, b"release")) == b""  # type: ignore[misc]
+    assert str(as_user(QEMU, lambda: call(keeper.directory / "keeper", b"hello 1"))).startswith("b'ok ")
+
+
+def test_permissions_keep_foreign_users_out(keeper: Serving, run: Path) -> None:
+    for name in ("control", "keeper", "hook"):
+        assert as_user(NOBODY, lambda path=keeper.directory / name: call(path, b"status")) is PermissionError  # type: ignore[misc]
+    for path in (run, run / "domains", keeper.directory, keeper.monitor):
+        assert as_user(NOBODY, lambda path=path: os.listdir(path)) is PermissionError  # type: ignore[misc]
+
+
+def test_names_cannot_be_guessed(run: Path) -> None:
+    names = {run_directory.make().name for _ in range(20)}
+    assert len(names) == 20
+    assert all(len(name) == 32 for name in names)
+
+
+def test_many_connections_do_not_use_up_the_keeper(keeper: Serving) -> None:
+    """QEMU's user could keep the command and the hook out while the guest is held."""
+
+    def connect() -> bytes:
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) for _ in range(100)]
+            for sock in socks:
+                sock.connect(str(keeper.directory / "keeper"))
+            socks[-1].settimeout(20)
+            return socks[-1].recv(1)
+
+    assert as_user(QEMU, connect) == b""
+    assert call(keeper.directory / "control", b"status").startswith(b"ok ")
+
+
+def test_something_of_qemus_user_in_the_place_of_its_monitor(keeper: Serving) -> None:
+    (keeper.monitor / "qmp").mkdir()
+    answer = call(keeper.directory / "control", f"hook restore begin {UUID}".encode()).decode()
+    assert answer.startswith("no ")
+    assert "cannot be removed" in answer
+
+
+class _Elsewhere:
+    """A monitor that somebody serves."""
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+        self.closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def test_a_monitor_of_another_user_is_not_the_destinations(
+    keeper: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["sleep", "60"], user=OTHER, group=OTHER, extra_groups=[]) as process:
+        monitor = _Elsewhere(process.pid)
+
+        async def connect(*_: object, **__: object) -> _Elsewhere:
+            return monitor
+
+        monkeypatch.setattr("sevhop.custody.Monitor.connect", connect)
+        try:
+            with pytest.raises(KeeperError, match="of another user"):
+                asyncio.run(keeper.custody._meet(tmp_path))
+        finally:
+            process.kill()
+    assert monitor.closed
+
+
+@pytest.mark.parametrize("squatted", ["sevhop", "sevhop/domains"])
+@pytest.mark.parametrize("how", ["link", "file", "foreign", "open to all", "open to a group"])
+def test_a_place_that_was_taken_before_is_not_used(place: Path, run: Path, squatted: str, how: str) -> None:
+    victim = place / "victim"
+    victim.mkdir(mode=0o755)
+    path = place / squatted
+    path.parent.mkdir(mode=0o711, exist_ok=True)
+    if how == "link":
+        path.symlink_to(victim)
+    elif how == "file":
+        path.write_text("")
+    else:
+        path.mkdir()
+        path.chmod({"foreign": 0o711, "open to all": 0o1777, "open to a group": 0o770}[how])
+        if how == "foreign":
+            os.chown(path, NOBODY, NOBODY)
+    before = path.lstat()
+    for use in (run_directory.make_run_directories, lambda: run_directory.claim("web")):
+        with pytest.raises(RunDirectoryError) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+    assert list(victim.iterdir()) == []
+    assert victim.stat().st_mode & 0o777 == 0o755
+    assert (path.lstat().st_uid, path.lstat().st_mode) == (before.st_uid, before.st_mode)
+
+
+@pytest.mark.parametrize("target", ["/", "..", "../victim", "../../victim", "/{victim}", "victim", ""])
+def test_a_planted_link_leads_nowhere(place: Path, run: Path, target: str) -> None:
+    """It was followed, and what a dead keeper had left there was to be removed, with all that is in it."""
+    run_directory.make_run_directories()
+    for victim in (place / "victim", run / "victim", run / "domains" / "victim"):
+        victim.mkdir()
+        (victim / "precious").write_text("")
+    link = run / "domains" / "web"
+    link.symlink_to(target.format(victim=place / "victim") or ".")
+    assert run_directory.hop_of("web") is None
+    with pytest.raises(RunDirectoryError, match="remove it"):
+        run_directory.claim("web")
+    assert len(list(place.rglob("precious"))) == 3
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "/etc/localtime", "../x", "a/b", "a\0b", "a" * 256, "\ud800"])
+def test_what_is_no_name_of_a_domain(run: Path, place: Path, name: str) -> None:
+    assert run_directory.hop_of(name) is None
+    with pytest.raises(RunDirectoryError):
+        run_directory.claim(name)
+    assert {path.name for path in place.rglob("*")} <= {"sevhop", "domains"}
+
+
+@pytest.mark.parametrize("name", ["a b;$(touch x)&'<\"", "-n", "--", "...", "a\nb", "gäst", "\udcff", "*", " "])
+def test_any_other_name_is_one(run: Path, name: str) -> None:
+    directory = run_directory.claim(name)
+    assert run_directory.hop_of(name) == run / "domains" / ".." / directory.name
+    assert run_directory.hops_under_way() == [name]
+    run_directory.remove(name, directory)
+    assert os.listdir(run) == ["domains"]
+    assert run_directory.hops_under_way() == []
+
+
+def test_a_second_claim_is_refused(keeper: Serving) -> None:
+    with pytest.raises(HopUnderWay):
+        run_directory.claim("web")
