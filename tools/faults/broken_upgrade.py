@@ -27,18 +27,25 @@ from .fault import Fault, patched
 
 Original = Callable[..., Awaitable[Any]]
 
-#: In the first points the guest runs, then it is stopped in its old QEMU.
+#: In the first points the guest runs, but for the rehearsal's pause; then it is stopped in its old QEMU. What the
+#: rehearsal does is the first of its kind.
 IN_THE_SOURCE = (
     "phase hold",
     "after keeper status 0",
-    "phase prepare",
+    "phase rehearse",
     "after monitor add-fd 0",
+    "before monitor stop 0",
+    "after monitor stop 0",
+    "before monitor xen-save-devices-state 0",
+    "before monitor cont 0",
+    "phase prepare",
+    "after monitor add-fd 1",
     "phase freeze",
     "before libvirt suspend 0",
     "after libvirt suspend 0",
     "phase save",
-    "before monitor xen-save-devices-state 0",
-    "after monitor xen-save-devices-state 0",
+    "before monitor xen-save-devices-state 1",
+    "after monitor xen-save-devices-state 1",
     "after keeper blocks 0",
     "phase retire",
     "before keeper retire 0",
