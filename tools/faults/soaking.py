@@ -24,7 +24,7 @@ from typing import Any
 
 from guests import emulators, linux
 from guests.machine import Machine
-from guests.running import Guest, processes_of
+from guests.running import Guest, GuestFailed, processes_of
 from sevhop import journal
 from sevhop.run_directory import RUN
 
@@ -148,7 +148,7 @@ class Soak:
             raise SoakFailed(f"{what}: processes {processes_of(guest.machine.directory)}")
         try:
             guest.wait_for_ticks(_TICKS)
-        except Exception as err:
+        except GuestFailed as err:
             raise SoakFailed(f"{what}: {err}") from err
         self._look_for_leaks()
 
@@ -185,7 +185,12 @@ def soak(soaked: Soaked, hops: int, minutes: float, share: float) -> None:
                         say(f"{soaked.hops} hops, {soaked.faults} faults, {guest.seen().ticks} ticks")
             except SoakFailed as err:
                 soaked.failure = str(err)
-            verdict = guest.stop()
+                say(soaked.failure)
+            try:
+                verdict = guest.stop()  # looks into the disk, too
+            except GuestFailed as err:
+                soaked.failure = soaked.failure or str(err)
+                verdict = guest.seen()
         soaked.ticks, soaked.ticks_lost, soaked.ticks_repeated = (
             verdict.ticks,
             verdict.ticks_lost,
