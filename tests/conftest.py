@@ -44,12 +44,16 @@ def some_of(points: Sequence[str]) -> list[Any]:
     return [pytest.param(point, marks=[rest] if number % 3 else []) for number, point in enumerate(points)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests by the directory that they lie in: ``qemu``, ``lab``, ``libvirt``."""
     for item in items:
         kind = item.path.relative_to(TESTS).parts[0]
         if kind in ("qemu", "lab", "libvirt"):
             item.add_marker(kind)
+    if "faults" not in config.option.markexpr:
+        rest = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if item not in set(rest)]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,10 @@ sevhop replaces the QEMU process under a running guest.
 :mod:`sevhop.sev_host`        what the host must have for an SEV context to be moved
 :mod:`sevhop.guest`           what a running QEMU tells of its guest
 :mod:`sevhop.keeper`          what holds the guest's memory, VM and sockets between two QEMUs
+:mod:`sevhop.procedure`       what both engines have in common: phases, report, journal
+:mod:`sevhop.journal`         what a hop is about to do, for whoever has to finish or undo it
+:mod:`sevhop.recover`         hops that were broken off, brought to one of two ends
+:mod:`sevhop.run_directory`   where hops under way are found
 :mod:`sevhop.errors`          how a hop can end other than well
 ============================  =============================================================================
 
@@ -18,6 +22,7 @@ A guest outside libvirt, with both QEMUs alive during the hop:
 :mod:`sevhop.hop`             the engine: the phases of a hop in order, each with its undo
 :mod:`sevhop.command_line`    the destination's command line, derived from the source's
 :mod:`sevhop.destination`     the new QEMU process: started like the old one, and ended again
+:mod:`sevhop.name_plates`     the paths under which a guest is known, handed over to it
 ============================  =============================================================================
 
 A domain of libvirt, where one QEMU ends before the next one starts:
@@ -29,7 +34,8 @@ A domain of libvirt, where one QEMU ends before the next one starts:
 :mod:`sevhop.status`          where domains stand: versions, obstacles, hops under way
 :mod:`sevhop.custody`         the keeper as a process of its own, which also commits
 :mod:`sevhop.keeper_process`  that process, started and spoken to
-:mod:`sevhop.run_directory`   where hops under way are found
+:mod:`sevhop.guardian`        what the keeper holds, a second time
+:mod:`sevhop.domain_recover`  a domain's hop that was broken off, brought to its end
 :mod:`sevhop.hook`            what libvirt calls before the guest may run
 :mod:`sevhop.installation`    that hook, put in place and seen to be called
 :mod:`sevhop.domain`          the few libvirt calls that are made
