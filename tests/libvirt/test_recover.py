@@ -21,6 +21,8 @@ from ..conftest import some_of
 from .conftest import StartDomain
 from .daemon import Daemon, DomainGuest
 
+PATH = "A domain of libvirt: `sevhop upgrade`"
+END = {"source": "old", "destination": "new"}
 COLUMNS = {
     "command": "command killed",
     "source": "source killed",
@@ -50,7 +52,7 @@ def note(table: FaultTable, daemon: Daemon, guest: DomainGuest, point: str, faul
     assert guest.state == "running"
     verdict = guest.wait_for_ticks()
     end = "source" if guest.emulator() == str(old) else "destination"
-    table.add("libvirt", point, COLUMNS[fault], Cell(f"runs in the {end}", verdict.ticks_lost, verdict.ticks_repeated))
+    table.add(PATH, point, COLUMNS[fault], Cell(f"{END[end]} QEMU", verdict.ticks_lost, verdict.ticks_repeated))
     assert guest.emulator("--inactive") == guest.emulator()
     assert daemon.left_over() == []
 

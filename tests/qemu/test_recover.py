@@ -25,6 +25,8 @@ from ..conftest import some_of
 from .conftest import DescribeCounter, StartGuest
 from .test_hop import assert_unharmed, sevhop
 
+PATH = "Outside libvirt: `sevhop hop`"
+END = {"source": "old", "destination": "new"}
 COLUMNS = {
     "command": "command killed",
     "source": "source killed",
@@ -63,7 +65,7 @@ def note(table: FaultTable, guest: Guest, point: str, fault: str, end: str) -> N
     """See that the guest runs once and lost nothing, and write that down."""
     assert len(processes_of(guest.machine.directory)) == 1
     verdict = guest.wait_for_ticks(3)
-    table.add("bare", point, COLUMNS[fault], Cell(f"runs in the {end}", verdict.ticks_lost, verdict.ticks_repeated))
+    table.add(PATH, point, COLUMNS[fault], Cell(f"{END[end]} QEMU", verdict.ticks_lost, verdict.ticks_repeated))
     assert verdict.unharmed, verdict
     assert not list(journal.journals())
 
@@ -105,7 +107,7 @@ def test_the_destination_is_killed_with_the_guest(
     break_off(guest, new, point, "destination")
     assert recover()["status"] in (0, 5)
     assert processes_of(guest.machine.directory) == []
-    fault_table.add("bare", point, COLUMNS["destination"], Cell("ended with its QEMU", 0, 0))
+    fault_table.add(PATH, point, COLUMNS["destination"], Cell("*ended with its QEMU*", 0, 0))
 
 
 @pytest.mark.parametrize("point", some_of(BEFORE_THE_STATE_IS_SAVED))
@@ -114,7 +116,7 @@ def test_the_source_is_killed_with_the_guest(point: str, guest: Guest, new: Path
     assert break_off(guest, new, point, "source") == 5
     assert recover() == {"guests": [], "status": 0}
     assert processes_of(guest.machine.directory) == []
-    fault_table.add("bare", point, COLUMNS["source"], Cell("ended with its QEMU", 0, 0))
+    fault_table.add(PATH, point, COLUMNS["source"], Cell("*ended with its QEMU*", 0, 0))
 
 
 @pytest.mark.parametrize("point", some_of((*SAVED, *RUNNING)))

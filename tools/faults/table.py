@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass
 class FaultTable:
-    """Rows by path (bare, libvirt, SEV in the lab) and step, columns by fault."""
+    """Rows by path (outside libvirt, or a domain) and step, columns by fault."""
 
     cells: dict[str, dict[str, dict[str, Cell]]] = field(default_factory=dict)
 
@@ -38,7 +38,7 @@ class FaultTable:
         lines: list[str] = []
         for path, rows in self.cells.items():
             faults = sorted({fault for row in rows.values() for fault in row})
-            lines += [f"### {path}", "", f"| step | {' | '.join(faults)} |", "|---" * (len(faults) + 1) + "|"]
+            lines += [f"## {path}", "", f"| step | {' | '.join(faults)} |", "|---" * (len(faults) + 1) + "|"]
             for step, row in rows.items():
                 lines.append(f"| {step} | {' | '.join(str(row.get(fault, '')) for fault in faults)} |")
             lines.append("")
