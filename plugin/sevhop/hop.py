@@ -182,8 +182,8 @@ class Hop(Procedure):
         self._undo.callback(self._plates.take_back)
         # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
         self._undo.push_async_callback(self._continue_source)
-        await self._start_destination()
         self._undo.push_async_callback(self._kill_destination)
+        await self._start_destination()
         await self._compare()
         self._outgoing = await self._resources.enter_async_context(
             OutgoingState(self._source_monitor, self._incoming, self._guest.machine_type)
@@ -324,6 +324,7 @@ class Hop(Procedure):
         except NeedsRecover:
             raise
         except SevhopError as err:
+            await self._destination.kill()
             raise Lost(f"{failure.message}; another destination failed, too: {err.message}") from err
 
     def _commit_is_done(self) -> None:
@@ -365,7 +366,8 @@ class Hop(Procedure):
         self._end_of_blackout()
 
     async def _kill_destination(self) -> None:
-        await self._destination.kill()
+        if hasattr(self, "_destination"):
+            await self._destination.kill()
 
     async def _continue_source(self) -> None:
         if self._stopped_at is None or not self._source.alive:
