@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import mmap
 import os
@@ -105,6 +106,15 @@ def test_picture_has_every_mode() -> None:
     texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
     assert {"hop", "precopy", "file", "upgrade", "save-restore", "256 MB", "1 GB"} <= texts
     assert {"hop, 256 MB", "upgrade, 256 MB", "restore 180"} <= texts
+
+
+def test_names_of_curves_do_not_cover_each_other() -> None:
+    modes = ("hop", "cpr-transfer", "x-ignore-shared", "precopy")
+    report = dataclasses.replace(REPORT, runs=[run(mode, size, 5.0) for mode in modes for size in (256, 1024)])
+    drawn = ElementTree.fromstring(svg(report))
+    heights = sorted(float(element.attrib["y"]) for element in drawn.iter() if element.text in modes)
+    assert len(heights) == 4
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 12
 
 
 class Counting:

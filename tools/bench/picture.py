@@ -11,6 +11,8 @@ from .report import COMPARED, PAIRS, Report, memory
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 160, 40, 50
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b08900", "#5c677d", "#2a9d8f")
+#: Height of a line of text.
+_LINE = 14
 #: Phases in which the guest stands still.
 _STILL = ("freeze", "share", "save", "load", "commit", "retire", "restore")
 
@@ -53,13 +55,19 @@ def _curves(report: Report, cells: list[tuple[str, str, int]], colours: dict[str
         yield _text(_LEFT - 8, level + 4, f"{10**power:g} ms", "end")
     for size in sizes:
         yield _text(x(size), _HEIGHT - _BOTTOM + 20, memory(size), "middle")
+    ends: dict[str, float] = {}
     for mode, colour in colours.items():
         points = sorted((cell[2], pause) for cell, pause in pauses.items() if cell[1] == mode)
         path = " ".join(f"{x(size):.1f},{y(pause):.1f}" for size, pause in points)
         yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
         for size, pause in points:
             yield f'<circle cx="{x(size):.1f}" cy="{y(pause):.1f}" r="3.5" fill="{colour}"/>'
-        yield _text(x(points[-1][0]) + 8, y(points[-1][1]) + 4, mode, "start", colour)
+        ends[mode] = y(points[-1][1]) + 4
+    below = 0.0
+    for mode in sorted(ends, key=lambda mode: ends[mode]):
+        # Curves may end in one place; their names must not.
+        below = max(ends[mode], below + _LINE)
+        yield _text(_WIDTH - _RIGHT + 12, below, mode, "start", colours[mode])
 
 
 def _bars(report: Report) -> list[tuple[str, dict[str, float]]]:
