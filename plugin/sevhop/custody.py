@@ -23,6 +23,10 @@ The commit happens here, asked for by the hook at ``started begin``: the kept RA
 destination and the SEV context is moved. The keeper holds the destination's VM since before that, so that the guest is
 safe should that QEMU be killed before it runs.
 
+It is the keeper, too, that ends the source: it halts that process, so that nobody can resume the guest any more, sees
+that nobody has since the state was saved (:mod:`sevhop_qmp.image_locks`), and only then kills it. Nothing is lost by
+that: QEMU has given up its disk images, and they were flushed before. If somebody has, the source goes on.
+
 It ends when it is told to; when the guest runs and no command is connected any more; and when the command goes away
 while the source still has everything. SIGTERM ends it unless the guest may exist nowhere else.
 """
@@ -46,7 +50,8 @@ from pathlib import Path
 from typing import Any
 
 from sevhop_qmp import adopt, move, ram_blocks
-from sevhop_qmp.errors import MonitorError, MoveError, SevhopError
+from sevhop_qmp.errors import MonitorError, MoveError, ProcessError, SevhopError
+from sevhop_qmp.image_locks import ImageLocks
 from sevhop_qmp.monitor import Monitor, peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
@@ -59,7 +64,7 @@ from .run_directory import claim, listening, remove
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which a source that was told to end has ended, if the command that told it has gone.
+#: Seconds in which a source that was killed should have ended.
 RETIRE_TIMEOUT = 10.0
 #: Seconds in which a destination's machine is complete, counted from when its monitor exists.
 _MACHINE_TIMEOUT = 60.0
@@ -106,6 +111,8 @@ class Custody:
         self._held = held
         self._emulator = brief.emulator
         self._source = QemuProcess.open(brief.pid)
+        self._locks = ImageLocks.of(self._source)
+        self._retiring = asyncio.Lock()
         self._command_process = QemuProcess.open(brief.command)
         self._command_expected = True
         self._deposit = Deposit({}, {})
@@ -118,6 +125,8 @@ class Custody:
         self._commit_ms = 0.0
         self._restore_began = 0.0
         self._until_started_ms = 0.0
+        self._restorer: QemuProcess | None = None
+        self._starting: QemuProcess | None = None
         self._destination: QemuProcess | None = None
         self._peer: int | None = None
         self._version = ""
@@ -158,7 +167,9 @@ class Custody:
         if self._released:
             self.end.set()
         self._start(self._outlive_command())
-        if self.state is State.RESTORING:
+        if self.state is State.RETIRING:
+            self._start(self._finish_retiring())
+        elif self.state is State.RESTORING:
             # libvirt may still be at it. If the hook was asking it was refused, and libvirt will restore again.
             self._expect_destination()
         elif self.state is State.COMMITTED and self._destination is not None:
@@ -236,9 +247,7 @@ class Custody:
 
     async def _left_alone(self) -> None:
         """The command is gone. Whether we are needed without it depends on who has the guest."""
-        if self.state is State.RETIRING and await self._source.wait(RETIRE_TIMEOUT):
-            self._enter(State.WAITING)
-        if self.state in (State.HELD, State.RETIRING, State.OVER):
+        if self.state in (State.HELD, State.OVER):
             self.end.set()
 
     # -- adopt.so ----------------------------------------------------------------------------------
@@ -250,6 +259,7 @@ class Custody:
         pid = peer_credentials(sock)[0]
         if self._peer is None:
             self._peer = pid
+            self._starting = _process(pid)
             self._put_down()
         elif self._peer != pid:
             return f"no process {self._peer} is the destination", None
@@ -262,7 +272,7 @@ class Custody:
         try:
             match request.decode().split(" "):
                 case ["hook", operation, sub, uuid]:
-                    return await self._hook(operation, sub, uuid), None
+                    return await self._hook(operation, sub, uuid, peer_credentials(sock)[0]), None
                 case [word, *arguments]:
                     self._commands.add(sock)
                     if peer_credentials(sock)[0] == self._brief.command:
@@ -288,16 +298,8 @@ class Custody:
             case "blocks" if self.state is State.HELD:
                 self._keep_blocks()
                 return "ok"
-            case "retire" if self.state in (State.HELD, State.RETIRING):
-                self._enter(State.RETIRING)
-                return "ok"
-            case "ended" if self.state is State.RETIRING:
-                if self._source.alive:
-                    return "no the source is still there"
-                self._enter(State.WAITING)
-                return "ok"
-            case "ended" if self.state in _ENDED:
-                return "ok"
+            case "retire":
+                return await self._retire()
             case "emulator" if argument:
                 self._emulator = argument
                 self._put_down()
@@ -307,6 +309,37 @@ class Custody:
                 self._put_down()
                 return "ok"
         return f"no {word} is not possible while the guest is {self.state.value}"
+
+    async def _retire(self) -> str:
+        """End the source, unless somebody has resumed it since its state was saved."""
+        async with self._retiring:
+            if self.state in _ENDED:
+                return "ok"
+            self._enter(State.RETIRING)
+            refusal = ""
+            # One that has ended by itself has nothing that is not saved.
+            if not await self._source.freeze(self._brief.step_timeout):
+                if self._source.alive:
+                    refusal = "no the source cannot be halted"
+            elif self._locks.known and not self._locks.given_up:
+                refusal = "no somebody else has resumed the guest"
+            if refusal:
+                self._source.thaw()
+                self._enter(State.HELD)
+                return refusal
+            self._source.kill()
+            # It executes nothing any more; but one that waits for a disk is still there, and the disk may be needed.
+            while not await self._source.wait(RETIRE_TIMEOUT):
+                log.warning("the source was killed and has not ended yet")
+            self._locks.close()
+            self._enter(State.WAITING)
+            return "ok"
+
+    async def _finish_retiring(self) -> None:
+        """What the last keeper had begun. The command, if there is one, asks again, and gets the same answer."""
+        await self._retire()
+        if not self._commands and not self._command_expected:
+            await self._left_alone()
 
     def _to_be_kept(self) -> list[RamBlock]:
         return [block for block in self._brief.blocks if block.name not in self._brief.encrypted]
@@ -333,12 +366,12 @@ class Custody:
             "reason": self.reason,
         }
 
-    async def _hook(self, operation: str, sub: str, uuid: str) -> str:
+    async def _hook(self, operation: str, sub: str, uuid: str, pid: int) -> str:
         if uuid.lower() != self._brief.uuid.lower():
             return "foreign"
         match operation, sub:
             case "restore", "begin":
-                if self._committing.locked() or (self._destination is not None and self._destination.alive):
+                if self._committing.locked() or not self._end_orphan():
                     return "no the guest is being restored already"
                 if self.state in (State.HELD, State.RETIRING):
                     return "no the guest has not been saved yet"
@@ -346,16 +379,34 @@ class Custody:
                     return "no the guest runs"
                 self.reason = ""
                 self._restore_began = time.monotonic()
+                self._restorer = _parent(pid)
                 self._destination = self._peer = None
                 self._enter(State.RESTORING)
                 self._clear_monitor()
                 self._expect_destination()
                 return f"ok {self._emulator}"
-            case "prepare" | "migrate", "begin" if self.state in (State.HELD, State.RETIRING, State.WAITING):
+            case ("prepare", "begin") if self.state not in (State.HELD, State.RETIRING, State.WAITING):
+                return "ok"
+            case ("prepare", "begin" | "afresh") | ("migrate", "begin") if self.state is not State.OVER:
                 return f"no the guest is held; go on with: virsh restore {self._directory / 'image'}"
             case "started", "begin" if self.state is not State.OVER:
                 return await self._started()
         return "ok"
+
+    def _end_orphan(self) -> bool:
+        """
+        End a destination that can never run, since the daemon that was restoring it has died.
+
+        :return: False when there is one that can.
+        """
+        if self._destination is not None and self._destination.alive:
+            return False
+        if self._starting is not None and self._starting.alive:
+            if self._restorer is None or self._restorer.alive:
+                return False
+            self._starting.kill()
+        self._starting = None
+        return True
 
     # -- commit ------------------------------------------------------------------------------------
 
@@ -520,6 +571,22 @@ async def _see_it_run(monitor: Monitor) -> None:
 def _message(text: str) -> bytes:
     """As it is sent: cut where it is too long, but not inside a character."""
     return text.encode(errors="backslashreplace")[:MESSAGE].decode(errors="ignore").encode()
+
+
+def _process(pid: int) -> QemuProcess | None:
+    try:
+        return QemuProcess.open(pid)
+    except ProcessError:
+        return None
+
+
+def _parent(pid: int) -> QemuProcess | None:
+    """Whoever started a process, for as long as that one waits for it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return _process(int(stat.rpartition(")")[2].split()[1]))
 
 
 def _keep(brief: Brief, directory: Path) -> None:

@@ -37,6 +37,13 @@ DEFAULT_URI = "qemu:///system"
 _PID_FILES = Path("/run/libvirt/qemu")
 _POLL = 0.001
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+#: Seconds for which a daemon is waited for that has gone away; one that is restarted is back within a few.
+RETURN_TIMEOUT = 30.0
+_RETURN_POLL = 0.1
+#: What libvirt says of a domain that it does not know (virErrorNumber).
+NO_DOMAIN: int = libvirt.VIR_ERR_NO_DOMAIN
+#: What it says of a domain that has no QEMU, or was forgotten with it.
+_OFF = (libvirt.VIR_ERR_OPERATION_INVALID, NO_DOMAIN)
 
 
 class DomainError(SevhopError):
@@ -93,6 +100,29 @@ class Connection:
         with contextlib.suppress(libvirt.libvirtError):
             self._raw.close()
 
+    async def reopen_if_lost(self, patience: float = RETURN_TIMEOUT) -> bool:
+        """
+        Connect again if the daemon went away meanwhile.
+
+        :return: whether it did.
+        :raises DomainError: it did not come back within ``patience`` seconds.
+        """
+        with contextlib.suppress(DomainError):
+            await _call(self._raw.getLibVersion)
+            return False
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                again = await Connection.open(self.uri)
+                break
+            except DomainError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_RETURN_POLL)
+        self.close()
+        self._raw = again._raw
+        return True
+
     async def version(self) -> str:
         """The running daemon's version, such as ``9.0.0``."""
         return readable_version(await _call(self._raw.getLibVersion))
@@ -103,12 +133,12 @@ class Connection:
 
     async def domain(self, name: str) -> Domain:
         """:raises DomainError: there is no such domain."""
-        return Domain(await _call(self._raw.lookupByName, name))
+        return Domain(self, await _call(self._raw.lookupByName, name))
 
     async def domains(self) -> list[Domain]:
         """Those that are active, by name."""
         found = await _call(self._raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-        return sorted((Domain(raw) for raw in found), key=lambda domain: domain.name)
+        return sorted((Domain(self, raw) for raw in found), key=lambda domain: domain.name)
 
     async def default_emulator(self) -> tuple[str, str]:
         """
@@ -162,10 +192,23 @@ class Domain:
     :ivar name: unique in its daemon.
     """
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, connection: Connection, raw: Any) -> None:
+        self._connection = connection
         self._raw = raw
         self.name: str = raw.name()
         self.uuid: str = raw.UUIDString()
+
+    async def find_again(self, patience: float = RETURN_TIMEOUT) -> bool:
+        """
+        Go on with a daemon that was restarted. Until then every call fails if it was.
+
+        :return: whether it was.
+        :raises DomainError: it did not come back, or does not know the domain any more.
+        """
+        lost = await self._connection.reopen_if_lost(patience)
+        if lost:
+            self._raw = await _call(self._connection._raw.lookupByUUIDString, self.uuid)
+        return lost
 
     async def active(self) -> bool:
         """Whether it has a QEMU."""
@@ -206,12 +249,18 @@ class Domain:
         await _call(self._raw.resume)
 
     async def end(self) -> None:
-        """Have libvirt clean up behind a QEMU; one that has not ended is killed."""
+        """Have libvirt clean up behind a QEMU; one that has not ended is killed. It may be restarted meanwhile."""
         try:
             await _call(self._raw.destroy)
         except DomainError as err:
-            if err.code not in (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN):
-                raise
+            if err.code not in _OFF:
+                try:
+                    if not await self.find_again():
+                        raise
+                    await _call(self._raw.destroy)
+                except DomainError as again:
+                    if again.code not in _OFF:
+                        raise
         # libvirt may be cleaning up already, having seen QEMU end. Its last step makes the domain inactive.
         deadline = time.monotonic() + CALL_TIMEOUT
         while await self._still_active():
@@ -223,13 +272,13 @@ class Domain:
         try:
             return await self.active()
         except DomainError as err:
-            if err.code == libvirt.VIR_ERR_NO_DOMAIN:
+            if err.code == NO_DOMAIN:
                 return False
             raise
 
     async def monitor(self) -> DomainMonitor:
         """:raises SevhopError: it does not answer."""
-        monitor = DomainMonitor(self._raw)
+        monitor = DomainMonitor(self)
         await monitor.greet()
         return monitor
 
@@ -252,9 +301,9 @@ class Domain:
 class DomainMonitor(Commands):
     """The monitor of a domain. libvirt holds it, and passes commands on."""
 
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self.name = f"domain {raw.name()}"
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self.name = f"domain {domain.name}"
         self._version = ""
 
     @property
@@ -287,7 +336,7 @@ class DomainMonitor(Commands):
         function = libvirt_qemu.qemuMonitorCommandWithFiles
         try:
             text, returned = await asyncio.wait_for(
-                asyncio.to_thread(function, self._raw, json.dumps(request), list(fds), 0), timeout
+                asyncio.to_thread(function, self._domain._raw, json.dumps(request), list(fds), 0), timeout
             )
         except TimeoutError as err:
             raise MonitorTimeout(f"QEMU did not answer {command} within {timeout:g} s") from err

@@ -27,10 +27,8 @@ from .journal import Entry, Journal
 from .keeper_process import KeeperError, KeeperProcess, State
 from .recover import End, Recovered
 
-#: Seconds for which a restore that somebody else has begun is waited for.
+#: Seconds for which something is waited for that is under way, such as a restore that somebody else has begun.
 RESTORE_TIMEOUT = 60.0
-#: Seconds in which a QEMU that was told to quit has ended.
-_QUIT_TIMEOUT = 5.0
 _POLL = 0.05
 
 
@@ -82,14 +80,8 @@ class _Interrupted:
 
     async def finish_or_undo(self, named: bool) -> Recovered:
         state = await self._settled()
-        # A source that is being retired may have been told to quit by a command that has died.
-        if self._source is not None and state is State.RETIRING and await self._source.wait(_QUIT_TIMEOUT):
-            self._source = None
-        if self._source is not None and state in (State.HELD, State.RETIRING, None):
-            return await self._go_on_in_source()
-        if state is State.RETIRING:
-            await self._kept().source_ended()
-            state = State.WAITING
+        if self._source is not None and state in (State.HELD, None):
+            return await self._go_on_in_source(self._source)
         if state is State.WAITING and self._entry.phase == "prepared" and not named:
             return Recovered(
                 self._entry.guest,
@@ -117,12 +109,12 @@ class _Interrupted:
             if state is State.RESTORING and not await self._active():
                 # Its last restore came to nothing, and it may be tried again.
                 return State.WAITING
-            if state not in (State.RESTORING, State.COMMITTED):
+            if state not in (State.RETIRING, State.RESTORING, State.COMMITTED):
                 return state
             if state is State.COMMITTED and not self._entry.running:
                 return State.OVER  # the guest stays paused
             if time.monotonic() > deadline:
-                raise NeedsRecover(f"a restore does not come to its end: it is {state.value}", "see virsh list")
+                raise NeedsRecover(f"what the keeper does comes to no end: it is {state.value}", "see virsh list")
             await asyncio.sleep(_POLL)
 
     def _kept(self) -> KeeperProcess:
@@ -139,7 +131,8 @@ class _Interrupted:
         except SevhopError:
             return False
 
-    async def _go_on_in_source(self) -> Recovered:
+    async def _go_on_in_source(self, source: QemuProcess) -> Recovered:
+        source.thaw()  # a keeper that was killed may have left it halted
         domain = await self._domain()
         if self._entry.running and not await domain.running():
             await domain.resume()

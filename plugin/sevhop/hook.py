@@ -8,7 +8,8 @@ hop. All knowledge is in the keeper of that hop. What the hook asks is::
 
 ===================  ================================================================================================
 ``restore begin``    the domain gets the emulator that the keeper names: the new one, or after a failure the old one
-``prepare begin``    refused unless a restore has begun: nobody may start the domain afresh while its guest is held
+``prepare begin``    refused unless a restore has begun
+``prepare afresh``   the same of a domain that is started, not restored: refused for as long as its guest is held
 ``started begin``    the state is loaded, nothing runs: the keeper commits, and only then the guest may run
 everything else      0. libvirt would kill a running guest if ``reconnect`` failed
 ===================  ================================================================================================
@@ -91,6 +92,8 @@ def main(
 def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str], str]) -> tuple[str, str]:
     """Why libvirt may not go on, and the changed XML; empty if it may, or if nothing changes."""
     try:
+        if operation == "prepare" and f"'{_RESTORED_MARK}'" not in xml:
+            sub = "afresh"
         answer = keeper(f"hook {operation} {sub} {_uuid(xml)}")
     except (ConnectionResetError, BrokenPipeError, TimeoutError, BlockingIOError):
         # There is a keeper, and if it has just died there is another. What it has done is not known here.

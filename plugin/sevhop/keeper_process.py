@@ -173,12 +173,12 @@ class KeeperProcess:
         await self._ask("blocks")
 
     async def retire(self) -> None:
-        """The image is complete and the source will be ended."""
-        await self._ask("retire")
+        """
+        The image is complete: end the source. From then on the domain may be restored.
 
-    async def source_ended(self) -> None:
-        """The source is gone: from now on the domain may be restored."""
-        await self._ask("ended")
+        :raises KeeperError: the source cannot be ended, or somebody has resumed the guest. Then it is as it was.
+        """
+        await self._ask("retire")
 
     async def use(self, emulator: str) -> None:
         """The next restore is to use this emulator."""

@@ -34,11 +34,11 @@ from pathlib import Path
 from sevhop_qmp import adopt, move
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.kept_state import KeptState
-from sevhop_qmp.monitor import COMMAND_TIMEOUT
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
 from . import domain_xml, emulator, guest, hook, journal
-from .domain import Connection, Domain, DomainError, DomainMonitor
+from .domain import NO_DOMAIN, RESTORE_TIMEOUT, Connection, Domain, DomainError, DomainMonitor
 from .domain_check import examine
 from .errors import Lost, NeedsRecover, Refused, Undone
 from .guest import ENCRYPTED_BLOCKS
@@ -53,6 +53,10 @@ log = logging.getLogger(__name__)
 
 #: Name of the socket through which libvirt speaks to a QEMU.
 _LIBVIRT_MONITOR = "monitor.sock"
+#: Seconds in which a monitor greets that nobody holds.
+_GREETING_TIMEOUT = 1.0
+#: Seconds between two looks at a restore that is somebody else's.
+_POLL = 0.05
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Upgrade(Procedure):
         self._uri = uri
         self._name = name
         self._options = options
+        self._running = False
+        self._stopped_as = ""
         self._retiring = False
         self._retired = False
 
@@ -258,15 +264,28 @@ class Upgrade(Procedure):
     # -- the guest is stopped ----------------------------------------------------------------------
 
     async def _freeze(self) -> None:
-        if self._guest.state == "running":
+        # Somebody may have paused it since it was examined: then it stays so.
+        self._running = bool((await self._monitor.execute("query-status"))["running"])
+        if self._running:
             self._stopped_at = time.monotonic()
             await self._domain.suspend()
-        await self._see_source_stopped()
-
-    async def _see_source_stopped(self) -> None:
+        elif self._guest.state == "running":
+            self._remember(running=False)
         status = await self._monitor.execute("query-status")
         if status["running"]:
-            raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
+            raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
+        self._stopped_as = status["status"]
+
+    async def _see_source_stopped(self) -> None:
+        """That of a guest which ran again until its state was saved would be another."""
+        status = await self._monitor.execute("query-status")
+        if status["running"] or status["status"] != self._stopped_as:
+            raise SevhopError("somebody else has resumed the guest", "try again")
+
+    async def _see_domain_unchanged(self) -> None:
+        """The destination gets the devices and disks that the source had when it was examined."""
+        if domain_xml.without_additions(await self._domain.xml()) != self._xml:
+            raise SevhopError("somebody else has changed the domain", "try again")
 
     async def _save(self) -> None:
         keeping = asyncio.ensure_future(self._keeper.keep_blocks())
@@ -279,28 +298,36 @@ class Upgrade(Procedure):
         xml = domain_xml.for_destination(self._xml, self._new, environment, str(self._keeper.monitor))
         try:
             with open(self._keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                SaveImage(xml, self._guest.state == "running", stream, self._piped).write(file)
+                SaveImage(xml, self._running, stream, self._piped).write(file)
         except OSError as err:
             raise SevhopError(f"the save image cannot be written: {err.strerror}") from err
 
     async def _retire(self) -> None:
         """End the source. From here on the guest is in the keeper and the image, and only there."""
-        await self._see_source_stopped()
-        self._retiring = True
-        await self._keeper.retire()
         # Told that its QEMU has hung up, libvirt looks every 200 ms whether it has ended. So libvirt is not told before
         # it has ended: then one look is enough.
-        with _left_open(self._source.connections(_LIBVIRT_MONITOR)):
-            with contextlib.suppress(SevhopError):
-                await self._monitor.execute("quit")
-            if not await self._source.wait(self._options.step_timeout):
-                self._note("the source did not quit and was killed")
-                self._source.kill()
+        with _left_open(self._connections_of_libvirt()):
+            try:
+                await self._see_source_stopped()
+                await self._see_domain_unchanged()
+            except SevhopError:
+                # One that has ended by itself, now that everything is saved, is not needed any more.
+                if self._source.alive:
+                    raise
+            self._retiring = True
+            try:
+                await self._keeper.retire()
+            finally:
+                self._retired = not self._source.alive
+            self._state.source_ended()
             # Not every init reaps at once; then libvirt waits.
             await self._source.wait_reaped(self._options.step_timeout)
-            await self._keeper.source_ended()
-            self._retired = True
             await self._domain.end()
+
+    def _connections_of_libvirt(self) -> list[int]:
+        with contextlib.suppress(SevhopError):
+            return self._source.connections(_LIBVIRT_MONITOR)
+        return []
 
     # -- it goes on ----------------------------------------------------------------------------------
 
@@ -308,10 +335,47 @@ class Upgrade(Procedure):
         try:
             await self._connection.restore(str(self._keeper.image))
         except DomainError as err:
-            reason = (await self._keeper.status())["reason"]
-            raise SevhopError(reason or err.message) from err
+            if not await self._arrived_all_the_same():
+                reason = (await self._keeper.status())["reason"]
+                raise SevhopError(reason or err.message) from err
         self._end_of_blackout()
         await self._look()
+
+    async def _arrived_all_the_same(self) -> bool:
+        """
+        Whether the guest is in the destination although libvirt does not say so: it may have been killed behind the
+        commit, and somebody else may have been quicker with our image. If not, there is no destination any more.
+
+        :raises SevhopError: that cannot be told.
+        """
+        try:
+            if not await self._domain.find_again():
+                return await self._restored_by_another()
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return False
+            raise
+        if (await self._keeper.status())["state"] in (State.COMMITTED.value, State.OVER.value):
+            with contextlib.suppress(SevhopError):
+                # It answers when libvirt has made up its mind about what it has found.
+                if not (await self._monitor.execute("query-status"))["running"] and self._running:
+                    await self._domain.resume()
+                return True
+        await self._domain.end()
+        return False
+
+    async def _restored_by_another(self) -> bool:
+        """Whether somebody else's restore of our image succeeds; if one is under way, its end is waited for."""
+        deadline = time.monotonic() + RESTORE_TIMEOUT
+        while time.monotonic() < deadline:
+            active = await self._domain.active()
+            status = await self._keeper.status()
+            if status["state"] == State.OVER.value:
+                return True
+            if not active:
+                return False
+            await asyncio.sleep(_POLL)
+        raise SevhopError("somebody else restores the domain, and does not come to an end")
 
     async def _look(self) -> None:
         """Note what the keeper has seen of the destination."""
@@ -329,7 +393,12 @@ class Upgrade(Procedure):
     async def _define(self) -> None:
         """Nothing here can hurt the guest."""
         try:
-            await define(self._connection, self._name, self._new)
+            try:
+                await define(self._connection, self._name, self._new)
+            except DomainError:
+                if not await self._connection.reopen_if_lost():
+                    raise
+                await define(self._connection, self._name, self._new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             self._note(f"the persistent definition still has the old emulator: {err}")
         # A guest that was paused stays so; its QEMU has everything, and we are not needed.
@@ -343,17 +412,51 @@ class Upgrade(Procedure):
 
         :raises NeedsRecover: it does not.
         """
-        if self._stopped_at is not None and self._source.alive:
-            try:
-                await self._domain.resume()
-            except SevhopError as err:
-                if not await self._runs_again():
-                    raise NeedsRecover(
-                        f"{failure.message}; resuming failed: {err.message}", f"virsh resume {shlex.quote(self._name)}"
-                    ) from failure
-            self._end_of_blackout()
+        if hasattr(self, "_source") and self._source.alive:
+            await self._continue_source(failure)
         if hasattr(self, "_keeper"):
             await self._keeper.release()
+
+    async def _continue_source(self, failure: SevhopError) -> None:
+        self._source.thaw()
+        try:
+            try:
+                await self._domain.find_again(patience=0)
+            except DomainError:
+                # libvirt itself is what has failed, and the guest is not to wait for it.
+                try:
+                    await self._continue_without_libvirt()
+                    return
+                except SevhopError as err:
+                    log.info("%s", err)
+                    await self._domain.find_again()
+            if self._stopped_at is not None:
+                await self._domain.resume()
+        except SevhopError as err:
+            if self._stopped_at is not None and not await self._runs_again():
+                raise NeedsRecover(
+                    f"{failure.message}; resuming failed: {err.message}", f"virsh resume {shlex.quote(self._name)}"
+                ) from failure
+        self._end_of_blackout()
+
+    async def _continue_without_libvirt(self) -> None:
+        """Its monitor listens, and without a daemon nobody holds it. The next daemon sees by itself how things are."""
+        async with await Monitor.connect(self._libvirt_monitor(), greeting_timeout=_GREETING_TIMEOUT) as monitor:
+            if self._stopped_at is not None:
+                await monitor.execute("cont")
+                self._end_of_blackout()
+            if hasattr(self, "_state"):
+                await self._state.take_back(monitor)
+
+    def _libvirt_monitor(self) -> str:
+        """The socket's path, as it is called from here."""
+        listeners = self._source.listeners()
+        for fd in listeners.values():
+            os.close(fd)
+        for _, path, *_ in listeners:
+            if path.endswith(f"/{_LIBVIRT_MONITOR}"):
+                return f"/proc/{self._source.pid}/root{path}"
+        raise SevhopError("the source's monitor does not listen")
 
     async def _runs_again(self) -> bool:
         with contextlib.suppress(SevhopError):

@@ -30,9 +30,7 @@ class KeptState:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._fdset is not None:
-            with contextlib.suppress(MonitorError, CommandError):
-                await self._source.execute("remove-fd", {"fdset-id": self._fdset})
+        await self.take_back(self._source)
         if self._file >= 0:
             os.close(self._file)
 
@@ -45,6 +43,17 @@ class KeptState:
             self._fdset, _ = await self._source.add_fd(write_end)
         finally:
             os.close(write_end)
+
+    async def take_back(self, source: Commands) -> None:
+        """Take the file back from the source, by way of any of its monitors."""
+        if self._fdset is not None:
+            with contextlib.suppress(MonitorError, CommandError):
+                await source.execute("remove-fd", {"fdset-id": self._fdset})
+                self._fdset = None
+
+    def source_ended(self) -> None:
+        """There is nothing to take back from it any more; the domain's monitor will be another QEMU's."""
+        self._fdset = None
 
     async def save(self, *, release_images: bool = True, timeout: float = STATE_TIMEOUT) -> bytes:
         """

@@ -36,6 +36,8 @@ KVM_VM_LINK = "anon_inode:kvm-vm"
 
 #: Seconds between two looks at a process that has ended but is not reaped: nobody tells when it is.
 _REAPED_POLL = 0.001
+#: Seconds between two looks at the state of its threads.
+_STATE_POLL = 0.0002
 
 _PAGE_PRESENT_OR_SWAPPED = 3 << 62
 
@@ -163,6 +165,26 @@ class QemuProcess:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    async def freeze(self, timeout: float) -> bool:
+        """
+        Halt all its threads, until :meth:`thaw` or :meth:`kill`. Its monitors fall silent.
+
+        :return: False when that took too long, or it has ended.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+            while not self._halted():
+                if asyncio.get_running_loop().time() > deadline:
+                    return False
+                await asyncio.sleep(_STATE_POLL)
+        return self.alive
+
+    def thaw(self) -> None:
+        """Let its threads go on. Nothing happens when they do, or it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+
     async def wait(self, timeout: float) -> bool:
         """Wait until the process has ended. :return: False when it has not within ``timeout`` seconds."""
         loop = asyncio.get_running_loop()
@@ -195,6 +217,11 @@ class QemuProcess:
     def _stat(self) -> list[str]:
         """The fields of ``/proc/PID/stat`` from the third on; the second may have blanks and parentheses in it."""
         return (self._proc / "stat").read_text(errors="replace").rpartition(")")[2].split()
+
+    def _halted(self) -> bool:
+        """Whether no thread of it runs, or will unless it is told to."""
+        texts = [(task / "stat").read_text(errors="replace") for task in (self._proc / "task").iterdir()]
+        return all(text[text.rindex(")") + 2] in "TZX" for text in texts)
 
     # -- what it was started with ----------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from guests.running import wait_until
 
 from .daemon import Daemon, Description, DomainGuest
 
-#: Starts a domain; keywords are fields of :class:`.daemon.Description`.
+#: Starts a domain, a ``transient`` one if wanted; other keywords are fields of :class:`.daemon.Description`.
 StartDomain = Callable[..., DomainGuest]
 
 
@@ -79,14 +79,15 @@ def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -
     before = set(daemon.processes())
     with ExitStack() as guests:
 
-        def one(**fields: object) -> DomainGuest:
+        def one(*, transient: bool = False, **fields: object) -> DomainGuest:
             described: dict[str, object] = {
                 "name": f"guest-{tmp_path.name[-20:]}",
                 "emulator": old,
                 "accelerator": accelerator,
                 **fields,
             }
-            guest = DomainGuest.start(daemon, Description(**described))  # type: ignore[arg-type]
+            description = Description(**described)  # type: ignore[arg-type]
+            guest = (DomainGuest.create if transient else DomainGuest.start)(daemon, description)
             guests.callback(guest.end)
             return guest
 

@@ -8,13 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from xml.etree import ElementTree
 
 from guests import counter
-from guests.judge import Verdict, judge_log
+from guests.judge import Verdict, judge_files, judge_log
+from guests.linux import KERNEL_ARGUMENTS, LinuxImages
 from guests.machine import Accelerator
 from guests.running import GuestFailed, wait_ended, wait_until
 
@@ -54,10 +56,20 @@ class Daemon:
         self._process.stdin.close()
         self._process.wait(_PATIENCE)
 
-
     def restart(self) -> None:
         """Kill the daemon alone, and wait for the next one."""
-        kill(int((self.root / "run/libvirtd.pid").read_text()))
+        with self.gone():
+            pass
+
+    @contextlib.contextmanager
+    def gone(self) -> Iterator[None]:
+        """Kill the daemon alone; the next one comes at the end."""
+        os.kill(self.pid, signal.SIGSTOP)  # it would start the next one
+        try:
+            kill(int((self.root / "run/libvirtd.pid").read_text()))
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
         self.wait_until_it_answers()
 
     def wait_until_it_answers(self) -> None:
@@ -69,9 +81,11 @@ class Daemon:
         """The file system as it looks in there."""
         return Path(f"/proc/{self.pid}/root")
 
-    def start_command(self, *command: str | Path) -> subprocess.Popen[str]:
-        """Start a command in there."""
+    def start_command(self, *command: str | Path, terminal: int | None = None) -> subprocess.Popen[str]:
+        """Start a command in there, perhaps on a terminal."""
         entered = ["nsenter", "--mount", "--target", str(self.pid), "--", *map(str, command)]
+        if terminal is not None:
+            return subprocess.Popen(entered, stdin=terminal, stdout=terminal, stderr=terminal, text=True)
         return subprocess.Popen(
             entered, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -120,7 +134,7 @@ class Daemon:
 @dataclass(frozen=True)
 class Description:
     """
-    A domain that runs a bare-metal counter, with a disk and a network card.
+    A domain with a disk and a network card, that runs a bare-metal counter or Linux.
 
     :ivar firmware: the counter.
     :ivar pflash: it is in flash, with variables beside it, as a UEFI is.
@@ -128,6 +142,8 @@ class Description:
     :ivar sev: encrypted, as the SEV lab wants it.
     :ivar balloon: the model of its balloon.
     :ivar more: further devices, in XML.
+    :ivar linux: instead of the counter.
+    :ivar serial: ``file``, or a ``pty`` for the console; what the guest says is in its log in any case.
     """
 
     name: str
@@ -141,16 +157,14 @@ class Description:
     sev: bool = False
     balloon: str = "none"
     more: str = ""
+    linux: LinuxImages | None = None
+    serial: Literal["file", "pty"] = "file"
 
     def xml(self) -> str:
         """For ``virsh define``."""
         backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
         cpu = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>"
         policy = "<cbitpos>0</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
-        loader = f"<loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader>"
-        if self.pflash:
-            variables = f"<nvram template='{counter.firmware()}'>{GUESTS}/{self.name}.fd</nvram>"
-            loader = loader.replace("'rom'", "'pflash'") + variables
         sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
   <name>{self.name}</name>
@@ -158,7 +172,7 @@ class Description:
   <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
   {backing if self.memory == "memfd" else ""}
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
-    {loader}</os>
+    {self._boot()}</os>
   <features><acpi/></features>
   {self.cpu or ("<cpu mode='host-passthrough' check='none'/>" if self.sev else cpu)}
   <devices>
@@ -166,12 +180,28 @@ class Description:
     <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/{self.name}.qcow2'/>
       <target dev='vda' bus='virtio'/></disk>
     <interface type='user'><model type='virtio'/></interface>
-    <serial type='file'><source path='{GUESTS}/{self.name}.log' append='on'/></serial>
+    {self._serial()}
     <memballoon model='{self.balloon}'/>
     {self.more}
   </devices>
   {sev if self.sev else ""}
 </domain>"""
+
+    def _boot(self) -> str:
+        if self.linux is not None:
+            kernel = f"<kernel>{self.linux.unpacked}</kernel><initrd>{self.linux.initrd}</initrd>"
+            return f"{kernel}<cmdline>{KERNEL_ARGUMENTS}</cmdline>"
+        loader = f"<loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader>"
+        if self.pflash:
+            variables = f"<nvram template='{counter.firmware()}'>{GUESTS}/{self.name}.fd</nvram>"
+            loader = loader.replace("'rom'", "'pflash'") + variables
+        return loader
+
+    def _serial(self) -> str:
+        log = f"{GUESTS}/{self.name}.log"
+        if self.serial == "pty":
+            return f"<serial type='pty'><log file='{log}' append='on'/></serial>"
+        return f"<serial type='file'><source path='{log}' append='on'/></serial>"
 
 
 class DomainGuest:
@@ -184,15 +214,27 @@ class DomainGuest:
     @classmethod
     def start(cls, daemon: Daemon, description: Description) -> Self:
         """Define it and start it."""
-        directory = daemon.root / str(GUESTS).lstrip("/")
-        definition = directory / f"{description.name}.xml"
-        definition.write_text(description.xml())
-        disk = GUESTS / f"{description.name}.qcow2"
-        assert daemon.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M").returncode == 0
-        daemon.virsh("define", GUESTS / definition.name)
         self = cls(daemon, description.name)
+        daemon.virsh("define", self._make_files(description))
         daemon.virsh("start", self.name)
         return self
+
+    @classmethod
+    def create(cls, daemon: Daemon, description: Description) -> Self:
+        """Start it as a transient domain: libvirt forgets it when it ends."""
+        self = cls(daemon, description.name)
+        daemon.virsh("create", self._make_files(description))
+        return self
+
+    def _make_files(self, description: Description) -> Path:
+        self._file("xml").write_text(description.xml())
+        disk = GUESTS / f"{self.name}.qcow2"
+        assert self.daemon.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M").returncode == 0
+        return GUESTS / f"{self.name}.xml"
+
+    def _file(self, suffix: str) -> Path:
+        """One of its files, as it is called from here."""
+        return self.daemon.root / str(GUESTS).lstrip("/") / f"{self.name}.{suffix}"
 
     def end(self) -> None:
         """Destroy and undefine it."""
@@ -223,8 +265,12 @@ class DomainGuest:
 
     def seen(self) -> Verdict:
         """What its serial log says so far."""
-        path = self.daemon.root / str(GUESTS).lstrip("/") / f"{self.name}.log"
+        path = self._file("log")
         return judge_log(path.read_text(encoding="ascii", errors="replace") if path.exists() else "")
+
+    def judge(self) -> Verdict:
+        """What has become of it, now that it is off: its log and its disk."""
+        return judge_files(self._file("log"), self._file("qcow2"))
 
     def wait_for_ticks(self, more: int = 10) -> Verdict:
         """Wait until it has counted on, without a gap since its start."""

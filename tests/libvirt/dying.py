@@ -26,8 +26,7 @@ STATES = Path("/run/killed-in")
 CALLS = {
     "held": ("sevhop.domain", "Connection", "learn"),
     "held with its blocks": ("sevhop.keeper_process", "KeeperProcess", "keep_blocks"),
-    "retiring": ("sevhop.keeper_process", "KeeperProcess", "retire"),
-    "waiting": ("sevhop.keeper_process", "KeeperProcess", "source_ended"),
+    "waiting": ("sevhop.keeper_process", "KeeperProcess", "retire"),
     "over": ("sevhop.domain", "Connection", "restore"),
 }
 

@@ -104,16 +104,6 @@ def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, n
     guest.wait_for_ticks()
 
 
-def test_libvirt_is_killed_when_the_guest_is_held(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    guest = start()
-    guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
-    daemon.restart()
-    daemon.virsh("restore", report["image"])
-    guest.wait_for_ticks()
-    assert daemon.sevhop("recover").returncode == 0
-
-
 REFUSED = {
     "missing": (["no-such-domain"], "no domain with matching name"),
     "no emulator": (["--emulator", "/nonexistent"], "No such file"),

@@ -85,40 +85,6 @@ def test_the_cpu_is_still_what_libvirt_found_it_to_be(daemon: Daemon, start: Sta
     guest.wait_for_ticks()
 
 
-def test_virsh_works_afterwards(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    guest = start()
-    guest.wait_for_ticks()
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
-    daemon.virsh("suspend", guest.name)
-    assert guest.state == "paused"
-    ticks = guest.seen().ticks
-    daemon.virsh("resume", guest.name)
-    guest.wait_for_ticks()
-    assert guest.seen().ticks > ticks
-    assert "block.0.name=vda" in daemon.virsh("domstats", guest.name)
-    daemon.virsh("domblkstat", guest.name, "vda")
-    daemon.restart()
-    assert guest.state == "running"
-    guest.wait_for_ticks()
-    daemon.virsh("shutdown", guest.name)
-    daemon.virsh("destroy", guest.name)
-    daemon.virsh("start", guest.name)
-    assert guest.monitor("query-version")["return"]["qemu"]["major"] == 10
-
-
-def test_a_plain_save_and_restore_of_an_upgraded_domain(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """What a hop has added to the domain must not matter to libvirt's own business."""
-    guest = start()
-    guest.wait_for_ticks()
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
-    ticks = guest.wait_for_ticks().ticks
-    done = daemon.run("virsh", "managedsave", guest.name)
-    assert done.returncode == 0, done.stderr
-    done = daemon.run("virsh", "start", guest.name)
-    assert done.returncode == 0, done.stderr
-    assert guest.wait_for_ticks().ticks > ticks
-
-
 def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start(balloon="virtio")
     guest.wait_for_ticks()

@@ -8,6 +8,7 @@ import errno
 import json
 import mmap
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -29,7 +30,6 @@ from sevhop.run_directory import listening
 from sevhop_qmp.errors import MoveError, MoveUncertain, SevhopError
 from sevhop_qmp.monitor import peer_credentials
 from sevhop_qmp.move import MoveReport
-from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 
 UUID = "11111111-2222-3333-4444-55555555550a"
@@ -97,6 +97,13 @@ def test_only_what_is_held_can_be_restored(custody: Custody, state: State) -> No
 @pytest.mark.parametrize("state", State)
 def test_nobody_starts_a_held_domain_afresh(custody: Custody, state: State) -> None:
     custody.state = state
+    answer = run(ask(custody, f"hook prepare afresh {UUID}"))
+    assert answer.startswith("no ") == (state is not State.OVER)
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_restored_domain_is_prepared_after_the_restore_began(custody: Custody, state: State) -> None:
+    custody.state = state
     answer = run(ask(custody, f"hook prepare begin {UUID}"))
     assert answer.startswith("no ") == (state in {State.HELD, State.RETIRING, State.WAITING})
 
@@ -117,6 +124,21 @@ def test_no_destination_is_served_without_a_restore(custody: Custody, state: Sta
     assert fd is None
 
 
+def test_one_restore_at_a_time(custody: Custody) -> None:
+    """This test is the destination, and whoever has started it restores the domain."""
+
+    async def work() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            await custody.answer_control(ours, f"hook restore begin {UUID}".encode())
+            await custody.answer_destination(ours, b"hello 1")
+            answer, _ = await custody.answer_control(ours, f"hook restore begin {UUID}".encode())
+            assert answer == "no the guest is being restored already"
+
+    custody.state = State.WAITING
+    run(work())
+
+
 def test_destination_is_told_that_the_source_has_ended(custody: Custody) -> None:
     custody.state = State.RESTORING
     with socket.socket() as sock:
@@ -124,12 +146,73 @@ def test_destination_is_told_that_the_source_has_ended(custody: Custody) -> None
     assert answer.startswith("ok context=sev source=ended handle=7 measurement=abab")
 
 
-def test_source_must_have_ended(custody: Custody) -> None:
-    """Here the source is this very test."""
-    assert run(ask(custody, "ended")).startswith("no ")
+#: A source that has locked its image, as QEMU does, and does what it is told.
+SOURCE = """
+import fcntl, os, struct, sys
+image = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+for kind in (fcntl.F_RDLCK, fcntl.F_UNLCK, fcntl.F_RDLCK):
+    fcntl.fcntl(image, fcntl.F_OFD_SETLK, struct.pack("@hhqqi4x", kind, 0, 100, 8, 0))
+    print(flush=True)
+    sys.stdin.readline()
+"""
+
+
+class Source:
+    """Such a process."""
+
+    def __init__(self, image: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SOURCE, image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline()
+
+    def go_on(self) -> None:
+        """Give up the image, or the second time take it back."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        self._wait()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Source]:
+    """It runs and has its image."""
+    source = Source(tmp_path / "disk")
+    with source.process:
+        yield source
+        source.process.kill()
+
+
+def test_source_is_ended_once_it_has_given_up_its_images(tmp_path: Path, source: Source) -> None:
+    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
+    source.go_on()
     assert run(ask(custody, "retire")) == "ok"
-    assert run(ask(custody, "ended")) == "no the source is still there"
-    assert custody.state is State.RETIRING
+    assert custody.state is State.WAITING
+    assert source.process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("resumed", ["before it gave up its images", "after that"])
+def test_source_that_was_resumed_goes_on(tmp_path: Path, source: Source, resumed: str) -> None:
+    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
+    if resumed == "after that":
+        source.go_on()
+        source.go_on()
+    assert run(ask(custody, "retire")) == "no somebody else has resumed the guest"
+    assert custody.state is State.HELD
+    if resumed != "after that":
+        source.go_on()
+
+
+def test_source_that_has_ended_by_itself_is_not_needed(tmp_path: Path, source: Source) -> None:
+    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
+    source.process.kill()
+    source.process.wait()
+    assert run(ask(custody, "retire")) == "ok"
+    assert custody.state is State.WAITING
 
 
 @pytest.mark.parametrize("request_text", ["", " ", "emulator", "emulator ", "hook", "hook a b", "nonsense", "blocks x"])
@@ -171,7 +254,7 @@ async def succeed(custody: Custody, state: State, tmp_path: Path) -> Custody:
     return successor
 
 
-@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("state", set(State) - {State.RETIRING})
 def test_the_next_keeper_goes_on(custody: Custody, tmp_path: Path, state: State) -> None:
     async def work() -> None:
         await ask(custody, "emulator /other")
@@ -231,18 +314,35 @@ def test_sigterm_ends_no_keeper_that_the_guest_may_need(custody: Custody, state:
     assert custody.end.is_set() == (state not in NEEDED)
 
 
-def test_requests_may_be_repeated(custody: Custody) -> None:
-    with subprocess.Popen(["true"]) as source:
-        source.wait()
-        custody._source.close()
-        custody._source = QemuProcess(source.pid, os.pidfd_open(os.getpid()))
-    assert run(ask(custody, "retire")) == "ok"
-    assert run(ask(custody, "retire")) == "ok"
-    for state in (State.WAITING, State.RESTORING, State.COMMITTED, State.OVER):
+def test_requests_may_be_repeated(tmp_path: Path, source: Source) -> None:
+    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
+    source.go_on()
+    for state in (State.HELD, State.WAITING, State.RESTORING, State.COMMITTED, State.OVER):
         custody.state = state
-        assert run(ask(custody, "ended")) == "ok"
-        assert run(ask(custody, "retire")).startswith("no ")
-        assert custody.state is state
+        assert run(ask(custody, "retire")) == "ok"
+        assert custody.state is (State.WAITING if state is State.HELD else state)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_next_keeper_ends_a_source_that_is_halted(tmp_path: Path, source: Source, resumed: bool) -> None:
+    of_source = replace(brief(), pid=source.process.pid)
+    custody = Custody(of_source, tmp_path, Held(None, {}))
+    successor = Custody(of_source, tmp_path, Held(None, {}))
+    if not resumed:
+        source.go_on()
+
+    async def work() -> None:
+        shelf = Shelf()
+        custody.take_up(shelf)
+        custody._enter(State.RETIRING)
+        source.process.send_signal(signal.SIGSTOP)
+        successor.take_up(shelf)
+        assert (await ask(successor, "retire") == "ok") == (not resumed)
+
+    run(work())
+    assert successor.state is (State.HELD if resumed else State.WAITING)
+    if resumed:
+        source.go_on()
 
 
 def test_one_that_dies_while_it_lets_go_is_not_followed(custody: Custody, tmp_path: Path) -> None:

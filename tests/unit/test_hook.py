@@ -87,7 +87,14 @@ def test_steps_that_matter_are_the_keepers_business(keeper: FakeKeeper, operatio
     with keeper.alive():
         printed = XML if operation == "restore" else ""
         assert run(keeper, "web", operation, "begin", "-") == (0, printed, "")
-    assert keeper.asked == [f"hook {operation} begin {UUID}"]
+    sub = "afresh" if operation == "prepare" else "begin"
+    assert keeper.asked == [f"hook {operation} {sub} {UUID}"]
+
+
+def test_keeper_is_told_what_is_restored(keeper: FakeKeeper) -> None:
+    with keeper.alive():
+        assert run(keeper, "web", "prepare", "begin", "-", xml=DESTINATION) == (0, "", "")
+    assert keeper.asked == [f"hook prepare begin {UUID}"]
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,16 @@ def judge(machine: Machine) -> Verdict:
 
     The disk must hold every tick that the guest has printed, and be a faultless image.
     """
-    log = machine.serial.read_text(encoding="ascii", errors="replace") if machine.serial.exists() else ""
-    verdict = judge_log(log)
-    if machine.disk_mib and machine.disk.exists():
-        problems = _image_problems(machine.disk)
+    return judge_files(machine.serial, machine.disk if machine.disk_mib else None)
+
+
+def judge_files(serial: Path, disk: Path | None) -> Verdict:
+    """The same of the files of any guest that has been stopped."""
+    verdict = judge_log(serial.read_text(encoding="ascii", errors="replace") if serial.exists() else "")
+    if disk is not None and disk.exists():
+        problems = _image_problems(disk)
         if verdict.writes:
-            problems += _missing_blocks(machine.disk, verdict.last)
+            problems += _missing_blocks(disk, verdict.last)
         verdict.disk_errors += len(problems)
         verdict.remarks += problems
     return verdict

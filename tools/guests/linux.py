@@ -21,12 +21,13 @@ _HERE = Path(__file__)
 _INIT_SOURCE = _HERE.with_name("linux_init.c")
 
 #: Drivers for what the guest uses; those that they need come with them.
-_DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "efivarfs")
+_DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "efivarfs", "button")
 
 #: What is kept of a kernel's package, see _fetch_kernel. A change there needs a new value here, and another download.
 _KEPT = "vmlinuz, vmlinux, drivers"
 
-_KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
+#: What the kernel is told.
+KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
 
 #: The UEFI variable that the guest sets, as UEFI writes names.
 _VARIABLE_NAME = "SevhopTick".encode("utf-16-le")
@@ -67,7 +68,7 @@ def on(machine: Machine) -> Machine:
         machine,
         kernel=linux.kernel if machine.uefi else linux.unpacked,  # UEFI starts programs, which the inner one is not
         initrd=linux.initrd,
-        kernel_arguments=_KERNEL_ARGUMENTS,
+        kernel_arguments=KERNEL_ARGUMENTS,
         memory_mib=max(machine.memory_mib, 256),
         disk_mib=machine.disk_mib or 16,
         network=True,

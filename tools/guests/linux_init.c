@@ -11,6 +11,7 @@
  *   UEFI-FOUND n                     at the start: the UEFI variable has the value n
  *   UEFI n                           the variable has been set to n (every 20 ticks, if it was started by UEFI)
  *   UEFI-FAILED e                    errno of an attempt to
+ *   POWER-BUTTON                     it was pressed: the guest switches itself off
  *
  * Static, without a shell beside it: a tick is then some milliseconds also under emulation.
  */
@@ -30,6 +31,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -40,6 +42,7 @@
 #define MEMORY (8 << 20)                /* bytes that are checked, in turn */
 #define CHUNK (128 << 10)               /* bytes of it in each tick */
 #define UEFI_TICKS 20                   /* ticks between two writes of the variable */
+#define POWER_BUTTON "/sys/firmware/acpi/interrupts/ff_pwr_btn" /* begins with how often it was pressed */
 #define UEFI_VARIABLE "/uefi/SevhopTick-5e7c0de5-0b1e-4d7a-9a54-0f0e5ed1d0ad"
 
 static int serial = -1;
@@ -244,6 +247,19 @@ static void set_uefi_variable(uint64_t value)
     close(file);
 }
 
+static int power_button_was_pressed(void)
+{
+    char line[64] = "";
+    int file = open(POWER_BUTTON, O_RDONLY);
+
+    if (file < 0)
+        return 0;
+    if (read(file, line, sizeof line - 1) < 0)
+        line[0] = 0;
+    close(file);
+    return atoi(line) > 0;
+}
+
 int main(void)
 {
     uint64_t blocks = 0, seen = 0;
@@ -253,8 +269,10 @@ int main(void)
     mkdir("/dev", 0755);
     mkdir("/tmp", 0700);
     mkdir("/uefi", 0700);
+    mkdir("/sys", 0755);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     mount("tmpfs", "/tmp", "tmpfs", 0, NULL);
+    mount("sysfs", "/sys", "sysfs", 0, NULL);
     serial = open("/dev/ttyS0", O_WRONLY | O_NOCTTY);
     say("START\n");
     load_modules();
@@ -276,6 +294,10 @@ int main(void)
             unanswered, bad);
         if (uefi && tick % UEFI_TICKS == 0)
             set_uefi_variable(tick);
+        if (power_button_was_pressed()) {
+            say("POWER-BUTTON\n");
+            reboot(RB_POWER_OFF);
+        }
         pause_ms(TICK_MS);
     }
 }

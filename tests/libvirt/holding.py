@@ -1,0 +1,110 @@
+"""Holding an upgrade, or libvirt, at a known point, so that something can be done meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from guests.running import GuestFailed, wait_until
+
+from .daemon import Daemon, DomainGuest
+
+_PATIENCE = 120
+
+
+class HeldUpgrade:
+    """An upgrade that is halted when it says that a phase begins."""
+
+    def __init__(self, command: subprocess.Popen[str]) -> None:
+        self._command = command
+
+    @classmethod
+    @contextmanager
+    def at(cls, phase: str, guest: DomainGuest, emulator: Path) -> Iterator[HeldUpgrade]:
+        """Start one, and halt it."""
+        command = guest.daemon.start_command(
+            sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name, "--json", "--emulator", emulator
+        )
+        assert command.stderr is not None
+        try:
+            if not any(line.strip().endswith(f": {phase}") for line in command.stderr):
+                raise GuestFailed(f"the upgrade did not come to its phase {phase}")
+            command.send_signal(signal.SIGSTOP)
+            yield cls(command)
+        finally:
+            if command.poll() is None:
+                command.kill()
+                command.communicate(timeout=_PATIENCE)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._command.send_signal(signal.SIGCONT)
+
+    def go_on(self) -> dict[str, Any]:
+        """Let it go on to its end; what it reports."""
+        self.resume()
+        out, _ = self._command.communicate(timeout=_PATIENCE)
+        report: dict[str, Any] = json.loads(out)["domains"][0]
+        return report | {"status": self._command.returncode}
+
+
+class Checkpoint:
+    """
+    A hook that holds libvirt the first time that it comes to a step of a domain.
+
+    :ivar directory: in the daemon's file system.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @classmethod
+    @contextmanager
+    def at(cls, daemon: Daemon, guest: DomainGuest, step: str, *, behind: bool = False) -> Iterator[Checkpoint]:
+        """
+        Put the hook in place.
+
+        :param step: such as ``started/begin``.
+        :param behind: when sevhop's own hook has been called, instead of before.
+        """
+        own = Path("/run/checkpoint")
+        directory = daemon.root / str(own).lstrip("/")
+        script = daemon.root / "etc/libvirt/hooks/qemu.d" / ("zz-checkpoint" if behind else "aa-checkpoint")
+        directory.mkdir()
+        os.mkfifo(directory / "go")
+        (directory / "armed").touch()
+        script.write_text(
+            f'#!/bin/sh\n[ "$1 $2/$3" = "{guest.name} {step}" ] || exit 0\n'
+            f"mv {own}/armed {own}/reached 2>/dev/null && read _ <{own}/go\nexit 0\n"
+        )
+        script.chmod(0o755)
+        checkpoint = cls(directory)
+        try:
+            yield checkpoint
+        finally:
+            script.unlink()
+            (directory / "armed").unlink(missing_ok=True)
+            checkpoint.release()
+            for path in directory.iterdir():
+                path.unlink()
+            directory.rmdir()
+
+    def wait(self) -> None:
+        """Wait until libvirt is there."""
+        wait_until((self._directory / "reached").exists, _PATIENCE, "libvirt comes to the step")
+
+    def release(self) -> None:
+        """Let libvirt go on, if it is held."""
+        try:
+            fd = os.open(self._directory / "go", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return  # nobody waits
+        os.write(fd, b"\n")
+        os.close(fd)

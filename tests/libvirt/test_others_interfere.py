@@ -1,0 +1,199 @@
+"""Somebody else does something with the domain in the middle of its upgrade."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from guests.running import wait_until
+
+from .conftest import StartDomain
+from .daemon import Daemon, DomainGuest, kill
+from .holding import Checkpoint, HeldUpgrade
+
+
+def image(daemon: Daemon) -> Path:
+    """The save image of the only hop."""
+    [name] = [name for name in daemon.left_over() if name.endswith("/image")]
+    return Path("/run/sevhop", name)
+
+
+def assert_unharmed(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
+    """The guest runs there and lost nothing, and nothing is left behind."""
+    assert guest.state == "running"
+    assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
+    guest.wait_for_ticks()
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+
+
+RESUMES = {
+    "before it is saved": ("save", ["resume"]),
+    "and pauses it before it is saved": ("save", ["resume", "suspend"]),
+    "when it is saved": ("retire", ["resume"]),
+    "and pauses it when it is saved": ("retire", ["resume", "suspend"]),
+}
+
+
+@pytest.mark.parametrize("when", RESUMES)
+def test_resumes_the_guest(daemon: Daemon, start: StartDomain, old: Path, new: Path, when: str) -> None:
+    """Then what was saved is not the guest any more."""
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    phase, commands = RESUMES[when]
+    with HeldUpgrade.at(phase, guest, new) as upgrade:
+        for command in commands:
+            daemon.virsh(command, guest.name)
+            if command == "resume":
+                guest.wait_for_ticks()
+        report = upgrade.go_on()
+    if when == "and pauses it before it is saved":
+        # What is saved is the guest as it is then.
+        assert (report["status"], report["outcome"]) == (0, "done"), report
+        assert_unharmed(daemon, guest, new)
+        return
+    assert (report["status"], report["outcome"]) == (3, "undone"), report
+    assert "somebody else has resumed the guest" in report["reason"]
+    assert guest.pid == pid
+    assert_unharmed(daemon, guest, old)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert_unharmed(daemon, guest, new)
+
+
+def test_pauses_the_guest(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """It stays paused."""
+    guest = start()
+    guest.wait_for_ticks()
+    with HeldUpgrade.at("prepare", guest, new) as upgrade:
+        daemon.virsh("suspend", guest.name)
+        report = upgrade.go_on()
+    assert report["outcome"] == "done", report
+    assert guest.state == "paused"
+    daemon.virsh("resume", guest.name)
+    assert_unharmed(daemon, guest, new)
+
+
+def test_changes_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """The destination would go on with a disk that is not the guest's any more."""
+    guest = start()
+    guest.wait_for_ticks()
+    with HeldUpgrade.at("prepare", guest, new) as upgrade:
+        daemon.virsh("snapshot-create-as", guest.name, "snapshot", "--disk-only", "--no-metadata")
+        report = upgrade.go_on()
+    assert (report["status"], report["outcome"]) == (3, "undone"), report
+    assert "somebody else has changed the domain" in report["reason"]
+    assert_unharmed(daemon, guest, old)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert_unharmed(daemon, guest, new)
+
+
+@pytest.mark.parametrize(
+    ("phase", "how"), [("prepare", "destroys it"), ("freeze", "kills its QEMU"), ("save", "kills its QEMU")]
+)
+def test_ends_the_source_before_it_is_saved(
+    daemon: Daemon, start: StartDomain, new: Path, phase: str, how: str
+) -> None:
+    """Then the guest is lost, as it would have been without an upgrade."""
+    guest = start()
+    guest.wait_for_ticks()
+    with HeldUpgrade.at(phase, guest, new) as upgrade:
+        if how == "destroys it":
+            daemon.virsh("destroy", guest.name)
+        else:
+            kill(guest.pid)
+        report = upgrade.go_on()
+    assert (report["status"], report["outcome"]) == (5, "lost"), report
+    assert guest.state == "shut off"
+    assert daemon.left_over() == []
+    daemon.virsh("start", guest.name)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+
+
+@pytest.mark.parametrize("how", ["destroys it", "kills its QEMU"])
+def test_ends_the_source_when_it_is_saved(daemon: Daemon, start: StartDomain, new: Path, how: str) -> None:
+    """Then it is not needed any more."""
+    guest = start()
+    guest.wait_for_ticks()
+    with HeldUpgrade.at("retire", guest, new) as upgrade:
+        if how == "destroys it":
+            daemon.virsh("destroy", guest.name)
+        else:
+            kill(guest.pid)
+        report = upgrade.go_on()
+    assert (report["status"], report["outcome"]) == (0, "done"), report
+    assert_unharmed(daemon, guest, new)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the commit", "behind the commit"])
+def test_kills_the_destination(daemon: Daemon, start: StartDomain, old: Path, new: Path, behind: bool) -> None:
+    """The keeper has the guest until it runs: it comes back."""
+    guest = start()
+    guest.wait_for_ticks()
+    with (
+        Checkpoint.at(daemon, guest, "started/begin", behind=behind) as checkpoint,
+        HeldUpgrade.at("restore", guest, new) as upgrade,
+    ):
+        upgrade.resume()
+        checkpoint.wait()
+        kill(guest.pid)
+        checkpoint.release()
+        report = upgrade.go_on()
+    assert (report["status"], report["outcome"]) == (3, "undone"), report
+    assert_unharmed(daemon, guest, old)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert_unharmed(daemon, guest, new)
+
+
+def test_starts_and_restores_the_domain_first(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """It cannot be started while it is held; it can be restored, which is as good as our own restore."""
+    guest = start()
+    guest.wait_for_ticks()
+    with HeldUpgrade.at("restore", guest, new) as upgrade:
+        refused = daemon.run("virsh", "start", guest.name)
+        assert refused.returncode == 1
+        assert "virsh restore" in refused.stderr
+        daemon.virsh("restore", image(daemon))
+        report = upgrade.go_on()
+    assert (report["status"], report["outcome"]) == (0, "done"), report
+    assert_unharmed(daemon, guest, new)
+
+
+def test_starts_the_domain_while_it_is_restored(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """The domain is not active yet then: only the hook can tell."""
+    guest = start()
+    guest.wait_for_ticks()
+    with (
+        Checkpoint.at(daemon, guest, "restore/begin", behind=True) as checkpoint,
+        HeldUpgrade.at("restore", guest, new) as upgrade,
+    ):
+        upgrade.resume()
+        checkpoint.wait()
+        refused = daemon.run("virsh", "start", guest.name)
+        checkpoint.release()
+        report = upgrade.go_on()
+    assert refused.returncode == 1
+    assert "virsh restore" in refused.stderr
+    assert (report["status"], report["outcome"]) == (0, "done"), report
+    assert_unharmed(daemon, guest, new)
+
+
+def test_restores_the_domain_while_it_is_restored(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Whoever is first gets it; the other one sees that."""
+    guest = start()
+    guest.wait_for_ticks()
+    with (
+        Checkpoint.at(daemon, guest, "started/begin") as checkpoint,
+        HeldUpgrade.at("restore", guest, new) as upgrade,
+    ):
+        theirs = daemon.start_command("virsh", "restore", image(daemon))
+        checkpoint.wait()
+        refused = daemon.run("virsh", "restore", image(daemon))
+        upgrade.resume()
+        checkpoint.release()
+        _, err = theirs.communicate(timeout=60)
+        report = upgrade.go_on()
+    assert refused.returncode == 1
+    assert "is being restored already" in refused.stderr
+    assert theirs.returncode == 0, err
+    assert (report["status"], report["outcome"]) == (0, "done"), report
+    assert_unharmed(daemon, guest, new)
