@@ -380,12 +380,12 @@ def _install(_: argparse.Namespace) -> int:
     from . import installation
 
     try:
-        path = installation.install()
+        paths = installation.install()
         asyncio.run(installation.see_that_it_is_called())
     except SevhopError as err:
         print(f"sevhop: {err}", file=sys.stderr)
         return EXIT_REFUSED
-    print(f"installed {path}; libvirt calls it")
+    print(f"installed {', '.join(map(str, paths))}; libvirt calls the hook")
     return EXIT_DONE
 
 

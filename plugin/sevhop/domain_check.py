@@ -16,7 +16,7 @@ from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
-from . import check, domain_xml, guest, installation
+from . import apparmor, check, domain_xml, guest, installation
 from .domain import Connection, Domain, DomainMonitor
 from .finding import Finding, failed, passed
 
@@ -62,7 +62,8 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
             raise SevhopError(f"the XML of domain {domain.name}: {err}") from err
         found = await guest.inspect(monitor, process)
         tree = check.domain(found, process, new)
-        tree.children += [devices(xml), _library(process), await _libvirt(connection, domain)]
+        tree.children += [devices(xml), _library(process), _confinement(process, domain.uuid)]
+        tree.children.append(await _libvirt(connection, domain))
         yield Examined(tree, monitor, process, found, xml, old, new)
     finally:
         process.close()
@@ -119,14 +120,33 @@ def _library(process: QemuProcess) -> Finding:
     path, identity = adopt.library_path(), process.credentials
     if not identity.may("r", path):
         return failed(name, f"the user of QEMU ({identity.uid}) cannot read {path}", "install it for all users")
+    return passed(name, str(path))
+
+
+def _confinement(process: QemuProcess, uuid: str) -> Finding:
+    """Whether a destination that is confined like the source may do what it must."""
+    name = "confinement"
     confinement = process.confinement
-    if confinement not in ("", "unconfined"):
+    if confinement in ("", "unconfined"):
+        return passed(name, "none")
+    label = apparmor.label(confinement)
+    if label is None:
         return failed(
             name,
-            f"the guest is confined ({confinement}), and QEMU could neither load {path} nor reach the keeper",
-            "security labels of libvirt domains are not supported yet: <seclabel type='none'/>",
+            f"{confinement}: SELinux makes a program that changes its domain drop preloaded libraries, and "
+            "whether the new QEMU would keep adopt.so has not been tested",
+            "<seclabel type='none' model='selinux'/>",
         )
-    return passed(name, str(path))
+    if label.mode != "complain":
+        if label.profile != f"libvirt-{uuid}":
+            return failed(
+                name,
+                f"the profile {label.profile} is not one that libvirt makes, so sevhop cannot add its rules to it",
+                "<seclabel type='dynamic' model='apparmor'/>",
+            )
+        if not apparmor.in_place():
+            return failed(name, "AppArmor would keep the new QEMU from the keeper", "run: sevhop install")
+    return passed(name, f"AppArmor, {confinement}")
 
 
 async def _libvirt(connection: Connection, domain: Domain) -> Finding:

@@ -1,5 +1,6 @@
 """
-What sevhop puts on a host: one script that libvirt runs. Installed, removed, and seen to be run.
+What sevhop puts on a host: one script that libvirt runs, and where there is AppArmor, rules. Installed, removed, and
+seen to work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from xml.sax.saxutils import escape
 
 from sevhop_qmp.errors import SevhopError
 
-from . import hook, hook_calls
+from . import apparmor, hook, hook_calls
 from .domain import Connection, DomainError
 from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
@@ -39,13 +40,14 @@ _PROBE = """<domain type='{kind}'>
 </domain>"""
 
 
-def install() -> Path:
+def install() -> list[Path]:
     """
-    Put the script in place, and have the daemon look for it.
+    Put the script and the rules in place, and have the daemon look for it.
 
-    :return: where it is.
-    :raises SevhopError: it cannot be written.
+    :return: the files that are sevhop's or have lines of it.
+    :raises SevhopError: one of them cannot be written, or is not accepted.
     """
+    rules = apparmor.install()
     text = (_HERE / "host" / "qemu.d" / "sevhop").read_text()
     programs = {"@PYTHON@": sys.executable, "@HOOK@": str(_HERE / "hook.py"), "@CLIENT@": str(hook_calls.CLIENT)}
     for mark, path in programs.items():
@@ -59,22 +61,23 @@ def install() -> Path:
     except OSError as err:
         raise SevhopError(f"{_SCRIPT} cannot be written: {err.strerror}", "run sevhop as root") from err
     _reload_daemon()
-    return _SCRIPT
+    return [_SCRIPT, *rules]
 
 
 def uninstall() -> bool:
     """
-    Remove the script. A directory that is empty then goes with it.
+    Remove the script and the rules. A directory that is empty then goes with it.
 
-    :return: whether there was one.
+    :return: whether there were any.
     :raises SevhopError: a hop is under way, or it cannot be removed.
     """
     if DOMAINS.is_dir() and (under_way := sorted(os.listdir(DOMAINS))):
         raise SevhopError(f"hops are under way: {', '.join(under_way)}", "see sevhop status")
+    removed = apparmor.uninstall()
     try:
         _SCRIPT.unlink()
     except FileNotFoundError:
-        return False
+        return removed
     except OSError as err:
         raise SevhopError(f"{_SCRIPT} cannot be removed: {err.strerror}", "run sevhop as root") from err
     with contextlib.suppress(OSError):

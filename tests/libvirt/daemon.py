@@ -39,9 +39,14 @@ class Daemon:
         self.pid = process.pid
 
     @classmethod
-    def start(cls) -> Self:
-        """Start one, and wait until it answers."""
+    def start(cls, *, apparmor: bool = False) -> Self:
+        """
+        Start one, and wait until it answers.
+
+        :param apparmor: confined by AppArmor, and its guests as well. Only in the lab: it changes what the kernel does.
+        """
         command = ["unshare", "--mount", "--propagation", "private", sys.executable, str(_ENCLOSURE)]
+        command += ["apparmor"] if apparmor else []
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":

@@ -5,6 +5,9 @@ What libvirt and sevhop keep in fixed places (/run, /etc/libvirt, /var/lib/libvi
 nothing of the host's is seen or touched. This process stays as the subreaper of the QEMUs: libvirt waits until
 a QEMU that it has ended is really gone, and not every init reaps at once.
 
+With the argument ``apparmor`` daemon and guests are confined by libvirt's own profiles. The kernel has to load them, so
+that is for the lab only.
+
 It prints ``ready`` when the daemon may be asked, starts it again when it has died, and ends it when its standard input
 ends.
 """
@@ -31,10 +34,13 @@ GUESTS = Path("/var/lib/libvirt/guests")
 #: For programs that stand in for an emulator; only root may write there.
 PROGRAMS = Path("/var/lib/libvirt/programs")
 _CONFIGURATION = """
-security_driver = "none"
+security_driver = "{security}"
 cgroup_controllers = []
 stdio_handler = "file"
 """
+_APPARMOR = Path("/etc/apparmor.d")
+#: Where the kernel's security modules are spoken to.
+_SECURITY = Path("/sys/kernel/security")
 
 
 def main() -> int:
@@ -48,8 +54,14 @@ def main() -> int:
     GUESTS.mkdir(mode=0o777)
     GUESTS.chmod(0o777)
     PROGRAMS.mkdir(mode=0o755)
-    Path("/etc/libvirt/qemu.conf").write_text(_CONFIGURATION)
+    security = "apparmor" if "apparmor" in sys.argv[1:] else "none"
+    Path("/etc/libvirt/qemu.conf").write_text(_CONFIGURATION.format(security=security))
     _own_kvm()
+    if security == "apparmor":
+        _confine()
+    elif (_SECURITY / "apparmor").exists():
+        # Here there is no AppArmor, and so nobody changes the host's profiles.
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", _SECURITY], check=True)
     # Whoever started us holds the other end of the pipe; when that end is gone, so are we.
     if os.fork() == 0:
         sys.stdin.read()
@@ -91,6 +103,19 @@ def _end_the_rest() -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             os.wait()
+
+
+def _confine() -> None:
+    """Have the kernel load libvirt's profiles, from a copy, in which rules may be changed."""
+    copy = Path("/run/apparmor.d")
+    shutil.copytree(_APPARMOR, copy, symlinks=True)
+    subprocess.run(["mount", "--bind", copy, _APPARMOR], check=True)
+    # libvirt has each profile compiled several times, and that takes most of the time in emulation.
+    options = Path("/run/parser.conf")
+    options.write_text("Optimize=no-expr-simplify\nOptimize=no-minimize\n")
+    subprocess.run(["mount", "--bind", options, "/etc/apparmor/parser.conf"], check=True)
+    for profile in ("usr.lib.libvirt.virt-aa-helper", "usr.sbin.libvirtd"):
+        subprocess.run(["apparmor_parser", "--replace", "--skip-cache", _APPARMOR / profile], check=True)
 
 
 def _own_kvm() -> None:

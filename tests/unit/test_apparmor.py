@@ -1,0 +1,186 @@
+"""AppArmor's rules: put into files that are the administrator's, taken out again, and accepted by the real parser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+from typing import cast
+
+import pytest
+from sevhop import apparmor
+from sevhop.domain_check import _confinement
+from sevhop.finding import Status
+from sevhop_qmp import adopt
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess
+
+UUID = "11111111-2222-3333-4444-555555555501"
+RULES = b"/lib/adopt.so mr,\n"
+FILES = [b"", b"\n", b"  /srv/** r,\n", b"  # no newline at the end", b"crlf\r\n", b"\xff\xfe not UTF-8\n", b"\n\n"]
+
+
+@pytest.fixture
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of Debian's profiles, in a kernel that has loaded none of libvirt's daemons."""
+    if not Path("/etc/apparmor.d/abstractions/libvirt-qemu").exists() or shutil.which("apparmor_parser") is None:
+        pytest.skip("not installed: apparmor, libvirt-daemon-system")
+    copy = tmp_path / "apparmor.d"
+    shutil.copytree("/etc/apparmor.d", copy, symlinks=True)
+    loaded = tmp_path / "profiles"
+    loaded.write_text("lsb_release (enforce)\n")
+    monkeypatch.setattr(apparmor, "PROFILES", copy)
+    monkeypatch.setattr(apparmor, "_LOADED", loaded)
+    return copy
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files of a tree."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def as_compiled(line: str) -> str:
+    """What the parser makes of the path in a rule."""
+    command = ["apparmor_parser", "--skip-kernel-load", "--skip-cache", "--dump", "rule-exprs"]
+    done = subprocess.run(command, input=f"profile x {{\n{line}\n}}\n", capture_output=True, text=True, check=True)
+    (found,) = [row for row in done.stderr.splitlines() if row.startswith("rule: /srv/")]
+    return found.partition("  ->  ")[2].partition(" (0x")[0]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_put_in_and_taken_out(file: bytes) -> None:
+    installed = apparmor.with_rules(file, RULES)
+    assert RULES in installed
+    assert apparmor.with_rules(installed, RULES) == installed
+    assert apparmor.with_rules(apparmor.with_rules(file, b"older,\n"), RULES) == installed
+    assert apparmor.with_rules(installed, b"") == file
+    assert apparmor.with_rules(file, b"") == file
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_lines_that_were_added_around_it_stay(file: bytes) -> None:
+    installed = b"# above\n" + apparmor.with_rules(file, RULES)
+    assert apparmor.with_rules(installed, b"") == b"# above\n" + file
+
+
+def test_rules_that_lost_a_mark_are_not_guessed_at() -> None:
+    installed = apparmor.with_rules(b"/srv/** r,\n", RULES)
+    first, *between, end, other = installed.splitlines(keepends=True)
+    for broken in ((first, *between, other), (*between, end, other)):
+        with pytest.raises(ValueError, match="is missing"):
+            apparmor.with_rules(b"".join(broken), RULES)
+
+
+NAMES = ["plain", "two words", "star*", "any?", "one{two,three}", "@{HOME}", "^", '"']
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_stands_for_itself_alone(name: str, profiles: Path) -> None:
+    """Where a character stands for others, the parser puts a bracket expression or an alternative."""
+    assert as_compiled('"/srv/a?" r,') == "/srv/a[^\\x0/]"
+    assert as_compiled(f"{apparmor.quoted(Path('/srv', name))} r,").replace("\\", "") == f"/srv/{name}"
+
+
+def test_install_and_uninstall(profiles: Path) -> None:
+    before = contents(profiles)
+    assert apparmor.active()
+    assert not apparmor.in_place()
+    paths = [profiles / "local" / name for name in ("abstractions/libvirt-qemu", "usr.sbin.libvirtd")]
+    assert apparmor.install() == paths
+    assert apparmor.in_place()
+    installed = contents(profiles)
+    changed = {name for name in installed if installed[name] != before.get(name)}
+    assert changed == {str(path.relative_to(profiles)) for path in paths}
+    assert str(adopt.library_path()) in paths[0].read_text()
+    assert apparmor.install() == paths
+    assert contents(profiles) == installed
+    assert apparmor.uninstall()
+    assert contents(profiles) == before
+    assert not apparmor.uninstall()
+
+
+def test_the_administrators_file_is_as_it_was(profiles: Path) -> None:
+    path = profiles / "local" / "abstractions" / "libvirt-qemu"
+    elsewhere = profiles / "local" / "kept-elsewhere"
+    elsewhere.write_bytes(b"  /srv/** r,")
+    elsewhere.chmod(0o640)
+    os.chown(elsewhere, 0, 12)
+    path.unlink()
+    path.symlink_to(elsewhere)
+    apparmor.install()
+    apparmor.uninstall()
+    assert path.is_symlink()
+    after = elsewhere.stat()
+    assert (elsewhere.read_bytes(), stat.S_IMODE(after.st_mode), after.st_gid) == (b"  /srv/** r,", 0o640, 12)
+
+
+def test_rules_that_the_parser_refuses_are_taken_back(
+    profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (profiles / "local" / "abstractions" / "libvirt-qemu").write_text("  /srv/** r,\n")
+    before = contents(profiles)
+    rules = tmp_path / "rules"
+    rules.mkdir()
+    (rules / "libvirt-qemu").write_text("/lib/adopt.so nonsense,\n")
+    (rules / "libvirtd").write_text("")
+    monkeypatch.setattr(apparmor, "_RULES", rules)
+    with pytest.raises(SevhopError, match=r"AppArmor does not accept .*TEMPLATE\.qemu"):
+        apparmor.install()
+    assert contents(profiles) == before
+
+
+def test_a_library_that_has_moved_is_not_in_place(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apparmor.install()
+    assert apparmor.in_place()
+    monkeypatch.setattr(adopt, "library_path", lambda: Path("/opt/new/adopt.so"))
+    assert not apparmor.in_place()
+    apparmor.install()
+    assert apparmor.in_place()
+
+
+def test_an_abstraction_that_does_not_include_the_file(profiles: Path) -> None:
+    apparmor.install()
+    abstraction = profiles / "abstractions" / "libvirt-qemu"
+    abstraction.write_text(abstraction.read_text().replace("#include <local/", "# once <local/"))
+    assert not apparmor.in_place()
+    abstraction.write_text(f"{abstraction.read_text()}\n  include if exists <local/abstractions/libvirt-qemu>\n")
+    assert apparmor.in_place()
+
+
+def test_without_apparmor_nothing_is_touched(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apparmor, "_LOADED", profiles / "missing")
+    before = contents(profiles)
+    assert not apparmor.active()
+    assert apparmor.install() == []
+    assert contents(profiles) == before
+
+
+class Confined:
+    """A QEMU with a label."""
+
+    def __init__(self, confinement: str) -> None:
+        self.confinement = confinement
+
+
+@pytest.mark.parametrize(
+    ("confinement", "installed", "status", "says"),
+    [
+        ("", False, Status.PASS, "none"),
+        ("unconfined", False, Status.PASS, "none"),
+        (f"libvirt-{UUID} (enforce)", True, Status.PASS, "AppArmor"),
+        (f"libvirt-{UUID} (enforce)", False, Status.FAIL, "run: sevhop install"),
+        (f"libvirt-{UUID} (complain)", False, Status.PASS, "AppArmor"),
+        ("my-guests (enforce)", True, Status.FAIL, "my-guests"),
+        ("system_u:system_r:svirt_t:s0:c1,c2", True, Status.FAIL, "SELinux"),
+    ],
+)
+def test_check(
+    confinement: str, installed: bool, status: Status, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apparmor, "in_place", lambda: installed)
+    finding = _confinement(cast(QemuProcess, Confined(confinement)), UUID)
+    assert finding.status is status
+    assert says in f"{finding.detail} {finding.remedy}"
+    assert bool(finding.remedy) == (status is Status.FAIL)
