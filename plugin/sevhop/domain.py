@@ -22,7 +22,8 @@ from xml.etree import ElementTree
 import libvirt
 import libvirt_qemu
 from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorTimeout, SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands, understood
+from sevhop_qmp.monitor import readable_version as _qemu_version
 
 #: Seconds that a call to the daemon may take.
 CALL_TIMEOUT = 30.0
@@ -313,8 +314,8 @@ class DomainMonitor(Commands):
 
     async def greet(self) -> None:
         """Learn QEMU's version."""
-        qemu = (await self.execute("query-version"))["qemu"]
-        self._version = f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+        with understood(self.name):
+            self._version = _qemu_version(await self.execute("query-version"))
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sevhop_qmp import ram_blocks
-from sevhop_qmp.errors import CommandError, MonitorError
-from sevhop_qmp.monitor import Commands
+from sevhop_qmp.errors import CommandError
+from sevhop_qmp.monitor import Commands, understood
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 
@@ -91,7 +91,7 @@ async def inspect(monitor: Commands, process: QemuProcess) -> Guest:
 
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
-    try:
+    with understood(monitor.name):
         kvm = await monitor.execute("query-kvm")
         summary = await monitor.execute("query-memory-size-summary")
         machine = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
@@ -99,22 +99,20 @@ async def inspect(monitor: Commands, process: QemuProcess) -> Guest:
         status = await monitor.execute("query-status")
         migration = await monitor.execute("query-migrate")
         return Guest(
-            name=named.get("name") or f"pid {process.pid}",
+            name=str(named.get("name") or f"pid {process.pid}"),
             version=monitor.version,
             machine_type=str(machine).removesuffix("-machine"),
-            state=status["status"],
+            state=str(status["status"]),
             accelerator="kvm" if kvm["enabled"] else "tcg",
             context=await _context(monitor),
             vcpus=len(await monitor.execute("query-cpus-fast")),
-            memory=summary["base-memory"],
+            memory=int(summary["base-memory"]),
             backends=await _backends(monitor),
             devices=await _devices(monitor),
-            blockers=tuple(migration.get("blocked-reasons", ())),
+            blockers=tuple(str(reason) for reason in migration.get("blocked-reasons", ())),
             jobs=await _jobs(monitor, migration),
             blocks=await ram_blocks.read(monitor, process),
         )
-    except (KeyError, TypeError, AttributeError) as err:
-        raise MonitorError(f"{monitor.name}: QEMU's answers are not understood ({err!r})") from err
 
 
 async def _context(monitor: Commands) -> SevContext:
@@ -157,14 +155,14 @@ async def _backends(monitor: Commands) -> tuple[MemoryBackend, ...]:
     for row in await monitor.execute("query-memdev"):
         name = row.get("id", "")
         kind = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "type"}) if name else ""
-        backends.append(MemoryBackend(name, str(kind), row["size"], bool(row["share"])))
+        backends.append(MemoryBackend(str(name), str(kind), int(row["size"]), bool(row["share"])))
     return tuple(backends)
 
 
 async def _devices(monitor: Commands) -> dict[str, str]:
     rows = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
     return {
-        row["name"]: row["type"].removeprefix("child<").removesuffix(">")
+        str(row["name"]): row["type"].removeprefix("child<").removesuffix(">")
         for row in rows
         if row["type"].startswith("child<")
     }

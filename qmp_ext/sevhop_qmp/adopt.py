@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .monitor import Monitor
+from .monitor import Monitor, understood
 
 #: The commands that the library adds, as ``query-commands`` lists them.
 COMMANDS = ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status", "x-sev-adopt-finish")
@@ -135,7 +134,8 @@ async def adopt_ram(monitor: Monitor) -> AdoptedRam:
     are the guest's. May be repeated.
     """
     answer: dict[str, Any] = await monitor.execute("x-sev-adopt-ram")
-    return AdoptedRam(answer["mappings"], answer["bytes"])
+    with understood(monitor.name):
+        return AdoptedRam(int(answer["mappings"]), int(answer["bytes"]))
 
 
 async def migrate_from(monitor: Monitor, name: str) -> MigrateResult:
@@ -146,20 +146,22 @@ async def migrate_from(monitor: Monitor, name: str) -> MigrateResult:
         raises before it has looked for it: send the descriptor again before every attempt.
     """
     answer: dict[str, Any] = await monitor.execute("x-sev-migrate-from", {"fd": name})
-    return MigrateResult(
-        errno=answer["errno"],
-        name=answer["name"],
-        vcpus=answer["vcpus"],
-        registers=answer["registers"],
-        restore_errno=answer["restore-errno"],
-    )
+    with understood(monitor.name):
+        return MigrateResult(
+            errno=int(answer["errno"]),
+            name=str(answer["name"]),
+            vcpus=int(answer["vcpus"]),
+            registers=int(answer["registers"]),
+            restore_errno=int(answer["restore-errno"]),
+        )
 
 
 async def adopt_status(monitor: Monitor) -> AdoptStatus:
     """What the library has done so far."""
     answer: dict[str, Any] = await monitor.execute("x-sev-adopt-status")
-    memfds = tuple(AdoptedMemfd(memfd["name"], memfd["size"], memfd["inode"]) for memfd in answer.pop("memfds"))
-    return AdoptStatus(memfds=memfds, **{name.replace("-", "_"): value for name, value in answer.items()})
+    with understood(monitor.name):
+        memfds = tuple(AdoptedMemfd(memfd["name"], memfd["size"], memfd["inode"]) for memfd in answer.pop("memfds"))
+        return AdoptStatus(memfds=memfds, **{name.replace("-", "_"): value for name, value in answer.items()})
 
 
 async def finish(monitor: Monitor) -> None:

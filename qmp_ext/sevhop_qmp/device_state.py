@@ -36,8 +36,15 @@ STATE_TIMEOUT = 10.0
 
 
 def configuration_section(machine_type: str) -> bytes:
-    """The section that tells the destination which machine type the stream is for."""
-    name = machine_type.encode("ascii")
+    """
+    The section that tells the destination which machine type the stream is for.
+
+    :raises StateError: there is no such machine type.
+    """
+    try:
+        name = machine_type.encode("ascii")
+    except UnicodeEncodeError as err:
+        raise StateError(f"{machine_type!a} is no machine type") from err
     return struct.pack(">BI", _CONFIGURATION, len(name)) + name
 
 

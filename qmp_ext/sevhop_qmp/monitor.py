@@ -136,8 +136,8 @@ class Monitor(Commands):
         greeting = self._client.greeting
         if greeting is None:
             raise MonitorClosed(f"{self.name}: not connected")
-        qemu: Mapping[str, int] = greeting.QMP.version["qemu"]  # type: ignore[assignment]
-        return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+        with understood(self.name):
+            return readable_version(greeting.QMP.version)
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
@@ -233,6 +233,25 @@ async def _connect_unix(path: str, timeout: float) -> socket.socket:
         sock.close()
         raise MonitorError(f"{path}: {err.strerror or err}") from err
     return sock
+
+
+@contextlib.contextmanager
+def understood(name: str) -> Iterator[None]:
+    """
+    Around what reads an answer: a QEMU that is not what it seems may answer anything.
+
+    :raises MonitorError: it did.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as err:
+        raise MonitorError(f"{name}: QEMU's answers are not understood ({err!r})") from err
+
+
+def readable_version(version: Mapping[str, Any]) -> str:
+    """What QEMU says of its version, as people write it."""
+    qemu = version["qemu"]
+    return ".".join(str(int(qemu[part])) for part in ("major", "minor", "micro"))
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:

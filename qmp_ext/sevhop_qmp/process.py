@@ -289,7 +289,7 @@ class QemuProcess:
     @property
     def cgroups(self) -> list[tuple[str, str]]:
         """(controllers, path) of each hierarchy; controllers are empty for cgroup v2."""
-        rows = (line.split(":", 2) for line in self._read("cgroup").decode().splitlines())
+        rows = (line.split(":", 2) for line in os.fsdecode(self._read("cgroup")).split("\n") if line)
         return [(controllers, path) for _, controllers, path in rows]
 
     def namespace(self, kind: str) -> str:
@@ -310,7 +310,8 @@ class QemuProcess:
 
     @property
     def _status(self) -> dict[str, str]:
-        lines = self._read("status").decode().splitlines()
+        # The name in it is QEMU's to choose, and may be any bytes; the kernel escapes line feeds, and nothing else.
+        lines = os.fsdecode(self._read("status")).split("\n")
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
     # -- what it holds ---------------------------------------------------------------------------
@@ -390,7 +391,7 @@ class QemuProcess:
 
     def mappings(self) -> Iterator[MemoryMapping]:
         """Its memory mappings, by address."""
-        for line in os.fsdecode(self._read("maps")).splitlines():
+        for line in filter(None, os.fsdecode(self._read("maps")).split("\n")):
             area, permissions, offset, device, inode, *path = line.split(None, 5)
             start, _, end = area.partition("-")
             yield MemoryMapping(

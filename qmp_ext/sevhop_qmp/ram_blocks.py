@@ -82,7 +82,7 @@ def parse_ramblock_table(text: str) -> list[Row]:
 
     :raises RamError: it is not such a table.
     """
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not lines or not lines[0].split()[:2] == ["Block", "Name"]:
         raise RamError("QEMU's list of RAM blocks has an unknown form")
     with_host = "HVA" in lines[0]
@@ -95,6 +95,8 @@ def parse_ramblock_table(text: str) -> list[Row]:
             continue  # a block without a name belongs to a backend that the guest does not use
         try:
             numbers = [int(word, 16) for word in words[3 : 7 if with_host else 6]]
+            if not 0 <= numbers[1] <= numbers[2] < 1 << 64 or max(numbers) >= 1 << 64 or min(numbers) < 0:
+                raise ValueError("no process has such a block")
             rows.append(Row(words[0].strip(), numbers[0], numbers[1], numbers[2], numbers[3] if with_host else None))
         except (ValueError, IndexError) as err:
             raise RamError(f"QEMU's list of RAM blocks has an unknown line: {line.strip()}") from err
@@ -113,7 +115,7 @@ def _locate(rows: Iterable[Row], process: QemuProcess) -> list[Row]:
 def _host_address(row: Row, heap: bytes) -> int:
     """Find the one structure on the heap whose offset, lengths and name are all those of the row."""
     wanted = struct.pack("<QQQ", row.offset, row.used, row.size)
-    name = row.name.encode() + b"\0"
+    name = os.fsencode(row.name) + b"\0"
     found = set()
     # Names are rare on a heap, numbers are not.
     at = heap.find(name)

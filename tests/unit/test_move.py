@@ -23,6 +23,8 @@ from sevhop_qmp.move import ERRNOS, MoveReport, explain, move
 class FakeDestination:
     """Answers x-sev-migrate-from with one errno after the other, the last one for ever."""
 
+    name = "destination"
+
     def __init__(self, *errnos: int) -> None:
         self.errnos = list(errnos)
         self.handed_over = 0
