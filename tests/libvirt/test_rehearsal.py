@@ -237,6 +237,17 @@ def test_in_the_pause(daemon: Daemon, start: StartDomain, old: Path, new: Path, 
     guest.wait_for_ticks()
 
 
+def test_disks_stay_locked_in_the_pause(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    rows = f"[row.read_text() for row in Path('/proc/{guest.pid}/fdinfo').iterdir()]"
+    count = f"Path('/run/locks').write_text(str(''.join({rows}).count('OFDLCK')))"
+    before = "".join(row.read_text() for row in Path(f"/proc/{guest.pid}/fdinfo").iterdir()).count("OFDLCK")
+    _, report = traced(daemon, guest, count, "--emulator", wrapper(daemon, "cannot-load", new, CANNOT_LOAD))
+    assert report["outcome"] == "refused", report
+    assert int((daemon.root / "run/locks").read_text()) == before > 0
+
+
 def test_killed_in_the_pause(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """Then nobody continues the guest until ``recover`` does; but the trial ends with the command."""
     guest = start()
