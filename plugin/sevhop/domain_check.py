@@ -50,6 +50,9 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
     """
     if not await domain.active():
         raise SevhopError(f"domain {domain.name} is not running", "start it; an upgrade is for running guests")
+    if await domain.job():
+        # libvirt lets nobody speak to QEMU meanwhile.
+        raise SevhopError(f"a job of domain {domain.name} is under way", "wait for it to end, or cancel it")
     process = QemuProcess.open(domain.pid())
     try:
         monitor = await domain.monitor()
@@ -154,8 +157,6 @@ async def _libvirt(connection: Connection, domain: Domain) -> Finding:
     if await domain.managed_save():
         remedy = f"virsh managedsave-remove {shlex.quote(domain.name)}"
         return failed(name, "the domain has a managed save image", remedy)
-    if await domain.job():
-        return failed(name, "a job of the domain is under way", "wait for it to end, or cancel it")
     if not await installation.hook_answers(connection):
         return failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
     version = await connection.version()

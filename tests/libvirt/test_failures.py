@@ -236,3 +236,85 @@ def test_the_hook_refuses(
         other.unlink()
     assert (report["status"], report["outcome"]) == (3, "undone")
     assert_as_before(daemon, guest, old)
+
+
+def test_another_job(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """Somebody saves the domain, to a target that takes its time, and fails in the end."""
+    guest = start()
+    guest.wait_for_ticks()
+    fifo = GUESTS / f"{guest.name}.fifo"
+    inside = daemon.root / str(fifo).lstrip("/")
+    os.mkfifo(inside)
+    reader = os.open(inside, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        saving = daemon.start_command("virsh", "save", guest.name, fifo)
+        wait_until(lambda: "Save" in daemon.run("virsh", "domjobinfo", guest.name).stdout, 30, "the job begins")
+        report = daemon.upgrade(guest.name, "--emulator", new)
+        assert (report["status"], report["outcome"]) == (1, "refused"), report["reason"]
+        assert f"a job of domain {guest.name} is under way" in report["reason"]
+    finally:
+        os.close(reader)
+    saving.communicate(timeout=60)
+    assert_as_before(daemon, guest, old)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+
+
+def test_managed_save_image(daemon: Daemon, start: StartDomain, old: Path) -> None:
+    """libvirt would start the domain from it the next time, in whatever state that was."""
+    guest = start()
+    guest.wait_for_ticks()
+    daemon.virsh("managedsave", guest.name)
+    daemon.virsh("restore", f"/var/lib/libvirt/qemu/save/{guest.name}.save")
+    report = daemon.upgrade(guest.name)
+    assert (report["status"], report["outcome"]) == (1, "refused"), report
+    assert f"virsh managedsave-remove {guest.name}" in report["reason"]
+    daemon.virsh("managedsave-remove", guest.name)
+    assert_as_before(daemon, guest, old)
+
+
+def test_no_room_for_the_image(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    assert daemon.run("mount", "-t", "tmpfs", "-o", "size=16k,mode=711", "tmpfs", "/run/sevhop").returncode == 0
+    try:
+        report = daemon.upgrade(guest.name, "--emulator", new)
+        assert (report["status"], report["outcome"]) == (3, "undone"), report["reason"]
+        assert report["reason"] == "save: the save image cannot be written: No space left on device"
+        assert guest.pid == pid
+        assert_as_before(daemon, guest, old)
+    finally:
+        assert daemon.run("umount", "/run/sevhop").returncode == 0
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
+def test_left_overs_of_an_earlier_hop(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """A link that leads nowhere, and a directory without a keeper."""
+    guest = start()
+    guest.wait_for_ticks()
+    domains = daemon.root / "run/sevhop/domains"
+    (domains / guest.name).symlink_to("../0123456789abcdef0123456789abcdef")
+    assert "its keeper is gone" in daemon.sevhop("status", guest.name).stdout
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.left_over() == []
+    (domains.parent / "0123456789abcdef0123456789abcdef").mkdir()
+    (domains.parent / "0123456789abcdef0123456789abcdef" / "image").touch()
+    (domains / guest.name).symlink_to("../0123456789abcdef0123456789abcdef")
+    daemon.virsh("destroy", guest.name)
+    daemon.virsh("start", guest.name)
+    assert daemon.upgrade(guest.name)["outcome"] == "done"
+    assert daemon.left_over() == []
+
+
+def test_a_paused_guest_hops_again(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """It has not taken its disks from the QEMU before, and must not give up what it has not got."""
+    guest = start()
+    guest.wait_for_ticks()
+    daemon.virsh("suspend", guest.name)
+    for emulator in (old, new, old):
+        report = daemon.upgrade(guest.name, "--emulator", emulator)
+        assert report["outcome"] == "done", report
+        assert guest.state == "paused"
+    daemon.virsh("resume", guest.name)
+    guest.wait_for_ticks()
