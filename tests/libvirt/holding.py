@@ -17,10 +17,17 @@ from guests.running import GuestFailed, wait_until
 from .daemon import Daemon, DomainGuest
 
 _PATIENCE = 120
+_PROGRAM = Path(__file__).with_name("halting.py")
+
+
+def _halts(pid: int) -> bool:
+    """Wait until a child of ours halts, or ends. :return: whether it has halted."""
+    found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    return found is not None and found.si_code == os.CLD_STOPPED
 
 
 class HeldUpgrade:
-    """An upgrade that is halted when it says that a phase begins."""
+    """An upgrade that is halted when a phase is to begin."""
 
     def __init__(self, command: subprocess.Popen[str]) -> None:
         self._command = command
@@ -30,13 +37,11 @@ class HeldUpgrade:
     def at(cls, phase: str, guest: DomainGuest, emulator: Path) -> Iterator[HeldUpgrade]:
         """Start one, and halt it."""
         command = guest.daemon.start_command(
-            sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name, "--json", "--emulator", emulator
+            sys.executable, _PROGRAM, phase, "upgrade", guest.name, "--json", "--emulator", emulator
         )
-        assert command.stderr is not None
         try:
-            if not any(line.strip().endswith(f": {phase}") for line in command.stderr):
-                raise GuestFailed(f"the upgrade did not come to its phase {phase}")
-            command.send_signal(signal.SIGSTOP)
+            if not _halts(command.pid):
+                raise GuestFailed(f"the upgrade did not come to its phase {phase}: {command.communicate()}")
             yield cls(command)
         finally:
             if command.poll() is None:

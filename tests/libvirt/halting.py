@@ -1,0 +1,32 @@
+"""
+Halts itself at an exact moment: ``halting.py PHASE ARGUMENT...`` runs sevhop with these arguments, and stops by SIGSTOP
+when that phase is to begin. Nothing of the phase has been done then.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from sevhop import cli
+from sevhop.procedure import Procedure
+
+_do = Procedure._do
+
+
+def main(wanted: str, *arguments: str) -> int:
+    """The program."""
+
+    async def halting(procedure: Procedure, name: str, *rest: Any) -> None:
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        await _do(procedure, name, *rest)
+
+    setattr(Procedure, "_do", halting)  # noqa: B010
+    return cli.main(list(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
