@@ -85,6 +85,8 @@ def main() -> int:
         if pid == daemon:
             if ending:
                 _end_the_rest()
+                if security == "apparmor":
+                    _profiles("--remove")
                 return 0
             daemon = _start()
 
@@ -114,8 +116,13 @@ def _confine() -> None:
     options = Path("/run/parser.conf")
     options.write_text("Optimize=no-expr-simplify\nOptimize=no-minimize\n")
     subprocess.run(["mount", "--bind", options, "/etc/apparmor/parser.conf"], check=True)
+    _profiles("--replace", "--skip-cache")
+
+
+def _profiles(*what: str) -> None:
+    """A profile that stays in the kernel would confine the next daemon as well, by its path."""
     for profile in ("usr.lib.libvirt.virt-aa-helper", "usr.sbin.libvirtd"):
-        subprocess.run(["apparmor_parser", "--replace", "--skip-cache", _APPARMOR / profile], check=True)
+        subprocess.run(["apparmor_parser", *what, _APPARMOR / profile], check=True)
 
 
 def _own_kvm() -> None:

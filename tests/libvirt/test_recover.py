@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from faults import broken_upgrade
-from faults.broken_upgrade import HELD, IN_THE_SOURCE, RETIRING, RUNNING
+from faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
 from faults.table import Cell, FaultTable
 
 from ..conftest import some_of
@@ -65,7 +65,7 @@ def guest(start: StartDomain) -> DomainGuest:
     return guest
 
 
-@pytest.mark.parametrize("point", some_of(IN_THE_SOURCE) + some_of((*RETIRING, *HELD, *RUNNING)))
+@pytest.mark.parametrize("point", some_of(IN_THE_SOURCE) + some_of((*HELD, *RUNNING)))
 def test_the_command_is_killed(
     point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
 ) -> None:
@@ -73,14 +73,14 @@ def test_the_command_is_killed(
     answer = recover(daemon)
     assert answer["status"] == 0, answer
     (one,) = answer["guests"]
-    assert one["end"] == ("source" if point in IN_THE_SOURCE + RETIRING else "destination")
+    assert one["end"] == ("source" if point in IN_THE_SOURCE else "destination")
     note(fault_table, daemon, guest, point, "command", old)
     assert recover(daemon) == {"guests": [], "status": 0}
 
 
 @pytest.mark.parametrize("fault", ["daemon", "error", "silence"])
 @pytest.mark.parametrize(
-    "point", some_of([point for point in (*IN_THE_SOURCE, *RETIRING, *HELD, *RUNNING) if "before" in point])
+    "point", some_of([point for point in (*IN_THE_SOURCE, *HELD, *RUNNING) if "before" in point])
 )
 def test_a_step_fails(
     point: str, fault: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
@@ -95,7 +95,7 @@ def test_a_step_fails(
     note(fault_table, daemon, guest, point, fault, old)
 
 
-@pytest.mark.parametrize("point", some_of((*RETIRING, *HELD, *RUNNING)))
+@pytest.mark.parametrize("point", some_of((*HELD, *RUNNING)))
 def test_the_source_is_killed(
     point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
 ) -> None:

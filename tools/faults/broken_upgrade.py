@@ -50,15 +50,9 @@ IN_THE_SOURCE = (
     "phase retire",
     "before keeper retire 0",
 )
-#: Its state is saved, and its old QEMU still there.
-RETIRING = (
-    "after keeper retire 0",
-    "before monitor quit 0",
-)
-#: Now only the keeper has it.
+#: The keeper has ended its old QEMU, and only the keeper has it.
 HELD = (
-    "before keeper ended 0",
-    "after keeper ended 0",
+    "after keeper retire 0",
     "before libvirt destroy 0",
     "phase restore",
     "before libvirt restore 1",
