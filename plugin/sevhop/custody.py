@@ -310,10 +310,14 @@ class Custody:
                 return "ok"
         return f"no {word} is not possible while the guest is {self.state.value}"
 
-    async def _retire(self) -> str:
-        """End the source, unless somebody has resumed it since its state was saved."""
+    async def _retire(self, *, begun: bool = False) -> str:
+        """
+        End the source, unless somebody has resumed it since its state was saved.
+
+        :param begun: only if the last keeper had begun it, and nobody has finished it since.
+        """
         async with self._retiring:
-            if self.state in _ENDED:
+            if self.state in _ENDED or (begun and self.state is not State.RETIRING):
                 return "ok"
             self._enter(State.RETIRING)
             refusal = ""
@@ -337,7 +341,7 @@ class Custody:
 
     async def _finish_retiring(self) -> None:
         """What the last keeper had begun. The command, if there is one, asks again, and gets the same answer."""
-        await self._retire()
+        await self._retire(begun=True)
         if not self._commands and not self._command_expected:
             await self._left_alone()
 
