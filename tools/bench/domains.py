@@ -60,7 +60,7 @@ class Domains:
             yield Failed(UPGRADE, "domain", memory_mib, str(err))
 
     def _runs(self, memory_mib: int, rounds: int) -> Iterator[Run]:
-        described = Description("bench", self._old, self._accelerator, memory_mib=memory_mib)
+        described = Description(f"bench-{memory_mib}", self._old, self._accelerator, memory_mib=memory_mib)
         guest = DomainGuest.start(self._daemon, described)
         try:
             guest.wait_for_ticks()
