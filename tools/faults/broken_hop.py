@@ -9,18 +9,16 @@ Exit status: that of ``sevhop hop``.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from sevhop.cli import EXIT_DONE, exit_status
 from sevhop.hop import Hop, Options
-from sevhop_qmp.errors import CommandError, MonitorTimeout, SevhopError
+from sevhop_qmp.errors import CommandError, MonitorTimeout
 from sevhop_qmp.monitor import Monitor
 
-from .fault import Fault, patched
+from .fault import Fault, patched, run
 
 #: While these points are passed, all that there is of the guest is in the source.
 BEFORE_THE_STATE_IS_SAVED = (
@@ -77,12 +75,7 @@ def main(monitor: str, emulator: str, point: str, kind: str) -> int:
         )
 
     patched(Monitor, "execute", execute)
-    try:
-        asyncio.run(hop.run())
-    except SevhopError as err:
-        print(type(err).__name__, err, flush=True)
-        return exit_status(err)
-    return EXIT_DONE
+    return run(hop)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,20 @@ it gives to the source), ``libvirt FUNCTION``, or ``keeper REQUEST``. Exit statu
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from sevhop import domain
-from sevhop.cli import DEFAULT_URI, EXIT_DONE, exit_status
+from sevhop.cli import DEFAULT_URI
 from sevhop.domain import DomainError, DomainMonitor
 from sevhop.keeper_process import KeeperError, KeeperProcess
 from sevhop.upgrade import Options, Upgrade
-from sevhop_qmp.errors import CommandError, MonitorTimeout, SevhopError
+from sevhop_qmp.errors import CommandError, MonitorTimeout
 from sevhop_qmp.monitor import peer_credentials
 
-from .fault import Fault, patched
+from .fault import Fault, patched, run
 
 Original = Callable[..., Awaitable[Any]]
 
@@ -111,12 +110,7 @@ def main(name: str, emulator: str, point: str, kind: str) -> int:
     patched(DomainMonitor, "_execute", execute)
     patched(domain, "_call", call)
     patched(KeeperProcess, "_ask", ask)
-    try:
-        asyncio.run(upgrade.run())
-    except SevhopError as err:
-        print(type(err).__name__, err, flush=True)
-        return exit_status(err)
-    return EXIT_DONE
+    return run(upgrade)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ A point is ``before ACTION N``, ``after ACTION N`` (the N-th such action, from 0
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import signal
@@ -24,7 +25,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from sevhop.procedure import Phase
+from sevhop.cli import EXIT_DONE, exit_status
+from sevhop.procedure import Phase, Procedure
 from sevhop_qmp.errors import SevhopError
 
 Answer = TypeVar("Answer")
@@ -104,3 +106,13 @@ def patched(owner: Any, name: str, replacement: Callable[..., Awaitable[Any]]) -
         return await replacement(original, *arguments, **options)
 
     setattr(owner, name, around)
+
+
+def run(procedure: Procedure) -> int:
+    """Hop. :return: the exit status of the command that hops so."""
+    try:
+        asyncio.run(procedure.run())
+    except SevhopError as err:
+        print(type(err).__name__, err, flush=True)
+        return exit_status(err)
+    return EXIT_DONE
