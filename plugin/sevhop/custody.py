@@ -50,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from sevhop_qmp import adopt, move, ram_blocks
+from sevhop_qmp.address_space import AddressSpace
 from sevhop_qmp.errors import MonitorError, MoveError, ProcessError, SevhopError
 from sevhop_qmp.image_locks import ImageLocks
 from sevhop_qmp.monitor import Monitor, peer_credentials
@@ -66,6 +67,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds in which a source that was killed should have ended.
 RETIRE_TIMEOUT = 10.0
+#: Seconds for which a source's mappings stay when it has ended. The guest should run again by then.
+_MAPPINGS_KEPT = 5.0
 #: Seconds in which a destination's machine is complete, counted from when its monitor exists.
 _MACHINE_TIMEOUT = 60.0
 #: Seconds between two looks for that monitor.
@@ -331,6 +334,7 @@ class Custody:
                 self._source.thaw()
                 self._enter(State.HELD)
                 return refusal
+            self._keep_mappings()
             self._source.kill()
             # It executes nothing any more; but one that waits for a disk is still there, and the disk may be needed.
             while not await self._source.wait(RETIRE_TIMEOUT):
@@ -338,6 +342,15 @@ class Custody:
             self._locks.close()
             self._enter(State.WAITING)
             return "ok"
+
+    def _keep_mappings(self) -> None:
+        """Nobody is to wait until the kernel has taken down those of all the guest's memory."""
+        try:
+            mappings = AddressSpace(self._source.pid)
+        except ProcessError as err:
+            log.info("%s", err)
+        else:
+            asyncio.get_running_loop().call_later(_MAPPINGS_KEPT, mappings.close)
 
     async def _finish_retiring(self) -> None:
         """What the last keeper had begun. The command, if there is one, asks again, and gets the same answer."""
