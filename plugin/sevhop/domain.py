@@ -224,6 +224,11 @@ class Domain:
         state, _ = await _call(self._raw.state)
         return bool(state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED))
 
+    async def saved(self) -> bool:
+        """Whether its QEMU has ended because the guest was saved."""
+        state, reason = await _call(self._raw.state)
+        return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
+
     async def managed_save(self) -> bool:
         """Whether libvirt keeps a saved state of it for the next start."""
         return bool(await _call(self._raw.hasManagedSaveImage))

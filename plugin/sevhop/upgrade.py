@@ -152,7 +152,7 @@ class Upgrade(Procedure):
             await self._do("save", self._save)
             await self._do("retire", self._retire)
         except BaseException as err:
-            failure = self._explain(err)
+            failure = await self._explain(err)
             if not self._retired:
                 await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
             if failure is err:
@@ -311,8 +311,9 @@ class Upgrade(Procedure):
                 await self._see_source_stopped()
                 await self._see_domain_unchanged()
             except SevhopError:
-                # One that has ended by itself, now that everything is saved, is not needed any more.
-                if self._source.alive:
+                # One that has ended by itself, now that everything is saved, is not needed any more. Unless there are
+                # two to go on from: the other one's comes first, as we can still say so.
+                if self._source.alive or await self._saved_by_another():
                     raise
             self._retiring = True
             try:
@@ -323,6 +324,11 @@ class Upgrade(Procedure):
             # Not every init reaps at once; then libvirt waits.
             await self._source.wait_reaped(self._options.step_timeout)
             await self._domain.end()
+
+    async def _saved_by_another(self) -> bool:
+        with contextlib.suppress(SevhopError):
+            return await self._domain.saved()
+        return False
 
     def _connections_of_libvirt(self) -> list[int]:
         with contextlib.suppress(SevhopError):
@@ -481,7 +487,7 @@ class Upgrade(Procedure):
         await self._keeper.release()
         raise Undone(f"{self._phase}: {failure.message}", failure.hint) from failure
 
-    def _explain(self, error: BaseException) -> SevhopError:
+    async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error before the restore."""
         if isinstance(error, asyncio.CancelledError):
             return Undone("interrupted")
@@ -492,6 +498,9 @@ class Upgrade(Procedure):
         if self._retired:
             return NeedsRecover(message, f"the guest is held; go on with: virsh restore {self._keeper.image}")
         if hasattr(self, "_source") and not self._source.alive:
+            if await self._saved_by_another():
+                reason = f"{self._phase}: somebody else has saved the domain"
+                return Lost(reason, "the guest goes on when that is restored")
             return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
         return Undone(message, error.hint)
 

@@ -141,6 +141,7 @@ class Description:
     """
     A domain with a disk and a network card, that runs a bare-metal counter or Linux.
 
+    :ivar memory: shared in a memfd or a file, or private.
     :ivar firmware: the counter.
     :ivar pflash: it is in flash, with variables beside it, as a UEFI is.
     :ivar cpu: the element; a plain one by default.
@@ -155,7 +156,7 @@ class Description:
     emulator: Path
     accelerator: Accelerator
     memory_mib: int = 64
-    memory: str = "memfd"
+    memory: Literal["memfd", "file", "private"] = "memfd"
     firmware: Path | None = None
     pflash: bool = False
     cpu: str = ""
@@ -167,7 +168,7 @@ class Description:
 
     def xml(self) -> str:
         """For ``virsh define``."""
-        backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+        backing = f"<memoryBacking><source type='{self.memory}'/><access mode='shared'/></memoryBacking>"
         cpu = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>"
         policy = "<cbitpos>0</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
         sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
@@ -175,7 +176,7 @@ class Description:
   <name>{self.name}</name>
   <metadata><x:note xmlns:x='http://example.org/note'>keep &amp; this</x:note></metadata>
   <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
-  {backing if self.memory == "memfd" else ""}
+  {backing if self.memory != "private" else ""}
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
     {self._boot()}</os>
   <features><acpi/></features>

@@ -150,8 +150,9 @@ def test_an_emulator_that_qemus_user_cannot_reach(daemon: Daemon, start: StartDo
     assert_as_before(daemon, guest, old)
 
 
-def test_private_memory(daemon: Daemon, start: StartDomain, old: Path) -> None:
-    guest = start(memory="private")
+@pytest.mark.parametrize("memory", ["private", "file"])
+def test_memory_that_is_no_shared_memfd(daemon: Daemon, start: StartDomain, old: Path, memory: str) -> None:
+    guest = start(memory=memory)
     guest.wait_for_ticks()
     report = daemon.upgrade(guest.name)
     assert (report["status"], report["outcome"]) == (1, "refused")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,13 @@ def assert_unharmed(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
     assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open, as far as it is still there."""
+    with contextlib.suppress(FileNotFoundError):
+        return [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    return []
 
 
 RESUMES = {
@@ -73,6 +82,36 @@ def test_pauses_the_guest(daemon: Daemon, start: StartDomain, new: Path) -> None
     assert_unharmed(daemon, guest, new)
 
 
+@pytest.mark.parametrize("phase", ["prepare", "save"])
+def test_dumps_the_memory(daemon: Daemon, start: StartDomain, new: Path, phase: str) -> None:
+    """That stops the guest, unless it has been, and leaves it as it was."""
+    guest = start()
+    guest.wait_for_ticks()
+    with HeldUpgrade.at(phase, guest, new) as upgrade:
+        daemon.virsh("dump", "--memory-only", guest.name, f"/run/{guest.name}.core")
+        report = upgrade.go_on()
+    (daemon.root / f"run/{guest.name}.core").unlink()
+    assert (report["status"], report["outcome"]) == (0, "done"), report
+    assert_unharmed(daemon, guest, new)
+
+
+@pytest.mark.parametrize("phase", ["prepare", "save", "retire"])
+def test_saves_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str) -> None:
+    """Then the guest is in that image, and nowhere else. (QEMU 7.2 ends when it is to save its state a second time.)"""
+    guest = start(emulator=new)
+    guest.wait_for_ticks()
+    saved = f"/run/{guest.name}.saved"
+    with HeldUpgrade.at(phase, guest, old) as upgrade:
+        daemon.virsh("save", guest.name, saved)
+        report = upgrade.go_on()
+    assert (report["status"], report["outcome"]) == (5, "lost"), report
+    assert "somebody else has saved the domain" in report["reason"]
+    assert guest.state == "shut off"
+    daemon.virsh("restore", "--running", saved)
+    (daemon.root / saved.lstrip("/")).unlink()
+    assert_unharmed(daemon, guest, new)
+
+
 def test_changes_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """The destination would go on with a disk that is not the guest's any more."""
     guest = start()
@@ -109,7 +148,7 @@ def test_ends_the_source_before_it_is_saved(
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
 
 
-@pytest.mark.parametrize("how", ["destroys it", "kills its QEMU"])
+@pytest.mark.parametrize("how", ["destroys it", "kills its QEMU", "tries to save it"])
 def test_ends_the_source_when_it_is_saved(daemon: Daemon, start: StartDomain, new: Path, how: str) -> None:
     """Then it is not needed any more."""
     guest = start()
@@ -117,8 +156,10 @@ def test_ends_the_source_when_it_is_saved(daemon: Daemon, start: StartDomain, ne
     with HeldUpgrade.at("retire", guest, new) as upgrade:
         if how == "destroys it":
             daemon.virsh("destroy", guest.name)
-        else:
+        elif how == "kills its QEMU":
             kill(guest.pid)
+        else:
+            assert daemon.run("virsh", "save", guest.name, "/run/saved").returncode == 1
         report = upgrade.go_on()
     assert (report["status"], report["outcome"]) == (0, "done"), report
     assert_unharmed(daemon, guest, new)
@@ -195,5 +236,18 @@ def test_restores_the_domain_while_it_is_restored(daemon: Daemon, start: StartDo
     assert refused.returncode == 1
     assert "is being restored already" in refused.stderr
     assert theirs.returncode == 0, err
+    assert (report["status"], report["outcome"]) == (0, "done"), report
+    assert_unharmed(daemon, guest, new)
+
+
+def test_mappings_outlive_the_source(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Nobody waits until they are taken down, which is what grows with the memory: the keeper has them."""
+    guest = start()
+    guest.wait_for_ticks()
+    pagemap = f"/proc/{guest.pid}/pagemap"
+    with HeldUpgrade.at("restore", guest, new) as upgrade:
+        keepers = [pid for pid in daemon.processes() if pagemap in open_files(pid)]
+        assert [Path(f"/proc/{pid}/comm").read_text() for pid in keepers] == ["sevhop-keeper\n"]
+        report = upgrade.go_on()
     assert (report["status"], report["outcome"]) == (0, "done"), report
     assert_unharmed(daemon, guest, new)

@@ -99,11 +99,14 @@ def linux_machine(tmp_path: Path, _linux_images: None) -> DescribeLinux:
 
 
 def _children() -> set[int]:
-    return {
-        int(pid)
-        for thread in os.listdir("/proc/self/task")
-        for pid in Path(f"/proc/self/task/{thread}/children").read_text().split()
-    }
+    while True:
+        # A thread that ends meanwhile leaves its children to another one, which may have been read already.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return {
+                int(pid)
+                for thread in os.listdir("/proc/self/task")
+                for pid in Path(f"/proc/self/task/{thread}/children").read_text().split()
+            }
 
 
 def _left_over(directory: Path) -> dict[str, set[str]]:
