@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 from guests import counter, emulators
 from guests.build import Unavailable
+from guests.daemon import Daemon, Description, DomainGuest
 from guests.machine import Accelerator
 from guests.running import wait_until
 
-from .daemon import Daemon, Description, DomainGuest
-
-#: Starts a domain, a ``transient`` one if wanted; other keywords are fields of :class:`.daemon.Description`.
+#: Starts a domain, a ``transient`` one if wanted; other keywords are fields of :class:`guests.daemon.Description`.
 StartDomain = Callable[..., DomainGuest]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from guests.daemon import Daemon, DomainGuest
 from guests.running import wait_until
 
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest
 from .holding import Checkpoint, HeldUpgrade
 
 

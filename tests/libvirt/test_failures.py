@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from guests.daemon import Daemon, DomainGuest, kill
+from guests.enclosure import GUESTS, PROGRAMS
 from guests.running import wait_until
 
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest, kill
-from .enclosure import GUESTS, PROGRAMS
 
 
 def wrapper(daemon: Daemon, name: str, emulator: Path, text: str, directory: Path = PROGRAMS) -> Path:

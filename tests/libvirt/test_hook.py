@@ -6,10 +6,10 @@ import os
 import signal
 from pathlib import Path
 
+from guests.daemon import Daemon, DomainGuest, kill
 from guests.running import wait_until
 
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest, kill
 from .holding import Checkpoint, HeldUpgrade
 
 _SCRIPT = Path("/etc/libvirt/hooks/qemu.d/sevhop")

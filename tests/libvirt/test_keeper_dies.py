@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guests.daemon import Daemon, DomainGuest
 
 from . import dying
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest
 
 _PROGRAM = Path(dying.__file__)
 KEEPER, GUARDIAN = "sevhop-keeper", "sevhop-guardian"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from guests.daemon import Daemon
+
 from .conftest import StartDomain
-from .daemon import Daemon
 
 
 def test_metacharacters(daemon: Daemon, start: StartDomain, new: Path) -> None:

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from guests.daemon import Daemon, DomainGuest, kill
 from guests.running import wait_until
 
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest, kill
 from .holding import Checkpoint, HeldUpgrade
 
 

@@ -16,10 +16,10 @@ import pytest
 from faults import broken_upgrade
 from faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
 from faults.table import Cell, FaultTable
+from guests.daemon import Daemon, DomainGuest
 
 from ..conftest import some_of
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest
 
 PATH = "A domain of libvirt: `sevhop upgrade`"
 END = {"source": "old", "destination": "new"}

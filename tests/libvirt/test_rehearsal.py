@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from guests import emulators
+from guests.daemon import Daemon, DomainGuest
+from guests.enclosure import GUESTS
 from guests.running import wait_until
 
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest
-from .enclosure import GUESTS
 from .test_failures import DYING, assert_as_before, wrapper
 
 #: A migration stream as sevhop writes it has a configuration section, which this QEMU does not expect.

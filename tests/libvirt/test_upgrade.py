@@ -10,10 +10,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from guests.daemon import Daemon, DomainGuest
+from guests.enclosure import PROGRAMS
 
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest
-from .enclosure import PROGRAMS
 
 
 def without_emulator(guest: DomainGuest, *options: str) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from guests import linux
 from guests.build import Unavailable
+from guests.daemon import Daemon, DomainGuest
 from guests.running import wait_until
 
 from .conftest import StartDomain
-from .daemon import Daemon, DomainGuest
 
 _COUNT = re.compile(rb"(?<=\n)[0-9a-f]{8}(?=\r?\n)")
 

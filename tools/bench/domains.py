@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from guests import emulators
+from guests.daemon import Daemon, Description, DomainGuest
 from guests.machine import Accelerator
 from guests.running import GuestFailed
-
-from tests.libvirt.daemon import Daemon, Description, DomainGuest
 
 from .pause import Sampler, memory_of, touch
 from .report import Failed, Run

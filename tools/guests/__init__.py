@@ -11,6 +11,8 @@ module           what
 ``counter``      a bare-metal guest that counts and checks its memory; boots in no time, runs under KVM and TCG
 ``linux``        a small Linux that writes to its disk, pings, checks its memory; TCG is enough
 ``running``      a guest that runs: start, control, wait, stop
+``daemon``       a libvirt daemon of one's own, and domains in it
+``enclosure``    the file systems and the process in which that daemon lives
 ``judge``        what happened to a guest: ticks lost or repeated, restarts, damage to disk and memory
 ===============  ========================================================================================
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from guests import emulators, real_mode
 from guests.build import ROOT
+from guests.daemon import Daemon, Description, DomainGuest
 
-from ...libvirt.daemon import Daemon, Description, DomainGuest
 from ..contract.sev import contexts
 
 _FETCHED = ROOT / ".cache" / "qemu"

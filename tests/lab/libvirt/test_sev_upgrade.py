@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from guests import emulators, real_mode
+from guests.daemon import Daemon, Description, DomainGuest
 
 from ...libvirt import dying
-from ...libvirt.daemon import Daemon, Description, DomainGuest
 from ..contract.sev import contexts
 
 

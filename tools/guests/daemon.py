@@ -1,4 +1,4 @@
-"""A libvirt daemon that is the tests' own, and guests in it."""
+"""A libvirt daemon of one's own, and guests in it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from xml.etree import ElementTree
 
-from guests import counter
-from guests.judge import Verdict, judge_files, judge_log
-from guests.linux import KERNEL_ARGUMENTS, LinuxImages
-from guests.machine import Accelerator
-from guests.running import GuestFailed, wait_ended, wait_until
-
+from . import counter
 from .enclosure import GUESTS
+from .judge import Verdict, judge_files, judge_log
+from .linux import KERNEL_ARGUMENTS, LinuxImages
+from .machine import Accelerator
+from .running import GuestFailed, wait_ended, wait_until
 
 _PATIENCE = 60.0
 _TIMEOUT = 300
@@ -71,7 +70,7 @@ class Daemon:
         """Kill the daemon alone; the next one comes at the end."""
         os.kill(self.pid, signal.SIGSTOP)  # it would start the next one
         try:
-            kill(int((self.root / "run/libvirtd.pid").read_text()))
+            kill(self.pid_of_libvirtd)
             yield
         finally:
             os.kill(self.pid, signal.SIGCONT)
@@ -85,6 +84,11 @@ class Daemon:
     def root(self) -> Path:
         """The file system as it looks in there."""
         return Path(f"/proc/{self.pid}/root")
+
+    @property
+    def pid_of_libvirtd(self) -> int:
+        """Of the daemon alone; a restarted one has another."""
+        return int((self.root / "run/libvirtd.pid").read_text())
 
     def start_command(self, *command: str | Path, terminal: int | None = None) -> subprocess.Popen[str]:
         """Start a command in there, perhaps on a terminal."""
@@ -283,7 +287,8 @@ class DomainGuest:
         wanted = self.seen().ticks + more
         wait_until(lambda: self.seen().ticks >= wanted, _PATIENCE, f"{more} more ticks")
         verdict = self.seen()
-        assert verdict.unharmed, verdict
+        if not verdict.unharmed:
+            raise GuestFailed(str(verdict))
         return verdict
 
 
