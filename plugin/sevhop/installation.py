@@ -1,6 +1,6 @@
 """
-What sevhop puts on a host: one script that libvirt runs, and where there is AppArmor, rules. Installed, removed, and
-seen to work.
+What sevhop puts on a host: one script that libvirt runs; rules, where there is AppArmor; units, where there is systemd.
+Installed, removed, and seen to work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 
 from sevhop_qmp.errors import SevhopError
 
-from . import apparmor, hook, hook_calls
+from . import apparmor, hook, hook_calls, units
 from .domain import Connection, DomainError
 from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
@@ -42,7 +42,7 @@ _PROBE = """<domain type='{kind}'>
 
 def install() -> list[Path]:
     """
-    Put the script and the rules in place, and have the daemon look for it.
+    Put the script, the rules and the units in place, and have the daemon look for the script.
 
     :return: the files that are sevhop's or have lines of it.
     :raises SevhopError: one of them cannot be written, or is not accepted.
@@ -61,19 +61,19 @@ def install() -> list[Path]:
     except OSError as err:
         raise SevhopError(f"{_SCRIPT} cannot be written: {err.strerror}", "run sevhop as root") from err
     _reload_daemon()
-    return [_SCRIPT, *rules]
+    return [_SCRIPT, *rules, *units.install()]
 
 
 def uninstall() -> bool:
     """
-    Remove the script and the rules. A directory that is empty then goes with it.
+    Remove the script, the rules and the units. A directory that is empty then goes with it.
 
     :return: whether there were any.
     :raises SevhopError: a hop is under way, or it cannot be removed.
     """
     if DOMAINS.is_dir() and (under_way := sorted(os.listdir(DOMAINS))):
         raise SevhopError(f"hops are under way: {', '.join(under_way)}", "see sevhop status")
-    removed = apparmor.uninstall()
+    removed = units.uninstall() | apparmor.uninstall()
     try:
         _SCRIPT.unlink()
     except FileNotFoundError:

@@ -1,0 +1,85 @@
+"""
+The units of systemd that run ``sevhop recover``: at boot, and every minute while there is a journal of a hop that was
+broken off. Installed and enabled, disabled and removed; nothing happens where systemd does not run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+
+#: Where the administrator's units are.
+DIRECTORY = Path("/etc/systemd/system")
+#: Exists if systemd runs (sd_booted(3)).
+_BOOTED = Path("/run/systemd/system")
+_TEMPLATES = Path(__file__).resolve().parent / "host" / "systemd"
+NAMES = ("sevhop-recover.service", "sevhop-recover.timer")
+
+
+def install() -> list[Path]:
+    """
+    Put the units in place, and enable them.
+
+    :return: their files.
+    :raises SevhopError: that cannot be done.
+    """
+    if not _BOOTED.is_dir():
+        return []
+    for name in NAMES:
+        _write(DIRECTORY / name, text(name))
+    _systemctl("daemon-reload")
+    _systemctl("enable", *NAMES)
+    _systemctl("start", NAMES[-1])
+    return [DIRECTORY / name for name in NAMES]
+
+
+def uninstall() -> bool:
+    """
+    Disable the units, and remove them.
+
+    :return: whether there were any.
+    :raises SevhopError: that cannot be done.
+    """
+    there = [name for name in NAMES if (DIRECTORY / name).exists()]
+    if not there or not _BOOTED.is_dir():
+        return False
+    _systemctl("disable", "--now", *there)
+    for name in there:
+        (DIRECTORY / name).unlink(missing_ok=True)
+    _systemctl("daemon-reload")
+    return True
+
+
+def text(name: str) -> str:
+    """A unit, for this installation of sevhop."""
+    return (_TEMPLATES / name).read_text().replace("@PYTHON@", quoted(sys.executable))
+
+
+def quoted(path: str) -> str:
+    """A path as a word of a command (systemd.service(5), systemd.unit(5))."""
+    special = {"\\": "\\\\", '"': '\\"', "$": "$$", "%": "%%"}
+    return '"' + "".join(special.get(character, character) for character in path) + '"'
+
+
+def _write(path: Path, contents: str) -> None:
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".sevhop-", delete=False) as file:
+            file.write(contents)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as err:
+        raise SevhopError(f"{path} cannot be written: {err.strerror}", "run sevhop as root") from err
+
+
+def _systemctl(*words: str) -> None:
+    try:
+        done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+    except OSError as err:
+        raise SevhopError(f"systemctl cannot be run: {err.strerror}") from err
+    if done.returncode:
+        raise SevhopError(f"systemctl {words[0]}: {done.stderr.strip()}")

@@ -1,0 +1,104 @@
+"""The units, as systemd's own tools see them. systemd itself does not run here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sevhop import units
+from sevhop_qmp.errors import SevhopError
+
+#: What ``systemd-analyze security`` may say, in tenths: 0 is a unit that can do nothing.
+_EXPOSURE = 27
+
+
+@pytest.fixture
+def analyze() -> str:
+    """The program."""
+    if (program := shutil.which("systemd-analyze")) is None:
+        pytest.skip("not installed: systemd")
+    return program
+
+
+@pytest.fixture
+def booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A systemd that notes what it is told. :return: its notes."""
+    notes = tmp_path / "notes"
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >> {notes}\n')
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(units, "_BOOTED", tmp_path)
+    monkeypatch.setattr(units, "DIRECTORY", tmp_path)
+    return notes
+
+
+def test_installed_and_removed(booted: Path, tmp_path: Path) -> None:
+    installed = units.install()
+    assert installed == [tmp_path / name for name in units.NAMES]
+    assert [path.stat().st_mode & 0o777 for path in installed] == [0o644, 0o644]
+    assert "@PYTHON@" not in installed[0].read_text()
+    names = " ".join(units.NAMES)
+    assert booted.read_text().splitlines() == ["daemon-reload", f"enable {names}", "start sevhop-recover.timer"]
+    booted.unlink()
+    assert units.uninstall()
+    assert booted.read_text().splitlines() == [f"disable --now {names}", "daemon-reload"]
+    assert not any(path.exists() for path in installed)
+    assert not units.uninstall()
+
+
+def test_systemd_refuses(booted: Path, tmp_path: Path) -> None:
+    (tmp_path / "systemctl").write_text("#!/bin/sh\necho no >&2; exit 1\n")
+    with pytest.raises(SevhopError, match="systemctl daemon-reload: no"):
+        units.install()
+
+
+def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "_BOOTED", tmp_path / "missing")
+    monkeypatch.setattr(units, "DIRECTORY", tmp_path)
+    assert units.install() == []
+    assert not units.uninstall()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_systemd_reads_them(analyze: str, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in units.NAMES]
+    for path in paths:
+        path.write_text(units.text(path.name))
+    done = subprocess.run([analyze, "verify", *paths], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_systemd_can_enable_them(tmp_path: Path) -> None:
+    if (program := shutil.which("systemctl")) is None:
+        pytest.skip("not installed: systemd")
+    directory = tmp_path / str(units.DIRECTORY).lstrip("/")
+    directory.mkdir(parents=True)
+    for name in units.NAMES:
+        (directory / name).write_text(units.text(name))
+    subprocess.run([program, f"--root={tmp_path}", "enable", *units.NAMES], capture_output=True, check=True)
+    wanted = {path.parent.name: path.name for path in directory.glob("*.wants/*")}
+    assert wanted == {"multi-user.target.wants": units.NAMES[0], "timers.target.wants": units.NAMES[1]}
+
+
+def test_exposure(analyze: str, tmp_path: Path) -> None:
+    unit = tmp_path / units.NAMES[0]
+    unit.write_text(units.text(unit.name))
+    command = [analyze, "security", "--offline=yes", f"--threshold={_EXPOSURE}", "--json=short", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, [row["name"] for row in json.loads(done.stdout) if row["exposure"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "word"), [("/usr/bin/python3", '"/usr/bin/python3"'), ('/a b/"%i$x\\', '"/a b/\\"%%i$$x\\\\"')]
+)
+def test_words_of_commands(path: str, word: str) -> None:
+    assert units.quoted(path) == word
+
+
+def test_it_is_this_python() -> None:
+    assert f"ExecStart={units.quoted(sys.executable)} -m sevhop.cli recover\n" in units.text(units.NAMES[0])
