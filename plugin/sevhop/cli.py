@@ -198,6 +198,20 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _say(text: object) -> None:
+    """Print. Much of it are words of a QEMU or its guest, and a terminal does what control characters tell it."""
+    print("\n".join(map(_printable, str(text).split("\n"))), flush=True)
+
+
+def _complain(text: str) -> None:
+    """Say what is wrong, in one line."""
+    print(f"sevhop: {_printable(text)}", file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 # -- sevhop hop ------------------------------------------------------------------------------------
 
 
@@ -222,9 +236,9 @@ def _hop(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(hop.report.as_json()))
     elif error is None:
-        print(_summary(hop.report))
+        _say(_summary(hop.report))
     if error is not None and not options.json:
-        print(f"sevhop: {hop.report.guest or options.source}: {error}; {_STATE_OF_GUEST[status]}", file=sys.stderr)
+        _complain(f"{hop.report.guest or options.source}: {error}; {_STATE_OF_GUEST[status]}")
     return status
 
 
@@ -265,7 +279,7 @@ def _summary(report: Report) -> str:
 def _need_libvirt() -> None:
     """Its Python package is optional, since hops outside libvirt do without."""
     if importlib.util.find_spec("libvirt") is None:
-        print("sevhop: libvirt's Python package is missing: pip install 'sevhop[libvirt]'", file=sys.stderr)
+        _complain("libvirt's Python package is missing: pip install 'sevhop[libvirt]'")
         raise SystemExit(EXIT_REFUSED)
 
 
@@ -285,9 +299,9 @@ def _upgrade(options: argparse.Namespace) -> int:
         if options.json:
             return
         if error is None:
-            print(hop.summary(), flush=True)
+            _say(hop.summary())
         else:
-            print(f"sevhop: {hop.report.guest}: {error}; {_STATE_OF_GUEST[status]}", file=sys.stderr)
+            _complain(f"{hop.report.guest}: {error}; {_STATE_OF_GUEST[status]}")
 
     try:
         names = asyncio.run(_chosen(options)) if not options.domains else options.domains
@@ -312,9 +326,9 @@ def _upgrade(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"domains": [hop.as_json() for hop in hops.upgrades]}))
     elif not names:
-        print(f"no domain is {'outdated' if options.outdated else 'active'}")
+        _say(f"no domain is {'outdated' if options.outdated else 'active'}")
     elif len(names) > 1:
-        print(hops.summary())
+        _say(hops.summary())
     return worst
 
 
@@ -331,7 +345,7 @@ def _no_domains(options: argparse.Namespace, error: SevhopError) -> int:
     if options.json:
         print(json.dumps({"domains": [], "reason": str(error)}))
     else:
-        print(f"sevhop: {error}; nothing was touched", file=sys.stderr)
+        _complain(f"{error}; nothing was touched")
     return EXIT_REFUSED
 
 
@@ -350,7 +364,7 @@ def _status(options: argparse.Namespace) -> int:
         print(json.dumps({"domains": [row.as_json() for row in rows]}))
     else:
         for row in rows:
-            print(row)
+            _say(row)
     return EXIT_DONE
 
 
@@ -366,9 +380,9 @@ def _recover(options: argparse.Namespace) -> int:
         print(json.dumps({"guests": [one.as_json() for one in found]}))
     else:
         for one in found:
-            print(one)
+            _say(one)
         if not found:
-            print("nothing was broken off")
+            _say("nothing was broken off")
     return max((_EXIT_OF_RECOVERY.get(one.end, EXIT_DONE) for one in found), default=EXIT_DONE)
 
 
@@ -383,9 +397,9 @@ def _install(_: argparse.Namespace) -> int:
         paths = installation.install()
         asyncio.run(installation.see_that_it_is_called())
     except SevhopError as err:
-        print(f"sevhop: {err}", file=sys.stderr)
+        _complain(str(err))
         return EXIT_REFUSED
-    print(f"installed {', '.join(map(str, paths))}; libvirt calls the hook")
+    _say(f"installed {', '.join(map(str, paths))}; libvirt calls the hook")
     return EXIT_DONE
 
 
@@ -396,9 +410,9 @@ def _uninstall(_: argparse.Namespace) -> int:
     try:
         removed = installation.uninstall()
     except SevhopError as err:
-        print(f"sevhop: {err}", file=sys.stderr)
+        _complain(str(err))
         return EXIT_REFUSED
-    print("removed" if removed else "it was not installed")
+    _say("removed" if removed else "it was not installed")
     return EXIT_DONE
 
 
@@ -412,13 +426,13 @@ def _check(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(failed("monitor", err.message, err.hint).as_json()))
         else:
-            print(f"sevhop: {err}; nothing was touched", file=sys.stderr)
+            _complain(f"{err}; nothing was touched")
         return EXIT_REFUSED
     if options.json:
         print(json.dumps(tree.as_json()))
     else:
         for depth, finding in tree.walk():
-            print(_line(depth, finding))
+            _say(_line(depth, finding))
     return EXIT_REFUSED if tree.failures() else EXIT_DONE
 
 

@@ -26,6 +26,7 @@ END = {"source": "old", "destination": "new"}
 COLUMNS = {
     "command": "command killed",
     "source": "source killed",
+    "keeper": "keeper killed",
     "daemon": "libvirtd killed",
     "error": "step refused",
     "silence": "no answer",
@@ -102,3 +103,12 @@ def test_the_source_is_killed(
     """Once its state is saved it is not needed any more."""
     assert break_off(daemon, guest, new, point, "source") == 0
     note(fault_table, daemon, guest, point, "source", old)
+
+
+@pytest.mark.parametrize("point", some_of((*IN_THE_SOURCE[1:], *HELD, *RUNNING[:-1])))
+def test_the_keeper_is_killed(
+    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
+) -> None:
+    """Its guardian starts the next one, and nobody notices."""
+    assert break_off(daemon, guest, new, point, "keeper") == 0
+    note(fault_table, daemon, guest, point, "keeper", old)

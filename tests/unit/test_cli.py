@@ -7,6 +7,7 @@ import json
 
 import pytest
 from sevhop import cli
+from sevhop_qmp.errors import SevhopError
 
 LIBVIRT = (["upgrade", "web"], ["check", "web"], ["status"], ["install"], ["uninstall"])
 WRONG: tuple[list[str], ...] = (
@@ -50,3 +51,17 @@ def test_no_daemon_answers(words: list[str], capsys: pytest.CaptureFixture[str])
     assert cli.main([*words, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert "nonexistent" in json.dumps(answer)
+
+
+def test_words_of_others_cannot_speak_to_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise SevhopError("QEMU says \x1b[2J\r\nsevhop: all is well\x9b \udcff ü")
+
+    monkeypatch.setattr(cli, "_examine", refuse)
+    assert cli.main(["check", "--qmp", "/nonexistent"]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "sevhop: QEMU says \\x1b[2J\\r\\nsevhop: all is well\\x9b \\udcff ü; nothing was touched\n"
+    )
