@@ -40,6 +40,8 @@ VERSION = 1
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ROOM = 64 << 10
+#: No kernel has as many.
+_MOST_PIDS = 1 << 31
 _SUFFIX = ".journal"
 
 
@@ -61,6 +63,11 @@ class Process:
 
     pid: int
     started: int
+
+    def __post_init__(self) -> None:
+        """:raises ValueError: there can be no such process."""
+        if not (isinstance(self.pid, int) and isinstance(self.started, int) and 0 < self.pid < _MOST_PIDS):
+            raise ValueError(f"{self.pid!r}, started at {self.started!r}, is no process")
 
     @classmethod
     def of(cls, process: QemuProcess) -> Self:
@@ -123,6 +130,13 @@ class Entry:
     command: int = field(default_factory=os.getpid)
     boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())
 
+    def __post_init__(self) -> None:
+        """:raises ValueError: a fact is none."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if not isinstance(value, _TYPES[one.type]) or (isinstance(value, str) and "\0" in value):
+                raise ValueError(f"{one.name} cannot be {value!r}")
+
     @property
     def key(self) -> str:
         """What tells this guest from all others, as a file name."""
@@ -147,6 +161,17 @@ class Entry:
         except (TypeError, ValueError) as err:
             raise JournalError(f"the journal says something unknown: {err}") from err
         return new
+
+
+#: By annotation.
+_TYPES: dict[Any, Any] = {
+    "str": str,
+    "bool": bool,
+    "int": int,
+    "dict[str, Any]": dict,
+    "Process": Process,
+    "Process | None": Process | None,
+}
 
 
 class Journal:
