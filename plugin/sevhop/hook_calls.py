@@ -40,6 +40,8 @@ Answer = Callable[[socket.socket, str], Awaitable[str]]
 async def listen(listener: socket.socket, answer: Answer) -> None:
     """Serve calls at a socket until cancelled. They come from root: from the hook that libvirt runs."""
     loop = asyncio.get_running_loop()
+    # The first thread takes some milliseconds, most of them for imports; the guest is not to wait for that.
+    await asyncio.to_thread(os.getpid)
     calls: set[asyncio.Task[None]] = set()
     while True:
         sock, _ = await loop.sock_accept(listener)
