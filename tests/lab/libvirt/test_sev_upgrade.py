@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from guests import emulators, real_mode
 from guests.daemon import Daemon, Description, DomainGuest
+from guests.running import wait_until
 
 from ...libvirt import dying
 from ..contract.sev import contexts
@@ -74,6 +75,13 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
     report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
     assert (report["status"], report["outcome"]) == (3, "undone"), report["reason"]
     arrived(daemon, guest, old)
+
+    # Its encrypted firmware cannot be had again in other pages: what would be a reboot switches it off.
+    daemon.virsh("reset", guest.name)
+    wait_until(lambda: guest.state == "shut off", 60, "the guest switches itself off")
+    assert contexts() == []
+    daemon.virsh("start", guest.name)
+    guest.wait_for_ticks()
 
 
 def test_the_keeper_dies_around_the_move(daemon: Daemon, guest: DomainGuest, tmp_path: Path) -> None:
