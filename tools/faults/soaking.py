@@ -1,14 +1,14 @@
 """
 What ``tools/soak`` runs: a guest that works, hopping to and fro between two QEMUs, with faults at random points.
 
-The guest writes its disk, pings and checks its memory, and counts; see :mod:`guests.judge`. After every hop, broken off
-or not, ``sevhop recover`` runs, and the guest must go on in exactly one QEMU. A fault that ends any guest, since it
-kills the QEMU that has it, is not chosen.
+After every hop, broken off or not, ``sevhop recover`` runs, and the guest must go on in exactly one QEMU; see
+:mod:`.soaked_guests`. What hops keep on the host is kept in file systems of this process's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -18,30 +18,32 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from guests import emulators, linux
-from guests.machine import Machine
-from guests.running import Guest, GuestFailed, processes_of
+from guests import emulators
+from guests.judge import Verdict
+from guests.running import GuestFailed
 from sevhop import journal
 from sevhop.run_directory import RUN
 
-from .broken_hop import BEFORE_THE_STATE_IS_SAVED, RUNNING, SAVED
+from .soaked_guests import Bare, Domain, SoakedGuest
 
-_POINTS = (*BEFORE_THE_STATE_IS_SAVED, *SAVED, *RUNNING)
+_CLONE_NEWNS = 0x00020000
 #: Ticks that the guest must count on after each hop.
 _TICKS = 2
+#: Descriptors more than in the beginning that are no leak: a connection of ours may be just being closed.
+_DESCRIPTORS = 2
+#: How much a daemon may grow, once it has had time to fill its caches: it is C that allocates and frees.
+_GROWTH = 1.25
+#: Hops that give it that time.
+_WARM = 20
 
 
-def faults() -> list[tuple[str, str]]:
-    """All (point, fault) that a guest survives."""
-    found = [(point, "command") for point in _POINTS]
-    found += [(point, "destination") for point in (*BEFORE_THE_STATE_IS_SAVED, *SAVED)]
-    found += [(point, "source") for point in (*SAVED, *RUNNING)]
-    found += [(point, fault) for point in _POINTS if point.startswith("before ") for fault in ("error", "silence")]
-    return found
+class SoakFailed(Exception):
+    """A guest did not come out of a hop, or something was left behind."""
 
 
 @dataclass
@@ -49,32 +51,29 @@ class Soaked:
     """
     What has come of it.
 
+    :ivar verdict: what the guest says.
     :ivar steps: faults by point and kind.
-    :ivar ends: hops by exit status of the command; -9 is a command that was killed.
+    :ivar ends: hops by exit status of the command; -9 and 137 are a command that was killed.
     :ivar leaks: what was left behind or has grown, in words.
+    :ivar daemon_kib: memory of the libvirt daemon, when it was warm and at the end; a restarted one begins anew.
     """
 
     path: str
     seed: int
     hops: int = 0
     faults: int = 0
-    ticks: int = 0
-    ticks_lost: int = 0
-    ticks_repeated: int = 0
-    disk_errors: int = 0
-    memory_errors: int = 0
-    network_errors: int = 0
     seconds: float = 0.0
+    verdict: Verdict = field(default_factory=Verdict)
     steps: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     leaks: list[str] = field(default_factory=list)
+    daemon_kib: list[int] = field(default_factory=list)
     failure: str = ""
 
     @property
     def good(self) -> bool:
         """Whether nothing was lost and nothing was left."""
-        harm = self.ticks_lost + self.ticks_repeated + self.disk_errors + self.memory_errors + self.network_errors
-        return not (harm or self.leaks or self.failure)
+        return self.verdict.unharmed and not (self.leaks or self.failure)
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -83,23 +82,31 @@ class Soaked:
             "seed": self.seed,
             "hops": self.hops,
             "faults": self.faults,
-            "ticks": self.ticks,
-            "ticks_lost": self.ticks_lost,
-            "ticks_repeated": self.ticks_repeated,
-            "disk_errors": self.disk_errors,
-            "memory_errors": self.memory_errors,
-            "network_errors": self.network_errors,
+            **self._counts(),
             "leaks": self.leaks,
             "failure": self.failure,
             "seconds": round(self.seconds),
+            "daemon_kib": self.daemon_kib,
             "ends": dict(sorted(self.ends.items())),
             "steps": dict(sorted(self.steps.items())),
         }
 
+    def _counts(self) -> dict[str, int]:
+        verdict = self.verdict
+        return {
+            "ticks": verdict.ticks,
+            "ticks_lost": verdict.ticks_lost,
+            "ticks_repeated": verdict.ticks_repeated + verdict.restarts,
+            "disk_errors": verdict.disk_errors,
+            "memory_errors": verdict.memory_errors,
+            "network_errors": verdict.network_errors,
+        }
+
     def __str__(self) -> str:
-        harm = f"ticks lost {self.ticks_lost}, repeated {self.ticks_repeated}, disk errors {self.disk_errors}, "
-        harm += f"memory errors {self.memory_errors}, network errors {self.network_errors}, leaks {len(self.leaks)}"
-        lines = [f"{self.path}, seed {self.seed}: {self.hops} hops, {self.faults} faults, {self.ticks} ticks; {harm}"]
+        counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self._counts().items())
+        head = f"{self.path}, seed {self.seed}: {self.hops} hops, {self.faults} faults in {self.seconds:.0f} s"
+        lines = [f"{head}; {counts}, leaks {len(self.leaks)}"]
+        lines += [f"  {count:5} exit status {status}" for status, count in sorted(self.ends.items())]
         lines += [f"  {count:5} {step}" for step, count in sorted(self.steps.items())]
         lines += [f"leak: {leak}" for leak in self.leaks] + ([f"failed: {self.failure}"] if self.failure else [])
         return "\n".join(lines)
@@ -113,13 +120,14 @@ def say(text: str) -> None:
 class Soak:
     """Hops of one guest."""
 
-    def __init__(self, soaked: Soaked, guest: Guest, share: float, old: Path, new: Path) -> None:
+    def __init__(self, soaked: Soaked, guest: SoakedGuest, share: float, old: Path, new: Path) -> None:
         self._soaked = soaked
         self._guest = guest
         self._random = random.Random(soaked.seed)
         self._share = share
         self._emulators = {old.resolve(): new, new.resolve(): old}
         self._descriptors: dict[Path, int] = {}
+        self._daemon = (0, 0)
 
     def hop(self) -> None:
         """
@@ -130,42 +138,62 @@ class Soak:
         soaked, guest = self._soaked, self._guest
         point, fault = ("phase check", "none")
         if self._random.random() < self._share:
-            point, fault = self._random.choice(faults())
+            point, fault = self._random.choice(guest.faults())
             soaked.faults += 1
             soaked.steps[f"{fault} {point}"] += 1
-        emulator = self._emulators[Path(os.readlink(f"/proc/{guest.pid}/exe"))]
-        command = [sys.executable, "-m", "faults.broken_hop", str(guest.machine.monitor), str(emulator), point, fault]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        (pid,) = guest.qemus()
+        done = guest.hop(self._emulators[_program(pid)], point, fault)
         soaked.hops += 1
         soaked.ends[str(done.returncode)] += 1
-        recovered = subprocess.run(
-            [sys.executable, "-m", "sevhop.cli", "recover"], capture_output=True, text=True, timeout=600, check=False
-        )
+        recovered = guest.recover()
         what = f"hop {soaked.hops} ({fault} at {point}): {done.stdout.strip()} {done.stderr.strip()[-500:]}"
         if recovered.returncode or (fault == "none" and done.returncode):
             raise SoakFailed(f"{what}; recover: {recovered.stdout.strip()} {recovered.stderr.strip()[-500:]}")
-        if len(processes_of(guest.machine.directory)) != 1:
-            raise SoakFailed(f"{what}: processes {processes_of(guest.machine.directory)}")
+        if len(pids := guest.qemus()) != 1:
+            raise SoakFailed(f"{what}: processes {pids}")
         try:
             guest.wait_for_ticks(_TICKS)
+            left = guest.left_over()
         except GuestFailed as err:
             raise SoakFailed(f"{what}: {err}") from err
-        self._look_for_leaks()
+        if left:
+            raise SoakFailed(f"{what}: left behind: {', '.join(left)}")
+        self._look_for_growth(pids[0])
 
-    def _look_for_leaks(self) -> None:
-        left = [str(path) for path in (*journal.journals(), *(RUN.iterdir() if RUN.exists() else ()))]
-        if left := [path for path in left if not path.endswith("/domains")]:
-            raise SoakFailed(f"left behind: {', '.join(left)}")
-        pid = self._guest.pid
-        count = len(os.listdir(f"/proc/{pid}/fd"))
-        first = self._descriptors.setdefault(Path(os.readlink(f"/proc/{pid}/exe")), count)
-        # A connection of ours may be just being closed.
-        if count > first + 2:
-            self._soaked.leaks.append(f"hop {self._soaked.hops}: {count} descriptors in QEMU, {first} in the beginning")
+    def _look_for_growth(self, qemu: int) -> None:
+        count = _descriptors(qemu)
+        first = self._descriptors.setdefault(_program(qemu), count)
+        if count > first + _DESCRIPTORS:
+            self._leak(f"{count} descriptors in QEMU, {first} in the beginning")
+        daemon = self._guest.daemon()
+        if daemon is None:
+            return
+        if daemon != self._daemon[0]:
+            self._daemon = (daemon, self._soaked.hops + _WARM)
+        elif self._soaked.hops == self._daemon[1]:
+            self._soaked.daemon_kib = [_kib(daemon), _kib(daemon)]
+        elif self._soaked.hops > self._daemon[1]:
+            self._soaked.daemon_kib[1] = _kib(daemon)
+            before, now = self._soaked.daemon_kib
+            if now > before * _GROWTH:
+                self._leak(f"the daemon has grown from {before} to {now} KiB")
+
+    def _leak(self, text: str) -> None:
+        self._soaked.leaks.append(f"hop {self._soaked.hops}: {text}")
 
 
-class SoakFailed(Exception):
-    """A guest did not come out of a hop, or something was left behind."""
+def _program(pid: int) -> Path:
+    return Path(os.readlink(f"/proc/{pid}/exe"))
+
+
+def _descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def _kib(pid: int) -> int:
+    """Resident memory."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0])
 
 
 def soak(soaked: Soaked, hops: int, minutes: float, share: float) -> None:
@@ -174,8 +202,9 @@ def soak(soaked: Soaked, hops: int, minutes: float, share: float) -> None:
     began = time.monotonic()
     shm = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="sevhop-soak-") as scratch:
-        machine = linux.on(Machine(Path(scratch, "guest"), rich=True))
-        with Guest.start(machine, old) as guest:
+        starting: AbstractContextManager[SoakedGuest]
+        starting = Domain.start(old) if soaked.path == "libvirt" else Bare.start(Path(scratch, "guest"), old)
+        with starting as guest:
             guest.wait_for_ticks(_TICKS)
             run = Soak(soaked, guest, share, old, new)
             try:
@@ -187,19 +216,23 @@ def soak(soaked: Soaked, hops: int, minutes: float, share: float) -> None:
                 soaked.failure = str(err)
                 say(soaked.failure)
             try:
-                verdict = guest.stop()  # looks into the disk, too
+                soaked.verdict = guest.stop()  # looks into the disk, too
             except GuestFailed as err:
                 soaked.failure = soaked.failure or str(err)
-                verdict = guest.seen()
-        soaked.ticks, soaked.ticks_lost, soaked.ticks_repeated = (
-            verdict.ticks,
-            verdict.ticks_lost,
-            verdict.ticks_repeated + verdict.restarts,
-        )
-        soaked.disk_errors, soaked.memory_errors = verdict.disk_errors, verdict.memory_errors
-        soaked.network_errors = verdict.network_errors
+                soaked.verdict = guest.seen()
     soaked.leaks += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shm]
     soaked.seconds = time.monotonic() - began
+
+
+def _own_file_systems() -> None:
+    """The hops of others on this host are not ours to recover, nor the other way round."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "no mount namespace can be had")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    for path in (RUN, journal.DIRECTORY.parent):
+        path.mkdir(mode=0o700, exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", path], check=True)
 
 
 def main() -> int:
@@ -208,13 +241,17 @@ def main() -> int:
     parser.add_argument("--hops", type=int, default=1000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), metavar="S", help="of all choices")
     parser.add_argument(
+        "--path", choices=("bare", "libvirt"), default="bare", help="without libvirt, or of a domain (default: bare)"
+    )
+    parser.add_argument(
         "--faults", type=float, default=0.5, metavar="SHARE", help="of hops that get a fault (default: %(default)s)"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop then, at the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    soaked = Soaked("bare", options.seed)
+    soaked = Soaked(options.path, options.seed)
     say(f"seed {soaked.seed}")
+    _own_file_systems()
     soak(soaked, options.hops, options.minutes, options.faults)
     print(json.dumps(soaked.as_json()) if options.json else soaked)
     return 0 if soaked.good else 1

@@ -57,12 +57,21 @@ def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None
 
 def processes_of(directory: Path) -> list[int]:
     """The pids of the processes that have a directory, or a file in it, on their command line (zombies do not)."""
-    mentions = re.compile(re.escape(os.fsencode(directory)) + rb"(/|\0|,|$)")
+    return _processes_with(re.escape(os.fsencode(directory)) + rb"(/|\0|,|$)")
+
+
+def processes_of_domain(name: str) -> list[int]:
+    """The pids of the processes that run a domain of this name, in whatever namespace."""
+    return _processes_with(rb"\0guest=" + re.escape(os.fsencode(name)) + rb"[,\0]")
+
+
+def _processes_with(words: bytes) -> list[int]:
+    """By what is on their command lines."""
     found = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
-                if mentions.search(Path(entry.path, "cmdline").read_bytes()):
+                if re.search(words, Path(entry.path, "cmdline").read_bytes()):
                     found.append(int(entry.name))
     return found
 

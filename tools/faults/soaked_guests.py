@@ -1,0 +1,226 @@
+"""
+The guests that ``tools/soak`` hops: one outside libvirt, and a domain. Each works: it writes its disk, pings, checks
+its memory, and counts. What they have in common is what :mod:`.soaking` needs of a guest.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from guests import linux
+from guests.daemon import Daemon, Description, DomainGuest
+from guests.judge import Verdict
+from guests.machine import Machine
+from guests.running import Guest, processes_of, processes_of_domain, wait_until
+from sevhop import journal
+from sevhop.run_directory import RUN
+
+from . import broken_hop, broken_upgrade
+
+Done: TypeAlias = subprocess.CompletedProcess[str]
+
+_TIMEOUT = 600
+_MEMORY_MIB = 256
+_NAME = f"soaked-{os.getpid()}"
+_TOOLS = Path(__file__).parents[1]
+
+
+class SoakedGuest(ABC):
+    """One that can be hopped, and be looked at from all sides."""
+
+    @staticmethod
+    @abstractmethod
+    def faults() -> list[tuple[str, str]]:
+        """All (point, fault) that a guest survives. One that kills the QEMU that has the guest is none of them."""
+
+    @abstractmethod
+    def hop(self, emulator: Path, point: str, fault: str) -> Done:
+        """Hop, with a fault."""
+
+    @abstractmethod
+    def recover(self) -> Done:
+        """``sevhop recover``."""
+
+    @abstractmethod
+    def qemus(self) -> list[int]:
+        """The processes that may be running it."""
+
+    @abstractmethod
+    def wait_for_ticks(self, more: int) -> None:
+        """Wait until it has counted on."""
+
+    @abstractmethod
+    def seen(self) -> Verdict:
+        """What it says so far."""
+
+    @abstractmethod
+    def stop(self) -> Verdict:
+        """End it; what is said of it then."""
+
+    @abstractmethod
+    def left_over(self) -> list[str]:
+        """What hops have left behind."""
+
+    @abstractmethod
+    def daemon(self) -> int | None:
+        """The pid of the daemon that it depends on."""
+
+
+class Bare(SoakedGuest):
+    """A guest outside libvirt."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    @classmethod
+    @contextmanager
+    def start(cls, directory: Path, emulator: Path) -> Iterator[Bare]:
+        """Start one."""
+        with Guest.start(linux.on(Machine(directory, rich=True)), emulator) as guest:
+            yield cls(guest)
+
+    @staticmethod
+    def faults() -> list[tuple[str, str]]:
+        """See :class:`SoakedGuest`."""
+        in_the_source = (*broken_hop.BEFORE_THE_STATE_IS_SAVED, *broken_hop.SAVED)
+        in_the_destination = (*broken_hop.SAVED, *broken_hop.RUNNING)
+        points = (*broken_hop.BEFORE_THE_STATE_IS_SAVED, *in_the_destination)
+        return [
+            *((point, "command") for point in points),
+            *((point, "destination") for point in in_the_source),
+            *((point, "source") for point in in_the_destination),
+            *_refusals(points, "error", "silence"),
+        ]
+
+    def hop(self, emulator: Path, point: str, fault: str) -> Done:
+        """See :class:`SoakedGuest`."""
+        return _run("-m", broken_hop.__name__, self._guest.machine.monitor, emulator, point, fault)
+
+    def recover(self) -> Done:
+        """See :class:`SoakedGuest`."""
+        return _run("-m", "sevhop.cli", "recover")
+
+    def qemus(self) -> list[int]:
+        """See :class:`SoakedGuest`."""
+        return processes_of(self._guest.machine.directory)
+
+    def wait_for_ticks(self, more: int) -> None:
+        """See :class:`SoakedGuest`."""
+        self._guest.wait_for_ticks(more)
+
+    def seen(self) -> Verdict:
+        """See :class:`SoakedGuest`."""
+        return self._guest.seen()
+
+    def stop(self) -> Verdict:
+        """See :class:`SoakedGuest`."""
+        return self._guest.stop()
+
+    def left_over(self) -> list[str]:
+        """See :class:`SoakedGuest`."""
+        left = [str(path) for path in (*journal.journals(), *(RUN.iterdir() if RUN.exists() else ()))]
+        return [path for path in left if not path.endswith("/domains")]
+
+    def daemon(self) -> int | None:
+        """See :class:`SoakedGuest`."""
+        return None
+
+
+class Domain(SoakedGuest):
+    """A domain of a libvirt daemon that has no other."""
+
+    def __init__(self, guest: DomainGuest) -> None:
+        self._guest = guest
+
+    @classmethod
+    @contextmanager
+    def start(cls, emulator: Path) -> Iterator[Domain]:
+        """Start a daemon and a domain in it."""
+        daemon = Daemon.start()
+        try:
+            done = daemon.sevhop("install")
+            assert done.returncode == 0, done.stderr
+            images = linux.images()
+            description = Description(_NAME, emulator, "tcg", memory_mib=_MEMORY_MIB, linux=images)
+            yield cls(DomainGuest.start(daemon, description))
+        finally:
+            daemon.stop()
+
+    @staticmethod
+    def faults() -> list[tuple[str, str]]:
+        """See :class:`SoakedGuest`."""
+        held = (*broken_upgrade.IN_THE_SOURCE, *broken_upgrade.HELD)
+        saved = (*broken_upgrade.HELD, *broken_upgrade.RUNNING)
+        points = (*broken_upgrade.IN_THE_SOURCE, *saved)
+        return [
+            *((point, "command") for point in points),
+            *((point, "keeper") for point in held[1:]),
+            *((point, "source") for point in saved),
+            *_refusals(points, "daemon", "error", "silence"),
+        ]
+
+    def hop(self, emulator: Path, point: str, fault: str) -> Done:
+        """See :class:`SoakedGuest`."""
+        program = ["env", f"PYTHONPATH={_TOOLS}", sys.executable, "-m", broken_upgrade.__name__]
+        done = self._guest.daemon.run(*program, self._guest.name, emulator, point, fault)
+        if fault == "daemon":
+            self._guest.daemon.wait_until_it_answers()
+        return done
+
+    def recover(self) -> Done:
+        """See :class:`SoakedGuest`."""
+        return self._guest.daemon.sevhop("recover")
+
+    def qemus(self) -> list[int]:
+        """See :class:`SoakedGuest`."""
+        return processes_of_domain(_NAME)
+
+    def wait_for_ticks(self, more: int) -> None:
+        """See :class:`SoakedGuest`."""
+        self._guest.wait_for_ticks(more)
+
+    def seen(self) -> Verdict:
+        """See :class:`SoakedGuest`."""
+        return self._guest.seen()
+
+    def stop(self) -> Verdict:
+        """See :class:`SoakedGuest`."""
+        self._guest.daemon.virsh("shutdown", self._guest.name)
+        wait_until(lambda: self._guest.state == "shut off", 120, "the guest switches itself off")
+        return self._guest.judge()
+
+    def left_over(self) -> list[str]:
+        """See :class:`SoakedGuest`."""
+        wait_until(lambda: not self._keepers(), 30, "the keeper ends")
+        return self._guest.daemon.left_over()
+
+    def _keepers(self) -> list[int]:
+        return [pid for pid in self._guest.daemon.processes() if _name(pid).startswith("sevhop")]
+
+    def daemon(self) -> int | None:
+        """See :class:`SoakedGuest`."""
+        return self._guest.daemon.pid_of_libvirtd
+
+
+def _refusals(points: tuple[str, ...], *faults: str) -> list[tuple[str, str]]:
+    return [(point, fault) for point in points if point.startswith("before ") for fault in faults]
+
+
+def _run(*words: str | Path) -> Done:
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+    )
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
