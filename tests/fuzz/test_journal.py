@@ -63,7 +63,10 @@ def test_any_bytes(content: bytes) -> None:
         assert_usable(entry)
 
 
-@fuzzed(first=st.dictionaries(names, json_values, max_size=3), then=st.lists(st.dictionaries(names, json_values)))
+facts = st.dictionaries(names, json_values, max_size=3)
+
+
+@fuzzed(first=facts, then=st.lists(facts, max_size=2))
 def test_any_facts(first: dict[str, Any], then: list[dict[str, Any]]) -> None:
     lines = [ENTRY | first, *then]
     if (entry := read(b"".join(json.dumps(line).encode() + b"\n" for line in lines))) is not None:
