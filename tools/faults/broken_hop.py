@@ -20,7 +20,8 @@ from sevhop_qmp.monitor import Monitor
 
 from .fault import Fault, patched, run
 
-#: While these points are passed, all that there is of the guest is in the source.
+#: While these points are passed, all that there is of the guest is in the source. At the last one its private RAM blocks
+#: may still be being read.
 BEFORE_THE_STATE_IS_SAVED = (
     "phase hold",
     "phase prepare",
@@ -35,10 +36,10 @@ BEFORE_THE_STATE_IS_SAVED = (
     "after x-sev-adopt-ram 0",
     "phase save",
     "before xen-save-devices-state 0",
+    "after xen-save-devices-state 0",
 )
 #: And from here on in the destination, too.
 SAVED = (
-    "after xen-save-devices-state 0",
     "phase load",
     "before query-status 3",
     "phase commit",
