@@ -110,9 +110,9 @@ def test_the_destination_is_killed_with_the_guest(
     fault_table.add(PATH, point, COLUMNS["destination"], Cell("*ended with its QEMU*", 0, 0))
 
 
-@pytest.mark.parametrize("point", some_of(BEFORE_THE_STATE_IS_SAVED))
+@pytest.mark.parametrize("point", some_of(BEFORE_THE_STATE_IS_SAVED[:-1]))
 def test_the_source_is_killed_with_the_guest(point: str, guest: Guest, new: Path, fault_table: FaultTable) -> None:
-    """Likewise."""
+    """Likewise. (At the last point it is a matter of a millisecond whether everything has been read.)"""
     assert break_off(guest, new, point, "source") == 5
     assert recover() == {"guests": [], "status": 0}
     assert processes_of(guest.machine.directory) == []

@@ -20,8 +20,8 @@ from sevhop_qmp.monitor import Monitor
 
 from .fault import Fault, patched, run
 
-#: While these points are passed, all that there is of the guest is in the source. At the last one its private RAM blocks
-#: may still be being read.
+#: While these points are passed, all that there is of the guest is in the source. At the last one its private RAM
+#: blocks may still be being read.
 BEFORE_THE_STATE_IS_SAVED = (
     "phase hold",
     "phase prepare",
