@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from faults.table import FaultTable
+from faults.table import Cell, FaultTable
 from guests import counter, emulators
 from guests.build import Unavailable
 from guests.machine import Accelerator, Machine
@@ -16,7 +17,28 @@ from guests.running import Guest, GuestFailed
 TESTS = Path(__file__).parent
 
 
-_FAULTS = pytest.StashKey[FaultTable]()
+#: Notes the end of a guest: path, step, fault, and what it came to.
+NoteFault = Callable[[str, str, str, Cell], None]
+
+_FAULT = "fault"
+
+
+class _Faults:
+    """Gathers what tests have noted from their reports, which may come from the lab."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._table = FaultTable()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            for name, noted in report.user_properties:
+                if name == _FAULT:
+                    path, step, fault, *cell = cast(list[Any], noted)
+                    self._table.add(path, step, fault, Cell(*cell))
+
+    def pytest_sessionfinish(self) -> None:
+        self._table.write(self._file)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,18 +46,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_FAULTS] = FaultTable()
+    if file := config.getoption("--fault-table"):
+        config.pluginmanager.register(_Faults(file))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if file := session.config.getoption("--fault-table"):
-        session.config.stash[_FAULTS].write(file)
+@pytest.fixture
+def note_fault(record_property: Callable[[str, object], None]) -> NoteFault:
+    """For tests of faults, to note what they have seen."""
 
+    def note(path: str, step: str, fault: str, cell: Cell) -> None:
+        record_property(_FAULT, [path, step, fault, *astuple(cell)])
 
-@pytest.fixture(scope="session")
-def fault_table(request: pytest.FixtureRequest) -> FaultTable:
-    """Where tests of faults note what they have seen."""
-    return request.config.stash[_FAULTS]
+    return note
 
 
 def some_of(points: Sequence[str]) -> list[Any]:

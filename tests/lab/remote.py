@@ -32,7 +32,9 @@ class Remote:
         self._kept: dict[str, list[pytest.TestReport]] = {}
         self._finished: set[str] = set()
         self._said: deque[str] = deque(maxlen=100)
-        inner = ("env", f"{self.REPORTS}=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        inner = ["env", f"{self.REPORTS}=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        # Tests that run only if their marker is asked for.
+        inner += [f"-m={config.option.markexpr}", *tests]
         self._process = subprocess.Popen(
             [RUN, "--kernel", kernel, "--timeout", str(TIME_LIMIT), "--show", sys.prefix, *inner],
             cwd=config.rootpath,

@@ -273,23 +273,6 @@ def test_managed_save_image(daemon: Daemon, start: StartDomain, old: Path) -> No
     assert_as_before(daemon, guest, old)
 
 
-def test_no_room_for_the_image(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    guest = start()
-    guest.wait_for_ticks()
-    pid = guest.pid
-    assert daemon.run("mount", "-t", "tmpfs", "-o", "size=16k,mode=711", "tmpfs", "/run/sevhop").returncode == 0
-    try:
-        report = daemon.upgrade(guest.name, "--emulator", new)
-        assert (report["status"], report["outcome"]) == (3, "undone"), report["reason"]
-        assert report["reason"] == "save: the save image cannot be written: No space left on device"
-        assert guest.pid == pid
-        assert_as_before(daemon, guest, old)
-    finally:
-        assert daemon.run("umount", "/run/sevhop").returncode == 0
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
-    guest.wait_for_ticks()
-
-
 def test_left_overs_of_an_earlier_hop(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """A link that leads nowhere, and a directory without a keeper."""
     guest = start()

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from faults import broken_upgrade
 from faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
-from faults.table import Cell, FaultTable
+from faults.table import Cell
 from guests.daemon import Daemon, DomainGuest
 
-from ..conftest import some_of
+from ..conftest import NoteFault, some_of
 from .conftest import StartDomain
 
 PATH = "A domain of libvirt: `sevhop upgrade`"
@@ -27,6 +27,8 @@ COLUMNS = {
     "command": "command killed",
     "source": "source killed",
     "keeper": "keeper killed",
+    "hook": "hook killed",
+    "room": "disk full",
     "daemon": "libvirtd killed",
     "error": "step refused",
     "silence": "no answer",
@@ -48,12 +50,12 @@ def recover(daemon: Daemon) -> dict[str, Any]:
     return answer | {"status": done.returncode}
 
 
-def note(table: FaultTable, daemon: Daemon, guest: DomainGuest, point: str, fault: str, old: Path) -> None:
+def note(note_fault: NoteFault, daemon: Daemon, guest: DomainGuest, point: str, fault: str, old: Path) -> None:
     """See that the guest runs and lost nothing, that nothing is left, and write that down."""
     assert guest.state == "running"
     verdict = guest.wait_for_ticks()
     end = "source" if guest.emulator() == str(old) else "destination"
-    table.add(PATH, point, COLUMNS[fault], Cell(f"{END[end]} QEMU", verdict.ticks_lost, verdict.ticks_repeated))
+    note_fault(PATH, point, COLUMNS[fault], Cell(f"{END[end]} QEMU", verdict.ticks_lost, verdict.ticks_repeated))
     assert guest.emulator("--inactive") == guest.emulator()
     assert daemon.left_over() == []
 
@@ -68,14 +70,14 @@ def guest(start: StartDomain) -> DomainGuest:
 
 @pytest.mark.parametrize("point", some_of(IN_THE_SOURCE) + some_of((*HELD, *RUNNING)))
 def test_the_command_is_killed(
-    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
+    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     assert break_off(daemon, guest, new, point, "command") in (-signal.SIGKILL, 128 + signal.SIGKILL)
     answer = recover(daemon)
     assert answer["status"] == 0, answer
     (one,) = answer["guests"]
     assert one["end"] == ("source" if point in IN_THE_SOURCE else "destination")
-    note(fault_table, daemon, guest, point, "command", old)
+    note(note_fault, daemon, guest, point, "command", old)
     assert recover(daemon) == {"guests": [], "status": 0}
 
 
@@ -84,7 +86,7 @@ def test_the_command_is_killed(
     "point", some_of([point for point in (*IN_THE_SOURCE, *HELD, *RUNNING) if "before" in point])
 )
 def test_a_step_fails(
-    point: str, fault: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
+    point: str, fault: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     status = break_off(daemon, guest, new, point, fault)
     if fault == "daemon":
@@ -93,22 +95,88 @@ def test_a_step_fails(
     answer = recover(daemon)
     assert answer["status"] == 0, answer
     assert status == 4 or not answer["guests"]
-    note(fault_table, daemon, guest, point, fault, old)
+    note(note_fault, daemon, guest, point, fault, old)
 
 
 @pytest.mark.parametrize("point", some_of((*HELD, *RUNNING)))
 def test_the_source_is_killed(
-    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
+    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """Once its state is saved it is not needed any more."""
     assert break_off(daemon, guest, new, point, "source") == 0
-    note(fault_table, daemon, guest, point, "source", old)
+    note(note_fault, daemon, guest, point, "source", old)
 
 
 @pytest.mark.parametrize("point", some_of((*IN_THE_SOURCE[1:], *HELD, *RUNNING[:-1])))
 def test_the_keeper_is_killed(
-    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, fault_table: FaultTable
+    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """Its guardian starts the next one, and nobody notices."""
     assert break_off(daemon, guest, new, point, "keeper") == 0
-    note(fault_table, daemon, guest, point, "keeper", old)
+    note(note_fault, daemon, guest, point, "keeper", old)
+
+
+HOOK = [
+    f"{when} hook {step}"
+    for step in ("stopped end", "release end", "restore begin", "prepare begin", "start begin", "started begin")
+    for when in ("before", "after")
+]
+
+
+@pytest.mark.parametrize("point", some_of(HOOK))
+def test_the_hook_is_killed(
+    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    """Once, before it has done its work or behind. libvirt takes that for a refusal where it listens to the hook."""
+    when, _, operation, sub = point.split()
+    script, original = daemon.root / "etc/libvirt/hooks/qemu.d/sevhop", daemon.root / "run/original"
+    original.write_text(script.read_text())
+    original.chmod(0o755)
+    text = script.read_text()
+    work = '/run/original "$@"' if when == "after" else ":"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1 $2/$3" = "{guest.name} {operation}/{sub}" ] && rm /run/armed 2>/dev/null'
+        f' || exec /run/original "$@"\n{work}\nkill -9 $$\n'
+    )
+    (daemon.root / "run/armed").touch()
+    try:
+        report = daemon.upgrade(guest.name, "--emulator", new)
+    finally:
+        script.write_text(text)
+        original.unlink()
+    assert not (daemon.root / "run/armed").exists()
+    heard = operation not in ("stopped", "release")
+    assert (report["status"], report["outcome"]) == ((3, "undone") if heard else (0, "done")), report
+    assert recover(daemon) == {"guests": [], "status": 0}
+    note(note_fault, daemon, guest, point, "hook", old)
+
+
+@pytest.mark.parametrize(
+    ("point", "directory", "reason"),
+    [
+        ("phase check", "/var/lib/sevhop", "No space left on device"),
+        ("phase save", "/run/sevhop", "save: the save image cannot be written: No space left on device"),
+    ],
+)
+def test_the_disk_is_full(
+    point: str,
+    directory: str,
+    reason: str,
+    daemon: Daemon,
+    guest: DomainGuest,
+    old: Path,
+    new: Path,
+    note_fault: NoteFault,
+) -> None:
+    pid = guest.pid
+    assert daemon.run("mount", "-t", "tmpfs", "-o", "size=16k,mode=711", "tmpfs", directory).returncode == 0
+    try:
+        report = daemon.upgrade(guest.name, "--emulator", new)
+        assert report["status"] in (1, 3), report
+        assert reason in report["reason"]
+        assert guest.pid == pid
+        note(note_fault, daemon, guest, point, "room", old)
+    finally:
+        assert daemon.run("umount", directory).returncode == 0
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()

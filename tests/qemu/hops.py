@@ -1,4 +1,4 @@
-"""Hops from inside a test: the engine itself, with something that happens when a phase begins."""
+"""Hops from a test: the command, and the engine itself, with something that happens when a phase begins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,17 @@ BEFORE_COMMIT = ("freeze", "share", "save", "load", "commit")
 
 #: Called when a phase begins.
 Mischief = Callable[[Hop], None]
+
+
+def sevhop(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command, as a user calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", "sevhop.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 class Meddler:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,18 +15,7 @@ from guests.running import Guest, wait_until
 from sevhop_qmp.process import QemuProcess
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler, hop
-
-
-def sevhop(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command, as a user calls it."""
-    return subprocess.run(
-        [sys.executable, "-m", "sevhop.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+from .hops import Meddler, hop, sevhop
 
 
 def assert_unharmed(guest: Guest, ticks: int = 10) -> None:

@@ -32,8 +32,8 @@ from sevhop.hop import Hop
 from sevhop_qmp.monitor import Monitor
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import BEFORE_COMMIT, Meddler, Mischief, hang_destination, interrupt, kill_destination, kill_source
-from .test_hop import assert_unharmed, sevhop
+from .hops import BEFORE_COMMIT, Meddler, Mischief, hang_destination, interrupt, kill_destination, kill_source, sevhop
+from .test_hop import assert_unharmed
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """
 The table of faults: at which step of a hop what was killed, and what became of the guest.
 
-Tests of faults fill it in (fixture ``fault_table``); ``pytest --fault-table FILE`` writes it down as Markdown.
+Tests of faults fill it in (fixture ``note_fault``), in the SEV lab as well; ``pytest --fault-table FILE`` writes it
+down as Markdown.
 """
 
 from __future__ import annotations

@@ -1,0 +1,77 @@
+"""
+Hops of SEV guests that are broken off around the commit, and what becomes of the guest and its context.
+
+Before the move the context is the source's; behind it, the destination's, and whoever holds that VM can go on with it.
+All but one run only with the marker ``faults``: each takes half a minute in emulation.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from guests import emulators
+from guests.running import Guest
+
+from ...conftest import NoteFault
+from ...qemu.broken_off import break_off, note, recover
+from ..contract.sev import contexts
+from .conftest import DescribeSev, StartGuest
+
+PATH = "An SEV guest outside libvirt, in the lab"
+BEFORE = ("phase load", "phase commit", "before x-sev-migrate-from 0")
+BEHIND = ("after x-sev-migrate-from 0", "phase resume", "before cont 0")
+RUNNING = ("after cont 0", "phase retire", "before quit 0")
+
+
+@pytest.fixture
+def guest(kernel: str, sev_machine: DescribeSev, start: StartGuest) -> Guest:
+    """A counting SEV guest."""
+    if kernel == "6.1":
+        pytest.skip("what a hop does in which order does not depend on the kernel: once is enough")
+    guest = start(sev_machine())
+    guest.wait_for_ticks(3)
+    return guest
+
+
+def end_of(guest: Guest, note_fault: NoteFault, point: str, fault: str, end: str) -> None:
+    """See that the guest goes on there, with its context."""
+    note(note_fault, PATH, guest, point, fault, end)
+    (context,) = contexts()
+    sev = guest.execute("query-sev")
+    assert (sev["state"], sev["handle"]) == ("running", context.handle)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(point, marks=[] if point == BEHIND[0] else pytest.mark.faults)
+        for point in (*BEFORE, *BEHIND, *RUNNING)
+    ],
+)
+def test_the_command_is_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
+    assert break_off(guest, emulators.emulator(emulators.NEW), point, "command") == -signal.SIGKILL
+    answer = recover()
+    assert answer["status"] == 0, answer
+    (one,) = answer["guests"]
+    assert one["end"] == ("source" if point in BEFORE else "destination")
+    end_of(guest, note_fault, point, "command", one["end"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("point", (*BEFORE, *BEHIND, *RUNNING))
+def test_the_source_is_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
+    """The context is in its VM, which the command holds."""
+    assert break_off(guest, emulators.emulator(emulators.NEW), point, "source") == 0
+    assert recover() == {"guests": [], "status": 0}
+    end_of(guest, note_fault, point, "source", "destination")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("point", (*BEFORE, *BEHIND))
+def test_the_destination_is_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
+    """Behind the move the context is in its VM, which the command holds as well: another QEMU gets it."""
+    before = point in BEFORE
+    assert break_off(guest, emulators.emulator(emulators.NEW), point, "destination") == (3 if before else 0)
+    assert recover() == {"guests": [], "status": 0}
+    end_of(guest, note_fault, point, "destination", "source" if before else "destination")

@@ -1,0 +1,52 @@
+"""Hops outside libvirt that are broken off, with the guest looked at afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from faults import broken_hop
+from faults.table import Cell
+from guests.running import Guest, processes_of
+from sevhop import journal
+
+from ..conftest import NoteFault
+from .hops import sevhop
+
+END = {"source": "old", "destination": "new"}
+COLUMNS = {
+    "command": "command killed",
+    "source": "source killed",
+    "destination": "destination killed",
+    "error": "command refused",
+    "silence": "no answer",
+}
+
+
+def break_off(guest: Guest, emulator: Path, point: str, fault: str) -> int:
+    """Hop with a fault; the exit status of the hop."""
+    command = [sys.executable, "-m", broken_hop.__name__, str(guest.machine.monitor), str(emulator), point, fault]
+    tools = str(Path(broken_hop.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": tools}
+    return subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False).returncode
+
+
+def recover(*names: str) -> dict[str, Any]:
+    """Run ``sevhop recover``; what it says, and its exit status."""
+    done = sevhop("recover", "--json", *names)
+    assert done.stderr == "", done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer | {"status": done.returncode}
+
+
+def note(note_fault: NoteFault, path: str, guest: Guest, point: str, fault: str, end: str) -> None:
+    """See that the guest runs once and lost nothing, and write that down."""
+    assert len(processes_of(guest.machine.directory)) == 1
+    verdict = guest.wait_for_ticks(3)
+    note_fault(path, point, COLUMNS[fault], Cell(f"{END[end]} QEMU", verdict.ticks_lost, verdict.ticks_repeated))
+    assert verdict.unharmed, verdict
+    assert not list(journal.journals())
