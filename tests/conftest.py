@@ -61,9 +61,9 @@ def note_fault(record_property: Callable[[str, object], None]) -> NoteFault:
 
 
 def some_of(points: Sequence[str]) -> list[Any]:
-    """Every third point; the rest of the table of faults takes long, and runs when it is asked for by its marker."""
+    """Every sixth point; the rest of the table of faults takes long, and runs when it is asked for by its marker."""
     rest = pytest.mark.faults
-    return [pytest.param(point, marks=[rest] if number % 3 else []) for number, point in enumerate(points)]
+    return [pytest.param(point, marks=[rest] if number % 6 else []) for number, point in enumerate(points)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guests import counter, emulators, linux
+from guests import counter, emulators
 from guests.judge import judge
 from guests.machine import I440FX, Q35
 from guests.running import Guest
@@ -100,14 +100,3 @@ def test_linux_disk_is_really_judged(old: Path, linux_machine: DescribeLinux, st
     verdict = judge(guest.machine)
     assert verdict.ticks_lost == 2
     assert verdict.disk_errors >= 2  # the guest may have written one more than it said
-
-
-def test_uefi_keeps_variables_over_a_reset(old: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
-    guest = start(linux_machine(uefi=True), old)
-    guest.wait_for_line("UEFI 40")
-    assert linux.uefi_variable(guest.machine.uefi_variables) in (40, 60)
-    guest.execute("system_reset")
-    kept = guest.wait_for_line("UEFI-FOUND")
-    assert kept in ("UEFI-FOUND 40", "UEFI-FOUND 60")
-    verdict = guest.stop()
-    assert verdict.restarts == 1
