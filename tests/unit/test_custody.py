@@ -425,7 +425,7 @@ async def served(custody: Custody, path: Path, uid: int, serve: Any, *peers: tup
 
 def test_control_is_roots_alone(custody: Custody, open_directory: Path) -> None:
     serve = custody.answer_control
-    answers = run(served(custody, open_directory / "s", 0, serve, (NOBODY, "retire"), (0, f"hook x y {UUID}")))
+    answers = run(served(custody, open_directory / "s", 0, serve, (NOBODY, "status"), (0, f"hook x y {UUID}")))
     assert answers == [[], ["ok"]]
     assert custody.state is State.HELD
 
