@@ -25,7 +25,7 @@ from typing import Any
 
 from guests import emulators
 from guests.judge import Verdict
-from guests.running import GuestFailed
+from guests.running import GuestFailed, wait_until
 from sevhop import journal
 from sevhop.run_directory import RUN
 
@@ -34,8 +34,10 @@ from .soaked_guests import Bare, Domain, SoakedGuest
 _CLONE_NEWNS = 0x00020000
 #: Ticks that the guest must count on after each hop.
 _TICKS = 2
-#: Descriptors more than in the beginning that are no leak: a connection of ours may be just being closed.
+#: Descriptors more than in the beginning that are no leak: QEMU opens some when they are needed first.
 _DESCRIPTORS = 2
+#: Seconds in which connections that are just being closed should be so.
+_SETTLED = 10.0
 #: How much a daemon may grow, once it has had time to fill its caches: it is C that allocates and frees.
 _GROWTH = 1.25
 #: Hops that give it that time.
@@ -161,10 +163,11 @@ class Soak:
         self._look_for_growth(pids[0])
 
     def _look_for_growth(self, qemu: int) -> None:
-        count = _descriptors(qemu)
-        first = self._descriptors.setdefault(_program(qemu), count)
-        if count > first + _DESCRIPTORS:
-            self._leak(f"{count} descriptors in QEMU, {first} in the beginning")
+        first = self._descriptors.setdefault(_program(qemu), _descriptors(qemu))
+        try:
+            wait_until(lambda: _descriptors(qemu) <= first + _DESCRIPTORS, _SETTLED, "connections are closed")
+        except GuestFailed:
+            self._leak(f"{_descriptors(qemu)} descriptors in QEMU, {first} in the beginning")
         daemon = self._guest.daemon()
         if daemon is None:
             return
