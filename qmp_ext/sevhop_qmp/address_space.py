@@ -36,6 +36,8 @@ _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_REGISTER_MODE_MISSING = 1
 #: Bytes that tell of one page.
 _ENTRY_SIZE = 8
+#: Seconds in which the read should have begun. It waits while the process changes its mappings.
+_PATIENCE = 0.2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -102,8 +104,9 @@ def _begin_to_read(path: str, faults: int) -> None:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        select.select([faults, over], [], [])
-        if select.select([over], [], [], 0)[0]:
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        ready = select.select([faults, over], [], [], _PATIENCE)[0]
+        if faults not in ready:
+            error = errno.ESRCH if over in ready else errno.ETIMEDOUT
+            raise OSError(error, os.strerror(error))
     finally:
         os.close(over)

@@ -18,7 +18,7 @@ from guests import linux
 from guests.daemon import Daemon, Description, DomainGuest
 from guests.judge import Verdict
 from guests.machine import Machine
-from guests.running import Guest, processes_of, processes_of_domain, wait_until
+from guests.running import Guest, GuestFailed, processes_of, processes_of_domain, wait_until
 from sevhop import journal
 from sevhop.run_directory import RUN
 
@@ -146,7 +146,8 @@ class Domain(SoakedGuest):
         daemon = Daemon.start()
         try:
             done = daemon.sevhop("install")
-            assert done.returncode == 0, done.stderr
+            if done.returncode:
+                raise GuestFailed(done.stderr)
             images = linux.images()
             description = Description(_NAME, emulator, "tcg", memory_mib=_MEMORY_MIB, linux=images)
             yield cls(DomainGuest.start(daemon, description))
