@@ -22,17 +22,6 @@ from ..conftest import NoteFault, some_of
 from .conftest import StartDomain
 
 PATH = "A domain of libvirt: `sevhop upgrade`"
-END = {"source": "old", "destination": "new"}
-COLUMNS = {
-    "command": "command killed",
-    "source": "source killed",
-    "keeper": "keeper killed",
-    "hook": "hook killed",
-    "room": "disk full",
-    "daemon": "libvirtd killed",
-    "error": "step refused",
-    "silence": "no answer",
-}
 _TOOLS = Path(broken_upgrade.__file__).parents[1]
 
 
@@ -68,7 +57,7 @@ def note(
     assert guest.state == "running"
     verdict = guest.wait_for_ticks()
     end = "source" if guest.emulator() == str(old) else "destination"
-    note_fault(PATH, point, COLUMNS[fault], Cell(f"{END[end]} QEMU", verdict.ticks_lost, verdict.ticks_repeated))
+    note_fault(PATH, point, fault, Cell.running(end, verdict))
     assert (guest.emulator("--inactive") == guest.emulator()) == defined
     assert daemon.left_over() == []
 

@@ -17,15 +17,6 @@ from sevhop import journal
 from ..conftest import NoteFault
 from .hops import sevhop
 
-END = {"source": "old", "destination": "new"}
-COLUMNS = {
-    "command": "command killed",
-    "source": "source killed",
-    "destination": "destination killed",
-    "error": "command refused",
-    "silence": "no answer",
-}
-
 
 def break_off(guest: Guest, emulator: Path, point: str, fault: str) -> int:
     """Hop with a fault; the exit status of the hop."""
@@ -47,6 +38,6 @@ def note(note_fault: NoteFault, path: str, guest: Guest, point: str, fault: str,
     """See that the guest runs once and lost nothing, and write that down."""
     assert len(processes_of(guest.machine.directory)) == 1
     verdict = guest.wait_for_ticks(3)
-    note_fault(path, point, COLUMNS[fault], Cell(f"{END[end]} QEMU", verdict.ticks_lost, verdict.ticks_repeated))
+    note_fault(path, point, fault, Cell.running(end, verdict))
     assert verdict.unharmed, verdict
     assert not list(journal.journals())

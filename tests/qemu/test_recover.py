@@ -16,7 +16,7 @@ from faults.table import Cell
 from guests.running import Guest, processes_of
 
 from ..conftest import NoteFault, some_of
-from .broken_off import COLUMNS, break_off, note, recover
+from .broken_off import break_off, note, recover
 from .conftest import DescribeCounter, StartGuest
 from .hops import sevhop
 from .test_hop import assert_unharmed
@@ -70,7 +70,7 @@ def test_the_destination_is_killed_with_the_guest(
     break_off(guest, new, point, "destination")
     assert recover()["status"] in (0, 5)
     assert processes_of(guest.machine.directory) == []
-    note_fault(PATH, point, COLUMNS["destination"], Cell("*ended with its QEMU*", 0, 0))
+    note_fault(PATH, point, "destination", Cell("*ended with its QEMU*", 0, 0))
 
 
 @pytest.mark.parametrize("point", some_of(BEFORE_THE_STATE_IS_SAVED[:-1]))
@@ -79,7 +79,7 @@ def test_the_source_is_killed_with_the_guest(point: str, guest: Guest, new: Path
     assert break_off(guest, new, point, "source") == 5
     assert recover() == {"guests": [], "status": 0}
     assert processes_of(guest.machine.directory) == []
-    note_fault(PATH, point, COLUMNS["source"], Cell("*ended with its QEMU*", 0, 0))
+    note_fault(PATH, point, "source", Cell("*ended with its QEMU*", 0, 0))
 
 
 @pytest.mark.parametrize("point", some_of((*SAVED, *RUNNING)))

@@ -10,6 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from guests.judge import Verdict
+
+#: How a column is headed, by the kind of fault.
+COLUMNS = {
+    "command": "command killed",
+    "source": "source killed",
+    "destination": "destination killed",
+    "keeper": "keeper killed",
+    "hook": "hook killed",
+    "daemon": "libvirtd killed",
+    "error": "step refused",
+    "silence": "no answer",
+    "room": "disk full",
+}
+_END = {"source": "old QEMU", "destination": "new QEMU"}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -19,6 +35,11 @@ class Cell:
     ticks_lost: int
     ticks_repeated: int
 
+    @classmethod
+    def running(cls, end: str, verdict: Verdict) -> Cell:
+        """The guest runs in the ``source`` or the ``destination``."""
+        return cls(_END[end], verdict.ticks_lost, verdict.ticks_repeated)
+
     def __str__(self) -> str:
         harm = f", {self.ticks_lost} lost" * bool(self.ticks_lost)
         return self.end + harm + f", {self.ticks_repeated} repeated" * bool(self.ticks_repeated)
@@ -26,7 +47,7 @@ class Cell:
 
 @dataclass
 class FaultTable:
-    """Rows by path (outside libvirt, or a domain) and step, columns by fault."""
+    """Rows by path (outside libvirt, or a domain) and step, columns by kind of fault."""
 
     cells: dict[str, dict[str, dict[str, Cell]]] = field(default_factory=dict)
 
@@ -38,8 +59,9 @@ class FaultTable:
         """Write the table."""
         lines: list[str] = []
         for path, rows in self.cells.items():
-            faults = sorted({fault for row in rows.values() for fault in row})
-            lines += [f"## {path}", "", f"| step | {' | '.join(faults)} |", "|---" * (len(faults) + 1) + "|"]
+            faults = [fault for fault in COLUMNS if any(fault in row for row in rows.values())]
+            heads = [COLUMNS[fault] for fault in faults]
+            lines += [f"## {path}", "", f"| step | {' | '.join(heads)} |", "|---" * (len(faults) + 1) + "|"]
             for step, row in rows.items():
                 lines.append(f"| {step} | {' | '.join(str(row.get(fault, '')) for fault in faults)} |")
             lines.append("")
