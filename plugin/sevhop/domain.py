@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import libvirt
 import libvirt_qemu
 from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorTimeout, SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands, understood
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, FD_MARK, Commands, understood
 from sevhop_qmp.monitor import readable_version as _qemu_version
 
 #: Seconds that a call to the daemon may take.
@@ -330,7 +330,7 @@ class DomainMonitor(Commands):
 
     async def add_fd(self, fd: int) -> tuple[int, int]:
         """See :meth:`sevhop_qmp.monitor.Monitor.add_fd`."""
-        added = await self._execute("add-fd", None, (fd,), COMMAND_TIMEOUT)
+        added = await self._execute("add-fd", {"opaque": FD_MARK}, (fd,), COMMAND_TIMEOUT)
         return int(added["fdset-id"]), int(added["fd"])
 
     async def _execute(

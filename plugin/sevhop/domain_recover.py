@@ -136,6 +136,8 @@ class _Interrupted:
         domain = await self._domain()
         if self._entry.running and not await domain.running():
             await domain.resume()
+        with contextlib.suppress(SevhopError):
+            await (await domain.monitor()).remove_fds()
         await self._let_go()
         return Recovered(self._entry.guest, End.SOURCE)
 

@@ -9,6 +9,7 @@ to a hop whose command is still alive, and nothing twice: all of it may be broke
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sevhop_qmp import adopt
-from sevhop_qmp.errors import MonitorError, SevhopError
+from sevhop_qmp.errors import CommandError, MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
@@ -247,6 +248,8 @@ class _Bare:
         async with monitor:
             if self._entry.running and not (await monitor.execute("query-status"))["running"]:
                 await let_run(monitor, patience=CONT_DEADLINE)
+            with contextlib.suppress(MonitorError, CommandError):
+                await monitor.remove_fds()
 
     async def _source_monitor(self) -> Monitor | None:
         """

@@ -30,6 +30,8 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 COMMAND_TIMEOUT = 10.0
 #: Seconds in which a monitor must greet. A monitor that serves another client accepts and stays silent.
 GREETING_TIMEOUT = 5.0
+#: What fd sets of ours are marked with.
+FD_MARK = "sevhop"
 
 
 class Commands(Protocol):
@@ -52,6 +54,17 @@ class Commands(Protocol):
 
     async def add_fd(self, fd: int) -> tuple[int, int]:
         """Hand a descriptor over into a new fd set; its number, and the descriptor's number inside QEMU."""
+
+    async def remove_fds(self) -> None:
+        """
+        Remove the fd sets that commands of ours have left in a QEMU which runs on, since they were killed.
+
+        :raises CommandError, MonitorError: QEMU does not play along.
+        """
+        with understood(self.name):
+            for fdset in await self.execute("query-fdsets"):
+                if any(fd.get("opaque") == FD_MARK for fd in fdset["fds"]):
+                    await self.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
     async def hmp(self, line: str) -> str:
         """Run a command of the human monitor; for what QMP does not tell in the QEMUs that we support."""
@@ -179,7 +192,7 @@ class Monitor(Commands):
         """
         async with self._fd_lock:
             self._send(fd)
-            added = await self.execute("add-fd")
+            added = await self.execute("add-fd", {"opaque": FD_MARK})
         return int(added["fdset-id"]), int(added["fd"])
 
     def _send(self, fd: int) -> None:

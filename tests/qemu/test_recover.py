@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, RUNNING, SAVED
 from faults.table import Cell
-from guests.running import Guest, processes_of
+from guests.running import Guest, processes_of, wait_until
 
 from ..conftest import NoteFault, some_of
 from .broken_off import break_off, note, recover
@@ -101,3 +101,18 @@ def test_qemu_refuses_or_does_not_answer(
     # What it could not finish it has left to be finished, and nothing else.
     assert bool(recovered["guests"]) == (point == "before x-sev-adopt-finish 0")
     note(note_fault, PATH, guest, point, fault, "source" if status else "destination")
+
+
+def test_nothing_piles_up_in_a_qemu_that_goes_on(guest: Guest, old: Path, new: Path) -> None:
+    """Descriptors that it was given for a hop are taken from it again by whoever undoes that hop."""
+    assert sevhop("hop", "--source", guest.machine.monitor, "--emulator", new).returncode == 0
+    before = open_files(guest.pid)
+    for _ in range(2):
+        break_off(guest, old, "phase resume", "command")
+        assert recover()["guests"][0]["end"] == "source"
+    wait_until(lambda: open_files(guest.pid) == before, 10, "its descriptors are those of the beginning")
+
+
+def open_files(pid: int) -> int:
+    """How many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
