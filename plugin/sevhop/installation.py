@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 
 from sevhop_qmp.errors import SevhopError
 
-from . import apparmor, hook, hook_calls, units
+from . import apparmor, hook, hook_calls, installed_file, units
 from .domain import Connection, DomainError
 from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
@@ -52,14 +52,8 @@ def install() -> list[Path]:
     programs = {"@PYTHON@": sys.executable, "@HOOK@": str(_HERE / "hook.py"), "@CLIENT@": str(hook_calls.CLIENT)}
     for mark, path in programs.items():
         text = text.replace(mark, shlex.quote(path))
-    try:
-        _SCRIPT.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=HOOKS, prefix=".sevhop-", delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o755)
-        os.replace(file.name, _SCRIPT)
-    except OSError as err:
-        raise SevhopError(f"{_SCRIPT} cannot be written: {err.strerror}", "run sevhop as root") from err
+    # libvirt runs whatever is in the script's own directory.
+    installed_file.write(_SCRIPT, text, 0o755, beside=HOOKS)
     _reload_daemon()
     return [_SCRIPT, *rules, *units.install()]
 

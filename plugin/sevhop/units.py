@@ -5,13 +5,13 @@ broken off. Installed and enabled, disabled and removed; nothing happens where s
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
+
+from . import installed_file
 
 #: Where the administrator's units are.
 DIRECTORY = Path("/etc/systemd/system")
@@ -31,7 +31,7 @@ def install() -> list[Path]:
     if not _BOOTED.is_dir():
         return []
     for name in NAMES:
-        _write(DIRECTORY / name, text(name))
+        installed_file.write(DIRECTORY / name, text(name), 0o644, beside=DIRECTORY)
     _systemctl("daemon-reload")
     _systemctl("enable", *NAMES)
     _systemctl("start", NAMES[-1])
@@ -64,16 +64,6 @@ def quoted(path: str) -> str:
     """A path as a word of a command (systemd.service(5), systemd.unit(5))."""
     special = {"\\": "\\\\", '"': '\\"', "$": "$$", "%": "%%"}
     return '"' + "".join(special.get(character, character) for character in path) + '"'
-
-
-def _write(path: Path, contents: str) -> None:
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".sevhop-", delete=False) as file:
-            file.write(contents)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as err:
-        raise SevhopError(f"{path} cannot be written: {err.strerror}", "run sevhop as root") from err
 
 
 def _systemctl(*words: str) -> None:
