@@ -34,7 +34,8 @@ from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import Monitor
 
 from .pause import Sampler, memory_of, touch
-from .report import Failed, Run
+from .report import Failed, Outcome, Run
+from .usage import Usage, counting
 
 #: Seconds that a migration may take; on a busy machine 8 GB are not written in less than minutes.
 _PATIENCE = 600.0
@@ -97,10 +98,6 @@ class Given:
                 await asyncio.sleep(0.01)
 
 
-#: What a way gives back: the pause in ms, when it began and ended (monotonic seconds), its phases.
-Outcome = tuple[float, float, float, dict[str, float]]
-
-
 def hop(given: Given) -> Outcome:
     """sevhop's own."""
     command = [sys.executable, "-m", "sevhop.cli", "hop", "--source", str(given.guest.machine.monitor)]
@@ -116,7 +113,7 @@ def hop(given: Given) -> Outcome:
             raise GuestFailed(f"hop: {report['reason']}")
         sampler.see_growth()
         sampler.stop()
-    return sampler.longest_ms, began, ended, {phase["name"]: phase["ms"] for phase in report["phases"]}
+    return Outcome(sampler.longest, began, ended, {phase["name"]: phase["ms"] for phase in report["phases"]})
 
 
 def cpr_transfer(given: Given) -> Outcome:
@@ -125,88 +122,91 @@ def cpr_transfer(given: Given) -> Outcome:
     cpr = {"channel-type": "cpr", "addr": _unix(state)}
     main = {"channel-type": "main", "addr": _unix(stream)}
 
-    async def work() -> tuple[float, float]:
+    async def work() -> None:
         async with await given.connect(given.guest.machine.monitor) as source:
             await _events(source)
             await source.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
             with source.events("MIGRATION") as events:
-                began = time.monotonic()
                 # It answers when the destination has come up, whose start takes its time.
                 await source.execute("migrate", {"channels": [main, cpr]}, timeout=_START_TIMEOUT)
                 await _completed(source, events)
-        return began, time.monotonic()
 
     with Sampler(given.memory) as sampler:
         sampler.wait()
+        began = time.monotonic()
         with given.destination("-incoming", f"unix:{stream}", "-incoming", json.dumps(cpr)):
             wait_until(state.exists, _START_TIMEOUT, "the destination listens")
-            began, ended = asyncio.run(work())
+            asyncio.run(work())
+            ended = time.monotonic()
             sampler.see_growth()
             sampler.stop()
-    return sampler.longest_ms, began, ended, {}
+    return Outcome(sampler.longest, began, ended)
 
 
 def x_ignore_shared(given: Given) -> Outcome:
     """Migration without the memory."""
-    with Sampler(given.memory) as sampler, given.destination("-incoming", "defer"):
+    with Sampler(given.memory) as sampler:
         sampler.wait()
-        began, ended = asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}", "x-ignore-shared"))
-        sampler.see_growth()
-        sampler.stop()
-    return sampler.longest_ms, began, ended, {}
+        began = time.monotonic()
+        with given.destination("-incoming", "defer"):
+            ended = asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}", "x-ignore-shared"))
+            sampler.see_growth()
+            sampler.stop()
+    return Outcome(sampler.longest, began, ended)
 
 
 def precopy(given: Given) -> Outcome:
     """Live migration."""
-    with Sampler(given.memory) as before, given.destination("-incoming", "defer") as process:
+    with Sampler(given.memory) as before:
         before.wait()
-        with Sampler(_memory(process.pid)) as after:
-            began, ended = asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}"))
+        began = time.monotonic()
+        with given.destination("-incoming", "defer") as process, Sampler(_memory(process.pid)) as after:
+            ended = asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}"))
             after.wait()
         before.stop()
-    return (after.began - before.last) / 1e6, began, ended, {}
+    return Outcome((before.last, after.began), began, ended)
 
 
 def file(given: Given) -> Outcome:
     """Stopped, written, read."""
 
-    async def save() -> float:
+    async def save() -> None:
         async with await given.connect(given.guest.machine.monitor) as source:
             await _events(source)
             await source.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
-            began = time.monotonic()
             await source.execute("stop")
             with source.events("MIGRATION") as events:
                 await source.execute("migrate", {"uri": f"file:{given.image}"})
                 await _completed(source, events)
-            return began
 
-    async def restore() -> float:
+    async def restore() -> None:
         async with await given.connect(given.monitor) as destination:
             await _events(destination)
             with destination.events("MIGRATION") as events:
                 await destination.execute("migrate-incoming", {"uri": f"file:{given.image}"})
                 await _completed(destination, events)
             await destination.execute("cont")
-            return time.monotonic()
 
     try:
-        with Sampler(given.memory) as before, given.destination("-incoming", "defer") as process:
+        with Sampler(given.memory) as before:
             before.wait()
-            with Sampler(_memory(process.pid)) as after:
-                began = asyncio.run(save())
+            began = time.monotonic()
+            with given.destination("-incoming", "defer") as process, Sampler(_memory(process.pid)) as after:
+                started = time.monotonic()
+                asyncio.run(save())
                 before.stop()
                 saved = time.monotonic()
-                ended = asyncio.run(restore())
+                asyncio.run(restore())
+                ended = time.monotonic()
                 after.wait()
     finally:
         given.image.unlink(missing_ok=True)
-    phases = {"save": (saved - began) * 1e3, "restore": (ended - saved) * 1e3}
-    return (after.began - before.last) / 1e6, began, ended, phases
+    phases = {"save": (saved - started) * 1e3, "restore": (ended - saved) * 1e3}
+    return Outcome((before.last, after.began), began, ended, phases)
 
 
-async def _migrate(given: Given, uri: str, capability: str | None = None) -> tuple[float, float]:
-    """A migration to a destination that was started for it: when it began, and when the source was told of its end."""
+async def _migrate(given: Given, uri: str, capability: str | None = None) -> float:
+    """A migration to a destination that was started for it: when the source was told of its end."""
     async with (
         await given.connect(given.guest.machine.monitor) as source,
         await given.connect(given.monitor) as destination,
@@ -216,10 +216,9 @@ async def _migrate(given: Given, uri: str, capability: str | None = None) -> tup
         await source.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
         await destination.execute("migrate-incoming", {"uri": uri})
         with source.events("MIGRATION") as events:
-            began = time.monotonic()
             await source.execute("migrate", {"uri": uri})
             await _completed(source, events)
-    return began, time.monotonic()
+            return time.monotonic()
 
 
 async def _events(monitor: Monitor, *more: str | None) -> None:
@@ -278,12 +277,14 @@ class Bare:
 
     :ivar scratch: for the guests' files.
     :ivar images: for save images; on a disk, as they are usually.
+    :ivar usage: counts what a change costs; None where that is not possible.
     """
 
     emulator: Path
     accelerator: Accelerator
     scratch: Path
     images: Path
+    usage: Usage | None = None
 
     def measure(self, kind: str, memory_mib: int, rounds: int) -> Iterator[Run | Failed]:
         """All runs with one kind of machine and one size of memory; in a round each mode has its turn."""
@@ -303,7 +304,8 @@ class Bare:
             # Short names: there is a limit to the path of a socket.
             directory = Path(resources.enter_context(tempfile.TemporaryDirectory(dir=self.scratch)))
             plain = Machine(directory, accelerator=self.accelerator, memory_mib=memory_mib, bios=counter.firmware())
-            kinds = {"minimal": plain, "rich": dataclasses.replace(plain, rich=True, disk_mib=16, network=True)}
+            rich = dataclasses.replace(plain, uefi=True, rich=True, disk_mib=16, network=True)
+            kinds = {"minimal": plain, "rich": rich}
             shm = resources.enter_context(tempfile.TemporaryDirectory(prefix="sevhop-bench-", dir=_SHM))
             described = _for(mode, kinds[kind], Path(shm, "memory"))
             guest = resources.enter_context(Guest.start(described, self.emulator))
@@ -313,10 +315,11 @@ class Bare:
             touch(memory)
             try:
                 given = Given(guest, self.emulator, memory, self.images / "bare.save")
-                pause, began, ended, phases = MODES[mode](given)
+                with counting(self.usage) as used:
+                    outcome = MODES[mode](given)
             except (GuestFailed, SevhopError) as err:
                 raise GuestFailed(f"{err}; QEMU said {guest.said()[-500:]!r}") from err
-        return Run(mode, kind, memory_mib, pause, (ended - began) * 1e3, phases, version, version)
+        return Run.of((mode, kind, memory_mib), outcome, used, version, version)
 
 
 _VERSION = ("major", "minor", "micro")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -22,6 +23,7 @@ from .bare import Bare
 from .domains import Domains
 from .picture import svg
 from .report import Failed, Report, Run
+from .usage import Usage
 
 #: MiB of guest memory.
 _SIZES = [256, 1024, 4096, 8192]
@@ -60,7 +62,7 @@ def _about(accelerator: Accelerator) -> dict[str, str]:
     }
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> Report:
+def measure(options: argparse.Namespace, scratch: Path, usage: Usage | None) -> Report:
     """Everything that was asked for."""
     accelerator = _accelerator(scratch / "probe")
     about = _about(accelerator)
@@ -79,13 +81,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> Report:
 
     sizes = [size for size in options.sizes if _fits(size)]
     if "bare" in options.only:
-        bare = Bare(emulators.emulator(emulators.NEW), accelerator, scratch, options.images)
+        bare = Bare(emulators.emulator(emulators.NEW), accelerator, scratch, options.images, usage)
         for kind in options.machines:
             for size in sizes:
                 take(bare.measure(kind, size, options.rounds))
     foreign: list[float] = []
     if "domains" in options.only:
-        with Domains(accelerator, options.images) as domains:
+        with Domains(accelerator, options.images, usage) as domains:
             foreign = domains.hook_of_a_foreign_domain()
             for size in sizes:
                 take(domains.measure(size, options.rounds))
@@ -123,8 +125,14 @@ def main() -> int:
     if wrong := sorted({*options.only, *options.machines}.difference(_PARTS, _KINDS)):
         parser.error(f"not known: {', '.join(wrong)}")
     try:
-        with tempfile.TemporaryDirectory(prefix="sevhop-bench-") as scratch:
-            report = measure(options, Path(scratch))
+        with contextlib.ExitStack() as resources:
+            scratch = resources.enter_context(tempfile.TemporaryDirectory(prefix="sevhop-bench-"))
+            usage = None
+            try:
+                usage = resources.enter_context(Usage())
+            except OSError as err:
+                say(f"processor time and memory are not counted: {err}")
+            report = measure(options, Path(scratch), usage)
     except (GuestFailed, Unavailable) as err:
         say(str(err))
         return 1

@@ -19,7 +19,8 @@ from guests.machine import Accelerator
 from guests.running import GuestFailed
 
 from .pause import Sampler, memory_of, touch
-from .report import Failed, Run
+from .report import Failed, Outcome, Run
+from .usage import Usage, counting
 
 UPGRADE, SAVE_RESTORE = "upgrade", "save-restore"
 #: Seconds between two looks for a QEMU that libvirt starts.
@@ -33,10 +34,12 @@ class Domains:
     Measures domains in a daemon. A context manager.
 
     :param images: directory for the save images; on a disk, as they are usually.
+    :param usage: counts what a change costs; None where that is not possible.
     """
 
-    def __init__(self, accelerator: Accelerator, images: Path) -> None:
+    def __init__(self, accelerator: Accelerator, images: Path, usage: Usage | None = None) -> None:
         self._accelerator = accelerator
+        self._usage = usage
         self._image = images / "domain.save"
         self._old, self._new = (emulators.emulator(label) for label in (emulators.OLD, emulators.NEW))
         self._daemon = Daemon.start()
@@ -81,39 +84,41 @@ class Domains:
     def _upgrade(self, guest: DomainGuest, emulator: Path, memory_mib: int) -> Run:
         memory = memory_of(guest.pid)
         assert memory is not None
-        with Sampler(memory) as sampler:
+        with Sampler(memory) as sampler, counting(self._usage) as used:
             sampler.wait()
             began = time.monotonic()
             report = guest.daemon.upgrade(guest.name, "--emulator", emulator)
-            total = time.monotonic() - began
+            ended = time.monotonic()
             if report["outcome"] != "done":
                 raise GuestFailed(f"upgrade: {report['reason']}")
             sampler.see_growth()
             sampler.stop()
         phases = {phase["name"]: phase["ms"] for phase in report["phases"]}
+        outcome = Outcome(sampler.longest, began, ended, phases)
         versions = (report["source"]["version"], report["destination"]["version"])
-        return Run(UPGRADE, "domain", memory_mib, sampler.longest_ms, total * 1e3, phases, *versions)
+        return Run.of((UPGRADE, "domain", memory_mib), outcome, used, *versions)
 
     def _save_and_restore(self, guest: DomainGuest, memory_mib: int) -> Run:
         memory = memory_of(guest.pid)
         assert memory is not None
         version = ".".join(str(guest.monitor("query-version")["return"]["qemu"][part]) for part in _VERSION)
-        began = time.monotonic()
-        with Sampler(memory) as before:
-            before.wait()
-            self._daemon.virsh("save", guest.name, self._image)
-            before.stop()
-        saved = time.monotonic()
-        with _Successor(lambda: _pid(guest)) as successor:
-            self._daemon.virsh("restore", self._image)
-            ended = time.monotonic()
-            after = successor.sampler()
-        pause = (after - before.last) / 1e6
+        with counting(self._usage) as used:
+            began = time.monotonic()
+            with Sampler(memory) as before:
+                before.wait()
+                self._daemon.virsh("save", guest.name, self._image)
+                before.stop()
+            saved = time.monotonic()
+            with _Successor(lambda: _pid(guest)) as successor:
+                self._daemon.virsh("restore", self._image)
+                ended = time.monotonic()
+                after = successor.sampler()
         # The disk is not to be busy with this image when the next way is measured.
         self._image.unlink()
         os.sync()
         phases = {"save": (saved - began) * 1e3, "restore": (ended - saved) * 1e3}
-        return Run(SAVE_RESTORE, "domain", memory_mib, pause, (ended - began) * 1e3, phases, version, version)
+        outcome = Outcome((before.last, after), began, ended, phases)
+        return Run.of((SAVE_RESTORE, "domain", memory_mib), outcome, used, version, version)
 
     def hook_of_a_foreign_domain(self) -> list[float]:
         """What the hook costs a domain that is in no hop, ms for each call."""

@@ -92,9 +92,9 @@ class Sampler:
                 self.last = int(time)
 
     @property
-    def longest_ms(self) -> float:
-        """The longest time for which the guest stood still; 0 if it was shorter than a millisecond."""
-        return max((end - start for start, end in self.gaps), default=0) / 1e6
+    def longest(self) -> tuple[int, int]:
+        """The longest time for which the guest stood still: from, to. Nothing, if it was shorter than a millisecond."""
+        return max(self.gaps, key=lambda gap: gap[1] - gap[0], default=(self.last, self.last))
 
 
 def _program() -> Path:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Self
+
+from .usage import Used
 
 #: Each of sevhop's ways, and what it is compared with.
 PAIRS = (
@@ -14,8 +17,31 @@ PAIRS = (
     ("hop", "file"),
     ("upgrade", "save-restore"),
 )
-#: The machines that ratios are about; the others are shown only.
+#: The machines of which ratios are told first. A domain has one of its own.
 COMPARED = ("minimal", "domain")
+RICH = ("rich",)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What was seen of one change of QEMU. Times are monotonic seconds, those of the pause ns.
+
+    :ivar pause: from when to when the guest stood still.
+    :ivar began: before anything was done; no destination had been started.
+    :ivar ended: the last command was over.
+    :ivar phases: what the tool says of itself: name and ms.
+    """
+
+    pause: tuple[int, int]
+    began: float
+    ended: float
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pause_ms(self) -> float:
+        """For how long the guest stood still."""
+        return (self.pause[1] - self.pause[0]) / 1e6
 
 
 @dataclass(frozen=True)
@@ -28,6 +54,9 @@ class Run:
     :ivar memory_mib: of the guest, all of it touched.
     :ivar pause_ms: for how long the guest stood still, as it sees it itself.
     :ivar total_ms: from the first command to the end of the last.
+    :ivar prepare_ms: the part of it in front of the pause.
+    :ivar cpu_ms: processor time beyond one processor for as long as the guest ran; None where it cannot be counted.
+    :ivar memory_mib_more: beyond what was in use before, at most at one time; None likewise.
     :ivar phases: what the tool says of itself: name and ms.
     :ivar source, destination: versions of QEMU.
     """
@@ -40,6 +69,25 @@ class Run:
     phases: dict[str, float] = field(default_factory=dict)
     source: str = ""
     destination: str = ""
+    prepare_ms: float = 0.0
+    cpu_ms: float | None = None
+    memory_mib_more: float | None = None
+
+    @classmethod
+    def of(
+        cls, what: tuple[str, str, int], outcome: Outcome, used: Used | None, source: str, destination: str
+    ) -> Self:
+        """
+        From what was seen.
+
+        :param what: mode, machine and memory_mib.
+        """
+        total, prepare = (outcome.ended - outcome.began) * 1e3, outcome.pause[0] / 1e6 - outcome.began * 1e3
+        run = cls(*what, outcome.pause_ms, total, outcome.phases, source, destination, prepare)
+        if used is None:
+            return run
+        guest = used.elapsed_ms - outcome.pause_ms
+        return replace(run, cpu_ms=max(used.cpu_ms - guest, 0.0), memory_mib_more=used.memory_mib)
 
 
 @dataclass(frozen=True)
@@ -110,10 +158,10 @@ class Report:
         names = dict.fromkeys(name for run in runs for name in run.phases)
         return {name: statistics.median(run.phases[name] for run in runs if name in run.phases) for name in names}
 
-    def ratios(self) -> dict[str, dict[str, float]]:
+    def ratios(self, machines: Sequence[str] = COMPARED) -> dict[str, dict[str, float]]:
         """Median pause of ours to that of theirs, of those pairs that were measured: pair, then memory in MiB."""
         medians = {
-            (cell[1], cell[2]): self.spread(cell, _pause).median for cell in self.cells() if cell[0] in COMPARED
+            (cell[1], cell[2]): self.spread(cell, _pause).median for cell in self.cells() if cell[0] in machines
         }
         found: dict[str, dict[str, float]] = {}
         for ours, theirs in PAIRS:
@@ -141,6 +189,9 @@ class Report:
                 "memory_mib": cell[2],
                 "pause_ms": asdict(self.spread(cell, _pause)),
                 "total_ms": asdict(self.spread(cell, _total)),
+                "prepare_ms": asdict(self.spread(cell, _prepare)),
+                "cpu_ms": self._counted(cell, _cpu),
+                "memory_mib_more": self._counted(cell, _memory_more),
                 "phases_ms": self.phases(cell),
             }
             for cell in self.cells()
@@ -150,6 +201,7 @@ class Report:
             "about": self.about,
             "summary": summary,
             "ratios": self.ratios(),
+            "ratios_rich": self.ratios(RICH),
             "growth": self.growth(),
             "foreign_hook_ms": foreign,
             "failures": [asdict(failed) for failed in self.failures],
@@ -159,9 +211,10 @@ class Report:
     def markdown(self) -> str:
         """The tables."""
         lines = [f"{name}: {value}  " for name, value in self.about.items()]
-        lines += ["", "The guest's pause, in ms: median (least to most).", ""]
+        lines += ["", "The guest's pause, in ms: median (least to most). The other columns are medians: ms until the"]
+        lines += ["pause, ms in all, ms of processor time and MiB of memory beyond the guest's own.", ""]
         lines += _table(
-            ("machine", "memory", "mode", "QEMU", "pause", "total", "runs"),
+            ("machine", "memory", "mode", "QEMU", "pause", "prepare", "total", "CPU", "more memory", "runs"),
             (
                 (
                     cell[0],
@@ -169,17 +222,18 @@ class Report:
                     cell[1],
                     self._versions(cell),
                     str(self.spread(cell, _pause)),
-                    str(self.spread(cell, _total)),
+                    *(self._median(cell, value) for value in (_prepare, _total, _cpu, _memory_more)),
                     str(self.spread(cell, _pause).count),
                 )
                 for cell in self.cells()
             ),
         )
-        if ratios := self.ratios():
-            sizes = sorted({int(size) for row in ratios.values() for size in row})
-            lines += ["", "Median pause, ours to theirs.", ""]
-            rows = [(pair, *(_ratio(row.get(str(size))) for size in sizes)) for pair, row in ratios.items()]
-            lines += _table(("", *map(memory, sizes)), rows)
+        for title, machines in (("", COMPARED), (", rich machine", RICH)):
+            if ratios := self.ratios(machines):
+                sizes = sorted({int(size) for row in ratios.values() for size in row})
+                lines += ["", f"Median pause, ours to theirs{title}.", ""]
+                rows = [(pair, *(_ratio(row.get(str(size))) for size in sizes)) for pair, row in ratios.items()]
+                lines += _table(("", *map(memory, sizes)), rows)
         if growth := self.growth():
             lines += ["", "Median pause with the most memory to that with the least:"]
             lines += [" ".join(f"{mode} {ratio:.2f}" for mode, ratio in growth.items())]
@@ -194,6 +248,16 @@ class Report:
             lines += ["", f"{what}, did not arrive: {failed.reason}"]
         return "\n".join(lines) + "\n"
 
+    def _counted(self, cell: tuple[str, str, int], value: Callable[[Run], float | None]) -> dict[str, float] | None:
+        """A value that not every host can tell."""
+        runs = [run for run in self.runs if (run.machine, run.mode, run.memory_mib) == cell]
+        found = [known for run in runs if (known := value(run)) is not None]
+        return asdict(Spread.of(found)) if found else None
+
+    def _median(self, cell: tuple[str, str, int], value: Callable[[Run], float | None]) -> str:
+        spread = self._counted(cell, value)
+        return _number(spread["median"]) if spread else ""
+
     def _versions(self, cell: tuple[str, str, int]) -> str:
         runs = [run for run in self.runs if (run.machine, run.mode, run.memory_mib) == cell]
         return ", ".join(dict.fromkeys(f"{_short(run.source)} → {_short(run.destination)}" for run in runs))
@@ -205,6 +269,18 @@ def _pause(run: Run) -> float:
 
 def _total(run: Run) -> float:
     return run.total_ms
+
+
+def _prepare(run: Run) -> float:
+    return run.prepare_ms
+
+
+def _cpu(run: Run) -> float | None:
+    return run.cpu_ms
+
+
+def _memory_more(run: Run) -> float | None:
+    return run.memory_mib_more
 
 
 def _short(version: str) -> str:

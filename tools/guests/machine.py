@@ -40,7 +40,8 @@ class Machine:
     :ivar type: a versioned machine type.
     :ivar memory: ``shared`` (memfd, what a hop needs), or ``private`` (QEMU's default).
     :ivar bios: a firmware image of its own, instead of SeaBIOS.
-    :ivar uefi: start with OVMF, on a private copy of its variables.
+    :ivar uefi: start with OVMF, on a private copy of its variables. With :attr:`bios` that is in OVMF's place: from
+        flash, with variables.
     :ivar kernel: with its initial file system and command line, booted by the firmware.
     :ivar disk_mib: size of a qcow2 disk on virtio-blk; 0 for none.
     :ivar network: virtio-net, with QEMU's user network.
@@ -108,10 +109,10 @@ class Machine:
         words += ["-machine", machine, "-cpu", self.cpu, "-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
         words += ["-qmp", f"unix:{self.monitor},server=on,wait=off"]
         words += ["-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial"]
-        if self.bios:
+        if self.bios and not self.uefi:
             words += ["-bios", str(self.bios)]
         if self.uefi:
-            words += ["-blockdev", f"driver=file,node-name=uefi-code,filename={OVMF_CODE},read-only=on"]
+            words += ["-blockdev", f"driver=file,node-name=uefi-code,filename={self.bios or OVMF_CODE},read-only=on"]
             words += ["-blockdev", f"driver=file,node-name=uefi-variables,filename={self.uefi_variables}"]
             words += ["-machine", "pflash0=uefi-code,pflash1=uefi-variables"]
         if self.kernel:
