@@ -23,6 +23,7 @@ A guest outside libvirt, with both QEMUs alive during the hop:
 :mod:`sevhop.command_line`    the destination's command line, derived from the source's
 :mod:`sevhop.destination`     the new QEMU process: started like the old one, and ended again
 :mod:`sevhop.name_plates`     the paths under which a guest is known, handed over to it
+:mod:`sevhop.urgency`         who takes part goes before others while the guest stands still
 ============================  =============================================================================
 
 A domain of libvirt, where one QEMU ends before the next one starts:

@@ -6,9 +6,9 @@ The hop: a running guest changes its QEMU.
     check      nothing is touched: can this guest hop, to this emulator, on this host?
     hold       the keeper takes the source's VM, memory and listening sockets        undo: let go
     prepare    destination started, paused, incoming; stream armed                   undo: kill it
-    freeze     source stopped, and seen to be stopped                                undo: cont
+    freeze     source stopped, and seen to be stopped; it begins to save its state   undo: cont
     share      destination maps the guest's pages for real                           undo: kill it, cont
-    save       device state into the stream, RAM blocks that are not shared          undo: cont
+    save       device state goes over, and RAM blocks that are not shared            undo: cont
     load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
     COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
     resume     destination runs
@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ from .journal import Entry, Process
 from .keeper import Held, Keeper
 from .name_plates import NamePlates
 from .procedure import Procedure, Progress, Report, expected
+from .urgency import urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
 CONT_DEADLINE = 10.0
@@ -89,6 +91,7 @@ class Hop(Procedure):
         super().__init__(str(options.source), progress)
         self._options = options
         self._undo = contextlib.AsyncExitStack()
+        self._hurry = self._resources.enter_context(contextlib.ExitStack())
         self._loaded = False
         self._moving = False
         self._committed = False
@@ -227,10 +230,16 @@ class Hop(Procedure):
     # -- the guest is stopped ----------------------------------------------------------------------
 
     async def _freeze(self) -> None:
+        gc.freeze()  # what is there by now is not looked through again while the guest stands still
+        self._hurry.enter_context(urgent([self._source.pid, self._destination.process.pid]))
+        # QEMU runs commands in their order, so none of them need wait for the answer to the one before.
+        orders = [self._see_source_stopped()]
         if self._guest.state == "running":
             self._stopped_at = time.monotonic()
-            await self._source_monitor.execute("stop")
-        await self._see_source_stopped()
+            orders.insert(0, self._source_monitor.execute("stop"))
+        stopped = asyncio.gather(*orders)
+        self._outgoing.begin(timeout=self._options.step_timeout)
+        await stopped
 
     async def _see_source_stopped(self) -> None:
         status = await self._source_monitor.execute("query-status")
@@ -241,9 +250,9 @@ class Hop(Procedure):
         await adopt.adopt_ram(self._destination.monitor)
 
     async def _save(self) -> None:
-        carrying = asyncio.ensure_future(asyncio.to_thread(self._carrier.carry))
+        carrying = asyncio.ensure_future(asyncio.to_thread(self._carry_the_rest))
         try:
-            await self._outgoing.save(timeout=self._options.step_timeout)
+            await self._outgoing.pass_on(timeout=self._options.step_timeout)
         finally:
             # A thread cannot be cancelled, and must not write into a destination that is being ended.
             await asyncio.wait({carrying})
@@ -251,18 +260,26 @@ class Hop(Procedure):
         if carried is not None:
             raise carried
 
+    def _carry_the_rest(self) -> None:
+        with urgent():
+            self._carrier.carry()
+
     async def _load(self) -> None:
         await self._incoming.loaded(timeout=self._options.step_timeout)
-        status = await self._destination.monitor.execute("query-status")
-        if status["running"]:
-            raise SevhopError("the destination runs before it was told to")
         # From here on all of the guest is in the destination; that the source may end does not matter any more.
         self._loaded = True
         self._remember(loaded=True)
 
-    async def _commit(self) -> None:
+    async def _see_destination_stopped(self) -> None:
+        if (await self._destination.monitor.execute("query-status"))["running"]:
+            raise SevhopError("the destination runs before it was told to")
+
+    async def _see_source_stopped_or_ended(self) -> None:
         with contextlib.suppress(MonitorClosed):
             await self._see_source_stopped()
+
+    async def _commit(self) -> None:
+        await asyncio.gather(self._see_destination_stopped(), self._see_source_stopped_or_ended())
         if self._guest.context.kind == "none":
             # Nothing to move. What commits is that the destination runs; if it is to stay paused, this.
             if self._stopped_at is None:
@@ -343,6 +360,7 @@ class Hop(Procedure):
             await self._finish_elsewhere(err)
             await let_run(self._destination.monitor, patience=CONT_DEADLINE)
         self._commit_is_done()
+        self._hurry.close()
         self._end_of_blackout()
 
     # -- putting back ------------------------------------------------------------------------------
@@ -374,6 +392,7 @@ class Hop(Procedure):
             return
         if hasattr(self, "_destination") and self._destination.process.alive:
             raise SevhopError("the destination is still there, so the source stays paused")
+        await self._outgoing.abandon()
         await let_run(self._source_monitor, patience=CONT_DEADLINE)
 
     async def _explain(self, error: BaseException) -> SevhopError:

@@ -32,6 +32,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from .run_directory import HopUnderWay
+from .urgency import hurry
 
 #: Where journals are; root's alone.
 DIRECTORY = Path("/var/lib/sevhop/journal")
@@ -186,7 +187,8 @@ class Journal:
         self.entry = entry
         self._fd = fd
         self._size = size
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        # Nobody waits for the disk, but for Python's lock, which this thread has for a moment.
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="journal", initializer=hurry)
         self._flush: Future[None] | None = None
 
     @classmethod

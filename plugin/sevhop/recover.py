@@ -28,6 +28,7 @@ from .hop import CONT_DEADLINE, let_run, retire
 from .journal import Entry, Journal, JournalError
 from .name_plates import NamePlates
 from .run_directory import HopUnderWay
+from .urgency import relax
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,9 @@ class _Bare:
             raise JournalError(f"the journal of {entry.guest} has no name plates: {err!r}") from err
 
     async def finish_or_undo(self) -> Recovered:
+        for process in (self._source, self._process):
+            if process is not None:
+                relax(process.pid)
         destination = await self._reach() if self._process is not None else None
         if destination is not None and await self._is_there(destination):
             return await self._forward(destination)

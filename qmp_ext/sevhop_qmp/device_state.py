@@ -18,7 +18,7 @@ import fcntl
 import os
 import struct
 from io import FileIO
-from typing import Self
+from typing import Any, Self
 
 from qemu.qmp import EventListener
 
@@ -137,8 +137,8 @@ class IncomingState:
 
 class OutgoingState:
     """
-    The source's side, connected to a destination's: everything is armed while the guest runs, :meth:`save` is called
-    once it has stopped.
+    The source's side, connected to a destination's: everything is armed while the guest runs. :meth:`begin` is called
+    with the order to stop it, and :meth:`pass_on` once it has stopped.
     """
 
     def __init__(self, source: Monitor, incoming: IncomingState, machine_type: str) -> None:
@@ -148,12 +148,16 @@ class OutgoingState:
         self._exit = contextlib.AsyncExitStack()
         self._pipe: FileIO | None = None
         self._path = ""
+        self._saving: asyncio.Task[Any] | None = None
         self._saved = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.gather(self._saving, return_exceptions=True)
         await self._exit.aclose()
 
     async def arm(self, uid: int, gid: int) -> None:
@@ -176,22 +180,31 @@ class OutgoingState:
         with contextlib.suppress(MonitorError, CommandError):
             await self._source.execute("remove-fd", {"fdset-id": fdset})
 
-    async def save(self, *, timeout: float = STATE_TIMEOUT) -> None:
+    def begin(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
-        Have the stopped source write its state, completed on the way to the destination. Afterwards the source has
-        given up its disk images; ``cont`` takes them back.
+        Order the source to save its state, and do not wait for it. The order is behind everything that the source was
+        told before, and there is room for the whole state, so it may be given together with the one to stop.
+
+        :param timeout: seconds until the source must have done it.
+        """
+        arguments = {"filename": self._path, "live": True}
+        self._saving = asyncio.ensure_future(self._source.execute("xen-save-devices-state", arguments, timeout=timeout))
+
+    async def pass_on(self, *, timeout: float = STATE_TIMEOUT) -> None:
+        """
+        Complete what the source writes and give it to the destination. Afterwards the source has given up its disk
+        images; ``cont`` takes them back.
 
         :raises StateError: the source could not save, or what it wrote is not a device state.
         :raises MonitorError: the source is gone or silent.
         """
-        arguments = {"filename": self._path, "live": True}
+        assert self._saving is not None
         forward = asyncio.ensure_future(self._forward())
-        saving = asyncio.ensure_future(self._source.execute("xen-save-devices-state", arguments, timeout=timeout))
         try:
-            await asyncio.wait({forward, saving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({forward, self._saving}, return_when=asyncio.FIRST_COMPLETED)
             if forward.done():
                 forward.result()
-            await saving
+            await self._saving
             self._saved.set()
             async with asyncio.timeout(timeout):
                 await forward
@@ -200,9 +213,17 @@ class OutgoingState:
         except TimeoutError as err:
             raise StateError(f"the destination did not take the device state within {timeout:g} s") from err
         finally:
-            for task in (saving, forward):
-                task.cancel()
-            await asyncio.gather(saving, forward, return_exceptions=True)
+            forward.cancel()
+            await asyncio.gather(forward, return_exceptions=True)
+
+    async def abandon(self) -> None:
+        """Nobody wants the state any more. Afterwards the source has done with it, one way or the other."""
+        if self._saving is None:
+            return
+        assert self._pipe is not None
+        # Were the source waiting for room, it would wait for ever, and do nothing else that it is told.
+        self._pipe.close()
+        await asyncio.gather(self._saving, return_exceptions=True)
 
     async def _forward(self) -> None:
         """Pass the stream on, completed."""

@@ -41,8 +41,8 @@ BEFORE_THE_STATE_IS_SAVED = (
 #: And from here on in the destination, too.
 SAVED = (
     "phase load",
-    "before query-status 3",
     "phase commit",
+    "before query-status 3",
     "after query-status 4",
     "phase resume",
     "before cont 0",

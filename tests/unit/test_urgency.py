@@ -1,0 +1,64 @@
+"""Who goes before others while a guest stands still, and not longer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from sevhop.urgency import relax, urgent
+
+URGENT = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+
+
+@pytest.fixture
+def process() -> Iterator[int]:
+    with subprocess.Popen(["sleep", "infinity"]) as process:
+        yield process.pid
+        process.kill()
+
+
+def test_for_a_while(process: int) -> None:
+    with urgent([process]):
+        assert [os.sched_getscheduler(thread) for thread in (0, process)] == [URGENT, URGENT]
+        child = subprocess.run(["chrt", "--pid", "0"], capture_output=True, text=True, check=True)
+        assert "SCHED_OTHER" in child.stdout
+    assert [os.sched_getscheduler(thread) for thread in (0, process)] == [os.SCHED_OTHER, os.SCHED_OTHER]
+
+
+def test_also_after_a_failure(process: int) -> None:
+    with pytest.raises(ZeroDivisionError), urgent([process]):
+        raise ZeroDivisionError
+    assert [os.sched_getscheduler(thread) for thread in (0, process)] == [os.SCHED_OTHER, os.SCHED_OTHER]
+
+
+def test_who_has_a_policy_of_its_own_keeps_it(process: int) -> None:
+    os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(5))
+    with urgent([process]):
+        assert os.sched_getscheduler(process) == os.SCHED_FIFO
+    relax(process)
+    assert (os.sched_getscheduler(process), os.sched_getparam(process).sched_priority) == (os.SCHED_FIFO, 5)
+
+
+def test_what_a_killed_command_has_left_is_taken_back(process: int) -> None:
+    os.sched_setscheduler(process, URGENT, os.sched_param(1))
+    relax(process)
+    assert os.sched_getscheduler(process) == os.SCHED_OTHER
+
+
+def test_somebody_who_has_ended() -> None:
+    with urgent([2**22 + 1]):
+        assert os.sched_getscheduler(0) == URGENT
+    relax(2**22 + 1)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_host_may_forbid_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    with urgent([0]):
+        pass
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
