@@ -7,6 +7,7 @@ one changes the list here, and knows what it costs.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -94,4 +95,32 @@ def test_round_trips_and_nothing_slow(
     assert [(phase, command) for phase, command in said if phase in BLACKOUT] == COMMANDS
     assert [(phase, event) for phase, event in slow if phase in BLACKOUT] == []
     assert any(phase == "prepare" for phase, _ in slow)  # the audit works: there the destination is started
+    guest.wait_for_ticks(5)
+
+
+#: System calls of the main thread between the order to stop and the one to go on. How many it takes to wait varies.
+MOST_CALLS = 160
+#: What they are for: monitors and pipes, waiting, the journal's records (in no case its way to the disk), memory.
+ALLOWED = {
+    *("sendto", "recvfrom", "read", "write", "pwrite64", "close"),
+    *("epoll_wait", "epoll_ctl", "futex", "getpid"),
+    *("mmap", "munmap", "mremap", "brk", "madvise"),
+    *("sched_getscheduler", "sched_setscheduler"),
+}
+
+
+def test_system_calls(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, tmp_path: Path
+) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    log = tmp_path / "calls"
+    hop = [sys.executable, "-m", "sevhop.cli", "hop", "--source", guest.machine.monitor, "--emulator", new]
+    subprocess.run(["strace", "--output", log, *hop], check=True, capture_output=True)
+    lines = log.read_text(errors="replace").splitlines()
+    (stop,), (cont,) = ([at for at, line in enumerate(lines) if f'\\"{order}\\"' in line] for order in ("stop", "cont"))
+    calls = [line.partition("(")[0] for line in lines[stop + 1 : cont] if "(" in line]
+    assert set(calls) <= ALLOWED
+    assert calls.count("sendto") == len(COMMANDS) - 2
+    assert 20 < len(calls) < MOST_CALLS
     guest.wait_for_ticks(5)
