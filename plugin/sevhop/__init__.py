@@ -1,7 +1,12 @@
 """
 sevhop replaces the QEMU process under a running guest.
 
+Programs use :mod:`sevhop.api`, and nothing else of these packages.
+
 ============================  =============================================================================
+:mod:`sevhop.api`             what can be done, from Python; what is promised to stay
+:mod:`sevhop.events`          what is told of hops while they are under way
+:mod:`sevhop.report`          what has become of a hop
 :mod:`sevhop.cli`             the command line: arguments, output, exit codes
 :mod:`sevhop.check`           can this guest hop? what holds wherever it runs
 :mod:`sevhop.finding`         what a check finds: a tree of named tests
@@ -9,7 +14,7 @@ sevhop replaces the QEMU process under a running guest.
 :mod:`sevhop.sev_host`        what the host must have for an SEV context to be moved
 :mod:`sevhop.guest`           what a running QEMU tells of its guest
 :mod:`sevhop.keeper`          what holds the guest's memory, VM and sockets between two QEMUs
-:mod:`sevhop.procedure`       what both engines have in common: phases, report, journal
+:mod:`sevhop.procedure`       what both engines have in common: phases, journal, undoing
 :mod:`sevhop.journal`         what a hop is about to do, for whoever has to finish or undo it
 :mod:`sevhop.recover`         hops that were broken off, brought to one of two ends
 :mod:`sevhop.run_directory`   where hops under way are found
@@ -30,9 +35,10 @@ A domain of libvirt, where one QEMU ends before the next one starts:
 
 ============================  =============================================================================
 :mod:`sevhop.upgrade`         the engine, likewise
-:mod:`sevhop.series`          upgrades of several domains, one after the other
+:mod:`sevhop.fleet`           upgrades of several domains, a few at a time
 :mod:`sevhop.domain_check`    can this domain hop? what depends on libvirt
-:mod:`sevhop.status`          where domains stand: versions, obstacles, hops under way
+:mod:`sevhop.standing`        where a domain stands: versions, obstacles, hops under way
+:mod:`sevhop.status`          where all of them do, found out
 :mod:`sevhop.custody`         the keeper as a process of its own, which also commits
 :mod:`sevhop.keeper_process`  that process, started and spoken to
 :mod:`sevhop.guardian`        what the keeper holds, a second time

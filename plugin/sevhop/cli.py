@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
+import contextlib
 import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Any, TypeVar
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
-from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.monitor import COMMAND_TIMEOUT
 
-from . import check, recover
+from . import api
 from .destination import START_TIMEOUT
-from .errors import Lost, NeedsRecover, Refused
+from .events import Chosen, Ended, Event, PhaseBegan, PhaseEnded
 from .finding import Finding, failed
-from .hop import Hop, Options
-from .procedure import Phase, Report
+from .recover import End
+from .report import Report
 
-DEFAULT_URI = "qemu:///system"
+Answer = TypeVar("Answer")
 
 EXIT_DONE = 0
 EXIT_REFUSED = 1
@@ -38,10 +38,12 @@ EXIT_UNDONE = 3
 EXIT_NEEDS_RECOVER = 4
 EXIT_LOST = 5
 
-_EXIT_OF: dict[type[SevhopError], int] = {
-    Refused: EXIT_REFUSED,
-    NeedsRecover: EXIT_NEEDS_RECOVER,
-    Lost: EXIT_LOST,
+#: By the outcome of a hop; any other is done.
+EXIT_OF = {
+    "refused": EXIT_REFUSED,
+    "undone": EXIT_UNDONE,
+    "needs-recover": EXIT_NEEDS_RECOVER,
+    "lost": EXIT_LOST,
 }
 _STATE_OF_GUEST = {
     EXIT_REFUSED: "nothing was touched",
@@ -163,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     for command in (upgrade, examine, status):
-        command.add_argument("--connect", default=DEFAULT_URI, metavar="URI", help="libvirt (default: %(default)s)")
+        command.add_argument("--connect", metavar="URI", help="libvirt (default: qemu:///system)")
         command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
 
     install = commands.add_parser(
@@ -184,11 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
     status: int = options.run(options)
     return status
-
-
-def exit_status(error: SevhopError) -> int:
-    """What an error that ends a hop means for the caller."""
-    return _EXIT_OF.get(type(error), EXIT_UNDONE)
 
 
 def _seconds(text: str) -> float:
@@ -212,136 +209,133 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-# -- sevhop hop ------------------------------------------------------------------------------------
+# -- sevhop hop, sevhop upgrade --------------------------------------------------------------------
+
+
+class _Account:
+    """
+    Hears what becomes of hops, and tells it.
+
+    :ivar chosen: the domains that were to be upgraded.
+    :ivar reports: of those hops that have ended.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.chosen: tuple[str, ...] = ()
+        self.reports: dict[str, Report] = {}
+        self._silent: bool = options.json
+        self._live = sys.stderr.isatty() and not options.json
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Chosen):
+            self.chosen = event.domains
+        elif isinstance(event, Ended):
+            self.reports[event.guest] = event.report
+            self._tell(event.report)
+        elif self._live:
+            _show_phase(event)
+
+    def _tell(self, report: Report) -> None:
+        if self._silent:
+            return
+        if report.reason:
+            _complain(f"{report}; {_STATE_OF_GUEST[EXIT_OF[report.outcome]]}")
+        else:
+            _say(report)
+
+    @property
+    def status(self) -> int:
+        """The exit status: that of the guest that fared worst."""
+        return max((EXIT_OF.get(report.outcome, EXIT_DONE) for report in self.reports.values()), default=EXIT_DONE)
+
+    def in_order(self) -> list[Report]:
+        """The reports, in the order in which the domains were chosen."""
+        return [self.reports[name] for name in self.chosen if name in self.reports]
+
+    def summary(self) -> str:
+        """How many domains came to what, in one line."""
+        outcomes = Counter(report.outcome for report in self.in_order())
+        if left := len(self.chosen) - len(self.reports):
+            outcomes["not tried"] = left
+        return f"{len(self.chosen)} domains: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+
+
+def _run(work: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """Run until it is over. SIGINT and SIGTERM cancel it; None when that has undone it."""
+
+    async def interruptible() -> Answer:
+        task = asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(interruptible())
+    except asyncio.CancelledError:
+        return None
+
+
+def _show_phase(event: Event) -> None:
+    if isinstance(event, PhaseBegan):
+        print(f"{event.phase:<9} ...", end="", file=sys.stderr, flush=True)
+    elif isinstance(event, PhaseEnded):
+        print(f"\r{event.phase:<9} {event.ms:9.2f} ms", file=sys.stderr)
 
 
 def _hop(options: argparse.Namespace) -> int:
-    live = sys.stderr.isatty() and not options.json
-    hop = Hop(
-        Options(
-            source=options.source,
-            emulator=options.emulator,
-            command=options.destination or None,
-            step_timeout=options.timeout,
-            start_timeout=options.start_timeout,
-            move_deadline=options.move_deadline,
-        ),
-        _show_phase if live else lambda _: None,
-    )
-    status, error = EXIT_DONE, None
-    try:
-        asyncio.run(_interruptible(hop))
-    except SevhopError as err:
-        status, error = exit_status(err), err
+    account = _Account(options)
+    with contextlib.suppress(SevhopError):  # the account has it
+        _run(
+            api.hop(
+                options.source,
+                emulator=options.emulator,
+                command=options.destination or None,
+                step_timeout=options.timeout,
+                start_timeout=options.start_timeout,
+                move_deadline=options.move_deadline,
+                listener=account,
+            )
+        )
     if options.json:
-        print(json.dumps(hop.report.as_json()))
-    elif error is None:
-        _say(_summary(hop.report))
-    if error is not None and not options.json:
-        _complain(f"{hop.report.guest or options.source}: {error}; {_STATE_OF_GUEST[status]}")
-    return status
-
-
-class _Interruptible(Protocol):
-    def interrupt(self) -> bool:
-        """Undo as soon as possible."""
-
-    async def run(self) -> object:
-        """Hop."""
-
-
-async def _interruptible(hop: _Interruptible) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, hop.interrupt)
-    await hop.run()
-
-
-def _show_phase(phase: str | Phase) -> None:
-    if isinstance(phase, Phase):
-        print(f"\r{phase.name:<9} {phase.ms:9.2f} ms", file=sys.stderr)
-    else:
-        print(f"{phase:<9} ...", end="", file=sys.stderr, flush=True)
-
-
-def _summary(report: Report) -> str:
-    blackout = "it stayed paused" if report.blackout_ms is None else f"blackout {report.blackout_ms:.1f} ms"
-    line = (
-        f"{report.guest}: QEMU {report.source_version} -> {report.destination_version}, "
-        f"now process {report.destination_pid}; {blackout}"
-    )
-    return "\n".join([line, *(f"note: {note}" for note in report.notes)])
-
-
-# -- sevhop upgrade --------------------------------------------------------------------------------
-
-
-def _need_libvirt() -> None:
-    """Its Python package is optional, since hops outside libvirt do without."""
-    if importlib.util.find_spec("libvirt") is None:
-        _complain("libvirt's Python package is missing: pip install 'sevhop[libvirt]'")
-        raise SystemExit(EXIT_REFUSED)
+        (report,) = account.reports.values()
+        print(json.dumps(report.as_json()))
+    return account.status
 
 
 def _upgrade(options: argparse.Namespace) -> int:
     if bool(options.domains) + options.all + options.outdated != 1:
         options.misused("name domains, or give --all or --outdated")
-    _need_libvirt()
-    from . import series, upgrade
-
-    live = sys.stderr.isatty() and not options.json
-    worst = EXIT_DONE
-
-    def ended(hop: upgrade.Upgrade, error: SevhopError | None) -> None:
-        nonlocal worst
-        status = EXIT_DONE if error is None else exit_status(error)
-        worst = max(worst, status)
-        if options.json:
-            return
-        if error is None:
-            _say(hop.summary())
-        else:
-            _complain(f"{hop.report.guest}: {error}; {_STATE_OF_GUEST[status]}")
-
+    account = _Account(options)
     try:
-        names = asyncio.run(_chosen(options)) if not options.domains else options.domains
+        reports = _run(
+            api.upgrade_fleet(
+                options.domains or (api.Choice.ALL if options.all else api.Choice.OUTDATED),
+                connect=options.connect,
+                keep_going=options.keep_going,
+                emulator=options.emulator,
+                prepare_only=options.prepare,
+                dry_run=options.dry_run,
+                rehearse=not options.no_rehearsal,
+                step_timeout=options.timeout,
+                listener=account,
+            )
+        )
     except SevhopError as err:
         return _no_domains(options, err)
-    hops = series.Series(
-        options.connect,
-        names,
-        upgrade.Options(
-            emulator=options.emulator,
-            prepare_only=options.prepare,
-            dry_run=options.dry_run,
-            rehearse=not options.no_rehearsal,
-            step_timeout=options.timeout,
-        ),
-        chosen=not options.domains,
-        keep_going=options.keep_going,
-        progress=_show_phase if live else lambda _: None,
-        ended=ended,
-    )
-    asyncio.run(_interruptible(hops))
+    if reports is None and not account.chosen:
+        return _no_domains(options, api.Interrupted("interrupted"))
     if options.json:
-        print(json.dumps({"domains": [hop.as_json() for hop in hops.upgrades]}))
-    elif not names:
+        print(json.dumps({"domains": [report.as_json() for report in account.in_order()]}))
+    elif not account.chosen:
         _say(f"no domain is {'outdated' if options.outdated else 'active'}")
-    elif len(names) > 1:
-        _say(hops.summary())
-    return worst
-
-
-async def _chosen(options: argparse.Namespace) -> list[str]:
-    from . import series
-
-    if options.outdated:
-        return await series.all_outdated(options.connect, options.emulator)
-    return await series.all_active(options.connect)
+    elif len(account.chosen) > 1:
+        _say(account.summary())
+    return account.status
 
 
 def _no_domains(options: argparse.Namespace, error: SevhopError) -> int:
-    """libvirt could not be asked for its domains."""
+    """It did not come so far that there were domains."""
     if options.json:
         print(json.dumps({"domains": [], "reason": str(error)}))
     else:
@@ -353,11 +347,8 @@ def _no_domains(options: argparse.Namespace, error: SevhopError) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    _need_libvirt()
-    from . import status
-
     try:
-        rows = asyncio.run(status.survey(options.connect, options.domains))
+        rows = asyncio.run(api.status(options.domains, connect=options.connect))
     except SevhopError as err:
         return _no_domains(options, err)
     if options.json:
@@ -371,11 +362,11 @@ def _status(options: argparse.Namespace) -> int:
 # -- sevhop recover --------------------------------------------------------------------------------
 
 
-_EXIT_OF_RECOVERY = {recover.End.STUCK: EXIT_NEEDS_RECOVER, recover.End.GONE: EXIT_LOST}
+_EXIT_OF_RECOVERY = {End.STUCK: EXIT_NEEDS_RECOVER, End.GONE: EXIT_LOST}
 
 
 def _recover(options: argparse.Namespace) -> int:
-    found = asyncio.run(recover.recover(options.guests, timeout=options.timeout))
+    found = asyncio.run(api.recover(options.guests, step_timeout=options.timeout))
     if options.json:
         print(json.dumps({"guests": [one.as_json() for one in found]}))
     else:
@@ -390,29 +381,35 @@ def _recover(options: argparse.Namespace) -> int:
 
 
 def _install(_: argparse.Namespace) -> int:
-    _need_libvirt()
+    return _administered(_installed)
+
+
+def _installed() -> str:
     from . import installation
 
-    try:
-        paths = installation.install()
-        asyncio.run(installation.see_that_it_is_called())
-    except SevhopError as err:
-        _complain(str(err))
-        return EXIT_REFUSED
-    _say(f"installed {', '.join(map(str, paths))}; libvirt calls the hook")
-    return EXIT_DONE
+    paths = installation.install()
+    asyncio.run(installation.see_that_it_is_called())
+    return f"installed {', '.join(map(str, paths))}; libvirt calls the hook"
 
 
 def _uninstall(_: argparse.Namespace) -> int:
-    _need_libvirt()
+    return _administered(_uninstalled)
+
+
+def _uninstalled() -> str:
     from . import installation
 
+    return "removed" if installation.uninstall() else "it was not installed"
+
+
+def _administered(do: Callable[[], str]) -> int:
+    """Change the host, and say what was done."""
     try:
-        removed = installation.uninstall()
+        api.expect_libvirt()
+        _say(do())
     except SevhopError as err:
         _complain(str(err))
         return EXIT_REFUSED
-    _say("removed" if removed else "it was not installed")
     return EXIT_DONE
 
 
@@ -421,7 +418,9 @@ def _uninstall(_: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     try:
-        tree = asyncio.run(_examine(options))
+        tree = asyncio.run(
+            api.check(options.domain, source=options.qmp, emulator=options.emulator, connect=options.connect)
+        )
     except SevhopError as err:
         if options.json:
             print(json.dumps(failed("monitor", err.message, err.hint).as_json()))
@@ -434,20 +433,6 @@ def _check(options: argparse.Namespace) -> int:
         for depth, finding in tree.walk():
             _say(_line(depth, finding))
     return EXIT_REFUSED if tree.failures() else EXIT_DONE
-
-
-async def _examine(options: argparse.Namespace) -> Finding:
-    if options.domain is not None:
-        _need_libvirt()
-        from . import domain_check
-
-        return await domain_check.check_domain(options.connect, options.domain, options.emulator)
-    async with await Monitor.connect(options.qmp) as monitor:
-        process = QemuProcess.open(monitor.peer)
-        try:
-            return (await check.bare(monitor, process, options.emulator)).tree
-        finally:
-            process.close()
 
 
 def _line(depth: int, finding: Finding) -> str:

@@ -29,7 +29,6 @@ import contextlib
 import errno
 import gc
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +50,13 @@ from sevhop_qmp.process import QemuProcess
 
 from . import check, command_line, guest
 from .destination import START_TIMEOUT, Destination, Surroundings
-from .errors import Lost, NeedsRecover, Refused, Undone
+from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
+from .events import Listener, MoveTried, ignore
 from .guest import ENCRYPTED_BLOCKS
 from .journal import Entry, Process
 from .keeper import Held, Keeper
 from .name_plates import NamePlates
-from .procedure import Procedure, Progress, Report, expected
+from .procedure import Procedure, expected
 from .urgency import urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
@@ -87,8 +87,8 @@ class Options:
 class Hop(Procedure):
     """A hop of a guest that runs outside libvirt."""
 
-    def __init__(self, options: Options, progress: Progress = lambda _: None) -> None:
-        super().__init__(str(options.source), progress)
+    def __init__(self, options: Options, listener: Listener = ignore) -> None:
+        super().__init__(str(options.source), listener)
         self._options = options
         self._undo = contextlib.AsyncExitStack()
         self._hurry = self._resources.enter_context(contextlib.ExitStack())
@@ -126,10 +126,9 @@ class Hop(Procedure):
             await self._do("commit", self._commit)
             await self._do("resume", self._resume)
         except BaseException as err:
-            failure = await self._explain(err)
+            failure = await self._in_full(self._explain(err))
             if not self._committed:
-                # Undoing is done in full, whatever else arrives meanwhile.
-                await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
+                await self._in_full(self._put_back(failure))
             if failure is err:
                 raise
             raise failure from err
@@ -155,6 +154,7 @@ class Hop(Procedure):
             raise Refused(err.message, err.hint) from err
         self._guest = verdict.guest
         self._arguments = verdict.arguments
+        self.report.emulator = self._arguments.emulator
         self.report.guest = self._guest.name
         self.report.context = self._guest.context.kind
         if failures := verdict.tree.failures():
@@ -235,7 +235,7 @@ class Hop(Procedure):
         # QEMU runs commands in their order, so none of them need wait for the answer to the one before.
         orders = [self._see_source_stopped()]
         if self._guest.state == "running":
-            self._stopped_at = time.monotonic()
+            self._begin_of_blackout()
             orders.insert(0, self._source_monitor.execute("stop"))
         stopped = asyncio.gather(*orders)
         self._outgoing.begin(timeout=self._options.step_timeout)
@@ -302,7 +302,11 @@ class Hop(Procedure):
 
     async def _move_from(self, vm: int) -> move.MoveReport:
         report = await move.move(
-            self._destination.monitor, self._destination.process.pid, vm, deadline=self._options.move_deadline
+            self._destination.monitor,
+            self._destination.process.pid,
+            vm,
+            deadline=self._options.move_deadline,
+            tried=lambda attempt, number: self._tell(MoveTried(self._named, attempt, number)),
         )
         if report.restore_errno:
             self._commit_is_done()
@@ -398,7 +402,7 @@ class Hop(Procedure):
     async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error in some phase."""
         if isinstance(error, asyncio.CancelledError):
-            return Undone("interrupted")
+            return Interrupted("interrupted")
         if isinstance(error, (Refused, NeedsRecover, Lost)):
             return error
         error = expected(error)
@@ -428,11 +432,6 @@ class Hop(Procedure):
             timeout=self._options.step_timeout,
             note=self._note,
         )
-
-
-async def hop(options: Options, progress: Progress = lambda _: None) -> Report:
-    """Hop once; see :meth:`Hop.run` for what is raised."""
-    return await Hop(options, progress).run()
 
 
 async def retire(

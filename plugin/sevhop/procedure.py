@@ -1,6 +1,6 @@
 """
-What the two engines, :mod:`.hop` and :mod:`.upgrade`, have in common: phases one after the other, a report of how they
-went, a journal of what was begun, and an end that the caller can tell by its class.
+What the two engines, :mod:`.hop` and :mod:`.upgrade`, have in common: phases one after the other, told to a listener, a
+report of how they went, a journal of what was begun, and an end that the caller can tell by its class.
 """
 
 from __future__ import annotations
@@ -10,74 +10,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
-from sevhop_qmp import move
 from sevhop_qmp.errors import SevhopError
 
 from .errors import Lost, NeedsRecover, Refused
+from .events import Ended, Event, GuestRuns, GuestStopped, Listener, PhaseBegan, PhaseEnded
 from .journal import Entry, Journal, JournalError
+from .report import Phase, Report
+
+Answer = TypeVar("Answer")
 
 log = logging.getLogger(__name__)
 
 _OUTCOMES: dict[type[SevhopError], str] = {Refused: "refused", NeedsRecover: "needs-recover", Lost: "lost"}
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A phase that is over, and how many milliseconds it took."""
-
-    name: str
-    ms: float
-
-
-@dataclass
-class Report:
-    """
-    What has become of a hop.
-
-    :ivar outcome: ``done``, ``refused``, ``undone``, ``needs-recover`` or ``lost``; of an upgrade also ``prepared`` or
-        ``checked``.
-    :ivar blackout_ms: milliseconds from the order to stop the source until the guest ran again, wherever; None when
-        it was never stopped.
-    :ivar notes: what went not quite as it should after the commit, none of which matters to the guest.
-    """
-
-    guest: str = ""
-    context: str = ""
-    source_pid: int = 0
-    source_version: str = ""
-    destination_pid: int = 0
-    destination_version: str = ""
-    phases: list[Phase] = field(default_factory=list)
-    blackout_ms: float | None = None
-    move: move.MoveReport | None = None
-    outcome: str = ""
-    reason: str = ""
-    notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, object]:
-        """The object that ``--json`` prints."""
-        return {
-            "guest": self.guest,
-            "context": self.context,
-            "source": {"pid": self.source_pid, "version": self.source_version},
-            "destination": {"pid": self.destination_pid, "version": self.destination_version},
-            "phases": [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases],
-            "blackout_ms": None if self.blackout_ms is None else round(self.blackout_ms, 3),
-            "move": None
-            if self.move is None
-            else {"attempts": self.move.attempts, "errno": self.move.errno, "ms": round(self.move.ms, 3)},
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "notes": self.notes,
-        }
-
-
-#: Told of every phase: its name when it begins, and the phase when it is over.
-Progress = Callable[[str | Phase], None]
 
 
 class Procedure(abc.ABC):
@@ -87,15 +34,18 @@ class Procedure(abc.ABC):
     :ivar report: filled in as it goes on, complete when :meth:`run` has returned or raised.
     """
 
-    def __init__(self, guest: str, progress: Progress) -> None:
+    def __init__(self, guest: str, listener: Listener) -> None:
+        """:param listener: told of what happens, also while the guest is stopped; it must not take its time."""
         self.report = Report(guest=guest)
-        self._progress = progress
+        self._named = guest
+        self._tell: Callable[[Event], None] = listener
         self._resources = contextlib.AsyncExitStack()
         self._task: asyncio.Task[object] | None = None
         self._journal: Journal | None = None
         self._phase = ""
         self._stopped_at: float | None = None
         self._unfinished = False
+        self._undoing = False
 
     async def run(self) -> Report:
         """
@@ -122,13 +72,17 @@ class Procedure(abc.ABC):
                     self._journal.leave()
                 else:
                     self._journal.end()
+            if self.report.outcome:
+                self._tell(Ended(self._named, self.report))
         return self.report
 
     def interrupt(self) -> bool:
         """Undo as soon as possible. :return: False when it is too late for that: then it goes on to its end."""
         if self._task is None or self._past_undoing():
             return False
-        self._task.cancel()
+        if not self._undoing:
+            self._undoing = True
+            self._task.cancel()
         return True
 
     @abc.abstractmethod
@@ -147,14 +101,23 @@ class Procedure(abc.ABC):
         self._phase = name
         log.info("%s: %s", self.report.guest, name)
         self._remember(phase=name)
-        self._progress(name)
+        self._tell(PhaseBegan(self._named, name))
         began = time.monotonic()
         try:
             await phase()
         finally:
             done = Phase(name, (time.monotonic() - began) * 1e3)
             self.report.phases.append(done)
-            self._progress(done)
+            self._tell(PhaseEnded(self._named, name, done.ms))
+
+    async def _in_full(self, undoing: Coroutine[Any, Any, Answer]) -> Answer:
+        """Do something that belongs to undoing, whoever cancels us meanwhile: undoing is what that asks for."""
+        self._undoing = True
+        task = asyncio.ensure_future(undoing)
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        return task.result()
 
     def _begin_journal(self, entry: Entry) -> None:
         """:raises Refused: somebody else is hopping the guest, or there is no journal to be had."""
@@ -178,9 +141,14 @@ class Procedure(abc.ABC):
                 raise
             self._note(err.message)
 
+    def _begin_of_blackout(self) -> None:
+        self._tell(GuestStopped(self._named))
+        self._stopped_at = time.monotonic()
+
     def _end_of_blackout(self) -> None:
         if self._stopped_at is not None and self.report.blackout_ms is None:
             self.report.blackout_ms = (time.monotonic() - self._stopped_at) * 1e3
+            self._tell(GuestRuns(self._named, self.report.blackout_ms))
 
     def _note(self, text: str) -> None:
         log.warning("%s", text)

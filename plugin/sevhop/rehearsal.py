@@ -42,6 +42,7 @@ from . import domain_xml, guest, trial_command_line
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .domain import Connection
 from .errors import NeedsRecover, Refused
+from .events import GuestRuns, GuestStopped, Listener, ignore
 from .keeper import Held, Keeper
 from .private_tap import open_tap
 from .trial_command_line import Disk, Unrehearsable
@@ -94,11 +95,18 @@ class Rehearsal:
     :ivar pause_ms: milliseconds for which the guest was stopped; None while it was not.
     """
 
-    def __init__(self, connection: Connection, subject: Subject, step_timeout: float = COMMAND_TIMEOUT) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        subject: Subject,
+        step_timeout: float = COMMAND_TIMEOUT,
+        listener: Listener = ignore,
+    ) -> None:
         self.pause_ms: float | None = None
         self._connection = connection
         self._subject = subject
         self._step_timeout = step_timeout
+        self._tell = listener
         self._resources = contextlib.AsyncExitStack()
 
     async def run(self) -> None:
@@ -204,6 +212,8 @@ class Rehearsal:
         """
         monitor = self._subject.monitor
         stops = (await monitor.execute("query-status"))["running"]
+        if stops:
+            self._tell(GuestStopped(self._subject.name))
         began = time.monotonic()
         try:
             if stops:
@@ -216,6 +226,7 @@ class Rehearsal:
             if stops:
                 await _to_its_end(self._continue())
                 self.pause_ms = (time.monotonic() - began) * 1e3
+                self._tell(GuestRuns(self._subject.name, self.pause_ms))
         if not intact:
             raise Refused("somebody else continued the guest in the middle of the rehearsal", "try again")
 

@@ -29,7 +29,6 @@ import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from sevhop_qmp import adopt, move
 from sevhop_qmp.errors import SevhopError
@@ -40,12 +39,14 @@ from sevhop_qmp.process import QemuProcess
 from . import domain_xml, emulator, guest, hook, journal
 from .domain import NO_DOMAIN, RESTORE_TIMEOUT, Connection, Domain, DomainError, DomainMonitor
 from .domain_check import examine
-from .errors import Lost, NeedsRecover, Refused, Undone
+from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
+from .events import Listener, MoveTried, ignore
 from .guest import ENCRYPTED_BLOCKS
 from .journal import Entry, Process
 from .keeper_process import Brief, KeeperProcess, State
-from .procedure import Phase, Procedure, Progress, expected
+from .procedure import Procedure, expected
 from .rehearsal import Rehearsal, Subject
+from .report import Phase
 from .save_image import SaveImage
 from .trial_command_line import Unrehearsable
 
@@ -81,19 +82,11 @@ class Options:
 
 
 class Upgrade(Procedure):
-    """
-    The upgrade of one domain.
+    """The upgrade of one domain."""
 
-    :ivar image: the save image with which a prepared upgrade goes on.
-    :ivar rehearsal_ms: milliseconds for which the rehearsal has stopped the guest; None if it has not.
-    """
-
-    def __init__(
-        self, uri: str, name: str, options: Options, progress: Progress = lambda _: None
-    ) -> None:
-        super().__init__(name, progress)
-        self.image: Path | None = None
-        self.rehearsal_ms: float | None = None
+    def __init__(self, uri: str, name: str, options: Options, listener: Listener = ignore) -> None:
+        super().__init__(name, listener)
+        self.report.kind = "domain"
         self._uri = uri
         self._name = name
         self._options = options
@@ -119,25 +112,7 @@ class Upgrade(Procedure):
         return self._retiring
 
     def _outcome(self) -> str:
-        return "prepared" if self.image else "checked" if self._options.dry_run else "done"
-
-    def as_json(self) -> dict[str, object]:
-        """For ``--json``: the report, ``rehearsal_ms``, and ``image`` if the upgrade was prepared."""
-        rehearsal = None if self.rehearsal_ms is None else round(self.rehearsal_ms, 3)
-        return self.report.as_json() | {"rehearsal_ms": rehearsal} | ({"image": str(self.image)} if self.image else {})
-
-    def summary(self) -> str:
-        """What has become of it, in a line or a few."""
-        report = self.report
-        if self._options.dry_run:
-            return f"{report.guest}: QEMU {report.source_version}, can hop to {self._new}"
-        if self.image is not None:
-            return f"{report.guest}: the guest is held, and goes on with: virsh restore {self.image}"
-        blackout = "it stayed paused" if report.blackout_ms is None else f"blackout {report.blackout_ms:.0f} ms"
-        line = f"{report.guest}: QEMU {report.source_version} -> {report.destination_version}; {blackout}"
-        if self.rehearsal_ms is not None:
-            line += f", and {self.rehearsal_ms:.0f} ms for the rehearsal"
-        return "\n".join([line, *(f"note: {note}" for note in report.notes)])
+        return "prepared" if self.report.image else "checked" if self._options.dry_run else "done"
 
     async def _go(self) -> None:
         try:
@@ -152,21 +127,21 @@ class Upgrade(Procedure):
             await self._do("save", self._save)
             await self._do("retire", self._retire)
         except BaseException as err:
-            failure = await self._explain(err)
+            failure = await self._in_full(self._explain(err))
             if not self._retired:
-                await asyncio.shield(asyncio.ensure_future(self._put_back(failure)))
+                await self._in_full(self._put_back(failure))
             if failure is err:
                 raise
             raise failure from err
         if self._options.prepare_only:
-            self.image = self._keeper.image
+            self.report.image = self._keeper.image
             self._remember(phase="prepared")
             self._unfinished = True
             return
         try:
             await self._do("restore", self._restore)
         except SevhopError as err:
-            await asyncio.shield(asyncio.ensure_future(self._bring_back(err)))
+            await self._in_full(self._bring_back(err))
         await self._do("define", self._define)
 
     # -- before the guest is touched ---------------------------------------------------------------
@@ -188,6 +163,7 @@ class Upgrade(Procedure):
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
         self._monitor, self._source, self._guest = examined.monitor, examined.process, examined.guest
         self._xml, self._old, self._new = examined.xml, examined.old, examined.new
+        self.report.emulator = self._new
         self.report.context = self._guest.context.kind
         self.report.source_pid = self._source.pid
         self.report.source_version = self._monitor.version
@@ -246,13 +222,13 @@ class Upgrade(Procedure):
             encrypted=self._encrypted(),
             directory=self._keeper.directory / "trial",
         )
-        rehearsal = Rehearsal(self._connection, subject, self._options.step_timeout)
+        rehearsal = Rehearsal(self._connection, subject, self._options.step_timeout, self._tell)
         try:
             await rehearsal.run()
         except Unrehearsable as err:
             self._note(f"not rehearsed: {err}")
         finally:
-            self.rehearsal_ms = rehearsal.pause_ms
+            self.report.rehearsal_ms = rehearsal.pause_ms
 
     async def _prepare(self) -> None:
         described = domain_xml.describe(self._xml)
@@ -267,7 +243,7 @@ class Upgrade(Procedure):
         # Somebody may have paused it since it was examined: then it stays so.
         self._running = bool((await self._monitor.execute("query-status"))["running"])
         if self._running:
-            self._stopped_at = time.monotonic()
+            self._begin_of_blackout()
             await self._domain.suspend()
         elif self._guest.state == "running":
             self._remember(running=False)
@@ -390,7 +366,9 @@ class Upgrade(Procedure):
             raise SevhopError(status["reason"] or "libvirt restored the domain without our hook")
         self.report.destination_pid = status["destination"]
         self.report.destination_version = status["version"]
-        self.report.move = move.MoveReport(**status["move"]) if status["move"] else None
+        if status["move"]:
+            self.report.move = move.MoveReport(**status["move"])
+            self._tell(MoveTried(self._named, self.report.move.attempts, self.report.move.errno))
         self.report.phases += [
             Phase("restore: until the hook", status["until_started_ms"]),
             Phase("restore: commit", status["commit_ms"]),
@@ -490,7 +468,7 @@ class Upgrade(Procedure):
     async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error before the restore."""
         if isinstance(error, asyncio.CancelledError):
-            return Undone("interrupted")
+            return Interrupted("interrupted")
         if isinstance(error, (Refused, NeedsRecover)):
             return error
         error = expected(error)

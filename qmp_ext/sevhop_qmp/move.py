@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import tenacity
@@ -112,13 +112,21 @@ def _is_transient(result: adopt.MigrateResult) -> bool:
     return result.errno != 0 and explain(result.errno).retry
 
 
-async def move(destination: Monitor, destination_pid: int, source_vm_fd: int, *, deadline: float = 2.0) -> MoveReport:
+async def move(
+    destination: Monitor,
+    destination_pid: int,
+    source_vm_fd: int,
+    *,
+    deadline: float = 2.0,
+    tried: Callable[[int, int], None] = lambda *_: None,
+) -> MoveReport:
     """
     Move the SEV context of the VM behind ``source_vm_fd`` into the destination.
 
     EBUSY and EINTR are retried, with exponential backoff and jitter from 1 ms on, until ``deadline`` seconds have
     passed: the guest is paused meanwhile. Everything else is final at once.
 
+    :param tried: told of each attempt, counted from 1, and its errno.
     :raises MoveError: the context was not moved; the source still owns it.
     :raises CommandError: the destination is not in a state in which it may be asked.
     :raises MoveUncertain: the destination fell silent during the call. Whether the context was moved is *not known*.
@@ -136,6 +144,7 @@ async def move(destination: Monitor, destination_pid: int, source_vm_fd: int, *,
         except MonitorError as err:
             raise MoveUncertain(err.message) from err
         log.info("move attempt %d: %s", attempts, explain(result.errno).name if result.errno else "moved")
+        tried(attempts, result.errno)
         return result
 
     retrying = tenacity.AsyncRetrying(

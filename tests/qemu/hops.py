@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guests.running import Guest
+from sevhop.events import Event, PhaseBegan
 from sevhop.hop import Hop, Options
-from sevhop.procedure import Phase, Report
+from sevhop.report import Report
 
 #: Phases of a hop between the start of the destination and the commit.
 BEFORE_COMMIT = ("freeze", "share", "save", "load", "commit")
@@ -59,10 +60,10 @@ class Meddler:
         :param timeout: seconds for each step.
         """
 
-        def progress(phase: str | Phase) -> None:
-            if isinstance(phase, str):
-                self.phases.append(phase)
-                if phase == at:
+        def listener(event: Event) -> None:
+            if isinstance(event, PhaseBegan):
+                self.phases.append(event.phase)
+                if event.phase == at:
                     mischief(self.hop)
 
         options = Options(
@@ -73,7 +74,7 @@ class Meddler:
             start_timeout=start_timeout,
             move_deadline=move_deadline,
         )
-        self.hop = Hop(options, progress)
+        self.hop = Hop(options, listener)
         return asyncio.run(self.hop.run())
 
 

@@ -63,7 +63,7 @@ def main(monitor: str, emulator: str, point: str, kind: str) -> int:
     fault = Fault(
         point, kind, {"source": lambda: hop.report.source_pid, "destination": lambda: hop.report.destination_pid}
     )
-    hop = Hop(Options(Path(monitor), emulator=emulator, start_timeout=60.0), fault.begun)
+    hop = Hop(Options(Path(monitor), emulator=emulator, start_timeout=60.0), fault.heard)
 
     async def execute(
         original: Callable[..., Awaitable[Any]], monitor: Monitor, command: str, *arguments: Any, **options: Any

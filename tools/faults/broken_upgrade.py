@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sevhop import domain
-from sevhop.cli import DEFAULT_URI
-from sevhop.domain import DomainError, DomainMonitor
+from sevhop.domain import DEFAULT_URI, DomainError, DomainMonitor
 from sevhop.keeper_process import KeeperError, KeeperProcess
 from sevhop.upgrade import Options, Upgrade
 from sevhop_qmp.errors import CommandError, MonitorTimeout
@@ -79,7 +78,7 @@ def main(name: str, emulator: str, point: str, kind: str) -> int:
             "daemon": lambda: int(Path("/run/libvirtd.pid").read_text()),
         },
     )
-    upgrade = Upgrade(DEFAULT_URI, name, Options(emulator=emulator), fault.begun)
+    upgrade = Upgrade(DEFAULT_URI, name, Options(emulator=emulator), fault.heard)
 
     async def execute(original: Original, monitor: DomainMonitor, command: str, *arguments: Any) -> Any:
         return await fault.around(

@@ -25,8 +25,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from sevhop.cli import EXIT_DONE, exit_status
-from sevhop.procedure import Phase, Procedure
+from sevhop.cli import EXIT_DONE, EXIT_OF
+from sevhop.events import Event, PhaseBegan
+from sevhop.procedure import Procedure
 from sevhop_qmp.errors import SevhopError
 
 Answer = TypeVar("Answer")
@@ -48,10 +49,10 @@ class Fault:
         self._victims = {"command": os.getpid, **victims}
         self._done: Counter[str] = Counter()
 
-    def begun(self, phase: str | Phase) -> None:
-        """To be told of progress."""
-        if isinstance(phase, str):
-            self._at(f"phase {phase}")
+    def heard(self, event: Event) -> None:
+        """The listener of the hop."""
+        if isinstance(event, PhaseBegan):
+            self._at(f"phase {event.phase}")
 
     async def around(
         self, action: str, do: Callable[[], Awaitable[Answer]], error: SevhopError, silence: SevhopError
@@ -114,5 +115,4 @@ def run(procedure: Procedure) -> int:
         asyncio.run(procedure.run())
     except SevhopError as err:
         print(type(err).__name__, err, flush=True)
-        return exit_status(err)
-    return EXIT_DONE
+    return EXIT_OF.get(procedure.report.outcome, EXIT_DONE)

@@ -24,7 +24,7 @@ from sevhop.errors import Refused, Undone
 from sevhop.finding import Finding, Status
 from sevhop.guest import inspect
 from sevhop.hop import Hop
-from sevhop.procedure import Report
+from sevhop.report import Report
 from sevhop_qmp.errors import MonitorClosed
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess

@@ -1,0 +1,98 @@
+"""What has become of a hop: how it ended, how long each phase took, and how long the guest was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sevhop_qmp.move import MoveReport
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase that is over, and how many milliseconds it took."""
+
+    name: str
+    ms: float
+
+
+@dataclass
+class Report:
+    """
+    What has become of a hop.
+
+    :ivar kind: ``bare``, or ``domain`` of libvirt.
+    :ivar context: ``none``, ``sev`` or ``sev-es``; empty when that was not found out.
+    :ivar emulator: the QEMU to go to; empty when that was not found out.
+    :ivar outcome: ``done``, ``refused``, ``undone``, ``needs-recover`` or ``lost``; of an upgrade also ``prepared`` or
+        ``checked``.
+    :ivar reason: why it is not done, in one line.
+    :ivar blackout_ms: milliseconds from the order to stop the source until the guest ran again, wherever; None when
+        it was never stopped.
+    :ivar rehearsal_ms: milliseconds for which the rehearsal has stopped the guest; None when it has not.
+    :ivar image: the save image with which a prepared upgrade goes on.
+    :ivar notes: what went not quite as it should after the commit, none of which matters to the guest.
+    """
+
+    guest: str = ""
+    kind: Literal["bare", "domain"] = "bare"
+    context: str = ""
+    emulator: str = ""
+    source_pid: int = 0
+    source_version: str = ""
+    destination_pid: int = 0
+    destination_version: str = ""
+    phases: list[Phase] = field(default_factory=list)
+    blackout_ms: float | None = None
+    rehearsal_ms: float | None = None
+    move: MoveReport | None = None
+    image: Path | None = None
+    outcome: str = ""
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, object]:
+        """The object that ``--json`` prints."""
+        return {
+            "guest": self.guest,
+            "context": self.context,
+            "emulator": self.emulator,
+            "source": {"pid": self.source_pid, "version": self.source_version},
+            "destination": {"pid": self.destination_pid, "version": self.destination_version},
+            "phases": [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases],
+            "blackout_ms": _rounded(self.blackout_ms),
+            "rehearsal_ms": _rounded(self.rehearsal_ms),
+            "move": None
+            if self.move is None
+            else {"attempts": self.move.attempts, "errno": self.move.errno, "ms": round(self.move.ms, 3)},
+            "image": None if self.image is None else str(self.image),
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        """For people: a line, and one for each note."""
+        if self.reason:
+            return f"{self.guest}: {self.reason}"
+        if self.outcome == "checked":
+            return f"{self.guest}: QEMU {self.source_version}, can hop to {self.emulator}"
+        if self.image is not None:
+            return f"{self.guest}: the guest is held, and goes on with: virsh restore {self.image}"
+        line = f"{self.guest}: QEMU {self.source_version} -> {self.destination_version}"
+        if self.kind == "bare":
+            line += f", now process {self.destination_pid}"
+        line += "; it stayed paused" if self.blackout_ms is None else f"; blackout {readable_ms(self.blackout_ms)}"
+        if self.rehearsal_ms is not None:
+            line += f", and {readable_ms(self.rehearsal_ms)} for the rehearsal"
+        return "\n".join([line, *(f"note: {note}" for note in self.notes)])
+
+
+def readable_ms(ms: float) -> str:
+    """Milliseconds, with no more digits than anybody wants to know."""
+    return f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
+
+
+def _rounded(ms: float | None) -> float | None:
+    return None if ms is None else round(ms, 3)
