@@ -1,0 +1,117 @@
+"""
+A host for those who follow the documentation: a libvirt daemon of one's own, and the two QEMUs, of which the newer one
+comes when a page upgrades the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from guests import emulators
+from guests.build import Unavailable
+from guests.daemon import Daemon
+from guests.enclosure import PROGRAMS
+from guests.machine import Accelerator
+from guests.running import wait_until
+
+from .console import Shell
+from .pages import Block
+
+#: What pages call the host's QEMU, and what takes its place here: a link, which leads to one or the other.
+_EMULATOR = "/usr/bin/qemu-system-x86_64"
+_LINK = PROGRAMS / "qemu-system-x86_64"
+#: Where the reader is when he begins.
+_HOME = "/run/home"
+
+
+class Host:
+    """
+    A host with one daemon, as a page finds it: nothing is defined, nothing of sevhop is installed.
+
+    :ivar shell: root's.
+    """
+
+    def __init__(self, daemon: Daemon, shell: Shell, accelerator: Accelerator) -> None:
+        self.daemon = daemon
+        self.shell = shell
+        self._accelerator = accelerator
+
+    def write(self, block: Block) -> None:
+        """Put a block that has a name into a file of that name."""
+        text = self.shell.here(block.text)
+        if self._accelerator == "tcg":
+            text = text.replace("type='kvm'", "type='qemu'")
+        (self.daemon.root / _HOME.lstrip("/") / block.file).write_text(text)
+
+    def install(self, emulator: Path) -> None:
+        """Do what the update of QEMU's package does."""
+        done = self.daemon.run("ln", "--symbolic", "--force", "--no-dereference", emulator, _LINK)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def old() -> Path:
+    """The QEMU that is installed when a page begins."""
+    return _emulator(emulators.OLD)
+
+
+@pytest.fixture(scope="session")
+def new() -> Path:
+    """The one that the update of the package brings."""
+    return _emulator(emulators.NEW)
+
+
+def _emulator(label: str) -> Path:
+    try:
+        return emulators.emulator(label)
+    except Unavailable as err:
+        pytest.skip(f"no QEMU {label}: {err}")
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[Daemon]:
+    """A daemon that knows nothing of sevhop."""
+    missing = [name for name in ("libvirtd", "virsh", "qemu-img", "nsenter") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a mount namespace cannot be had here")
+    daemon = Daemon.start()
+    try:
+        yield daemon
+    finally:
+        daemon.stop()
+
+
+@pytest.fixture
+def host(daemon: Daemon, old: Path, accelerator: Accelerator) -> Iterator[Host]:
+    """A host; nothing of what a page has made is left afterwards."""
+    before = set(daemon.processes())
+    done = daemon.run("mkdir", "-p", _HOME, "/run/vm", "/var/lib/libvirt/images")
+    assert done.returncode == 0, done.stderr
+    path = f"{PROGRAMS}:{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    entered = ["nsenter", "--mount", "--target", str(daemon.pid), "--"]
+    shell = Shell(entered, {"PATH": path, "HOME": _HOME, "LC_ALL": "C.UTF-8"}, _HOME, {_EMULATOR: str(_LINK)})
+    host = Host(daemon, shell, accelerator)
+    try:
+        with shell:
+            host.install(old)
+            yield host
+    finally:
+        for name in daemon.virsh("list", "--all", "--name").split():
+            daemon.run("virsh", "destroy", name)
+            daemon.run("virsh", "undefine", name)
+        daemon.sevhop("uninstall")
+        for pid in set(daemon.processes()) - before:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: set(daemon.processes()) <= before, 30, "the last processes end")
+    assert daemon.left_over() == []

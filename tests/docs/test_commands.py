@@ -1,0 +1,88 @@
+"""
+Every command in the documentation is run, and answers what is said there; or it is in a list here, with the reason.
+
+XML that a page gives a name is what the commands of that page find under this name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .conftest import Host
+from .console import Command, commands, difference, is_status
+from .pages import Page, page, pages
+
+#: Commands that cannot be run here, or that other tests run.
+_ALL_OF_IT = "it takes many minutes; what it runs is run by the tests themselves"
+_LAB = "boots the SEV lab, which tests/lab does"
+_BENCH = "measures for minutes; tests/qemu/test_bench.py runs a small part"
+NOT_RUN: dict[str, str] = {
+    "tools/demo": "takes a minute, and hops as tests/qemu do, with the same guests",
+    "tools/test": _ALL_OF_IT,
+    'tools/test tests/qemu/test_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
+    'tools/test tests/libvirt/test_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
+    'tools/test tests/lab/qemu/test_sev_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
+    "tools/bench/run": _BENCH,
+    "tools/bench/run --quick": _BENCH,
+    "tools/bench/run --only domains --sizes 256,4096": _BENCH,
+    "tools/bench/run --only bare --output DIRECTORY": _BENCH,
+    "tools/lab/run cat /sys/module/kvm_amd/parameters/sev": _LAB,
+    "tools/lab/run --kernel 6.12 .venv/bin/python -m pytest tests/lab/contract": _LAB,
+    ".venv/bin/python -m pytest tests/lab": _LAB,
+    "tools/lab/run bash -c 'virtlogd -d; libvirtd -d; sleep 5; virsh domcapabilities'": _LAB,
+    "pip install 'sevhop[libvirt]'": "an index of packages would have to have it; tools/environment installs the tree",
+}
+#: What the update of QEMU's package is to a page; here a link leads to another QEMU afterwards.
+_UPDATE = "apt-get install --only-upgrade qemu-system-x86"
+#: The guide has the commands that make the guests which other pages speak of.
+_GUIDE = "docs/administrator.md"
+_MAKES_GUESTS = ("qemu-img create", "virsh --quiet define web1", "virsh --quiet start web1", "qemu-system-x86_64 ")
+
+
+def typed(one: Page) -> list[Command]:
+    """All commands of a page."""
+    return [command for block in one.of("console") for command in commands(block)]
+
+
+TO_FOLLOW = [one for one in pages() if any(command.text not in NOT_RUN for command in typed(one))]
+
+
+def follow(host: Host, one: Page, todo: list[Command], new: Path) -> list[str]:
+    """Type the commands of a page. :return: what was not as the page says."""
+    for block in one.of("xml"):
+        if block.file:
+            host.write(block)
+    wrong = []
+    for command, following in zip(todo, [*todo[1:], None], strict=True):
+        if command.text in NOT_RUN:
+            continue
+        if command.text == _UPDATE:
+            host.install(new)
+            continue
+        status, said = host.shell.run(command.text)
+        differs = difference(command, said)
+        if status and not (following and is_status(following)):
+            differs = f"exit status {status}"
+        if differs:
+            wrong.append(f"{one.name}:{command.line}: {command.text}\n{differs}\n\nall of it:\n{said}")
+    return wrong
+
+
+@pytest.mark.parametrize("one", TO_FOLLOW, ids=lambda one: one.name)
+def test_commands(one: Page, host: Host, new: Path) -> None:
+    if one.name != _GUIDE:
+        guide = page(_GUIDE)
+        given = [command for command in typed(guide) if command.text.startswith(_MAKES_GUESTS)]
+        for command in given:
+            command.output.clear()
+        assert not follow(host, guide, given, new)
+        host.install(new)
+    wrong = follow(host, one, typed(one), new)
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_what_is_not_run_is_still_there() -> None:
+    everywhere = {command.text for one in pages() for command in typed(one)}
+    assert set(NOT_RUN) <= everywhere
