@@ -115,7 +115,7 @@ def test_system_calls(
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(5)
     log = tmp_path / "calls"
-    hop = [sys.executable, "-m", "sevhop.cli", "hop", "--source", guest.machine.monitor, "--emulator", new]
+    hop = [sys.executable, "-m", "sevhop.cli", "hop", "--source", str(guest.machine.monitor), "--emulator", str(new)]
     subprocess.run(["strace", "--output", log, *hop], check=True, capture_output=True)
     lines = log.read_text(errors="replace").splitlines()
     (stop,), (cont,) = ([at for at, line in enumerate(lines) if f'\\"{order}\\"' in line] for order in ("stop", "cont"))
