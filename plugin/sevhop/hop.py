@@ -247,22 +247,15 @@ class Hop(Procedure):
             raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
 
     async def _share(self) -> None:
-        await adopt.adopt_ram(self._destination.monitor)
+        sharing = asyncio.ensure_future(adopt.adopt_ram(self._destination.monitor))
+        await asyncio.sleep(0)  # the destination is told; while it is at it there is time for the rest of its memory
+        try:
+            self._carrier.carry()
+        finally:
+            await sharing
 
     async def _save(self) -> None:
-        carrying = asyncio.ensure_future(asyncio.to_thread(self._carry_the_rest))
-        try:
-            await self._outgoing.pass_on(timeout=self._options.step_timeout)
-        finally:
-            # A thread cannot be cancelled, and must not write into a destination that is being ended.
-            await asyncio.wait({carrying})
-            carried = carrying.exception()
-        if carried is not None:
-            raise carried
-
-    def _carry_the_rest(self) -> None:
-        with urgent():
-            self._carrier.carry()
+        await self._outgoing.pass_on(timeout=self._options.step_timeout)
 
     async def _load(self) -> None:
         await self._incoming.loaded(timeout=self._options.step_timeout)
@@ -488,6 +481,9 @@ async def let_run(monitor: Monitor, *, patience: float) -> None:
 
     :raises CommandError: QEMU's last refusal.
     """
+    if not patience:
+        await monitor.execute("cont")
+        return
     async for attempt in tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(CommandError),
         stop=tenacity.stop_after_delay(patience),

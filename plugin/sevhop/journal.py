@@ -7,9 +7,9 @@ torn was never acted upon, and is ignored.
 
 Before anything of the guest is touched, the file is on the disk: written under another name, synchronised, linked into
 place, the directory synchronised. The room for all that follows is allocated then, too, so that a full disk is found
-early. While the guest is stopped nobody waits for the disk: a record is in the kernel's hands at once, where the death
-of this process cannot touch it, and a thread takes it to the disk. The host's death ends the guest as well; then the
-journal need only tell that a hop was under way, which its first line does.
+early. Of what follows nobody waits until it is on the disk: it is in the kernel's hands at once, where the death of
+this process cannot touch it, and a thread takes it to the disk, while the guest is stopped not even that. The host's
+death ends the guest as well; then the journal need only tell that a hop was under way, which its first line does.
 
 The process that hops holds a lock on the file (flock(2)), which the kernel drops with the process. So a journal
 without a lock is that of a hop that was broken off.
@@ -22,7 +22,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from .run_directory import HopUnderWay
-from .urgency import hurry
 
 #: Where journals are; root's alone.
 DIRECTORY = Path("/var/lib/sevhop/journal")
@@ -187,8 +186,7 @@ class Journal:
         self.entry = entry
         self._fd = fd
         self._size = size
-        # Nobody waits for the disk, but for Python's lock, which this thread has for a moment.
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="journal", initializer=hurry)
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._flush: Future[None] | None = None
 
     @classmethod
@@ -254,11 +252,12 @@ class Journal:
             raise
         return cls(path, fd, entry, size)
 
-    def write(self, **facts: Any) -> None:
+    def write(self, facts: Mapping[str, Any], *, flush: bool = True) -> None:
         """
         Write down what is about to be done, or has become known. Survives this process from now on; the disk is not
         waited for.
 
+        :param flush: take it to the disk now, not with a later record.
         :raises JournalError: it cannot be written.
         """
         line = _line({name: asdict(fact) if isinstance(fact, Process) else fact for name, fact in facts.items()})
@@ -268,7 +267,7 @@ class Journal:
             raise _unwritable(err) from err
         self._size += len(line)
         self.entry = replace(self.entry, **facts)
-        if self._flush is None or self._flush.done():
+        if flush and (self._flush is None or self._flush.done()):
             self._flush = self._flusher.submit(_flush, self._fd)
 
     def end(self) -> None:

@@ -135,7 +135,7 @@ class Procedure(abc.ABC):
         if self._journal is None:
             return
         try:
-            self._journal.write(**facts)
+            self._journal.write(facts, flush=self._stopped_at is None or self.report.blackout_ms is not None)
         except JournalError as err:
             if not self._past_undoing():
                 raise

@@ -36,11 +36,6 @@ def urgent(threads: Iterable[int] = ()) -> Iterator[None]:
             _lower(thread)
 
 
-def hurry() -> None:
-    """For a thread of ours that others wait for: it goes first as long as it lives."""
-    _raise(0)
-
-
 def relax(process: int) -> None:
     """Take back what a command has left in a process that was killed in the middle."""
     with contextlib.suppress(OSError):

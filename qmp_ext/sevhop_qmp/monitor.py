@@ -214,6 +214,8 @@ class Monitor(Commands):
         :raises MonitorClosed: QEMU hung up first.
         :raises MonitorTimeout: none in time.
         """
+        if not listener.empty():
+            return await listener.get()
         limit = self.timeout if timeout is None else timeout
         event = asyncio.ensure_future(listener.get())
         hangup = asyncio.ensure_future(self._hung_up())

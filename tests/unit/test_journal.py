@@ -25,8 +25,8 @@ def entry() -> Entry:
 
 def test_what_was_written_is_read() -> None:
     mine = Journal.begin(entry())
-    mine.write(phase="prepare")
-    mine.write(destination=Process(9, 10), plates={"sockets": [["a", "b"]], "pidfile": None})
+    mine.write({"phase": "prepare"})
+    mine.write({"destination": Process(9, 10), "plates": {"sockets": [["a", "b"]], "pidfile": None}})
     assert journal.read(mine.path) == mine.entry
     assert mine.entry == dataclasses.replace(
         entry(), phase="prepare", destination=Process(9, 10), plates={"sockets": [["a", "b"]], "pidfile": None}
@@ -61,7 +61,7 @@ def test_records_reach_the_disk_too(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[bytes] = []
     monkeypatch.setattr(os, "fdatasync", lambda fd: flushed.append(os.pread(fd, 4096, 0).rstrip(b"\0")))
     mine = Journal.begin(entry())
-    mine.write(phase="freeze")
+    mine.write({"phase": "freeze"})
     mine.leave()
     assert b'"freeze"' in flushed[-1]
 
@@ -78,20 +78,20 @@ def test_one_hop_at_a_time() -> None:
 
 def test_what_was_broken_off_must_be_recovered_first() -> None:
     mine = Journal.begin(entry())
-    mine.write(phase="save")
+    mine.write({"phase": "save"})
     mine.leave()
     with pytest.raises(HopBrokenOff, match=r"not finished, it stands at save .*sevhop recover"):
         Journal.begin(entry())
     taken = Journal.take_over(mine.path)
     assert taken.entry.phase == "save"
-    taken.write(phase="commit")
+    taken.write({"phase": "commit"})
     taken.leave()
     assert journal.read(mine.path).phase == "commit"
 
 
 def test_the_destination_of_a_hop_is_the_same_guest() -> None:
     mine = Journal.begin(entry())
-    mine.write(destination=Process(9, 10))
+    mine.write({"destination": Process(9, 10)})
     mine.leave()
     for guest in (Process(7, 8), Process(9, 10), "4711"):
         with pytest.raises(HopBrokenOff):
@@ -105,14 +105,14 @@ def test_the_destination_of_a_hop_is_the_same_guest() -> None:
 @pytest.mark.parametrize("cut", [1, 5, 15])
 def test_a_torn_last_line_is_ignored(cut: int) -> None:
     mine = Journal.begin(entry())
-    mine.write(phase="freeze")
-    mine.write(phase="share")
+    mine.write({"phase": "freeze"})
+    mine.write({"phase": "share"})
     mine.leave()
     raw = mine.path.read_bytes()
     mine.path.write_bytes(raw.rstrip(b"\0")[:-cut] + bytes(100))
     taken = Journal.take_over(mine.path)
     assert taken.entry.phase == "freeze"
-    taken.write(phase="load")
+    taken.write({"phase": "load"})
     assert journal.read(mine.path).phase == "load"
     taken.end()
 
