@@ -8,6 +8,8 @@ import json
 import mmap
 import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ from xml.etree import ElementTree
 import pytest
 from bench import pause
 from bench.picture import svg
-from bench.report import Failed, Report, Run, Spread
+from bench.report import Failed, Outcome, Report, Run, Spread
+from bench.usage import Usage, Used
+from bench.usage import counting as count
 from guests import counter
 from guests.running import GuestFailed
 
@@ -80,10 +84,49 @@ def test_json_has_everything() -> None:
 
 def test_tables() -> None:
     text = REPORT.markdown()
-    assert "| minimal | 256 MB | hop | 7.2 → 10.0 | 6.0 (4.0 to 50.0) | 106 (104 to 150) | 3 |" in text
+    assert "| minimal | 256 MB | hop | 7.2 → 10.0 | 6.0 (4.0 to 50.0) | 0.0 | 106 |  |  | 3 |" in text
     assert "| hop/precopy | 0.0300 |  |" in text
+    assert "rich" not in text.partition("ours to theirs")[2]  # nothing there to compare it with
     assert "hop 1.50" in text
     assert "| hop | 256 MB | freeze 2.0, save 4.0 |" in text
+
+
+def test_a_run_of_what_was_seen() -> None:
+    outcome = Outcome((2_500_000_000, 2_600_000_000), began=2.0, ended=3.0, phases={"save": 5.0})
+    seen = Run.of(("hop", "rich", 256), outcome, None, "7.2.22", "10.0.13")
+    assert (seen.pause_ms, seen.prepare_ms, seen.total_ms) == (100.0, 500.0, 1000.0)
+    assert (seen.cpu_ms, seen.memory_mib_more) == (None, None)
+    # For 1,100 ms less the pause one processor was the guest's.
+    counted = Run.of(("hop", "rich", 256), outcome, Used(1100.0, 1250.0, 30.0), "7.2.22", "10.0.13")
+    assert (counted.cpu_ms, counted.memory_mib_more) == (250.0, 30.0)
+    text = Report([counted, dataclasses.replace(counted, mode="precopy", pause_ms=200.0)], {}).markdown()
+    assert "| rich | 256 MB | hop | 7.2 → 10.0 | 100 (100 to 100) | 500 | 1000 | 250 | 30.0 | 1 |" in text
+    assert "rich machine.\n\n|  | 256 MB |\n| --- | --- |\n| hop/precopy | 0.50 |" in text
+
+
+def test_processes_of_ours_are_counted() -> None:
+    try:
+        with Usage() as usage:
+            with count(usage) as used:
+                code = "import time; full = b'x' * (64 << 20)\nwhile time.process_time() < 0.3: pass"
+                subprocess.run([sys.executable, "-c", code], check=True)
+            assert used is not None
+            assert used.cpu_ms >= 300
+            assert used.elapsed_ms >= 300
+            assert used.memory_mib >= 64
+            with count(usage) as nothing:
+                pass
+            assert nothing is not None
+            assert nothing.memory_mib < 32
+    except OSError as err:
+        pytest.skip(f"no control group of our own: {err}")
+    assert "sevhop-bench" not in Path("/proc/self/cgroup").read_text()
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/sevhop-bench-{os.getpid()}"))
+
+
+def test_without_control_groups_nothing_is_counted() -> None:
+    with count(None) as used:
+        assert used is None
 
 
 def test_a_failure_is_told() -> None:
