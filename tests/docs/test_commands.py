@@ -14,10 +14,11 @@ from .conftest import Host
 from .console import Command, commands, difference, is_status
 from .pages import Page, page, pages
 
-#: Commands that cannot be run here, or that other tests run.
 _ALL_OF_IT = "it takes many minutes; what it runs is run by the tests themselves"
 _LAB = "boots the SEV lab, which tests/lab does"
 _BENCH = "measures for minutes; tests/qemu/test_bench.py runs a small part"
+_INSTALLS = "changes the machine and wants the network; tools/environment installs the tree in the same way"
+#: Commands that cannot be run here, or that other tests run.
 NOT_RUN: dict[str, str] = {
     "tools/demo": "takes a minute, and hops as tests/qemu do, with the same guests",
     "tools/test": _ALL_OF_IT,
@@ -32,7 +33,10 @@ NOT_RUN: dict[str, str] = {
     "tools/lab/run --kernel 6.12 .venv/bin/python -m pytest tests/lab/contract": _LAB,
     ".venv/bin/python -m pytest tests/lab": _LAB,
     "tools/lab/run bash -c 'virtlogd -d; libvirtd -d; sleep 5; virsh domcapabilities'": _LAB,
-    "pip install 'sevhop[libvirt]'": "an index of packages would have to have it; tools/environment installs the tree",
+    "apt-get install --no-install-recommends python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev": _INSTALLS,
+    "python3 -m venv /opt/sevhop": _INSTALLS,
+    "/opt/sevhop/bin/pip install '.[libvirt]'": _INSTALLS,
+    "ln -s /opt/sevhop/bin/sevhop /usr/local/bin/": _INSTALLS,
 }
 #: What the update of QEMU's package is to a page; here a link leads to another QEMU afterwards.
 _UPDATE = "apt-get install --only-upgrade qemu-system-x86"

@@ -18,6 +18,8 @@ from .pages import ROOT, Block, Page, page, pages
 
 #: What a block may be. ``console`` is run, ``xml``, ``json`` and ``python`` are parsed, forges draw ``mermaid``.
 _LANGUAGES = {"console", "json", "mermaid", "python", "text", "xml"}
+#: A path in the tree.
+_IN_TREE = re.compile(r"(docs|plugin|qmp_ext|tests|tools)/[\w./-]*")
 #: How a Mermaid diagram may begin.
 _DIAGRAM = re.compile(r"(flowchart (LR|TB|TD)|sequenceDiagram|stateDiagram-v2)\n")
 
@@ -42,6 +44,11 @@ def test_links(one: Page, target: str) -> None:
     assert path.exists()
     if parts.fragment:
         assert parts.fragment in Page(path).anchors
+
+
+@ALL
+def test_files_of_the_tree_exist(one: Page) -> None:
+    assert [name for name in one.code() if _IN_TREE.fullmatch(name) and not (ROOT / name).exists()] == []
 
 
 @ALL

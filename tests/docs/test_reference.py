@@ -19,7 +19,6 @@ from sevhop import (
     hop,
     installation,
     journal,
-    procedure,
     recover,
     run_directory,
     sev_host,
@@ -85,7 +84,7 @@ def test_phases() -> None:
 
 
 def test_outcomes() -> None:
-    outcomes = {*procedure._OUTCOMES.values(), "undone", "done", "checked", "prepared"}
+    outcomes = {*cli.EXIT_OF, "done", "checked", "prepared"}
     assert {f"`{outcome}`" for outcome in outcomes} <= set(re.findall(r"`[\w-]+`", GUIDE.path.read_text()))
 
 
@@ -118,8 +117,8 @@ def test_every_option_is_mentioned() -> None:
     """In some page, as code or in a block of commands."""
     words = {word for one in pages() for text in one.code() for word in text.split()}
     words |= {word for one in pages() for block in one.of("console") for word in block.text.split()}
-    wanted = {name for parser in commands().values() for name in options(parser)} | {"--verbose"}
-    assert wanted - words <= {"-h", "--help"}
+    wanted = {name for parser in (cli.parser(), *commands().values()) for name in options(parser)}
+    assert wanted - words <= {"-h", "--help", "-v"}
 
 
 CALLS = [(one.name, text) for one in pages() for text in one.code() if re.match(r"sevhop [a-z]", text)]
