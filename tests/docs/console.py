@@ -7,7 +7,7 @@ and errors, as they come. Every command succeeds, unless ``echo $?`` follows and
 Output is compared word by word, but for what is another thing each time:
 
 ========================  ============================================================
-a number                  stands for any number, except in what ``echo`` says
+a number, a version       stands for any, except in what ``echo`` says
 ``...`` in a line         stands for any text in this line
 ========================  ============================================================
 
@@ -27,7 +27,8 @@ from typing import Self
 from .pages import Block
 
 _PROMPT = "# "
-_NUMBER = re.compile(r"\d+")
+_NUMBER = r"\d+(?:\.\d+)*"
+_VARIES = re.compile(rf"({_NUMBER}|\.\.\.)")
 _WARNING = re.compile(r"^qemu-system-\w+: warning: (host|TCG) doesn't support requested feature")
 _STATUS = "echo $?"
 #: A command that hangs ends after so many seconds.
@@ -81,8 +82,14 @@ def difference(command: Command, said: str) -> str:
 
 
 def _matches(expected: str, line: str, exactly: bool) -> bool:
-    pattern = re.escape(expected.rstrip()).replace(re.escape("..."), ".*")
-    return re.fullmatch(pattern if exactly else _NUMBER.sub(r"\\d+", pattern), line) is not None
+    if exactly:
+        return expected == line
+    # What varies is every other part.
+    *parts, last = _VARIES.split(expected.rstrip())
+    pattern = ""
+    for fixed, varies in zip(parts[::2], parts[1::2], strict=True):
+        pattern += re.escape(fixed) + (".*" if varies == "..." else _NUMBER)
+    return re.fullmatch(pattern + re.escape(last), line) is not None
 
 
 class Shell:
