@@ -76,7 +76,7 @@ def _emulator(label: str) -> Path:
         pytest.skip(f"no QEMU {label}: {err}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
     """A daemon that knows nothing of sevhop."""
     missing = [name for name in ("libvirtd", "virsh", "qemu-img", "nsenter") if shutil.which(name) is None]
