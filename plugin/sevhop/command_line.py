@@ -116,6 +116,13 @@ def properties(value: str) -> dict[str, str]:
     return result
 
 
+def memory_backends(words: list[str]) -> set[str]:
+    """The ids of the memory backends among the arguments of a QEMU (without the program)."""
+    objects = [properties(option.value or "") for option in parse(words) if option.name == "object"]
+    kinds = {props.get("id", ""): props.get("", props.get("qom-type", "")) for props in objects}
+    return {name for name, kind in kinds.items() if kind.startswith("memory-backend-")}
+
+
 def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(tree, dict):
         for key, value in tree.items():

@@ -42,6 +42,7 @@ from sevhop_qmp.errors import (
     MonitorError,
     MoveError,
     MoveUncertain,
+    RamError,
     SevhopError,
     StateError,
 )
@@ -174,7 +175,10 @@ class Hop(Procedure):
         )
 
     async def _hold(self) -> None:
-        self._held = Held.take(self._source, self._guest)
+        try:
+            self._held = Held.take(self._source, self._guest)
+        except RamError as err:
+            raise Refused(err.message, err.hint) from err
         self._resources.callback(self._held.close)
         self._surroundings = Surroundings.of(self._source)
         self._resources.callback(self._surroundings.close)

@@ -29,6 +29,7 @@ from sevhop_qmp.errors import RamError
 from sevhop_qmp.process import Address, QemuProcess, address_from_sockaddr
 from sevhop_qmp.ram_blocks import RamBlock
 
+from . import command_line
 from .guest import Guest, SevContext
 
 log = logging.getLogger(__name__)
@@ -86,24 +87,35 @@ class Held:
         return held
 
     def _take_memory(self, process: QemuProcess, blocks: Iterable[RamBlock]) -> None:
-        # /proc tells names, and all backends have the same one; the descriptors' order is the order of creation. That a
-        # memfd is guest memory is proven by its inode, which is mapped as a RAM block.
+        # /proc tells names, and all backends have the same one. That a memfd is guest memory is proven by its inode,
+        # which is mapped as a RAM block.
         by_inode = {block.inode: block for block in blocks if block.shared}
-        seen = set()
-        for descriptor in process.descriptors():
-            link = _MEMFD_LINK.match(descriptor.target)
-            if link is None:
-                continue
-            fd = process.duplicate(descriptor.number)
-            stat = os.fstat(fd)
-            inode = (f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}", stat.st_ino)
-            # A backend that the guest does not use has no block, but the destination will ask for it all the same.
-            wanted = by_inode.pop(inode, None) is not None or link["name"] == _BACKEND_MEMFD
-            if inode in seen or not wanted:
-                os.close(fd)
-                continue
-            seen.add(inode)
-            self.memfds.setdefault(link["name"], []).append(fd)
+        from_start = command_line.memory_backends(process.command_line[1:])
+        plugged: list[int] = []
+        try:
+            seen = set()
+            for descriptor in process.descriptors():
+                link = _MEMFD_LINK.match(descriptor.target)
+                if link is None:
+                    continue
+                fd = process.duplicate(descriptor.number)
+                stat = os.fstat(fd)
+                inode = (f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}", stat.st_ino)
+                block = by_inode.pop(inode, None)
+                # A backend that the guest does not use has no block, but the destination will ask for it all the same.
+                if inode in seen or (block is None and link["name"] != _BACKEND_MEMFD):
+                    os.close(fd)
+                    continue
+                seen.add(inode)
+                # Descriptors are in the order of creation, unless one was free again when memory was plugged in.
+                later = link["name"] == _BACKEND_MEMFD and block is not None and block.backend not in from_start
+                (plugged if later else self.memfds.setdefault(link["name"], [])).append(fd)
+                if block is not None and block.size != stat.st_size:
+                    told = f"RAM block {block.name} has {block.size} bytes"
+                    raise RamError(f"QEMU says that {told}, but its memfd has {stat.st_size}")
+        finally:
+            if plugged:
+                self.memfds.setdefault(_BACKEND_MEMFD, []).extend(plugged)
         if by_inode:
             names = ", ".join(sorted(block.name for block in by_inode.values()))
             raise RamError(f"no descriptor of the source leads to the memory of {names}")

@@ -281,6 +281,10 @@ static void *map_privately(struct memory *memory, void *address, size_t length, 
 
     if ((flags & MAP_TYPE) == MAP_PRIVATE)
         die("guest memory '%s' is to be private here: it needs share=on", memory->name);
+    /* The mapping says how much of it QEMU takes for the guest's, whatever it has told about sizes. */
+    if (offset < 0 || offset > memory->size || length > (uint64_t)(memory->size - offset))
+        die("guest memory '%s' has %lld bytes in the source, and %zu from %lld on are mapped here", memory->name,
+            (long long)memory->size, length, (long long)offset);
     start = next()->mmap(address, length, prot, (flags & ~(MAP_TYPE | MAP_SYNC)) | MAP_PRIVATE | MAP_NORESERVE, fd, offset);
     if (start == MAP_FAILED)
         return start;

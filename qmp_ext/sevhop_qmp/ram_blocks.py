@@ -51,6 +51,11 @@ class RamBlock:
     inode: tuple[str, int] | None
     shared: bool
 
+    @property
+    def backend(self) -> str:
+        """The id of the memory backend that it belongs to, if it belongs to one: blocks of these have its name."""
+        return self.name.removeprefix("/objects/")
+
 
 async def read(monitor: Commands, process: QemuProcess) -> dict[str, RamBlock]:
     """
@@ -61,7 +66,7 @@ async def read(monitor: Commands, process: QemuProcess) -> dict[str, RamBlock]:
     rows = parse_ramblock_table(await monitor.hmp("info ramblock"))
     if any(row.host is None for row in rows):
         rows = _locate(rows, process)
-    mappings = list(process.mappings())
+    mappings = [mapping for mapping in process.mappings() if mapping.permissions.startswith("r")]
     return {row.name: _describe(row, mappings) for row in rows}
 
 
@@ -130,12 +135,27 @@ def _host_address(row: Row, heap: bytes) -> int:
 
 
 def _describe(row: Row, mappings: list[MemoryMapping]) -> RamBlock:
+    """:raises RamError: what is mapped there is not such a block. QEMU's word alone is not taken for it."""
     assert row.host is not None
     behind = next((m for m in mappings if m.start <= row.host < m.end), None)
     if behind is None:
         raise RamError(f"RAM block {row.name} is not mapped where QEMU says it is")
+    mapped = _mapped(row.host, behind, mappings)
+    if mapped < row.size:
+        raise RamError(f"QEMU says that RAM block {row.name} has {row.size} bytes, but {mapped} are mapped there")
     file = (behind.device, behind.inode) if behind.inode else None
     return RamBlock(row.name, row.host, row.used, row.size, file, behind.shared and file is not None)
+
+
+def _mapped(start: int, first: MemoryMapping, mappings: list[MemoryMapping]) -> int:
+    """Bytes from an address on, inside one mapping or several that go on in each other, of the same file."""
+    end = first.end
+    offset = first.offset + end - first.start
+    for mapping in mappings:
+        same = (mapping.device, mapping.inode, mapping.shared) == (first.device, first.inode, first.shared)
+        if same and mapping.start == end and (mapping.offset == offset or not first.inode):
+            end, offset = mapping.end, mapping.offset + mapping.end - mapping.start
+    return end - start
 
 
 def not_shared(

@@ -119,6 +119,7 @@ def test_any_device_state(stream: bytes, machine: str) -> None:
 )
 def test_any_command_line(words: list[str]) -> None:
     derived = command_line.derive("/q", words, "0123abcd")
+    assert all(isinstance(name, str) for name in command_line.memory_backends(words))
     assert all(isinstance(word, str) for word in derived.arguments)
     ready = command_line.incoming(derived.arguments, 7)
     assert ready[-3:] == ["-S", "-incoming", "defer"]

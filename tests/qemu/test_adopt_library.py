@@ -346,6 +346,29 @@ def test_more_backends_than_the_source_has(qemu: Path, accelerator: Accelerator,
     assert line == "the source has fewer memory-backend-memfd objects: use the same memory backends"
 
 
+def test_more_is_mapped_than_there_is(
+    qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper, tmp_path: Path
+) -> None:
+    """A QEMU that has asked for the right size, and then takes more."""
+    code = f"""
+        #define _GNU_SOURCE
+        #include <dlfcn.h>
+        #include <sys/mman.h>
+
+        void *mmap64(void *address, size_t length, int prot, int flags, int fd, off_t offset)
+        {{
+            void *(*next)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, "mmap64");
+
+            return next(address, fd >= 0 && length == {RAM} ? 2 * length : length, prot, flags, fd, offset);
+        }}
+    """
+    environment = preloaded(f"fd:{keeper.theirs.fileno()}")
+    environment["LD_PRELOAD"] = f"{build(code, tmp_path / 'greedy.so')}:{environment['LD_PRELOAD']}"
+    status, lines = fails_to_start(qemu, machine(accelerator), environment, [keeper.theirs.fileno()])
+    told = f"guest memory '{BACKEND}' has {RAM} bytes in the source, and {2 * RAM} from 0 on are mapped here"
+    assert (status, lines) == (1, [f"sevhop adopt: {told}"])
+
+
 def test_keeper_lies_about_the_size(qemu: Path, accelerator: Accelerator, memory: Memory) -> None:
     lie = Memory()
     lie.size = RAM * 2

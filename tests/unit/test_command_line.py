@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sevhop.command_line import PRIVATE_MONITOR, derive, incoming, parse, properties
+from sevhop.command_line import PRIVATE_MONITOR, derive, incoming, memory_backends, parse, properties
 
 TOKEN = "0123abcd"
 
@@ -127,3 +127,12 @@ def test_properties_of_both_notations() -> None:
     assert properties("driver,a=1,b,c=x,,y") == {"": "driver", "a": "1", "b": "on", "c": "x,y"}
     assert properties('{"driver": "d", "n": {"on": true}}') == {"driver": "d", "n.on": "on"}
     assert properties("{broken") == {}
+
+
+def test_memory_backends_are_known_by_their_ids() -> None:
+    words = [
+        *("-object", "memory-backend-memfd,id=ram-node0,size=1G,share=on"),
+        *("-object", '{"qom-type": "memory-backend-memfd", "id": "memdimm0", "size": 1}'),
+        *("-object", "secret,id=masterKey0", "-device", "pc-dimm,id=dimm0,memdev=memdimm0"),
+    ]
+    assert memory_backends(words) == {"ram-node0", "memdimm0"}

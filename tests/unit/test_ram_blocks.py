@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
+from sevhop.keeper import Held
 from sevhop_qmp.errors import RamError
-from sevhop_qmp.ram_blocks import RamBlock, not_shared, parse_ramblock_table
+from sevhop_qmp.monitor import Commands
+from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.ram_blocks import RamBlock, not_shared, parse_ramblock_table, read
 
 QEMU_7 = """\
               Block Name    PSize              Offset               Used              Total
@@ -83,3 +94,78 @@ def test_encrypted_blocks_are_not_carried() -> None:
     blocks = by_name(block("pc.bios"), block("vga.vram"))
     pairs = not_shared(blocks, blocks, encrypted=frozenset({"pc.bios"}))
     assert [ours.name for ours, _ in pairs] == ["vga.vram"]
+
+
+PAGE = mmap.PAGESIZE
+
+
+class Told(Commands):
+    """A QEMU that says that it has one RAM block."""
+
+    def __init__(self, host: int, size: int) -> None:
+        self.name = "told"
+        header = QEMU_10.splitlines()[0]
+        self._table = f"{header}\nm 4 KiB {0:#x} {size:#x} {size:#x} {host:#x} rw\n"
+
+    @property
+    def version(self) -> str:
+        return "10.0.0"
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        return self._table
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+
+def told(host: int, size: int) -> RamBlock:
+    """What is made of it, this test being the QEMU."""
+    process = QemuProcess.open(os.getpid())
+    try:
+        return asyncio.run(read(Told(host, size), process))["m"]
+    finally:
+        process.close()
+
+
+@contextmanager
+def mapped(pages: int, fd: int = -1) -> Iterator[int]:
+    """Memory that ends where it ends: the page behind it may not be read."""
+    with mmap.mmap(-1, (pages + 1) * PAGE) as around:
+        address = ctypes.addressof(pointer := ctypes.c_char.from_buffer(around))
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        words = (ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE), mmap.PROT_READ | mmap.PROT_WRITE)
+        kind = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        assert libc.mmap(*words, kind | 0x10, fd, ctypes.c_long(0)) == address  # MAP_FIXED
+        assert libc.mprotect(ctypes.c_void_p(address + pages * PAGE), ctypes.c_size_t(PAGE), 0) == 0
+        yield address
+        del pointer
+
+
+def test_a_block_is_as_long_as_what_is_mapped() -> None:
+    fd = os.memfd_create("memory-backend-memfd")
+    os.ftruncate(fd, 4 * PAGE)
+    with mapped(4, fd) as shared, mapped(4) as private:
+        assert told(shared, 4 * PAGE).shared
+        assert told(private + PAGE, 3 * PAGE).inode is None
+        for host, size in ((shared, 5), (shared + PAGE, 4), (private, 5), (private, 1 << 40)):
+            with pytest.raises(RamError, match="are mapped there"):
+                told(host, size * PAGE)
+    os.close(fd)
+
+
+def test_a_block_is_as_long_as_its_memfd() -> None:
+    fd = os.memfd_create("memory-backend-memfd")
+    os.ftruncate(fd, 4 * PAGE)
+    process = QemuProcess.open(os.getpid())
+    with mapped(4, fd) as shared:
+        block = told(shared, 4 * PAGE)
+        Held.take_machine(process, [block]).close()
+        for pages in (3, 5):
+            os.ftruncate(fd, pages * PAGE)
+            with pytest.raises(RamError, match=f"but its memfd has {pages * PAGE}"):
+                Held.take_machine(process, [block])
+    process.close()
+    os.close(fd)
