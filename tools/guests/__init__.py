@@ -10,6 +10,7 @@ module           what
 ``machine``      a guest's command line, from a short description
 ``counter``      a bare-metal guest that counts and checks its memory; boots in no time, runs under KVM and TCG
 ``linux``        a small Linux that writes to its disk, pings, checks its memory; TCG is enough
+``lines``        serial lines and virtio ports, on which somebody talks to that Linux
 ``running``      a guest that runs: start, control, wait, stop
 ``daemon``       a libvirt daemon of one's own, and domains in it
 ``enclosure``    the file systems and the process in which that daemon lives
