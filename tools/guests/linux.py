@@ -21,13 +21,16 @@ _HERE = Path(__file__)
 _INIT_SOURCE = _HERE.with_name("linux_init.c")
 
 #: Drivers for what the guest uses; those that they need come with them.
-_DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "efivarfs", "button")
+_DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "i6300esb", "efivarfs", "button")
 
 #: What is kept of a kernel's package, see _fetch_kernel. A change there needs a new value here, and another download.
 _KEPT = "vmlinuz, vmlinux, drivers"
 
 #: What the kernel is told.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
+
+#: Whom the guest expects to answer.
+GATEWAY = "10.0.2.2"
 
 #: The UEFI variable that the guest sets, as UEFI writes names.
 _VARIABLE_NAME = "SevhopTick".encode("utf-16-le")

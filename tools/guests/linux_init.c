@@ -12,14 +12,23 @@
  *   UEFI n                           the variable has been set to n (every 20 ticks, if it was started by UEFI)
  *   UEFI-FAILED e                    errno of an attempt to
  *   POWER-BUTTON                     it was pressed: the guest switches itself off
+ *   EARLY n                          a pause was over n microseconds too soon
+ *   RTC-BACK n                       the real-time clock went back, by n seconds
+ *
+ * Whoever says a line to it, on a serial line or a virtio port, hears "GOT" and the line; JSON is answered as a guest
+ * agent answers `guest-sync` and `guest-ping`. If there is a watchdog it is armed, and fed at each tick until somebody
+ * says "STARVE".
  *
  * Static, without a shell beside it: a tick is then some milliseconds also under emulation.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/rtc.h>
+#include <linux/watchdog.h>
 #include <net/if.h>
 #include <netinet/ip.h>
 #include <netinet/ip_icmp.h>
@@ -34,6 +43,7 @@
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -41,6 +51,9 @@
 #define BLOCK 4096
 #define MEMORY (8 << 20)                /* bytes that are checked, in turn */
 #define CHUNK (128 << 10)               /* bytes of it in each tick */
+#define WATCHDOG_SECONDS 8              /* without being fed */
+#define PEERS 8                         /* serial lines and virtio ports, at most */
+#define LONGEST_LINE 256
 #define UEFI_TICKS 20                   /* ticks between two writes of the variable */
 #define POWER_BUTTON "/sys/firmware/acpi/interrupts/ff_pwr_btn" /* begins with how often it was pressed */
 #define UEFI_VARIABLE "/uefi/SevhopTick-5e7c0de5-0b1e-4d7a-9a54-0f0e5ed1d0ad"
@@ -63,11 +76,23 @@ static void say(const char *format, ...)
         _exit(1); /* without its serial port the guest can only end: the kernel panics */
 }
 
+static int64_t microseconds(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+}
+
 static void pause_ms(long ms)
 {
     struct timespec time = { ms / 1000, ms % 1000 * 1000000 };
+    int64_t early = microseconds() + ms * 1000;
 
     nanosleep(&time, NULL);
+    early -= microseconds();
+    if (early > 0)
+        say("EARLY %lld\n", (long long)early);
 }
 
 /* /modules/00.ko, 01.ko, ...: each after those that it needs. */
@@ -247,6 +272,107 @@ static void set_uefi_variable(uint64_t value)
     close(file);
 }
 
+static void look_at_clock(int clock)
+{
+    static time_t before;
+    struct rtc_time now;
+    struct tm broken_down = { 0 };
+    time_t seconds;
+
+    if (clock < 0 || ioctl(clock, RTC_RD_TIME, &now))
+        return;
+    memcpy(&broken_down, &now, sizeof now); /* struct tm begins with the same fields (rtc(4)) */
+    seconds = timegm(&broken_down);
+    if (seconds < before)
+        say("RTC-BACK %lld\n", (long long)(before - seconds));
+    before = seconds;
+}
+
+static int watchdog = -1;
+
+static void arm_watchdog(int seconds)
+{
+    if (watchdog < 0)
+        watchdog = open("/dev/watchdog", O_WRONLY);
+    if (watchdog >= 0 && ioctl(watchdog, WDIOC_SETTIMEOUT, &seconds))
+        say("WATCHDOG-FAILED %d\n", errno);
+}
+
+struct peer {
+    int file;
+    size_t length;
+    char line[LONGEST_LINE];
+};
+
+static struct peer peers[PEERS];
+static unsigned peer_count;
+
+static void open_peer(const char *name)
+{
+    struct termios settings;
+    char path[300];
+    int file;
+
+    snprintf(path, sizeof path, "/dev/%s", name);
+    file = open(path, O_RDWR | O_NOCTTY | O_NONBLOCK);
+    if (file < 0 || peer_count == PEERS)
+        return;
+    if (!tcgetattr(file, &settings)) {
+        cfmakeraw(&settings); /* no echo */
+        settings.c_cflag |= CLOCAL | CREAD;
+        tcsetattr(file, TCSANOW, &settings);
+    }
+    peers[peer_count++].file = file;
+}
+
+static void open_peers(void)
+{
+    DIR *devices = opendir("/dev");
+    struct dirent *entry;
+
+    open_peer("ttyS0");
+    open_peer("ttyS1");
+    while (devices && (entry = readdir(devices)))
+        if (!strncmp(entry->d_name, "vport", 5))
+            open_peer(entry->d_name);
+}
+
+static void obey(int file, const char *line)
+{
+    char answer[LONGEST_LINE + 8];
+    const char *id = strstr(line, "\"id\":");
+    int length;
+
+    if (id)
+        length = snprintf(answer, sizeof answer, "{\"return\":%lld}\n", atoll(id + 5));
+    else
+        length = snprintf(answer, sizeof answer, *line == '{' ? "{\"return\":{}}\n" : "GOT %s\n", line);
+    if (!strcmp(line, "STARVE")) {
+        arm_watchdog(1);
+        watchdog = -1; /* it stays open, and nobody feeds it */
+    }
+    if (write(file, answer, length) != length)
+        say("an answer was not taken: %d\n", errno);
+}
+
+static void answer_peers(void)
+{
+    for (struct peer *peer = peers; peer < peers + peer_count; peer++) {
+        char byte;
+
+        while (read(peer->file, &byte, 1) == 1) {
+            if (byte != '\n' && byte != '\r') {
+                if (peer->length < sizeof peer->line - 1)
+                    peer->line[peer->length++] = byte;
+            } else if (peer->length) {
+                peer->line[peer->length] = 0;
+                peer->length = 0;
+                obey(peer->file, peer->line);
+            }
+        }
+    }
+}
+
 static int power_button_was_pressed(void)
 {
     char line[64] = "";
@@ -264,7 +390,7 @@ int main(void)
 {
     uint64_t blocks = 0, seen = 0;
     uint64_t *memory;
-    int disk, network, uefi;
+    int disk, network, uefi, clock;
 
     mkdir("/dev", 0755);
     mkdir("/tmp", 0700);
@@ -282,6 +408,9 @@ int main(void)
     disk = open_disk(&blocks);
     network = open_network();
     memory = open_memory();
+    clock = open("/dev/rtc0", O_RDONLY);
+    open_peers();
+    arm_watchdog(WATCHDOG_SECONDS);
     for (size_t place = 0; memory && place < MEMORY / sizeof *memory; place++)
         memory[place] = pattern(place, 0);
 
@@ -294,6 +423,10 @@ int main(void)
             unanswered, bad);
         if (uefi && tick % UEFI_TICKS == 0)
             set_uefi_variable(tick);
+        look_at_clock(clock);
+        answer_peers();
+        if (watchdog >= 0 && ioctl(watchdog, WDIOC_KEEPALIVE, 0))
+            say("WATCHDOG-FAILED %d\n", errno);
         if (power_button_was_pressed()) {
             say("POWER-BUTTON\n");
             reboot(RB_POWER_OFF);

@@ -1,0 +1,58 @@
+"""What a Linux guest still has after a hop besides its disk and network: its lines to the outside, and its watchdog."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from guests.lines import Line
+from guests.running import Guest, wait_ended
+
+from .conftest import DescribeLinux, StartGuest
+from .hops import Meddler, hop
+
+#: Seconds that the guest's watchdog goes without food (linux_init.c).
+WATCHDOG = 8.0
+
+
+def pty(guest: Guest) -> Path:
+    """The pty behind the chardev of that name; a QEMU opens one of its own."""
+    (name,) = (row["filename"] for row in guest.execute("query-chardev") if row["label"] == "pty")
+    return Path(name.removeprefix("pty:"))
+
+
+def test_lines_and_a_watchdog(
+    tmp_path: Path, old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest
+) -> None:
+    """Somebody may connect again and is heard. The watchdog does not bite because of a hop, and still could."""
+    serial, channel = tmp_path / "line.sock", tmp_path / "channel.sock"
+    more = (
+        *("-chardev", f"socket,id=line,path={serial},server=on,wait=off", "-serial", "chardev:line"),
+        *("-device", "virtio-serial-pci"),
+        *("-chardev", f"socket,id=channel,path={channel},server=on,wait=off"),
+        *("-device", "virtserialport,chardev=channel,name=org.example.channel"),
+        *("-chardev", "pty,id=pty", "-device", "virtserialport,chardev=pty,name=org.example.pty"),
+        *("-device", "i6300esb", "-watchdog-action", "poweroff"),
+    )
+    guest = start(linux_machine(more=more), old)
+    terminal = Line(lambda: os.open(pty(guest), os.O_RDWR | os.O_NOCTTY))
+    lines = [Line.to_socket(serial), Line.to_socket(channel), terminal]
+    guest.wait_for_ticks(5)
+    assert all(line.answers("before") for line in lines)
+
+    # In a pause that is longer than the dog is patient.
+    report = Meddler().run(guest, new, at="save", mischief=lambda _: time.sleep(WATCHDOG + 1))
+    assert report.outcome == "done"
+    guest.wait_for_ticks(5)
+    assert all(line.answers("in the new one") for line in lines)
+    hop(guest, old)
+    guest.wait_for_ticks(5)
+    assert all(line.answers("in the old one") for line in lines)
+
+    pid = guest.pid
+    assert lines[0].answers("STARVE")
+    assert wait_ended(pid, 60)
+    verdict = guest.stop()
+    assert verdict.writes
+    assert verdict.unharmed, verdict
