@@ -6,11 +6,11 @@ The hop: a running guest changes its QEMU.
     check      nothing is touched: can this guest hop, to this emulator, on this host?
     hold       the keeper takes the source's VM, memory and listening sockets        undo: let go
     prepare    destination started, paused, incoming; stream armed                   undo: kill it
-    freeze     source stopped, and seen to be stopped; it begins to save its state   undo: cont
+    freeze     source stopped; it begins to save its state                           undo: cont
     share      destination maps the guest's pages for real                           undo: kill it, cont
     save       device state goes over, and RAM blocks that are not shared            undo: cont
     load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
-    COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
+    COMMIT     source seen to be stopped; one ioctl moves the SEV context            no undo: forward only
     resume     destination runs
     retire     source quits, its paths and sockets are the destination's
 
@@ -178,6 +178,8 @@ class Hop(Procedure):
         try:
             self._held = Held.take(self._source, self._guest)
         except RamError as err:
+            if not self._source.alive:
+                raise
             raise Refused(err.message, err.hint) from err
         self._resources.callback(self._held.close)
         self._surroundings = Surroundings.of(self._source)
@@ -236,14 +238,15 @@ class Hop(Procedure):
     async def _freeze(self) -> None:
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
         self._hurry.enter_context(urgent([self._source.pid, self._destination.process.pid]))
-        # QEMU runs commands in their order, so none of them need wait for the answer to the one before.
-        orders = [self._see_source_stopped()]
         if self._guest.state == "running":
             self._begin_of_blackout()
-            orders.insert(0, self._source_monitor.execute("stop"))
-        stopped = asyncio.gather(*orders)
-        self._outgoing.begin(timeout=self._options.step_timeout)
-        await stopped
+            stopped = asyncio.ensure_future(self._source_monitor.execute("stop"))
+            # QEMU runs commands in their order, so this one need not wait for the answer.
+            self._outgoing.begin(timeout=self._options.step_timeout)
+            await stopped
+        else:
+            await self._see_source_stopped()
+            self._outgoing.begin(timeout=self._options.step_timeout)
 
     async def _see_source_stopped(self) -> None:
         status = await self._source_monitor.execute("query-status")

@@ -149,15 +149,16 @@ class OutgoingState:
         self._pipe: FileIO | None = None
         self._path = ""
         self._saving: asyncio.Task[Any] | None = None
+        self._forwarding: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()
         self._saved = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._saving is not None:
-            self._saving.cancel()
-            await asyncio.gather(self._saving, return_exceptions=True)
+        await _cancel(self._forwarding)
+        await _cancel(self._saving)
         await self._exit.aclose()
 
     async def arm(self, uid: int, gid: int) -> None:
@@ -189,6 +190,7 @@ class OutgoingState:
         """
         arguments = {"filename": self._path, "live": True}
         self._saving = asyncio.ensure_future(self._source.execute("xen-save-devices-state", arguments, timeout=timeout))
+        self._forwarding = asyncio.ensure_future(self._forward())
 
     async def pass_on(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
@@ -199,28 +201,29 @@ class OutgoingState:
         :raises MonitorError: the source is gone or silent.
         """
         assert self._saving is not None
-        forward = asyncio.ensure_future(self._forward())
+        assert self._forwarding is not None
+        self._wanted.set()
         try:
-            await asyncio.wait({forward, self._saving}, return_when=asyncio.FIRST_COMPLETED)
-            if forward.done():
-                forward.result()
+            await asyncio.wait({self._forwarding, self._saving}, return_when=asyncio.FIRST_COMPLETED)
+            if self._forwarding.done():
+                self._forwarding.result()
             await self._saving
             self._saved.set()
             async with asyncio.timeout(timeout):
-                await forward
+                await self._forwarding
         except CommandError as err:
             raise StateError(f"the source cannot save its device state: {err.desc}") from err
         except TimeoutError as err:
             raise StateError(f"the destination did not take the device state within {timeout:g} s") from err
         finally:
-            forward.cancel()
-            await asyncio.gather(forward, return_exceptions=True)
+            await _cancel(self._forwarding)
 
     async def abandon(self) -> None:
         """Nobody wants the state any more. Afterwards the source has done with it, one way or the other."""
         if self._saving is None:
             return
         assert self._pipe is not None
+        await _cancel(self._forwarding)
         # Were the source waiting for room, it would wait for ever, and do nothing else that it is told.
         self._pipe.close()
         await asyncio.gather(self._saving, return_exceptions=True)
@@ -235,7 +238,9 @@ class OutgoingState:
             head += piece
         if head != MAGIC:
             raise StateError(f"the source wrote no device state, its stream begins with {head.hex()}")
-        await self._incoming.write(head + self._configuration)
+        data = await self._read(_PIPE_SIZE)
+        await self._wanted.wait()
+        await self._incoming.write(head + self._configuration + data)
         while data := await self._read(_PIPE_SIZE):
             await self._incoming.write(data)
         await self._incoming.write(EMPTY_DESCRIPTION)
@@ -267,6 +272,12 @@ def _pipe(exit_stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> tuple
     with contextlib.suppress(OSError):
         fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     return ends
+
+
+async def _cancel(task: asyncio.Task[Any] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _until_ready(file: FileIO, *, write: bool, unless: asyncio.Event | None = None) -> None:

@@ -22,11 +22,10 @@ from .hops import Meddler
 
 #: From the first phase in which the guest is stopped to the last.
 BLACKOUT = ("freeze", "share", "save", "load", "commit", "resume")
-#: The commands, each in the phase in which it is sent. The three of "freeze" are sent together, and those of "commit",
+#: The commands, each in the phase in which it is sent. The two of "freeze" are sent together, and those of "commit",
 #: to two QEMUs: so there are four round trips.
 COMMANDS = [
     ("freeze", "stop"),
-    ("freeze", "query-status"),
     ("freeze", "xen-save-devices-state"),
     ("share", "x-sev-adopt-ram"),
     ("commit", "query-status"),

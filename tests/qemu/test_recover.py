@@ -11,7 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, RUNNING, SAVED
+from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, BEING_SAVED, RUNNING, SAVED
 from faults.table import Cell
 from guests.running import Guest, processes_of, wait_until
 
@@ -22,7 +22,9 @@ from .hops import sevhop
 from .test_hop import assert_unharmed
 
 PATH = "Outside libvirt: `sevhop hop`"
-COMMANDS = [point for point in (*BEFORE_THE_STATE_IS_SAVED, *SAVED, *RUNNING) if point.startswith("before ")]
+IN_THE_SOURCE = (*BEFORE_THE_STATE_IS_SAVED, *BEING_SAVED, *SAVED)
+ALL = (*IN_THE_SOURCE, *RUNNING)
+COMMANDS = [point for point in ALL if point.startswith("before ")]
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def guest(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Gue
     return guest
 
 
-@pytest.mark.parametrize("point", some_of((*BEFORE_THE_STATE_IS_SAVED, *SAVED, *RUNNING)))
+@pytest.mark.parametrize("point", some_of(ALL))
 def test_the_command_is_killed(point: str, guest: Guest, old: Path, new: Path, note_fault: NoteFault) -> None:
     assert break_off(guest, new, point, "command") == -signal.SIGKILL
     refused = sevhop("hop", "--source", guest.machine.monitor, "--emulator", new, "--timeout", "2")
@@ -53,7 +55,7 @@ def test_the_command_is_killed(point: str, guest: Guest, old: Path, new: Path, n
     assert_unharmed(guest)
 
 
-@pytest.mark.parametrize("point", some_of((*BEFORE_THE_STATE_IS_SAVED, *SAVED)))
+@pytest.mark.parametrize("point", some_of(IN_THE_SOURCE))
 def test_the_destination_is_killed(point: str, guest: Guest, new: Path, note_fault: NoteFault) -> None:
     status = break_off(guest, new, point, "destination")
     there_is_none = point in ("phase hold", "phase prepare")
@@ -73,13 +75,24 @@ def test_the_destination_is_killed_with_the_guest(
     note_fault(PATH, point, "destination", Cell("*ended with its QEMU*", 0, 0))
 
 
-@pytest.mark.parametrize("point", some_of(BEFORE_THE_STATE_IS_SAVED[:-1]))
+@pytest.mark.parametrize("point", some_of(BEFORE_THE_STATE_IS_SAVED))
 def test_the_source_is_killed_with_the_guest(point: str, guest: Guest, new: Path, note_fault: NoteFault) -> None:
-    """Likewise. (At the last point it is a matter of a millisecond whether everything has been read.)"""
+    """Likewise."""
     assert break_off(guest, new, point, "source") == 5
     assert recover() == {"guests": [], "status": 0}
     assert processes_of(guest.machine.directory) == []
     note_fault(PATH, point, "source", Cell("*ended with its QEMU*", 0, 0))
+
+
+@pytest.mark.parametrize("point", some_of(BEING_SAVED))
+def test_the_source_is_killed_while_it_is_saved(point: str, guest: Guest, new: Path, note_fault: NoteFault) -> None:
+    """If everything had been read the guest goes on in the destination, and not a part of it."""
+    if break_off(guest, new, point, "source") == 0:
+        note(note_fault, PATH, guest, point, "source", "destination")
+    else:
+        assert recover() == {"guests": [], "status": 0}
+        assert processes_of(guest.machine.directory) == []
+        note_fault(PATH, point, "source", Cell("*ended with its QEMU*", 0, 0))
 
 
 @pytest.mark.parametrize("point", some_of((*SAVED, *RUNNING)))

@@ -20,8 +20,7 @@ from sevhop_qmp.monitor import Monitor
 
 from .fault import Fault, patched, run
 
-#: While these points are passed, all that there is of the guest is in the source. At the last one its private RAM
-#: blocks may still be being read.
+#: While these points are passed, all that there is of the guest is in the source.
 BEFORE_THE_STATE_IS_SAVED = (
     "phase hold",
     "phase prepare",
@@ -30,20 +29,22 @@ BEFORE_THE_STATE_IS_SAVED = (
     "after add-fd 0",
     "phase freeze",
     "before stop 0",
+    "before xen-save-devices-state 0",
+)
+#: Then its state and its private RAM blocks are being read, and it is a matter of a millisecond whether all of it was.
+BEING_SAVED = (
     "after stop 0",
-    "after query-status 2",
     "before x-sev-adopt-ram 0",
+    "after xen-save-devices-state 0",
     "after x-sev-adopt-ram 0",
     "phase save",
-    "before xen-save-devices-state 0",
-    "after xen-save-devices-state 0",
 )
 #: And from here on in the destination, too.
 SAVED = (
     "phase load",
     "phase commit",
-    "before query-status 3",
-    "after query-status 4",
+    "before query-status 2",
+    "after query-status 3",
     "phase resume",
     "before cont 0",
 )

@@ -89,9 +89,10 @@ class Bare(SoakedGuest):
     @staticmethod
     def faults() -> list[tuple[str, str]]:
         """See :class:`SoakedGuest`."""
-        in_the_source = (*broken_hop.BEFORE_THE_STATE_IS_SAVED, *broken_hop.SAVED)
+        before = (*broken_hop.BEFORE_THE_STATE_IS_SAVED, *broken_hop.BEING_SAVED)
+        in_the_source = (*before, *broken_hop.SAVED)
         in_the_destination = (*broken_hop.SAVED, *broken_hop.RUNNING)
-        points = (*broken_hop.BEFORE_THE_STATE_IS_SAVED, *in_the_destination)
+        points = (*before, *in_the_destination)
         return [
             *((point, "command") for point in points),
             *((point, "destination") for point in in_the_source),
