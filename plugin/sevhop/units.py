@@ -1,6 +1,7 @@
 """
-The units of systemd that run ``sevhop recover``: at boot, and every minute while there is a journal of a hop that was
-broken off. Installed and enabled, disabled and removed; nothing happens where systemd does not run.
+The units of systemd. Those that run ``sevhop recover``, at boot and every minute while there is a journal of a hop that
+was broken off, are installed and enabled. Those that upgrade outdated domains when a package has brought another QEMU
+are installed only; the administrator may enable them. Nothing happens where systemd does not run.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ DIRECTORY = Path("/etc/systemd/system")
 #: Exists if systemd runs (sd_booted(3)).
 _BOOTED = Path("/run/systemd/system")
 _TEMPLATES = Path(__file__).resolve().parent / "host" / "systemd"
-NAMES = ("sevhop-recover.service", "sevhop-recover.timer")
+#: These are enabled.
+RECOVER = ("sevhop-recover.service", "sevhop-recover.timer")
+#: These are not; to enable them is to enable the first one.
+UPGRADE = ("sevhop-upgrade.path", "sevhop-upgrade.timer", "sevhop-upgrade.service")
+NAMES = (*RECOVER, *UPGRADE)
 
 
 def install() -> list[Path]:
     """
-    Put the units in place, and enable them.
+    Put the units in place, and enable those that recover.
 
     :return: their files.
     :raises SevhopError: that cannot be done.
@@ -33,8 +38,8 @@ def install() -> list[Path]:
     for name in NAMES:
         installed_file.write(DIRECTORY / name, text(name), 0o644, beside=DIRECTORY)
     _systemctl("daemon-reload")
-    _systemctl("enable", *NAMES)
-    _systemctl("start", NAMES[-1])
+    _systemctl("enable", *RECOVER)
+    _systemctl("start", RECOVER[-1])
     return [DIRECTORY / name for name in NAMES]
 
 

@@ -13,7 +13,7 @@ from sevhop import units
 from sevhop_qmp.errors import SevhopError
 
 #: What ``systemd-analyze security`` may say, in tenths: 0 is a unit that can do nothing.
-_EXPOSURE = 27
+_EXPOSURE = {"sevhop-recover.service": 27, "sevhop-upgrade.service": 35}
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_installed_and_removed(booted: Path, tmp_path: Path) -> None:
     installed = units.install()
     assert installed == [tmp_path / name for name in units.NAMES]
-    assert [path.stat().st_mode & 0o777 for path in installed] == [0o644, 0o644]
-    assert "@PYTHON@" not in installed[0].read_text()
-    names = " ".join(units.NAMES)
-    assert booted.read_text().splitlines() == ["daemon-reload", f"enable {names}", "start sevhop-recover.timer"]
+    assert {path.stat().st_mode & 0o777 for path in installed} == {0o644}
+    assert not any("@PYTHON@" in path.read_text() for path in installed)
+    recover = "sevhop-recover.service sevhop-recover.timer"
+    assert booted.read_text().splitlines() == ["daemon-reload", f"enable {recover}", "start sevhop-recover.timer"]
     booted.unlink()
     assert units.uninstall()
-    assert booted.read_text().splitlines() == [f"disable --now {names}", "daemon-reload"]
+    assert booted.read_text().splitlines() == [f"disable --now {' '.join(units.NAMES)}", "daemon-reload"]
     assert not any(path.exists() for path in installed)
     assert not units.uninstall()
 
@@ -80,15 +80,21 @@ def test_systemd_can_enable_them(tmp_path: Path) -> None:
     directory.mkdir(parents=True)
     for name in units.NAMES:
         (directory / name).write_text(units.text(name))
-    subprocess.run([program, f"--root={tmp_path}", "enable", *units.NAMES], capture_output=True, check=True)
+    enabled = (*units.RECOVER, units.UPGRADE[0])
+    subprocess.run([program, f"--root={tmp_path}", "enable", *enabled], capture_output=True, check=True)
     wanted = {path.parent.name: path.name for path in directory.glob("*.wants/*")}
-    assert wanted == {"multi-user.target.wants": units.NAMES[0], "timers.target.wants": units.NAMES[1]}
+    assert wanted == {
+        "multi-user.target.wants": "sevhop-recover.service",
+        "timers.target.wants": "sevhop-recover.timer",
+        "paths.target.wants": "sevhop-upgrade.path",
+    }
 
 
-def test_exposure(analyze: str, tmp_path: Path) -> None:
-    unit = tmp_path / units.NAMES[0]
-    unit.write_text(units.text(unit.name))
-    command = [analyze, "security", "--offline=yes", f"--threshold={_EXPOSURE}", "--json=short", str(unit)]
+@pytest.mark.parametrize(("name", "exposure"), _EXPOSURE.items())
+def test_exposure(name: str, exposure: int, analyze: str, tmp_path: Path) -> None:
+    unit = tmp_path / name
+    unit.write_text(units.text(name))
+    command = [analyze, "security", "--offline=yes", f"--threshold={exposure}", "--json=short", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, [row["name"] for row in json.loads(done.stdout) if row["exposure"]]
 
@@ -101,4 +107,6 @@ def test_words_of_commands(path: str, word: str) -> None:
 
 
 def test_it_is_this_python() -> None:
-    assert f"ExecStart={units.quoted(sys.executable)} -m sevhop.cli recover\n" in units.text(units.NAMES[0])
+    for name, command in (("recover", "recover\n"), ("upgrade", "upgrade --outdated --keep-going ")):
+        start = f"ExecStart={units.quoted(sys.executable)} -m sevhop.cli {command}"
+        assert start in units.text(f"sevhop-{name}.service")
