@@ -15,6 +15,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 from xml.etree import ElementTree
@@ -59,13 +60,23 @@ class DomainError(SevhopError):
         self.code = code
 
 
+#: For calls to libvirt. asyncio's own threads are few, and what lets a guest run must not wait for calls of others.
+_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="libvirt")
+
+
 async def _call(function: Callable[..., Any], *arguments: Any, timeout: float = CALL_TIMEOUT) -> Any:
     try:
-        return await asyncio.wait_for(asyncio.to_thread(function, *arguments), timeout)
+        return await _in_thread(timeout, function, *arguments)
     except libvirt.libvirtError as err:
         raise DomainError(err.get_error_message() or str(err), err.get_error_code() or -1) from err
     except TimeoutError as err:
         raise DomainError(f"libvirt did not answer within {timeout:g} s") from err
+
+
+async def _in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """:raises TimeoutError: it goes on, but nobody waits for it."""
+    calling = asyncio.get_running_loop().run_in_executor(_THREADS, function, *arguments)
+    return await asyncio.wait_for(calling, timeout)
 
 
 class Connection:
@@ -341,9 +352,7 @@ class DomainMonitor(Commands):
             request["arguments"] = dict(arguments)
         function = libvirt_qemu.qemuMonitorCommandWithFiles
         try:
-            text, returned = await asyncio.wait_for(
-                asyncio.to_thread(function, self._domain._raw, json.dumps(request), list(fds), 0), timeout
-            )
+            text, returned = await _in_thread(timeout, function, self._domain._raw, json.dumps(request), list(fds), 0)
         except TimeoutError as err:
             raise MonitorTimeout(f"QEMU did not answer {command} within {timeout:g} s") from err
         except libvirt.libvirtError as err:

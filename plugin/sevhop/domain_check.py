@@ -6,6 +6,7 @@ Nothing is touched.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shlex
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from sevhop_qmp.process import QemuProcess, path_on_disk
 from . import apparmor, check, domain_xml, guest, installation
 from .domain import Connection, Domain, DomainMonitor
 from .finding import Finding, failed, passed
+from .procedure import to_its_end
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
         except domain_xml.DomainXmlError as err:
             raise SevhopError(f"the XML of domain {domain.name}: {err}") from err
         found = await guest.inspect(monitor, process)
-        tree = check.domain(found, process, new)
+        # In a thread: it may start the emulator to ask it, and another guest may be stopped meanwhile.
+        tree = await to_its_end(asyncio.to_thread(check.domain, found, process, new))
         tree.children += [devices(xml), _library(process), _confinement(process, domain.uuid)]
         tree.children.append(await _libvirt(connection, domain))
         yield Examined(tree, monitor, process, found, xml, old, new)

@@ -161,7 +161,7 @@ class Hop(Procedure):
         if failures := verdict.tree.failures():
             first = failures[0]
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
-        self._begin_journal(
+        await self._begin_journal(
             Entry(
                 kind="bare",
                 guest=self._guest.name,

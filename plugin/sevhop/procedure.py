@@ -68,10 +68,8 @@ class Procedure(abc.ABC):
             self.report.outcome = self._outcome()
         finally:
             if self._journal is not None:
-                if self._unfinished or self.report.outcome in ("", "needs-recover"):
-                    self._journal.leave()
-                else:
-                    self._journal.end()
+                stays = self._unfinished or self.report.outcome in ("", "needs-recover")
+                await to_its_end(asyncio.to_thread(self._journal.leave if stays else self._journal.end))
             if self.report.outcome:
                 self._tell(Ended(self._named, self.report))
         return self.report
@@ -119,10 +117,15 @@ class Procedure(abc.ABC):
                 await asyncio.wait({task})
         return task.result()
 
-    def _begin_journal(self, entry: Entry) -> None:
+    async def _begin_journal(self, entry: Entry) -> None:
         """:raises Refused: somebody else is hopping the guest, or there is no journal to be had."""
+
+        async def begin() -> None:
+            # In a thread, like its end: it waits for the disk, and another guest may be stopped meanwhile.
+            self._journal = await asyncio.to_thread(Journal.begin, entry)
+
         try:
-            self._journal = Journal.begin(entry)
+            await to_its_end(begin())
         except SevhopError as err:
             raise Refused(err.message, err.hint) from err
 
@@ -153,6 +156,21 @@ class Procedure(abc.ABC):
     def _note(self, text: str) -> None:
         log.warning("%s", text)
         self.report.notes.append(text)
+
+
+async def to_its_end(work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Do something in full, also when we are cancelled meanwhile; only then be cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as err:
+            cancelled = err
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
 
 
 def expected(error: BaseException) -> SevhopError:

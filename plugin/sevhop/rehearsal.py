@@ -26,7 +26,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from .errors import NeedsRecover, Refused
 from .events import GuestRuns, GuestStopped, Listener, ignore
 from .keeper import Held, Keeper
 from .private_tap import open_tap
+from .procedure import to_its_end
 from .trial_command_line import Disk, Unrehearsable
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Rehearsal:
             raise Refused(f"libvirt cannot start it in {subject.emulator}: {err.message}", hint) from err
         disks = _disks(await subject.monitor.execute("query-block"))
         derived = trial_command_line.derive(arguments, subject.process.command_line[1:], disks)
-        taps = self._resources.enter_context(_taps(derived.networks))
+        taps = await self._resources.enter_async_context(_taps(derived.networks))
         for network in derived.networks:
             numbers = [str(tap) for tap in taps[network.name]]
             key = "fd" if len(numbers) == 1 else "fds"
@@ -219,12 +220,12 @@ class Rehearsal:
             if stops:
                 log.info("%s: pause", self._subject.name)
                 # To its end, so that it cannot come behind what continues the guest.
-                await _to_its_end(monitor.execute("stop", timeout=_LIBVIRT_PATIENCE))
+                await to_its_end(monitor.execute("stop", timeout=_LIBVIRT_PATIENCE))
             yield
             intact = not (await monitor.execute("query-status"))["running"]
         finally:
             if stops:
-                await _to_its_end(self._continue())
+                await to_its_end(self._continue())
                 self.pause_ms = (time.monotonic() - began) * 1e3
                 self._tell(GuestRuns(self._subject.name, self.pause_ms))
         if not intact:
@@ -266,20 +267,6 @@ async def _fed(incoming: IncomingState, stream: bytes, timeout: float) -> Sevhop
     return None
 
 
-async def _to_its_end(work: Coroutine[Any, Any, Any]) -> None:
-    """Do something in full, also when we are cancelled meanwhile; only then be cancelled."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as err:
-            cancelled = err
-    task.result()
-    if cancelled is not None:
-        raise cancelled
-
-
 def _reason(said: list[str]) -> str:
     """Why QEMU could not load a state, in its own words, in one line; empty when it said nothing."""
     lines = [_PREFIX.sub("", line) for line in said]
@@ -300,14 +287,18 @@ def _disks(rows: list[Mapping[str, Any]]) -> dict[str, Disk]:
     return found
 
 
-@contextlib.contextmanager
-def _taps(networks: list[trial_command_line.Network]) -> Iterator[dict[str, list[int]]]:
+@contextlib.asynccontextmanager
+async def _taps(networks: list[trial_command_line.Network]) -> AsyncIterator[dict[str, list[int]]]:
     """Taps in networks of their own, by the id of the backend."""
     taps: dict[str, list[int]] = {}
+
+    async def open_one(network: trial_command_line.Network) -> None:
+        taps[network.name] = await asyncio.to_thread(open_tap, network.queues)
+
     try:
         for network in networks:
             try:
-                taps[network.name] = open_tap(network.queues)
+                await to_its_end(open_one(network))
             except SevhopError as err:
                 raise Unrehearsable(err.message) from err
         yield taps

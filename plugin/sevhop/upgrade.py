@@ -168,7 +168,7 @@ class Upgrade(Procedure):
         self.report.source_pid = self._source.pid
         self.report.source_version = self._monitor.version
         if not self._options.dry_run:
-            self._begin_journal(
+            await self._begin_journal(
                 Entry(
                     kind="domain",
                     guest=self._domain.name,
