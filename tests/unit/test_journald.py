@@ -1,0 +1,86 @@
+"""Records for the journal of systemd, as they arrive at a socket like its own."""
+
+from __future__ import annotations
+
+import io
+import socket
+import struct
+import syslog
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sevhop import journald
+from sevhop.events import Ended, PhaseBegan, PhaseEnded
+from sevhop.report import Report
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A socket in the place of systemd-journald's."""
+    monkeypatch.setattr(journald, "SOCKET", tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as listener:
+        listener.bind(str(journald.SOCKET))
+        yield listener
+
+
+def decoded(record: bytes) -> dict[str, str]:
+    """The fields of a record (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/)."""
+    fields = {}
+    stream = io.BytesIO(record)
+    for line in stream:
+        name, equals, value = line.rstrip(b"\n").partition(b"=")
+        if not equals:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            value = stream.read(length)
+            assert stream.read(1) == b"\n"
+        assert name.decode() not in fields
+        fields[name.decode()] = value.decode()
+    return fields
+
+
+def test_a_phase(journal: socket.socket) -> None:
+    records = journald.Records()
+    records(PhaseBegan("web", "check"))
+    records(PhaseEnded("web", "check", 12.3456))
+    assert decoded(journal.recv(4096)) == {
+        "SYSLOG_IDENTIFIER": "sevhop",
+        "PRIORITY": str(syslog.LOG_INFO),
+        "MESSAGE": "web: check took 12.3 ms",
+        "MESSAGE_ID": journald.PHASE,
+        "SEVHOP_DOMAIN": "web",
+        "SEVHOP_PHASE": "check",
+        "SEVHOP_MS": "12.346",
+    }
+    with pytest.raises(BlockingIOError):
+        journal.recv(4096)
+    records.close()
+
+
+def test_hops_that_are_over(journal: socket.socket) -> None:
+    records = journald.Records()
+    records(Ended("web", Report("web", outcome="done", blackout_ms=228.0, notes=["first", "second=2"])))
+    fields = decoded(journal.recv(4096))
+    assert fields["MESSAGE"].splitlines()[1:] == ["note: first", "note: second=2"]
+    assert (fields["PRIORITY"], fields["SEVHOP_OUTCOME"], fields["SEVHOP_MS"]) == ("5", "done", "228.000")
+    assert fields["MESSAGE_ID"] == journald.OUTCOME
+    records(Ended("web", Report("web", outcome="needs-recover", reason="it \udcff\nSEVHOP_OUTCOME=done")))
+    fields = decoded(journal.recv(4096))
+    assert (fields["PRIORITY"], fields["SEVHOP_OUTCOME"]) == ("2", "needs-recover")
+    assert fields["MESSAGE"] == "web: it \\udcff\nSEVHOP_OUTCOME=done"
+    assert "SEVHOP_MS" not in fields
+    records.close()
+
+
+def test_one_that_does_not_keep_up_is_not_waited_for(journal: socket.socket) -> None:
+    records = journald.Records()
+    for _ in range(10_000):
+        records(PhaseEnded("web", "check", 1.0))
+    records.close()
+
+
+def test_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journald, "SOCKET", tmp_path / "missing")
+    records = journald.Records()
+    records(PhaseEnded("web", "check", 1.0))
+    records.close()
