@@ -1,0 +1,137 @@
+"""Metrics, as Prometheus' own parser reads them, and what is found in their place."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from sevhop import journal, metrics
+from sevhop.report import Report
+from sevhop_qmp.errors import SevhopError
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "state" / "journal")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The collector's."""
+    path = tmp_path / "collector"
+    path.mkdir()
+    return path
+
+
+def samples(directory: Path) -> dict[str, float]:
+    """All samples, by name and label."""
+    families = list(text_string_to_metric_families((directory / metrics.FILE).read_text()))
+    kinds = {family.name: family.type for family in families}
+    assert kinds.items() <= {
+        ("sevhop_hops", "counter"),
+        ("sevhop_blackout_seconds", "histogram"),
+        ("sevhop_outdated_guests", "gauge"),
+    }
+    assert all(family.documentation for family in families)
+    return {
+        " ".join([sample.name, *sample.labels.values()]): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def done(ms: float | None) -> Report:
+    """The report of a hop with such a blackout."""
+    return Report(outcome="done", blackout_ms=ms)
+
+
+def test_nothing_has_happened_yet(directory: Path) -> None:
+    metrics.add(directory)
+    found = samples(directory)
+    assert set(found.values()) == {0.0}
+    assert {f"sevhop_hops_total {outcome}" for outcome in metrics.OUTCOMES} < found.keys()
+    assert "sevhop_outdated_guests" not in found
+
+
+def test_counters_survive(directory: Path) -> None:
+    metrics.add(directory, [done(9.3), done(None), Report(outcome="undone", blackout_ms=100.0)], 3)
+    metrics.add(directory, [done(228.25), done(60_000.0), Report(outcome="checked"), Report(outcome="prepared")])
+    found = samples(directory)
+    assert {name: value for name, value in found.items() if name.startswith("sevhop_hops") and value} == {
+        "sevhop_hops_total done": 4.0,
+        "sevhop_hops_total undone": 1.0,
+    }
+    counts = [found[f"sevhop_blackout_seconds_bucket {bound}"] for bound in (*metrics.BOUNDS, "+Inf")]
+    assert counts == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3]
+    assert found["sevhop_blackout_seconds_count"] == 3
+    assert found["sevhop_blackout_seconds_sum"] == pytest.approx(60.23755)
+    assert found["sevhop_outdated_guests"] == 3
+    metrics.add(directory, outdated=0)
+    assert samples(directory)["sevhop_outdated_guests"] == 0
+    assert samples(directory)["sevhop_hops_total done"] == 4
+    assert os.listdir(directory) == [metrics.FILE]
+    assert (directory / metrics.FILE).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "what is this",
+        "sevhop_hops_total{outcome=\"done\"} 7\n",
+        "sevhop_hops_total{outcome=\"done\"} NaN\n",
+        "x" * (65 << 10),
+        "\0\udcff",
+    ],
+)
+def test_what_is_not_ours_is_not_believed(text: str, directory: Path) -> None:
+    (directory / metrics.FILE).write_text(text, errors="surrogateescape")
+    metrics.add(directory, [done(1.0)])
+    assert samples(directory)["sevhop_hops_total done"] == 1
+
+
+def test_one_unknown_sample_among_ours(directory: Path) -> None:
+    metrics.add(directory, [done(1.0)])
+    with (directory / metrics.FILE).open("a") as file:
+        file.write("other_total 5\n")
+    metrics.add(directory, [done(1.0)])
+    assert samples(directory)["sevhop_hops_total done"] == 1
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "fifo"])
+def test_traps(kind: str, directory: Path, tmp_path: Path) -> None:
+    """Whoever owns the directory gets nothing written elsewhere, and keeps nobody waiting."""
+    path, victim = directory / metrics.FILE, tmp_path / "victim"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(victim)
+        if kind == "link":
+            victim.write_text("precious")
+    metrics.add(directory, [done(1.0)])
+    assert path.is_file() and not path.is_symlink()
+    assert not victim.exists() or victim.read_text() == "precious"
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(SevhopError, match=r"cannot be written to .*/missing: No such file"):
+        metrics.add(tmp_path / "missing", [done(1.0)])
+
+
+def add_often(directory: Path, state: Path) -> None:
+    journal.DIRECTORY = state
+    for _ in range(50):
+        metrics.add(directory, [done(1.0)])
+
+
+def test_commands_at_the_same_time(directory: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    commands = [context.Process(target=add_often, args=(directory, journal.DIRECTORY)) for _ in range(4)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    assert samples(directory)["sevhop_hops_total done"] == 200
