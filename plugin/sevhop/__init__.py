@@ -7,6 +7,9 @@ Programs use :mod:`sevhop.api`, and nothing else of these packages.
 :mod:`sevhop.api`             what can be done, from Python; what is promised to stay
 :mod:`sevhop.events`          what is told of hops while they are under way
 :mod:`sevhop.report`          what has become of a hop
+:mod:`sevhop.journald`        records of hops, for the journal of systemd
+:mod:`sevhop.metrics`         numbers of them, for Prometheus
+:mod:`sevhop.picture`         what is seen of them on a terminal
 :mod:`sevhop.cli`             the command line: arguments, output, exit codes
 :mod:`sevhop.check`           can this guest hop? what holds wherever it runs
 :mod:`sevhop.finding`         what a check finds: a tree of named tests

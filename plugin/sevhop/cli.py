@@ -10,27 +10,36 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import logging
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 
-from . import api
+from . import api, journald, metrics
 from .destination import START_TIMEOUT
-from .events import Chosen, Ended, Event, PhaseBegan, PhaseEnded
+from .events import Chosen, Ended, Event, PhaseEnded
 from .finding import Finding, failed
 from .recover import End
-from .report import Report
+from .report import Report, readable_ms
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .picture import Picture
 
 Answer = TypeVar("Answer")
+
+#: Each takes a few threads and, for a moment, a second QEMU.
+MOST_JOBS = 64
 
 EXIT_DONE = 0
 EXIT_REFUSED = 1
@@ -99,9 +108,10 @@ def parser() -> argparse.ArgumentParser:
         help="hop domains of libvirt",
         description="Replace the QEMU of libvirt domains by a new one, while their guests go on. Each domain keeps its "
         "name, UUID and definition; only the emulator changes.",
-        epilog="Domains are upgraded one after the other. A failure ends the series, and so does a domain that is "
-        "named and refused; with --all and --outdated, domains that cannot hop are told and left out. The exit status "
-        "is that of the domain that fared worst: 1 also if one was left out.",
+        epilog="No more domains are stopped at a time than --jobs allows. After a failure no further one is begun, nor "
+        "after a domain that was named is refused; those under way go on to their ends. With --all and --outdated, "
+        "domains that cannot hop are told and left out. SIGINT and SIGTERM undo all that are under way. The exit "
+        "status is that of the domain that fared worst: 1 also if one was left out.",
     )
     upgrade.add_argument("domains", nargs="*", metavar="DOMAIN")
     upgrade.add_argument("--all", action="store_true", help="all active domains")
@@ -120,7 +130,10 @@ def parser() -> argparse.ArgumentParser:
         help="do not have the new QEMU load a trial copy of the device state first, which pauses the guest briefly",
     )
     upgrade.add_argument(
-        "--keep-going", action="store_true", help="go on with the next domain when one fails or is refused"
+        "--jobs", type=_count, default=1, metavar="N", help="domains to upgrade at a time (default: %(default)s)"
+    )
+    upgrade.add_argument(
+        "--keep-going", action="store_true", help="begin further domains when one fails or is refused"
     )
     upgrade.add_argument(
         "--prepare", action="store_true", help="stop when the guest is held; virsh restore goes on with it"
@@ -168,6 +181,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--connect", metavar="URI", help="libvirt (default: qemu:///system)")
         command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
 
+    for command in (hop, upgrade, status):
+        command.add_argument(
+            "--metrics-dir", type=Path, metavar="DIR", help="add to the metrics for Prometheus in DIR/sevhop.prom"
+        )
+
     install = commands.add_parser(
         "install", help="install libvirt's hook", description="Install the hook, and see that libvirt calls it."
     )
@@ -195,14 +213,25 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 < value <= MOST_JOBS:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {MOST_JOBS}")
+    return value
+
+
 def _say(text: object) -> None:
     """Print. Much of it are words of a QEMU or its guest, and a terminal does what control characters tell it."""
-    print("\n".join(map(_printable, str(text).split("\n"))), flush=True)
+    print(_printable_lines(text), flush=True)
 
 
 def _complain(text: str) -> None:
     """Say what is wrong, in one line."""
     print(f"sevhop: {_printable(text)}", file=sys.stderr, flush=True)
+
+
+def _printable_lines(text: object) -> str:
+    return "\n".join(map(_printable, str(text).split("\n")))
 
 
 def _printable(text: str) -> str:
@@ -220,28 +249,40 @@ class _Account:
     :ivar reports: of those hops that have ended.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, picture: Picture | None) -> None:
         self.chosen: tuple[str, ...] = ()
         self.reports: dict[str, Report] = {}
-        self._silent: bool = options.json
-        self._live = sys.stderr.isatty() and not options.json
+        self._options = options
+        self._picture = picture
+        self._records = journald.Records()
 
     def __call__(self, event: Event) -> None:
+        self._records(event)
         if isinstance(event, Chosen):
             self.chosen = event.domains
         elif isinstance(event, Ended):
             self.reports[event.guest] = event.report
             self._tell(event.report)
-        elif self._live:
-            _show_phase(event)
+        if self._picture is not None:
+            self._picture(event)
+        elif isinstance(event, PhaseEnded) and sys.stderr.isatty() and not self._options.json:
+            print(f"{event.guest}: {event.phase} {readable_ms(event.ms)}", file=sys.stderr, flush=True)
 
     def _tell(self, report: Report) -> None:
-        if self._silent:
+        if self._options.json:
             return
         if report.reason:
-            _complain(f"{report}; {_STATE_OF_GUEST[EXIT_OF[report.outcome]]}")
+            complaint = f"sevhop: {report}; {_STATE_OF_GUEST[EXIT_OF[report.outcome]]}"
+            self._print(_printable(complaint), sys.stderr)
         else:
-            _say(report)
+            self._print(_printable_lines(report), sys.stdout)
+
+    def _print(self, text: str, file: TextIO) -> None:
+        """Where a picture is drawn it has to know."""
+        if self._picture is not None and file.isatty():
+            self._picture.say(text)
+        else:
+            print(text, file=file, flush=True)
 
     @property
     def status(self) -> int:
@@ -276,16 +317,26 @@ def _run(work: Coroutine[Any, Any, Answer]) -> Answer | None:
         return None
 
 
-def _show_phase(event: Event) -> None:
-    if isinstance(event, PhaseBegan):
-        print(f"{event.phase:<9} ...", end="", file=sys.stderr, flush=True)
-    elif isinstance(event, PhaseEnded):
-        print(f"\r{event.phase:<9} {event.ms:9.2f} ms", file=sys.stderr)
+def _add_metrics(options: argparse.Namespace, reports: Iterable[Report], outdated: int | None = None) -> None:
+    if options.metrics_dir is not None:
+        try:
+            metrics.add(options.metrics_dir, reports, outdated)
+        except SevhopError as err:
+            _complain(str(err))
+
+
+def _picture(options: argparse.Namespace) -> AbstractContextManager[Picture | None]:
+    """What is drawn on a terminal, if there is one, and what it takes."""
+    if options.json or options.verbose or not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return contextlib.nullcontext()
+    from .picture import Picture
+
+    return Picture()
 
 
 def _hop(options: argparse.Namespace) -> int:
-    account = _Account(options)
-    with contextlib.suppress(SevhopError):  # the account has it
+    with _picture(options) as picture, contextlib.suppress(SevhopError):  # the account has it
+        account = _Account(options, picture)
         _run(
             api.hop(
                 options.source,
@@ -297,6 +348,7 @@ def _hop(options: argparse.Namespace) -> int:
                 listener=account,
             )
         )
+    _add_metrics(options, account.reports.values())
     if options.json:
         (report,) = account.reports.values()
         print(json.dumps(report.as_json()))
@@ -306,25 +358,28 @@ def _hop(options: argparse.Namespace) -> int:
 def _upgrade(options: argparse.Namespace) -> int:
     if bool(options.domains) + options.all + options.outdated != 1:
         options.misused("name domains, or give --all or --outdated")
-    account = _Account(options)
     try:
-        reports = _run(
-            api.upgrade_fleet(
-                options.domains or (api.Choice.ALL if options.all else api.Choice.OUTDATED),
-                connect=options.connect,
-                keep_going=options.keep_going,
-                emulator=options.emulator,
-                prepare_only=options.prepare,
-                dry_run=options.dry_run,
-                rehearse=not options.no_rehearsal,
-                step_timeout=options.timeout,
-                listener=account,
+        with _picture(options) as picture:
+            account = _Account(options, picture)
+            reports = _run(
+                api.upgrade_fleet(
+                    options.domains or (api.Choice.ALL if options.all else api.Choice.OUTDATED),
+                    connect=options.connect,
+                    jobs=options.jobs,
+                    keep_going=options.keep_going,
+                    emulator=options.emulator,
+                    prepare_only=options.prepare,
+                    dry_run=options.dry_run,
+                    rehearse=not options.no_rehearsal,
+                    step_timeout=options.timeout,
+                    listener=account,
+                )
             )
-        )
     except SevhopError as err:
         return _no_domains(options, err)
     if reports is None and not account.chosen:
         return _no_domains(options, api.Interrupted("interrupted"))
+    _add_metrics(options, account.in_order(), _outdated(options))
     if options.json:
         print(json.dumps({"domains": [report.as_json() for report in account.in_order()]}))
     elif not account.chosen:
@@ -332,6 +387,14 @@ def _upgrade(options: argparse.Namespace) -> int:
     elif len(account.chosen) > 1:
         _say(account.summary())
     return account.status
+
+
+def _outdated(options: argparse.Namespace) -> int | None:
+    """How many domains are outdated now; None if nobody wants to know it, or it cannot be told."""
+    if options.metrics_dir is not None:
+        with contextlib.suppress(SevhopError):
+            return sum(row.outdated for row in asyncio.run(api.status(connect=options.connect)))
+    return None
 
 
 def _no_domains(options: argparse.Namespace, error: SevhopError) -> int:
@@ -351,6 +414,8 @@ def _status(options: argparse.Namespace) -> int:
         rows = asyncio.run(api.status(options.domains, connect=options.connect))
     except SevhopError as err:
         return _no_domains(options, err)
+    if not options.domains:
+        _add_metrics(options, (), sum(row.outdated for row in rows))
     if options.json:
         print(json.dumps({"domains": [row.as_json() for row in rows]}))
     else:

@@ -66,13 +66,19 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
         except domain_xml.DomainXmlError as err:
             raise SevhopError(f"the XML of domain {domain.name}: {err}") from err
         found = await guest.inspect(monitor, process)
-        # In a thread: it may start the emulator to ask it, and another guest may be stopped meanwhile.
-        tree = await to_its_end(asyncio.to_thread(check.domain, found, process, new))
-        tree.children += [devices(xml), _library(process), _confinement(process, domain.uuid)]
+        # In a thread: it starts programs to ask them, and another guest may be stopped meanwhile.
+        tree = await to_its_end(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid))
         tree.children.append(await _libvirt(connection, domain))
         yield Examined(tree, monitor, process, found, xml, old, new)
     finally:
         process.close()
+
+
+def _without_libvirt(found: guest.Guest, process: QemuProcess, new: str, xml: str, uuid: str) -> Finding:
+    """What can be told without asking the daemon."""
+    tree = check.domain(found, process, new)
+    tree.children += [devices(xml), _library(process), _confinement(process, uuid)]
+    return tree
 
 
 #: What cannot be had again when the source has ended: where it stands in the XML, and why.

@@ -16,6 +16,8 @@ WRONG: tuple[list[str], ...] = (
     ["upgrade", "web", "--all"],
     ["upgrade", "--all", "--outdated"],
     ["upgrade", "--keep-going"],
+    ["upgrade", "--all", "--jobs", "0"],
+    ["upgrade", "--all", "--jobs", "many"],
     ["check"],
     ["check", "web", "--qmp", "/run/qmp"],
     ["hop"],
@@ -49,6 +51,12 @@ def test_no_daemon_answers(words: list[str], capsys: pytest.CaptureFixture[str])
     assert cli.main([*words, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert "nonexistent" in json.dumps(answer)
+
+
+def test_another_libvirt_than_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as qemu:///session, which would start a daemon here; libvirt's test driver needs none."""
+    assert cli.main(["upgrade", "--all", "--connect", "test:///default"]) == 1
+    assert "test:///default is not the system's QEMU on this host" in capsys.readouterr().err
 
 
 def test_words_of_others_cannot_speak_to_the_terminal(

@@ -93,10 +93,11 @@ def test_what_is_not_ours_is_not_believed(text: str, directory: Path) -> None:
     assert samples(directory)["sevhop_hops_total done"] == 1
 
 
-def test_one_unknown_sample_among_ours(directory: Path) -> None:
+@pytest.mark.parametrize("line", ["other_total 5", "sevhop_outdated_guests -1", "what is this"])
+def test_one_unknown_line_among_ours(line: str, directory: Path) -> None:
     metrics.add(directory, [done(1.0)])
     with (directory / metrics.FILE).open("a") as file:
-        file.write("other_total 5\n")
+        file.write(f"{line}\n")
     metrics.add(directory, [done(1.0)])
     assert samples(directory)["sevhop_hops_total done"] == 1
 

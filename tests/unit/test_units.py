@@ -73,6 +73,13 @@ def test_systemd_reads_them(analyze: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_package_starts_the_timer_and_that_the_service() -> None:
+    path, timer, service = units.UPGRADE
+    assert f"\nUnit={timer}\n" in units.text(path)
+    assert "Unit=" not in units.text(timer).replace("[Unit]", "")  # by its name
+    assert timer.removesuffix(".timer") == service.removesuffix(".service")
+
+
 def test_systemd_can_enable_them(tmp_path: Path) -> None:
     if (program := shutil.which("systemctl")) is None:
         pytest.skip("not installed: systemd")
