@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 import libvirt
@@ -73,6 +74,12 @@ async def _call(function: Callable[..., Any], *arguments: Any, timeout: float = 
         raise DomainError(f"libvirt did not answer within {timeout:g} s") from err
 
 
+def _is_the_systems(uri: str) -> bool:
+    """Whether a URI leads to the system's QEMU on this host; the daemon's socket may be named."""
+    parts = urlsplit(uri)
+    return (parts.scheme in ("qemu", "qemu+unix")) and (parts.netloc, parts.path) == ("", "/system")
+
+
 async def _in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
     """:raises TimeoutError: it goes on, but nobody waits for it."""
     calling = asyncio.get_running_loop().run_in_executor(_THREADS, function, *arguments)
@@ -98,7 +105,7 @@ class Connection:
         raw = await _call(libvirt.open, uri)
         self = cls(raw, uri)
         own = await _call(raw.getURI)
-        if not own.startswith("qemu:///system"):
+        if not _is_the_systems(own):
             self.close()
             raise DomainError(f"{own} is not the system's QEMU on this host", hint="connect to qemu:///system")
         version = await _call(raw.getLibVersion)

@@ -6,7 +6,7 @@ import importlib.util
 import json
 
 import pytest
-from sevhop import api, cli
+from sevhop import api, cli, domain
 from sevhop_qmp.errors import SevhopError
 
 LIBVIRT = (["upgrade", "web"], ["check", "web"], ["status"], ["install"], ["uninstall"])
@@ -54,9 +54,25 @@ def test_no_daemon_answers(words: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_another_libvirt_than_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as qemu:///session, which would start a daemon here; libvirt's test driver needs none."""
+    """libvirt's test driver needs no daemon."""
     assert cli.main(["upgrade", "--all", "--connect", "test:///default"]) == 1
     assert "test:///default is not the system's QEMU on this host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("uri", "its"),
+    [
+        ("qemu:///system", True),
+        ("qemu+unix:///system?socket=/run/libvirt/virtqemud-sock", True),
+        ("qemu:///session", False),
+        ("qemu+unix:///session?socket=/run/user/1000/libvirt/libvirt-sock", False),
+        ("qemu+ssh://root@host/system", False),
+        ("qemu:///systemwide", False),
+        ("xen:///system", False),
+    ],
+)
+def test_which_is_the_systems(uri: str, its: bool) -> None:
+    assert domain._is_the_systems(uri) is its
 
 
 def test_words_of_others_cannot_speak_to_the_terminal(
