@@ -30,7 +30,7 @@ from .destination import START_TIMEOUT
 from .events import Chosen, Ended, Event, PhaseEnded
 from .finding import Finding, failed
 from .recover import End
-from .report import Report, readable_ms
+from .report import Report, printable, readable_ms
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -227,15 +227,11 @@ def _say(text: object) -> None:
 
 def _complain(text: str) -> None:
     """Say what is wrong, in one line."""
-    print(f"sevhop: {_printable(text)}", file=sys.stderr, flush=True)
+    print(f"sevhop: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _printable_lines(text: object) -> str:
-    return "\n".join(map(_printable, str(text).split("\n")))
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return "\n".join(map(printable, str(text).split("\n")))
 
 
 # -- sevhop hop, sevhop upgrade --------------------------------------------------------------------
@@ -266,14 +262,14 @@ class _Account:
         if self._picture is not None:
             self._picture(event)
         elif isinstance(event, PhaseEnded) and sys.stderr.isatty() and not self._options.json:
-            print(f"{event.guest}: {event.phase} {readable_ms(event.ms)}", file=sys.stderr, flush=True)
+            print(f"{printable(event.guest)}: {event.phase} {readable_ms(event.ms)}", file=sys.stderr, flush=True)
 
     def _tell(self, report: Report) -> None:
         if self._options.json:
             return
         if report.reason:
             complaint = f"sevhop: {report}; {_STATE_OF_GUEST[EXIT_OF[report.outcome]]}"
-            self._print(_printable(complaint), sys.stderr)
+            self._print(printable(complaint), sys.stderr)
         else:
             self._print(_printable_lines(report), sys.stdout)
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .events import Chosen, Ended, Event, GuestEvent, GuestRuns, GuestStopped, PhaseBegan, PhaseEnded
-from .report import readable_ms
+from .report import printable, readable_ms
 
 #: How the phases of a blackout look, one after the other: told apart without colours, too.
 _LOOKS = (("█", "cyan"), ("▒", "yellow"), ("█", "magenta"), ("░", "green"), ("█", "blue"), ("▒", "red"))
@@ -102,7 +102,7 @@ class Picture:
                     row.append(f"{span.phase} ...", style="bold")
                 else:
                     row.append(f"{span.phase} {readable_ms((span.ended - span.began) * 1e3)}  ", style="dim")
-            table.add_row(Text(name, style="bold"), row)
+            table.add_row(Text(printable(name), style="bold"), row)
         if self._chosen > 1:
             table.add_row(Text(f"{self._over} of {self._chosen}", style="dim"))
         return table

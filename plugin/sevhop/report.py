@@ -94,5 +94,10 @@ def readable_ms(ms: float) -> str:
     return f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
 
 
+def printable(text: str) -> str:
+    """Words of a QEMU, its guest or an administrator, for a terminal, which does what control characters tell it."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def _rounded(ms: float | None) -> float | None:
     return None if ms is None else round(ms, 3)

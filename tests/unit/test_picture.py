@@ -71,6 +71,10 @@ def test_what_is_under_way() -> None:
     assert "1 of 3" in last
 
 
+def test_names_cannot_speak_to_the_terminal() -> None:
+    assert "[b]\\x1b[31m ü" in drawn(*hop("[b]\x1b[31m ü")[:1], terminal=True)
+
+
 def test_words_of_others_are_not_markup() -> None:
     out = io.StringIO()
     with Picture(Console(file=out, width=20)) as picture:
