@@ -1,0 +1,140 @@
+"""Several domains at a time, and what others see of it: systemd's journal, Prometheus, Ansible."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from guests.daemon import Daemon
+from prometheus_client.parser import text_string_to_metric_families
+from sevhop import journald, units
+
+from .conftest import StartDomain
+
+UNABLE = "a-private-one"
+NAMES = ("fleet-a", "fleet-b", "fleet-c")
+PLAYBOOK = Path(__file__).parents[2] / "docs" / "examples" / "upgrade-qemu.yml"
+
+
+@contextmanager
+def journal(daemon: Daemon) -> Iterator[list[str]]:
+    """What is in the place of systemd-journald in there. :return: the records, complete when this has ended."""
+    path = daemon.root / str(journald.SOCKET).lstrip("/")
+    path.parent.mkdir(parents=True)
+    records: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(path))
+
+        def read() -> None:
+            while record := listener.recv(1 << 16):
+                records.append(record.decode())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield records
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+                last.sendto(b"", str(path))
+            reader.join()
+            path.unlink()
+            path.parent.rmdir()
+
+
+def with_capabilities_of_the_service() -> list[str]:
+    """What runs a command with no more than sevhop-upgrade.service has, as far as that can be had without systemd."""
+    lines = units.text("sevhop-upgrade.service").splitlines()
+    words = [word for line in lines if line.startswith("CapabilityBoundingSet=") for word in line[22:].split()]
+    bounds = ",".join(["-all", *(f"+{word.removeprefix('CAP_').lower()}" for word in words)])
+    assert len(words) > 5
+    return ["setpriv", f"--bounding-set={bounds}", "--no-new-privs", "--"]
+
+
+def test_several_at_a_time(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    start(name=UNABLE, memory="private")
+    guests = [start(name=name) for name in NAMES]
+    pids = [guest.pid for guest in guests]
+    for guest in guests:
+        guest.wait_for_ticks()
+
+    # All that are under way are undone.
+    command = daemon.start_command(
+        *(sys.executable, "-m", "sevhop.cli", "--verbose"),
+        *("upgrade", *NAMES, "--jobs", "3", "--json", "--emulator", new),
+    )
+    assert command.stderr is not None
+    begun = [line.split(":", 1)[1].strip() for line, _ in zip(command.stderr, NAMES, strict=False)]
+    assert begun == [f"{name}: check" for name in NAMES]
+    for line in command.stderr:
+        if line.strip().endswith(": hold"):
+            command.send_signal(signal.SIGTERM)
+            break
+    out, _ = command.communicate(timeout=120)
+    ends = {one["guest"]: one["outcome"] for one in json.loads(out)["domains"]}
+    assert (command.returncode, ends) == (3, dict.fromkeys(NAMES, "undone"))
+    assert [guest.pid for guest in guests] == pids
+    for guest in guests:
+        guest.wait_for_ticks()
+
+    # One that cannot hop stops none.
+    metrics = daemon.root / "run" / "metrics"
+    metrics.mkdir()
+    with journal(daemon) as records:
+        done = daemon.run(
+            *with_capabilities_of_the_service(),
+            *(sys.executable, "-m", "sevhop.cli", "upgrade", "--all", "--jobs", "4", "--json"),
+            *("--emulator", new, "--metrics-dir", "/run/metrics"),
+            *("--connect", "qemu+unix:///system?socket=/run/libvirt/libvirt-sock"),
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+    refused, *reports = json.loads(done.stdout)["domains"]
+    assert (refused["guest"], refused["outcome"]) == (UNABLE, "refused")
+    assert [(one["guest"], one["outcome"]) for one in reports] == [(name, "done") for name in NAMES]
+    assert all(one["rehearsal_ms"] and not one["notes"] for one in reports)
+    for guest in guests:
+        assert guest.emulator() == str(new)
+        guest.wait_for_ticks()
+    for name in NAMES:
+        of_it = [record for record in records if f"SEVHOP_DOMAIN={name}\n" in record]
+        phases = [record for record in of_it if f"MESSAGE_ID={journald.PHASE}\n" in record]
+        assert [record.partition("SEVHOP_PHASE=")[2].split("\n")[0] for record in phases] == [
+            *("check", "hold", "rehearse", "prepare", "freeze", "save", "retire", "restore", "define")
+        ]
+        (end,) = (record for record in of_it if f"MESSAGE_ID={journald.OUTCOME}\n" in record)
+        assert "SEVHOP_OUTCOME=done\n" in end
+        assert end is of_it[-1]
+    families = text_string_to_metric_families((metrics / "sevhop.prom").read_text())
+    samples = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    assert samples["sevhop_hops_total", "refused"] == 1
+    assert samples["sevhop_hops_total", "done"] == samples["sevhop_blackout_seconds_count",] == 3
+    assert samples["sevhop_outdated_guests",] == 0
+
+
+def test_the_playbook(daemon: Daemon, start: StartDomain, new: Path, tmp_path: Path) -> None:
+    guest = start(name="playbook")
+    guest.wait_for_ticks()
+    variables = {
+        "sevhop_command": [sys.executable, "-m", "sevhop.cli"],
+        "sevhop_emulator": str(new),
+        "ansible_become": False,
+        "ansible_python_interpreter": sys.executable,
+    }
+    ansible = [
+        *("env", f"ANSIBLE_HOME={tmp_path}", f"ANSIBLE_LOCAL_TEMP={tmp_path}"),
+        *(f"{Path(sys.executable).parent}/ansible-playbook", "--inventory", "localhost,", "--connection", "local"),
+        *("--extra-vars", json.dumps(variables), str(PLAYBOOK)),
+    ]
+    for more, changed, emulator in ((["--check"], 0, guest.emulator()), ([], 1, str(new))):
+        done = daemon.run(*ansible, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (recap,) = re.findall(r"^localhost +: (.*)", done.stdout, re.MULTILINE)
+        assert re.match(rf"ok=\d+ +changed={changed} +unreachable=0 +failed=0 ", recap)
+        assert guest.emulator() == emulator
+    guest.wait_for_ticks()

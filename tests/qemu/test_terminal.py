@@ -1,0 +1,86 @@
+"""The command on a terminal: what is drawn, and that nothing is while the guest is stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+from guests.running import Guest
+
+from .conftest import DescribeCounter, StartGuest
+
+_ERASE_LINE = "\x1b[2K"
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def on_a_terminal(*command: str | Path, cwd: Path) -> tuple[int, str]:
+    """Run a command on a terminal. :return: its exit status, and what it has written there."""
+    ours, theirs = os.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "LINES": "50"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=cwd)
+    os.close(theirs)
+    written = b""
+    try:
+        while select.select([ours], [], [], 120)[0]:
+            written += os.read(ours, 1 << 16)
+    except OSError:
+        pass  # nobody has the other end any more
+    finally:
+        os.close(ours)
+    return process.wait(10), written.decode()
+
+
+def as_it_stays(written: str) -> list[str]:
+    """The lines, without what was erased again."""
+    lines = [line.rpartition(_ERASE_LINE)[2] for line in written.replace("\r", "").split("\n")]
+    return [_ESCAPE.sub("", line) for line in lines]
+
+
+def hop(guest: Guest, new: Path) -> list[str | Path]:
+    """The command."""
+    return [sys.executable, "-m", "sevhop.cli", "hop", "--source", guest.machine.monitor, "--emulator", new]
+
+
+def test_what_is_drawn(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, tmp_path: Path
+) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    status, written = on_a_terminal("strace", "--output", tmp_path / "calls", *hop(guest, new), cwd=tmp_path)
+    assert status == 0
+    assert "check ..." in written
+    assert re.search(r"prepare \d+ ms  ", written)
+    summary, bar, legend = [line for line in as_it_stays(written) if line.strip()]
+    assert re.search(r"QEMU 7\.2\.\d+ -> 10\.0\.\d+, now process \d+; blackout \d+(\.\d)? ms", summary)
+    assert 50 < len(bar.strip()) < 70
+    assert re.search(r"freeze .* ms .* save .* ms .* load .* ms .* resume .* ms", legend)
+
+    lines = (tmp_path / "calls").read_text(errors="replace").splitlines()
+    (stop,), (cont,) = ([at for at, line in enumerate(lines) if f'\\"{order}\\"' in line] for order in ("stop", "cont"))
+    drawing = [at for at, line in enumerate(lines) if re.match(r"write\([12],", line)]
+    assert drawing
+    assert [lines[at] for at in drawing if stop < at < cont] == []
+    guest.wait_for_ticks(5)
+
+
+def test_not_on_a_terminal(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(), old)
+    guest.wait_for_ticks(5)
+    done = subprocess.run(hop(guest, new), capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_without_rich(tmp_path: Path) -> None:
+    """Phases are plain lines then."""
+    (tmp_path / "rich").write_text("")
+    program = "import sys; sys.modules['rich'] = None; from sevhop.cli import main; sys.exit(main(sys.argv[1:]))"
+    status, written = on_a_terminal(sys.executable, "-c", program, "hop", "--source", "/nonexistent", cwd=tmp_path)
+    assert status == 1
+    phase, complaint = written.splitlines()
+    assert re.fullmatch(r"/nonexistent: check \d+(\.\d)? ms", phase)
+    assert complaint.startswith("sevhop: /nonexistent: ")
