@@ -33,7 +33,11 @@ def test_lines_and_a_watchdog(
         *("-chardev", f"socket,id=channel,path={channel},server=on,wait=off"),
         *("-device", "virtserialport,chardev=channel,name=org.example.channel"),
         *("-chardev", "pty,id=pty", "-device", "virtserialport,chardev=pty,name=org.example.pty"),
-        *("-device", "i6300esb", "-watchdog-action", "poweroff"),
+        *("-device", "i6300esb", "-watchdog-action", "poweroff", "-device", "pvpanic"),
+        *("-blockdev", "driver=null-co,node-name=medium,size=1M,read-zeroes=on,read-only=on"),
+        *("-device", "ide-cd,bus=ide.0,drive=medium", "-device", "virtio-scsi-pci,id=scsi"),
+        *("-blockdev", "driver=null-co,node-name=other,size=1M,read-zeroes=on"),
+        *("-device", "scsi-hd,bus=scsi.0,drive=other"),
     )
     guest = start(linux_machine(more=more), old)
     terminal = Line(lambda: os.open(pty(guest), os.O_RDWR | os.O_NOCTTY))

@@ -37,7 +37,7 @@ class Verdict:
     :ivar disk_errors: writes that failed, blocks that were not read back as written, and what is wrong with the image.
     :ivar network_errors: pings without an answer.
     :ivar memory_errors: places in memory that did not hold what the guest had written there.
-    :ivar clock_errors: pauses that were too short, and a real-time clock that went back.
+    :ivar device_errors: pauses that were too short, a clock that went back, a TPM that is not what it was.
     :ivar writes: whether it is a guest that writes its ticks to its disk.
     """
 
@@ -49,7 +49,7 @@ class Verdict:
     disk_errors: int = 0
     network_errors: int = 0
     memory_errors: int = 0
-    clock_errors: int = 0
+    device_errors: int = 0
     writes: bool = False
     remarks: list[str] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Verdict:
             or self.disk_errors
             or self.network_errors
             or self.memory_errors
-            or self.clock_errors
+            or self.device_errors
         )
 
     def _tick(self, number: int) -> None:
@@ -96,8 +96,8 @@ def judge_log(log: str) -> Verdict:
         elif line.startswith("BAD "):
             verdict.memory_errors += 1
             verdict.remarks.append(line)
-        elif line.startswith(("EARLY ", "RTC-BACK ")):
-            verdict.clock_errors += 1
+        elif line.startswith(("EARLY ", "RTC-BACK ", "TPM-LOST ")):
+            verdict.device_errors += 1
             verdict.remarks.append(line)
         elif found := _LINUX_LINE.fullmatch(line):
             number, write, read, ping, memory = map(int, found.groups())

@@ -14,6 +14,8 @@
  *   POWER-BUTTON                     it was pressed: the guest switches itself off
  *   EARLY n                          a pause was over n microseconds too soon
  *   RTC-BACK n                       the real-time clock went back, by n seconds
+ *   TPM                              there is a TPM, and it works
+ *   TPM-LOST n                       from tick n on it does not, or not with the registers that it had
  *
  * Whoever says a line to it, on a serial line or a virtio port, hears "GOT" and the line; JSON is answered as a guest
  * agent answers `guest-sync` and `guest-ping`. If there is a watchdog it is armed, and fed at each tick until somebody
@@ -106,7 +108,7 @@ static void load_modules(void)
         file = open(path, O_RDONLY);
         if (file < 0)
             return;
-        if (syscall(SYS_finit_module, file, "", 0) && errno != EEXIST)
+        if (syscall(SYS_finit_module, file, "", 0) && errno != EEXIST && errno != ENODEV)
             say("module %d: %s\n", number, strerror(errno));
         close(file);
     }
@@ -373,6 +375,52 @@ static void answer_peers(void)
     }
 }
 
+/* What TPM2_PCR_Read and TPM2_PCR_Extend (TCG, "TPM 2.0 Library", part 3) say for register 16, bank SHA-256. */
+static const uint8_t pcr_read[] = { 0x80, 1, 0, 0, 0, 20, 0, 0, 1, 0x7e, 0, 0, 0, 1, 0, 0xb, 3, 0, 0, 1 };
+static const uint8_t pcr_extend[] = { 0x80, 2,    0, 0, 0, 65, 0, 0, 1, 0x82, 0, 0, 0, 16,  0, 0, 0,  9,
+                                      0x40, 0, 0, 9, 0, 0,  0, 0, 0, 0,    0, 0, 1, 0, 0xb };
+
+#define PCR_SIZE 32
+#define PCR_READ_ANSWER 62 /* bytes, the last ones are the register */
+
+static int ask_tpm(int tpm, const void *command, size_t size, uint8_t answer[PCR_READ_ANSWER], ssize_t expected)
+{
+    uint8_t all[4096];
+    ssize_t length;
+
+    if (write(tpm, command, size) != (ssize_t)size)
+        return -1;
+    length = read(tpm, all, sizeof all);
+    if (length < 10 || memcmp(all + 6, "\0\0\0", 4) || (expected && length != expected))
+        return -1;
+    if (expected)
+        memcpy(answer, all, expected);
+    return 0;
+}
+
+/* A register can only be extended: one that is not what it was is that of another TPM, or of another time. */
+static void use_tpm(int tpm, uint64_t tick)
+{
+    static uint8_t before[PCR_SIZE];
+    static int lost;
+    uint8_t answer[PCR_READ_ANSWER], command[sizeof pcr_extend + PCR_SIZE] = { 0 };
+    const uint8_t *pcr = answer + PCR_READ_ANSWER - PCR_SIZE;
+
+    if (tpm < 0 || lost)
+        return;
+    lost = ask_tpm(tpm, pcr_read, sizeof pcr_read, answer, PCR_READ_ANSWER) ||
+           (tick > 1 && memcmp(pcr, before, PCR_SIZE));
+    memcpy(command, pcr_extend, sizeof pcr_extend);
+    memcpy(command + sizeof pcr_extend, &tick, sizeof tick);
+    lost = lost || ask_tpm(tpm, command, sizeof command, answer, 0) ||
+           ask_tpm(tpm, pcr_read, sizeof pcr_read, answer, PCR_READ_ANSWER) || !memcmp(pcr, before, PCR_SIZE);
+    memcpy(before, pcr, PCR_SIZE);
+    if (lost)
+        say("TPM-LOST %llu\n", (unsigned long long)tick);
+    else if (tick == 1)
+        say("TPM\n");
+}
+
 static int power_button_was_pressed(void)
 {
     char line[64] = "";
@@ -390,7 +438,7 @@ int main(void)
 {
     uint64_t blocks = 0, seen = 0;
     uint64_t *memory;
-    int disk, network, uefi, clock;
+    int disk, network, uefi, clock, tpm;
 
     mkdir("/dev", 0755);
     mkdir("/tmp", 0700);
@@ -409,6 +457,7 @@ int main(void)
     network = open_network();
     memory = open_memory();
     clock = open("/dev/rtc0", O_RDONLY);
+    tpm = open("/dev/tpm0", O_RDWR);
     open_peers();
     arm_watchdog(WATCHDOG_SECONDS);
     for (size_t place = 0; memory && place < MEMORY / sizeof *memory; place++)
@@ -424,6 +473,7 @@ int main(void)
         if (uefi && tick % UEFI_TICKS == 0)
             set_uefi_variable(tick);
         look_at_clock(clock);
+        use_tpm(tpm, tick);
         answer_peers();
         if (watchdog >= 0 && ioctl(watchdog, WDIOC_KEEPALIVE, 0))
             say("WATCHDOG-FAILED %d\n", errno);
