@@ -77,13 +77,16 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
 def _without_libvirt(found: guest.Guest, process: QemuProcess, new: str, xml: str, uuid: str) -> Finding:
     """What can be told without asking the daemon."""
     tree = check.domain(found, process, new)
-    tree.children += [devices(xml), _library(process), _confinement(process, uuid)]
+    # First: a device that cannot be had again may bring memory of its own, for which there is no remedy either.
+    tree.children[:0] = [devices(xml)]
+    tree.children += [_library(process), _confinement(process, uuid)]
     return tree
 
 
 #: What cannot be had again when the source has ended: where it stands in the XML, and why.
 _UNREPEATABLE = (
-    ("devices/tpm", "its state ends with the old QEMU"),
+    ("devices/tpm/backend[@type='passthrough']", "the state of a host device cannot be saved"),
+    ("devices/tpm/backend[@type='external']", "its server knows one QEMU"),
     ("devices/filesystem", "its server ends with the old QEMU"),
     ("devices/shmem", "its server knows one QEMU"),
     ("devices/hostdev", "the state of a host device cannot be saved"),
@@ -92,6 +95,7 @@ _UNREPEATABLE = (
     ("devices/interface[@type='vhostuser']", "its server knows one QEMU"),
     ("devices/disk[@type='nvme']", "the state of a host device cannot be saved"),
     ("devices/disk[@type='vhostuser']", "its server knows one QEMU"),
+    ("devices/vsock", "its connections end with the old QEMU"),
     ("devices/disk/transient", "libvirt throws the disk's changes away when the old QEMU ends"),
     ("devices/video/driver[@name='vhostuser']", "its server knows one QEMU"),
     ("devices/memory[@model='nvdimm']", "its memory is a file"),

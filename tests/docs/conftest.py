@@ -98,7 +98,7 @@ def host(daemon: Daemon, old: Path, accelerator: Accelerator) -> Iterator[Host]:
     done = daemon.run("mkdir", "-p", _HOME, "/run/vm", "/var/lib/libvirt/images")
     assert done.returncode == 0, done.stderr
     path = f"{PROGRAMS}:{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    entered = ["nsenter", "--mount", "--target", str(daemon.pid), "--"]
+    entered = ["nsenter", "--mount", "--net", "--target", str(daemon.pid), "--"]
     shell = Shell(entered, {"PATH": path, "HOME": _HOME, "LC_ALL": "C.UTF-8"}, _HOME, {_EMULATOR: str(_LINK)})
     host = Host(daemon, shell, accelerator)
     try:

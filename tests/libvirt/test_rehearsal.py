@@ -167,7 +167,7 @@ def test_nothing_of_the_domain_is_disturbed(daemon: Daemon, start: StartDomain, 
     guest = start(pflash=True, more=DEVICES)
     guest.wait_for_ticks()
     pid = guest.pid
-    cards = set(os.listdir("/sys/class/net"))
+    cards = set(os.listdir(daemon.root / "sys/class/net"))
     assert "sevhop-test" in cards
     locks = locked(pid)
     assert {f"{guest.name}.qcow2", f"{guest.name}.fd", "third.qcow2", "second.raw"} <= locks
@@ -178,7 +178,7 @@ def test_nothing_of_the_domain_is_disturbed(daemon: Daemon, start: StartDomain, 
         report = daemon.upgrade(guest.name, "--emulator", emulator)
         assert (report["status"], report["outcome"]) == (1, "refused"), report
         assert report["notes"] == []
-        assert set(os.listdir("/sys/class/net")) == cards
+        assert set(os.listdir(daemon.root / "sys/class/net")) == cards
         assert files(daemon) == before
         assert locked(pid) == locks
         channel.setblocking(False)

@@ -126,16 +126,16 @@ def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDoma
 def test_a_tap_is_made_anew(daemon: Daemon, start: StartDomain, new: Path) -> None:
     if not Path("/dev/net/tun").exists():
         pytest.skip("this host has no taps")
-    name = "sevhop-test-tap"  # the network is the host's
+    name = "sevhop-test-tap"
     guest = start(more=f"<interface type='ethernet'><target dev='{name}'/><model type='virtio'/></interface>")
     guest.wait_for_ticks()
-    before = Path(f"/sys/class/net/{name}/ifindex").read_text()
+    before = Path(daemon.root, f"sys/class/net/{name}/ifindex").read_text()
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
-    assert Path(f"/sys/class/net/{name}/ifindex").read_text() != before
+    assert Path(daemon.root, f"sys/class/net/{name}/ifindex").read_text() != before
     assert name in daemon.virsh("domiflist", guest.name)
     guest.wait_for_ticks()
     guest.end()
-    assert not Path(f"/sys/class/net/{name}").exists()
+    assert not Path(daemon.root, f"sys/class/net/{name}").exists()
 
 
 def test_several_domains(daemon: Daemon, start: StartDomain, new: Path) -> None:

@@ -15,10 +15,11 @@ from typing import Any, Literal, Self
 from xml.etree import ElementTree
 
 from . import counter
+from .build import Unavailable
 from .enclosure import GUESTS
 from .judge import Verdict, judge_files, judge_log
-from .linux import KERNEL_ARGUMENTS, LinuxImages
-from .machine import Accelerator
+from .linux import GATEWAY, KERNEL_ARGUMENTS, LinuxImages
+from .machine import OVMF_CODE, OVMF_VARIABLES, Accelerator
 from .running import GuestFailed, wait_ended, wait_until
 
 _PATIENCE = 60.0
@@ -28,9 +29,9 @@ _ENCLOSURE = Path(__file__).with_name("enclosure.py")
 
 class Daemon:
     """
-    A daemon in a mount namespace of its own, and commands run in there.
+    A daemon in a mount namespace and a network of its own, and commands run in there.
 
-    :ivar pid: of the process that is its namespace.
+    :ivar pid: of the process that is its namespaces.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -44,7 +45,7 @@ class Daemon:
 
         :param apparmor: confined by AppArmor, and its guests as well. Only in the lab: it changes what the kernel does.
         """
-        command = ["unshare", "--mount", "--propagation", "private", sys.executable, str(_ENCLOSURE)]
+        command = ["unshare", "--mount", "--net", "--propagation", "private", sys.executable, str(_ENCLOSURE)]
         command += ["apparmor"] if apparmor else []
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -92,7 +93,7 @@ class Daemon:
 
     def start_command(self, *command: str | Path, terminal: int | None = None) -> subprocess.Popen[str]:
         """Start a command in there, perhaps on a terminal."""
-        entered = ["nsenter", "--mount", "--target", str(self.pid), "--", *map(str, command)]
+        entered = ["nsenter", "--mount", "--net", "--target", str(self.pid), "--", *map(str, command)]
         if terminal is not None:
             return subprocess.Popen(entered, stdin=terminal, stdout=terminal, stderr=terminal, text=True)
         return subprocess.Popen(
@@ -111,6 +112,24 @@ class Daemon:
         if done.returncode:
             raise GuestFailed(f"virsh {words[0]}: {done.stderr.strip()}")
         return done.stdout.strip()
+
+    @contextlib.contextmanager
+    def bridge(self) -> Iterator[str]:
+        """A bridge in there, at which this side answers a Linux guest in place of the gateway; its name."""
+        name = "sevhop-bridge"
+        words = ["type", "bridge", "forward_delay", "0", "stp_state", "0"]
+        for command in (
+            ["link", "add", name, *words],
+            ["address", "add", f"{GATEWAY}/24", "dev", name],
+            ["link", "set", name, "up"],
+        ):
+            done = self.run("ip", *command)
+            if done.returncode:
+                raise Unavailable(f"no bridge can be had: {done.stderr.strip()}")
+        try:
+            yield name
+        finally:
+            self.run("ip", "link", "delete", name)
 
     def sevhop(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """Run sevhop."""
@@ -145,14 +164,18 @@ class Description:
     """
     A domain with a disk and a network card, that runs a bare-metal counter or Linux.
 
-    :ivar memory: shared in a memfd or a file, or private.
+    :ivar memory: shared in a memfd, of huge pages if wanted, or in a file; or private.
+    :ivar vcpus: their number.
     :ivar firmware: the counter.
     :ivar pflash: it is in flash, with variables beside it, as a UEFI is.
     :ivar cpu: the element; a plain one by default.
     :ivar sev: encrypted, as the SEV lab wants it.
     :ivar balloon: the model of its balloon.
+    :ivar interface: its network card, in XML, or one on QEMU's user network.
     :ivar more: further devices, in XML.
+    :ivar elements: further elements of the domain, in XML.
     :ivar linux: instead of the counter.
+    :ivar uefi: Linux is started by OVMF, with variables of its own.
     :ivar serial: ``file``, or a ``pty`` for the console; what the guest says is in its log in any case.
     """
 
@@ -160,26 +183,32 @@ class Description:
     emulator: Path
     accelerator: Accelerator
     memory_mib: int = 64
-    memory: Literal["memfd", "file", "private"] = "memfd"
+    vcpus: int = 1
+    memory: Literal["memfd", "huge", "file", "private"] = "memfd"
     firmware: Path | None = None
     pflash: bool = False
     cpu: str = ""
     sev: bool = False
     balloon: str = "none"
+    interface: str = "<interface type='user'><model type='virtio'/></interface>"
     more: str = ""
+    elements: str = ""
     linux: LinuxImages | None = None
+    uefi: bool = False
     serial: Literal["file", "pty"] = "file"
 
     def xml(self) -> str:
         """For ``virsh define``."""
-        backing = f"<memoryBacking><source type='{self.memory}'/><access mode='shared'/></memoryBacking>"
+        huge = "<hugepages><page size='2' unit='MiB'/></hugepages>" if self.memory == "huge" else ""
+        source = "memfd" if huge else self.memory
+        backing = f"<memoryBacking>{huge}<source type='{source}'/><access mode='shared'/></memoryBacking>"
         cpu = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>"
         policy = "<cbitpos>0</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
         sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
   <name>{self.name}</name>
   <metadata><x:note xmlns:x='http://example.org/note'>keep &amp; this</x:note></metadata>
-  <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
+  <memory unit='MiB'>{self.memory_mib}</memory><vcpu>{self.vcpus}</vcpu>
   {backing if self.memory != "private" else ""}
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
     {self._boot()}</os>
@@ -189,18 +218,24 @@ class Description:
     <emulator>{self.emulator}</emulator>
     <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/{self.name}.qcow2'/>
       <target dev='vda' bus='virtio'/></disk>
-    <interface type='user'><model type='virtio'/></interface>
+    {self.interface}
     {self._serial()}
     <memballoon model='{self.balloon}'/>
     {self.more}
   </devices>
   {sev if self.sev else ""}
+  {self.elements}
 </domain>"""
 
     def _boot(self) -> str:
         if self.linux is not None:
-            kernel = f"<kernel>{self.linux.unpacked}</kernel><initrd>{self.linux.initrd}</initrd>"
-            return f"{kernel}<cmdline>{KERNEL_ARGUMENTS}</cmdline>"
+            image = self.linux.kernel if self.uefi else self.linux.unpacked
+            kernel = f"<kernel>{image}</kernel><initrd>{self.linux.initrd}</initrd>"
+            kernel += f"<cmdline>{KERNEL_ARGUMENTS}</cmdline>"
+            if self.uefi:
+                kernel += f"<loader readonly='yes' type='pflash'>{OVMF_CODE}</loader>"
+                kernel += f"<nvram template='{OVMF_VARIABLES}'>{GUESTS}/{self.name}.fd</nvram>"
+            return kernel
         loader = f"<loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader>"
         if self.pflash:
             variables = f"<nvram template='{counter.firmware()}'>{GUESTS}/{self.name}.fd</nvram>"
@@ -237,12 +272,12 @@ class DomainGuest:
         return self
 
     def _make_files(self, description: Description) -> Path:
-        self._file("xml").write_text(description.xml())
+        self.file("xml").write_text(description.xml())
         disk = GUESTS / f"{self.name}.qcow2"
         assert self.daemon.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M").returncode == 0
         return GUESTS / f"{self.name}.xml"
 
-    def _file(self, suffix: str) -> Path:
+    def file(self, suffix: str) -> Path:
         """One of its files, as it is called from here."""
         return self.daemon.root / str(GUESTS).lstrip("/") / f"{self.name}.{suffix}"
 
@@ -275,12 +310,12 @@ class DomainGuest:
 
     def seen(self) -> Verdict:
         """What its serial log says so far."""
-        path = self._file("log")
+        path = self.file("log")
         return judge_log(path.read_text(encoding="ascii", errors="replace") if path.exists() else "")
 
     def judge(self) -> Verdict:
         """What has become of it, now that it is off: its log and its disk."""
-        return judge_files(self._file("log"), self._file("qcow2"))
+        return judge_files(self.file("log"), self.file("qcow2"))
 
     def wait_for_ticks(self, more: int = 10) -> Verdict:
         """Wait until it has counted on, without a gap since its start."""

@@ -1,5 +1,6 @@
 """
-Runs a libvirt daemon of its own, in a mount namespace of its own: run by :mod:`.daemon` through ``unshare --mount``.
+Runs a libvirt daemon of its own, in a mount namespace and a network of its own: run by :mod:`.daemon` through
+``unshare --mount --net``.
 
 What libvirt and sevhop keep in fixed places (/run, /etc/libvirt, /var/lib/libvirt ...) is an empty file system here, so
 nothing of the host's is seen or touched. This process stays as the subreaper of the QEMUs: libvirt waits until
@@ -16,17 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import grp
 import os
 import resource
 import shutil
 import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1  # netdevice(7)
 _OWN = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/var/lib/sevhop", "/run")
 _DIRECTORIES = ("/run/lock", "/run/libvirt", "/etc/libvirt/qemu", "/etc/libvirt/hooks", "/var/lib/libvirt/qemu")
 #: For the guests' files; QEMU's user may write there.
@@ -57,6 +62,8 @@ def main() -> int:
     security = "apparmor" if "apparmor" in sys.argv[1:] else "none"
     Path("/etc/libvirt/qemu.conf").write_text(_CONFIGURATION.format(security=security))
     _own_kvm()
+    _own_network()
+    _own_authority()
     if security == "apparmor":
         _confine()
     elif (_SECURITY / "apparmor").exists():
@@ -123,6 +130,26 @@ def _profiles(*what: str) -> None:
     """A profile that stays in the kernel would confine the next daemon as well, by its path."""
     for profile in ("usr.lib.libvirt.virt-aa-helper", "usr.sbin.libvirtd"):
         subprocess.run(["apparmor_parser", *what, _APPARMOR / profile], check=True)
+
+
+def _own_network() -> None:
+    """Have /sys show the network cards that are in here; the rest of it stays as it is."""
+    sys_here = Path("/run/sys")
+    sys_here.mkdir()
+    subprocess.run(["mount", "-t", "sysfs", "sysfs", sys_here], check=True)
+    for path in ("class/net", "devices/virtual/net"):
+        subprocess.run(["mount", "--bind", sys_here / path, Path("/sys") / path], check=True)
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", _IFF_UP))
+
+
+def _own_authority() -> None:
+    """swtpm_setup makes a certificate authority where there is none, as a user of its own."""
+    path = Path("/var/lib/swtpm-localca")
+    if path.exists():
+        owner = path.stat()
+        options = f"mode=750,uid={owner.st_uid},gid={owner.st_gid}"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
 
 
 def _own_kvm() -> None:
