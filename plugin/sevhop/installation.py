@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 
 from sevhop_qmp.errors import SevhopError
 
-from . import apparmor, hook, hook_calls, installed_file, units
+from . import apparmor, hook, hook_calls, installed_file, journal, units
 from .domain import Connection, DomainError
 from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
@@ -63,10 +63,13 @@ def uninstall() -> bool:
     Remove the script, the rules and the units. A directory that is empty then goes with it.
 
     :return: whether there were any.
-    :raises SevhopError: a hop is under way, or it cannot be removed.
+    :raises SevhopError: a hop is under way or was broken off, or it cannot be removed.
     """
     if DOMAINS.is_dir() and (under_way := sorted(os.listdir(DOMAINS))):
         raise SevhopError(f"hops are under way: {', '.join(under_way)}", "see sevhop status")
+    # Those of guests outside libvirt, and what was broken off.
+    for path in journal.journals():
+        raise SevhopError(f"there is a hop that is not finished: {path}", "see sevhop status, or run: sevhop recover")
     removed = units.uninstall() | apparmor.uninstall()
     try:
         _SCRIPT.unlink()

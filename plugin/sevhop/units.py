@@ -1,7 +1,8 @@
 """
 The units of systemd. Those that run ``sevhop recover``, at boot and every minute while there is a journal of a hop that
 was broken off, are installed and enabled. Those that upgrade outdated domains when a package has brought another QEMU
-are installed only; the administrator may enable them. Nothing happens where systemd does not run.
+are installed only; the administrator may enable them. Nothing happens where systemd does not run, nor to units that
+sevhop's package brings: those come and go with it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from . import installed_file
 
 #: Where the administrator's units are.
 DIRECTORY = Path("/etc/systemd/system")
+#: Where those of packages are.
+PACKAGED = Path("/usr/lib/systemd/system")
 #: Exists if systemd runs (sd_booted(3)).
 _BOOTED = Path("/run/systemd/system")
 _TEMPLATES = Path(__file__).resolve().parent / "host" / "systemd"
@@ -33,7 +36,7 @@ def install() -> list[Path]:
     :return: their files.
     :raises SevhopError: that cannot be done.
     """
-    if not _BOOTED.is_dir():
+    if not _BOOTED.is_dir() or all((PACKAGED / name).exists() for name in NAMES):
         return []
     for name in NAMES:
         installed_file.write(DIRECTORY / name, text(name), 0o644, beside=DIRECTORY)

@@ -51,6 +51,17 @@ def test_installed_and_removed(booted: Path, tmp_path: Path) -> None:
     assert not units.uninstall()
 
 
+def test_those_of_the_package_stay(booted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged = tmp_path / "packaged"
+    packaged.mkdir()
+    for name in units.NAMES:
+        (packaged / name).touch()
+    monkeypatch.setattr(units, "PACKAGED", packaged)
+    assert units.install() == []
+    assert not units.uninstall()
+    assert not booted.exists()
+
+
 def test_systemd_refuses(booted: Path, tmp_path: Path) -> None:
     (tmp_path / "systemctl").write_text("#!/bin/sh\necho no >&2; exit 1\n")
     with pytest.raises(SevhopError, match="systemctl daemon-reload: no"):
