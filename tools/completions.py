@@ -1,0 +1,77 @@
+"""
+Completions for a shell, from the parser of sevhop's arguments. Printed; ``tools/manual`` runs this for each shell.
+
+A domain is completed with the names that libvirt has for active ones. Such a name may have any character in it, and is
+data all along: no shell reads it as anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import shtab
+from sevhop import cli
+from sevhop.domain import DEFAULT_URI
+
+#: What is called for a domain, and what for a path.
+_DOMAINS = {"bash": "_sevhop_domains", "zsh": "_sevhop_domains", "fish": "(_sevhop_domains)"}
+_COMPLETED = {"DOMAIN": _DOMAINS, "PATH": shtab.FILE}
+
+_LIST = f"virsh --readonly --quiet --connect {DEFAULT_URI} list --name 2>/dev/null"
+_PREAMBLE = {
+    # Readline wants the word as it would be typed.
+    "bash": f"""
+_sevhop_domains() {{
+  local name quoted
+  while IFS= read -r name; do
+    printf -v quoted %q "$name"
+    [[ -n $name && ( $name == "$1"* || $quoted == "$1"* ) ]] && printf '%s\\n' "$quoted"
+  done < <({_LIST})
+}}
+""",
+    "zsh": f"""
+_sevhop_domains() {{
+  local -a names
+  names=(${{(f)"$({_LIST})"}})
+  compadd -a -- names
+}}
+""",
+    "fish": f"""
+function _sevhop_domains
+  {_LIST} | string match --regex '.+'
+end
+""",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """sevhop's, in which each argument knows how it is completed."""
+    top = cli.parser()
+    for action in _actions(top):
+        if action.metavar in _COMPLETED:
+            action.complete = _COMPLETED[action.metavar]  # shtab looks for that attribute
+    return top
+
+
+def _actions(one: argparse.ArgumentParser) -> Iterator[Any]:
+    for action in one._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in set(action.choices.values()):
+                yield from _actions(command)
+        else:
+            yield action
+
+
+def main() -> None:
+    """The shell is the only argument."""
+    own = argparse.ArgumentParser(description="Print completions for a shell.")
+    own.add_argument("shell", choices=sorted(_PREAMBLE))
+    shell = own.parse_args().shell
+    sys.stdout.write(shtab.complete(parser(), shell, preamble=_PREAMBLE[shell]))
+
+
+if __name__ == "__main__":
+    main()
