@@ -20,6 +20,7 @@ from .enclosure import GUESTS
 from .judge import Verdict, judge_files, judge_log
 from .linux import GATEWAY, KERNEL_ARGUMENTS, LinuxImages
 from .machine import OVMF_CODE, OVMF_VARIABLES, Accelerator
+from .release import Release, entered
 from .running import GuestFailed, wait_ended, wait_until
 
 _PATIENCE = 60.0
@@ -34,24 +35,30 @@ class Daemon:
     :ivar pid: of the process that is its namespaces.
     """
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], inside: Release | None) -> None:
         self._process = process
+        self._inside = inside
         self.pid = process.pid
 
     @classmethod
-    def start(cls, *, apparmor: bool = False) -> Self:
+    def start(cls, *, apparmor: bool = False, inside: Release | None = None) -> Self:
         """
         Start one, and wait until it answers.
 
         :param apparmor: confined by AppArmor, and its guests as well. Only in the lab: it changes what the kernel does.
+        :param inside: the daemon, the QEMU and the Python of that release.
         """
-        command = ["unshare", "--mount", "--net", "--propagation", "private", sys.executable, str(_ENCLOSURE)]
+        command = ["unshare", "--mount", "--net", "--propagation", "private"]
+        if inside is None:
+            command += [sys.executable, str(_ENCLOSURE)]
+        else:
+            command = entered(inside.pid, *command, "python3", "-c", _ENCLOSURE.read_text())
         command += ["apparmor"] if apparmor else []
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
             raise GuestFailed("the libvirt daemon did not start")
-        self = cls(process)
+        self = cls(process, inside)
         self.wait_until_it_answers()
         return self
 
@@ -93,11 +100,14 @@ class Daemon:
 
     def start_command(self, *command: str | Path, terminal: int | None = None) -> subprocess.Popen[str]:
         """Start a command in there, perhaps on a terminal."""
-        entered = ["nsenter", "--mount", "--net", "--target", str(self.pid), "--", *map(str, command)]
+        if self._inside is None:
+            words = ["nsenter", "--mount", "--net", "--target", str(self.pid), "--", *map(str, command)]
+        else:
+            words = entered(self.pid, *command)
         if terminal is not None:
-            return subprocess.Popen(entered, stdin=terminal, stdout=terminal, stderr=terminal, text=True)
+            return subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, text=True)
         return subprocess.Popen(
-            entered, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -132,8 +142,9 @@ class Daemon:
             self.run("ip", "link", "delete", name)
 
     def sevhop(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run sevhop."""
-        return self.run(sys.executable, "-m", "sevhop.cli", *words)
+        """Run sevhop: of this tree, or what is installed in the release."""
+        command = [sys.executable, "-m", "sevhop.cli"] if self._inside is None else ["sevhop"]
+        return self.run(*command, *words)
 
     def upgrade(self, *words: str | Path) -> dict[str, Any]:
         """Upgrade one domain; what is reported."""
