@@ -67,10 +67,10 @@ def some_of(points: Sequence[str]) -> list[Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by the directory that they lie in: ``qemu``, ``lab``, ``libvirt``, ``docs``."""
+    """Mark tests by the directory that they lie in: ``qemu``, ``lab``, ``libvirt``, ``docs``, ``packaging``."""
     for item in items:
         kind = item.path.relative_to(TESTS).parts[0]
-        if kind in ("qemu", "lab", "libvirt", "docs"):
+        if kind in ("qemu", "lab", "libvirt", "docs", "packaging"):
             item.add_marker(kind)
     if "faults" not in config.option.markexpr:
         rest = [item for item in items if item.get_closest_marker("faults")]

@@ -1,0 +1,96 @@
+"""
+The package is built once, and installed in clean Debian releases (:mod:`guests.release`), each with a libvirt daemon
+and a QEMU of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from guests import counter
+from guests.build import ROOT, Unavailable
+from guests.daemon import Daemon, Description, DomainGuest
+from guests.enclosure import GUESTS
+from guests.machine import Accelerator
+from guests.release import Release
+
+#: Where the package is in a release; the name does not tell whose it is.
+PACKAGE = Path("/root/package.deb")
+_LIBVIRT = ("libvirt-daemon-system", "libvirt-clients", "qemu-system-x86", "qemu-utils", "seabios", "ipxe-qemu")
+_SHELLS = ("bash-completion", "zsh", "fish", "man-db")
+#: What ``pip install`` takes.
+COMPILER = ("python3-venv", "gcc", "libc6-dev")
+_ALL = ("python3-libvirt", "python3-tenacity", *_LIBVIRT, *_SHELLS, *COMPILER)
+#: As libvirt takes it, and as no shell may.
+NAME = "guest-$(touch pwned);a b*"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``tools/package`` leaves in its directory."""
+    directory = tmp_path_factory.mktemp("package")
+    done = subprocess.run([ROOT / "tools/package", directory], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="session")
+def package(built: Path) -> Path:
+    """The package."""
+    (path,) = built.glob("sevhop_*.deb")
+    return path
+
+
+@pytest.fixture(scope="session", params=["bookworm", "trixie"])
+def clean(request: pytest.FixtureRequest) -> Iterator[Release]:
+    """A clean Debian 12, and a clean Debian 13."""
+    try:
+        release = Release.start(request.param, *_ALL)
+    except Unavailable as err:
+        pytest.skip(f"no Debian {request.param}: {err}")
+    try:
+        yield release
+    finally:
+        release.stop()
+
+
+@pytest.fixture(scope="session")
+def host(clean: Release, package: Path) -> Release:
+    """With the package, which brings what it needs, and libvirt."""
+    shutil.copyfile(package, clean.root / PACKAGE.relative_to("/"))
+    clean.install(PACKAGE)
+    assert clean.must("sevhop", "--version").startswith("sevhop ")
+    clean.install(*_LIBVIRT, *_SHELLS)
+    return clean
+
+
+@pytest.fixture(scope="session")
+def daemon(host: Release) -> Iterator[Daemon]:
+    """libvirt of that release, and ``sevhop install``."""
+    daemon = Daemon.start(inside=host)
+    try:
+        done = daemon.sevhop("install")
+        assert done.returncode == 0, done.stderr
+        yield daemon
+    finally:
+        daemon.stop()
+
+
+@pytest.fixture
+def guest(daemon: Daemon, accelerator: Accelerator) -> Iterator[DomainGuest]:
+    """A domain of libvirt, started in the QEMU of that release."""
+    firmware = GUESTS / "counter.bin"
+    shutil.copyfile(counter.firmware(), daemon.root / firmware.relative_to("/"))
+    emulator = Path("/usr/bin/qemu-system-x86_64")
+    guest = DomainGuest.start(daemon, Description(NAME, emulator, accelerator, firmware=firmware))
+    try:
+        yield guest
+    finally:
+        guest.end()
+        for path in (daemon.root / GUESTS.relative_to("/")).iterdir():
+            path.unlink()  # the next one is of the same name
+    assert daemon.left_over() == []

@@ -1,0 +1,86 @@
+"""The package on a host: from its installation to a domain that has hopped, and gone without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from guests.daemon import Daemon, DomainGuest
+from guests.release import Release
+
+from .conftest import NAME, PACKAGE
+
+_HOOK = Path("/etc/libvirt/hooks/qemu.d/sevhop")
+
+
+def left(release: Release) -> list[str]:
+    """Whatever is called sevhop, or speaks of it where programs are configured."""
+    # man keeps for a while what it has shown.
+    files = release.must("find", "/", "-xdev", "-iname", "*sevhop*", "-not", "-path", "/var/cache/man/*").splitlines()
+    return files + release.run("grep", "--recursive", "--files-with-matches", "sevhop", "/etc").stdout.splitlines()
+
+
+def test_the_command(host: Release) -> None:
+    assert "usage: sevhop" in host.must("sevhop", "--help")
+    assert host.must("sevhop", "recover") == "nothing was broken off\n"
+    assert "- replace the QEMU" in host.must("whatis", "sevhop")
+    assert "EXIT STATUS" in host.must("man", "sevhop")
+    assert "EXIT STATUS" in host.must("man", "sevhop-hook")
+
+
+def test_nobodys_modules_are_loaded(host: Release) -> None:
+    """Root may be anywhere when it calls the command."""
+    planted = host.root / "tmp/planted"
+    planted.mkdir()
+    (planted / "asyncio.py").write_text("raise SystemExit('planted')\n")
+    host.must("env", "--chdir=/tmp/planted", "PYTHONPATH=/tmp/planted", "sevhop", "--version")
+
+
+def test_a_domain_hops(daemon: Daemon, guest: DomainGuest) -> None:
+    guest.wait_for_ticks()
+    before = guest.pid
+    checked = daemon.sevhop("check", NAME)
+    assert checked.returncode == 0, checked.stdout
+    report = daemon.upgrade(NAME)
+    assert (report["outcome"], report["reason"]) == ("done", "")
+    assert guest.pid != before
+    guest.wait_for_ticks()
+    assert NAME in daemon.sevhop("status").stdout
+
+
+def test_the_package_stays_in_the_middle_of_a_hop(daemon: Daemon, guest: DomainGuest) -> None:
+    guest.wait_for_ticks()
+    report = daemon.upgrade(NAME, "--prepare")
+    assert (report["outcome"], report["reason"]) == ("prepared", "")
+    done = daemon.run("apt-get", "--yes", "purge", "sevhop")
+    assert done.returncode != 0
+    assert f"sevhop: hops are under way: {NAME} (see sevhop status)\n" in done.stdout + done.stderr
+    assert daemon.run("dpkg-query", "--show", "--showformat=${db:Status-Abbrev}", "sevhop").stdout == "ii "
+    assert daemon.sevhop("recover").returncode == 0
+    daemon.virsh("restore", report["image"])
+    guest.wait_for_ticks()
+    assert daemon.sevhop("recover").returncode == 0
+
+
+def test_an_upgrade_of_the_package_renews_the_hook(daemon: Daemon) -> None:
+    hook = daemon.root / _HOOK.relative_to("/")
+    now = hook.read_text()
+    hook.write_text("#!/bin/sh\n# of an older version\n")
+    done = daemon.run("apt-get", "--yes", "--reinstall", "install", PACKAGE)
+    assert done.returncode == 0, done.stderr
+    assert hook.read_text() == now
+
+
+def test_purged_without_a_trace(host: Release) -> None:
+    # There is no daemon in sight, so the hook is put in place and not seen to work.
+    assert host.run("sevhop", "install").returncode == 1
+    assert str(_HOOK) in left(host)
+    journal = host.root / "var/lib/sevhop/journal/1.journal"
+    journal.parent.mkdir(parents=True)
+    journal.touch()
+    done = host.run("apt-get", "--yes", "purge", "sevhop")
+    assert done.returncode != 0
+    assert "/1.journal (see sevhop status, or run: sevhop recover)\n" in done.stdout + done.stderr
+    journal.unlink()
+    host.must("apt-get", "--yes", "purge", "sevhop")
+    assert left(host) == []
+    host.install(PACKAGE)

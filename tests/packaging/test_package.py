@@ -1,0 +1,70 @@
+"""The package as it lies there."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+from pathlib import Path
+
+import pytest
+from guests.build import ROOT
+
+
+@pytest.fixture(scope="session")
+def unpacked(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its files."""
+    directory = tmp_path_factory.mktemp("unpacked")
+    subprocess.run(["dpkg-deb", "--extract", package, directory], check=True)
+    return directory
+
+
+def said(*command: str | Path) -> str:
+    """What a command prints, on both its streams."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.stdout
+
+
+def test_lintian_has_nothing_to_say(built: Path) -> None:
+    (changes,) = built.glob("*.changes")
+    assert said("lintian", "--allow-root", "--display-info", "--fail-on", "none", changes) == ""
+
+
+def test_the_version_is_that_of_the_project(package: Path) -> None:
+    project = configparser.ConfigParser()
+    project.read(ROOT / "setup.cfg")
+    version = said("dpkg-deb", "--field", package, "Version").strip()
+    assert version.rpartition("-")[0] == project["metadata"]["version"]
+
+
+@pytest.mark.parametrize("page", ["man1/sevhop.1", "man7/sevhop-hook.7"])
+def test_manual_pages_are_without_fault(unpacked: Path, tmp_path: Path, page: str) -> None:
+    path = tmp_path / Path(page).name
+    path.write_text(said("zcat", unpacked / f"usr/share/man/{page}.gz"))
+    assert said("mandoc", "-T", "lint", "-W", "warning", path) == ""
+    done = subprocess.run(["man", "--warnings", "--local-file", path], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_the_manual_has_every_command(unpacked: Path) -> None:
+    text = said("man", "--local-file", unpacked / "usr/share/man/man1/sevhop.1.gz")
+    words = " ".join(text.split())
+    for command in ("hop", "upgrade", "check", "status", "recover", "install", "uninstall"):
+        assert f"usage: sevhop {command} " in words
+    for section in ("EXIT STATUS", "FILES", "EXAMPLES", "SEE ALSO"):
+        assert f"\n{section}\n" in text
+
+
+def test_units_run_what_is_installed(unpacked: Path) -> None:
+    (unit,) = unpacked.glob("**/sevhop-recover.service")
+    assert "\nExecStart=/usr/bin/sevhop recover\n" in unit.read_text()
+
+
+def test_it_is_for_any_python_of_debian(package: Path) -> None:
+    depends = said("dpkg-deb", "--field", package, "Depends")
+    assert "python3:any" in depends
+    assert "python3.1" not in depends
+
+
+def test_nothing_is_in_the_path_of_debians_python(unpacked: Path) -> None:
+    assert list(unpacked.glob("usr/lib/python3*")) == []
+    assert (unpacked / "usr/lib/sevhop/qemu/qmp/qmp_client.py").exists()
