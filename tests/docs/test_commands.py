@@ -17,6 +17,7 @@ from .pages import Page, page, pages
 _ALL_OF_IT = "it takes many minutes; what it runs is run by the tests themselves"
 _LAB = "boots the SEV lab, which tests/lab does"
 _BENCH = "measures for minutes; tests/qemu/test_bench.py runs a small part"
+_PACKAGE = "tests/packaging builds the package, and installs it in clean Debian releases"
 _INSTALLS = "changes the machine and wants the network; tools/environment installs the tree in the same way"
 #: Commands that cannot be run here, or that other tests run.
 NOT_RUN: dict[str, str] = {
@@ -33,6 +34,8 @@ NOT_RUN: dict[str, str] = {
     "tools/lab/run --kernel 6.12 .venv/bin/python -m pytest tests/lab/contract": _LAB,
     ".venv/bin/python -m pytest tests/lab": _LAB,
     "tools/lab/run bash -c 'virtlogd -d; libvirtd -d; sleep 5; virsh domcapabilities'": _LAB,
+    "tools/package dist": _PACKAGE,
+    "apt-get install ./dist/sevhop_0.1.0-1_amd64.deb": _PACKAGE,
     "apt-get install --no-install-recommends python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev": _INSTALLS,
     "python3 -m venv /opt/sevhop": _INSTALLS,
     "/opt/sevhop/bin/pip install '.[libvirt]'": _INSTALLS,

@@ -19,7 +19,7 @@ from .pages import ROOT, Block, Page, page, pages
 #: What a block may be. ``console`` is run, ``xml``, ``json`` and ``python`` are parsed, forges draw ``mermaid``.
 _LANGUAGES = {"console", "json", "mermaid", "python", "text", "xml"}
 #: A path in the tree.
-_IN_TREE = re.compile(r"(docs|plugin|qmp_ext|tests|tools)/[\w./-]*")
+_IN_TREE = re.compile(r"(debian|docs|plugin|qmp_ext|tests|tools)/[\w./-]*")
 #: How a Mermaid diagram may begin.
 _DIAGRAM = re.compile(r"(flowchart (LR|TB|TD)|sequenceDiagram|stateDiagram-v2)\n")
 
