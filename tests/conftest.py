@@ -22,6 +22,9 @@ NoteFault = Callable[[str, str, str, Cell], None]
 
 _FAULT = "fault"
 
+#: A property of a test: what is to be told in pytest's summary.
+NOTED = "noted"
+
 
 class _Faults:
     """Gathers what tests have noted from their reports, which may come from the lab."""
@@ -48,6 +51,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if file := config.getoption("--fault-table"):
         config.pluginmanager.register(_Faults(file))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what tests have noted."""
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    if lines := [str(noted) for report in reports for name, noted in report.user_properties if name == NOTED]:
+        terminalreporter.section("noted")
+        terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture

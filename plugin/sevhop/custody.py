@@ -472,10 +472,18 @@ class Custody:
         self._meeting.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _meet(self, path: Path) -> _Met:
-        while not path.exists():
+        while True:
+            try:
+                # It answers when its machine is complete.
+                monitor = await Monitor.connect(
+                    path, timeout=self._brief.step_timeout, greeting_timeout=_MACHINE_TIMEOUT
+                )
+                break
+            except MonitorError as err:
+                # A socket has a name before it has ears.
+                if not isinstance(err.__cause__, (FileNotFoundError, ConnectionRefusedError)):
+                    raise
             await asyncio.sleep(_MONITOR_POLL)
-        # It answers when its machine is complete.
-        monitor = await Monitor.connect(path, timeout=self._brief.step_timeout, greeting_timeout=_MACHINE_TIMEOUT)
         destination = QemuProcess.open(monitor.peer)
         # QEMU's user may put anything in the monitor's place, but nobody else's.
         if destination.credentials.uid not in (0, self._brief.uid):

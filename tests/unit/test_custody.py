@@ -27,7 +27,8 @@ from sevhop.guest import SevContext
 from sevhop.keeper import Held
 from sevhop.keeper_process import Brief, State
 from sevhop.run_directory import listening
-from sevhop_qmp.errors import MoveError, MoveUncertain, SevhopError
+from sevhop_qmp import monitor
+from sevhop_qmp.errors import MonitorError, MoveError, MoveUncertain, SevhopError
 from sevhop_qmp.monitor import peer_credentials
 from sevhop_qmp.move import MoveReport
 from sevhop_qmp.ram_blocks import RamBlock
@@ -568,3 +569,26 @@ def test_a_keeper_that_was_not_told_finds_the_context(
 
     move_context(run(succeed()))
     assert shelf.record["vms"] == list(shelf.descriptors) == ["vm 2"]
+
+
+def test_a_monitor_that_does_not_listen_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its bind(2) and its listen(2), QEMU refuses connections."""
+    path = tmp_path / "qmp"
+    connect = monitor.Monitor.connect
+    failures: list[BaseException | None] = []
+
+    async def connected(*arguments: Any, **options: Any) -> monitor.Monitor:
+        if len(failures) == 2:
+            raise MonitorError("it answers")
+        try:
+            return await connect(*arguments, **options)
+        except MonitorError as err:
+            failures.append(err.__cause__)
+            if len(failures) == 1:
+                bound.bind(str(path))
+            raise
+
+    monkeypatch.setattr(monitor.Monitor, "connect", connected)
+    with socket.socket(socket.AF_UNIX) as bound, pytest.raises(MonitorError, match="it answers"):
+        run(Custody(brief(), tmp_path, Held(None, {}))._meet(path))
+    assert [type(failure) for failure in failures] == [FileNotFoundError, ConnectionRefusedError]

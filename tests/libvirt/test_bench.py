@@ -1,0 +1,44 @@
+"""The benchmark, once round: every way of every kind arrives, its pause is seen, and the ratios are in the summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.bare import MODES
+from bench.domains import SAVE_RESTORE, UPGRADE
+from bench.report import PAIRS
+from guests.daemon import Daemon
+
+from ..conftest import NOTED
+
+
+def test_a_quick_run(
+    daemon: Daemon, old: Path, new: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The daemon is only asked for because the benchmark needs what it needs."""
+    tools = Path(__file__).parents[2] / "tools"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.cli", "--quick", "--json", "--images", tmp_path, "--output", tmp_path / "report"],
+        env=os.environ | {"PYTHONPATH": str(tools)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["failures"] == []
+    assert {row["mode"] for row in report["summary"]} == {*MODES, UPGRADE, SAVE_RESTORE}
+    assert all(row["pause_ms"]["low"] > 0 for row in report["summary"])
+    assert all(run["source"] == run["destination"] for run in report["runs"] if run["machine"] == "minimal")
+    assert list(report["ratios"]) == ["/".join(pair) for pair in PAIRS]
+    assert report["foreign_hook_ms"]["median"] > 0
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["bench.json", "bench.md", "bench.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+    for pair, ratios in report["ratios"].items():
+        ratio = ", ".join(f"{value:.3f} with {size} MB" for size, value in ratios.items())
+        record_property(NOTED, f"pause of {pair.replace('/', ' to that of ')}: {ratio}; one run each, on this machine")
