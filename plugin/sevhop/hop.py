@@ -331,7 +331,7 @@ class Hop(Procedure):
             theirs = await guest.inspect(self._destination.monitor, self._destination.process)
             pairs = [(kept, theirs.blocks[kept.block.name]) for kept in self._carrier.kept()]
             await asyncio.to_thread(ram_blocks.put, pairs, self._destination.process)
-            await self._share()
+            await adopt.adopt_ram(self._destination.monitor)
             await self._incoming.write(image)
             self._incoming.end()
             await self._incoming.loaded(timeout=self._options.step_timeout)
