@@ -138,23 +138,6 @@ def test_a_tap_is_made_anew(daemon: Daemon, start: StartDomain, new: Path) -> No
     assert not Path(daemon.root, f"sys/class/net/{name}").exists()
 
 
-def test_several_domains(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    guests = [start(name="first"), start(name="second")]
-    for guest in guests:
-        guest.wait_for_ticks()
-    done = daemon.sevhop("upgrade", "first", "missing", "second", "--keep-going", "--emulator", new)
-    assert done.returncode == 1
-    assert "missing" in done.stderr
-    first, second, summary = done.stdout.splitlines()
-    assert first.startswith("first: QEMU 7.2")
-    assert second.startswith("second: QEMU 7.2")
-    assert summary == "3 domains: 2 done, 1 refused"
-    for guest in guests:
-        guest.wait_for_ticks()
-    status = daemon.sevhop("status").stdout
-    assert "first: QEMU 10.0" in status
-
-
 def test_all_domains_but_those_that_cannot_hop(daemon: Daemon, start: StartDomain, new: Path) -> None:
     private, *others = [start(name="a", memory="private"), start(name="b"), start(name="c")]
     for guest in others:
