@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from guests.build import ROOT
+from sevhop import units
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +57,22 @@ def test_the_manual_has_every_command(unpacked: Path) -> None:
 
 
 def test_units_run_what_is_installed(unpacked: Path) -> None:
-    (unit,) = unpacked.glob("**/sevhop-recover.service")
-    assert "\nExecStart=/usr/bin/sevhop recover\n" in unit.read_text()
+    """All that `sevhop install` would put in place otherwise are there; those that upgrade are not enabled."""
+    texts = {name: next(unpacked.glob(f"**/systemd/system/{name}")).read_text() for name in units.NAMES}
+    commands = [line for text in texts.values() for line in text.splitlines() if line.startswith("ExecStart=")]
+    assert commands == [
+        "ExecStart=/usr/bin/sevhop recover",
+        "ExecStart=/usr/bin/sevhop upgrade --outdated --keep-going $SEVHOP_UPGRADE_OPTIONS",
+    ]
+
+
+def test_units_that_upgrade_are_not_enabled(package: Path) -> None:
+    script = said("dpkg-deb", "--info", package, "postinst")
+    assert re.search("deb-systemd-invoke .*sevhop-recover.timer", script)
+    assert not re.search("deb-systemd-invoke .*sevhop-upgrade", script)
+    # What debhelper writes for a unit that is only enabled again if the administrator had enabled it.
+    assert "deb-systemd-helper debian-installed 'sevhop-upgrade.path'" in script
+    assert "deb-systemd-helper debian-installed 'sevhop-recover.timer'" not in script
 
 
 def test_it_is_for_any_python_of_debian(package: Path) -> None:
