@@ -34,9 +34,9 @@ def test_lines_and_a_watchdog(
         *("-device", "virtserialport,chardev=channel,name=org.example.channel"),
         *("-chardev", "pty,id=pty", "-device", "virtserialport,chardev=pty,name=org.example.pty"),
         *("-device", "i6300esb", "-watchdog-action", "poweroff", "-device", "pvpanic"),
-        *("-blockdev", "driver=null-co,node-name=medium,size=1M,read-zeroes=on,read-only=on"),
+        *("-blockdev", "driver=null-co,node-name=medium,size=1048576,read-zeroes=on,read-only=on"),
         *("-device", "ide-cd,bus=ide.0,drive=medium", "-device", "virtio-scsi-pci,id=scsi"),
-        *("-blockdev", "driver=null-co,node-name=other,size=1M,read-zeroes=on"),
+        *("-blockdev", "driver=null-co,node-name=other,size=1048576,read-zeroes=on"),
         *("-device", "scsi-hd,bus=scsi.0,drive=other"),
     )
     guest = start(linux_machine(more=more), old)
