@@ -230,6 +230,8 @@ def _reason_against(option: Option, options: list[Option]) -> str:
         driver = props.get("", props.get("driver", ""))
         if HOST_DEVICES.match(driver):
             return f"the host device behind {driver} cannot be opened twice"
+        if driver.startswith("virtio-mem-"):
+            return "a QEMU empties it when it starts"
     if name == "chardev":
         kind = props.get("", props.get("backend", props.get("backend.type", "")))
         return _reason_against_chardev(kind, value)

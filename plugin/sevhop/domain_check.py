@@ -100,6 +100,7 @@ _UNREPEATABLE = (
     ("devices/video/driver[@name='vhostuser']", "its server knows one QEMU"),
     ("devices/memory[@model='nvdimm']", "its memory is a file"),
     ("devices/memory[@model='virtio-pmem']", "its memory is a file"),
+    ("devices/memory[@model='virtio-mem']", "a QEMU empties it when it starts"),
 )
 
 

@@ -95,6 +95,7 @@ def test_json_server_socket_does_not_wait() -> None:
         (["-nographic"], "standard input"),
         (["-device", "vfio-pci,host=01:00.0"], "vfio"),
         (["-device", '{"driver": "vhost-vsock-pci", "guest-cid": 3}'], "vhost-vsock"),
+        (["-device", "virtio-mem-pci,memdev=m"], "empties it"),
         (["-tpmdev", "emulator,id=t,chardev=c"], "TPM"),
         (["-snapshot"], "snapshot"),
         (["-drive", "file=a.img,snapshot=on"], "snapshot"),

@@ -37,6 +37,7 @@ EXAMPLES = {
     "<video><driver name='vhostuser'/></video>": "<driver name='vhostuser'> of a <video>",
     "<memory model='nvdimm'><source><path>/x</path></source></memory>": "<memory model='nvdimm'>",
     "<memory model='virtio-pmem'/>": "<memory model='virtio-pmem'>",
+    "<memory model='virtio-mem'/>": "<memory model='virtio-mem'>",
 }
 
 
