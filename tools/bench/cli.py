@@ -16,6 +16,7 @@ from pathlib import Path
 
 from guests import counter, emulators
 from guests.build import CACHE, Unavailable
+from guests.ending import end_in_order
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
 
@@ -124,6 +125,7 @@ def main() -> int:
     options.rounds = options.rounds or (1 if options.quick else 5)
     if wrong := sorted({*options.only, *options.machines}.difference(_PARTS, _KINDS)):
         parser.error(f"not known: {', '.join(wrong)}")
+    end_in_order()
     try:
         with contextlib.ExitStack() as resources:
             scratch = resources.enter_context(tempfile.TemporaryDirectory(prefix="sevhop-bench-"))

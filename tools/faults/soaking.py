@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from guests import emulators
+from guests.ending import end_in_order
 from guests.judge import Verdict
 from guests.running import GuestFailed, wait_until
 from sevhop import journal
@@ -252,6 +253,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop then, at the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    end_in_order()
     soaked = Soaked(options.path, options.seed)
     say(f"seed {soaked.seed}")
     _own_file_systems()

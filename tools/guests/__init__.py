@@ -15,6 +15,7 @@ module           what
 ``daemon``       a libvirt daemon of one's own, and domains in it
 ``enclosure``    the file systems and the process in which that daemon lives
 ``host_memory``  huge pages, which the host must be asked for
+``ending``       whoever ends a program that has guests leaves none behind
 ``judge``        what happened to a guest: ticks lost or repeated, restarts, damage to disk and memory
 ===============  ========================================================================================
 
