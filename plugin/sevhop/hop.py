@@ -10,7 +10,7 @@ The hop: a running guest changes its QEMU.
     share      destination maps the guest's pages for real                           undo: kill it, cont
     save       device state goes over, and RAM blocks that are not shared            undo: cont
     load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
-    COMMIT     source seen to be stopped; one ioctl moves the SEV context            no undo: forward only
+    COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
     resume     destination runs
     retire     source quits, its paths and sockets are the destination's
 
@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tenacity
+from qemu.qmp import EventListener
 from sevhop_qmp import adopt, move, ram_blocks
 from sevhop_qmp.device_state import IncomingState, OutgoingState
 from sevhop_qmp.errors import (
@@ -111,6 +112,7 @@ class Hop(Procedure):
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
         self._destination_vm: int  # prepare; not under TCG
+        self._resumes: EventListener  # freeze
 
     def _past_undoing(self) -> bool:
         return self._committed or self._moving
@@ -236,6 +238,7 @@ class Hop(Procedure):
     # -- the guest is stopped ----------------------------------------------------------------------
 
     async def _freeze(self) -> None:
+        self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
         self._hurry.enter_context(urgent([self._source.pid, self._destination.process.pid]))
         if self._guest.state == "running":
@@ -265,21 +268,19 @@ class Hop(Procedure):
         await self._outgoing.pass_on(timeout=self._options.step_timeout)
 
     async def _load(self) -> None:
-        await self._incoming.loaded(timeout=self._options.step_timeout)
+        # Beside the loading there is time to ask the source, which may have ended.
+        await asyncio.gather(self._incoming.loaded(timeout=self._options.step_timeout), self._see_source_at_rest())
         # From here on all of the guest is in the destination; that the source may end does not matter any more.
         self._loaded = True
         self._remember(loaded=True)
 
-    async def _see_destination_stopped(self) -> None:
-        if (await self._destination.monitor.execute("query-status"))["running"]:
-            raise SevhopError("the destination runs before it was told to")
-
-    async def _see_source_stopped_or_ended(self) -> None:
+    async def _see_source_at_rest(self) -> None:
         with contextlib.suppress(MonitorClosed):
             await self._see_source_stopped()
 
     async def _commit(self) -> None:
-        await asyncio.gather(self._see_destination_stopped(), self._see_source_stopped_or_ended())
+        if await self._source_monitor.seen(self._resumes):
+            raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
         if self._guest.context.kind == "none":
             # Nothing to move. What commits is that the destination runs; if it is to stay paused, this.
             if self._stopped_at is None:

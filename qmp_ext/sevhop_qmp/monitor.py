@@ -30,6 +30,8 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 COMMAND_TIMEOUT = 10.0
 #: Seconds in which a monitor must greet. A monitor that serves another client accepts and stays silent.
 GREETING_TIMEOUT = 5.0
+#: Turns of the event loop in which qemu.qmp has passed on what had arrived, and then some.
+_TURNS = 8
 #: What fd sets of ours are marked with.
 FD_MARK = "sevhop"
 
@@ -229,6 +231,13 @@ class Monitor(Commands):
         finally:
             event.cancel()
             hangup.cancel()
+
+    async def seen(self, listener: EventListener) -> bool:
+        """Whether a listener has collected anything of all that QEMU has told us until now."""
+        # What has arrived is taken from the socket in one turn of the loop, and given to listeners in the next ones.
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        return not listener.empty()
 
     async def _hung_up(self) -> None:
         while self._client.runstate == Runstate.RUNNING:

@@ -22,14 +22,13 @@ from .hops import Meddler
 
 #: From the first phase in which the guest is stopped to the last.
 BLACKOUT = ("freeze", "share", "save", "load", "commit", "resume")
-#: The commands, each in the phase in which it is sent. The two of "freeze" are sent together, and those of "commit",
-#: to two QEMUs: so there are four round trips.
+#: The commands, each in the phase in which it is sent. The two of "freeze" are sent together, and that of "load" while
+#: another QEMU is at work: so the guest waits for three round trips, and for the loading.
 COMMANDS = [
     ("freeze", "stop"),
     ("freeze", "xen-save-devices-state"),
     ("share", "x-sev-adopt-ram"),
-    ("commit", "query-status"),
-    ("commit", "query-status"),
+    ("load", "query-status"),
     ("resume", "cont"),
 ]
 #: What Python tells of (https://docs.python.org/3/library/audit_events.html) that has no place in a blackout.

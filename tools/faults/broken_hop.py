@@ -42,9 +42,9 @@ BEING_SAVED = (
 #: And from here on in the destination, too.
 SAVED = (
     "phase load",
-    "phase commit",
     "before query-status 2",
-    "after query-status 3",
+    "after query-status 2",
+    "phase commit",
     "phase resume",
     "before cont 0",
 )
