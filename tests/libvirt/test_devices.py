@@ -18,7 +18,7 @@ from guests.running import wait_until
 from .conftest import StartDomain
 
 #: Seconds in which the guest must answer.
-PATIENCE = 60.0
+PATIENCE = 150.0
 
 #: Seconds that the guest's watchdog goes without food (linux_init.c).
 WATCHDOG = 8.0

@@ -21,7 +21,7 @@ from .judge import Verdict, judge_files, judge_log
 from .linux import GATEWAY, KERNEL_ARGUMENTS, LinuxImages
 from .machine import OVMF_CODE, OVMF_VARIABLES, Accelerator
 from .release import Release, entered
-from .running import GuestFailed, wait_ended, wait_until
+from .running import PATIENCE, GuestFailed, wait_ended, wait_until
 
 _PATIENCE = 60.0
 _TIMEOUT = 300
@@ -331,7 +331,7 @@ class DomainGuest:
     def wait_for_ticks(self, more: int = 10) -> Verdict:
         """Wait until it has counted on, without a gap since its start."""
         wanted = self.seen().ticks + more
-        wait_until(lambda: self.seen().ticks >= wanted, _PATIENCE, f"{more} more ticks")
+        wait_until(lambda: self.seen().ticks >= wanted, PATIENCE, f"{more} more ticks")
         verdict = self.seen()
         if not verdict.unharmed:
             raise GuestFailed(str(verdict))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 #: Seconds in which the guest must answer.
-PATIENCE = 60.0
+PATIENCE = 150.0
 
 
 class Line:
