@@ -20,11 +20,13 @@ from guests.release import Release
 
 #: Where the package is in a release; the name does not tell whose it is.
 PACKAGE = Path("/root/package.deb")
-_LIBVIRT = ("libvirt-daemon-system", "libvirt-clients", "qemu-system-x86", "qemu-utils", "seabios", "ipxe-qemu")
-_SHELLS = ("bash-completion", "zsh", "fish", "man-db")
-#: What ``pip install`` takes.
-COMPILER = ("python3-venv", "gcc", "libc6-dev")
-_ALL = ("python3-libvirt", "python3-tenacity", *_LIBVIRT, *_SHELLS, *COMPILER)
+#: A host as the package finds it: with libvirt and QEMU, and without Python.
+_HOST = (
+    *("libvirt-daemon-system", "libvirt-clients", "qemu-system-x86", "qemu-utils", "seabios", "ipxe-qemu"),
+    *("bash-completion", "zsh", "fish", "gcc", "libc6-dev"),
+)
+#: What the package depends on, and what makes virtual environments.
+_DOWNLOADED = ("python3-libvirt", "python3-tenacity", VENV := "python3-venv")
 #: As libvirt takes it, and as no shell may.
 NAME = "guest-$(touch pwned);a b*"
 
@@ -47,9 +49,9 @@ def package(built: Path) -> Path:
 
 @pytest.fixture(scope="session", params=["bookworm", "trixie"])
 def clean(request: pytest.FixtureRequest) -> Iterator[Release]:
-    """A clean Debian 12, and a clean Debian 13."""
+    """A newly installed Debian 12, and a Debian 13."""
     try:
-        release = Release.start(request.param, *_ALL)
+        release = Release.start(request.param, _HOST, _DOWNLOADED)
     except Unavailable as err:
         pytest.skip(f"no Debian {request.param}: {err}")
     try:
@@ -60,11 +62,9 @@ def clean(request: pytest.FixtureRequest) -> Iterator[Release]:
 
 @pytest.fixture(scope="session")
 def host(clean: Release, package: Path) -> Release:
-    """With the package, which brings what it needs, and libvirt."""
+    """With the package, which brings what it needs."""
     shutil.copyfile(package, clean.root / PACKAGE.relative_to("/"))
     clean.install(PACKAGE)
-    assert clean.must("sevhop", "--version").startswith("sevhop ")
-    clean.install(*_LIBVIRT, *_SHELLS)
     return clean
 
 

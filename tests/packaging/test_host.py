@@ -14,17 +14,14 @@ _HOOK = Path("/etc/libvirt/hooks/qemu.d/sevhop")
 
 def left(release: Release) -> list[str]:
     """Whatever is called sevhop, or speaks of it where programs are configured."""
-    # man keeps for a while what it has shown.
-    files = release.must("find", "/", "-xdev", "-iname", "*sevhop*", "-not", "-path", "/var/cache/man/*").splitlines()
+    files = release.must("find", "/", "-xdev", "-iname", "*sevhop*").splitlines()
     return files + release.run("grep", "--recursive", "--files-with-matches", "sevhop", "/etc").stdout.splitlines()
 
 
 def test_the_command(host: Release) -> None:
+    assert host.must("sevhop", "--version").startswith("sevhop ")
     assert "usage: sevhop" in host.must("sevhop", "--help")
     assert host.must("sevhop", "recover") == "nothing was broken off\n"
-    assert "- replace the QEMU" in host.must("whatis", "sevhop")
-    assert "EXIT STATUS" in host.must("man", "sevhop")
-    assert "EXIT STATUS" in host.must("man", "sevhop-hook")
 
 
 def test_nobodys_modules_are_loaded(host: Release) -> None:
@@ -64,7 +61,7 @@ def test_the_package_stays_in_the_middle_of_a_hop(daemon: Daemon, guest: DomainG
 def test_an_upgrade_of_the_package_renews_the_hook(daemon: Daemon) -> None:
     hook = daemon.root / _HOOK.relative_to("/")
     now = hook.read_text()
-    hook.write_text("#!/bin/sh\n# of an older version\n")
+    hook.write_text("#!/bin/sh\nexec /usr/lib/sevhop/older\n")
     done = daemon.run("apt-get", "--yes", "--reinstall", "install", PACKAGE)
     assert done.returncode == 0, done.stderr
     assert hook.read_text() == now

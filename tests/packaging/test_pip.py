@@ -10,7 +10,7 @@ from pathlib import Path
 from guests.build import ROOT
 from guests.release import Release
 
-from .conftest import COMPILER
+from .conftest import VENV
 
 _PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
@@ -25,7 +25,7 @@ def test_source_distribution(host: Release, tmp_path: Path) -> None:
     needed = ["setuptools >= 64", "wheel", "qemu.qmp >= 0.0.6", "tenacity >= 8.2"]
     subprocess.run([*_PIP, "download", "--only-binary", ":all:", "--dest", wheels, *needed], check=True)
     shutil.copytree(wheels, host.root / "root/wheels")
-    host.install(*COMPILER)
+    host.install(VENV)
     host.must("python3", "-m", "venv", "/root/venv")
     host.must("/root/venv/bin/pip", "install", "--no-index", "--find-links", "/root/wheels", "sevhop")
     assert host.must("/root/venv/bin/sevhop", "--version") == host.must("sevhop", "--version")

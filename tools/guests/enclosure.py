@@ -38,6 +38,8 @@ _DIRECTORIES = ("/run/lock", "/run/libvirt", "/etc/libvirt/qemu", "/etc/libvirt/
 GUESTS = Path("/var/lib/libvirt/guests")
 #: For programs that stand in for an emulator; only root may write there.
 PROGRAMS = Path("/var/lib/libvirt/programs")
+#: Seconds in which the daemon must have ended. libvirt 11 sometimes takes half a minute.
+_GRACE = 5
 _CONFIGURATION = """
 security_driver = "{security}"
 cgroup_controllers = []
@@ -83,14 +85,17 @@ def main() -> int:
         nonlocal ending
         ending = True
         os.kill(daemon, signal.SIGTERM)
+        signal.alarm(_GRACE)
 
     daemon = _start()
     signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(daemon, signal.SIGKILL))
     print("ready", flush=True)
     while True:
         pid, _ = os.wait()
         if pid == daemon:
             if ending:
+                signal.alarm(0)
                 _end_the_rest()
                 if security == "apparmor":
                     _profiles("--remove")

@@ -1,8 +1,9 @@
-"""A Debian release of one's own, as clean as a new installation; thrown away with the process that is its namespace."""
+"""A Debian release of one's own, newly installed each time; thrown away with the process that is its namespace."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -41,14 +42,15 @@ class Release:
         self.pid = process.pid
 
     @classmethod
-    def start(cls, suite: str, *packages: str) -> Self:
+    def start(cls, suite: str, installed: Sequence[str], downloaded: Sequence[str]) -> Self:
         """
         Start one; the first time it is downloaded.
 
-        :param packages: that are going to be installed, and are downloaded with it.
+        :param installed: packages that it has.
+        :param downloaded: packages that are going to be installed.
         :raises build.Unavailable: it cannot be downloaded.
         """
-        directory = fetch([ROOT / "tools" / "fetch-release", suite, *packages])
+        directory = fetch([ROOT / "tools" / "fetch-release", suite, *installed, "--", *downloaded])
         command = ["unshare", "--mount", "--propagation", "private", "bash", "-e", "-c", _LAYERS, "bash", directory]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
