@@ -6,6 +6,7 @@ from pathlib import Path
 
 from guests.daemon import Daemon, DomainGuest
 from guests.release import Release
+from sevhop import units
 
 from .conftest import NAME, PACKAGE
 
@@ -22,6 +23,11 @@ def test_the_command(host: Release) -> None:
     assert host.must("sevhop", "--version").startswith("sevhop ")
     assert "usage: sevhop" in host.must("sevhop", "--help")
     assert host.must("sevhop", "recover") == "nothing was broken off\n"
+
+
+def test_what_recovers_is_enabled(host: Release) -> None:
+    links = host.must("find", "/etc/systemd/system", "-name", "sevhop*", "-printf", "%f\\n").splitlines()
+    assert sorted(links) == sorted(units.RECOVER)
 
 
 def test_nobodys_modules_are_loaded(host: Release) -> None:
