@@ -149,12 +149,12 @@ def _own_network() -> None:
 
 
 def _own_authority() -> None:
-    """swtpm_setup makes a certificate authority where there is none, as a user of its own."""
-    path = Path("/var/lib/swtpm-localca")
-    if path.exists():
-        owner = path.stat()
-        options = f"mode=750,uid={owner.st_uid},gid={owner.st_gid}"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
+    """A TPM comes with a log, and the first one with a certificate authority that issues its certificate."""
+    for path in (Path("/var/lib/swtpm-localca"), Path("/var/log/swtpm")):
+        if path.exists():
+            now = path.stat()
+            options = f"mode={stat.S_IMODE(now.st_mode):o},uid={now.st_uid},gid={now.st_gid}"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
 
 
 def _own_kvm() -> None:
