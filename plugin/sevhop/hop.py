@@ -257,12 +257,9 @@ class Hop(Procedure):
             raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
 
     async def _share(self) -> None:
-        sharing = asyncio.ensure_future(adopt.adopt_ram(self._destination.monitor))
-        await asyncio.sleep(0)  # the destination is told; while it is at it there is time for the rest of its memory
-        try:
-            self._carrier.carry()
-        finally:
-            await sharing
+        # Meanwhile the source saves its state. Three at a time would have to wait for a processor, on a small host.
+        self._carrier.carry()
+        await adopt.adopt_ram(self._destination.monitor)
 
     async def _save(self) -> None:
         await self._outgoing.pass_on(timeout=self._options.step_timeout)
