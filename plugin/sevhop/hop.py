@@ -43,6 +43,7 @@ from sevhop_qmp.errors import (
     MonitorError,
     MoveError,
     MoveUncertain,
+    ProcessError,
     RamError,
     SevhopError,
     StateError,
@@ -409,7 +410,7 @@ class Hop(Procedure):
             return NeedsRecover(message, error.hint)
         if not self._loaded and not self._source.alive:
             return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
-        lost_contact = isinstance(error, (MonitorError, StateError))
+        lost_contact = isinstance(error, (MonitorError, ProcessError, RamError, StateError))
         if isinstance(error, MonitorClosed) and hasattr(self, "_destination") and not self._source_monitor.closed:
             await self._destination.process.wait(1.0)  # it has hung up and is about to end
         if lost_contact and hasattr(self, "_destination") and not self._destination.process.alive:
