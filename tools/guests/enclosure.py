@@ -56,6 +56,8 @@ def main() -> int:
     for path in _OWN:
         Path(path).mkdir(mode=0o700, exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", path], check=True)
+    # What a shared memory device leaves there goes with us.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
     for path in _DIRECTORIES:
         Path(path).mkdir(parents=True)
     GUESTS.mkdir(mode=0o777)
