@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -99,3 +102,42 @@ def accelerator(tmp_path_factory: pytest.TempPathFactory) -> Accelerator:
     except (GuestFailed, Unavailable):
         return "tcg"
     return "kvm"
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Callable[[str], Path]:
+    """The emulator of a version, such as ``emulators.OLD``; the test is skipped if it is not to be had."""
+
+    missing: dict[str, str] = {}  # to try once, not once for each test
+
+    def find(label: str) -> Path:
+        if label not in missing:
+            try:
+                return emulators.emulator(label)
+            except Unavailable as err:
+                missing[label] = str(err)
+        pytest.skip(f"no QEMU {label}: {missing[label]}")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def old(emulator: Callable[[str], Path]) -> Path:
+    """The older of the two QEMUs."""
+    return emulator(emulators.OLD)
+
+
+@pytest.fixture(scope="session")
+def new(emulator: Callable[[str], Path]) -> Path:
+    """The newer of the two QEMUs."""
+    return emulator(emulators.NEW)
+
+
+@pytest.fixture(scope="session")
+def libvirt_of_ones_own() -> None:
+    """For tests that start a libvirt daemon for themselves: it needs its programs, and a mount namespace."""
+    missing = [name for name in ("libvirtd", "virsh", "qemu-img", "nsenter") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a mount namespace cannot be had here")

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guests import emulators
-from guests.build import Unavailable
 from guests.daemon import Daemon
 from guests.enclosure import PROGRAMS
 from guests.machine import Accelerator
@@ -57,33 +53,9 @@ class Host:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="session")
-def old() -> Path:
-    """The QEMU that is installed when a page begins."""
-    return _emulator(emulators.OLD)
-
-
-@pytest.fixture(scope="session")
-def new() -> Path:
-    """The one that the update of the package brings."""
-    return _emulator(emulators.NEW)
-
-
-def _emulator(label: str) -> Path:
-    try:
-        return emulators.emulator(label)
-    except Unavailable as err:
-        pytest.skip(f"no QEMU {label}: {err}")
-
-
 @pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
+def daemon(libvirt_of_ones_own: None) -> Iterator[Daemon]:
     """A daemon that knows nothing of sevhop."""
-    missing = [name for name in ("libvirtd", "virsh", "qemu-img", "nsenter") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("a mount namespace cannot be had here")
     daemon = Daemon.start()
     try:
         yield daemon

@@ -6,9 +6,6 @@ After each test nothing of it may be left: no process, no entry in /run/sevhop.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,13 +22,8 @@ StartDomain = Callable[..., DomainGuest]
 
 
 @pytest.fixture(scope="session")
-def daemon() -> Iterator[Daemon]:
+def daemon(libvirt_of_ones_own: None) -> Iterator[Daemon]:
     """A daemon, with sevhop's hook."""
-    missing = [name for name in ("libvirtd", "virsh", "qemu-img", "nsenter") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("a mount namespace cannot be had here")
     daemon = Daemon.start()
     try:
         done = daemon.sevhop("install")
@@ -44,28 +36,9 @@ def daemon() -> Iterator[Daemon]:
 
 
 @pytest.fixture(scope="session")
-def old() -> Path:
-    """The older of the two QEMUs."""
-    return _emulator(emulators.OLD)
-
-
-@pytest.fixture(scope="session")
-def new() -> Path:
-    """The newer of the two QEMUs."""
-    return _emulator(emulators.NEW)
-
-
-@pytest.fixture(scope="session")
-def newest() -> Path:
+def newest(emulator: Callable[[str], Path]) -> Path:
     """Debian's newest QEMU."""
-    return _emulator(emulators.UNSTABLE)
-
-
-def _emulator(label: str) -> Path:
-    try:
-        return emulators.emulator(label)
-    except Unavailable as err:
-        pytest.skip(f"no QEMU {label}: {err}")
+    return emulator(emulators.UNSTABLE)
 
 
 @pytest.fixture

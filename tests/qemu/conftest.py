@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from guests import counter, emulators, linux
+from guests import counter, linux
 from guests.build import Unavailable
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, processes_of
@@ -27,35 +27,6 @@ StartGuest = Callable[[Machine, Path], Guest]
 DescribeCounter = Callable[..., Machine]
 #: Describes the Linux guest, likewise.
 DescribeLinux = Callable[..., Machine]
-
-
-@pytest.fixture(scope="session")
-def emulator() -> Callable[[str], Path]:
-    """The emulator of a version, such as ``emulators.OLD``; the test is skipped if it is not to be had."""
-
-    missing: dict[str, str] = {}  # to try once, not once for each test
-
-    def find(label: str) -> Path:
-        if label not in missing:
-            try:
-                return emulators.emulator(label)
-            except Unavailable as err:
-                missing[label] = str(err)
-        pytest.skip(f"no QEMU {label}: {missing[label]}")
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def old(emulator: Callable[[str], Path]) -> Path:
-    """The older of the two QEMUs."""
-    return emulator(emulators.OLD)
-
-
-@pytest.fixture(scope="session")
-def new(emulator: Callable[[str], Path]) -> Path:
-    """The newer of the two QEMUs."""
-    return emulator(emulators.NEW)
 
 
 @pytest.fixture
