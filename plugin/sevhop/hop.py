@@ -30,7 +30,7 @@ import errno
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tenacity
@@ -64,6 +64,8 @@ from .urgency import urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
 CONT_DEADLINE = 10.0
+#: Seconds for each step, at least, where there is no way back: late is better than lost.
+_PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,11 @@ class Hop(Procedure):
         """
         assert self._held.vm is not None
         self._note(f"{self._phase}: {failure.message}; going on in another process")
+        self._options = replace(
+            self._options,
+            step_timeout=max(self._options.step_timeout, _PATIENCE),
+            start_timeout=max(self._options.start_timeout, _PATIENCE),
+        )
         image, moved_to = bytes(self._incoming.image), self._destination_vm
         try:
             await self._destination.kill()

@@ -125,8 +125,7 @@ def test_everything(daemon: Daemon, start: StartDomain, old: Path, new: Path) ->
         # The guest sets it while it runs, and the file is QEMU's, whichever it is.
         written = linux.uefi_variable(guest.file("fd"))
         assert written is not None
-        guest.wait_for_ticks(20)
-        assert (linux.uefi_variable(guest.file("fd")) or 0) > written
+        wait_until(lambda: (linux.uefi_variable(guest.file("fd")) or 0) > written, PATIENCE, "it is written again")
 
         paused = time.monotonic()
         daemon.virsh("suspend", guest.name)

@@ -402,9 +402,12 @@ async def cont(path: Path) -> None:
 # -- the source dies or hangs ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", ["hold", "prepare", "freeze", "share", "save"])
+@pytest.mark.parametrize("at", ["hold", "prepare", "freeze", "share"])
 def test_source_dies_before_its_state_is_saved(at: str, guest: Guest, new: Path) -> None:
-    """The guest is lost with its QEMU, by no doing of ours. It is said so, and nothing is left."""
+    """
+    The guest is lost with its QEMU, by no doing of ours. It is said so, and nothing is left. (At "save" its state may
+    be in the pipe already: see test_recover.py.)
+    """
     with pytest.raises(Lost, match=r"the source's QEMU ended by itself"):
         Meddler().run(guest, new, at=at, mischief=kill_source)
 
