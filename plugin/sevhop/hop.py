@@ -7,8 +7,8 @@ The hop: a running guest changes its QEMU.
     hold       the keeper takes the source's VM, memory and listening sockets        undo: let go
     prepare    destination started, paused, incoming; stream armed                   undo: kill it
     freeze     source stopped; it begins to save its state                           undo: cont
-    share      destination maps the guest's pages for real                           undo: kill it, cont
-    save       device state goes over, and RAM blocks that are not shared            undo: cont
+    share      RAM blocks that are not shared go over, the others are mapped         undo: kill it, cont
+    save       device state goes over                                                undo: cont
     load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
     COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
     resume     destination runs
