@@ -112,9 +112,7 @@ class Procedure(abc.ABC):
         """Do something that belongs to undoing, whoever cancels us meanwhile: undoing is what that asks for."""
         self._undoing = True
         task = asyncio.ensure_future(undoing)
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
+        await _wait_out(task)
         return task.result()
 
     async def _begin_journal(self, entry: Entry) -> None:
@@ -161,16 +159,22 @@ class Procedure(abc.ABC):
 async def to_its_end(work: Coroutine[Any, Any, Answer]) -> Answer:
     """Do something in full, also when we are cancelled meanwhile; only then be cancelled."""
     task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
+    cancelled = await _wait_out(task)
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
+async def _wait_out(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until a task is done, whoever cancels us meanwhile. :return: the last one who did."""
+    cancelled = None
     while not task.done():
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError as err:
             cancelled = err
-    result = task.result()
-    if cancelled is not None:
-        raise cancelled
-    return result
+    return cancelled
 
 
 def expected(error: BaseException) -> SevhopError:
