@@ -34,7 +34,7 @@ _DOCUMENTATION = re.compile(r"^##\n(?P<comment>(?:#.*\n)*?)##\n(?P<definition>(?
 _MEMBER = re.compile(r"@(?P<name>[\w-]+):")
 _SECTION = re.compile(r"(?P<name>Errors|Example)\b(?P<more>[^:]*):$")
 _REFERENCE = re.compile(r"@(?P<name>[\w-]+)")
-_TYPES = {"int": "integer", "str": "string", "bool": "boolean"}
+_TYPES = {"int": "integer", "size": "integer", "str": "string", "bool": "boolean"}
 
 
 @dataclass
@@ -86,10 +86,16 @@ def _definition(lines: list[str], schema: dict[str, Any]) -> Definition:
             into += ["", line]
         else:
             into.append(line)
-    data = set(schema.get("data", {}))
+    data = set(_data(schema))
     if data != set(one.members):
         raise ValueError(f"{one.name}: {data ^ set(one.members)} is documented or defined, not both")
     return one
+
+
+def _data(schema: dict[str, Any]) -> dict[str, str]:
+    """Members and how to put their types; QAPI marks those that may be left out by an asterisk."""
+    found = schema.get("data", {}).items()
+    return {name.removeprefix("*"): _type(kind) + " (optional)" * name.startswith("*") for name, kind in found}
 
 
 def page(schema: str) -> str:
@@ -111,8 +117,8 @@ def _of(one: Definition) -> Iterator[str]:
     yield f"### `{one.name}`"
     yield from _text(one.text)
     if one.members:
-        data = one.schema["data"]
-        rows = [f"\n| `{name}` | {_type(data[name])} | {_cell(text)} |" for name, text in one.members.items()]
+        data = _data(one.schema)
+        rows = [f"\n| `{name}` | {data[name]} | {_cell(text)} |" for name, text in one.members.items()]
         yield "| member | type | |\n|---|---|---|" + "".join(rows)
     if "returns" in one.schema:
         yield f"Returns: {_returns(one)}"
@@ -122,7 +128,7 @@ def _of(one: Definition) -> Iterator[str]:
 
 
 def _arguments(one: Definition) -> str:
-    return ", ".join(f"`{name}`: {_type(kind)}" for name, kind in one.schema.get("data", {}).items()) or "none"
+    return ", ".join(f"`{name}`: {kind}" for name, kind in _data(one.schema).items()) or "none"
 
 
 def _returns(one: Definition) -> str:

@@ -160,18 +160,20 @@ def derive(emulator: str, words: list[str], token: str) -> Derived:
     return Derived(emulator, arguments, refused, pidfile)
 
 
-def incoming(arguments: list[str], monitor_fd: int) -> list[str]:
+def incoming(arguments: list[str], monitor_fd: int, *, paused: bool = True) -> list[str]:
     """
-    Add what makes a destination of it: paused, waiting for the stream, with a private monitor.
+    Add what makes a destination of it: it waits for the stream, and has a private monitor.
 
     :param monitor_fd: an inherited socket that listens; the monitor is there.
+    :param paused: whether it stays paused at the end of the stream.
     """
     kept = [word for option in parse(arguments) if not _left_out(option) for word in option.words()]
     return [
         *kept,
         *("-chardev", f"socket,id={PRIVATE_MONITOR},fd={monitor_fd},server=on,wait=off"),
         *("-mon", f"chardev={PRIVATE_MONITOR},mode=control"),
-        *("-S", "-incoming", "defer"),
+        *(["-S"] if paused else []),
+        *("-incoming", "defer"),
     ]
 
 

@@ -123,6 +123,7 @@ class Destination:
         directory: Path | None = None,
         within: Sequence[str] = (),
         keep: Sequence[int] = (),
+        paused: bool = True,
     ) -> Self:
         """
         Start a destination and connect to it.
@@ -135,6 +136,7 @@ class Destination:
         :param directory: to be made for its monitor; by default one that nobody can guess.
         :param within: what stands in front of the command: a program that executes it in another place.
         :param keep: descriptors that it inherits.
+        :param paused: whether it stays paused when it has all of the guest; otherwise it lets the guest run.
         :raises SevhopError: it did not come up; the message has QEMU's own reason when it gave one.
         """
         if directory is None:
@@ -150,7 +152,7 @@ class Destination:
             listener.bind(str(directory / _MONITOR))
             listener.listen()
             child = _spawn(
-                [*within, emulator, *command_line.incoming(list(arguments), listener.fileno())],
+                [*within, emulator, *command_line.incoming(list(arguments), listener.fileno(), paused=paused)],
                 surroundings,
                 environment,
                 stderr=log.fileno(),

@@ -7,8 +7,8 @@ The hop: a running guest changes its QEMU.
     hold       the keeper takes the source's VM, memory and listening sockets        undo: let go
     prepare    destination started, paused, incoming; stream armed                   undo: kill it
     freeze     source stopped; it begins to save its state                           undo: cont
-    share      RAM blocks that are not shared go over, the others are mapped         undo: kill it, cont
-    save       device state goes over                                                undo: cont
+    share      RAM blocks that are not shared go over                                undo: kill it, cont
+    save       device state goes over; with its first byte the others are mapped     undo: kill it, cont
     load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
     COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
     resume     destination runs
@@ -16,7 +16,8 @@ The hop: a running guest changes its QEMU.
 
 Each phase is one method of :class:`Hop`, its undo is pushed where it becomes due, and undoing means to unwind that
 stack. Before COMMIT every failure, also SIGINT and SIGTERM, ends with the guest running in the source. For a guest
-without SEV context there is nothing to move: what commits is that the destination runs.
+without SEV context there is nothing to move: its destination lets it run when all is loaded, and what commits is that
+it says so, right before, to the keeper, who can make that impossible.
 
 At no moment can two QEMUs run the guest: the source is continued only after the destination is known to have ended, and
 the destination is continued only when the source has stopped (and, with SEV, the kernel has made it unable to run).
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import tenacity
 from qemu.qmp import EventListener
-from sevhop_qmp import adopt, move, ram_blocks
+from sevhop_qmp import adopt, device_state, move, ram_blocks
 from sevhop_qmp.device_state import IncomingState, OutgoingState
 from sevhop_qmp.errors import (
     CommandError,
@@ -97,6 +98,8 @@ class Hop(Procedure):
         self._options = options
         self._undo = contextlib.AsyncExitStack()
         self._hurry = self._resources.enter_context(contextlib.ExitStack())
+        self._own_hurry = self._resources.enter_context(contextlib.ExitStack())
+        self._by_itself = False
         self._loaded = False
         self._moving = False
         self._committed = False
@@ -110,12 +113,14 @@ class Hop(Procedure):
         self._held: Held  # hold
         self._surroundings: Surroundings  # hold
         self._plates: NamePlates  # hold
+        self._keeper: Keeper  # prepare
         self._destination: Destination  # prepare
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
         self._destination_vm: int  # prepare; not under TCG
         self._resumes: EventListener  # freeze
+        self._loading: asyncio.Future[None]  # load
 
     def _past_undoing(self) -> bool:
         return self._committed or self._moving
@@ -163,6 +168,7 @@ class Hop(Procedure):
         self.report.emulator = self._arguments.emulator
         self.report.guest = self._guest.name
         self.report.context = self._guest.context.kind
+        self._by_itself = self._guest.state == "running" and self._guest.context.kind == "none"
         if failures := verdict.tree.failures():
             first = failures[0]
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
@@ -200,25 +206,27 @@ class Hop(Procedure):
         await self._start_destination()
         await self._compare()
         self._outgoing = await self._resources.enter_async_context(
-            OutgoingState(self._source_monitor, self._incoming, self._guest.machine_type)
+            OutgoingState(self._source_monitor, self._incoming)
         )
         identity = self._surroundings.credentials
         await self._outgoing.arm(identity.uid, identity.gid)
 
     async def _start_destination(self) -> None:
+        self._keeper = self._resources.enter_context(Keeper(self._held, self._guest.context))
         self._destination = await Destination.start(
             self._arguments.emulator,
             self._arguments.arguments,
             self._surroundings,
-            self._resources.enter_context(Keeper(self._held, self._guest.context)),
+            self._keeper,
             timeout=self._options.start_timeout,
             command_timeout=self._options.step_timeout,
             started=self._remember_destination,
+            paused=not self._by_itself,
         )
         self.report.destination_pid = self._destination.process.pid
         self.report.destination_version = self._destination.monitor.version
         self._incoming = self._resources.enter_context(IncomingState(self._destination.monitor))
-        await self._incoming.arm()
+        await self._incoming.arm(device_state.head(self._guest.machine_type))
         # Whoever holds a VM keeps its context alive. If the destination dies behind the move, it will be in here.
         number = self._destination.process.vm_descriptor()
         if number is not None:
@@ -243,16 +251,19 @@ class Hop(Procedure):
     async def _freeze(self) -> None:
         self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
-        self._hurry.enter_context(urgent([self._source.pid, self._destination.process.pid]))
+        threads = self._source.threads
+        self._hurry.enter_context(urgent(self._source.pid, *self._destination.process.threads))
         if self._guest.state == "running":
             self._begin_of_blackout()
             stopped = asyncio.ensure_future(self._source_monitor.execute("stop"))
             # QEMU runs commands in their order, so this one need not wait for the answer.
             self._outgoing.begin(timeout=self._options.step_timeout)
+            self._own_hurry.enter_context(urgent(0))
             await stopped
         else:
             await self._see_source_stopped()
             self._outgoing.begin(timeout=self._options.step_timeout)
+        self._hurry.enter_context(urgent(*threads))
 
     async def _see_source_stopped(self) -> None:
         status = await self._source_monitor.execute("query-status")
@@ -260,33 +271,50 @@ class Hop(Procedure):
             raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
 
     async def _share(self) -> None:
-        # Meanwhile the source saves its state. Three at a time would have to wait for a processor, on a small host.
+        # Meanwhile the source saves its state.
         self._carrier.carry()
-        await adopt.adopt_ram(self._destination.monitor)
 
     async def _save(self) -> None:
         await self._outgoing.pass_on(timeout=self._options.step_timeout)
 
     async def _load(self) -> None:
-        # Beside the loading there is time to ask the source, which may have ended.
-        await asyncio.gather(self._incoming.loaded(timeout=self._options.step_timeout), self._see_source_at_rest())
+        await self._see_source_untouched()
+        await self._outgoing.end(timeout=self._options.step_timeout)
+        if self._by_itself:
+            # What is left is the destination's to do. We would only stand in the way of the guest's processors.
+            self._own_hurry.close()
+        self._loading = asyncio.ensure_future(self._incoming.loaded(timeout=self._options.step_timeout))
+        self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # may not be waited for
+        self._resources.callback(self._loading.cancel)
+        runs = asyncio.ensure_future(self._keeper.runs.wait())
+        try:
+            await asyncio.wait({self._loading, runs}, return_when=asyncio.FIRST_COMPLETED)
+            if not runs.done():
+                self._loading.result()
+        finally:
+            runs.cancel()
         # From here on all of the guest is in the destination; that the source may end does not matter any more.
         self._loaded = True
+        if self._by_itself:
+            if not self._keeper.runs.is_set() and not self._keeper.forbid():
+                # QEMU stays paused if it cannot have the disk images, and says so nowhere else.
+                why = " ".join(self._destination.said()[-2:]) or "for no reason that it tells"
+                raise StateError(f"the destination does not let the guest run: {why}")
+            self._commit_is_done()
         self._remember(loaded=True)
 
-    async def _see_source_at_rest(self) -> None:
-        with contextlib.suppress(MonitorClosed):
-            await self._see_source_stopped()
-
-    async def _commit(self) -> None:
+    async def _see_source_untouched(self) -> None:
         if await self._source_monitor.seen(self._resumes):
             raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
-        if self._guest.context.kind == "none":
-            # Nothing to move. What commits is that the destination runs; if it is to stay paused, this.
-            if self._stopped_at is None:
-                self._commit_is_done()
+
+    async def _commit(self) -> None:
+        if self._committed:
             return
-        await self._move_context()
+        await self._see_source_untouched()
+        if self._guest.context.kind != "none":
+            await self._move_context()
+        elif self._stopped_at is None:
+            self._commit_is_done()  # it is to stay paused
 
     async def _move_context(self) -> None:
         assert self._held.vm is not None
@@ -337,7 +365,6 @@ class Hop(Procedure):
             theirs = await guest.inspect(self._destination.monitor, self._destination.process)
             pairs = [(kept, theirs.blocks[kept.block.name]) for kept in self._carrier.kept()]
             await asyncio.to_thread(ram_blocks.put, pairs, self._destination.process)
-            await adopt.adopt_ram(self._destination.monitor)
             await self._incoming.write(image)
             self._incoming.end()
             await self._incoming.loaded(timeout=self._options.step_timeout)
@@ -362,15 +389,16 @@ class Hop(Procedure):
     async def _resume(self) -> None:
         if self._stopped_at is None:
             return
-        try:
-            await let_run(self._destination.monitor, patience=CONT_DEADLINE if self._committed else 0)
-        except MonitorError as err:
-            if not self._committed:
-                raise
-            await self._finish_elsewhere(err)
-            await let_run(self._destination.monitor, patience=CONT_DEADLINE)
-        self._commit_is_done()
+        if self._by_itself:
+            await self._loading
+        else:
+            try:
+                await let_run(self._destination.monitor)
+            except MonitorError as err:
+                await self._finish_elsewhere(err)
+                await let_run(self._destination.monitor)
         self._hurry.close()
+        self._own_hurry.close()
         self._end_of_blackout()
 
     # -- putting back ------------------------------------------------------------------------------
@@ -381,12 +409,15 @@ class Hop(Procedure):
 
         :raises NeedsRecover: the guest does not run again, but nothing of it is lost.
         """
+        if hasattr(self, "_keeper") and self._keeper.forbid():
+            self._commit_is_done()
+            raise NeedsRecover(f"{failure.message}; the guest runs in process {self._destination.process.pid} already")
         if self._loaded and not self._source.alive:
             # All that is left of the guest is in the destination. Leave it there, paused.
             self._undo.pop_all()
             await self._destination.leave()
             pid = self._destination.process.pid
-            raise NeedsRecover(f"{failure.message}; the source has ended, the guest is paused in process {pid}")
+            raise NeedsRecover(f"{failure.message}; the source has ended, the guest is in process {pid}")
         try:
             await self._undo.aclose()
         except SevhopError as err:
@@ -403,7 +434,8 @@ class Hop(Procedure):
         if hasattr(self, "_destination") and self._destination.process.alive:
             raise SevhopError("the destination is still there, so the source stays paused")
         await self._outgoing.abandon()
-        await let_run(self._source_monitor, patience=CONT_DEADLINE)
+        self._hurry.close()
+        await let_run(self._source_monitor)
 
     async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error in some phase."""
@@ -487,21 +519,22 @@ async def retire(
     return True
 
 
-async def let_run(monitor: Monitor, *, patience: float) -> None:
+async def let_run(monitor: Monitor) -> None:
     """
     Let a guest run. Something else may hold its disk images for a moment, so a refusal is tried again for
-    ``patience`` seconds.
+    :data:`CONT_DEADLINE` seconds.
 
     :raises CommandError: QEMU's last refusal.
     """
-    if not patience:
-        await monitor.execute("cont")
-        return
     async for attempt in tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(CommandError),
-        stop=tenacity.stop_after_delay(patience),
+        stop=tenacity.stop_after_delay(CONT_DEADLINE),
         wait=tenacity.wait_exponential(multiplier=0.01, max=0.5),
         reraise=True,
     ):
         with attempt:
-            await monitor.execute("cont", timeout=max(patience, monitor.timeout))
+            await monitor.execute("cont", timeout=max(CONT_DEADLINE, monitor.timeout))
+            # One whose disk images could not be activated when it had loaded its state says yes, and stays as it is.
+            status = await monitor.execute("query-status")
+            if not status["running"]:
+                raise CommandError("cont", f"the guest is {status['status']} all the same")

@@ -8,6 +8,7 @@ request and reply:
 ``hello 1``             ``ok context=... source=... handle=... measurement=...``, or ``no REASON``
 ``memfd N NAME``        ``fd SIZE`` with the N-th memfd of that name, counted from 0; or ``none``
 ``listener HEX``        ``fd`` with the source's socket that listens at this ``struct sockaddr``; or ``none``
+``run``                 none: from here on the guest runs there
 ======================  =====================================================================================
 
 :class:`Answers` is what it says; :class:`Keeper` says it for as long as one command runs, and
@@ -16,11 +17,12 @@ request and reply:
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import re
 import socket
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
@@ -174,37 +176,60 @@ class Answers:
 
 class Keeper(Answers):
     """
-    Answers one destination, from a thread of its own.
+    Answers one destination, in the event loop of who enters it.
 
     Who holds the other end of the socket pair may ask; it is inherited by the destination alone.
+
+    :ivar runs: set when the destination, which had been given all of the guest, has let it run.
     """
 
     def __init__(self, held: Held, context: SevContext) -> None:
         super().__init__(held, context)
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._thread = threading.Thread(target=self._serve, name="keeper", daemon=True)
+        self._ours.setblocking(False)
+        self._loop: asyncio.AbstractEventLoop
+        self.runs = asyncio.Event()
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._ours, self._serve)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._loop.remove_reader(self._ours)
         self.theirs.close()
-        self._ours.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
         self._ours.close()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                request = self._ours.recv(4096)
-            except OSError:
-                return
-            if not request:
-                return
-            text, fd = self.answer(request)
-            log.debug("keeper: %r -> %s", request, text)
-            try:
-                socket.send_fds(self._ours, [text.encode()], [] if fd is None else [fd])
-            except OSError:
-                return
+    def forbid(self) -> bool:
+        """
+        See to it that the guest does not run in the destination. The kernel decides between its message and this: one
+        comes first.
+
+        :return: whether it is too late for that.
+        """
+        with contextlib.suppress(OSError):  # it has hung up
+            self._ours.shutdown(socket.SHUT_RD)
+        while self._serve():
+            pass
+        return self.runs.is_set()
+
+    def _serve(self) -> bool:
+        """Take one message. :return: False when there is none, or will be none any more."""
+        try:
+            request = self._ours.recv(4096)
+        except BlockingIOError:
+            return False
+        except OSError:
+            request = b""
+        if not request:
+            self._loop.remove_reader(self._ours)
+            return False
+        if request == b"run":
+            self.runs.set()
+            return True
+        text, fd = self.answer(request)
+        log.debug("keeper: %r -> %s", request, text)
+        # It has room for the one answer that is awaited; who does not wait has ended.
+        with contextlib.suppress(OSError):
+            socket.send_fds(self._ours, [text.encode()], [] if fd is None else [fd])
+        return True

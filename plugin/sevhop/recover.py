@@ -24,7 +24,7 @@ from sevhop_qmp.process import QemuProcess
 from . import journal, run_directory
 from .destination import Destination
 from .errors import NeedsRecover
-from .hop import CONT_DEADLINE, let_run, retire
+from .hop import let_run, retire
 from .journal import Entry, Journal, JournalError
 from .name_plates import NamePlates
 from .run_directory import HopUnderWay
@@ -152,7 +152,7 @@ class _Bare:
     async def finish_or_undo(self) -> Recovered:
         for process in (self._source, self._process):
             if process is not None:
-                relax(process.pid)
+                relax(process.threads)
         destination = await self._reach() if self._process is not None else None
         if destination is not None and await self._is_there(destination):
             return await self._forward(destination)
@@ -207,7 +207,8 @@ class _Bare:
                 pid = destination.process.pid
                 raise NeedsRecover(f"all of it is in process {pid} but the SEV context, which ended with its old QEMU")
             if entry.running and not (await destination.monitor.execute("query-status"))["running"]:
-                await let_run(destination.monitor, patience=CONT_DEADLINE)
+                await adopt.adopt_ram(destination.monitor)  # who would be asked otherwise has died
+                await let_run(destination.monitor)
             finished = await retire(
                 self._source,
                 monitor,
@@ -251,7 +252,7 @@ class _Bare:
             raise NeedsRecover(f"its old QEMU (process {self._entry.source.pid}) has ended")
         async with monitor:
             if self._entry.running and not (await monitor.execute("query-status"))["running"]:
-                await let_run(monitor, patience=CONT_DEADLINE)
+                await let_run(monitor)
             with contextlib.suppress(MonitorError, CommandError):
                 await monitor.remove_fds()
 

@@ -3,8 +3,12 @@ While a guest stands still, who lets it go on is not kept waiting.
 
 A hop is a conversation of three processes, each of which waits for another nearly all of the time. On a busy host every
 answer is late by some milliseconds, since whoever is to give it has to wait for a processor first. So for that moment
-the main threads of both QEMUs, which answer, and our own have a real-time priority, the lowest there is (sched(7)).
-The guest's processors and whatever threads are started meanwhile keep theirs.
+the threads of both QEMUs and our own have a real-time priority, the lowest there is (sched(7)): the one that reads a
+monitor, the one that does what it is told, and those that are the guest's processors, since each of these is asked for
+its state several times. None has it while the guest runs, but for the main thread, which is to stop it: whoever has it
+runs at once where it wakes up, and a processor of the guest would have to wait there although another one of the host
+may be idle. So the source's threads get it when the guest has stopped, adopt.so takes it from the destination's before
+the guest runs, and ours ends when nobody waits for us any more.
 
 A host may forbid it; then a hop takes longer, which is all.
 """
@@ -21,14 +25,13 @@ _ORDINARY = os.sched_param(0)
 
 
 @contextlib.contextmanager
-def urgent(threads: Iterable[int] = ()) -> Iterator[None]:
+def urgent(*threads: int) -> Iterator[None]:
     """
-    Meanwhile these threads, and the one that calls, go before others.
+    Meanwhile these threads go before others.
 
-    :param threads: ids of threads, or of processes, whose main threads are meant. Those that have a policy of their
-        own keep it.
+    :param threads: their ids; 0 is the one that calls. Those that have a policy of their own keep it.
     """
-    raised = [thread for thread in (0, *threads) if _raise(thread)]
+    raised = [thread for thread in threads if _raise(thread)]
     try:
         yield
     finally:
@@ -36,11 +39,12 @@ def urgent(threads: Iterable[int] = ()) -> Iterator[None]:
             _lower(thread)
 
 
-def relax(process: int) -> None:
-    """Take back what a command has left in a process that was killed in the middle."""
-    with contextlib.suppress(OSError):
-        if os.sched_getscheduler(process) == _POLICY and os.sched_getparam(process).sched_priority == _PRIORITY:
-            _lower(process)
+def relax(threads: Iterable[int]) -> None:
+    """Take back what a command has left when it was killed in the middle."""
+    for thread in threads:
+        with contextlib.suppress(OSError):
+            if os.sched_getscheduler(thread) == _POLICY and os.sched_getparam(thread).sched_priority == _PRIORITY:
+                _lower(thread)
 
 
 def _raise(thread: int) -> bool:

@@ -8,10 +8,12 @@
  *   next.c       the C library's own functions behind the ones that are interposed
  *   memory.c     the guest's memory: private until the hand-over, the guest's own pages after it
  *   listeners.c  the source's listening sockets
+ *   stream.c     the stream that brings the device state, whose first byte is the hand-over
  *   files.c      files that the source still writes
  *   kvm.c        which of QEMU's ioctls concern the hop
  *   sev.c        launch commands answered, the move
  *   registers.c  vCPU registers that the kernel accepts only after the move
+ *   urgency.c    the priority that the hop has lent to the guest's processors
  *   cpu_properties.c  what libvirt need not ask for while the guest waits
  *   commands.c   the QMP commands and the guard against running too early
  */
@@ -31,6 +33,7 @@
 #include <stdio.h>
 #include <sys/socket.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #define EXPORT __attribute__((visibility("default")))
 #define PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
@@ -81,6 +84,8 @@ void keeper_connect(const char *where); /* path of its socket, or fd:N */
  * Returns false when the keeper does not answer; during start-up it does not return then, but ends the process.
  */
 bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PRINTF(3, 4);
+/* Tells the keeper that the guest is about to run here. Returns false when it does not want to hear that any more. */
+bool keeper_hears_of_run(void);
 void keeper_close(void);
 
 /* ---- next.c ---- */
@@ -95,6 +100,7 @@ struct next {
     int (*munmap)(void *, size_t);
     int (*madvise)(void *, size_t, int);
     int (*mlockall)(int);
+    ssize_t (*readv)(int, const struct iovec *, int);
     int (*open)(const char *, int, ...);
     FILE *(*fopen)(const char *, const char *);
     int (*bind)(int, const struct sockaddr *, socklen_t);
@@ -130,6 +136,11 @@ int memory_share(void); /* 0, or a negative errno; may be called again */
 struct memory_counts memory_count(void);
 void memory_each(void (*visit)(void *opaque, const char *name, int64_t size, uint64_t inode), void *opaque);
 void memory_lock_pages(void); /* does what mlockall() was asked for during the hop */
+
+/* ---- stream.c ---- */
+
+int stream_await(int fd, uint64_t head); /* 0, or a negative errno */
+void stream_forget(void);
 
 /* ---- listeners.c ---- */
 
@@ -174,6 +185,10 @@ int vcpu_get_registers(int vcpu, unsigned long request, void *registers);
 void vcpus_restore(struct move *move);
 int vcpus_count(void);
 int vcpus_held(void);
+
+/* ---- urgency.c ---- */
+
+void urgency_ends(void); /* for all threads but the main one */
 
 /* ---- cpu_properties.c ---- */
 

@@ -13,6 +13,7 @@
 #define fail(error, ...) error_setg_internal(error, __FILE__, __LINE__, __func__, __VA_ARGS__)
 
 static int runs_refused;
+static bool run_is_told; /* to the keeper, before the guest runs here */
 
 /* ---- arguments ---- */
 
@@ -37,15 +38,60 @@ static const char *string_argument(const QDict *arguments, const char *name, Err
     return NULL;
 }
 
+/* Not negative; -1 and *error when it is, or is none. */
+static int64_t number_argument(const QDict *arguments, const char *name, Error **error)
+{
+    int64_t value = qdict_get_try_int(arguments, name, -1);
+
+    if (value < 0)
+        fail(error, "Parameter '%s' is missing, or no size", name);
+    return value;
+}
+
 /* ---- x-sev-adopt-ram ---- */
+
+/* The guest's pages are mapped when the stream begins, and the guest may run when it has ended. */
+static int share_with_stream(const QDict *arguments, Error **error)
+{
+    const char *name = string_argument(arguments, "stream", error);
+    int64_t head = number_argument(arguments, "head", error);
+    int fd, failure;
+
+    if (head < 0)
+        return -1;
+    fd = name ? monitor_get_fd(monitor_cur(), name, error) : -1;
+    if (fd < 0)
+        return -1;
+    failure = stream_await(fd, (uint64_t)head);
+    close(fd);
+    if (failure) {
+        fail(error, "The stream cannot be awaited: %s", strerror(-failure));
+        return -1;
+    }
+    run_is_told = hop.context == CONTEXT_NONE;
+    return 0;
+}
+
+/* Who orders this also orders the guest to run, and knows of it. */
+static int share_now(Error **error)
+{
+    int failure;
+
+    stream_forget();
+    run_is_told = false;
+    failure = memory_share();
+    if (failure)
+        fail(error, "Guest memory cannot be mapped: %s", strerror(-failure));
+    return failure;
+}
 
 static void adopt_ram(QDict *arguments, QObject **result, Error **error)
 {
+    bool later = arguments && qdict_haskey(arguments, "stream");
     struct memory_counts counts;
     QDict *answer;
-    int failure;
 
-    if (!no_more_arguments_than(arguments, 0, error))
+    if (!no_more_arguments_than(arguments, later ? 2 : 0, error))
         return;
     if (runstate_is_running()) {
         fail(error, "This VM is running");
@@ -55,11 +101,8 @@ static void adopt_ram(QDict *arguments, QObject **result, Error **error)
         fail(error, "No guest memory was adopted");
         return;
     }
-    failure = memory_share();
-    if (failure) {
-        fail(error, "Guest memory cannot be mapped: %s", strerror(-failure));
+    if (later ? share_with_stream(arguments, error) : share_now(error))
         return;
-    }
     counts = memory_count();
     answer = qdict_new();
     qdict_put_int(answer, "mappings", counts.mappings);
@@ -169,10 +212,21 @@ static void before_run(void *opaque, bool running, int state)
 
     (void)opaque;
     (void)state;
+    /*
+     * That the keeper's socket takes the message is what commits a hop without an SEV context. Who wants to undo the hop
+     * shuts the socket down first: then this fails, and the source may go on.
+     */
+    if (running && !reason && run_is_told) {
+        run_is_told = false;
+        if (!keeper_hears_of_run())
+            reason = "the hop was broken off";
+    }
     if (reason) {
         runs_refused++;
         die("this QEMU must not run: %s", reason);
     }
+    if (running && hop_under_way())
+        urgency_ends();
 }
 
 /* ---- x-sev-adopt-finish ---- */
@@ -188,6 +242,7 @@ static void adopt_finish(QDict *arguments, QObject **result, Error **error)
         return;
     }
     if (!atomic_exchange(&hop.finished, true)) {
+        run_is_told = false;
         listeners_serve();
         keeper_close();
         memory_lock_pages();

@@ -8,6 +8,7 @@
  *                    no REASON
  *   memfd N NAME     fd SIZE, with the descriptor | none
  *   listener HEX     fd, with the descriptor      | none
+ *   run              no reply: the guest runs from here on
  */
 #include "adopt.h"
 
@@ -113,6 +114,16 @@ bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...)
         say("the keeper does not answer: %s", strerror(errno));
     }
     return answered;
+}
+
+bool keeper_hears_of_run(void)
+{
+    bool sent;
+
+    pthread_mutex_lock(&conversation);
+    sent = connection >= 0 && send_request("run", 3);
+    pthread_mutex_unlock(&conversation);
+    return sent;
 }
 
 static bool understand(const char *word)

@@ -33,6 +33,7 @@ void find_next_functions(void)
     *(void **)&n->munmap = find("munmap");
     *(void **)&n->madvise = find("madvise");
     *(void **)&n->mlockall = find("mlockall");
+    *(void **)&n->readv = find("readv");
     *(void **)&n->open = find("open64");
     *(void **)&n->fopen = find("fopen64");
     *(void **)&n->bind = find("bind");

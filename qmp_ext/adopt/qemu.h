@@ -55,6 +55,7 @@ WEAK void qdict_put_bool(QDict *dict, const char *key, bool value);
 WEAK void qdict_put_str(QDict *dict, const char *key, const char *value);
 WEAK void qdict_put_obj(QDict *dict, const char *key, QObject *value);
 WEAK const char *qdict_get_try_str(const QDict *dict, const char *key);
+WEAK int64_t qdict_get_try_int(const QDict *dict, const char *key, int64_t otherwise);
 WEAK int qdict_haskey(const QDict *dict, const char *key);
 WEAK size_t qdict_size(const QDict *dict);
 WEAK QList *qlist_new(void);
@@ -91,6 +92,7 @@ WEAK void qlist_destroy_obj(QObject *list);
     X(qdict_put_str)                         \
     X(qdict_put_obj)                         \
     X(qdict_get_try_str)                     \
+    X(qdict_get_try_int)                     \
     X(qdict_haskey)                          \
     X(qdict_size)                            \
     X(qlist_new)                             \

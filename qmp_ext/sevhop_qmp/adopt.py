@@ -128,12 +128,17 @@ class AdoptStatus:
     memfds: tuple[AdoptedMemfd, ...]
 
 
-async def adopt_ram(monitor: Monitor) -> AdoptedRam:
+async def adopt_ram(monitor: Monitor, stream: str | None = None, head: int = 0) -> AdoptedRam:
     """
-    Map the guest's own pages instead of the copies. The source must have stopped: from now on the destination's writes
+    Map the guest's own pages instead of the copies. The source must have stopped: from then on the destination's writes
     are the guest's. May be repeated.
+
+    :param stream: name of a descriptor of the stream's pipe, which is consumed: do it when what is behind the head
+        arrives there, and tell the keeper before the guest runs. Otherwise do it now, and tell nobody.
+    :param head: size of the head, bytes.
     """
-    answer: dict[str, Any] = await monitor.execute("x-sev-adopt-ram")
+    arguments = {"stream": stream, "head": head} if stream else None
+    answer: dict[str, Any] = await monitor.execute("x-sev-adopt-ram", arguments)
     with understood(monitor.name):
         return AdoptedRam(int(answer["mappings"]), int(answer["bytes"]))
 

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from qemu.qmp import EventListener
 
+from . import adopt
 from .errors import CommandError, MonitorError, StateError
 from .monitor import Monitor
 
@@ -48,6 +49,15 @@ def configuration_section(machine_type: str) -> bytes:
     return struct.pack(">BI", _CONFIGURATION, len(name)) + name
 
 
+def head(machine_type: str) -> bytes:
+    """
+    What a stream begins with, whatever the state of the guest.
+
+    :raises StateError: there is no such machine type.
+    """
+    return MAGIC + configuration_section(machine_type)
+
+
 #: An empty JSON description; QEMU expects one unless the machine has suppress-vmdesc=on.
 EMPTY_DESCRIPTION = struct.pack(">BI", _DESCRIPTION, 0)
 
@@ -56,7 +66,7 @@ class IncomingState:
     """
     The destination's side: it is told to listen, given the stream, and waited for.
 
-    :ivar image: the stream so far, for whoever has to load it once more into another destination.
+    :ivar image: the stream so far, without its head, for whoever has to load it once more into another destination.
     """
 
     def __init__(self, destination: Monitor) -> None:
@@ -64,22 +74,32 @@ class IncomingState:
         self._exit = contextlib.ExitStack()
         self._pipe: FileIO | None = None
         self._migration: EventListener | None = None
+        self._untaken = bytearray()
+        self._taken = asyncio.Event()
+        self._broken = False
         self.image = bytearray()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop_writing()
         self._exit.close()
 
-    async def arm(self) -> None:
+    async def arm(self, head: bytes = b"") -> None:
         """
         Let the destination listen.
 
+        :param head: of the stream, given to it at once. It maps the guest's own pages when it gets what is behind that;
+            see :func:`.adopt.adopt_ram`. If there is none, it does not map them.
         :raises CommandError: it is not in a state to do so.
         :raises MonitorError: it is gone or silent.
         """
         read_end, self._pipe = _pipe(self._exit)
+        os.set_blocking(self._pipe.fileno(), False)
+        if head:
+            await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
+            await adopt.adopt_ram(self._destination, _STREAM_NAME, len(head))
         capabilities = [
             {"capability": "events", "state": True},
             # The images stay closed until the guest runs; otherwise the source could not take them back.
@@ -90,25 +110,49 @@ class IncomingState:
         await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
         read_end.close()
         await self._destination.execute("migrate-incoming", {"uri": f"fd:{_STREAM_NAME}"})
+        if head:
+            await self.write(head)
+            self.image.clear()
 
-    async def write(self, data: bytes) -> None:
+    def give(self, data: bytes) -> None:
+        """Give it the next part of the stream. What does not fit into the pipe follows by itself."""
+        self.image += data
+        self._untaken += data
+        self._taken.clear()
+        self._write()
+
+    async def taken(self) -> None:
         """
-        Give it the next part of the stream.
+        Wait until all that was given is in the pipe.
 
         :raises StateError: it does not read any more.
         """
+        await self._taken.wait()
+        if self._broken:
+            raise StateError("the destination stopped reading the device state")
+
+    async def write(self, data: bytes) -> None:
+        """Give it the next part of the stream, and wait until it is :meth:`taken`."""
+        self.give(data)
+        await self.taken()
+
+    def _write(self) -> None:
         assert self._pipe is not None
-        self.image += data
-        rest = memoryview(data)
-        while rest:
-            try:
-                count: int | None = self._pipe.write(rest)
-            except BrokenPipeError as err:
-                raise StateError("the destination stopped reading the device state") from err
-            if count is None:
-                await _until_ready(self._pipe, write=True)
-                continue
-            rest = rest[count:]
+        self._stop_writing()
+        try:
+            count: int | None = self._pipe.write(self._untaken)
+        except BrokenPipeError:
+            self._broken = True
+            count = len(self._untaken)
+        del self._untaken[: count or 0]
+        if self._untaken:
+            asyncio.get_running_loop().add_writer(self._pipe, self._write)
+        else:
+            self._taken.set()
+
+    def _stop_writing(self) -> None:
+        if self._pipe is not None and not self._pipe.closed:
+            asyncio.get_running_loop().remove_writer(self._pipe)
 
     def end(self) -> None:
         """That was all."""
@@ -138,27 +182,28 @@ class IncomingState:
 class OutgoingState:
     """
     The source's side, connected to a destination's: everything is armed while the guest runs. :meth:`begin` is called
-    with the order to stop it, and :meth:`pass_on` once it has stopped.
+    with the order to stop it, :meth:`pass_on` once it has stopped, and :meth:`end` when the destination may have all.
     """
 
-    def __init__(self, source: Monitor, incoming: IncomingState, machine_type: str) -> None:
+    def __init__(self, source: Monitor, incoming: IncomingState) -> None:
         self._source = source
         self._incoming = incoming
-        self._configuration = configuration_section(machine_type)
         self._exit = contextlib.AsyncExitStack()
         self._pipe: FileIO | None = None
         self._path = ""
         self._saving: asyncio.Task[Any] | None = None
-        self._forwarding: asyncio.Task[None] | None = None
-        self._wanted = asyncio.Event()
-        self._saved = asyncio.Event()
+        self._received = bytearray()
+        self._begun = False
+        self._wanted = False
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await _cancel(self._forwarding)
-        await _cancel(self._saving)
+        self._stop_receiving()
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.gather(self._saving, return_exceptions=True)
         await self._exit.aclose()
 
     async def arm(self, uid: int, gid: int) -> None:
@@ -169,7 +214,9 @@ class OutgoingState:
         :raises CommandError, MonitorError: it does not play along.
         """
         self._pipe, write_end = _pipe(self._exit)
-        # The source opens the pipe anew through /proc, which asks for the permissions of its inode.
+        os.set_blocking(self._pipe.fileno(), False)
+        # As /dev/fdset/N the source would truncate it, which pipes do not allow. It opens the pipe anew through /proc,
+        # which asks for the permissions of its inode.
         if (uid, gid) != (os.getuid(), os.getgid()):
             os.fchown(write_end.fileno(), uid, gid)
         fdset, number = await self._source.add_fd(write_end.fileno())
@@ -188,83 +235,90 @@ class OutgoingState:
 
         :param timeout: seconds until the source must have done it.
         """
+        assert self._pipe is not None
         arguments = {"filename": self._path, "live": True}
         self._saving = asyncio.ensure_future(self._source.execute("xen-save-devices-state", arguments, timeout=timeout))
-        self._forwarding = asyncio.ensure_future(self._forward())
+        asyncio.get_running_loop().add_reader(self._pipe, self._receive)
 
     async def pass_on(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
-        Complete what the source writes and give it to the destination. Afterwards the source has given up its disk
-        images; ``cont`` takes them back.
+        Give what the source writes to the destination, which begins to load it. Afterwards the source has given up its
+        disk images; ``cont`` takes them back. What is missing is the :meth:`end`.
 
         :raises StateError: the source could not save, or what it wrote is not a device state.
         :raises MonitorError: the source is gone or silent.
         """
         assert self._saving is not None
-        assert self._forwarding is not None
-        self._wanted.set()
+        self._wanted = True
+        self._hand_on()
+        await asyncio.wait({self._saving})  # whoever cancels us does not cancel that
         try:
-            await asyncio.wait({self._forwarding, self._saving}, return_when=asyncio.FIRST_COMPLETED)
-            if self._forwarding.done():
-                self._forwarding.result()
-            await self._saving
-            self._saved.set()
-            async with asyncio.timeout(timeout):
-                await self._forwarding
+            self._saving.result()
         except CommandError as err:
             raise StateError(f"the source cannot save its device state: {err.desc}") from err
+        # Its fd set keeps the pipe open, so no end of file tells that this is all: its answer does.
+        self._receive()
+        self._stop_receiving()
+        if not self._begun:
+            found = f", its stream begins with {self._received[: len(MAGIC)].hex()}" if self._received else ""
+            raise StateError(f"the source wrote no device state{found}")
+        await self._taken(timeout)
+
+    async def end(self, *, timeout: float = STATE_TIMEOUT) -> None:
+        """
+        Tell the destination that this was all.
+
+        :raises StateError: it does not take it.
+        """
+        self._incoming.give(EMPTY_DESCRIPTION)
+        await self._taken(timeout)
+        self._incoming.end()
+
+    async def _taken(self, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await self._incoming.taken()
         except TimeoutError as err:
             raise StateError(f"the destination did not take the device state within {timeout:g} s") from err
-        finally:
-            await _cancel(self._forwarding)
 
     async def abandon(self) -> None:
         """Nobody wants the state any more. Afterwards the source has done with it, one way or the other."""
         if self._saving is None:
             return
         assert self._pipe is not None
-        await _cancel(self._forwarding)
+        self._stop_receiving()
         # Were the source waiting for room, it would wait for ever, and do nothing else that it is told.
         self._pipe.close()
         await asyncio.gather(self._saving, return_exceptions=True)
 
-    async def _forward(self) -> None:
-        """Pass the stream on, completed."""
-        head = b""
-        while len(head) < len(MAGIC):
-            piece = await self._read(len(MAGIC) - len(head))
-            if not piece:
-                raise StateError("the source wrote no device state")
-            head += piece
-        if head != MAGIC:
-            raise StateError(f"the source wrote no device state, its stream begins with {head.hex()}")
-        data = await self._read(_PIPE_SIZE)
-        await self._wanted.wait()
-        await self._incoming.write(head + self._configuration + data)
-        while data := await self._read(_PIPE_SIZE):
-            await self._incoming.write(data)
-        await self._incoming.write(EMPTY_DESCRIPTION)
-        self._incoming.end()
-
-    async def _read(self, count: int) -> bytes:
-        """
-        Read what there is. The source's fd set keeps the pipe open, so its end is not told by end of file: it is
-        reached when QEMU has answered the command and the pipe is empty.
-        """
+    def _receive(self) -> None:
+        """Take what there is. The event loop calls this: between the source and the destination no task is woken."""
         assert self._pipe is not None
-        while True:
-            finished = self._saved.is_set()
-            data: bytes | None = self._pipe.read(count)
-            if data is not None:
-                return data
-            if finished:
-                return b""
-            await _until_ready(self._pipe, write=False, unless=self._saved)
+        while data := self._pipe.read(_PIPE_SIZE):
+            self._received += data
+        if data is not None:
+            self._stop_receiving()  # nobody has the other end any more
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        if not self._wanted or not self._received:
+            return
+        if not self._begun:
+            if len(self._received) < len(MAGIC) or not self._received.startswith(MAGIC):
+                return
+            del self._received[: len(MAGIC)]  # the destination has a head already
+            self._begun = True
+        self._incoming.give(bytes(self._received))
+        self._received.clear()
+
+    def _stop_receiving(self) -> None:
+        if self._pipe is not None and not self._pipe.closed:
+            asyncio.get_running_loop().remove_reader(self._pipe)
 
 
 def _pipe(exit_stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> tuple[FileIO, FileIO]:
-    """A pipe whose ends do not block; the stack closes what is still open in the end."""
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    """A pipe; the stack closes what is still open in the end."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     ends = FileIO(read_fd, "rb"), FileIO(write_fd, "wb")
     for end in ends:
         exit_stack.callback(end.close)
@@ -272,24 +326,3 @@ def _pipe(exit_stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> tuple
     with contextlib.suppress(OSError):
         fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     return ends
-
-
-async def _cancel(task: asyncio.Task[Any] | None) -> None:
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _until_ready(file: FileIO, *, write: bool, unless: asyncio.Event | None = None) -> None:
-    """Wait until a pipe can be read (or written), or until an event is set."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    add(file.fileno(), ready.set)
-    waits = [asyncio.ensure_future(event.wait()) for event in (ready, unless) if event is not None]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        remove(file.fileno())
-        for wait in waits:
-            wait.cancel()

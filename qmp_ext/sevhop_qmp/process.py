@@ -160,6 +160,13 @@ class QemuProcess:
             return self._stat_state() not in ("Z", "X")
         return False
 
+    @property
+    def threads(self) -> list[int]:
+        """The ids of its threads; none when it has ended."""
+        with contextlib.suppress(OSError):
+            return [int(task.name) for task in (self._proc / "task").iterdir()]
+        return []
+
     def kill(self) -> None:
         """SIGKILL; nothing happens when it has ended already."""
         with contextlib.suppress(ProcessLookupError):

@@ -93,6 +93,10 @@ class Keeper:
         self._thread.start()
         return self
 
+    def forbid(self) -> None:
+        """Be told nothing any more."""
+        self._ours.shutdown(socket.SHUT_RD)
+
     def __exit__(self, *_: object) -> None:
         self.theirs.close()
         with contextlib.suppress(OSError):
@@ -126,6 +130,8 @@ def serve(connection: socket.socket, keeper: Keeper) -> None:
     with contextlib.suppress(OSError):
         while request := connection.recv(4096):
             text, fd = keeper.answer(request.decode("ascii"))
+            if request == b"run":
+                continue  # there is no reply to this
             if not text:
                 connection.shutdown(socket.SHUT_RDWR)
                 return
@@ -237,6 +243,11 @@ class Destination:
 
     def adopt_ram(self) -> adopt.AdoptedRam:
         return self._runner.run(adopt.adopt_ram(self.monitor))
+
+    def adopt_ram_with(self, stream: int, head: int) -> adopt.AdoptedRam:
+        """... when what is behind the head arrives in a pipe."""
+        self.send_fd("stream", stream)
+        return self._runner.run(adopt.adopt_ram(self.monitor, "stream", head))
 
     def finish(self) -> None:
         self._runner.run(adopt.finish(self.monitor))

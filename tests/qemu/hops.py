@@ -16,8 +16,8 @@ from sevhop.events import Event, PhaseBegan
 from sevhop.hop import Hop, Options
 from sevhop.report import Report
 
-#: Phases of a hop between the start of the destination and the commit.
-BEFORE_COMMIT = ("freeze", "share", "save", "load", "commit")
+#: Phases of a hop between the start of the destination and the commit; that of a guest without SEV ends "load".
+BEFORE_COMMIT = ("freeze", "share", "save", "load")
 
 #: Called when a phase begins.
 Mischief = Callable[[Hop], None]

@@ -15,7 +15,9 @@ import fcntl
 import os
 import re
 import socket
+import struct
 import subprocess
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,15 +26,17 @@ from typing import Any
 import pytest
 from guests import emulators
 from guests.build import ROOT
-from guests.machine import OVMF_CODE, Accelerator
+from guests.machine import OVMF_CODE, Q35, Accelerator
 from guests.running import wait_until
-from sevhop_qmp import adopt
+from sevhop.urgency import urgent
+from sevhop_qmp import adopt, device_state
 from sevhop_qmp.errors import CommandError, MonitorError
 from sevhop_qmp.monitor import peer_credentials
 
 from .adopting import (
     BACKEND,
     RAM,
+    TIMEOUT,
     Destination,
     Keeper,
     Memory,
@@ -123,7 +127,7 @@ def test_library_exports_only_what_it_interposes() -> None:
     )
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     assert names == set(
-        "ioctl memfd_create mmap mmap64 munmap madvise mlockall ftruncate ftruncate64 fallocate fallocate64 "
+        "ioctl memfd_create mmap mmap64 munmap madvise mlockall readv ftruncate ftruncate64 fallocate fallocate64 "
         "fcntl fcntl64 open open64 __open_2 __open64_2 fopen fopen64 bind unlink listen accept accept4".split()
     )
 
@@ -210,6 +214,49 @@ def test_after_the_source_has_ended_memory_is_mapped_at_once(
         assert (destination.status().ram, destination.status().source) == ("shared", "ended")
         assert memory.digest() == before
         assert destination.adopt_ram() == adopt.AdoptedRam(mappings=1, size=RAM)
+
+
+@EVERY_EMULATOR
+def test_memory_is_mapped_when_the_device_state_arrives(
+    qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper
+) -> None:
+    """The head of the stream says nothing of the guest, and may be read while the source runs."""
+    head = device_state.head(Q35)
+    reader, writer = os.pipe()
+    with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
+        assert destination.adopt_ram_with(reader, len(head)) == adopt.AdoptedRam(mappings=1, size=RAM)
+        destination.send_fd("incoming", reader)
+        destination.execute("migrate-incoming", {"uri": "fd:incoming"})
+        os.write(writer, head)
+        wait_until(lambda: unread(reader) == 0, TIMEOUT, "the head is read")
+        assert (destination.status().ram, destination.mapping(memory)) == ("private", ["rw-p"])
+        os.write(writer, b"\0")
+        wait_until(lambda: destination.mapping(memory) == ["rw-s"], TIMEOUT, "the memory is mapped")
+        assert not any(request == "run" for request in keeper.requests)
+    os.close(reader)
+    os.close(writer)
+
+
+def unread(pipe: int) -> int:
+    """How much is in a pipe, bytes."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
+
+
+def test_a_stream_that_cannot_be_awaited(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+    with Destination.adopting(qemu, machine(accelerator), keeper) as destination, open(os.devnull) as file:
+        command = "x-sev-adopt-ram"
+        for arguments, reason in (
+            ({"stream": "none", "head": 1}, "File descriptor named 'none' has not been found"),
+            ({"stream": 3, "head": 1}, "Invalid parameter type for 'stream', expected: string"),
+            ({"stream": "given"}, "Parameter 'head' is missing, or no size"),
+            ({"stream": "given", "head": -1}, "Parameter 'head' is missing, or no size"),
+            ({"stream": "given", "head": 1, "more": 1}, "Parameter is unexpected"),
+            ({"head": 1}, "Parameter is unexpected"),
+        ):
+            destination.send_fd("given", file.fileno())
+            with pytest.raises(CommandError, match=reason):
+                destination.execute(command, arguments)
+        assert destination.status().ram == "private"
 
 
 @EVERY_EMULATOR
@@ -606,6 +653,59 @@ def test_commands_are_as_documented(qemu: Path, kvm: Accelerator, keeper: Keeper
 
 
 # ---- the guard ----
+
+
+@EVERY_EMULATOR
+def test_the_keeper_is_told_before_the_guest_runs(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+    """... and only by who was told of a stream: who orders it to run himself knows."""
+    with (
+        Destination.adopting(qemu, machine(accelerator, incoming=False), keeper) as destination,
+        open(os.devnull) as file,
+    ):
+        destination.adopt_ram()
+        destination.execute("cont")
+        destination.execute("stop")
+        assert "run" not in keeper.requests
+        destination.adopt_ram_with(file.fileno(), 0)
+        destination.execute("cont")
+        wait_until(lambda: keeper.requests.count("run") == 1, TIMEOUT, "the keeper is told")
+        destination.execute("stop")
+        destination.execute("cont")
+        assert keeper.requests.count("run") == 1
+
+
+@EVERY_EMULATOR
+@pytest.mark.parametrize("hop", ["undone", "broken off"])
+def test_a_destination_whose_hop_is_undone_does_not_run(
+    hop: str, qemu: Path, accelerator: Accelerator, memory: Memory
+) -> None:
+    with contextlib.ExitStack() as resources:
+        keeper = resources.enter_context(Keeper([memory]))
+        destination = resources.enter_context(
+            Destination.adopting(qemu, machine(accelerator, incoming=False), keeper)
+        )
+        file = resources.enter_context(open(os.devnull))
+        destination.adopt_ram()
+        destination.adopt_ram_with(file.fileno(), 0)
+        keeper.forbid() if hop == "undone" else keeper.__exit__()
+        with pytest.raises(MonitorError):
+            destination.execute("cont")
+        assert destination.ended() == (1, ["sevhop adopt: this QEMU must not run: the hop was broken off"])
+        assert "run" not in keeper.requests
+
+
+@EVERY_EMULATOR
+def test_the_guest_does_not_run_with_a_priority_that_was_lent(
+    qemu: Path, accelerator: Accelerator, keeper: Keeper
+) -> None:
+    with Destination.adopting(qemu, machine(accelerator, incoming=False), keeper) as destination:
+        destination.adopt_ram()
+        threads = [int(name) for name in os.listdir(f"/proc/{destination.pid}/task")]
+        assert len(threads) > 1
+        with urgent(*threads):
+            destination.execute("cont")
+            others = [thread for thread in threads if thread != destination.pid]
+            assert {os.sched_getscheduler(thread) for thread in others} == {os.SCHED_OTHER}
 
 
 @EVERY_EMULATOR

@@ -11,7 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, BEING_SAVED, RUNNING, SAVED
+from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, BEING_SAVED, LOADING, RUNNING, SAVED
 from faults.table import Cell
 from guests.running import Guest, processes_of, wait_until
 
@@ -23,7 +23,7 @@ from .test_hop import assert_unharmed
 
 PATH = "Outside libvirt: `sevhop hop`"
 IN_THE_SOURCE = (*BEFORE_THE_STATE_IS_SAVED, *BEING_SAVED, *SAVED)
-ALL = (*IN_THE_SOURCE, *RUNNING)
+ALL = (*IN_THE_SOURCE, *LOADING, *RUNNING)
 COMMANDS = [point for point in ALL if point.startswith("before ")]
 
 
@@ -47,7 +47,7 @@ def test_the_command_is_killed(point: str, guest: Guest, old: Path, new: Path, n
     (one,) = answer["guests"]
     end = one["end"]
     assert (end, one["text"]) in (("source", ""), ("destination", ""))
-    assert end == ("destination" if point in RUNNING else "source")
+    assert point in LOADING or end == ("destination" if point in RUNNING else "source")
     assert os.readlink(f"/proc/{guest.pid}/exe") == str((old if end == "source" else new).resolve())
     note(note_fault, PATH, guest, point, "command", end)
     assert recover() == {"guests": [], "status": 0}
@@ -62,6 +62,19 @@ def test_the_destination_is_killed(point: str, guest: Guest, new: Path, note_fau
     assert status == (0 if there_is_none else 3)
     assert recover() == {"guests": [], "status": 0}
     note(note_fault, PATH, guest, point, "destination", "destination" if there_is_none else "source")
+
+
+@pytest.mark.parametrize("point", LOADING)
+def test_the_destination_is_killed_while_it_loads(
+    point: str, guest: Guest, new: Path, note_fault: NoteFault
+) -> None:
+    """Either it had let the guest run, and it ended with it; or it had not, and the guest goes on in the source."""
+    if break_off(guest, new, point, "destination") == 3:
+        note(note_fault, PATH, guest, point, "destination", "source")
+    else:
+        assert recover()["status"] in (0, 5)
+        assert processes_of(guest.machine.directory) == []
+        note_fault(PATH, point, "destination", Cell("*ended with its QEMU*", 0, 0))
 
 
 @pytest.mark.parametrize("point", some_of(RUNNING))
@@ -95,7 +108,7 @@ def test_the_source_is_killed_while_it_is_saved(point: str, guest: Guest, new: P
         note_fault(PATH, point, "source", Cell("*ended with its QEMU*", 0, 0))
 
 
-@pytest.mark.parametrize("point", some_of((*SAVED, *RUNNING)))
+@pytest.mark.parametrize("point", some_of((*SAVED, *LOADING, *RUNNING)))
 def test_the_source_is_killed(point: str, guest: Guest, new: Path, note_fault: NoteFault) -> None:
     """Once its state is saved it is not needed any more."""
     assert break_off(guest, new, point, "source") == 0
@@ -121,7 +134,7 @@ def test_nothing_piles_up_in_a_qemu_that_goes_on(guest: Guest, old: Path, new: P
     assert sevhop("hop", "--source", guest.machine.monitor, "--emulator", new).returncode == 0
     before = open_files(guest.pid)
     for _ in range(2):
-        break_off(guest, old, "phase resume", "command")
+        break_off(guest, old, "phase load", "command")
         assert recover()["guests"][0]["end"] == "source"
     wait_until(lambda: open_files(guest.pid) == before, 10, "its descriptors are those of the beginning")
 

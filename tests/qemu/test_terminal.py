@@ -12,6 +12,7 @@ from pathlib import Path
 from guests.running import Guest
 
 from .conftest import DescribeCounter, StartGuest
+from .test_blackout import STOP, STREAM_END
 
 _ERASE_LINE = "\x1b[2K"
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -60,10 +61,10 @@ def test_what_is_drawn(
     assert re.search(r"freeze .* ms .* save .* ms .* load .* ms .* resume .* ms", legend)
 
     lines = (tmp_path / "calls").read_text(errors="replace").splitlines()
-    (stop,), (cont,) = ([at for at, line in enumerate(lines) if f'\\"{order}\\"' in line] for order in ("stop", "cont"))
+    (stop,), (end,) = ([at for at, line in enumerate(lines) if what in line] for what in (STOP, STREAM_END))
     drawing = [at for at, line in enumerate(lines) if re.match(r"write\([12],", line)]
     assert drawing
-    assert [lines[at] for at in drawing if stop < at < cont] == []
+    assert [lines[at] for at in drawing if stop < at < end] == []
     guest.wait_for_ticks(5)
 
 

@@ -20,7 +20,7 @@ def process() -> Iterator[int]:
 
 
 def test_for_a_while(process: int) -> None:
-    with urgent([process]):
+    with urgent(0, process):
         assert [os.sched_getscheduler(thread) for thread in (0, process)] == [URGENT, URGENT]
         child = subprocess.run(["chrt", "--pid", "0"], capture_output=True, text=True, check=True)
         assert "SCHED_OTHER" in child.stdout
@@ -28,29 +28,29 @@ def test_for_a_while(process: int) -> None:
 
 
 def test_also_after_a_failure(process: int) -> None:
-    with pytest.raises(ZeroDivisionError), urgent([process]):
+    with pytest.raises(ZeroDivisionError), urgent(0, process):
         raise ZeroDivisionError
     assert [os.sched_getscheduler(thread) for thread in (0, process)] == [os.SCHED_OTHER, os.SCHED_OTHER]
 
 
 def test_who_has_a_policy_of_its_own_keeps_it(process: int) -> None:
     os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(5))
-    with urgent([process]):
+    with urgent(0, process):
         assert os.sched_getscheduler(process) == os.SCHED_FIFO
-    relax(process)
+    relax([process])
     assert (os.sched_getscheduler(process), os.sched_getparam(process).sched_priority) == (os.SCHED_FIFO, 5)
 
 
 def test_what_a_killed_command_has_left_is_taken_back(process: int) -> None:
     os.sched_setscheduler(process, URGENT, os.sched_param(1))
-    relax(process)
+    relax([process])
     assert os.sched_getscheduler(process) == os.SCHED_OTHER
 
 
 def test_somebody_who_has_ended() -> None:
-    with urgent([2**22 + 1]):
+    with urgent(0, 2**22 + 1):
         assert os.sched_getscheduler(0) == URGENT
-    relax(2**22 + 1)
+    relax([2**22 + 1])
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
@@ -59,6 +59,6 @@ def test_a_host_may_forbid_it(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", forbidden)
-    with urgent([0]):
+    with urgent(0):
         pass
     assert os.sched_getscheduler(0) == os.SCHED_OTHER

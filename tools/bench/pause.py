@@ -2,7 +2,7 @@
 How long a guest stands still, as the guest itself sees it.
 
 The guest is the bare-metal counter: a number in its memory grows for as long as it runs. Its memory is a file that is
-shared with QEMU, so a small program with real-time priority (``sampler.c``) looks at that number from outside, 20 times
+shared with QEMU, so a small program with real-time priority (``sampler.c``) looks at that number from outside, 10 times
 in a millisecond; less often while it stands still, so that a pause is known to 1.6 %. What a tool says of itself does
 not matter here.
 """

@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PERIOD 50000 /* ns between two looks, at least */
+#define PERIOD 100000 /* ns between two looks, at least */
 #define LONGEST 10000000 /* and at most */
 #define ERROR 64 /* a gap may be too long by this part of it */
 #define GAP 1000000 /* ns that are worth telling */

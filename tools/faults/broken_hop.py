@@ -3,7 +3,8 @@ A hop outside libvirt in which something goes wrong: run as a program, so that i
 
     python -m faults.broken_hop MONITOR EMULATOR POINT FAULT
 
-It hops like ``sevhop hop``; see :mod:`.fault` for POINT and FAULT. An action is a command that it gives to a QEMU.
+It hops like ``sevhop hop``; see :mod:`.fault` for POINT and FAULT. An action is a command that it gives to a QEMU, or
+``stream-end``: that the destination is told that its stream was all.
 Exit status: that of ``sevhop hop``.
 """
 
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sevhop.hop import Hop, Options
-from sevhop_qmp.errors import CommandError, MonitorTimeout
+from sevhop_qmp.device_state import OutgoingState
+from sevhop_qmp.errors import CommandError, MonitorTimeout, StateError
 from sevhop_qmp.monitor import Monitor
 
 from .fault import Fault, patched, run
@@ -24,6 +26,8 @@ from .fault import Fault, patched, run
 BEFORE_THE_STATE_IS_SAVED = (
     "phase hold",
     "phase prepare",
+    "before x-sev-adopt-ram 0",
+    "after x-sev-adopt-ram 0",
     "before migrate-incoming 0",
     "after migrate-incoming 0",
     "after add-fd 0",
@@ -34,23 +38,21 @@ BEFORE_THE_STATE_IS_SAVED = (
 #: Then its state and its private RAM blocks are being read, and it is a matter of a millisecond whether all of it was.
 BEING_SAVED = (
     "after stop 0",
-    "before x-sev-adopt-ram 0",
+    "phase share",
     "after xen-save-devices-state 0",
-    "after x-sev-adopt-ram 0",
     "phase save",
 )
 #: And from here on in the destination, too.
 SAVED = (
     "phase load",
-    "before query-status 2",
-    "after query-status 2",
-    "phase commit",
-    "phase resume",
-    "before cont 0",
+    "before stream-end 0",
 )
+#: The destination has all that it needs, and lets the guest run as soon as it has loaded it.
+LOADING = ("after stream-end 0",)
 #: From here on it runs there.
 RUNNING = (
-    "after cont 0",
+    "phase commit",
+    "phase resume",
     "phase retire",
     "before quit 0",
     "after quit 0",
@@ -76,7 +78,16 @@ def main(monitor: str, emulator: str, point: str, kind: str) -> int:
             MonitorTimeout(f"QEMU did not answer {command}, for a test"),
         )
 
+    async def end(original: Callable[..., Awaitable[None]], *arguments: Any, **options: Any) -> None:
+        await fault.around(
+            "stream-end",
+            lambda: original(*arguments, **options),
+            StateError("the destination stopped reading the device state, for a test"),
+            StateError("the destination did not take the device state, for a test"),
+        )
+
     patched(Monitor, "execute", execute)
+    patched(OutgoingState, "end", end)
     return run(hop)
 
 

@@ -91,7 +91,7 @@ class Bare(SoakedGuest):
         """See :class:`SoakedGuest`."""
         before = (*broken_hop.BEFORE_THE_STATE_IS_SAVED, *broken_hop.BEING_SAVED)
         in_the_source = (*before, *broken_hop.SAVED)
-        in_the_destination = (*broken_hop.SAVED, *broken_hop.RUNNING)
+        in_the_destination = (*broken_hop.SAVED, *broken_hop.LOADING, *broken_hop.RUNNING)
         points = (*before, *in_the_destination)
         return [
             *((point, "command") for point in points),

@@ -19,6 +19,7 @@ struct QDict {
     unsigned int count;
     struct {
         char *key, *text;
+        int64_t number;
     } entry[ENTRIES];
 };
 
@@ -35,9 +36,10 @@ static char *copied(const char *text)
     return strcpy(copy, text);
 }
 
-static void put(QDict *dict, const char *key, const char *text)
+static void put(QDict *dict, const char *key, const char *text, int64_t number)
 {
     demand(dict->count < ENTRIES);
+    dict->entry[dict->count].number = number;
     dict->entry[dict->count].key = copied(key);
     dict->entry[dict->count++].text = text ? copied(text) : NULL;
 }
@@ -49,26 +51,24 @@ QDict *qdict_new(void)
 
 void qdict_put_int(QDict *dict, const char *key, int64_t value)
 {
-    (void)value;
-    put(dict, key, NULL);
+    put(dict, key, NULL, value);
 }
 
 void qdict_put_bool(QDict *dict, const char *key, bool value)
 {
-    (void)value;
-    put(dict, key, NULL);
+    put(dict, key, NULL, value);
 }
 
 void qdict_put_str(QDict *dict, const char *key, const char *value)
 {
     demand(value);
-    put(dict, key, value);
+    put(dict, key, value, 0);
 }
 
 void qdict_put_obj(QDict *dict, const char *key, QObject *value)
 {
     demand(value);
-    put(dict, key, NULL);
+    put(dict, key, NULL, 0);
 }
 
 const char *qdict_get_try_str(const QDict *dict, const char *key)
@@ -77,6 +77,14 @@ const char *qdict_get_try_str(const QDict *dict, const char *key)
         if (!strcmp(dict->entry[i].key, key))
             return dict->entry[i].text;
     return NULL;
+}
+
+int64_t qdict_get_try_int(const QDict *dict, const char *key, int64_t otherwise)
+{
+    for (unsigned int i = 0; i < dict->count; i++)
+        if (!strcmp(dict->entry[i].key, key) && !dict->entry[i].text)
+            return dict->entry[i].number;
+    return otherwise;
 }
 
 int qdict_haskey(const QDict *dict, const char *key)

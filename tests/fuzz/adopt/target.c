@@ -280,7 +280,7 @@ static void use_kvm(void)
 
 static void command(void)
 {
-    static const char *const keys[] = {"fd", "FD", "path", ""};
+    static const char *const keys[] = {"fd", "stream", "head", ""};
     QDict *arguments = input_chance(8) ? NULL : qdict_new();
     QObject *result = NULL;
     Error *error = NULL;
@@ -303,11 +303,22 @@ static void command(void)
     demand(!result != !error);
 }
 
+static void read_stream(void)
+{
+    char buffer[256];
+    struct iovec vector = {.iov_base = buffer, .iov_len = sizeof buffer};
+
+    adopt_readv(pick(), &vector, 1);
+}
+
 static void use_qmp(void)
 {
     bool run;
 
     switch (input_byte() % 8) {
+    case 3:
+        read_stream();
+        break;
     case 0:
         if (!world.commands)
             world.notifier->notify(world.notifier, NULL);

@@ -435,6 +435,17 @@ static int kernel_mlockall(int flags)
     return perhaps(0);
 }
 
+static ssize_t kernel_readv(int fd, const struct iovec *vector, int count)
+{
+    (void)fd;
+    demand(vector && count > 0);
+    if (input_chance(4)) {
+        errno = EAGAIN;
+        return -1;
+    }
+    return (ssize_t)(input_word() % (vector->iov_len + 1));
+}
+
 static int kernel_open(const char *path, int flags, ...)
 {
     demand(strcmp(path, "/etc/passwd") || !hop_under_way() || !(flags & O_TRUNC) || (flags & O_ACCMODE) != O_WRONLY);
@@ -513,6 +524,7 @@ struct next next_functions = {.ioctl = kernel_ioctl,
                               .munmap = kernel_munmap,
                               .madvise = kernel_madvise,
                               .mlockall = kernel_mlockall,
+                              .readv = kernel_readv,
                               .open = kernel_open,
                               .fopen = kernel_fopen,
                               .bind = kernel_bind,

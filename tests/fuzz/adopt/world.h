@@ -72,6 +72,7 @@ void *adopt_mmap64(void *address, size_t length, int prot, int flags, int fd, of
 int adopt_munmap(void *address, size_t length);
 int adopt_madvise(void *address, size_t length, int advice);
 int adopt_mlockall(int flags);
+ssize_t adopt_readv(int fd, const struct iovec *vector, int count);
 int adopt_open64(const char *path, int flags, ...);
 FILE *adopt_fopen64(const char *path, const char *mode);
 int adopt_bind(int fd, const struct sockaddr *address, socklen_t length);

@@ -7,6 +7,7 @@ says why.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -40,7 +41,7 @@ class Said:
     :ivar steps: name of the step → what came of it; see ``stub_qemu.c``.
     """
 
-    status: int
+    status: int | None
     steps: dict[str, dict[str, str]]
     stderr: str
 
@@ -73,21 +74,29 @@ def adopting(program: Path, source: SevVm, request: str, *, move: bool = True) -
     """
     (context,) = contexts()
     held = Held(source.descriptor, {"memory-backend-memfd": [source.memory.file]})
-    with Keeper(held, SevContext("sev", handle=context.handle)) as keeper:
-        socket = keeper.theirs.fileno()
-        ended = subprocess.run(
-            [program, request, str(source.descriptor if move else -1), *(hex(table | C_BIT) for table in PAGE_TABLES)],
-            env=os.environ | adopt.environment(f"fd:{socket}"),
-            pass_fds=(socket, source.descriptor),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+    words = [str(source.descriptor if move else -1), *(hex(table | C_BIT) for table in PAGE_TABLES)]
+
+    async def run() -> tuple[int | None, str, str]:
+        with Keeper(held, SevContext("sev", handle=context.handle)) as keeper:
+            socket = keeper.theirs.fileno()
+            process = await asyncio.create_subprocess_exec(
+                program,
+                request,
+                *words,
+                env=os.environ | adopt.environment(f"fd:{socket}"),
+                pass_fds=(socket, source.descriptor),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            output, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
+            return process.returncode, output.decode(), errors.decode()
+
+    status, output, errors = asyncio.run(run())
     steps = {}
-    for line in ended.stdout.splitlines():
+    for line in output.splitlines():
         step, *values = line.split()
         steps[step] = dict(value.split("=", 1) for value in values)
-    return Said(ended.returncode, steps, ended.stderr)
+    return Said(status, steps, errors)
 
 
 @pytest.mark.parametrize("request_name", ["sregs", "sregs2"])

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The stream that brings the device state. Its head is known before, and comes early; what is behind it is written when
+ * the source has stopped. So the first byte of that is the hand-over: the guest's pages are mapped then, and nobody need
+ * order it while the guest waits. At its end QEMU starts the guest by itself, if it was started without -S; commands.c
+ * tells the keeper before.
+ */
+#include "adopt.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+static atomic_bool awaited;
+static uint64_t head_left; /* bytes */
+static dev_t device;
+static ino_t inode;
+
+int stream_await(int fd, uint64_t head)
+{
+    struct stat file;
+
+    if (fstat(fd, &file) < 0)
+        return -errno;
+    device = file.st_dev;
+    inode = file.st_ino;
+    head_left = head;
+    atomic_store(&awaited, true);
+    return 0;
+}
+
+void stream_forget(void)
+{
+    atomic_store(&awaited, false);
+}
+
+/* By inode, not by number: QEMU duplicates descriptors. */
+static bool is_stream(int fd)
+{
+    struct stat file;
+
+    return !fstat(fd, &file) && file.st_ino == inode && file.st_dev == device;
+}
+
+static void arrived(size_t count)
+{
+    int failure;
+
+    if (count <= head_left) {
+        head_left -= count;
+        return;
+    }
+    stream_forget();
+    failure = memory_share();
+    if (failure)
+        die("guest memory cannot be mapped: %s", strerror(-failure));
+}
+
+/* What QEMU reads a stream from a pipe with. */
+EXPORT ssize_t readv(int fd, const struct iovec *vector, int count)
+{
+    ssize_t result = next()->readv(fd, vector, count);
+
+    if (result > 0 && atomic_load_explicit(&awaited, memory_order_relaxed)) {
+        int saved = errno;
+
+        if (is_stream(fd))
+            arrived((size_t)result);
+        errno = saved;
+    }
+    return result;
+}

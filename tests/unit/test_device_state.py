@@ -1,0 +1,174 @@
+"""The stream between the two sides: nothing is lost on the way, whatever its size and whoever is slow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+from sevhop_qmp.device_state import EMPTY_DESCRIPTION, MAGIC, IncomingState, OutgoingState, head
+from sevhop_qmp.errors import StateError
+
+HEAD = head("pc-q35-7.2")
+#: More than a pipe takes.
+LARGE = os.urandom(3 << 20)
+
+
+class FakeMonitor:
+    """Of a QEMU that does nothing: the test does it, with the descriptors that QEMU has been given."""
+
+    def __init__(self) -> None:
+        self.fds: list[int] = []
+        self.name = "fake"
+        self.asked: list[str] = []
+        self.answered = asyncio.Event()
+
+    async def send_fd(self, name: str, fd: int) -> None:
+        self.fds.append(os.dup(fd))
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        self.fds.append(os.dup(fd))
+        return 1, self.fds[-1]
+
+    @contextlib.contextmanager
+    def events(self, *_: str) -> Any:
+        yield None
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None, **_: object) -> Any:
+        self.asked.append(command)
+        if command == "xen-save-devices-state":
+            await self.answered.wait()
+        return {"mappings": 1, "bytes": 1}
+
+
+@contextlib.asynccontextmanager
+async def sides() -> AsyncIterator[tuple[FakeMonitor, OutgoingState, FakeMonitor, IncomingState]]:
+    """Source and destination, armed; the source is saving."""
+    source, destination = FakeMonitor(), FakeMonitor()
+    with IncomingState(destination) as incoming:  # type: ignore[arg-type]
+        await incoming.arm(HEAD)
+        async with OutgoingState(source, incoming) as outgoing:  # type: ignore[arg-type]
+            await outgoing.arm(os.getuid(), os.getgid())
+            outgoing.begin()
+            yield source, outgoing, destination, incoming
+    for fd in (*source.fds, *destination.fds):
+        os.close(fd)
+
+
+def written(fd: int, data: bytes) -> None:
+    """Write all of it, as a QEMU does: it waits for room."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def read(fd: int) -> bytes:
+    """Until the end of the file."""
+    parts = []
+    while part := os.read(fd, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("state", [b"", b"x", LARGE], ids=["empty", "short", "large"])
+def test_all_of_it_arrives(state: bytes) -> None:
+    async def play() -> None:
+        async with sides() as (source, outgoing, destination, incoming):
+            # Until the source has stopped nothing of the guest goes over.
+            assert os.read(destination.fds[0], 1 << 20) == HEAD
+            received = asyncio.ensure_future(asyncio.to_thread(read, destination.fds[0]))
+
+            async def save() -> None:
+                await asyncio.to_thread(written, source.fds[0], MAGIC + state)
+                source.answered.set()
+
+            saving = asyncio.ensure_future(save())
+            await outgoing.pass_on()
+            await saving
+            assert not received.done()
+            await outgoing.end()
+            assert await received == state + EMPTY_DESCRIPTION
+            assert incoming.image == state + EMPTY_DESCRIPTION
+
+    asyncio.run(play())
+
+
+def test_nothing_goes_over_before_it_is_wanted() -> None:
+    async def play() -> None:
+        async with sides() as (source, outgoing, destination, incoming):
+            written(source.fds[0], MAGIC + b"state")
+            source.answered.set()
+            await asyncio.sleep(0)
+            os.set_blocking(destination.fds[0], False)
+            assert os.read(destination.fds[0], 1 << 20) == HEAD
+            assert not incoming.image
+            await outgoing.pass_on()
+            assert os.read(destination.fds[0], 1 << 20) == b"state"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the source wrote no device state$"),
+        (MAGIC[:4], "its stream begins with 5145564d$"),
+        (b"\x7fELF1234", "its stream begins with 7f454c4631323334$"),
+    ],
+)
+def test_what_is_no_device_state(data: bytes, reason: str) -> None:
+    async def play() -> None:
+        async with sides() as (source, outgoing, _, incoming):
+            os.write(source.fds[0], data)
+            source.answered.set()
+            with pytest.raises(StateError, match=reason):
+                await outgoing.pass_on()
+            assert not incoming.image
+
+    asyncio.run(play())
+
+
+def test_a_destination_that_stops_reading() -> None:
+    async def play() -> None:
+        async with sides() as (source, outgoing, destination, _):
+            for fd in destination.fds:
+                os.close(fd)
+            destination.fds.clear()
+            os.write(source.fds[0], MAGIC + b"state")
+            source.answered.set()
+            with pytest.raises(StateError, match="stopped reading"):
+                await outgoing.pass_on()
+
+    asyncio.run(play())
+
+
+def test_a_destination_that_is_too_slow() -> None:
+    async def play() -> None:
+        async with sides() as (source, outgoing, _, _):
+            saving = asyncio.ensure_future(asyncio.to_thread(written, source.fds[0], MAGIC + LARGE))
+            passing = asyncio.ensure_future(outgoing.pass_on(timeout=0.01))
+            await saving
+            source.answered.set()
+            with pytest.raises(StateError, match=r"did not take the device state within 0\.01 s"):
+                await passing
+
+    asyncio.run(play())
+
+
+def test_abandoned_it_holds_nobody_up() -> None:
+    async def play() -> None:
+        async with sides() as (source, outgoing, _, _):
+
+            async def save() -> None:
+                with contextlib.suppress(BrokenPipeError):
+                    await asyncio.to_thread(written, source.fds[0], MAGIC + LARGE * 2)
+                source.answered.set()
+
+            saving = asyncio.ensure_future(save())
+            await outgoing.abandon()
+            await saving
+
+    asyncio.run(play())
