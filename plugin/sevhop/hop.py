@@ -395,6 +395,8 @@ class Hop(Procedure):
             try:
                 await let_run(self._destination.monitor)
             except MonitorError as err:
+                if not self._committed:
+                    raise
                 await self._finish_elsewhere(err)
                 await let_run(self._destination.monitor)
         self._hurry.close()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from guests import host_memory, linux
+from guests import counter, host_memory, linux
 from guests.build import Unavailable
 from guests.daemon import Daemon, DomainGuest
 from guests.enclosure import GUESTS
@@ -142,6 +142,11 @@ def test_everything(daemon: Daemon, start: StartDomain, old: Path, new: Path) ->
         assert verdict.unharmed, verdict
 
 
+def memory_of(pid: int) -> list[Path]:
+    """The memfds behind the memory of a QEMU's guest."""
+    return [one for one in Path(f"/proc/{pid}/fd").iterdir() if "memory-backend" in os.readlink(one)]
+
+
 def plugged(guest: DomainGuest) -> int:
     """Bytes of memory that have been plugged in."""
     return int(guest.monitor("query-memory-size-summary")["return"]["plugged-memory"])
@@ -181,11 +186,35 @@ def test_huge_pages(daemon: Daemon, start: StartDomain, old: Path, new: Path) ->
         pytest.skip(str(err))
 
 
+def test_transparent_huge_pages(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """An upgrade leaves them whole."""
+    try:
+        with host_memory.transparent_huge_pages():
+            before = host_memory.transparent_in_memfds()
+            guest = start(memory_mib=64)
+            guest.wait_for_ticks()
+            # The guest itself does not touch this. QEMU may have mapped the memory where huge pages do not fit.
+            (memory,) = memory_of(guest.pid)
+            with memory.open("r+b") as file:
+                file.seek(counter.PATTERN_END)
+                file.write(bytes(8 << 20))
+            huge = host_memory.transparent_in_memfds() - before
+            assert huge >= 4 << 20
+            for emulator in (new, old):
+                report = daemon.upgrade(guest.name, "--emulator", emulator)
+                assert (report["outcome"], report["notes"]) == ("done", []), report
+                guest.wait_for_ticks()
+                assert host_memory.transparent_in_memfds() - before >= huge
+            guest.end()
+    except Unavailable as err:
+        pytest.skip(str(err))
+
+
 def test_a_large_memory_that_is_hardly_touched(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """64 GiB, with 36 vCPUs: no page of it comes into being."""
 
     def touched() -> int:
-        (memory,) = (one for one in Path(f"/proc/{guest.pid}/fd").iterdir() if "memory-backend" in os.readlink(one))
+        (memory,) = memory_of(guest.pid)
         return memory.stat().st_blocks
 
     guest = start(memory_mib=64 << 10, vcpus=36)

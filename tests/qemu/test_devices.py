@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
 from guests.lines import Line
 from guests.running import Guest, wait_ended
 
-from .conftest import DescribeLinux, StartGuest
+from .conftest import DescribeCounter, DescribeLinux, StartGuest
 from .hops import Meddler, hop
 
 #: Seconds that the guest's watchdog goes without food (linux_init.c).
@@ -20,6 +21,20 @@ def pty(guest: Guest) -> Path:
     """The pty behind the chardev of that name; a QEMU opens one of its own."""
     (name,) = (row["filename"] for row in guest.execute("query-chardev") if row["label"] == "pty")
     return Path(name.removeprefix("pty:"))
+
+
+def test_qxl_and_spice(tmp_path: Path, old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    """Debian 12's QEMU has it, later ones have it in a package of their own."""
+    spice = tmp_path / "spice.sock"
+    words = ("-spice", f"unix=on,addr={spice},disable-ticketing=on", "-device", "qxl-vga")
+    guest = start(counter_machine(more=words), old)
+    guest.wait_for_ticks(5)
+    hop(guest, old)
+    guest.wait_for_ticks(5)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(spice))
+    verdict = guest.stop()
+    assert verdict.unharmed, verdict
 
 
 def test_lines_and_a_watchdog(

@@ -244,7 +244,7 @@ class Report:
         if self.foreign_hook_ms:
             lines += ["", f"The hook of a domain that is in no hop: {Spread.of(self.foreign_hook_ms)} ms."]
         for failed in self.failures:
-            what = f"{failed.machine} {failed.mode}, {memory(failed.memory_mib)}"
+            what = f"{failed.machine} {failed.mode}, {memory(failed.memory_mib)}" if failed.machine else failed.mode
             lines += ["", f"{what}, did not arrive: {failed.reason}"]
         return "\n".join(lines) + "\n"
 

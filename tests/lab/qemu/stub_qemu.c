@@ -108,6 +108,13 @@ const char *qdict_get_try_str(const QDict *dict, const char *key)
     return NULL;
 }
 
+int64_t qdict_get_try_int(const QDict *dict, const char *key, int64_t otherwise)
+{
+    (void)dict;
+    (void)key;
+    return otherwise;
+}
+
 int qdict_haskey(const QDict *dict, const char *key)
 {
     return qdict_get_try_str(dict, key) != NULL;
