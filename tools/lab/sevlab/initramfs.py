@@ -21,8 +21,12 @@ from .kernels import Kernel
 INIT = Path(__file__).resolve().parents[1] / "init"
 
 # In the order of loading; what they depend on is found and loaded before them. 9p and overlay make the root file
-# system, virtio_console carries input and output. ccp is ours, and must be there before kvm-amd asks for it.
-MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "ccp", "kvm-amd")
+# system, virtio_console carries input and output. ccp is ours, and must be there before kvm-amd asks for it. Bridges,
+# taps and vhost-net are for domains of libvirt.
+MODULES = (
+    *("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "ccp", "kvm-amd"),
+    *("bridge", "tun", "vhost_net"),
+)
 OPTIONS = {"kvm-amd": "sev=1 sev_es=1"}
 
 
