@@ -2,8 +2,8 @@
 The destination: a new QEMU process that looks, to the system, like the one it replaces.
 
 It gets the source's user, working directory, environment, limits and cgroups, so that relative paths, permissions and
-accounting stay what they were, and adopt.so, so that it adopts instead of launching. It is paused and waits for a
-stream; nothing of it runs.
+accounting stay what they were, and adopt.so, so that it adopts instead of launching. It waits for a stream;
+until that has come to its end nothing of it runs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ The hop: a running guest changes its QEMU.
 
     check      nothing is touched: can this guest hop, to this emulator, on this host?
     hold       the keeper takes the source's VM, memory and listening sockets        undo: let go
-    prepare    destination started, paused, incoming; stream armed                   undo: kill it
+    prepare    destination started, incoming; stream armed, its head given           undo: kill it
     freeze     source stopped; it begins to save its state                           undo: cont
     share      RAM blocks that are not shared go over                                undo: kill it, cont
     save       device state goes over; with its first byte the others are mapped     undo: kill it, cont
@@ -413,6 +413,7 @@ class Hop(Procedure):
         """
         if hasattr(self, "_keeper") and self._keeper.forbid():
             self._commit_is_done()
+            await self._destination.leave()
             raise NeedsRecover(f"{failure.message}; the guest runs in process {self._destination.process.pid} already")
         if self._loaded and not self._source.alive:
             # All that is left of the guest is in the destination. Leave it there, paused.

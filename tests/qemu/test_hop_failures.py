@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -328,6 +329,27 @@ def test_interrupt_behind_the_commit_is_ignored(guest: Guest, old: Path, new: Pa
         report = Meddler().run(guest, emulator, at=at, mischief=lambda hop: refused.append(hop.interrupt()))
         assert report.outcome == "done"
     assert refused == [False, False]
+    assert_unharmed(guest)
+
+
+def test_interrupted_when_the_guest_runs_already(guest: Guest, new: Path) -> None:
+    """The destination has said so, and nobody has heard it yet."""
+
+    def late(hop: Hop) -> None:
+        end = hop._outgoing.end
+
+        async def and_interrupt(*, timeout: float = 10.0) -> None:
+            await end(timeout=timeout)
+            assert select.select([hop._keeper._ours], [], [], 10)[0]
+            assert hop.interrupt()
+
+        hop._outgoing.end = and_interrupt  # type: ignore[method-assign]
+
+    meddler = Meddler()
+    with pytest.raises(NeedsRecover, match="interrupted; the guest runs in process"):
+        meddler.run(guest, new, at="load", mischief=late)
+    assert "runs in the new QEMU" in sevhop("recover").stdout
+    assert guest.pid == meddler.hop.report.destination_pid
     assert_unharmed(guest)
 
 
