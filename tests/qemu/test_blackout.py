@@ -95,7 +95,7 @@ def test_round_trips_and_nothing_slow(
 
 #: System calls of the main thread between the order to stop and the end of the stream, from which on nobody waits for
 #: us. How many it takes to wait varies.
-MOST_CALLS = 160
+MOST_CALLS = 110
 #: What strace prints of the order to stop, and of the end of the stream, a section of type 6 with nothing in it.
 STOP = r'\"stop\"'
 STREAM_END = r'"\6\0\0\0\0", 5)'
