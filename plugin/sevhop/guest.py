@@ -63,6 +63,7 @@ class Guest:
     :ivar name: what the administrator calls it (``-name``), or the pid of its QEMU.
     :ivar state: QEMU's run state, ``running`` or ``paused`` or another.
     :ivar accelerator: ``kvm`` or ``tcg``.
+    :ivar vcpu_threads: ids of the threads that are its processors.
     :ivar memory: bytes of RAM at start.
     :ivar devices: devices with an id, path → type.
     :ivar blockers: why QEMU would not migrate it, in QEMU's words; devices that cannot be migrated are among them.
@@ -76,13 +77,18 @@ class Guest:
     state: str
     accelerator: str
     context: SevContext
-    vcpus: int
+    vcpu_threads: frozenset[int]
     memory: int
     backends: tuple[MemoryBackend, ...]
     devices: dict[str, str]
     blockers: tuple[str, ...]
     jobs: tuple[str, ...]
     blocks: dict[str, RamBlock]
+
+    @property
+    def vcpus(self) -> int:
+        """Number of its processors."""
+        return len(self.vcpu_threads)
 
 
 async def inspect(monitor: Commands, process: QemuProcess) -> Guest:
@@ -105,7 +111,7 @@ async def inspect(monitor: Commands, process: QemuProcess) -> Guest:
             state=str(status["status"]),
             accelerator="kvm" if kvm["enabled"] else "tcg",
             context=await _context(monitor),
-            vcpus=len(await monitor.execute("query-cpus-fast")),
+            vcpu_threads=frozenset(int(cpu["thread-id"]) for cpu in await monitor.execute("query-cpus-fast")),
             memory=int(summary["base-memory"]),
             backends=await _backends(monitor),
             devices=await _devices(monitor),

@@ -115,6 +115,7 @@ class Hop(Procedure):
         self._plates: NamePlates  # hold
         self._keeper: Keeper  # prepare
         self._destination: Destination  # prepare
+        self._theirs: guest.Guest  # prepare; the same in the destination
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
@@ -238,7 +239,7 @@ class Hop(Procedure):
 
     async def _compare(self) -> None:
         """See that the destination is the same machine, on the same memory, and bring its other RAM blocks over."""
-        theirs = await guest.inspect(self._destination.monitor, self._destination.process)
+        theirs = self._theirs = await guest.inspect(self._destination.monitor, self._destination.process)
         if found := guest.differences(self._guest, theirs):
             raise Refused("; ".join(found), "give the destination the source's command line")
         encrypted = frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
@@ -252,7 +253,9 @@ class Hop(Procedure):
         self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
         threads = self._source.threads
-        self._hurry.enter_context(urgent(self._source.pid, *self._destination.process.threads))
+        # Not all of the destination's: one may still be busy with its start, and would keep the guest waiting now.
+        mains = self._source.pid, self._destination.process.pid
+        self._hurry.enter_context(urgent(*mains, *self._theirs.vcpu_threads))
         if self._guest.state == "running":
             self._begin_of_blackout()
             stopped = asyncio.ensure_future(self._source_monitor.execute("stop"))

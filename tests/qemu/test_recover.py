@@ -47,7 +47,8 @@ def test_the_command_is_killed(point: str, guest: Guest, old: Path, new: Path, n
     (one,) = answer["guests"]
     end = one["end"]
     assert (end, one["text"]) in (("source", ""), ("destination", ""))
-    assert point in LOADING or end == ("destination" if point in RUNNING else "source")
+    # A QEMU that has all but the end of the stream takes our own end for that, and may be quicker than recover.
+    assert point in (*SAVED, *LOADING) or end == ("destination" if point in RUNNING else "source")
     assert os.readlink(f"/proc/{guest.pid}/exe") == str((old if end == "source" else new).resolve())
     note(note_fault, PATH, guest, point, "command", end)
     assert recover() == {"guests": [], "status": 0}
@@ -134,7 +135,7 @@ def test_nothing_piles_up_in_a_qemu_that_goes_on(guest: Guest, old: Path, new: P
     assert sevhop("hop", "--source", guest.machine.monitor, "--emulator", new).returncode == 0
     before = open_files(guest.pid)
     for _ in range(2):
-        break_off(guest, old, "phase load", "command")
+        break_off(guest, old, "phase save", "command")
         assert recover()["guests"][0]["end"] == "source"
     wait_until(lambda: open_files(guest.pid) == before, 10, "its descriptors are those of the beginning")
 

@@ -28,7 +28,7 @@ def guest(**fields: object) -> Guest:
         "state": "running",
         "accelerator": "kvm",
         "context": SevContext("none"),
-        "vcpus": 1,
+        "vcpu_threads": frozenset({1}),
         "memory": 1 << 20,
         "backends": (),
         "devices": {},
