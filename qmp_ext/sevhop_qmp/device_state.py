@@ -58,6 +58,12 @@ def head(machine_type: str) -> bytes:
     return MAGIC + configuration_section(machine_type)
 
 
+def no_state(written: bytes | bytearray) -> StateError:
+    """What is to be said of a stream that does not begin as every device state does, with :data:`MAGIC`."""
+    found = f", its stream begins with {written[: len(MAGIC)].hex()}" if written else ""
+    return StateError(f"the source wrote no device state{found}")
+
+
 #: An empty JSON description; QEMU expects one unless the machine has suppress-vmdesc=on.
 EMPTY_DESCRIPTION = struct.pack(">BI", _DESCRIPTION, 0)
 
@@ -260,8 +266,7 @@ class OutgoingState:
         self._receive()
         self._stop_receiving()
         if not self._begun:
-            found = f", its stream begins with {self._received[: len(MAGIC)].hex()}" if self._received else ""
-            raise StateError(f"the source wrote no device state{found}")
+            raise no_state(self._received)
         await self._taken(timeout)
 
     async def end(self, *, timeout: float = STATE_TIMEOUT) -> None:

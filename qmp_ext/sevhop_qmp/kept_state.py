@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from .device_state import EMPTY_DESCRIPTION, MAGIC, STATE_TIMEOUT, configuration_section
+from .device_state import EMPTY_DESCRIPTION, MAGIC, STATE_TIMEOUT, head, no_state
 from .errors import CommandError, MonitorError, StateError
 from .monitor import Commands
 
@@ -22,7 +22,7 @@ class KeptState:
 
     def __init__(self, source: Commands, machine_type: str) -> None:
         self._source = source
-        self._configuration = configuration_section(machine_type)
+        self._head = head(machine_type)
         self._file = -1
         self._fdset: int | None = None
 
@@ -70,17 +70,16 @@ class KeptState:
         except CommandError as err:
             raise StateError(f"the source cannot save its device state: {err.desc}") from err
         written = os.pread(self._file, os.fstat(self._file).st_size, 0)
-        return complete(written, self._configuration)
+        return complete(written, self._head)
 
 
-def complete(written: bytes, configuration: bytes) -> bytes:
+def complete(written: bytes, beginning: bytes) -> bytes:
     """
     What a destination loads, from what a source wrote.
 
+    :param beginning: the :func:`.device_state.head` for its machine type.
     :raises StateError: that is no device state.
     """
-    if not written:
-        raise StateError("the source wrote no device state")
     if not written.startswith(MAGIC):
-        raise StateError(f"the source wrote no device state, its stream begins with {written[: len(MAGIC)].hex()}")
-    return MAGIC + configuration + written[len(MAGIC) :] + EMPTY_DESCRIPTION
+        raise no_state(written)
+    return beginning + written[len(MAGIC) :] + EMPTY_DESCRIPTION

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bench.pause import memory_of
 from guests import counter, host_memory, linux
 from guests.build import Unavailable
 from guests.daemon import Daemon, DomainGuest
@@ -142,11 +143,6 @@ def test_everything(daemon: Daemon, start: StartDomain, old: Path, new: Path) ->
         assert verdict.unharmed, verdict
 
 
-def memory_of(pid: int) -> list[Path]:
-    """The memfds behind the memory of a QEMU's guest."""
-    return [one for one in Path(f"/proc/{pid}/fd").iterdir() if "memory-backend" in os.readlink(one)]
-
-
 def plugged(guest: DomainGuest) -> int:
     """Bytes of memory that have been plugged in."""
     return int(guest.monitor("query-memory-size-summary")["return"]["plugged-memory"])
@@ -194,7 +190,8 @@ def test_transparent_huge_pages(daemon: Daemon, start: StartDomain, old: Path, n
             guest = start(memory_mib=64)
             guest.wait_for_ticks()
             # The guest itself does not touch this. QEMU may have mapped the memory where huge pages do not fit.
-            (memory,) = memory_of(guest.pid)
+            memory = memory_of(guest.pid)
+            assert memory is not None
             with memory.open("r+b") as file:
                 file.seek(counter.PATTERN_END)
                 file.write(bytes(8 << 20))
@@ -214,7 +211,8 @@ def test_a_large_memory_that_is_hardly_touched(daemon: Daemon, start: StartDomai
     """64 GiB, with 36 vCPUs: no page of it comes into being."""
 
     def touched() -> int:
-        (memory,) = memory_of(guest.pid)
+        memory = memory_of(guest.pid)
+        assert memory is not None
         return memory.stat().st_blocks
 
     guest = start(memory_mib=64 << 10, vcpus=36)
