@@ -436,7 +436,8 @@ class Custody:
             self._until_started_ms = (began - self._restore_began) * 1e3
             try:
                 assert self._meeting is not None
-                met = await asyncio.wait_for(self._meeting, self._brief.step_timeout)
+                async with asyncio.timeout(self._brief.step_timeout):
+                    met = await self._meeting
                 try:
                     await self._commit(met)
                 except BaseException:

@@ -83,7 +83,8 @@ def _is_the_systems(uri: str) -> bool:
 async def _in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
     """:raises TimeoutError: it goes on, but nobody waits for it."""
     calling = asyncio.get_running_loop().run_in_executor(_THREADS, function, *arguments)
-    return await asyncio.wait_for(calling, timeout)
+    async with asyncio.timeout(timeout):
+        return await calling
 
 
 class Connection:

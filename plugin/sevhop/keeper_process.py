@@ -131,7 +131,8 @@ class KeeperProcess:
             with process.stdin, process.stdout:
                 process.stdin.write(brief.as_json().encode())
                 process.stdin.close()
-                words = await asyncio.wait_for(asyncio.to_thread(_first_line, process.stdout), START_TIMEOUT)
+                async with asyncio.timeout(START_TIMEOUT):
+                    words = await asyncio.to_thread(_first_line, process.stdout)
         except (TimeoutError, OSError) as err:
             process.kill()
             process.wait()
@@ -194,9 +195,10 @@ class KeeperProcess:
 
     async def release(self) -> None:
         """Let go of everything and end. A guest that does not run anywhere is lost then."""
-        with contextlib.suppress(KeeperError):
+        with contextlib.suppress(KeeperError, OSError):
             await self._ask("release")
-            await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self._control, 1), ANSWER_TIMEOUT)
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                await asyncio.get_running_loop().sock_recv(self._control, 1)
 
     async def _ask(self, request: str) -> str:
         """Ask; and if the keeper has died of it or before it, ask the next one. Every request may be repeated."""

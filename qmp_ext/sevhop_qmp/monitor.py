@@ -138,7 +138,8 @@ class Monitor(Commands):
     async def close(self) -> None:
         """Hang up. What the other side did before does not matter any more, so nothing is raised."""
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._client.disconnect(), self.timeout)
+            async with asyncio.timeout(self.timeout):
+                await self._client.disconnect()
 
     @property
     def closed(self) -> bool:

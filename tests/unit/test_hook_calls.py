@@ -57,7 +57,8 @@ async def call(directory: Path, *words: str, xml: str = XML) -> tuple[int, str, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(xml.encode()), 30)
+    async with asyncio.timeout(30):
+        out, err = await process.communicate(xml.encode())
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode(), process.pid
 

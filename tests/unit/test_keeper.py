@@ -59,6 +59,7 @@ def test_requests_are_answered_meanwhile() -> None:
                 ours.theirs.send(request)
                 assert await asyncio.to_thread(ours.theirs.recv, 4096) == reply
             ours.theirs.send(b"run")
-            await asyncio.wait_for(ours.runs.wait(), 10)
+            async with asyncio.timeout(10):
+                await ours.runs.wait()
 
     asyncio.run(play())

@@ -88,7 +88,8 @@ def adopting(program: Path, source: SevVm, request: str, *, move: bool = True) -
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
-            output, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
+            async with asyncio.timeout(PATIENCE):
+                output, errors = await process.communicate()
             return process.returncode, output.decode(), errors.decode()
 
     status, output, errors = asyncio.run(run())
