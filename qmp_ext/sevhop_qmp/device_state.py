@@ -291,10 +291,12 @@ class OutgoingState:
         if self._saving is None:
             return
         assert self._pipe is not None
-        self._stop_receiving()
-        # Were the source waiting for room, it would wait for ever, and do nothing else that it is told.
-        self._pipe.close()
+        # It is taken all the same. A source that cannot write forgets to close what it has opened (migration/savevm.c:
+        # ``qmp_xen_save_devices_state``), and one that waits for room does nothing else that it is told.
+        self._wanted = False
         await asyncio.gather(self._saving, return_exceptions=True)
+        self._stop_receiving()
+        self._pipe.close()
 
     def _receive(self) -> None:
         """Take what there is. The event loop calls this: between the source and the destination no task is woken."""

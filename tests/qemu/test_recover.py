@@ -140,6 +140,18 @@ def test_nothing_piles_up_in_a_qemu_that_goes_on(guest: Guest, old: Path, new: P
     wait_until(lambda: open_files(guest.pid) == before, 10, "its descriptors are those of the beginning")
 
 
+def test_nothing_piles_up_in_a_source_that_was_to_save(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """It has been told to save when the destination is found dead, and QEMU forgets a pipe that it cannot write."""
+    guest = start(counter_machine(rich=True, network=True, disk_mib=16), old)
+    guest.wait_for_ticks(3)
+    before = open_files(guest.pid)
+    for _ in range(6):
+        assert break_off(guest, new, "before stop 0", "destination") == 3
+    wait_until(lambda: open_files(guest.pid) == before, 10, "its descriptors are those of the beginning")
+
+
 def open_files(pid: int) -> int:
     """How many descriptors a process has."""
     return len(os.listdir(f"/proc/{pid}/fd"))

@@ -158,17 +158,25 @@ def test_a_destination_that_is_too_slow() -> None:
     asyncio.run(play())
 
 
-def test_abandoned_it_holds_nobody_up() -> None:
+@pytest.mark.parametrize("passing", [False, True], ids=["at once", "on its way"])
+def test_abandoned_it_is_taken_and_given_to_nobody(passing: bool) -> None:
+    """A QEMU that cannot write its state leaks a descriptor."""
+
     async def play() -> None:
-        async with sides() as (source, outgoing, _, _):
+        async with sides() as (source, outgoing, _, incoming):
 
             async def save() -> None:
-                with contextlib.suppress(BrokenPipeError):
-                    await asyncio.to_thread(written, source.fds[0], MAGIC + LARGE * 2)
+                await asyncio.to_thread(written, source.fds[0], MAGIC + LARGE * 2)
                 source.answered.set()
 
+            if passing:
+                task = asyncio.ensure_future(outgoing.pass_on())
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait({task})
             saving = asyncio.ensure_future(save())
             await outgoing.abandon()
             await saving
+            assert not incoming.image
 
     asyncio.run(play())
