@@ -98,6 +98,7 @@ struct next {
     int (*fcntl)(int, int, ...);
     void *(*mmap)(void *, size_t, int, int, int, off64_t);
     int (*munmap)(void *, size_t);
+    int (*mprotect)(void *, size_t, int);
     int (*madvise)(void *, size_t, int);
     int (*mlockall)(int);
     ssize_t (*readv)(int, const struct iovec *, int);
@@ -132,6 +133,7 @@ struct memory_counts {
 
 enum ram_state memory_state(void);
 const char *memory_state_name(void);
+int memory_share_ahead(void); /* what can be done before memory_share(); 0, or a negative errno; may be called again */
 int memory_share(void); /* 0, or a negative errno; may be called again */
 struct memory_counts memory_count(void);
 void memory_each(void (*visit)(void *opaque, const char *name, int64_t size, uint64_t inode), void *opaque);

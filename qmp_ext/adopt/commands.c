@@ -54,18 +54,21 @@ static int64_t number_argument(const QDict *arguments, const char *name, Error *
 static int share_with_stream(const QDict *arguments, Error **error)
 {
     const char *name = string_argument(arguments, "stream", error);
-    int64_t head = number_argument(arguments, "head", error);
-    int fd, failure;
+    int64_t head = name ? number_argument(arguments, "head", error) : -1;
+    int fd = head < 0 ? -1 : monitor_get_fd(monitor_cur(), name, error), failure;
 
-    if (head < 0)
-        return -1;
-    fd = name ? monitor_get_fd(monitor_cur(), name, error) : -1;
     if (fd < 0)
         return -1;
     failure = stream_await(fd, (uint64_t)head);
     close(fd);
     if (failure) {
         fail(error, "The stream cannot be awaited: %s", strerror(-failure));
+        return -1;
+    }
+    failure = memory_share_ahead();
+    if (failure) {
+        stream_forget();
+        fail(error, "Guest memory cannot be mapped: %s", strerror(-failure));
         return -1;
     }
     run_is_told = hop.context == CONTEXT_NONE;

@@ -5,7 +5,8 @@
  * When QEMU creates a memfd for guest memory it gets the source's, so the destination needs no other command line than the
  * source. Until the hand-over QEMU maps it privately: what it writes at start-up (ROMs, kernel hashes, loader data, reset)
  * goes to copies, and what it would do to the file (truncate, seal, preallocate, punch holes) is not done. At the hand-over
- * the same addresses are mapped again as QEMU asked for, and the copies are gone.
+ * the same addresses are mapped again as QEMU asked for, and the copies are gone. If it is known to come, the guest's RAM is
+ * mapped ahead, without the permission to write: giving that takes no time, and mapping takes the longer the larger it is.
  */
 #include "adopt.h"
 
@@ -25,6 +26,9 @@
 #define MAP_TYPE 0x0f
 #endif
 
+/* Bytes of address space for which the processor has one table of tables of pages. */
+#define PAGE_TABLE_SPAN ((uintptr_t)1 << 30)
+
 /* A memfd of the source. */
 struct memory {
     struct memory *next;
@@ -43,6 +47,7 @@ struct mapping {
     size_t length;
     int prot, flags;
     off64_t offset;
+    bool ahead; /* mapped already, but not to be written */
 };
 
 /* madvise() settings belong to a mapping and end with it: made again after the hand-over, in the same order. */
@@ -104,6 +109,11 @@ static bool never_guest_memory(const char *name)
         if (!strcmp(name, names[i]))
             return true;
     return false;
+}
+
+static bool is_ram(const char *name)
+{
+    return !strcmp(name, "memory-backend-memfd");
 }
 
 static unsigned int count_request(const char *name)
@@ -179,7 +189,7 @@ EXPORT int memfd_create(const char *name, unsigned int flags)
     }
     if (!strcmp(reply, "none")) {
         /* A backend without the source's pages would be a guest with a hole in its memory. */
-        if (!strcmp(name, "memory-backend-memfd") && !atomic_load(&hop.machine_complete))
+        if (is_ram(name) && !atomic_load(&hop.machine_complete))
             die("the source has fewer memory-backend-memfd objects: use the same memory backends");
         return next()->memfd_create(name, flags);
     }
@@ -438,12 +448,66 @@ void memory_lock_pages(void)
 
 /* ---- the hand-over ---- */
 
-static int share_mapping(const struct mapping *mapping)
+static int map_again(const struct mapping *mapping, int prot)
 {
-    if (next()->mmap(mapping->start, mapping->length, mapping->prot, mapping->flags | MAP_FIXED, mapping->memory->fd,
+    if (next()->mmap(mapping->start, mapping->length, prot, mapping->flags | MAP_FIXED, mapping->memory->fd,
                      mapping->offset) == MAP_FAILED)
         return -errno;
     return 0;
+}
+
+/*
+ * The kernel tells KVM of the whole range if there is a page table in it, empty or not. Those that are shared with what is
+ * mapped in front and behind are at the ends, so these are made writable by themselves.
+ */
+static int permit_writing(const struct mapping *mapping)
+{
+    const uintptr_t start = (uintptr_t)mapping->start, end = start + mapping->length;
+    const uintptr_t front = (start + PAGE_TABLE_SPAN - 1) & -PAGE_TABLE_SPAN, back = end & -PAGE_TABLE_SPAN;
+    const uintptr_t whole[] = {start, end}, parts[] = {start, front, back, end};
+    const uintptr_t *bounds = front <= back ? parts : whole;
+
+    for (size_t i = 0; bounds[i] != end; i++)
+        if (bounds[i] != bounds[i + 1] &&
+            next()->mprotect((void *)bounds[i], bounds[i + 1] - bounds[i], mapping->prot) < 0)
+            return -errno;
+    return 0;
+}
+
+static int share_mapping(const struct mapping *mapping)
+{
+    return mapping->ahead ? permit_writing(mapping) : map_again(mapping, mapping->prot);
+}
+
+static int advise_again(void)
+{
+    for (struct advice *advice = advices; advice; advice = advice->next)
+        if (next()->madvise(advice->start, advice->length, advice->advice) < 0)
+            return -errno;
+    return 0;
+}
+
+/*
+ * KVM looks through all of a memory slot when something else is mapped there, and the guest need not wait for that. Nobody
+ * writes to its RAM while QEMU waits for the device state; to memory of devices (aux-ram-share=on) they might.
+ */
+int memory_share_ahead(void)
+{
+    int result = 0;
+
+    pthread_mutex_lock(&adopt_lock);
+    if (memory_state() == RAM_PRIVATE) {
+        for (struct mapping *mapping = mappings; mapping && !result; mapping = mapping->next) {
+            if (mapping->ahead || !is_ram(mapping->memory->name))
+                continue;
+            result = map_again(mapping, mapping->prot & ~PROT_WRITE);
+            mapping->ahead = !result;
+        }
+        if (!result)
+            result = advise_again();
+    }
+    pthread_mutex_unlock(&adopt_lock);
+    return result;
 }
 
 /* A failure in the middle leaves the state private: the guard holds, and the call may be repeated. */
@@ -455,9 +519,8 @@ int memory_share(void)
     if (memory_state() == RAM_PRIVATE) {
         for (struct mapping *mapping = mappings; mapping && !result; mapping = mapping->next)
             result = share_mapping(mapping);
-        for (struct advice *advice = advices; advice && !result; advice = advice->next)
-            if (next()->madvise(advice->start, advice->length, advice->advice) < 0)
-                result = -errno;
+        if (!result)
+            result = advise_again();
         if (!result) {
             atomic_store(&state, RAM_SHARED);
             for (struct memory *memory = memories; memory; memory = memory->next) {

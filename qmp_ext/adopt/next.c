@@ -31,6 +31,7 @@ void find_next_functions(void)
     *(void **)&n->fcntl = find("fcntl64");
     *(void **)&n->mmap = find("mmap64");
     *(void **)&n->munmap = find("munmap");
+    *(void **)&n->mprotect = find("mprotect");
     *(void **)&n->madvise = find("madvise");
     *(void **)&n->mlockall = find("mlockall");
     *(void **)&n->readv = find("readv");

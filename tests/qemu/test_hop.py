@@ -48,12 +48,12 @@ def test_under_tcg(old: Path, new: Path, counter_machine: DescribeCounter, start
     assert_unharmed(guest)
 
 
-def memory_of(pid: int) -> tuple[tuple[str, int], bool]:
-    """Inode and sharing of the guest memory that a QEMU has mapped."""
+def memory_of(pid: int) -> tuple[tuple[str, int], str]:
+    """Inode of the guest memory that a QEMU has mapped, and what it may do to it."""
     process = QemuProcess.open(pid)
     try:
         (mapping,) = (m for m in process.mappings() if m.path.startswith("/memfd:memory-backend-memfd"))
-        return (mapping.device, mapping.inode), mapping.shared
+        return (mapping.device, mapping.inode), mapping.permissions
     finally:
         process.close()
 
@@ -83,7 +83,7 @@ def test_the_pages_are_the_same_ones(old: Path, new: Path, counter_machine: Desc
         mischief=lambda hop: at_freeze.extend([digest(), memory_of(hop.report.destination_pid)]),
     )
     source.close()
-    assert at_freeze == [before_start, (before[0], False)], "unchanged, and mapped privately until the hand-over"
+    assert at_freeze == [before_start, (before[0], "r--s")], "unchanged, and not to be written until the hand-over"
     assert memory_of(report.destination_pid) == before
     assert_unharmed(guest)
 

@@ -289,6 +289,10 @@ static void command(void)
     if (!world.commands)
         return;
     function = world.command[input_byte() % world.commands].function;
+    if (arguments && input_chance(3)) {
+        qdict_put_str(arguments, "stream", "stream");
+        qdict_put_int(arguments, "head", input_byte());
+    }
     for (unsigned int count = input_byte() % 4; arguments && count; count--) {
         const char *key = keys[input_byte() % 4];
 
@@ -391,6 +395,24 @@ static void use(enum target target)
     }
 }
 
+/* What made-up input seldom arrives at: a machine that is complete and has adopted the memory of its source. */
+static void start_machine(void)
+{
+    world.honest = true;
+    for (unsigned int slot = 0; slot < POOL_MEMORY; slot++) {
+        int fd = adopt_memfd_create(input_chance(8) ? "vga.vram" : "memory-backend-memfd", 0);
+        char *start = adopt_mmap64(NULL, (size_t)pool_size[slot], PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+        remember(fd);
+        if (start != MAP_FAILED) {
+            addresses[slot] = start;
+            lengths[slot] = (size_t)pool_size[slot];
+        }
+    }
+    world.honest = false;
+    world.notifier->notify(world.notifier, NULL);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
 {
     static bool started;
@@ -406,6 +428,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     if (setjmp(world.ended))
         return 0;
     connect_keeper(TARGET);
+    if (TARGET == qmp && input_chance(2))
+        start_machine();
     for (unsigned int step = 0; TARGET != hello && input_left() && step < 100; step++) {
         use(TARGET);
         world_check();

@@ -22,7 +22,7 @@
 struct world world;
 int pool_memory[POOL_MEMORY], pool_listener[POOL_LISTENERS];
 
-static const int64_t pool_size[POOL_MEMORY] = {4096, 8192, 8192, 1 << 20};
+const int64_t pool_size[POOL_MEMORY] = {4096, 8192, 8192, 1 << 20};
 static struct stat pool_stat[POOL_MEMORY];
 static int first_free;
 
@@ -111,6 +111,7 @@ void world_free(void *memory)
 static struct mapping {
     uintptr_t start;
     size_t length;
+    size_t writable; /* bytes */
     bool of_source, shared, early; /* early: from before the hand-over, which it must be part of */
 } mappings[MAPPINGS];
 static unsigned int mapping_count;
@@ -148,7 +149,7 @@ void world_reset(void)
         free(allocated[--allocations]);
     close_range((unsigned int)first_free, ~0U, 0);
     mapping_count = 0;
-    next_address = 1UL << 40;
+    next_address = (1UL << 40) - 6 * 4096; /* the third or so lies on both sides of a boundary between page tables */
     memset(&world, 0, sizeof world);
     world.notifier = notifier;
     world.vm = -1;
@@ -193,17 +194,17 @@ static int usual_reply(char *reply, const char *request)
         return sprintf(reply, "ok context=%s source=%s handle=%u", contexts[input_byte() % 3],
                        input_chance(2) ? "ended" : "running", input_word());
     }
-    if (input_chance(8))
+    if (!world.honest && input_chance(8))
         return sprintf(reply, "none");
     world.reply_fds = 1;
     if (!strncmp(request, "listener ", 9))
         return sprintf(reply, "fd");
-    return sprintf(reply, "fd %lld", (long long)pool_size[input_byte() % POOL_MEMORY]);
+    return sprintf(reply, "fd %lld", (long long)pool_size[world.honest ? world.given : input_byte() % POOL_MEMORY]);
 }
 
 static int pick_descriptor(void)
 {
-    unsigned int pick = input_byte() % (POOL_MEMORY + POOL_LISTENERS);
+    unsigned int pick = world.honest ? world.given++ : input_byte() % (POOL_MEMORY + POOL_LISTENERS);
 
     return pick < POOL_MEMORY ? pool_memory[pick] : pool_listener[pick - POOL_MEMORY];
 }
@@ -248,7 +249,7 @@ ssize_t world_send(int fd, const void *text, size_t length, int flags);
 ssize_t world_send(int fd, const void *text, size_t length, int flags)
 {
     char request[KEEPER_MESSAGE + 1] = {0};
-    uint8_t mood = input_byte();
+    uint8_t mood = world.honest ? 100 : input_byte();
 
     (void)fd;
     demand(flags & MSG_NOSIGNAL && length < KEEPER_MESSAGE);
@@ -382,7 +383,7 @@ static void *kernel_mmap(void *address, size_t length, int prot, int flags, int 
     bool of_source = fd >= 0 && world_is_pool(fd), shared = (flags & 0xf) != MAP_PRIVATE;
     uintptr_t start = (uintptr_t)address;
 
-    (void)prot, (void)offset;
+    (void)offset;
     if (perhaps(0) < 0 || !length)
         return MAP_FAILED;
     /* The mapping at the hand-over is at an address that is mapped privately already; nothing else may be shared. */
@@ -404,6 +405,7 @@ static void *kernel_mmap(void *address, size_t length, int prot, int flags, int 
     mappings[mapping_count++] =
         (struct mapping){.start = start,
                          .length = length,
+                         .writable = prot & PROT_WRITE ? length : 0,
                          .of_source = of_source,
                          .shared = shared,
                          .early = memory_state() == RAM_PRIVATE};
@@ -414,6 +416,23 @@ static int kernel_munmap(void *address, size_t length)
 {
     forget((uintptr_t)address, length);
     return 0;
+}
+
+/* At the hand-over, of what was mapped ahead of it; in parts, and once more when it has failed. */
+static int kernel_mprotect(void *address, size_t length, int prot)
+{
+    uintptr_t start = (uintptr_t)address;
+    bool found = false;
+
+    demand(memory_state() == RAM_PRIVATE && prot & PROT_WRITE);
+    for (unsigned int i = 0; i < mapping_count; i++)
+        if (mappings[i].start <= start && start + length <= mappings[i].start + mappings[i].length) {
+            demand(mappings[i].of_source && mappings[i].shared);
+            mappings[i].writable += length;
+            found = true;
+        }
+    demand(found);
+    return perhaps(0);
 }
 
 static int kernel_madvise(void *address, size_t length, int advice)
@@ -522,6 +541,7 @@ struct next next_functions = {.ioctl = kernel_ioctl,
                               .fcntl = kernel_fcntl,
                               .mmap = kernel_mmap,
                               .munmap = kernel_munmap,
+                              .mprotect = kernel_mprotect,
                               .madvise = kernel_madvise,
                               .mlockall = kernel_mlockall,
                               .readv = kernel_readv,
@@ -538,10 +558,10 @@ void find_next_functions(void)
     demand(!"they are here");
 }
 
-/* Behind the hand-over no mapping from before it is private. That none is shared before it, mmap() itself sees to. */
+/* Behind the hand-over each mapping from before it is shared, all of it. That none is before it, mmap() itself sees to. */
 void world_check(void)
 {
     for (unsigned int i = 0; i < mapping_count; i++)
         if (mappings[i].of_source && mappings[i].early)
-            demand(memory_state() != RAM_SHARED || mappings[i].shared);
+            demand(memory_state() != RAM_SHARED || (mappings[i].shared && mappings[i].writable >= mappings[i].length));
 }

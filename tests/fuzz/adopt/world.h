@@ -34,6 +34,8 @@ struct world {
     jmp_buf ended; /* where die() goes */
     int keeper[2]; /* the library's end, ours */
     int reply_fds; /* descriptors with the next reply */
+    bool honest; /* the keeper gives one memory of the pool after the other */
+    unsigned int given;
     unsigned int kernel_moves; /* contexts that the kernel has moved */
     int vm;
     Notifier *notifier;
@@ -46,6 +48,7 @@ struct world {
 
 extern struct world world;
 extern int pool_memory[POOL_MEMORY], pool_listener[POOL_LISTENERS];
+extern const int64_t pool_size[POOL_MEMORY]; /* bytes */
 
 void world_start(void);  /* once */
 void world_reset(void);  /* before each input: as after the library's constructor, no descriptor, no allocation left */
