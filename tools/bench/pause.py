@@ -30,7 +30,7 @@ class Sampler:
     Looks at a guest's number from :meth:`start` until :meth:`stop`. A context manager.
 
     :ivar began: when the number was seen to grow, ns; 0 until then.
-    :ivar gaps: (from, to) of each time it stood still for a millisecond or longer, ns.
+    :ivar gaps: (from, to) of each time it was seen to stand still for a millisecond or longer, ns.
     :ivar last: when it was seen to grow for the last time, ns.
     """
 

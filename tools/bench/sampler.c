@@ -8,7 +8,8 @@
  * nanoseconds of CLOCK_MONOTONIC:
  *
  *   first T       the number has begun to grow, by several steps one after the other: being loaded into memory is one step
- *   gap T U       it stood still from T to U, for a millisecond or longer
+ *   gap T U       it stood still from T to U, for a millisecond or longer, and was seen to do so: where a hypervisor takes the
+ *                 processor away, there is nobody to look
  *   last T        at the end (SIGTERM): when it was last seen to grow
  *
  * It runs with a real-time priority, so that others do not make gaps, and sleeps nearly all of the time.
@@ -27,6 +28,7 @@
 #define LONGEST 10000000 /* and at most */
 #define ERROR 64 /* a gap may be too long by this part of it */
 #define GAP 1000000 /* ns that are worth telling */
+#define LOOKS 4 /* without growth, in a gap */
 #define STEPS 4 /* that make growth */
 
 static volatile sig_atomic_t ended;
@@ -58,7 +60,7 @@ int main(int argc, char **argv)
     struct sched_param priority = {.sched_priority = 50};
     int64_t begun = 0, grown = 0;
     uint64_t offset, before;
-    int steps = 0, fd;
+    int steps = 0, looks = 0, fd;
     char *page;
 
     if (argc != 3) {
@@ -88,6 +90,7 @@ int main(int argc, char **argv)
         value = *number;
         time = now();
         if (value == before) {
+            looks++;
             if (steps < STEPS)
                 steps = 0;
             continue;
@@ -98,10 +101,11 @@ int main(int argc, char **argv)
                 begun = time;
             if (++steps == STEPS)
                 printf("first %" PRId64 "\n", begun);
-        } else if (time - grown >= GAP) {
+        } else if (time - grown >= GAP && looks >= LOOKS) {
             printf("gap %" PRId64 " %" PRId64 "\n", grown, time);
         }
         grown = time;
+        looks = 0;
     }
     printf("last %" PRId64 "\n", grown);
     return 0;
