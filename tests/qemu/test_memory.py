@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from bench.pause import memory_of
 from guests import counter, host_memory
 from guests.build import Unavailable
 from guests.machine import Machine
@@ -35,13 +36,10 @@ def memories(pid: int) -> list[MemoryMapping]:
 
 
 def memfd(pid: int) -> Path:
-    """The descriptor of the one memory backend."""
-    process = QemuProcess.open(pid)
-    try:
-        (number,) = (one.number for one in process.descriptors() if "memory-backend-memfd" in one.target)
-        return Path(f"/proc/{pid}/fd/{number}")
-    finally:
-        process.close()
+    """The guest's memory."""
+    memory = memory_of(pid)
+    assert memory is not None
+    return memory
 
 
 def backend(name: str, mib: int, more: str = "") -> tuple[str, str]:
