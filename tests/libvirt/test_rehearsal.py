@@ -122,7 +122,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("how", REFUSED)
+#: Has as long as a start may take.
+LONG = pytest.mark.faults
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=LONG if how == "hangs" else []) for how in REFUSED])
 def test_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str) -> None:
     text, reason = REFUSED[how]
     guest = start()
