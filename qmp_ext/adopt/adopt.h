@@ -104,6 +104,7 @@ struct next {
     ssize_t (*readv)(int, const struct iovec *, int);
     int (*open)(const char *, int, ...);
     FILE *(*fopen)(const char *, const char *);
+    int (*fadvise)(int, off64_t, off64_t, int);
     int (*bind)(int, const struct sockaddr *, socklen_t);
     int (*unlink)(const char *);
     int (*listen)(int, int);

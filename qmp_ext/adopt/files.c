@@ -2,6 +2,9 @@
 /*
  * Files that QEMU writes a log to (-serial file:, logfile=, -D): it truncates them when it starts. The source still writes
  * them then, so the destination appends.
+ *
+ * Disk images: before the guest runs, QEMU has the kernel drop what it has read of them (drop-cache=on of block/file-posix.c),
+ * since another host may have written to them. No other host has, and reading them again keeps the guest waiting for the disk.
  */
 #include "adopt.h"
 
@@ -78,4 +81,21 @@ EXPORT FILE *fopen64(const char *path, const char *mode)
 EXPORT FILE *fopen(const char *path, const char *mode)
 {
     return open_stream(path, mode);
+}
+
+static int advise(int fd, off64_t offset, off64_t length, int advice)
+{
+    if (hop_under_way() && advice == POSIX_FADV_DONTNEED)
+        return 0;
+    return next()->fadvise(fd, offset, length, advice);
+}
+
+EXPORT int posix_fadvise64(int fd, off64_t offset, off64_t length, int advice)
+{
+    return advise(fd, offset, length, advice);
+}
+
+EXPORT int posix_fadvise(int fd, off_t offset, off_t length, int advice)
+{
+    return advise(fd, offset, length, advice);
 }

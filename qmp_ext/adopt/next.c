@@ -37,6 +37,7 @@ void find_next_functions(void)
     *(void **)&n->readv = find("readv");
     *(void **)&n->open = find("open64");
     *(void **)&n->fopen = find("fopen64");
+    *(void **)&n->fadvise = find("posix_fadvise64");
     *(void **)&n->bind = find("bind");
     *(void **)&n->unlink = find("unlink");
     *(void **)&n->listen = find("listen");

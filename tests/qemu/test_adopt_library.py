@@ -128,7 +128,8 @@ def test_library_exports_only_what_it_interposes() -> None:
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     assert names == set(
         "ioctl memfd_create mmap mmap64 munmap madvise mlockall readv ftruncate ftruncate64 fallocate fallocate64 "
-        "fcntl fcntl64 open open64 __open_2 __open64_2 fopen fopen64 bind unlink listen accept accept4".split()
+        "fcntl fcntl64 open open64 __open_2 __open64_2 fopen fopen64 posix_fadvise posix_fadvise64 bind unlink listen "
+        "accept accept4".split()
     )
 
 

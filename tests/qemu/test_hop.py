@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,27 @@ def test_reset_after_a_hop_boots(old: Path, new: Path, counter_machine: Describe
     guest.wait_for_ticks(5)
     verdict = guest.stop()
     assert (verdict.restarts, verdict.ticks_repeated, verdict.ticks_lost, verdict.memory_errors) == (1, 0, 0, 0)
+
+
+def cached(path: Path) -> int:
+    """How many pages of a file the kernel has in its page cache."""
+    command = ["fincore", "--noheadings", "--output", "PAGES", str(path)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_disk_images_stay_in_the_page_cache(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """Otherwise the guest would wait for the disk: its new QEMU reads an image's tables before it lets it run."""
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(5)
+    image = guest.machine.disk
+    os.sync()  # what is not written yet would stay anyway
+    image.read_bytes()
+    before = cached(image)
+    assert before
+    hop(guest, new)
+    assert cached(image) == before
 
 
 def talk(path: Path) -> str:

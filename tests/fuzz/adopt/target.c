@@ -183,7 +183,9 @@ static void use_sockets(void)
         adopt_accept4(pick(), (struct sockaddr *)&peer, &length, SOCK_CLOEXEC);
         break;
     case 7:
-        if (input_chance(2))
+        if (input_chance(4))
+            adopt_posix_fadvise64(pick(), 0, 0, (int)(input_byte() % 8));
+        else if (input_chance(2))
             adopt_open64(input_chance(4) ? text(64) : "/etc/passwd", (int)(input_word() & (O_TRUNC | O_APPEND | O_ACCMODE)));
         else
             adopt_fopen64(input_chance(4) ? text(64) : "/etc/passwd", input_chance(2) ? "wb" : text(20));

@@ -479,6 +479,13 @@ static FILE *kernel_fopen(const char *path, const char *mode)
     return NULL;
 }
 
+static int kernel_fadvise(int fd, off64_t offset, off64_t length, int advice)
+{
+    (void)fd, (void)offset, (void)length;
+    demand(!hop_under_way() || advice != POSIX_FADV_DONTNEED);
+    return perhaps(0);
+}
+
 static int kernel_bind(int fd, const struct sockaddr *address, socklen_t length)
 {
     (void)fd, (void)address, (void)length;
@@ -547,6 +554,7 @@ struct next next_functions = {.ioctl = kernel_ioctl,
                               .readv = kernel_readv,
                               .open = kernel_open,
                               .fopen = kernel_fopen,
+                              .fadvise = kernel_fadvise,
                               .bind = kernel_bind,
                               .unlink = kernel_unlink,
                               .listen = kernel_listen,

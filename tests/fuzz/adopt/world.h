@@ -78,6 +78,7 @@ int adopt_mlockall(int flags);
 ssize_t adopt_readv(int fd, const struct iovec *vector, int count);
 int adopt_open64(const char *path, int flags, ...);
 FILE *adopt_fopen64(const char *path, const char *mode);
+int adopt_posix_fadvise64(int fd, off64_t offset, off64_t length, int advice);
 int adopt_bind(int fd, const struct sockaddr *address, socklen_t length);
 int adopt_unlink(const char *path);
 int adopt_listen(int fd, int backlog);
