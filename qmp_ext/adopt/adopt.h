@@ -191,7 +191,9 @@ int vcpus_held(void);
 
 /* ---- urgency.c ---- */
 
-void urgency_ends(void); /* for all threads but the main one */
+/* For all threads but the main one. */
+void urgency_begins(void);
+void urgency_ends(void);
 
 /* ---- cpu_properties.c ---- */
 

@@ -106,6 +106,7 @@ static void adopt_ram(QDict *arguments, QObject **result, Error **error)
     }
     if (later ? share_with_stream(arguments, error) : share_now(error))
         return;
+    urgency_begins();
     counts = memory_count();
     answer = qdict_new();
     qdict_put_int(answer, "mappings", counts.mappings);

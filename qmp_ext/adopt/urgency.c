@@ -8,9 +8,13 @@
 #include <dirent.h>
 #include <limits.h>
 #include <sched.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #define PRIORITY 1
+
+static pid_t *threads;
+static size_t count, room;
 
 static void lower(pid_t thread)
 {
@@ -23,16 +27,35 @@ static void lower(pid_t thread)
     sched_setscheduler(thread, SCHED_OTHER, &parameter);
 }
 
-void urgency_ends(void)
+static void remember(pid_t thread)
 {
-    DIR *threads = opendir("/proc/self/task");
+    if (count == room) {
+        room += 64;
+        threads = realloc(threads, room * sizeof *threads);
+        if (!threads)
+            die("out of memory");
+    }
+    threads[count++] = thread;
+}
+
+/* Looking for them takes a tenth of a millisecond, for which the guest need not wait. Those that come later have no priority. */
+void urgency_begins(void)
+{
+    DIR *directory = opendir("/proc/self/task");
     struct dirent *entry;
     unsigned long long number;
 
-    if (!threads)
+    if (!directory)
         return;
-    while ((entry = readdir(threads)))
+    count = 0;
+    while ((entry = readdir(directory)))
         if (parse_number(entry->d_name, &number) && number <= INT_MAX && (pid_t)number != getpid())
-            lower((pid_t)number);
-    closedir(threads);
+            remember((pid_t)number);
+    closedir(directory);
+}
+
+void urgency_ends(void)
+{
+    for (size_t i = 0; i < count; i++)
+        lower(threads[i]);
 }
