@@ -177,17 +177,23 @@ _TYPES: dict[Any, Any] = {
 class Journal:
     """
     The journal of a hop, while this process has it. :meth:`begin` or :meth:`take_over`, then :meth:`end`.
-
-    :ivar entry: all that was written so far.
     """
 
     def __init__(self, path: Path, fd: int, entry: Entry, size: int) -> None:
         self.path = path
-        self.entry = entry
+        self._entry = entry
+        self._since: dict[str, Any] = {}
         self._fd = fd
         self._size = size
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._flush: Future[None] | None = None
+
+    @property
+    def entry(self) -> Entry:
+        """All that was written so far."""
+        if self._since:
+            self._entry, self._since = replace(self._entry, **self._since), {}
+        return self._entry
 
     @classmethod
     def begin(cls, entry: Entry) -> Self:
@@ -266,7 +272,7 @@ class Journal:
         except OSError as err:
             raise _unwritable(err) from err
         self._size += len(line)
-        self.entry = replace(self.entry, **facts)
+        self._since.update(facts)
         if flush and (self._flush is None or self._flush.done()):
             self._flush = self._flusher.submit(_flush, self._fd)
 
