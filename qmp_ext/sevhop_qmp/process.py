@@ -17,7 +17,6 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +38,8 @@ _REAPED_POLL = 0.001
 #: Seconds between two looks at the state of its threads.
 _STATE_POLL = 0.0002
 
-_PAGE_PRESENT_OR_SWAPPED = 3 << 62
+#: From the last byte of an entry of pagemap: 1 if the page is present or swapped (bits 63 and 62), otherwise 0.
+_PAGE_THERE = bytes(flags >= 1 << 6 for flags in range(256))
 
 _LIMITS: Mapping[str, int] = {
     "Max core file size": resource.RLIMIT_CORE,
@@ -415,7 +415,7 @@ class QemuProcess:
     def memory(self, *, write: bool = False) -> Iterator[int]:
         """Descriptor of ``/proc/PID/mem``, to be read (and written) by address with pread and pwrite."""
         try:
-            fd = os.open(self._proc / "mem", (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+            fd = os.open(f"{self._proc}/mem", (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as err:
             raise self._unreadable("mem", err) from err
         try:
@@ -430,18 +430,22 @@ class QemuProcess:
         """
         page = resource.getpagesize()
         try:
-            with (self._proc / "pagemap").open("rb", buffering=0) as file:
-                table = os.pread(file.fileno(), -(-length // page) * 8, start // page * 8)
+            fd = os.open(f"{self._proc}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                table = os.pread(fd, -(-length // page) * 8, start // page * 8)
+            finally:
+                os.close(fd)
         except OSError as err:
             raise self._unreadable("pagemap", err) from err
+        # The flags are in the last of the 8 bytes of each entry. A guest may have to wait for this: no loop over pages.
+        there = table[7::8].translate(_PAGE_THERE)
         areas: list[tuple[int, int]] = []
-        for number, (entry,) in enumerate(struct.iter_unpack("<Q", table)):
-            if entry & _PAGE_PRESENT_OR_SWAPPED:
-                first, end = number * page, min((number + 1) * page, length)
-                if areas and areas[-1][1] == first:
-                    areas[-1] = (areas[-1][0], end)
-                else:
-                    areas.append((first, end))
+        end = 0
+        while (first := there.find(1, end)) >= 0:
+            end = there.find(0, first)
+            if end < 0:
+                end = len(there)
+            areas.append((first * page, min(end * page, length)))
         return areas
 
     # -- reading /proc ---------------------------------------------------------------------------

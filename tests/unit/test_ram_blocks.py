@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import mmap
 import os
@@ -49,6 +50,19 @@ def test_table_of_new_qemu_has_addresses() -> None:
 def test_what_is_no_such_table_is_refused(text: str) -> None:
     with pytest.raises(RamError):
         parse_ramblock_table(text)
+
+
+def test_parts_that_have_pages() -> None:
+    page = mmap.PAGESIZE
+    me = QemuProcess.open(os.getpid())
+    with contextlib.closing(me), mmap.mmap(-1, 8 * page) as memory:
+        start = ctypes.addressof(pointer := ctypes.c_char.from_buffer(memory))
+        assert me.populated(start, 8 * page) == []
+        for number in (0, 2, 3, 7):
+            memory[number * page] = 1
+        assert me.populated(start, 8 * page) == [(0, page), (2 * page, 4 * page), (7 * page, 8 * page)]
+        assert me.populated(start, 7 * page + 5) == [(0, page), (2 * page, 4 * page), (7 * page, 7 * page + 5)]
+        del pointer  # a mapping that is referred to cannot be closed
 
 
 def block(name: str, *, used: int = 4096, inode: int = 0, shared: bool = False) -> RamBlock:
