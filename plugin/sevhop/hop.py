@@ -30,7 +30,7 @@ import contextlib
 import errno
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -251,22 +251,29 @@ class Hop(Procedure):
 
     async def _freeze(self) -> None:
         self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
+        self._carrier.carry()  # once more, so that little is left, and what is to be done then has just been done
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
-        threads = self._source.threads
+        readers = set(self._source.threads) - self._guest.vcpu_threads
         # Not all of the destination's: one may still be busy with its start, and would keep the guest waiting now.
-        mains = self._source.pid, self._destination.process.pid
-        self._hurry.enter_context(urgent(*mains, *self._theirs.vcpu_threads))
+        self._hurry.enter_context(urgent(self._destination.process.pid, *self._theirs.vcpu_threads))
+        self._hurry_source([self._source.pid])
         if self._guest.state == "running":
             self._begin_of_blackout()
-            stopped = asyncio.ensure_future(self._source_monitor.execute("stop"))
-            # QEMU runs commands in their order, so this one need not wait for the answer.
-            self._outgoing.begin(timeout=self._options.step_timeout)
-            self._own_hurry.enter_context(urgent(0))
-            await stopped
+            # The guest stands still by then, and a thread of the source reads the order to save. It goes before us.
+            with self._source_monitor.at_the_first_word(lambda: self._hurry_source(readers)):
+                stopped = asyncio.ensure_future(self._source_monitor.execute("stop"))
+                # QEMU runs commands in their order, so this one need not wait for the answer.
+                self._outgoing.begin(timeout=self._options.step_timeout)
+                self._own_hurry.enter_context(urgent(0))
+                await stopped
         else:
             await self._see_source_stopped()
+            self._hurry_source(readers)
             self._outgoing.begin(timeout=self._options.step_timeout)
-        self._hurry.enter_context(urgent(*threads))
+        self._hurry_source(self._guest.vcpu_threads)
+
+    def _hurry_source(self, threads: Iterable[int]) -> None:
+        self._hurry.enter_context(urgent(*threads, first=True))
 
     async def _see_source_stopped(self) -> None:
         status = await self._source_monitor.execute("query-status")
@@ -275,6 +282,7 @@ class Hop(Procedure):
 
     async def _share(self) -> None:
         # Meanwhile the source saves its state.
+        self._outgoing.announce()
         self._carrier.carry()
 
     async def _save(self) -> None:

@@ -5,7 +5,8 @@ The source writes it by ``xen-save-devices-state``, which exists in every build,
 with ``live`` on a stopped VM, also gives up its disk images. The destination loads it as an incoming migration. In
 between two things are missing from the stream, and this module puts them in: the configuration section after the
 8 byte header, and an empty description at the end (migration/savevm.c: ``qemu_savevm_state_header``,
-``QEMU_VM_CONFIGURATION``, ``QEMU_VM_VMDESCRIPTION``).
+``QEMU_VM_CONFIGURATION``, ``QEMU_VM_VMDESCRIPTION``). What comes between is sections of devices, each with a
+``QEMU_VM_SECTION_FULL`` in front.
 
 Nothing is stored on disk: the stream goes through two pipes while it is being written.
 """
@@ -27,6 +28,7 @@ from .errors import CommandError, MonitorError, StateError
 from .monitor import Monitor
 
 MAGIC = b"QEVM\x00\x00\x00\x03"
+_SECTION = b"\x04"
 _CONFIGURATION = 0x07
 _DESCRIPTION = 0x06
 _STREAM_NAME = "sevhop-device-state"
@@ -60,10 +62,11 @@ def head(machine_type: str) -> bytes:
 
 def no_state(written: bytes | bytearray) -> StateError:
     """What is to be said of a stream that does not begin as every device state does, with :data:`MAGIC`."""
-    found = f", its stream begins with {written[: len(MAGIC)].hex()}" if written else ""
+    found = f", its stream begins with {written[: len(_BEGINNING)].hex()}" if written else ""
     return StateError(f"the source wrote no device state{found}")
 
 
+_BEGINNING = MAGIC + _SECTION
 #: An empty JSON description; QEMU expects one unless the machine has suppress-vmdesc=on.
 EMPTY_DESCRIPTION = struct.pack(">BI", _DESCRIPTION, 0)
 
@@ -188,7 +191,8 @@ class IncomingState:
 class OutgoingState:
     """
     The source's side, connected to a destination's: everything is armed while the guest runs. :meth:`begin` is called
-    with the order to stop it, :meth:`pass_on` once it has stopped, and :meth:`end` when the destination may have all.
+    with the order to stop it, :meth:`announce` and :meth:`pass_on` once it has stopped, and :meth:`end` when the
+    destination may have all.
     """
 
     def __init__(self, source: Monitor, incoming: IncomingState) -> None:
@@ -242,14 +246,23 @@ class OutgoingState:
         :param timeout: seconds until the source must have done it.
         """
         assert self._pipe is not None
-        arguments = {"filename": self._path, "live": True}
+        # Nothing that goes without saying (``live`` is true): QEMU reads its monitor byte by byte, and the guest waits.
+        arguments = {"filename": self._path}
         self._saving = asyncio.ensure_future(self._source.execute("xen-save-devices-state", arguments, timeout=timeout))
         asyncio.get_running_loop().add_reader(self._pipe, self._receive)
 
+    def announce(self) -> None:
+        """
+        Give the destination the byte that the state begins with, which is the same for all. It maps the guest's pages
+        then, while the source saves.
+        """
+        self._incoming.give(_SECTION)
+
     async def pass_on(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
-        Give what the source writes to the destination, which begins to load it. Afterwards the source has given up its
-        disk images; ``cont`` takes them back. What is missing is the :meth:`end`.
+        Give what the source writes, but for what was announced, to the destination, which begins to load it.
+        Afterwards the source has given up its disk images; ``cont`` takes them back. What is missing is the
+        :meth:`end`.
 
         :raises StateError: the source could not save, or what it wrote is not a device state.
         :raises MonitorError: the source is gone or silent.
@@ -311,9 +324,9 @@ class OutgoingState:
         if not self._wanted or not self._received:
             return
         if not self._begun:
-            if len(self._received) < len(MAGIC) or not self._received.startswith(MAGIC):
+            if not self._received.startswith(_BEGINNING):
                 return
-            del self._received[: len(MAGIC)]  # the destination has a head already
+            del self._received[: len(_BEGINNING)]  # the destination has a head already
             self._begun = True
         self._incoming.give(bytes(self._received))
         self._received.clear()

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -81,8 +81,9 @@ class Monitor(Commands):
     :ivar peer: pid of the process that serves the socket (SO_PEERCRED); for a socket pair, of its creator.
     """
 
-    def __init__(self, client: QMPClient, name: str, peer: int, timeout: float) -> None:
+    def __init__(self, client: QMPClient, sock: socket.socket, name: str, peer: int, timeout: float) -> None:
         self._client = client
+        self._socket = sock
         self._fd_lock = asyncio.Lock()
         self.name = name
         self.peer = peer
@@ -125,7 +126,7 @@ class Monitor(Commands):
         except QMPError as err:
             sock.close()
             raise MonitorError(f"{name}: this is not a QMP monitor ({_root_cause(err)})") from err
-        return cls(client, name, peer, timeout)
+        return cls(client, sock, name, peer, timeout)
 
     async def __aenter__(self) -> Self:
         return self
@@ -239,6 +240,27 @@ class Monitor(Commands):
         for _ in range(_TURNS):
             await asyncio.sleep(0)
         return not listener.empty()
+
+    @contextlib.contextmanager
+    def at_the_first_word(self, act: Callable[[], None]) -> Iterator[None]:
+        """
+        Have the event loop call something once, as soon as QEMU says anything: before it is known what, and before
+        whoever waits for an answer has it.
+        """
+        loop = asyncio.get_running_loop()
+        # qemu.qmp's own descriptor cannot be watched by somebody else.
+        descriptor = os.dup(self._socket.fileno())
+
+        def heard() -> None:
+            loop.remove_reader(descriptor)
+            act()
+
+        loop.add_reader(descriptor, heard)
+        try:
+            yield
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
 
     async def _hung_up(self) -> None:
         while self._client.runstate == Runstate.RUNNING:

@@ -231,7 +231,8 @@ def test_memory_is_mapped_when_the_device_state_arrives(
         os.write(writer, head)
         wait_until(lambda: unread(reader) == 0, TIMEOUT, "the head is read")
         assert (destination.status().ram, destination.mapping(memory)) == ("private", ["r--s"])
-        os.write(writer, b"\0")
+        # The beginning of a section. The source may still be saving what is in it.
+        os.write(writer, b"\4")
         # In several parts, the last of them at last.
         wait_until(lambda: destination.status().ram == "shared", TIMEOUT, "the memory is mapped")
         assert set(destination.mapping(memory)) == {"rw-s"}

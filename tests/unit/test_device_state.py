@@ -13,6 +13,8 @@ from sevhop_qmp.device_state import EMPTY_DESCRIPTION, MAGIC, IncomingState, Out
 from sevhop_qmp.errors import StateError
 
 HEAD = head("pc-q35-7.2")
+#: QEMU_VM_SECTION_FULL: whatever device comes first.
+SECTION = b"\x04"
 #: More than a pipe takes.
 LARGE = os.urandom(3 << 20)
 
@@ -82,16 +84,17 @@ def test_all_of_it_arrives(state: bytes) -> None:
             received = asyncio.ensure_future(asyncio.to_thread(read, destination.fds[0]))
 
             async def save() -> None:
-                await asyncio.to_thread(written, source.fds[0], MAGIC + state)
+                await asyncio.to_thread(written, source.fds[0], MAGIC + SECTION + state)
                 source.answered.set()
 
             saving = asyncio.ensure_future(save())
+            outgoing.announce()
             await outgoing.pass_on()
             await saving
             assert not received.done()
             await outgoing.end()
-            assert await received == state + EMPTY_DESCRIPTION
-            assert incoming.image == state + EMPTY_DESCRIPTION
+            assert await received == SECTION + state + EMPTY_DESCRIPTION
+            assert incoming.image == SECTION + state + EMPTY_DESCRIPTION
 
     asyncio.run(play())
 
@@ -99,12 +102,16 @@ def test_all_of_it_arrives(state: bytes) -> None:
 def test_nothing_goes_over_before_it_is_wanted() -> None:
     async def play() -> None:
         async with sides() as (source, outgoing, destination, incoming):
-            written(source.fds[0], MAGIC + b"state")
+            written(source.fds[0], MAGIC + SECTION + b"state")
             source.answered.set()
             await asyncio.sleep(0)
             os.set_blocking(destination.fds[0], False)
             assert os.read(destination.fds[0], 1 << 20) == HEAD
             assert not incoming.image
+            # The destination is busy with the first byte until the rest comes.
+            outgoing.announce()
+            assert os.read(destination.fds[0], 1 << 20) == SECTION
+            await asyncio.sleep(0)
             await outgoing.pass_on()
             assert os.read(destination.fds[0], 1 << 20) == b"state"
 
@@ -116,7 +123,8 @@ def test_nothing_goes_over_before_it_is_wanted() -> None:
     [
         (b"", "the source wrote no device state$"),
         (MAGIC[:4], "its stream begins with 5145564d$"),
-        (b"\x7fELF1234", "its stream begins with 7f454c4631323334$"),
+        (b"\x7fELF12345", "its stream begins with 7f454c463132333435$"),
+        (MAGIC + b"\x01state", "its stream begins with 5145564d0000000301$"),
     ],
 )
 def test_what_is_no_device_state(data: bytes, reason: str) -> None:
@@ -137,7 +145,7 @@ def test_a_destination_that_stops_reading() -> None:
             for fd in destination.fds:
                 os.close(fd)
             destination.fds.clear()
-            os.write(source.fds[0], MAGIC + b"state")
+            os.write(source.fds[0], MAGIC + SECTION + b"state")
             source.answered.set()
             with pytest.raises(StateError, match="stopped reading"):
                 await outgoing.pass_on()
@@ -148,7 +156,7 @@ def test_a_destination_that_stops_reading() -> None:
 def test_a_destination_that_is_too_slow() -> None:
     async def play() -> None:
         async with sides() as (source, outgoing, _, _):
-            saving = asyncio.ensure_future(asyncio.to_thread(written, source.fds[0], MAGIC + LARGE))
+            saving = asyncio.ensure_future(asyncio.to_thread(written, source.fds[0], MAGIC + SECTION + LARGE))
             passing = asyncio.ensure_future(outgoing.pass_on(timeout=0.01))
             await saving
             source.answered.set()
@@ -166,7 +174,7 @@ def test_abandoned_it_is_taken_and_given_to_nobody(passing: bool) -> None:
         async with sides() as (source, outgoing, _, incoming):
 
             async def save() -> None:
-                await asyncio.to_thread(written, source.fds[0], MAGIC + LARGE * 2)
+                await asyncio.to_thread(written, source.fds[0], MAGIC + SECTION + LARGE * 2)
                 source.answered.set()
 
             if passing:

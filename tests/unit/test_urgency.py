@@ -41,8 +41,14 @@ def test_who_has_a_policy_of_its_own_keeps_it(process: int) -> None:
     assert (os.sched_getscheduler(process), os.sched_getparam(process).sched_priority) == (os.SCHED_FIFO, 5)
 
 
-def test_what_a_killed_command_has_left_is_taken_back(process: int) -> None:
-    os.sched_setscheduler(process, URGENT, os.sched_param(1))
+def test_one_goes_before_the_others(process: int) -> None:
+    with urgent(process, first=True), urgent(0, process):
+        assert [os.sched_getparam(thread).sched_priority for thread in (0, process)] == [1, 2]
+
+
+@pytest.mark.parametrize("priority", [1, 2])
+def test_what_a_killed_command_has_left_is_taken_back(process: int, priority: int) -> None:
+    os.sched_setscheduler(process, URGENT, os.sched_param(priority))
     relax([process])
     assert os.sched_getscheduler(process) == os.SCHED_OTHER
 
