@@ -17,7 +17,7 @@ import os
 import resource
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import RamError
 from .monitor import Commands
@@ -26,10 +26,16 @@ from .process import MemoryMapping, QemuProcess
 #: Blocks are compared and written in pieces of this many bytes.
 CHUNK = 64 * 1024
 
-# In struct RAMBlock (include/exec/ramblock.h, QEMU 2.9 to 11): host, colo_cache, offset, used_length, max_length,
-# resized, flags, idstr. Distances are from the field offset, which is what the search finds.
-_HOST_BEFORE_OFFSET = 16
-_IDSTR_AFTER_OFFSET = 36
+# A part of struct RAMBlock (include/exec/ramblock.h, QEMU 2.9 to 11): host, colo_cache, offset, used_length,
+# max_length, resized, flags, idstr, next.
+_STRUCTURE = struct.Struct("<Q8xQQQ12x256s4xQQ")
+_STRUCTURE_AT = 24
+_NAME_AT = 76
+_NEXT_AT = 336
+#: Bytes of a heap that are looked through at a time.
+_PIECE = 1 << 20
+#: Blocks that a QEMU has at most, with those that have no name.
+_MOST_BLOCKS = 4096
 
 
 @dataclass(frozen=True)
@@ -108,30 +114,56 @@ def parse_ramblock_table(text: str) -> list[Row]:
     return rows
 
 
-def _locate(rows: Iterable[Row], process: QemuProcess) -> list[Row]:
-    """Complete the rows with host addresses from the RAMBlock structures on the process's heap."""
-    # Usually one mapping; two, side by side, where the heap has grown together with the program's data.
-    heap = [mapping for mapping in process.mappings() if mapping.path == "[heap]"]
+def _locate(rows: list[Row], process: QemuProcess) -> list[Row]:
+    """
+    Complete the rows with host addresses from the RAMBlock structures on the process's heap. These are a list, in the
+    same order, so only the first is searched for: a heap may be large, and a guest may be waiting.
+    """
     with process.memory() as mem:
-        image = b"".join(os.pread(mem, mapping.end - mapping.start, mapping.start) for mapping in heap)
-    return [Row(row.name, row.offset, row.used, row.size, _host_address(row, image)) for row in rows]
+        for heap in process.mappings():
+            if heap.path != "[heap]":
+                continue
+            for block in _candidates(mem, heap, os.fsencode(rows[0].name) + b"\0"):
+                hosts = _hosts(mem, block, rows)
+                if hosts is not None:
+                    return [replace(row, host=host) for row, host in zip(rows, hosts, strict=True)]
+    raise RamError(f"RAM block {rows[0].name}, and those behind it, were not found in QEMU's memory")
 
 
-def _host_address(row: Row, heap: bytes) -> int:
-    """Find the one structure on the heap whose offset, lengths and name are all those of the row."""
-    wanted = struct.pack("<QQQ", row.offset, row.used, row.size)
-    name = os.fsencode(row.name) + b"\0"
-    found = set()
-    # Names are rare on a heap, numbers are not.
-    at = heap.find(name)
-    while at >= 0:
-        offset = at - _IDSTR_AFTER_OFFSET
-        if offset >= _HOST_BEFORE_OFFSET and heap[offset : offset + len(wanted)] == wanted:
-            found.add(struct.unpack_from("<Q", heap, offset - _HOST_BEFORE_OFFSET)[0])
-        at = heap.find(name, at + 1)
-    if len(found) != 1:
-        raise RamError(f"RAM block {row.name} was found {len(found)} times in QEMU's memory, not once")
-    return int(found.pop())
+def _candidates(mem: int, heap: MemoryMapping, name: bytes) -> Iterator[int]:
+    """Addresses of what may be a RAMBlock of this name."""
+    for start in range(heap.start, heap.end, _PIECE):
+        # What begins in this piece may end in the next one.
+        piece = os.pread(mem, _PIECE + len(name) - 1, start)
+        at = piece.find(name)
+        while at >= 0:
+            yield start + at - _NAME_AT
+            at = piece.find(name, at + 1)
+
+
+def _hosts(mem: int, block: int, rows: list[Row]) -> list[int] | None:
+    """The addresses of all rows, if this is the first of their structures and the others follow it; otherwise None."""
+    hosts: list[int] = []
+    previous = 0
+    for _ in range(_MOST_BLOCKS):
+        try:
+            host, offset, used, size, name, behind, back = _STRUCTURE.unpack(
+                os.pread(mem, _STRUCTURE.size, block + _STRUCTURE_AT)
+            )
+        except (OSError, OverflowError, struct.error):
+            return None
+        if previous and back != previous + _NEXT_AT:
+            return None
+        # A block without a name belongs to a backend that the guest does not use, and is in no row.
+        if name := name.partition(b"\0")[0]:
+            row = rows[len(hosts)]
+            if (name, offset, used, size) != (os.fsencode(row.name), row.offset, row.used, row.size):
+                return None
+            hosts.append(host)
+            if len(hosts) == len(rows):
+                return hosts
+        previous, block = block, behind
+    return None
 
 
 def _describe(row: Row, mappings: list[MemoryMapping]) -> RamBlock:

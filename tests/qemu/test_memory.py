@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +21,10 @@ from guests import counter, host_memory
 from guests.build import Unavailable
 from guests.machine import Machine
 from guests.running import Guest
+from sevhop_qmp import ram_blocks
+from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import MemoryMapping, QemuProcess
+from sevhop_qmp.ram_blocks import parse_ramblock_table
 
 from .conftest import DescribeCounter, StartGuest
 from .hops import Meddler, hop, sevhop
@@ -74,6 +80,45 @@ def assert_refused(guest: Guest, emulator: Path, reason: str) -> None:
     assert reason in done.stderr
     assert guest.pid == pid
     assert guest.wait_for_ticks(3).unharmed
+
+
+class Mute(Commands):
+    """A QEMU that does not tell where its RAM blocks are, like those before 8, but could."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.name = monitor.name
+        self._monitor = monitor
+
+    @property
+    def version(self) -> str:
+        return self._monitor.version
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        answer: str = await self._monitor.execute(command, arguments, timeout=timeout)
+        return re.sub(r" +(HVA +RO|0x[0-9a-f]+ +r[ow]) *\r?$", "", answer, flags=re.MULTILINE)
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+
+def test_blocks_are_found_where_qemu_says_they_are(
+    new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(rich=True, disk_mib=16, network=True), new)
+
+    async def play() -> None:
+        async with await Monitor.connect(guest.machine.monitor) as monitor:
+            process = QemuProcess.open(monitor.peer)
+            with contextlib.closing(process):
+                told = await ram_blocks.read(monitor, process)
+                assert len(told) > 5
+                mute = Mute(monitor)
+                assert all(row.host is None for row in parse_ramblock_table(await mute.hmp("info ramblock")))
+                assert await ram_blocks.read(mute, process) == told
+
+    asyncio.run(play())
 
 
 def test_several_numa_nodes(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from sevhop.keeper import Held
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.monitor import Commands
-from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.process import MemoryMapping, QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock, not_shared, parse_ramblock_table, read
 
 QEMU_7 = """\
@@ -50,6 +51,115 @@ def test_table_of_new_qemu_has_addresses() -> None:
 def test_what_is_no_such_table_is_refused(text: str) -> None:
     with pytest.raises(RamError):
         parse_ramblock_table(text)
+
+
+#: Where the heap of a QEMU without addresses is, with room in front.
+HEAP = 1 << 24
+#: Bytes of a struct RAMBlock up to the end of its list entry.
+STRUCTURE = 352
+
+
+class Old(Commands):
+    """A QEMU that does not tell addresses, and its process: a heap with RAMBlock structures in it."""
+
+    def __init__(self, *names: str) -> None:
+        self.name = "old"
+        self.blocks = [(name, number << 20, (number + 1) << 12) for number, name in enumerate(names)]
+        #: Where the structures are, each.
+        self.places = [HEAP + (number * 3 % 7 << 19) + 8 * number for number in range(len(names))]
+        self._fd = os.memfd_create("heap")
+        os.ftruncate(self._fd, HEAP + (8 << 20))
+
+    @property
+    def version(self) -> str:
+        return "7.2.0"
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        rows = [f"{name} 4 KiB {offset:#x} {size:#x} {size:#x}" for name, offset, size in self.blocks if name]
+        return "\n".join([QEMU_7.splitlines()[0], *rows])
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+    @contextmanager
+    def memory(self) -> Iterator[int]:
+        yield self._fd
+
+    def mappings(self) -> list[MemoryMapping]:
+        heap = MemoryMapping(HEAP, HEAP + (8 << 20), "rw-p", 0, "00:00", 0, "[heap]")
+        data = MemoryMapping(1 << 40, 2 << 40, "rw-p", 0, "00:00", 0, "")
+        return [data, heap]
+
+    def fill(self, **wrong: int) -> None:
+        """Write the structures. A keyword is a field that is wrong in the last one, and what is to be added to it."""
+        for number, ((name, offset, size), place) in enumerate(zip(self.blocks, self.places, strict=True)):
+            last = number == len(self.blocks) - 1
+            fields = {
+                "offset": offset,
+                "used": size,
+                "size": size,
+                "behind": 0 if last else self.places[number + 1],
+                "back": self.places[number - 1] + 336 if number else 0xDEAD,
+            }
+            for field, more in wrong.items() if last else ():
+                fields[field] += more
+            numbers = (self.host(number), 0, fields["offset"], fields["used"], fields["size"], 0xF00, 0)
+            structure = struct.pack("<24x7Q", *numbers)[:76] + struct.pack(
+                "<256s4xQQ", name.encode(), fields["behind"], fields["back"]
+            )
+            assert len(structure) == STRUCTURE
+            os.pwrite(self._fd, structure, place)
+
+    @staticmethod
+    def host(number: int) -> int:
+        return (1 << 40) + (number << 30)
+
+    def copy(self, number: int, place: int) -> None:
+        """As if a block had been freed, and its memory not used again."""
+        os.pwrite(self._fd, os.pread(self._fd, STRUCTURE, self.places[number]), place)
+
+    def read(self) -> dict[str, int]:
+        blocks = asyncio.run(read(self, self))  # type: ignore[arg-type]
+        os.close(self._fd)
+        return {name: block.host for name, block in blocks.items()}
+
+
+def test_blocks_of_an_old_qemu_are_found_on_its_heap() -> None:
+    old = Old("pc.ram", "vga.vram", "", "pc.bios")
+    # The first name goes over the end of what is looked through at a time.
+    old.places[0] = HEAP + (2 << 20) - 76 - 3
+    old.fill()
+    old.copy(0, HEAP + 64)
+    old.copy(1, HEAP + 4096)
+    assert old.read() == {"pc.ram": old.host(0), "vga.vram": old.host(1), "pc.bios": old.host(3)}
+
+
+@pytest.mark.parametrize("field", ["offset", "used", "size", "back"])
+def test_structures_that_are_not_those_of_the_table(field: str) -> None:
+    old = Old("pc.ram", "vga.vram", "pc.bios")
+    old.fill(**{field: 8})
+    with pytest.raises(RamError, match=r"RAM block pc\.ram, and those behind it, were not found"):
+        old.read()
+
+
+@pytest.mark.parametrize("behind", [0, 3, HEAP + (8 << 20) - 100, 1 << 62, (1 << 64) - 8])
+def test_a_list_that_leads_nowhere(behind: int) -> None:
+    old = Old("pc.ram", "")
+    old.fill(behind=behind)
+    old.blocks.append(("pc.bios", 0, 4096))
+    with pytest.raises(RamError, match="were not found"):
+        old.read()
+
+
+def test_a_list_without_an_end() -> None:
+    old = Old("pc.ram", "", "")
+    old.places[2] = old.places[1]
+    old.fill(behind=old.places[1], back=0)
+    old.blocks.append(("pc.bios", 0, 4096))
+    with pytest.raises(RamError, match="were not found"):
+        old.read()
 
 
 def test_parts_that_have_pages() -> None:
