@@ -7,8 +7,8 @@ The hop: a running guest changes its QEMU.
     hold       the keeper takes the source's VM, memory and listening sockets        undo: let go
     prepare    destination started, incoming; stream armed, its head given           undo: kill it
     freeze     source stopped; it begins to save its state                           undo: cont
-    share      RAM blocks that are not shared go over                                undo: kill it, cont
-    save       device state goes over; with its first byte the others are mapped     undo: kill it, cont
+    share      the destination maps the guest's RAM; blocks that are private go over undo: kill it, cont
+    save       device state goes over                                                undo: kill it, cont
     load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
     COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
     resume     destination runs
