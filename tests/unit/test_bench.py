@@ -32,7 +32,7 @@ def run(mode: str, memory: int, pause_ms: float, machine: str = "minimal", **pha
 
 REPORT = Report(
     [
-        run("hop", 256, 4.0, freeze=1.0, save=2.0),
+        run("hop", 256, 4.0, freeze=1.0, save=2.0, retire=70.0),
         run("precopy", 256, 100.0),
         run("hop", 256, 6.0, freeze=3.0, save=4.0),
         run("hop", 256, 50.0, freeze=2.0, save=40.0),
@@ -68,7 +68,7 @@ def test_growth_is_most_memory_to_least() -> None:
 
 
 def test_phases_are_medians_in_order() -> None:
-    assert list(REPORT.phases(("minimal", "hop", 256)).items()) == [("freeze", 2.0), ("save", 4.0)]
+    assert list(REPORT.phases(("minimal", "hop", 256)).items()) == [("freeze", 2.0), ("save", 4.0), ("retire", 70.0)]
     assert REPORT.phases(("minimal", "precopy", 256)) == {}
 
 
@@ -88,7 +88,7 @@ def test_tables() -> None:
     assert "| hop/precopy | 0.0300 |  |" in text
     assert "rich" not in text.partition("ours to theirs")[2]  # nothing there to compare it with
     assert "hop 1.50" in text
-    assert "| hop | 256 MB | freeze 2.0, save 4.0 |" in text
+    assert "| hop | 256 MB | freeze 2.0, save 4.0, retire 70.0 |" in text
 
 
 def test_a_run_of_what_was_seen() -> None:
@@ -149,6 +149,7 @@ def test_picture_has_every_mode() -> None:
     texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
     assert {"hop", "precopy", "file", "upgrade", "save-restore", "256 MB", "1 GB"} <= texts
     assert {"hop, 256 MB", "upgrade, 256 MB", "restore 180"} <= texts
+    assert not any(text and text.startswith("retire") for text in texts)  # that of a hop is behind its pause
 
 
 def test_names_of_curves_do_not_cover_each_other() -> None:

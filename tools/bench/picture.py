@@ -13,8 +13,12 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 160, 40, 50
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b08900", "#5c677d", "#2a9d8f")
 #: Height of a line of text.
 _LINE = 14
-#: Phases in which the guest stands still.
-_STILL = ("freeze", "share", "save", "load", "commit", "retire", "restore")
+#: Phases in which the guest stands still, by mode; a part of "freeze" is in front of that. The source of a hop retires
+#: behind it, that of an upgrade before the guest goes on.
+_STILL = {
+    "hop": ("freeze", "share", "save", "load", "commit", "resume"),
+    "upgrade": ("freeze", "save", "retire", "restore"),
+}
 
 
 def svg(report: Report) -> str:
@@ -74,7 +78,7 @@ def _bars(report: Report) -> list[tuple[str, dict[str, float]]]:
     found = []
     for mode in dict.fromkeys(ours for ours, _ in PAIRS):
         for cell in sorted(cell for cell in report.cells() if cell[1] == mode and cell[0] in COMPARED):
-            still = {name: ms for name, ms in report.phases(cell).items() if name in _STILL}
+            still = {name: ms for name, ms in report.phases(cell).items() if name in _STILL[mode]}
             if still:
                 found.append((f"{mode}, {memory(cell[2])}", still))
     return found
@@ -83,7 +87,7 @@ def _bars(report: Report) -> list[tuple[str, dict[str, float]]]:
 def _breakdown(bars: list[tuple[str, dict[str, float]]]) -> Iterable[str]:
     if not bars:
         return
-    yield _text(_LEFT, _HEIGHT + 20, "Where sevhop's pause goes", "start", bold=True)
+    yield _text(_LEFT, _HEIGHT + 20, "The phases around sevhop's pause", "start", bold=True)
     names = list(dict.fromkeys(name for _, phases in bars for name in phases))
     left, width = _LEFT + 70, _WIDTH - _LEFT - 70 - 110
     for n, (label, phases) in enumerate(bars):
