@@ -246,10 +246,15 @@ class Monitor(Commands):
         """
         Have the event loop call something once, as soon as QEMU says anything: before it is known what, and before
         whoever waits for an answer has it.
+
+        :raises MonitorClosed: QEMU has hung up.
         """
         loop = asyncio.get_running_loop()
-        # qemu.qmp's own descriptor cannot be watched by somebody else.
-        descriptor = os.dup(self._socket.fileno())
+        try:
+            # qemu.qmp's own descriptor cannot be watched by somebody else.
+            descriptor = os.dup(self._socket.fileno())
+        except OSError as err:
+            raise MonitorClosed(f"{self.name}: QEMU has hung up") from err
 
         def heard() -> None:
             loop.remove_reader(descriptor)

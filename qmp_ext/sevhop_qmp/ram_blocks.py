@@ -133,8 +133,11 @@ def _locate(rows: list[Row], process: QemuProcess) -> list[Row]:
 def _candidates(mem: int, heap: MemoryMapping, name: bytes) -> Iterator[int]:
     """Addresses of what may be a RAMBlock of this name."""
     for start in range(heap.start, heap.end, _PIECE):
-        # What begins in this piece may end in the next one.
-        piece = os.pread(mem, _PIECE + len(name) - 1, start)
+        try:
+            # What begins in this piece may end in the next one.
+            piece = os.pread(mem, _PIECE + len(name) - 1, start)
+        except OSError:
+            return  # the heap has become smaller, or its process has ended
         at = piece.find(name)
         while at >= 0:
             yield start + at - _NAME_AT

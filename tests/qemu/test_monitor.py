@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
+import pytest
+from sevhop_qmp.errors import MonitorClosed
 from sevhop_qmp.monitor import Monitor
 
 from .conftest import DescribeCounter, StartGuest
@@ -27,3 +30,19 @@ def test_the_first_word(new: Path, counter_machine: DescribeCounter, start: Star
 
     asyncio.run(play())
     assert told == ["a word", "stop", "cont"]
+
+
+def test_a_qemu_that_has_ended_says_nothing(new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    guest = start(counter_machine(), new)
+
+    async def play() -> None:
+        async with await Monitor.connect(guest.machine.monitor) as monitor:
+            await monitor.execute("quit")
+            with contextlib.suppress(MonitorClosed):
+                while True:
+                    await monitor.execute("query-status")
+            await monitor.close()
+            with pytest.raises(MonitorClosed, match="QEMU has hung up"), monitor.at_the_first_word(lambda: None):
+                pass
+
+    asyncio.run(play())

@@ -88,9 +88,11 @@ class Old(Commands):
         yield self._fd
 
     def mappings(self) -> list[MemoryMapping]:
+        # Another heap, which is not there any more.
+        gone = MemoryMapping(-(1 << 30), -(1 << 30) + 4096, "rw-p", 0, "00:00", 0, "[heap]")
         heap = MemoryMapping(HEAP, HEAP + (8 << 20), "rw-p", 0, "00:00", 0, "[heap]")
         data = MemoryMapping(1 << 40, 2 << 40, "rw-p", 0, "00:00", 0, "")
-        return [data, heap]
+        return [data, gone, heap]
 
     def fill(self, **wrong: int) -> None:
         """Write the structures. A keyword is a field that is wrong in the last one, and what is to be added to it."""
