@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from tests.fuzz.adopt.build import TARGETS, build  # noqa: E402
 
 #: Programs, crashing inputs, and what was said about them.
-CACHE = ROOT / ".cache" / "fuzz"
+CACHE = ROOT / "build" / "fuzz"
 #: The Python parsers see one input of so many; they are a hundred times slower.
 _PYTHON_SHARE = 50
 _MAX_LENGTH = 1024

@@ -25,11 +25,11 @@ _STDERR = "SEVHOP_STDERR"
 
 def library_path() -> Path:
     """
-    Where adopt.so is: inside this package.
+    Where adopt.so is: inside this package, or where a link in there leads.
 
     :raises FileNotFoundError: the package was not built (``pip install .`` builds it).
     """
-    path = Path(__file__).resolve().parent / "preload" / "adopt.so"
+    path = (Path(__file__).parent / "preload" / "adopt.so").resolve()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: install the package with a C compiler present")
     return path

@@ -13,6 +13,7 @@ import pytest
 from guests.running import wait_ended, wait_until
 from lab.sevlab.errors import LabError
 from lab.sevlab.fake_psp import compare_symbols
+from lab.sevlab.kernels import CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "tools" / "lab" / "run")
@@ -157,9 +158,9 @@ def test_symbols_are_compared(ours: str, wrong: str, tmp_path: Path) -> None:
         compare_symbols(tmp_path / "ours", tmp_path / "real")
 
 
-def test_nothing_is_left_in_the_tree() -> None:
-    names = {path.name for path in (ROOT / ".cache" / "lab").iterdir()}
+def test_nothing_is_left_in_the_cache() -> None:
+    names = {path.name for path in CACHE.iterdir()}
     assert names <= {"6.1", "6.1.lock", "6.12", "6.12.lock"}
     for directory in ("6.1", "6.12"):
-        inside = os.listdir(ROOT / ".cache" / "lab" / directory)
+        inside = os.listdir(CACHE / directory)
         assert sorted(name.partition(".")[0] for name in inside) == ["initramfs", "root"]

@@ -1,4 +1,4 @@
-"""What guests are made of is built once and kept in ``.cache/guests``, under a name that changes with its sources."""
+"""What guests are made of is built once and kept in the cache of ``tools/``; its name changes with its sources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from pathlib import Path
 
 #: The project's root.
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache" / "guests"
+
+
+def _cache_directory() -> Path:
+    command = [ROOT / "tools" / "cache-directory"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.removesuffix("\n"))
+
+
+#: Where what is downloaded and built is kept, by all trees; QEMU's user can read it.
+CACHE = _cache_directory()
+_GUESTS = CACHE / "guests"
 
 
 class Unavailable(Exception):
@@ -51,13 +60,13 @@ def built(name: str, sources: Sequence[Path | str], make: Callable[[Path], None]
     for source in sources:
         content = source.read_bytes() if isinstance(source, Path) else source.encode()
         digest.update(b"%d\n" % len(content) + content)
-    wanted = CACHE / f"{Path(name).stem}-{digest.hexdigest()[:16]}{Path(name).suffix}"
+    wanted = _GUESTS / f"{Path(name).stem}-{digest.hexdigest()[:16]}{Path(name).suffix}"
     if not wanted.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with open(CACHE / f"{name}.lock", "w", encoding="ascii") as lock:
+        _GUESTS.mkdir(parents=True, exist_ok=True)
+        with open(_GUESTS / f"{name}.lock", "w", encoding="ascii") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not wanted.exists():
-                with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+                with tempfile.TemporaryDirectory(dir=_GUESTS) as scratch:
                     made = Path(scratch) / name
                     make(made)
                     os.rename(made, wanted)

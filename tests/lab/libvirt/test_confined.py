@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from guests import emulators, real_mode
-from guests.build import ROOT
+from guests.build import CACHE
 from guests.daemon import Daemon, Description, DomainGuest
 
 from ..contract.sev import contexts
 
-_FETCHED = ROOT / ".cache" / "qemu"
+_FETCHED = CACHE / "qemu"
 _EMULATORS = _FETCHED / "*" / "usr" / "bin" / "qemu-system-x86_64"
 #: libvirt's files for local additions, and what an administrator has to write into them: QEMU is at a place that
 #: libvirt's profiles do not know, and libvirt 9 does not let a guest with AppArmor use /dev/sev.

@@ -51,6 +51,8 @@ def _environment(series: str) -> dict[str, str]:
         # The file system forgets; and compiling costs time in emulation.
         "PYTHONDONTWRITEBYTECODE": "1",
         "SEVHOP_LAB": series,
+        # Here everybody is root, whose cache may be another one.
+        "SEVHOP_CACHE": str(kernels.SHARED_CACHE),
     }
 
 

@@ -20,7 +20,16 @@ from pathlib import Path
 from .errors import LabError
 
 TREE = Path(__file__).resolve().parents[3]
-CACHE = TREE / ".cache" / "lab"
+
+
+def _cache_directory() -> Path:
+    command = [TREE / "tools" / "cache-directory"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.removesuffix("\n"))
+
+
+#: Of all commands in tools/.
+SHARED_CACHE = _cache_directory()
+CACHE = SHARED_CACHE / "lab"
 
 _PACKAGES = "linux-(image|headers|kbuild)-[0-9].*|busybox-static"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import initramfs, wire
 from .errors import LabError, LabTimeout
-from .kernels import TREE, Kernel
+from .kernels import SHARED_CACHE, TREE, Kernel
 
 EMULATOR = "qemu-system-x86_64"
 BOOT_LIMIT = 120.0  # seconds; it takes about 5 on an idle machine
@@ -160,12 +160,12 @@ def _command(lab: Lab, initrd: int, console: int, port: int) -> list[str]:
 
 def _instructions(lab: Lab, job: wire.Job) -> bytes:
     """The part of the first file system that is for this run only."""
-    needed = (TREE, Path(job.directory), Path(sys.prefix), Path(sys.base_prefix), *lab.shown)
+    needed = (TREE, SHARED_CACHE, Path(job.directory), Path(sys.prefix), Path(sys.base_prefix), *lab.shown)
     return initramfs.archive(
         {
             "run/job": (0o600, job.to_bytes()),
             "run/shown": (0o600, "".join(f"{path}\n" for path in _hidden(needed)).encode()),
-            "run/stage": (0o600, f"{sys.executable} {Path(__file__).with_name('inside.py')}\n".encode()),
+            "run/stage": (0o600, f"{sys.executable}\n{Path(__file__).with_name('inside.py')}\n".encode()),
         }
     )
 
