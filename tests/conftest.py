@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ import pytest
 from faults.table import Cell, FaultTable
 from guests import counter, emulators
 from guests.build import Unavailable
+from guests.isolation import isolate
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
 
@@ -52,6 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    isolate()
+    os.umask(0o022)  # QEMUs that run as another user read what tests write
     if file := config.getoption("--fault-table"):
         config.pluginmanager.register(_Faults(file))
 
@@ -90,6 +94,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rest = [item for item in items if item.get_closest_marker("faults")]
         config.hook.pytest_deselected(items=rest)
         items[:] = [item for item in items if item not in set(rest)]
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user reaches; pytest's own are for whoever runs it."""
+    if os.geteuid():
+        pytest.skip("other users can be played by root only")
+    with tempfile.TemporaryDirectory(dir="/run", prefix="sevhop-test-") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

@@ -48,14 +48,20 @@ def install() -> list[Path]:
     :raises SevhopError: one of them cannot be written, or is not accepted.
     """
     rules = apparmor.install()
-    text = (_HERE / "host" / "qemu.d" / "sevhop").read_text()
-    programs = {"@PYTHON@": sys.executable, "@HOOK@": str(_HERE / "hook.py"), "@CLIENT@": str(hook_calls.CLIENT)}
-    for mark, path in programs.items():
-        text = text.replace(mark, shlex.quote(path))
+    text = hook_script()
     # libvirt runs whatever is in the script's own directory.
     installed_file.write(_SCRIPT, text, 0o755, beside=HOOKS)
     _reload_daemon()
     return [_SCRIPT, *rules, *units.install()]
+
+
+def hook_script(python: str = sys.executable) -> str:
+    """The script, with the paths of the programs that it runs."""
+    text = (_HERE / "host" / "qemu.d" / "sevhop").read_text()
+    programs = {"@PYTHON@": python, "@HOOK@": str(_HERE / "hook.py"), "@CLIENT@": str(hook_calls.CLIENT)}
+    for mark, path in programs.items():
+        text = text.replace(mark, shlex.quote(path))
+    return text
 
 
 def uninstall() -> bool:

@@ -6,16 +6,14 @@ import io
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sevhop
 from hypothesis import strategies as st
-from sevhop import hook
+from sevhop import hook, installation
 
 from .inputs import fuzzed, raw, texts
 from .test_domain_xml import domains
@@ -132,9 +130,8 @@ def test_a_keeper_that_is_not_unicode_is_not_believed(keeper: LoudKeeper) -> Non
 
 def script(directory: Path) -> str:
     """As ``sevhop install`` puts it in place."""
-    text = (Path(sevhop.__file__).parent / "host" / "qemu.d" / "sevhop").read_text()
     path = directory / "script"
-    path.write_text(text.replace("@PYTHON@", sys.executable).replace("@HOOK@", hook.__file__))
+    path.write_text(installation.hook_script())
     path.chmod(0o755)
     return str(path)
 

@@ -13,7 +13,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -399,16 +398,6 @@ async def connect_as(uid: int, path: Path, *requests: str) -> list[str]:
     )
     out, _ = await process.communicate()
     return [line for line in out.decode().splitlines() if line]
-
-
-@pytest.fixture
-def open_directory() -> Iterator[Path]:
-    """One that every user reaches."""
-    if os.geteuid():
-        pytest.skip("other users can be played by root only")
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o711)
-        yield Path(directory)
 
 
 async def served(custody: Custody, path: Path, uid: int, serve: Any, *peers: tuple[int, str]) -> list[list[str]]:

@@ -7,7 +7,6 @@ import os
 import socket
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import sevhop
-from sevhop import hook
+from sevhop import hook, installation
 
 UUID = "11111111-2222-3333-4444-555555555501"
 XML = f"""<domain type='kvm'>
@@ -218,7 +217,7 @@ def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: 
 def test_script_and_hook_together(tmp_path: Path) -> None:
     """As libvirt calls it: a domain that was in a hop is restored later."""
     path = tmp_path / "script"
-    path.write_text(SCRIPT.read_text().replace("@PYTHON@", sys.executable).replace("@HOOK@", hook.__file__))
+    path.write_text(installation.hook_script())
     path.chmod(0o755)
     command = [str(path), "no-such-domain", "restore", "begin", "-"]
     done = subprocess.run(command, input=HOPPED, capture_output=True, text=True, check=False)

@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from sevhop import hook_calls
+from sevhop import hook_calls, installation
 from sevhop.run_directory import listening
 from sevhop_qmp.monitor import peer_credentials
 
-from .test_hook import DESTINATION, IMAGE, SCRIPT, UUID, XML
+from .test_hook import DESTINATION, IMAGE, UUID, XML
 
 #: Run by the client where no keeper listens.
 INSTEAD = ("/bin/sh", "-c", 'echo "instead $*"; cat', "sh")
@@ -107,9 +107,8 @@ def test_script_and_client_together(keeper: FakeKeeper, tmp_path: Path) -> None:
     domains = tmp_path / "domains"
     domains.mkdir()
     (domains / "web").symlink_to(keeper.directory)
-    text = SCRIPT.read_text().replace("/run/sevhop/domains", str(domains)).replace("@PYTHON@", "/bin/false")
     script = tmp_path / "script"
-    script.write_text(text.replace("@CLIENT@", str(hook_calls.CLIENT)))
+    script.write_text(installation.hook_script(python="/bin/false").replace("/run/sevhop/domains", str(domains)))
     script.chmod(0o755)
 
     def run() -> subprocess.CompletedProcess[str]:

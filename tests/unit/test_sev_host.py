@@ -110,9 +110,8 @@ def test_no_device(host: Host) -> None:
     assert host.found("device").status is Status.FAIL
 
 
-def test_device_that_the_user_may_not_open(host: Host) -> None:
-    for directory in (host.root, *host.root.parents[:2]):
-        directory.chmod(0o755)
+def test_device_that_the_user_may_not_open(open_directory: Path) -> None:
+    host = Host(open_directory)
     (host.root / "dev/sev").chmod(0o640)
     host.process.credentials = Credentials(65534, 65534, (0,), 0)
     finding = host.found("device", libvirt=False)

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import os
 import pickle
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -63,20 +61,11 @@ def call(path: Path, request: bytes) -> bytes:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that everybody can reach; pytest's own are root's alone."""
-    directory = Path(tempfile.mkdtemp(dir="/run", prefix="sevhop-test-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In place of /run/sevhop; not made yet."""
-    monkeypatch.setattr(run_directory, "RUN", place / "sevhop")
-    monkeypatch.setattr(run_directory, "DOMAINS", place / "sevhop" / "domains")
-    return place / "sevhop"
+    monkeypatch.setattr(run_directory, "RUN", open_directory / "sevhop")
+    monkeypatch.setattr(run_directory, "DOMAINS", open_directory / "sevhop" / "domains")
+    return open_directory / "sevhop"
 
 
 class Serving:
@@ -214,10 +203,10 @@ def test_a_monitor_of_another_user_is_not_the_destinations(
 
 @pytest.mark.parametrize("squatted", ["sevhop", "sevhop/domains"])
 @pytest.mark.parametrize("how", ["link", "file", "foreign", "open to all", "open to a group"])
-def test_a_place_that_was_taken_before_is_not_used(place: Path, run: Path, squatted: str, how: str) -> None:
-    victim = place / "victim"
+def test_a_place_that_was_taken_before_is_not_used(open_directory: Path, run: Path, squatted: str, how: str) -> None:
+    victim = open_directory / "victim"
     victim.mkdir(mode=0o755)
-    path = place / squatted
+    path = open_directory / squatted
     path.parent.mkdir(mode=0o711, exist_ok=True)
     if how == "link":
         path.symlink_to(victim)
@@ -240,27 +229,27 @@ def test_a_place_that_was_taken_before_is_not_used(place: Path, run: Path, squat
 
 
 @pytest.mark.parametrize("target", ["/", "..", "../victim", "../../victim", "/{victim}", "victim", ""])
-def test_a_planted_link_leads_nowhere(place: Path, run: Path, target: str) -> None:
+def test_a_planted_link_leads_nowhere(open_directory: Path, run: Path, target: str) -> None:
     """It was followed, and what a dead keeper had left there was to be removed, with all that is in it."""
     run_directory.make_run_directories()
-    for victim in (place / "victim", run / "victim", run / "domains" / "victim"):
+    for victim in (open_directory / "victim", run / "victim", run / "domains" / "victim"):
         victim.mkdir()
         (victim / "precious").write_text("")
     link = run / "domains" / "web"
-    link.symlink_to(target.format(victim=place / "victim") or ".")
+    link.symlink_to(target.format(victim=open_directory / "victim") or ".")
     assert run_directory.hop_of("web") is None
     with pytest.raises(RunDirectoryError, match="remove it"):
         run_directory.claim("web")
-    assert len(list(place.rglob("precious"))) == 3
+    assert len(list(open_directory.rglob("precious"))) == 3
     assert link.is_symlink()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "/etc/localtime", "../x", "a/b", "a\0b", "a" * 256, "\ud800"])
-def test_what_is_no_name_of_a_domain(run: Path, place: Path, name: str) -> None:
+def test_what_is_no_name_of_a_domain(run: Path, open_directory: Path, name: str) -> None:
     assert run_directory.hop_of(name) is None
     with pytest.raises(RunDirectoryError):
         run_directory.claim(name)
-    assert {path.name for path in place.rglob("*")} <= {"sevhop", "domains"}
+    assert {path.name for path in open_directory.rglob("*")} <= {"sevhop", "domains"}
 
 
 @pytest.mark.parametrize("name", ["a b;$(touch x)&'<\"", "-n", "--", "...", "a\nb", "gäst", "\udcff", "*", " "])

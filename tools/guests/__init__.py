@@ -14,6 +14,7 @@ module           what
 ``running``      a guest that runs: start, control, wait, stop
 ``daemon``       a libvirt daemon of one's own, and domains in it
 ``enclosure``    the file systems and the process in which that daemon lives
+``isolation``    a mount namespace in which nothing is seen of the host's sevhop, nor of another run
 ``host_memory``  huge pages, which the host must be asked for
 ``ending``       whoever ends a program that has guests leaves none behind
 ``judge``        what happened to a guest: ticks lost or repeated, restarts, damage to disk and memory
