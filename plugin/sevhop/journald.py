@@ -9,14 +9,17 @@ Records for the journal of systemd, by its native protocol (https://systemd.io/J
 ``SEVHOP_MS``           milliseconds: of the phase, or of the blackout, if there was one
 ======================  ==========================================================================================
 
-So ``journalctl MESSAGE_ID=... SEVHOP_DOMAIN=web1`` finds them. Where there is no journal nothing happens, and one that
-is slow is not waited for: records are for people, no hop depends on them. (systemd's own Python package would need a
+So ``journalctl MESSAGE_ID=... SEVHOP_DOMAIN=web1`` finds them. Where there is no journal nothing happens. One that is
+busy is not waited for while a hop is in progress: the record is kept and sent again with the next one, or at the end,
+when there is time to wait. (systemd's own Python package would need a
 compiler and its headers on every host, for these lines.)
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
+import errno
+import logging
 import socket
 import struct
 import syslog
@@ -31,6 +34,13 @@ PHASE = "089898dfeb824b40b4faba06382c02b9"
 #: A hop is over.
 OUTCOME = "8c22f705ac624006b73beded23242774"
 
+#: Records that are kept for a journal that is busy, at most; of more the oldest are given up.
+_KEPT = 10_000
+#: Seconds that a busy journal is waited for at the end, for each record.
+_PATIENCE = 1.0
+
+log = logging.getLogger(__name__)
+
 _PRIORITY = {
     "refused": syslog.LOG_WARNING,
     "undone": syslog.LOG_ERR,
@@ -44,6 +54,7 @@ class Records:
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._unsent: collections.deque[bytes] = collections.deque(maxlen=_KEPT)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, PhaseEnded):
@@ -68,12 +79,37 @@ class Records:
             )
 
     def _write(self, **fields: str | int) -> None:
-        # No journal, or one that does not keep up.
-        with contextlib.suppress(OSError):
-            self._socket.sendto(encoded(SYSLOG_IDENTIFIER="sevhop", **fields), str(SOCKET))
+        self._unsent.append(encoded(SYSLOG_IDENTIFIER="sevhop", **fields))
+        self._send()
+
+    @property
+    def unsent(self) -> int:
+        """Records that are kept for a journal that is busy."""
+        return len(self._unsent)
+
+    def _send(self) -> None:
+        """Send what has not been sent, in its order, as far as the journal takes it now."""
+        while self._unsent:
+            try:
+                self._socket.sendto(self._unsent[0], str(SOCKET))
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as err:
+                if err.errno == errno.ENOBUFS:
+                    return
+                # There is no journal, or it takes no such record.
+            self._unsent.popleft()
 
     def close(self) -> None:
-        """Write no more."""
+        """Write no more. What has not been sent is waited for, but not for long."""
+        if self._unsent:
+            # A timeout of Python's would poll, and a datagram socket that is not connected is always ready.
+            self._socket.setblocking(True)
+            limit = struct.pack("@ll", int(_PATIENCE), int(_PATIENCE % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            self._send()
+        if self._unsent:
+            log.warning("systemd's journal is busy: %d records were not written", self.unsent)
         self._socket.close()
 
 

@@ -72,11 +72,40 @@ def test_hops_that_are_over(journal: socket.socket) -> None:
     records.close()
 
 
-def test_one_that_does_not_keep_up_is_not_waited_for(journal: socket.socket) -> None:
+def fill(records: journald.Records) -> int:
+    """Write until the journal takes no more. :return: how many it has taken."""
+    for number in range(10_000):
+        records(PhaseEnded("web", str(number), 1.0))
+        if records.unsent:
+            return number
+    raise AssertionError("it takes everything")
+
+
+def test_one_that_does_not_keep_up_is_not_waited_for(
+    journal: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither during a hop, nor for ever at the end."""
+    monkeypatch.setattr(journald, "_PATIENCE", 0.01)
     records = journald.Records()
-    for _ in range(10_000):
-        records(PhaseEnded("web", "check", 1.0))
+    fill(records)
     records.close()
+    assert "1 records were not written" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["with the next one", "at the end"])
+def test_busy_for_a_moment_loses_no_record(journal: socket.socket, when: str) -> None:
+    """They come later, and in their order."""
+    records = journald.Records()
+    taken = fill(records)
+    phases = [decoded(journal.recv(4096))["SEVHOP_PHASE"] for _ in range(taken)]
+    if when == "with the next one":
+        records(PhaseEnded("web", "last", 1.0))
+        assert records.unsent == 0
+    records.close()
+    with pytest.raises(BlockingIOError):
+        while True:
+            phases.append(decoded(journal.recv(4096))["SEVHOP_PHASE"])
+    assert phases == [*map(str, range(taken + 1)), *(["last"] if when == "with the next one" else [])]
 
 
 def test_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
