@@ -139,6 +139,22 @@ def test_two_labs_at_once() -> None:
 REAL = "0x1\tsev_do_cmd\tdrivers/crypto/ccp/ccp\tEXPORT_SYMBOL_GPL\t\n0x2\tother\tvmlinux\tEXPORT_SYMBOL\t\n"
 
 
+def test_nothing_of_the_hosts_sevhop_libvirt_and_temporary_files_is_seen(tmp_path: Path) -> None:
+    """/var/lib/sevhop is the one that the tests have for themselves, but the lab does not know that."""
+    there = [Path("/var/lib/sevhop/seen"), Path("/dev/shm/seen"), tmp_path / "seen"]
+    for path in there:
+        path.touch()
+    try:
+        directories = ["/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"]
+        done = _run("find", *directories, "/var/lib/sevhop", "/dev/shm", "-mindepth", "1")
+        assert (done.stdout, done.stderr) == (b"", b"")
+        assert _run("test", "-e", str(tmp_path)).returncode == 1
+        assert _run("find", "/etc/apparmor.d/local", "-type", "f", "!", "-name", "README", "-size", "+0").stdout == b""
+    finally:
+        for path in there:
+            path.unlink()
+
+
 @pytest.mark.parametrize(
     ("ours", "wrong"),
     [

@@ -18,7 +18,8 @@ LAB_FAILED = 125  # as env(1) and others have it: the failure is not the command
 
 _DESCRIPTION = """
 Boot the SEV lab and run COMMAND in it as root, in the current directory. The machine's file system is there; what
-is written to it is lost when the command ends. The directories /tmp, /var/tmp, /run and /dev/shm start empty.
+is written to it is lost when the command ends. Temporary directories, /run, /dev/shm
+and what libvirt and sevhop keep start empty.
 The exit status is the command's; 124: the time limit was reached; 125: the lab itself failed; 126, 127: the command
 cannot be executed, or found.
 """

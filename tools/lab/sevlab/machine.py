@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +36,13 @@ _KERNEL = (
 )
 # What the emulator always says, to stderr.
 _EXPECTED = "warning: TCG doesn't support requested feature"
-# Directories of the machine whose contents the lab does not see (see the script init).
-_EMPTY = (Path("/tmp"), Path("/run"), Path("/var/tmp"))
+# Directories whose contents the lab does not see (see the script init), and their modes: what belongs to the running
+# machine, and what its libvirt and sevhop keep.
+_EMPTY = {
+    **dict.fromkeys(("/tmp", "/var/tmp"), "1777"),
+    **dict.fromkeys(("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"), "755"),
+    "/var/lib/sevhop": "700",
+}
 
 Sink = Callable[[bytes], None]
 
@@ -160,19 +166,28 @@ def _command(lab: Lab, initrd: int, console: int, port: int) -> list[str]:
 
 def _instructions(lab: Lab, job: wire.Job) -> bytes:
     """The part of the first file system that is for this run only."""
+    empty = _EMPTY | dict.fromkeys(_temporary(), "1777")
     needed = (TREE, SHARED_CACHE, Path(job.directory), Path(sys.prefix), Path(sys.base_prefix), *lab.shown)
     return initramfs.archive(
         {
             "run/job": (0o600, job.to_bytes()),
-            "run/shown": (0o600, "".join(f"{path}\n" for path in _hidden(needed)).encode()),
+            "run/empty": (0o600, "".join(f"{mode} {path}\n" for path, mode in empty.items()).encode()),
+            "run/shown": (0o600, "".join(f"{path}\n" for path in _hidden(needed, empty)).encode()),
             "run/stage": (0o600, f"{sys.executable}\n{Path(__file__).with_name('inside.py')}\n".encode()),
         }
     )
 
 
-def _hidden(paths: tuple[Path, ...]) -> list[Path]:
+def _temporary() -> list[str]:
+    """Where programs that run now have their files, if it is in none of the usual places."""
+    path = Path(tempfile.gettempdir()).resolve()
+    return [] if any(Path(top) in (path, *path.parents) for top in _EMPTY) or path == Path("/") else [str(path)]
+
+
+def _hidden(paths: tuple[Path, ...], empty: Iterable[str]) -> list[Path]:
     """Those of the directories that lie in an empty one, without those that lie in another one of them."""
-    inside = sorted({path.resolve() for path in paths if any(top in path.resolve().parents for top in _EMPTY)})
+    tops = set(map(Path, empty))
+    inside = sorted({path.resolve() for path in paths if tops.intersection((path.resolve(), *path.resolve().parents))})
     return [path for path in inside if not any(other in path.parents for other in inside)]
 
 
