@@ -15,10 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from guests import counter, emulators
-from guests.build import CACHE, Unavailable
+from guests.build import CACHE, BuildFailed, Unavailable
 from guests.ending import end_in_order
+from guests.isolation import isolate
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
+from sevhop_qmp.errors import SevhopError
 
 from .bare import MODES, SELDOM, Bare
 from .domains import Domains
@@ -73,16 +75,17 @@ def measure(options: argparse.Namespace, scratch: Path, usage: Usage | None) -> 
 
     def take(found: Iterable[Run | Failed]) -> None:
         for one in found:
-            what = f"{one.machine} {one.mode} {one.memory_mib} MiB"
             if isinstance(one, Run):
-                say(f"{what}: {one.pause_ms:.1f} ms")
+                say(f"{one.machine} {one.mode} {one.memory_mib} MiB: {one.pause_ms:.1f} ms")
                 runs.append(one)
             else:
-                say(f"{what}: {one.reason}")
+                say(str(one))
                 failures.append(one)
 
     sizes = [size for size in options.sizes if _fits(size)]
     try:
+        if not sizes:
+            raise GuestFailed("there is no size of memory that fits")
         if "bare" in options.only:
             bare = Bare(emulators.emulator(emulators.NEW), accelerator, scratch, options.images, usage)
             for kind in options.machines:
@@ -96,6 +99,8 @@ def measure(options: argparse.Namespace, scratch: Path, usage: Usage | None) -> 
                     take(domains.measure(size, -(-options.rounds // SELDOM)))
     except SystemExit:
         failures.append(Failed("everything", "", 0, "that is not above: it was ended before"))
+    except (GuestFailed, Unavailable, BuildFailed, SevhopError, OSError) as err:
+        failures.append(Failed("everything", "", 0, f"that is not above: {err}"))
     return Report(runs, about, foreign, failures)
 
 
@@ -119,7 +124,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--only", type=_words, default=_PARTS, metavar="PART,...", help="bare, domains (default: both)")
     modes = list(MODES)
-    parser.add_argument("--modes", type=_words, default=modes, metavar="MODE,...", help=f"bare: {', '}.join(modes)")
+    parser.add_argument("--modes", type=_words, default=modes, metavar="MODE,...", help=f"bare: {', '.join(modes)}")
     parser.add_argument("--machines", type=_words, metavar="KIND,...", help="bare: minimal, rich (default: both)")
     parser.add_argument("--sizes", type=_sizes, metavar="MIB,...", help="guest memory (default: 256,1024,4096,8192)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds with each size (default: 9)")
@@ -132,6 +137,7 @@ def main() -> int:
     if wrong := sorted({*options.only, *options.machines, *options.modes}.difference(_PARTS, _KINDS, MODES)):
         parser.error(f"not known: {', '.join(wrong)}")
     end_in_order()
+    isolate()
     try:
         with contextlib.ExitStack() as resources:
             scratch = resources.enter_context(tempfile.TemporaryDirectory(prefix="sevhop-bench-"))
@@ -150,7 +156,9 @@ def main() -> int:
         (options.output / "bench.json").write_text(text + "\n")
         (options.output / "bench.md").write_text(report.markdown())
         (options.output / "bench.svg").write_text(svg(report))
-    print(text if options.json else report.markdown(), end="")
+    print(text if options.json else report.markdown().rstrip())
+    for failed in report.failures:
+        say(f"failed: {failed}")
     return 1 if report.failures else 0
 
 

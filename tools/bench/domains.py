@@ -127,6 +127,8 @@ class Domains:
         code += "    subprocess.run([sys.argv[2], 'other', 'started', 'begin', '-'], input=b'', check=True)\n"
         code += "    print((time.monotonic() - t) * 1e3)\n"
         done = self._daemon.run("python3", "-c", code, str(_FOREIGN_CALLS), script)
+        if done.returncode:
+            raise GuestFailed(f"the hook of a domain that is in no hop: {done.stderr.strip()}")
         return [float(line) for line in done.stdout.split()]
 
 

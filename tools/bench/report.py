@@ -103,6 +103,10 @@ class Failed:
     memory_mib: int
     reason: str
 
+    def __str__(self) -> str:
+        what = f"{self.machine} {self.mode} {self.memory_mib} MiB" if self.memory_mib else self.mode
+        return f"{what}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Spread:
