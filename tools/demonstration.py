@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from guests import counter, emulators, linux, real_mode
+from guests.isolation import isolate
 from guests.judge import Verdict
 from guests.machine import Accelerator, Machine
 from guests.running import Guest, GuestFailed
@@ -166,6 +167,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--sev", action="store_true", help="only the SEV guest; this machine must have SEV")
     options = parser.parse_args()
+    isolate()
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     hops: list[Shown] = []
     with tempfile.TemporaryDirectory(prefix="sevhop-demo-") as scratch:

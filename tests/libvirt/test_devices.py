@@ -186,7 +186,6 @@ def test_transparent_huge_pages(daemon: Daemon, start: StartDomain, old: Path, n
     """An upgrade leaves them whole."""
     try:
         with host_memory.transparent_huge_pages():
-            before = host_memory.transparent_in_memfds()
             guest = start(memory_mib=64)
             guest.wait_for_ticks()
             # The guest itself does not touch this. QEMU may have mapped the memory where huge pages do not fit.
@@ -195,13 +194,15 @@ def test_transparent_huge_pages(daemon: Daemon, start: StartDomain, old: Path, n
             with memory.open("r+b") as file:
                 file.seek(counter.PATTERN_END)
                 file.write(bytes(8 << 20))
-            huge = host_memory.transparent_in_memfds() - before
+            huge = host_memory.huge_pages_of(memory)
             assert huge >= 4 << 20
             for emulator in (new, old):
                 report = daemon.upgrade(guest.name, "--emulator", emulator)
                 assert (report["outcome"], report["notes"]) == ("done", []), report
                 guest.wait_for_ticks()
-                assert host_memory.transparent_in_memfds() - before >= huge
+                memory = memory_of(guest.pid)
+                assert memory is not None
+                assert host_memory.huge_pages_of(memory) >= huge
             guest.end()
     except Unavailable as err:
         pytest.skip(str(err))

@@ -170,18 +170,17 @@ def test_transparent_huge_pages(old: Path, new: Path, counter_machine: DescribeC
     """A hop leaves them whole."""
     try:
         with host_memory.transparent_huge_pages():
-            before = host_memory.transparent_in_memfds()
             guest = start(counter_machine(memory_mib=64, more=("-S",)), old)
             # What the guest will write to. QEMU itself may have mapped it where huge pages do not fit.
             memfd(guest.pid).open("r+b").write(bytes(counter.PATTERN + 4 * MIB))
-            huge = host_memory.transparent_in_memfds() - before
+            huge = host_memory.huge_pages_of(memfd(guest.pid))
             assert huge >= 4 * MIB
             guest.execute("cont")
             guest.wait_for_ticks(5)
             for emulator in (new, old):
                 hop(guest, emulator)
                 guest.wait_for_ticks(5)
-                assert host_memory.transparent_in_memfds() - before >= huge
+                assert host_memory.huge_pages_of(memfd(guest.pid)) >= huge
             verdict = guest.stop()
             assert verdict.unharmed, verdict
     except Unavailable as err:

@@ -8,12 +8,10 @@ After every hop, broken off or not, ``sevhop recover`` runs, and the guest must 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
 import secrets
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +23,12 @@ from typing import Any
 
 from guests import emulators
 from guests.ending import end_in_order
+from guests.isolation import isolate
 from guests.judge import Verdict
 from guests.running import GuestFailed, wait_until
-from sevhop import journal
-from sevhop.run_directory import RUN
 
 from .soaked_guests import Bare, Domain, SoakedGuest
 
-_CLONE_NEWNS = 0x00020000
 #: Ticks that the guest must count on after each hop.
 _TICKS = 2
 #: Descriptors more than in the beginning that are no leak: QEMU opens some when they are needed first.
@@ -228,17 +224,6 @@ def soak(soaked: Soaked, hops: int, minutes: float, share: float) -> None:
     soaked.seconds = time.monotonic() - began
 
 
-def _own_file_systems() -> None:
-    """The hops of others on this host are not ours to recover, nor the other way round."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS):
-        raise OSError(ctypes.get_errno(), "no mount namespace can be had")
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    for path in (RUN, journal.DIRECTORY.parent):
-        path.mkdir(mode=0o700, exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", path], check=True)
-
-
 def main() -> int:
     """Hop, and print what became of it."""
     parser = argparse.ArgumentParser(prog="tools/soak", description="Hop a guest again and again, with random faults.")
@@ -256,7 +241,7 @@ def main() -> int:
     end_in_order()
     soaked = Soaked(options.path, options.seed)
     say(f"seed {soaked.seed}")
-    _own_file_systems()
+    isolate()
     soak(soaked, options.hops, options.minutes, options.faults)
     print(json.dumps(soaked.as_json()) if options.json else soaked)
     return 0 if soaked.good else 1

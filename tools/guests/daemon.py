@@ -54,7 +54,9 @@ class Daemon:
         else:
             command = entered(inside.pid, *command, "python3", "-c", _ENCLOSURE.read_text())
         command += ["apparmor"] if apparmor else []
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
+        )
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
             raise GuestFailed("the libvirt daemon did not start")
@@ -105,9 +107,16 @@ class Daemon:
         else:
             words = entered(self.pid, *command)
         if terminal is not None:
-            return subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, text=True)
+            return subprocess.Popen(
+                words, stdin=terminal, stdout=terminal, stderr=terminal, text=True, env=_environment()
+            )
         return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(),
         )
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -336,6 +345,12 @@ class DomainGuest:
         if not verdict.unharmed:
             raise GuestFailed(str(verdict))
         return verdict
+
+
+def _environment() -> dict[str, str]:
+    """Our own, without what makes libvirt's programs connect elsewhere, write logs, or speak another language."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LIBVIRT_", "VIRSH_", "LC_"))}
+    return kept | {"LC_ALL": "C.UTF-8"}
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

@@ -16,7 +16,11 @@ _OWN = {"/run/sevhop": "700", "/var/lib/sevhop": "700", "/dev/shm": "1777"}
 
 
 def isolate() -> None:
-    """Put this process, and all that it starts, into such a namespace; without the right to that nothing is done."""
+    """
+    Put this process, and all that it starts, into such a namespace; without the right to that nothing is done.
+
+    Two runs then share no hop and no recovery of one.
+    """
     if os.geteuid() or ctypes.CDLL(None).unshare(_CLONE_NEWNS):
         return
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
