@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_the_destination_is_killed_with_the_keeper(
     guest = start()
     image = held(daemon, guest, new)
     hook = daemon.root / "etc/libvirt/hooks/qemu.d/zz-dying"
-    hook.write_text(f'#!/bin/sh\n[ "$2/$3" = started/begin ] || exit 0\n{sys.executable} {_PROGRAM} {KEEPER}\nexit 1\n')
+    program = shlex.join([sys.executable, str(_PROGRAM), KEEPER])
+    hook.write_text(f'#!/bin/sh\n[ "$2/$3" = started/begin ] || exit 0\n{program}\nexit 1\n')
     hook.chmod(0o755)
     assert daemon.run("virsh", "restore", image).returncode == 1
     hook.unlink()

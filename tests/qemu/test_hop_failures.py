@@ -15,6 +15,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -158,8 +159,11 @@ def test_emulator_without_the_machine_type(guest: Guest, tmp_path: Path) -> None
 
 def write_emulator(path: Path, new: Path, body: str) -> Path:
     """A program that claims to be QEMU and then does something else."""
-    path.write_text(
-        f"#!{sys.executable}\nimport os, re, socket, sys, time\n"
+    # The path of an interpreter in the first line has no spaces.
+    program = path.with_name(f"{path.name}.py")
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(program))} "$@"\n')
+    program.write_text(
+        "import os, re, socket, sys, time\n"
         "number = re.search(r'id=sevhop-monitor,fd=(\\d+)', ' '.join(sys.argv))\n"
         f"if not number: os.execv({str(new)!r}, sys.argv)\n"
         "listener = socket.socket(fileno=int(number[1]))\n" + body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,8 @@ def test_the_keeper_dies_around_the_move(daemon: Daemon, guest: DomainGuest, tmp
     # The keeper dies behind the commit, and the destination with it.
     other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-dying"
     once = f'[ "$2/$3" = started/begin ] && [ ! -e {dying.STATES} ] || exit 0'
-    other.write_text(f"#!/bin/sh\n{once}\n{sys.executable} {dying.__file__} sevhop-keeper >/dev/null\nexit 1\n")
+    program = shlex.join([sys.executable, dying.__file__, "sevhop-keeper"])
+    other.write_text(f"#!/bin/sh\n{once}\n{program} >/dev/null\nexit 1\n")
     other.chmod(0o755)
     report = daemon.upgrade(*arguments[2:])
     assert report["outcome"] == "undone", report
