@@ -21,7 +21,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 def on_a_terminal(*command: str | Path, cwd: Path) -> tuple[int, str]:
     """Run a command on a terminal. :return: its exit status, and what it has written there."""
     ours, theirs = os.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "LINES": "50"}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "500", "LINES": "50"}
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=cwd)
     os.close(theirs)
     written = b""
