@@ -47,7 +47,7 @@ def upgrade_with(daemon: Daemon, victim: str, moment: str, name: str, emulator: 
         _, step, order = STEPS[moment]
         hook = daemon.root / f"etc/libvirt/hooks/qemu.d/{order}-dying"
         once = f'[ "$2/$3" = {step} ] && [ ! -e {dying.STATES} ] || exit 0'
-        hook.write_text(f"#!/bin/sh\n{once}\nexec {' '.join(program)} >/dev/null\n")
+        hook.write_text(f"#!/bin/sh\n{once}\nexec {shlex.join(program)} >/dev/null\n")
         hook.chmod(0o755)
         done = daemon.sevhop(*arguments)
         hook.unlink()
