@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     isolate()
+    # As an interruption at the keyboard: fixtures end what they have started.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     os.umask(0o022)  # QEMUs that run as another user read what tests write
     if file := config.getoption("--fault-table"):
         config.pluginmanager.register(_Faults(file))

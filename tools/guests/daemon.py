@@ -54,8 +54,14 @@ class Daemon:
         else:
             command = entered(inside.pid, *command, "python3", "-c", _ENCLOSURE.read_text())
         command += ["apparmor"] if apparmor else []
+        # What ends a whole group of processes is for us alone: it ends when its input does, and cleans up.
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(),
+            start_new_session=True,
         )
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":

@@ -85,6 +85,8 @@ def main() -> int:
 
     def end(*_: object) -> None:
         nonlocal ending
+        if ending:
+            return
         ending = True
         os.kill(daemon, signal.SIGTERM)
         signal.alarm(_GRACE)
