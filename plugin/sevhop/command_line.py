@@ -25,13 +25,15 @@ from dataclasses import dataclass, field
 #: Id of the monitor that sevhop adds to a destination.
 PRIVATE_MONITOR = "sevhop-monitor"
 
-# Options of qemu-options.hx that take no argument.
+# Options of qemu-options.hx that take no argument, of every QEMU from 7.2 on and of those before. One that is missing
+# here swallows the option behind it.
 _FLAGS = frozenset(
     """
-    S s alt-grab ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile full-screen h help
-    mem-prealloc no-acpi no-fd-bootchk no-hpet no-kvm no-quit no-reboot no-shutdown no-user-config nodefaults
-    nographic nouserconfig old-param only-migratable portrait preconfig rtc-td-hack sdl semihosting show-cursor
-    singlestep snapshot tdf usb version win2k-hack xen-attach xen-domid-restrict
+    S s alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile
+    full-screen h help igd-passthru jitdump mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-quit no-reboot
+    no-shutdown no-user-config nodefaults nographic nouserconfig old-param only-migratable perfmap portrait preconfig
+    rtc-td-hack sdl semihosting show-cursor singlestep snapshot tdf usb version win2k-hack xen-attach
+    xen-domid-restrict
     """.split()
 )
 

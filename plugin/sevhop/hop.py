@@ -52,7 +52,8 @@ from sevhop_qmp.errors import (
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import check, command_line, guest
+from . import check, command_line, confinement, guest, launch, scheduling
+from .confinement import Confinement
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
 from .events import Listener, MoveTried, ignore
@@ -197,7 +198,7 @@ class Hop(Procedure):
         self._surroundings = Surroundings.of(self._source)
         self._resources.callback(self._surroundings.close)
         self._plates = NamePlates.of(self._working_directory, self._held.listeners, self._arguments.pidfile)
-        self._remember(plates=self._plates.as_facts())
+        self._remember(plates=self._plates.as_facts(), oom_score_adj=launch.oom_score_adj(self._source.pid))
 
     async def _prepare(self) -> None:
         self._undo.callback(self._plates.take_back)
@@ -242,10 +243,20 @@ class Hop(Procedure):
         theirs = self._theirs = await guest.inspect(self._destination.monitor, self._destination.process)
         if found := guest.differences(self._guest, theirs):
             raise Refused("; ".join(found), "give the destination the source's command line")
+        await self._compare_processes()
         encrypted = frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
         pairs = ram_blocks.not_shared(self._guest.blocks, theirs.blocks, encrypted=encrypted)
         self._carrier = ram_blocks.Carrier(self._source, self._destination.process, pairs)
         await asyncio.to_thread(self._carrier.carry)
+
+    async def _compare_processes(self) -> None:
+        """See that the destination is confined and scheduled as the source is."""
+        found = confinement.differences(Confinement.of(self._source), Confinement.of(self._destination.process))
+        ours = await scheduling.Roles.of(self._source_monitor, self._source)
+        theirs = await scheduling.Roles.of(self._destination.monitor, self._destination.process)
+        found += scheduling.hand_over(ours, theirs)
+        if found:
+            raise Refused("; ".join(found), "start the guest in a way that sevhop can repeat, or run sevhop as root")
 
     # -- the guest is stopped ----------------------------------------------------------------------
 
@@ -475,6 +486,8 @@ class Hop(Procedure):
 
     async def _retire(self) -> None:
         """Nothing here can hurt the guest."""
+        assert self._journal is not None
+        self._destination.protect(self._journal.entry.oom_score_adj, self._note)
         self._unfinished = not await retire(
             self._source,
             self._source_monitor,
