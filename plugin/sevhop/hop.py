@@ -62,7 +62,7 @@ from .journal import Entry, Process
 from .keeper import Held, Keeper
 from .name_plates import NamePlates
 from .procedure import Procedure, expected
-from .urgency import urgent
+from .urgency import Watch, urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
 CONT_DEADLINE = 10.0
@@ -206,6 +206,8 @@ class Hop(Procedure):
         self._undo.push_async_callback(self._continue_source)
         self._undo.push_async_callback(self._kill_destination)
         await self._start_destination()
+        watch = Watch.start(self._source.pid, self._destination.process.pid)
+        self._resources.push_async_callback(watch.close)
         await self._compare()
         self._outgoing = await self._resources.enter_async_context(
             OutgoingState(self._source_monitor, self._incoming)
