@@ -19,7 +19,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from . import command_line, confinement, emulator, preload, sev_host
+from . import command_line, confinement, emulator, pid_file, preload, sev_host
 from .confinement import Confinement
 from .destination import inheritable
 from .finding import Finding, Status, failed, passed
@@ -56,7 +56,8 @@ async def bare(
     if command:
         arguments = command_line.Derived(command[0], list(command[1:]))
     else:
-        arguments = command_line.derive(emulator or path_on_disk(process.executable), source[1:], secrets.token_hex(4))
+        words = pid_file.absolute(process, source[1:])
+        arguments = command_line.derive(emulator or path_on_disk(process.executable), words, secrets.token_hex(4))
     guest = await inspect(monitor, process)
     return Verdict(_examine(guest, process, arguments), guest, arguments)
 

@@ -153,13 +153,18 @@ def derive(emulator: str, words: list[str], token: str) -> Derived:
         if reason := _reason_against(option, options):
             refused.append(f"{option}: {reason}")
         if option.name == "pidfile" and option.value:
-            final = _PIDFILE_SUFFIX.sub("", option.value)
+            final = final_pidfile(option.value)
             temporary = f"{final}.hop-{token}"
             pidfile = (temporary, final)
             arguments += ["-pidfile", temporary]
         else:
             arguments += _without_waiting(option).words()
     return Derived(emulator, arguments, refused, pidfile)
+
+
+def final_pidfile(name: str) -> str:
+    """Which name a pid file has when the hop is over in which it was written."""
+    return _PIDFILE_SUFFIX.sub("", name)
 
 
 def incoming(arguments: list[str], monitor_fd: int, *, paused: bool = True) -> list[str]:
@@ -213,6 +218,8 @@ def _chardev_is_server(value: str) -> bool:
 def _reason_against(option: Option, options: list[Option]) -> str:
     """Why an option cannot be had twice; empty when it can."""
     name, value = option.name, option.value or ""
+    if any(other.name == "daemonize" for other in options) and (path := _relative_log(option)):
+        return f"{path} is relative to a directory that -daemonize has left"
     props = properties(value)
     if name == "add-fd" or _FD_KEYS & {key.rsplit(".", 1)[-1] for key in props} or "/dev/fdset/" in value:
         return "a descriptor that the source inherited cannot be had by another process"
@@ -244,6 +251,20 @@ def _reason_against(option: Option, options: list[Option]) -> str:
     if name in _LEGACY_CHARDEV_OPTIONS:
         return _reason_against_legacy_chardev(value)
     return ""
+
+
+def _relative_log(option: Option) -> str:
+    """The relative path of a file that QEMU writes to, and would make where it is not; empty when there is none."""
+    value = option.value or ""
+    props = properties(value)
+    paths = [path for key, path in props.items() if key.rsplit(".", 1)[-1] == "logfile"]
+    if option.name == "D":
+        paths.append(value)
+    if option.name == "chardev" and props.get("", props.get("backend", props.get("backend.type", ""))) == "file":
+        paths += [path for key, path in props.items() if key.rsplit(".", 1)[-1] in ("path", "out")]
+    if option.name in _LEGACY_CHARDEV_OPTIONS and value.startswith("file:"):
+        paths.append(value.removeprefix("file:"))
+    return next((path for path in paths if path and not path.startswith("/")), "")
 
 
 def _reason_against_chardev(kind: str, value: str) -> str:

@@ -530,7 +530,8 @@ async def retire(
             note("the source did not quit and was killed")
             source.kill()
             await source.wait(timeout)
-    plates.hand_over()
+    for text in plates.hand_over():
+        note(text)
     if context != "none":
         # The firmware of an SEV guest was encrypted in place at launch, in pages of the source. A reset would execute
         # what is no code here, so a guest that reboots is shut down and can be started afresh.
