@@ -62,7 +62,7 @@ from .journal import Entry, Process
 from .keeper import Held, Keeper
 from .name_plates import NamePlates
 from .procedure import Procedure, expected
-from .urgency import Watch, urgent
+from .urgency import Watch, keeping_timer_slack, urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
 CONT_DEADLINE = 10.0
@@ -206,9 +206,9 @@ class Hop(Procedure):
         self._undo.push_async_callback(self._continue_source)
         self._undo.push_async_callback(self._kill_destination)
         await self._start_destination()
+        await self._compare()
         watch = Watch.start(self._source.pid, self._destination.process.pid)
         self._resources.push_async_callback(watch.close)
-        await self._compare()
         self._outgoing = await self._resources.enter_async_context(
             OutgoingState(self._source_monitor, self._incoming)
         )
@@ -266,7 +266,9 @@ class Hop(Procedure):
         self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
         self._carrier.carry()  # once more, so that little is left, and what is to be done then has just been done
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
-        readers = set(self._source.threads) - self._guest.vcpu_threads
+        threads = self._source.threads
+        readers = set(threads) - self._guest.vcpu_threads
+        self._hurry.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
         # Not all of the destination's: one may still be busy with its start, and would keep the guest waiting now.
         self._hurry.enter_context(urgent(self._destination.process.pid, *self._theirs.vcpu_threads))
         self._hurry_source([self._source.pid])

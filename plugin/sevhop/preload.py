@@ -61,7 +61,9 @@ def look(path: str, identity: Identity, environment: Mapping[str, str]) -> Emula
     somewhere = replace(identity, confinement=replace(identity.confinement, label="", cgroups=()))
     environment = {**environment, **adopt.library_environment(environment)}
     state = library.stat()
-    key = (file, library, state.st_ino, state.st_mtime_ns, somewhere, tuple(sorted(environment.items())))
+    who = identity.confinement
+    rights = (who.uids, who.gids, who.groups, who.inheritable, who.bounding, who.ambient, who.no_new_privs)
+    key = (file, library, state.st_ino, state.st_mtime_ns, rights, tuple(sorted(environment.items())))
     if key not in _tried:
         words, answers = _ask(path, somewhere, environment)
         try:

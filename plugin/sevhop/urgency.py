@@ -34,6 +34,8 @@ _POLICY = os.SCHED_RR | os.SCHED_RESET_ON_FORK
 #: What adopt.so leaves where it may not do more.
 _LEFT = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
 _ORDINARY = os.sched_param(0)
+#: What a watch is told by who has taken everything back.
+_DONE = b"done"
 
 
 @contextlib.contextmanager
@@ -51,6 +53,19 @@ def urgent(*threads: int, first: bool = False) -> Iterator[None]:
     finally:
         for thread in raised:
             _lower(thread)
+
+
+@contextlib.contextmanager
+def keeping_timer_slack(*threads: int) -> Iterator[None]:
+    """
+    Around all that makes threads :func:`urgent`: a thread with a real-time priority has no timer slack, and afterwards
+    it has the one that it began with (PR_SET_TIMERSLACK of prctl(2)), not the one that it has set.
+    """
+    slacks = _timer_slacks(threads)
+    try:
+        yield
+    finally:
+        _set_timer_slacks(slacks)
 
 
 def relax(threads: Iterable[int]) -> None:
@@ -94,7 +109,9 @@ class Watch:
     async def close(self) -> None:
         """We are done: it takes back what is left, and ends."""
         if self._child is not None and self._child.stdin is not None:
-            self._child.stdin.close()
+            with contextlib.suppress(OSError):  # somebody has ended it
+                self._child.stdin.write(_DONE)
+                self._child.stdin.close()
             await asyncio.to_thread(self._child.wait)
 
 
@@ -111,6 +128,23 @@ def _lower(thread: int) -> None:
         os.sched_setscheduler(thread, os.SCHED_OTHER, _ORDINARY)
 
 
+def _timer_slacks(threads: Iterable[int]) -> dict[int, str]:
+    """Nanoseconds."""
+    found = {}
+    for thread in threads:
+        with contextlib.suppress(OSError), open(f"/proc/{thread}/timerslack_ns", encoding="ascii") as file:
+            found[thread] = file.read().strip()
+    return found
+
+
+def _set_timer_slacks(wanted: dict[int, str]) -> None:
+    found = _timer_slacks(wanted)
+    for thread, slack in wanted.items():
+        if found.get(thread, slack) != slack:
+            with contextlib.suppress(OSError), open(f"/proc/{thread}/timerslack_ns", "w", encoding="ascii") as file:
+                file.write(slack)
+
+
 def _threads(process: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(name) for name in os.listdir(f"/proc/{process}/task")]
@@ -122,13 +156,16 @@ def _watch(processes: list[int]) -> None:
     watched = {}
     for process in processes:
         with contextlib.suppress(OSError):
-            watched[process] = os.pidfd_open(process)
-    while os.read(0, 4096):
-        pass
-    for process, pidfd in watched.items():
+            watched[process] = os.pidfd_open(process), _timer_slacks(_threads(process))
+    said = b""
+    while more := os.read(0, 4096):
+        said += more
+    for process, (pidfd, slacks) in watched.items():
         # Readable when it has ended; then the number may be somebody else's.
         if not select.select([pidfd], [], [], 0)[0]:
             relax(_threads(process))
+            if said != _DONE:
+                _set_timer_slacks(slacks)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@
 #include "qemu.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <limits.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -42,11 +44,15 @@ static bool read_attributes(pid_t thread, struct attributes *attributes)
 static void lower(const struct thread *thread)
 {
     struct attributes attributes = {0};
+    int nice;
 
     if (!read_attributes(thread->id, &attributes) || attributes.policy != SCHED_RR ||
         !(attributes.flags & RESET_ON_FORK) || attributes.priority != PRIORITY)
         return;
-    attributes = (struct attributes){.size = sizeof attributes, .policy = SCHED_OTHER, .nice = thread->nice};
+    errno = 0;
+    nice = getpriority(PRIO_PROCESS, (id_t)thread->id);
+    attributes = (struct attributes){
+        .size = sizeof attributes, .policy = SCHED_OTHER, .nice = errno ? thread->nice : nice};
     if (!syscall(SYS_sched_setattr, thread->id, &attributes, 0))
         return;
     attributes.flags = RESET_ON_FORK;
