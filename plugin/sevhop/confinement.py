@@ -5,8 +5,7 @@ The kernel tells it (``/proc/PID``, proc(5)). The command line of a QEMU does no
 memory, and one that was taken over by its guest may have written something else there. So what the kernel says of the
 source is given to the destination (:mod:`.launch`), and what it says of both is compared before the guest is stopped.
 
-Not to be seen from outside, so not compared: securebits, keepcaps (which executing a program clears), and what the
-filters of seccomp(2) do, of which only the number is told.
+Not to be seen from outside, so not compared: securebits, and keepcaps, which executing a program clears.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Self
 from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.process import QemuProcess
 
-from . import command_line, emulator
+from . import command_line, emulator, seccomp_filter
 from .scheduling import cgroup_directory
 
 #: How a field is called in front of an administrator, and in which form it is shown.
@@ -186,6 +185,19 @@ def _foreign_code(environment: Mapping[str, str]) -> str:
                 if path.startswith("/") and (who := emulator.distrust(path)):
                     return f"{name} in its environment is {value}, and {who}"
     return ""
+
+
+def filters_lost(source: int, destination: int) -> list[str]:
+    """
+    What the seccomp filters of a thread of the source forbid, and those of one of the destination do not.
+
+    :raises UnknownFilter: the kernel does not tell.
+    """
+    found = seccomp_filter.lost(seccomp_filter.of(source), seccomp_filter.of(destination))
+    if not found:
+        return []
+    some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return [f"the sandbox of the source forbids system calls that the destination's allows ({some})"]
 
 
 def sandboxed(arguments: list[str]) -> bool:

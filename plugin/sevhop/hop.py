@@ -52,7 +52,7 @@ from sevhop_qmp.errors import (
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import check, command_line, confinement, guest, launch, scheduling
+from . import check, command_line, confinement, guest, launch, scheduling, seccomp_filter
 from .confinement import Confinement
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
@@ -253,10 +253,16 @@ class Hop(Procedure):
 
     async def _compare_processes(self) -> None:
         """See that the destination is confined and scheduled as the source is."""
-        found = confinement.differences(Confinement.of(self._source), Confinement.of(self._destination.process))
+        confined = Confinement.of(self._source)
+        found = confinement.differences(confined, Confinement.of(self._destination.process))
         ours = await scheduling.Roles.of(self._source_monitor, self._source)
         theirs = await scheduling.Roles.of(self._destination.monitor, self._destination.process)
         found += scheduling.hand_over(ours, theirs)
+        if confined.filters and not found:
+            try:
+                found = await asyncio.to_thread(confinement.filters_lost, ours.quiet, theirs.quiet)
+            except seccomp_filter.UnknownFilter as err:
+                self._note(f"how strict the sandbox of the new QEMU is was not compared: {err.message}")
         if found:
             raise Refused("; ".join(found), "start the guest in a way that sevhop can repeat, or run sevhop as root")
 

@@ -128,6 +128,11 @@ class Roles:
     named: Mapping[str, int]
     others: tuple[int, ...]
 
+    @property
+    def quiet(self) -> int:
+        """The thread that the guest misses least if it stops for a moment."""
+        return next(iter(self.others), self.named["first thread"])
+
     @classmethod
     async def of(cls, monitor: Commands, process: QemuProcess) -> Self:
         """:raises SevhopError: QEMU does not answer, or its answers make no sense."""

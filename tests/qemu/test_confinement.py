@@ -249,6 +249,26 @@ def test_sandbox_that_only_the_destination_lacks_refuses(
     assert_refused(guest, new, "seccomp mode is 0 in the destination, 2 in the source")
 
 
+def test_sandbox_that_forbids_less_refuses(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """The kernel tells how many filters there are, and it is one of each."""
+    guest = start(counter_machine(more=("-sandbox", "on,spawn=deny")), old)
+    write_arguments(guest, b"on,spawn=deny\0", b"on,enable=yes\0")
+    assert_refused(guest, new, "the sandbox of the source forbids system calls that the destination's allows")
+
+
+@pytest.mark.parametrize("sandbox", ["on", SANDBOX])
+def test_sandboxes_of_two_versions_forbid_the_same(
+    sandbox: str, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(more=("-sandbox", sandbox)), old)
+    guest.wait_for_ticks(3)
+    for emulator in (new, old):
+        hop(guest, emulator)
+    assert_unharmed(guest)
+
+
 def test_library_of_somebody_else_in_the_environment_refuses(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, open_directory: Path
 ) -> None:
