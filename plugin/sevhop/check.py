@@ -19,9 +19,13 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from . import command_line, emulator, sev_host
-from .finding import Finding, failed, passed
+from . import command_line, confinement, emulator, pid_file, preload, sev_host
+from .confinement import Confinement
+from .destination import inheritable
+from .finding import Finding, Status, failed, passed
 from .guest import Guest, inspect
+from .launch import Identity
+from .scheduling import Thread
 
 #: Run states in which a guest can hop; it is in the same one afterwards.
 HOPPABLE_STATES = ("running", "paused")
@@ -52,7 +56,8 @@ async def bare(
     if command:
         arguments = command_line.Derived(command[0], list(command[1:]))
     else:
-        arguments = command_line.derive(emulator or path_on_disk(process.executable), source[1:], secrets.token_hex(4))
+        words = pid_file.absolute(process, source[1:])
+        arguments = command_line.derive(emulator or path_on_disk(process.executable), words, secrets.token_hex(4))
     guest = await inspect(monitor, process)
     return Verdict(_examine(guest, process, arguments), guest, arguments)
 
@@ -68,6 +73,8 @@ def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived
         _blockers(guest),
         _jobs(guest),
         _arguments(arguments),
+        _confinement(process, arguments),
+        preload.readable(process.credentials),
         _emulator(arguments.emulator, guest, process),
     )
 
@@ -178,19 +185,41 @@ def _arguments(arguments: command_line.Derived) -> Finding:
     return passed("command line", "everything can be had twice")
 
 
-def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
+def _confinement(process: QemuProcess, arguments: command_line.Derived) -> Finding:
+    name = "confinement"
     try:
-        new = emulator.look(path)
+        found = Confinement.of(process)
+        reason = confinement.reason_against(found, arguments.arguments, inheritable(process.environment))
     except SevhopError as err:
-        return failed("emulator", err.message, err.hint, skipped=("machine type",))
-    user = process.credentials
-    if not user.may("x", Path(path)):
+        return failed(name, err.message, err.hint or "run sevhop as root")
+    if reason:
         return failed(
-            "emulator",
-            f"the user of the guest's QEMU ({user.uid}) may not run {path}",
-            "install it for all users, or name another one with --emulator",
-            skipped=("machine type",),
+            name,
+            f"a new QEMU would not be confined as this one is: {reason}",
+            "restart the guest with a QEMU whose confinement its command line and its user tell",
         )
+    return passed(name, f"user {found.uids[1]}, capabilities {found.permitted:#x}, seccomp filters {found.filters}")
+
+
+def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
+    skipped = ("machine type",)
+    user = process.credentials
+    library = preload.readable(user)
+    if library.status is not Status.PASS:
+        return failed("emulator", f"{path}: {library.detail}", library.remedy, skipped=skipped)
+    try:
+        emulator.trusted(path)
+        if not user.may("x", Path(path)):
+            return failed(
+                "emulator",
+                f"the user of the guest's QEMU ({user.uid}) may not run {path}",
+                "install it for all users, or name another one with --emulator",
+                skipped=skipped,
+            )
+        identity = Identity(Confinement.of(process), Thread.of(process.pid))
+        new = preload.look(path, identity, inheritable(process.environment))
+    except SevhopError as err:
+        return failed("emulator", err.message, err.hint, skipped=skipped)
     was = process.on_disk
     note = "" if was is OnDisk.UNCHANGED else f"; the source's binary was {was.value} on disk"
     return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))

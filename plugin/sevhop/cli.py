@@ -450,6 +450,7 @@ def _installed() -> str:
 
     paths = installation.install()
     asyncio.run(installation.see_that_it_is_called())
+    asyncio.run(installation.see_that_qemu_reads_the_library())
     return f"installed {', '.join(map(str, paths))}; libvirt calls the hook"
 
 

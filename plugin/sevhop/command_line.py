@@ -25,13 +25,15 @@ from dataclasses import dataclass, field
 #: Id of the monitor that sevhop adds to a destination.
 PRIVATE_MONITOR = "sevhop-monitor"
 
-# Options of qemu-options.hx that take no argument.
+# Options of qemu-options.hx that take no argument, of every QEMU from 7.2 on and of those before. One that is missing
+# here swallows the option behind it.
 _FLAGS = frozenset(
     """
-    S s alt-grab ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile full-screen h help
-    mem-prealloc no-acpi no-fd-bootchk no-hpet no-kvm no-quit no-reboot no-shutdown no-user-config nodefaults
-    nographic nouserconfig old-param only-migratable portrait preconfig rtc-td-hack sdl semihosting show-cursor
-    singlestep snapshot tdf usb version win2k-hack xen-attach xen-domid-restrict
+    S s alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile
+    full-screen h help igd-passthru jitdump mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-quit no-reboot
+    no-shutdown no-user-config nodefaults nographic nouserconfig old-param only-migratable perfmap portrait preconfig
+    rtc-td-hack sdl semihosting show-cursor singlestep snapshot tdf usb version win2k-hack xen-attach
+    xen-domid-restrict
     """.split()
 )
 
@@ -151,13 +153,18 @@ def derive(emulator: str, words: list[str], token: str) -> Derived:
         if reason := _reason_against(option, options):
             refused.append(f"{option}: {reason}")
         if option.name == "pidfile" and option.value:
-            final = _PIDFILE_SUFFIX.sub("", option.value)
+            final = final_pidfile(option.value)
             temporary = f"{final}.hop-{token}"
             pidfile = (temporary, final)
             arguments += ["-pidfile", temporary]
         else:
             arguments += _without_waiting(option).words()
     return Derived(emulator, arguments, refused, pidfile)
+
+
+def final_pidfile(name: str) -> str:
+    """Which name a pid file has when the hop is over in which it was written."""
+    return _PIDFILE_SUFFIX.sub("", name)
 
 
 def incoming(arguments: list[str], monitor_fd: int, *, paused: bool = True) -> list[str]:
@@ -211,6 +218,8 @@ def _chardev_is_server(value: str) -> bool:
 def _reason_against(option: Option, options: list[Option]) -> str:
     """Why an option cannot be had twice; empty when it can."""
     name, value = option.name, option.value or ""
+    if any(other.name == "daemonize" for other in options) and (path := _relative_log(option)):
+        return f"{path} is relative to a directory that -daemonize has left"
     props = properties(value)
     if name == "add-fd" or _FD_KEYS & {key.rsplit(".", 1)[-1] for key in props} or "/dev/fdset/" in value:
         return "a descriptor that the source inherited cannot be had by another process"
@@ -242,6 +251,20 @@ def _reason_against(option: Option, options: list[Option]) -> str:
     if name in _LEGACY_CHARDEV_OPTIONS:
         return _reason_against_legacy_chardev(value)
     return ""
+
+
+def _relative_log(option: Option) -> str:
+    """The relative path of a file that QEMU writes to, and would make where it is not; empty when there is none."""
+    value = option.value or ""
+    props = properties(value)
+    paths = [path for key, path in props.items() if key.rsplit(".", 1)[-1] == "logfile"]
+    if option.name == "D":
+        paths.append(value)
+    if option.name == "chardev" and props.get("", props.get("backend", props.get("backend.type", ""))) == "file":
+        paths += [path for key, path in props.items() if key.rsplit(".", 1)[-1] in ("path", "out")]
+    if option.name in _LEGACY_CHARDEV_OPTIONS and value.startswith("file:"):
+        paths.append(value.removeprefix("file:"))
+    return next((path for path in paths if path and not path.startswith("/")), "")
 
 
 def _reason_against_chardev(kind: str, value: str) -> str:

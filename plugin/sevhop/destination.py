@@ -1,9 +1,10 @@
 """
 The destination: a new QEMU process that looks, to the system, like the one it replaces.
 
-It gets the source's user, working directory, environment, limits and cgroups, so that relative paths, permissions and
-accounting stay what they were, and adopt.so, so that it adopts instead of launching. It waits for a stream;
-until that has come to its end nothing of it runs.
+It gets the source's user, working directory, environment, and whatever else confines or favours the source
+(:mod:`.confinement`, :mod:`.scheduling`), so that relative paths, permissions and accounting stay what they were, and
+adopt.so, so that it adopts instead of launching. It waits for a stream; until that has come to its end nothing of it
+runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
@@ -24,17 +26,21 @@ from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import Credentials, QemuProcess
 
-from . import command_line, run_directory
+from . import command_line, launch, run_directory
+from .confinement import Confinement
 from .keeper import Keeper
+from .launch import Identity
+from .scheduling import Thread
 
 #: Seconds until a new QEMU must answer its monitor.
 START_TIMEOUT = 30.0
 #: Seconds until a killed process must be gone.
 KILL_TIMEOUT = 10.0
+#: Seconds in which a QEMU has ended that has hung up.
+_JUST_ENDED = 0.2
 
 #: Name of the monitor's socket in the directory of the hop.
 _MONITOR = "monitor"
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -43,33 +49,40 @@ class Surroundings:
     What the source lives in and the destination gets: kept, because the source may have ended when it is needed.
 
     :ivar stdout: a duplicate of its standard output; the same for ``stderr``.
+    :ivar identity: what the destination takes on; None for one that starts as ourselves.
+    :ivar directory: descriptor of the working directory; None for one that starts as ourselves.
     """
 
     credentials: Credentials
     working_directory: str
     environment: dict[str, str]
     limits: dict[int, tuple[int, int]]
-    cgroups: list[tuple[str, str]]
     stdout: int
     stderr: int
+    identity: Identity | None = None
+    directory: int | None = None
 
     @classmethod
     def of(cls, source: QemuProcess) -> Self:
         """:raises ProcessError: the source has ended, or we may not look."""
+        identity = Identity(Confinement.of(source), Thread.of(source.pid))
+        directory = source.open_working_directory()
         return cls(
             source.credentials,
             source.working_directory,
-            _inheritable(source.environment),
+            inheritable(source.environment),
             source.limits,
-            source.cgroups,
             _duplicate_or_null(source, 1),
             _duplicate_or_null(source, 2),
+            identity,
+            directory,
         )
 
     def close(self) -> None:
         """Let go of the descriptors."""
-        os.close(self.stdout)
-        os.close(self.stderr)
+        for descriptor in (self.stdout, self.stderr, self.directory):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 class Destination:
@@ -168,14 +181,19 @@ class Destination:
         self = cls(QemuProcess.open(child.pid), directory, child, log)
         try:
             started(self.process, directory)
-            _place(child.pid, surroundings)
+            if surroundings.identity is None:
+                _place(child.pid, surroundings)
             # QEMU serves its monitors when it has built the machine.
             self.monitor = await Monitor.connect(
                 directory / _MONITOR, timeout=command_timeout, greeting_timeout=timeout
             )
         except MonitorError as err:
+            killed = await self.process.wait(_JUST_ENDED)
             await self.kill()
-            raise SevhopError(f"the destination did not start: {self.last_words() or err.message}") from err
+            reason = self.last_words() or err.message
+            if killed and child.returncode == -signal.SIGKILL:
+                reason = "it was killed, by somebody or because memory is out"
+            raise SevhopError(f"the destination did not start: {reason}") from err
         except BaseException:
             await self.kill()
             raise
@@ -192,6 +210,13 @@ class Destination:
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
         return [line for line in lines if line and "warning:" not in line]
+
+    def protect(self, oom_score_adj: int, note: Callable[[str], None]) -> None:
+        """It has the guest: it is not the first any more to be ended when memory is out."""
+        try:
+            launch.set_oom_score_adj(self.process.pid, oom_score_adj)
+        except OSError as err:
+            note(f"oom_score_adj of process {self.process.pid} is still {launch.FIRST_TO_DIE}: {err.strerror}")
 
     async def kill(self) -> None:
         """
@@ -230,26 +255,32 @@ def _spawn(
     stderr: int,
     keep: Sequence[int],
 ) -> subprocess.Popen[bytes]:
-    identity = surroundings.credentials
-    # Only root can become somebody else, and only root needs to.
-    other = (identity.uid, identity.gid) != (os.geteuid(), os.getegid())
-    return subprocess.Popen(
+    identity = surroundings.identity
+    if identity is None:
+        return subprocess.Popen(
+            command,
+            cwd=surroundings.working_directory,
+            env=environment,
+            umask=surroundings.credentials.umask,
+            stdin=subprocess.DEVNULL,
+            stdout=surroundings.stdout,
+            stderr=stderr,
+            pass_fds=keep,
+            start_new_session=True,
+        )
+    return launch.spawn(
         command,
-        cwd=surroundings.working_directory,
-        env=environment,
-        user=identity.uid if other else None,
-        group=identity.gid if other else None,
-        extra_groups=identity.groups if other else None,
-        umask=identity.umask,
-        stdin=subprocess.DEVNULL,
+        environment,
+        identity,
+        directory=surroundings.directory,
+        cgroups=identity.confinement.cgroups_to_join(),
+        keep=keep,
         stdout=surroundings.stdout,
         stderr=stderr,
-        pass_fds=keep,
-        start_new_session=True,
     )
 
 
-def _inheritable(environment: dict[str, str]) -> dict[str, str]:
+def inheritable(environment: dict[str, str]) -> dict[str, str]:
     """An environment without what an earlier hop has put there."""
     kept = {name: value for name, value in environment.items() if not name.startswith("SEVHOP_")}
     preload = kept.pop("LD_PRELOAD", "")
@@ -260,24 +291,12 @@ def _inheritable(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _place(pid: int, surroundings: Surroundings) -> None:
-    """Give a process the limits and cgroups of the source."""
+    """Give a process that has started as ourselves the limits of the source."""
     for number, limit in surroundings.limits.items():
         with contextlib.suppress(OSError, ValueError):
             resource.prlimit(pid, number, limit)
-    for controllers, path in surroundings.cgroups:
-        mount = _cgroup_mount(controllers)
-        # A hierarchy that is not mounted, or not ours to change, cannot matter to the source either.
-        if mount is not None:
-            with contextlib.suppress(OSError):
-                (mount / path.lstrip("/") / "cgroup.procs").write_text(str(pid))
-
-
-def _cgroup_mount(controllers: str) -> Path | None:
-    if not controllers:
-        candidates = [_CGROUP_ROOT / "unified", _CGROUP_ROOT]
-    else:
-        candidates = [_CGROUP_ROOT / controllers.removeprefix("name=")]
-    return next((path for path in candidates if (path / "cgroup.procs").exists()), None)
+    with contextlib.suppress(OSError):
+        launch.set_oom_score_adj(pid, launch.FIRST_TO_DIE)
 
 
 def _duplicate_or_null(source: QemuProcess, number: int) -> int:

@@ -39,6 +39,8 @@ DEFAULT_URI = "qemu:///system"
 #: Where the daemon of the system keeps the pid of each QEMU.
 _PID_FILES = Path("/run/libvirt/qemu")
 _POLL = 0.001
+#: Of the security model "dac" in the daemon's capabilities: numbers, after a plus sign.
+_DAC_LABEL = re.compile(r"\+(?P<uid>\d+):\+(?P<gid>\d+)")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 #: Seconds for which a daemon is waited for that has gone away; one that is restarted is back within a few.
 RETURN_TIMEOUT = 30.0
@@ -146,6 +148,15 @@ class Connection:
     async def version(self) -> str:
         """The running daemon's version, such as ``9.0.0``."""
         return readable_version(await _call(self._raw.getLibVersion))
+
+    async def qemu_user(self) -> tuple[int, int]:
+        """User and group that QEMU runs as unless a domain says otherwise; root's where the daemon names none."""
+        capabilities = ElementTree.fromstring(await _call(self._raw.getCapabilities))
+        for model in capabilities.iterfind("host/secmodel"):
+            label = _DAC_LABEL.fullmatch(model.findtext("baselabel") or "")
+            if model.findtext("model") == "dac" and label:
+                return int(label["uid"]), int(label["gid"])
+        return 0, 0
 
     async def tested(self) -> bool:
         """Whether the running daemon is one that sevhop was tested with, or newer."""

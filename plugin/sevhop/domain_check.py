@@ -13,11 +13,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
-from . import apparmor, check, domain_xml, guest, installation
+from . import apparmor, check, domain_xml, guest, installation, preload
 from .domain import Connection, Domain, DomainMonitor
 from .finding import Finding, failed, passed
 from .procedure import to_its_end
@@ -79,7 +78,7 @@ def _without_libvirt(found: guest.Guest, process: QemuProcess, new: str, xml: st
     tree = check.domain(found, process, new)
     # First: a device that cannot be had again may bring memory of its own, for which there is no remedy either.
     tree.children[:0] = [devices(xml)]
-    tree.children += [_library(process), _confinement(process, uuid)]
+    tree.children += [preload.readable(process.credentials), _confinement(process, uuid)]
     return tree
 
 
@@ -130,14 +129,6 @@ def _as_written(path: str) -> str:
     outer, _, name = inner.rpartition("/")
     element = f"<{name} {attribute}>" if attribute else f"<{name}>"
     return f"{element} of a <{outer}>" if outer else element
-
-
-def _library(process: QemuProcess) -> Finding:
-    name = "library"
-    path, identity = adopt.library_path(), process.credentials
-    if not identity.may("r", path):
-        return failed(name, f"the user of QEMU ({identity.uid}) cannot read {path}", "install it for all users")
-    return passed(name, str(path))
 
 
 def _confinement(process: QemuProcess, uuid: str) -> Finding:

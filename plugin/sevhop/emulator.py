@@ -7,7 +7,6 @@ a directory on the way to it, nor a link that is followed.
 
 from __future__ import annotations
 
-import functools
 import grp
 import json
 import os
@@ -23,14 +22,18 @@ from sevhop_qmp.errors import SevhopError
 
 #: Seconds in which a QEMU must have told what it is.
 PATIENCE = 20.0
-_HINT = "name a QEMU system emulator with --emulator"
+HINT = "name a QEMU system emulator with --emulator"
 #: A machine without parts, which needs neither a guest nor rights.
-_PROBE = ("-machine", "none,accel=tcg:kvm", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio")
-_QUESTIONS = b'{"execute": "qmp_capabilities"} {"execute": "query-machines"} {"execute": "quit"}'
+PROBE = ("-machine", "none,accel=tcg:kvm", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio")
+QUESTIONS = (
+    b'{"execute": "qmp_capabilities"} {"execute": "query-machines"} {"execute": "query-commands"} {"execute": "quit"}'
+)
 #: The first version that refuses to read a stream from a regular file by descriptor, which is what libvirt gives it.
 _NO_STREAM_FROM_FILE = (11, 0, 0)
 #: As many symbolic links are followed as the kernel follows.
 _LINKS = 40
+#: A path, and what stat(2) says that is there.
+FileIdentity = tuple[str, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,35 @@ class Emulator:
         return tuple(map(int, self.version.split("."))) >= _NO_STREAM_FROM_FILE
 
 
+#: What was found out in this process.
+_known: dict[FileIdentity, Emulator] = {}
+
+
 def look(path: str) -> Emulator:
     """
     Find out what a binary is. It is started once, and not again in this process unless the file has changed.
 
     :raises SevhopError: it cannot be trusted, cannot be started, or is not QEMU.
     """
+    identity = trusted(path)
+    if identity in _known:
+        return _known[identity]
+    try:
+        done = subprocess.run([path, *PROBE], input=QUESTIONS, capture_output=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.SubprocessError) as err:
+        raise SevhopError(f"{path}: {getattr(err, 'strerror', None) or err}", HINT) from err
+    return understand(path, identity, done.stdout)[0]
+
+
+def trusted(path: str) -> FileIdentity:
+    """
+    See that only root can exchange a binary.
+
+    :return: what tells it from another one that may be there later.
+    :raises SevhopError: somebody else can, or there is none.
+    """
     if not os.path.isabs(path):
-        raise SevhopError(f"{path} is not a whole path", _HINT)
+        raise SevhopError(f"{path} is not a whole path", HINT)
     try:
         if reason := distrust(path):
             raise SevhopError(
@@ -69,24 +93,27 @@ def look(path: str) -> Emulator:
             )
         file = os.stat(path)
     except OSError as err:
-        raise SevhopError(f"{path}: {err.strerror}", _HINT) from err
-    return _probe(path, (file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns))
+        raise SevhopError(f"{path}: {err.strerror}", HINT) from err
+    return path, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
 
 
-@functools.lru_cache
-def _probe(path: str, _identity: tuple[int, ...]) -> Emulator:
+def understand(path: str, identity: FileIdentity, answers: bytes) -> tuple[Emulator, frozenset[str]]:
+    """
+    What a QEMU says that was started with :data:`PROBE` and asked :data:`QUESTIONS`.
+
+    :return: and the names of its commands.
+    :raises SevhopError: this is not QEMU.
+    """
     try:
-        done = subprocess.run([path, *_PROBE], input=_QUESTIONS, capture_output=True, timeout=PATIENCE, check=False)
-    except (OSError, subprocess.SubprocessError) as err:
-        raise SevhopError(f"{path}: {getattr(err, 'strerror', None) or err}", _HINT) from err
-    try:
-        greeting, _, machines = list(_answers(done.stdout))[:3]
+        greeting, _, machines, commands = [*_answers(answers), {"return": []}][:4]
         qemu = greeting["QMP"]["version"]["qemu"]
         version = f"{qemu['major']:d}.{qemu['minor']:d}.{qemu['micro']:d}"
         types = {str(one[key]) for one in machines["return"] for key in ("name", "alias") if key in one}
-    except (ValueError, KeyError, TypeError) as err:
-        raise SevhopError(f"{path} is not a QEMU system emulator", _HINT) from err
-    return Emulator(path, version, frozenset(types))
+        names = frozenset(str(one["name"]) for one in commands.get("return") or () if "name" in one)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise SevhopError(f"{path} is not a QEMU system emulator", HINT) from err
+    _known[identity] = Emulator(path, version, frozenset(types))
+    return _known[identity], names
 
 
 def _answers(text: bytes) -> Iterator[dict[str, Any]]:

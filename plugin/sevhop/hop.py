@@ -52,7 +52,8 @@ from sevhop_qmp.errors import (
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import check, command_line, guest
+from . import check, command_line, confinement, guest, launch, scheduling, seccomp_filter
+from .confinement import Confinement
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
 from .events import Listener, MoveTried, ignore
@@ -61,7 +62,7 @@ from .journal import Entry, Process
 from .keeper import Held, Keeper
 from .name_plates import NamePlates
 from .procedure import Procedure, expected
-from .urgency import urgent
+from .urgency import Watch, keeping_timer_slack, urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
 CONT_DEADLINE = 10.0
@@ -197,7 +198,7 @@ class Hop(Procedure):
         self._surroundings = Surroundings.of(self._source)
         self._resources.callback(self._surroundings.close)
         self._plates = NamePlates.of(self._working_directory, self._held.listeners, self._arguments.pidfile)
-        self._remember(plates=self._plates.as_facts())
+        self._remember(plates=self._plates.as_facts(), oom_score_adj=launch.oom_score_adj(self._source.pid))
 
     async def _prepare(self) -> None:
         self._undo.callback(self._plates.take_back)
@@ -206,6 +207,8 @@ class Hop(Procedure):
         self._undo.push_async_callback(self._kill_destination)
         await self._start_destination()
         await self._compare()
+        watch = Watch.start(self._source.pid, self._destination.process.pid)
+        self._resources.push_async_callback(watch.close)
         self._outgoing = await self._resources.enter_async_context(
             OutgoingState(self._source_monitor, self._incoming)
         )
@@ -242,10 +245,26 @@ class Hop(Procedure):
         theirs = self._theirs = await guest.inspect(self._destination.monitor, self._destination.process)
         if found := guest.differences(self._guest, theirs):
             raise Refused("; ".join(found), "give the destination the source's command line")
+        await self._compare_processes()
         encrypted = frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
         pairs = ram_blocks.not_shared(self._guest.blocks, theirs.blocks, encrypted=encrypted)
         self._carrier = ram_blocks.Carrier(self._source, self._destination.process, pairs)
         await asyncio.to_thread(self._carrier.carry)
+
+    async def _compare_processes(self) -> None:
+        """See that the destination is confined and scheduled as the source is."""
+        confined = Confinement.of(self._source)
+        found = confinement.differences(confined, Confinement.of(self._destination.process))
+        ours = await scheduling.Roles.of(self._source_monitor, self._source)
+        theirs = await scheduling.Roles.of(self._destination.monitor, self._destination.process)
+        found += scheduling.hand_over(ours, theirs)
+        if confined.filters and not found:
+            try:
+                found = await asyncio.to_thread(confinement.filters_lost, ours.quiet, theirs.quiet)
+            except seccomp_filter.UnknownFilter as err:
+                self._note(f"how strict the sandbox of the new QEMU is was not compared: {err.message}")
+        if found:
+            raise Refused("; ".join(found), "start the guest in a way that sevhop can repeat, or run sevhop as root")
 
     # -- the guest is stopped ----------------------------------------------------------------------
 
@@ -253,7 +272,9 @@ class Hop(Procedure):
         self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
         self._carrier.carry()  # once more, so that little is left, and what is to be done then has just been done
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
-        readers = set(self._source.threads) - self._guest.vcpu_threads
+        threads = self._source.threads
+        readers = set(threads) - self._guest.vcpu_threads
+        self._hurry.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
         # Not all of the destination's: one may still be busy with its start, and would keep the guest waiting now.
         self._hurry.enter_context(urgent(self._destination.process.pid, *self._theirs.vcpu_threads))
         self._hurry_source([self._source.pid])
@@ -475,6 +496,8 @@ class Hop(Procedure):
 
     async def _retire(self) -> None:
         """Nothing here can hurt the guest."""
+        assert self._journal is not None
+        self._destination.protect(self._journal.entry.oom_score_adj, self._note)
         self._unfinished = not await retire(
             self._source,
             self._source_monitor,
@@ -515,7 +538,8 @@ async def retire(
             note("the source did not quit and was killed")
             source.kill()
             await source.wait(timeout)
-    plates.hand_over()
+    for text in plates.hand_over():
+        note(text)
     if context != "none":
         # The firmware of an SEV guest was encrypted in place at launch, in pages of the source. A reset would execute
         # what is no code here, so a guest that reboots is shut down and can be started afresh.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pwd
 import secrets
 import shlex
 import signal
@@ -17,9 +18,11 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import Credentials
 
-from . import apparmor, hook, hook_calls, installed_file, journal, units
+from . import apparmor, hook, hook_calls, installed_file, journal, preload, units
 from .domain import Connection, DomainError
+from .finding import Status
 from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
 
@@ -123,6 +126,21 @@ async def see_that_it_is_called() -> None:
     finally:
         connection.close()
     raise SevhopError("libvirt does not call the hook", "restart the daemon: systemctl restart libvirtd")
+
+
+async def see_that_qemu_reads_the_library() -> None:
+    """:raises SevhopError: the user that the daemon has QEMU run as does not reach what is preloaded into it."""
+    connection = await Connection.open()
+    try:
+        uid, gid = await connection.qemu_user()
+    finally:
+        connection.close()
+    groups: tuple[int, ...] = ()
+    with contextlib.suppress(KeyError):
+        groups = tuple(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
+    found = preload.readable(Credentials(uid, gid, groups, 0))
+    if found.status is not Status.PASS:
+        raise SevhopError(f"the hook is in place, but {found.detail}", found.remedy)
 
 
 async def hook_answers(connection: Connection) -> bool:

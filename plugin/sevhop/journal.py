@@ -106,6 +106,7 @@ class Entry:
     :ivar loaded: bare: all of the guest is in the destination.
     :ivar committed: there is no way back.
     :ivar broken: why the destination must not run although the context is there.
+    :ivar oom_score_adj: bare: the source's, which the destination gets when it has the guest.
     :ivar plates: bare: paths that must lead to the destination in the end; see :mod:`sevhop.name_plates`.
     """
 
@@ -126,6 +127,7 @@ class Entry:
     committed: bool = False
     broken: str = ""
     plates: dict[str, Any] = field(default_factory=dict)
+    oom_score_adj: int = 0
     version: int = VERSION
     command: int = field(default_factory=os.getpid)
     boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())

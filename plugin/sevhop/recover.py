@@ -209,6 +209,7 @@ class _Bare:
             if entry.running and not (await destination.monitor.execute("query-status"))["running"]:
                 await adopt.adopt_ram(destination.monitor)  # who would be asked otherwise has died
                 await let_run(destination.monitor)
+            destination.protect(entry.oom_score_adj, self._notes.append)
             finished = await retire(
                 self._source,
                 monitor,

@@ -313,8 +313,8 @@ def _surroundings(source: QemuProcess, environment: Mapping[str, str]) -> Iterat
     """The source's, but for the guest's cgroups, in which a trial would be counted. It starts as ourselves."""
     own = QemuProcess.open(os.getpid())
     try:
-        null = [os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC) for _ in range(2)]
-        surroundings = Surroundings(own.credentials, "/", dict(environment), source.limits, [], *null)
+        stdout, stderr = (os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC) for _ in range(2))
+        surroundings = Surroundings(own.credentials, "/", dict(environment), source.limits, stdout, stderr)
     finally:
         own.close()
     try:

@@ -11,18 +11,31 @@ may be idle. So the source's threads get it when the guest has stopped, adopt.so
 the guest runs, and ours ends when nobody waits for us any more. The source's threads go first: all others wait for the
 state that they save, and have something else to do meanwhile, which can wait on a host with few processors.
 
-A host may forbid it; then a hop takes longer, which is all.
+It must not outlast us, whatever ends us. So a :class:`Watch`, a process that does nothing else, takes it back from the
+threads of both QEMUs when it sees us end; what adopt.so takes back does not depend on that. This file is its program.
+
+A host may forbid all of it; then a hop takes longer, which is all.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import select
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
+from typing import Self
 
 _FIRST, _SECOND = 2, 1
 _POLICY = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+#: What adopt.so leaves where it may not do more.
+_LEFT = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
 _ORDINARY = os.sched_param(0)
+#: What a watch is told by who has taken everything back.
+_DONE = b"done"
 
 
 @contextlib.contextmanager
@@ -42,13 +55,64 @@ def urgent(*threads: int, first: bool = False) -> Iterator[None]:
             _lower(thread)
 
 
+@contextlib.contextmanager
+def keeping_timer_slack(*threads: int) -> Iterator[None]:
+    """
+    Around all that makes threads :func:`urgent`: a thread with a real-time priority has no timer slack, and afterwards
+    it has the one that it began with (PR_SET_TIMERSLACK of prctl(2)), not the one that it has set.
+    """
+    slacks = _timer_slacks(threads)
+    try:
+        yield
+    finally:
+        _set_timer_slacks(slacks)
+
+
 def relax(threads: Iterable[int]) -> None:
     """Take back what a command has left when it was killed in the middle."""
     for thread in threads:
         with contextlib.suppress(OSError):
-            priority = os.sched_getparam(thread).sched_priority
-            if os.sched_getscheduler(thread) == _POLICY and priority in (_FIRST, _SECOND):
+            policy, priority = os.sched_getscheduler(thread), os.sched_getparam(thread).sched_priority
+            if policy == _LEFT or (policy == _POLICY and priority in (_FIRST, _SECOND)):
                 _lower(thread)
+
+
+class Watch:
+    """
+    A process that waits for us to end, and then takes back what we have lent. :meth:`start`, then :meth:`close`.
+
+    It is in a session of its own: what ends all of ours at once does not end it.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes] | None) -> None:
+        self._child = child
+
+    @classmethod
+    def start(cls, *processes: int) -> Self:
+        """:param processes: their ids."""
+        program = sys.executable or shutil.which("python3") or "/usr/bin/python3"
+        try:
+            return cls(
+                subprocess.Popen(
+                    [program, "-I", "-S", __file__, *map(str, processes)],
+                    cwd="/",
+                    env={},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            )
+        except (OSError, subprocess.SubprocessError):
+            return cls(None)  # sevhop recover takes it back as well
+
+    async def close(self) -> None:
+        """We are done: it takes back what is left, and ends."""
+        if self._child is not None and self._child.stdin is not None:
+            with contextlib.suppress(OSError):  # somebody has ended it
+                self._child.stdin.write(_DONE)
+                self._child.stdin.close()
+            await asyncio.to_thread(self._child.wait)
 
 
 def _raise(thread: int, priority: int) -> bool:
@@ -62,3 +126,47 @@ def _raise(thread: int, priority: int) -> bool:
 def _lower(thread: int) -> None:
     with contextlib.suppress(OSError):
         os.sched_setscheduler(thread, os.SCHED_OTHER, _ORDINARY)
+
+
+def _timer_slacks(threads: Iterable[int]) -> dict[int, str]:
+    """Nanoseconds."""
+    found = {}
+    for thread in threads:
+        with contextlib.suppress(OSError), open(f"/proc/{thread}/timerslack_ns", encoding="ascii") as file:
+            found[thread] = file.read().strip()
+    return found
+
+
+def _set_timer_slacks(wanted: dict[int, str]) -> None:
+    found = _timer_slacks(wanted)
+    for thread, slack in wanted.items():
+        if found.get(thread, slack) != slack:
+            with contextlib.suppress(OSError), open(f"/proc/{thread}/timerslack_ns", "w", encoding="ascii") as file:
+                file.write(slack)
+
+
+def _threads(process: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(name) for name in os.listdir(f"/proc/{process}/task")]
+    return []
+
+
+def _watch(processes: list[int]) -> None:
+    """Wait for whoever holds the other end of standard input, then :func:`relax`."""
+    watched = {}
+    for process in processes:
+        with contextlib.suppress(OSError):
+            watched[process] = os.pidfd_open(process), _timer_slacks(_threads(process))
+    said = b""
+    while more := os.read(0, 4096):
+        said += more
+    for process, (pidfd, slacks) in watched.items():
+        # Readable when it has ended; then the number may be somebody else's.
+        if not select.select([pidfd], [], [], 0)[0]:
+            relax(_threads(process))
+            if said != _DONE:
+                _set_timer_slacks(slacks)
+
+
+if __name__ == "__main__":
+    _watch([int(word) for word in sys.argv[1:]])

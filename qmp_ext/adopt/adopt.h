@@ -150,6 +150,10 @@ void stream_forget(void);
 int listeners_adopted(void);
 void listeners_serve(void); /* the hop is over: clients find this process */
 
+/* ---- files.c ---- */
+
+bool pid_file_unlink(const char *path); /* true: this was our pid file, which has another name now, and it is gone */
+
 /* ---- kvm.c ---- */
 
 bool kvm_vm_exists(void);
@@ -191,7 +195,7 @@ int vcpus_held(void);
 
 /* ---- urgency.c ---- */
 
-/* For all threads but the main one. */
+/* Of all threads; the first one, which starts the guest, a moment later. */
 void urgency_begins(void);
 void urgency_ends(void);
 

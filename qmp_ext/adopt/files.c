@@ -5,14 +5,19 @@
  *
  * Disk images: before the guest runs, QEMU has the kernel drop what it has read of them (drop-cache=on of block/file-posix.c),
  * since another host may have written to them. No other host has, and reading them again keeps the guest waiting for the disk.
+ *
+ * The pid file: written under another name (NAME.hop-TOKEN), while the source has its own. When the hop is over it is renamed,
+ * which QEMU, that removes it when it ends, does not know.
  */
 #include "adopt.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 static bool is_regular_file(const char *path)
 {
@@ -98,4 +103,44 @@ EXPORT int posix_fadvise64(int fd, off64_t offset, off64_t length, int advice)
 EXPORT int posix_fadvise(int fd, off_t offset, off_t length, int advice)
 {
     return advise(fd, offset, length, advice);
+}
+
+#define MARK ".hop-"
+#define TOKEN 4 /* bytes, in hexadecimal */
+
+/* Whether a file says that it is ours. */
+static bool names_us(const char *path)
+{
+    int file = next()->open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC, 0);
+    char text[16] = "";
+    unsigned long long number;
+    ssize_t length = file < 0 ? -1 : read(file, text, sizeof text - 1);
+
+    if (file >= 0)
+        close(file);
+    if (length <= 0)
+        return false;
+    text[strcspn(text, "\n")] = '\0';
+    return parse_number(text, &number) && number == (unsigned long long)getpid();
+}
+
+bool pid_file_unlink(const char *path)
+{
+    size_t length = strlen(path), mark = strlen(MARK) + 2 * TOKEN;
+    unsigned char token[TOKEN];
+    int saved = errno;
+    struct stat file;
+    bool gone = false;
+
+    if (!hop.keeper || hop_under_way() || length <= mark || strncmp(path + length - mark, MARK, strlen(MARK)) ||
+        !parse_hex(path + length - 2 * TOKEN, token, TOKEN) || !lstat(path, &file))
+        return false;
+
+    char *name = strndup(path, length - mark);
+
+    if (name && names_us(name))
+        gone = !next()->unlink(name);
+    free(name);
+    errno = saved;
+    return gone;
 }

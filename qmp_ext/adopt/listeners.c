@@ -163,7 +163,7 @@ EXPORT int unlink(const char *path)
     if (hop_under_way() && is_served_path(path))
         return 0;
     errno = saved;
-    return next()->unlink(path);
+    return pid_file_unlink(path) ? 0 : next()->unlink(path);
 }
 
 /* By inode: a number may have been closed and used again. */

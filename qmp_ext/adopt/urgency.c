@@ -2,40 +2,76 @@
 /*
  * While the guest waits, the threads of this process have a real-time priority, which who hops has lent them
  * (plugin/sevhop/urgency.py). A guest must not run with that: it could keep a processor from everybody else.
+ *
+ * By sched_setattr(2), which the sandbox of QEMU does not know of (-sandbox resourcecontrol=deny). An ordinary user may not
+ * take away the flag that resets the policy of children, so it stays until who hops takes it away; vCPUs have none.
  */
 #include "adopt.h"
+#include "qemu.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <limits.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define PRIORITY 1
+#define RESET_ON_FORK 1 /* SCHED_FLAG_RESET_ON_FORK of <linux/sched.h>, which does not go together with <sched.h> */
 
-static pid_t *threads;
+/* struct sched_attr, as Linux 3.14 had it. */
+struct attributes {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+};
+
+static struct thread {
+    pid_t id;
+    int32_t nice;
+} *threads;
 static size_t count, room;
 
-static void lower(pid_t thread)
+static bool read_attributes(pid_t thread, struct attributes *attributes)
 {
-    struct sched_param parameter = {0};
+    return !syscall(SYS_sched_getattr, thread, attributes, sizeof *attributes, 0);
+}
 
-    if (sched_getscheduler(thread) != (SCHED_RR | SCHED_RESET_ON_FORK) || sched_getparam(thread, &parameter) < 0 ||
-        parameter.sched_priority != PRIORITY)
+static void lower(const struct thread *thread)
+{
+    struct attributes attributes = {0};
+    int nice;
+
+    if (!read_attributes(thread->id, &attributes) || attributes.policy != SCHED_RR ||
+        !(attributes.flags & RESET_ON_FORK) || attributes.priority != PRIORITY)
         return;
-    parameter.sched_priority = 0;
-    sched_setscheduler(thread, SCHED_OTHER, &parameter);
+    errno = 0;
+    nice = getpriority(PRIO_PROCESS, (id_t)thread->id);
+    attributes = (struct attributes){
+        .size = sizeof attributes, .policy = SCHED_OTHER, .nice = errno ? thread->nice : nice};
+    if (!syscall(SYS_sched_setattr, thread->id, &attributes, 0))
+        return;
+    attributes.flags = RESET_ON_FORK;
+    if (syscall(SYS_sched_setattr, thread->id, &attributes, 0))
+        say("a real-time priority stays for now");
 }
 
 static void remember(pid_t thread)
 {
+    struct attributes attributes = {0};
+
     if (count == room) {
         room += 64;
         threads = realloc(threads, room * sizeof *threads);
         if (!threads)
             die("out of memory");
     }
-    threads[count++] = thread;
+    if (read_attributes(thread, &attributes))
+        threads[count++] = (struct thread){thread, attributes.nice};
 }
 
 /* Looking for them takes a tenth of a millisecond, for which the guest need not wait. Those that come later have no priority. */
@@ -49,13 +85,24 @@ void urgency_begins(void)
         return;
     count = 0;
     while ((entry = readdir(directory)))
-        if (parse_number(entry->d_name, &number) && number <= INT_MAX && (pid_t)number != getpid())
+        if (parse_number(entry->d_name, &number) && number <= INT_MAX)
             remember((pid_t)number);
     closedir(directory);
 }
 
+static void end_of_first(void *opaque)
+{
+    (void)opaque;
+    for (size_t i = 0; i < count; i++)
+        if (threads[i].id == getpid())
+            lower(&threads[i]);
+}
+
+/* The first thread still has to start the guest: its turn comes when it has. */
 void urgency_ends(void)
 {
     for (size_t i = 0; i < count; i++)
-        lower(threads[i]);
+        if (threads[i].id != getpid())
+            lower(&threads[i]);
+    aio_bh_schedule_oneshot_full(qemu_get_aio_context(), end_of_first, NULL, "sevhop-urgency");
 }

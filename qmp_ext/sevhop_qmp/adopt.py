@@ -45,11 +45,16 @@ def environment(
     :param stderr: inherited descriptor that becomes the destination's stderr when the hop is over.
     :param inherited: the environment that this will be added to. Other libraries that it preloads stay preloaded.
     """
-    others = (inherited or {}).get(_PRELOAD, "")
-    added = {_PRELOAD: f"{library_path()}:{others}" if others else str(library_path()), _KEEPER: str(keeper)}
+    added = {**library_environment(inherited or {}), _KEEPER: str(keeper)}
     if stderr is not None:
         added[_STDERR] = str(stderr)
     return added
+
+
+def library_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """What loads the library into a program and does no more: without a keeper it adds commands, and adopts nothing."""
+    others = inherited.get(_PRELOAD, "")
+    return {_PRELOAD: f"{library_path()}:{others}" if others else str(library_path())}
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,26 @@ class Commands(Protocol):
         return text
 
 
+class _Client(QMPClient):
+    """qemu.qmp's, which takes an event for the answer to ``qmp_capabilities`` if the event comes before it."""
+
+    _negotiating = False
+
+    async def _negotiate(self) -> None:
+        self._negotiating = True
+        try:
+            await super()._negotiate()
+        finally:
+            self._negotiating = False
+
+    async def _recv(self) -> Message:
+        message = await super()._recv()
+        # Nobody can have a listener yet: what happened before a client came is not told to it.
+        while self._negotiating and "event" in message:
+            message = await super()._recv()
+        return message
+
+
 class Monitor(Commands):
     """
     One connection to the QMP monitor of one QEMU process. Use :meth:`connect`, then ``async with``.
@@ -113,7 +133,7 @@ class Monitor(Commands):
             sock = await _connect_unix(name, greeting_timeout)
         peer = peer_credentials(sock)[0]
         # No legacy fallback: a monitor that cannot do events and ids is not one that this project can use.
-        client = QMPClient(name)
+        client = _Client(name)
         try:
             async with asyncio.timeout(greeting_timeout):
                 await client.connect(sock)

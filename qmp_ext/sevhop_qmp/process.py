@@ -14,6 +14,7 @@ import enum
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -42,10 +43,22 @@ _STATE_POLL = 0.0002
 _PAGE_THERE = bytes(flags >= 1 << 6 for flags in range(256))
 
 _LIMITS: Mapping[str, int] = {
+    "Max cpu time": resource.RLIMIT_CPU,
+    "Max file size": resource.RLIMIT_FSIZE,
+    "Max data size": resource.RLIMIT_DATA,
+    "Max stack size": resource.RLIMIT_STACK,
     "Max core file size": resource.RLIMIT_CORE,
-    "Max locked memory": resource.RLIMIT_MEMLOCK,
-    "Max open files": resource.RLIMIT_NOFILE,
+    "Max resident set": resource.RLIMIT_RSS,
     "Max processes": resource.RLIMIT_NPROC,
+    "Max open files": resource.RLIMIT_NOFILE,
+    "Max locked memory": resource.RLIMIT_MEMLOCK,
+    "Max address space": resource.RLIMIT_AS,
+    "Max file locks": 10,  # RLIMIT_LOCKS, which Python has no name for
+    "Max pending signals": resource.RLIMIT_SIGPENDING,
+    "Max msgqueue size": resource.RLIMIT_MSGQUEUE,
+    "Max nice priority": resource.RLIMIT_NICE,
+    "Max realtime priority": resource.RLIMIT_RTPRIO,
+    "Max realtime timeout": resource.RLIMIT_RTTIME,
 }
 
 #: A stream socket's address in a form that compares: (family, path) or (family, host, port).
@@ -151,14 +164,10 @@ class QemuProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs. A zombie does not."""
-        try:
-            signal.pidfd_send_signal(self._pidfd, 0)
-        except ProcessLookupError:
-            return False
-        with contextlib.suppress(OSError):
-            return self._stat_state() not in ("Z", "X")
-        return False
+        """Whether a thread of it is left. A zombie has none, unless only the thread that was the first has ended."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)  # pidfd_open(2): it polls as readable when the whole process has ended
 
     @property
     def threads(self) -> list[int]:
@@ -218,9 +227,6 @@ class QemuProcess:
         except OSError as err:
             raise self._unreadable("stat", err) from err
 
-    def _stat_state(self) -> str:
-        return self._stat()[0]
-
     def _stat(self) -> list[str]:
         """The fields of ``/proc/PID/stat`` from the third on; the second may have blanks and parentheses in it."""
         return (self._proc / "stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -270,10 +276,21 @@ class QemuProcess:
         """Where relative paths of its command line start."""
         return self._link("cwd")
 
+    def open_working_directory(self) -> int:
+        """
+        A descriptor of it (O_PATH), which no renaming leads astray. The caller closes it.
+
+        :raises ProcessError: the process has ended, or we may not.
+        """
+        try:
+            return os.open(self._proc / "cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as err:
+            raise self._unreadable("cwd", err) from err
+
     @property
     def credentials(self) -> Credentials:
         """Effective user and group, supplementary groups, umask, effective capabilities."""
-        fields = self._status
+        fields = self.status
         return Credentials(
             uid=int(fields["Uid"].split()[1]),
             gid=int(fields["Gid"].split()[1]),
@@ -284,7 +301,7 @@ class QemuProcess:
 
     @property
     def limits(self) -> dict[int, tuple[int, int]]:
-        """Those resource limits that a QEMU depends on: RLIMIT_* → (soft, hard), -1 for unlimited."""
+        """Its resource limits (getrlimit(2)): RLIMIT_* → (soft, hard), -1 for unlimited."""
         limits = {}
         for line in self._read("limits").decode().splitlines():
             for label, number in _LIMITS.items():
@@ -310,13 +327,25 @@ class QemuProcess:
             return self._read("attr/current").rstrip(b"\0\n").decode(errors="replace")
         return ""
 
+    def fact(self, name: str) -> str:
+        """A file of ``/proc/PID`` with one line of text in it; empty where the kernel has no such file."""
+        try:
+            return (self._proc / name).read_text(errors="replace").strip()
+        except FileNotFoundError:
+            if self.alive:
+                return ""
+            raise ProcessError(f"process {self.pid} has ended") from None
+        except OSError as err:
+            raise self._unreadable(name, err) from err
+
     @property
     def root(self) -> str:
         """Its root directory, ``/`` unless it has called chroot."""
         return self._link("root")
 
     @property
-    def _status(self) -> dict[str, str]:
+    def status(self) -> dict[str, str]:
+        """What ``/proc/PID/status`` says, by name."""
         # The name in it is QEMU's to choose, and may be any bytes; the kernel escapes line feeds, and nothing else.
         lines = os.fsdecode(self._read("status")).split("\n")
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}

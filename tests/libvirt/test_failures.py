@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from guests.daemon import Daemon, DomainGuest, kill
 from guests.enclosure import GUESTS, PROGRAMS
 from guests.running import wait_until
+from sevhop_qmp import adopt
+from sevhop_qmp.process import QemuProcess
 
 from .conftest import StartDomain
 
@@ -36,7 +39,7 @@ def assert_as_before(daemon: Daemon, guest: DomainGuest, old: Path) -> None:
 DYING = {
     "dies at once": 'case "$*" in *-incoming*) echo "qemu: no, thanks" >&2; exit 1;; esac',
     "is killed": 'case "$*" in *-incoming*) kill -9 $$;; esac',
-    "starts without the library": "unset LD_PRELOAD",
+    "starts without the library": 'case "$*" in *-incoming*) unset LD_PRELOAD;; esac',
     "starts without the keeper": "unset SEVHOP_KEEPER",
 }
 
@@ -301,4 +304,54 @@ def test_a_paused_guest_hops_again(daemon: Daemon, start: StartDomain, old: Path
         assert report["outcome"] == "done", report
         assert guest.state == "paused"
     daemon.virsh("resume", guest.name)
+    guest.wait_for_ticks()
+
+
+def test_emulator_that_never_loads_the_library_is_refused(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    emulator = wrapper(daemon, "without-the-library", new, "unset LD_PRELOAD")
+    pid = guest.pid
+    report = daemon.upgrade(guest.name, "--emulator", emulator)
+    assert (report["status"], report["outcome"]) == (1, "refused")
+    assert f"{emulator} does not load" in report["reason"]
+    assert guest.pid == pid
+    assert_as_before(daemon, guest, old)
+
+
+_WITH_A_CLOSED_LIBRARY = """
+import sys
+from pathlib import Path
+from sevhop_qmp import adopt
+path = Path(sys.argv[1])
+adopt.library_path = lambda: path
+from sevhop import cli
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_library_that_qemus_user_cannot_read_is_told_by_install_and_check(
+    daemon: Daemon, start: StartDomain, tmp_path: Path, new: Path
+) -> None:
+    """As in a clone below /root. QEMU would start without it."""
+    guest = start()
+    guest.wait_for_ticks()
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    library = closed / "adopt.so"
+    shutil.copyfile(adopt.library_path(), library)
+    words = (sys.executable, "-c", _WITH_A_CLOSED_LIBRARY, library)
+    process = QemuProcess.open(guest.pid)
+    uid = process.credentials.uid
+    process.close()
+    reason = f"the user of QEMU ({uid}) cannot read {library} because of "
+    installed = daemon.run(*words, "install")
+    assert installed.returncode == 1
+    assert f"the hook is in place, but {reason}" in installed.stderr
+    assert "install sevhop where all users may read it" in installed.stderr
+    checked = daemon.run(*words, "check", guest.name, "--emulator", new)
+    assert checked.returncode == 1
+    assert f"FAIL library: {reason}" in checked.stdout
     guest.wait_for_ticks()

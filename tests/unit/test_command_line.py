@@ -137,3 +137,29 @@ def test_memory_backends_are_known_by_their_ids() -> None:
         *("-object", "secret,id=masterKey0", "-device", "pc-dimm,id=dimm0,memdev=memdimm0"),
     ]
     assert memory_backends(words) == {"ram-node0", "memdimm0"}
+
+
+@pytest.mark.parametrize(
+    "flag", ["perfmap", "jitdump", "async-teardown", "audio-help", "xen-attach", "no-fd-bootchk", "only-migratable"]
+)
+def test_option_without_argument_leaves_the_next_one_alone(flag: str) -> None:
+    words = [f"-{flag}", "-sandbox", "on", "-m", "64"]
+    assert [option.name for option in parse(words)] == [flag, "sandbox", "m"]
+    assert derived(*words) == words
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (("-chardev", "file,id=c,path=serial.log"), "serial.log"),
+        (("-chardev", "socket,id=c,path=/run/a,server=on,logfile=log/a"), "log/a"),
+        (("-serial", "file:serial.log"), "serial.log"),
+        (("-D", "qemu.log"), "qemu.log"),
+    ],
+)
+def test_relative_log_of_a_daemon_is_refused(words: tuple[str, ...], path: str) -> None:
+    (reason,) = derive("/usr/bin/qemu", [*words, "-daemonize"], TOKEN).refused
+    assert reason == f"{' '.join(words)}: {path} is relative to a directory that -daemonize has left"
+    assert not derive("/usr/bin/qemu", list(words), TOKEN).refused
+    whole = [word.replace(path, f"/var/{path}") for word in words]
+    assert not derive("/usr/bin/qemu", [*whole, "-daemonize"], TOKEN).refused

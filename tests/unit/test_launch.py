@@ -1,0 +1,141 @@
+"""A process takes on what another one is, before it becomes a QEMU; here it becomes something simpler."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sevhop.confinement import Confinement
+from sevhop.launch import FIRST_TO_DIE, Identity, spawn
+from sevhop.scheduling import Thread
+from sevhop_qmp.process import QemuProcess
+
+NOBODY = 65534
+TELL = ("/bin/cat", "/proc/self/status")
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@pytest.fixture
+def own() -> Identity:
+    process = QemuProcess.open(os.getpid())
+    try:
+        return Identity(Confinement.of(process), Thread.of(process.pid))
+    finally:
+        process.close()
+
+
+def run(identity: Identity, *command: str, **more: object) -> tuple[int, str, str]:
+    with spawn(
+        command, {"A": "b\udcff"}, identity, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more  # type: ignore[arg-type]
+    ) as child:
+        out, err = child.communicate(timeout=30)
+    return child.returncode, os.fsdecode(out), err.decode()
+
+
+def facts(text: str) -> dict[str, str]:
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def test_nothing_is_changed_for_a_twin(own: Identity) -> None:
+    code, out, err = run(own, *TELL)
+    assert (code, err) == (0, "")
+    mine = facts(Path("/proc/self/status").read_text())
+    for name in ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp"):
+        assert facts(out)[name] == mine[name], name
+
+
+@pytest.mark.parametrize("ambient", [0, 1 << 12])
+def test_user_without_and_with_a_capability(own: Identity, ambient: int) -> None:
+    three = (NOBODY, NOBODY, NOBODY)
+    confined = replace(
+        own.confinement, uids=three, gids=three, groups=(7,), inheritable=ambient, ambient=ambient, bounding=0x3000
+    )
+    code, out, err = run(replace(own, confinement=replace(confined, no_new_privs=True)), *TELL)
+    assert (code, err) == (0, "")
+    found = facts(out)
+    assert found["Uid"].split() == [str(NOBODY)] * 4
+    assert found["Groups"] == "7"
+    for name, expected in (("CapInh", ambient), ("CapPrm", ambient), ("CapEff", ambient), ("CapBnd", 0x3000)):
+        assert int(found[name], 16) == expected, name
+    assert found["NoNewPrivs"] == "1"
+
+
+def test_root_without_capabilities(own: Identity) -> None:
+    code, out, _ = run(replace(own, confinement=replace(own.confinement, bounding=0)), *TELL)
+    assert code == 0
+    assert {facts(out)[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {"0" * 16}
+
+
+def test_environment_is_the_commands_alone(own: Identity) -> None:
+    assert run(own, "/usr/bin/env") == (0, "A=b\udcff\n", "")
+
+
+def test_library_in_the_environment_is_not_loaded_while_it_is_root(own: Identity, open_directory: Path) -> None:
+    """The environment is what a QEMU says, which may have been taken over."""
+    open_directory.chmod(0o777)
+    source = open_directory / "evil.c"
+    source.write_text(
+        "#include <fcntl.h>\n#include <unistd.h>\n"
+        '__attribute__((constructor)) static void start(void) { int f = open("'
+        f'{open_directory}/log", O_CREAT | O_APPEND | O_WRONLY, 0666); dprintf(f, "%d\\n", (int)geteuid()); }}\n'
+    )
+    command = ["cc", "-include", "stdio.h", "-shared", "-fPIC", "-o", str(open_directory / "evil.so"), str(source)]
+    subprocess.run(command, check=True)
+    three = (NOBODY, NOBODY, NOBODY)
+    other = replace(own, confinement=replace(own.confinement, uids=three, gids=three, groups=()))
+    with spawn(TELL, {"LD_PRELOAD": str(open_directory / "evil.so")}, other) as child:
+        assert child.wait(30) == 0
+    assert set((open_directory / "log").read_text().split()) == {str(NOBODY)}
+
+
+def test_limits_niceness_and_memory(own: Identity) -> None:
+    limits = tuple(
+        (number, 4096, 8192) if number == resource.RLIMIT_FSIZE else (number, soft, hard)
+        for number, soft, hard in own.confinement.limits
+    )
+    scheduling = replace(own.scheduling, nice=7, affinity=frozenset({0}), io_priority=0x4003)
+    identity = Identity(replace(own.confinement, limits=limits), scheduling)
+    script = "ulimit -f; nice; taskset -cp $$; ionice -p $$; cat /proc/self/oom_score_adj"
+    code, out, err = run(identity, "/bin/sh", "-c", script)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[:2] == ["8", "7"]
+    assert out.splitlines()[2].endswith("list: 0")
+    assert out.splitlines()[3:] == ["best-effort: prio 3", str(FIRST_TO_DIE)]
+
+
+def test_working_directory_is_a_descriptor(own: Identity, tmp_path: Path) -> None:
+    """Whoever may rename what is on the way to it leads nobody astray."""
+    (tmp_path / "first").mkdir()
+    directory = os.open(tmp_path / "first", os.O_PATH)
+    (tmp_path / "first").rename(tmp_path / "second")
+    try:
+        assert run(own, "/bin/pwd", directory=directory) == (0, f"{tmp_path}/second\n", "")
+    finally:
+        os.close(directory)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"cgroups": ["/sys/fs/cgroup/there-is-none"]}, "the cgroup of the old one: /sys/fs/cgroup/there-is-none: No"),
+        ({"command": "/no/qemu"}, "/no/qemu cannot be started: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_taken_on_fails_the_start(own: Identity, changed: dict[str, object], reason: str) -> None:
+    command = [str(changed.pop("command", "/bin/true"))]
+    code, out, err = run(own, *command, **changed)
+    assert (code, out) == (1, "")
+    assert reason in err
+    assert len(err.splitlines()) == 1
+
+
+def test_limit_above_ones_own_fails_the_start(own: Identity) -> None:
+    limits = ((resource.RLIMIT_NOFILE, 1 << 40, 1 << 40),)
+    code, _, err = run(replace(own, confinement=replace(own.confinement, limits=limits)), "/bin/true")
+    assert code == 1
+    assert "sevhop: cannot give the new QEMU the resource limits of the old one: " in err

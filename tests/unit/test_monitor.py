@@ -1,0 +1,57 @@
+"""The monitor's connection, with a QEMU that is played."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+
+import pytest
+from sevhop_qmp.errors import MonitorError
+from sevhop_qmp.monitor import Monitor
+
+GREETING = {"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
+EVENT = {"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RTC_CHANGE", "data": {"offset": 1}}
+
+
+def play(*before_the_answer: object, answer: object = None) -> list[object]:
+    """What a client gets who connects, asks for the status, and listens, when QEMU says something before it answers."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for message in (GREETING, *before_the_answer):
+            writer.write(json.dumps(message).encode() + b"\r\n")
+        # A client waits for each answer before it sends the next command, and sends no line feeds.
+        while text := await reader.read(4096):
+            command = json.loads(text)
+            if answer is not None:
+                writer.write(json.dumps(answer).encode() + b"\r\n")
+                continue
+            if command["execute"] == "query-status":
+                writer.write(json.dumps(EVENT).encode() + b"\r\n")
+            writer.write(json.dumps({"return": {"to": command["execute"]}, "id": command.get("id")}).encode() + b"\r\n")
+        writer.close()
+
+    async def talk() -> list[object]:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        serving = asyncio.ensure_future(serve(*await asyncio.open_connection(sock=theirs)))
+        async with await Monitor.connect(ours, timeout=10, greeting_timeout=10) as monitor:
+            with monitor.events("RTC_CHANGE") as events:
+                answers = [monitor.version, await monitor.execute("query-status"), await monitor.next_event(events)]
+        await serving
+        return answers
+
+    return asyncio.run(talk())
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_events_before_the_capabilities_are_answered_are_no_answer(count: int) -> None:
+    version, status, event = play(*[EVENT] * count)
+    assert version == "7.2.22"
+    assert status == {"to": "query-status"}
+    assert event["event"] == "RTC_CHANGE"  # type: ignore[index]
+
+
+def test_what_is_neither_event_nor_answer_is_refused() -> None:
+    with pytest.raises(MonitorError, match="not a QMP monitor"):
+        play(answer={"error": {"class": "GenericError", "desc": "no"}})

@@ -1,0 +1,60 @@
+"""A process seen from outside, in states in which no QEMU should be and one that was taken over may be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from guests.running import wait_until
+from sevhop_qmp.process import QemuProcess
+
+#: The first thread ends, another one waits until its standard input is closed.
+LEADER_ENDS = """
+import ctypes, sys, threading
+threading.Thread(target=sys.stdin.read).start()
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+@contextmanager
+def started(*command: str) -> Iterator[tuple[subprocess.Popen[bytes], QemuProcess]]:
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        process = QemuProcess.open(child.pid)
+        try:
+            yield child, process
+        finally:
+            process.close()
+            child.kill()
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_process_without_its_first_thread_lives_until_the_last_one_ends() -> None:
+    with started(sys.executable, "-c", LEADER_ENDS) as (child, process):
+        wait_until(lambda: state(child.pid) == "Z", 10, "the first thread has ended")
+        assert process.alive
+        assert process.start_time
+        assert child.stdin is not None
+        child.stdin.close()
+        wait_until(lambda: not process.alive, 10, "the last thread has ended")
+        child.wait()
+        assert not process.alive
+
+
+def test_zombie_does_not_live() -> None:
+    with started("true") as (child, process):
+        wait_until(lambda: state(child.pid) == "Z", 10, "it has ended")
+        assert not process.alive
+        child.wait()
+        assert not process.alive
+
+
+def test_limits_are_all_that_the_kernel_has() -> None:
+    with started("sleep", "infinity") as (_, process):
+        text = Path(f"/proc/{process.pid}/limits").read_text()
+        assert len(process.limits) == len(text.splitlines()) - 1 == 16
