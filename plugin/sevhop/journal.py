@@ -296,8 +296,8 @@ def expect_none(guest: Process | str) -> None:
     """
     See that no hop of a guest is under way or broken off.
 
-    :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain; or the absolute path of the
-        QMP socket of a QEMU that may be halted, and so tell nothing.
+    :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain; or the absolute path of
+        the QMP socket of a QEMU that may be halted, and so tell nothing.
     :raises HopUnderWay: another command is hopping this guest.
     :raises HopBrokenOff: an earlier one did not come to an end.
     """
