@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -25,7 +24,7 @@ from typing import Any, TextIO, TypeVar
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 
-from . import api, journald, metrics
+from . import api, journald, metrics, session
 from .destination import START_TIMEOUT
 from .events import Chosen, Ended, Event, PhaseEnded
 from .finding import Finding, failed
@@ -110,8 +109,8 @@ def parser() -> argparse.ArgumentParser:
         "name, UUID and definition; only the emulator changes.",
         epilog="No more domains are stopped at a time than --jobs allows. After a failure no further one is begun, nor "
         "after a domain that was named is refused; those under way go on to their ends. With --all and --outdated, "
-        "domains that cannot hop are told and left out. SIGINT and SIGTERM undo all that are under way. The exit "
-        "status is that of the domain that fared worst: 1 also if one was left out.",
+        "domains that cannot hop are told and left out. SIGINT, SIGTERM, SIGQUIT and SIGHUP undo all that are under "
+        "way. The exit status is that of the domain that fared worst: 1 also if one was left out.",
     )
     upgrade.add_argument("domains", nargs="*", metavar="DOMAIN")
     upgrade.add_argument("--all", action="store_true", help="all active domains")
@@ -198,11 +197,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``sevhop`` command."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.CRITICAL, format="%(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
-    status: int = options.run(options)
+    with session.patient_output():
+        level = logging.INFO if options.verbose else logging.CRITICAL
+        logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
+        status: int = options.run(options)
     return status
 
 
@@ -297,14 +296,17 @@ class _Account:
         return f"{len(self.chosen)} domains: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
 
 
-def _run(work: Coroutine[Any, Any, Answer]) -> Answer | None:
-    """Run until it is over. SIGINT and SIGTERM cancel it; None when that has undone it."""
+def _run(work: Coroutine[Any, Any, Answer], *, hangup: bool = True) -> Answer | None:
+    """
+    Run until it is over. Signals that ask for an end cancel it; None when that has undone it.
+
+    :param hangup: whether a terminal that goes away asks for an end.
+    """
 
     async def interruptible() -> Answer:
         task = asyncio.current_task()
         assert task is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        session.handle_signals(task.cancel, hangup=hangup)
         return await work
 
     try:
@@ -427,7 +429,11 @@ _EXIT_OF_RECOVERY = {End.STUCK: EXIT_NEEDS_RECOVER, End.GONE: EXIT_LOST}
 
 
 def _recover(options: argparse.Namespace) -> int:
-    found = asyncio.run(api.recover(options.guests, step_timeout=options.timeout))
+    # What a hangup would leave stopped has been left once already.
+    found = _run(api.recover(options.guests, step_timeout=options.timeout), hangup=False)
+    if found is None:
+        _complain("interrupted; run it again")
+        return EXIT_NEEDS_RECOVER
     if options.json:
         print(json.dumps({"guests": [one.as_json() for one in found]}))
     else:

@@ -8,7 +8,7 @@ keeper: in whatever state it is killed, its successor goes on from there. ::
 
     held ──> retiring ──> waiting ──restore begin──> restoring ──started begin──> committed ──the guest runs──> over
                              ^                          │                            │
-                             └──────────────────────────┴──── the destination died ──┘
+                             └──────────────────────────┴── the destination died ────┴── it had run there ──> lost
 
 In its directory, which it makes and removes, are three sockets, all SOCK_SEQPACKET, and peers are told by SO_PEERCRED:
 
@@ -21,7 +21,9 @@ Every request may be repeated: whoever does not know whether it was heard by a k
 
 The commit happens here, asked for by the hook at ``started begin``: the kept RAM blocks are written into the
 destination and the SEV context is moved. The keeper holds the destination's VM since before that, so that the guest is
-safe should that QEMU be killed before it runs.
+safe should that QEMU be killed before it runs. Whether it has run is told by the run mark (:mod:`sevhop_qmp.run_mark`),
+which the keeper has, too. Only a guest that has not run there may be restored once more: otherwise what is held is of
+the past.
 
 It is the keeper, too, that ends the source: it halts that process, so that nobody can resume the guest any more, sees
 that nobody has since the state was saved (:mod:`sevhop_qmp.image_locks`), and only then kills it. Nothing is lost by
@@ -51,11 +53,12 @@ from typing import Any
 
 from sevhop_qmp import adopt, move, ram_blocks
 from sevhop_qmp.address_space import AddressSpace
-from sevhop_qmp.errors import MonitorError, MoveError, ProcessError, SevhopError
+from sevhop_qmp.errors import MonitorError, MonitorTimeout, MoveError, ProcessError, SevhopError
 from sevhop_qmp.image_locks import ImageLocks
 from sevhop_qmp.monitor import Monitor, peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
+from sevhop_qmp.run_mark import RunMark, RunState
 
 from . import hook_calls
 from .guardian import Deposit, Guardian, protect, rename
@@ -75,10 +78,15 @@ _MACHINE_TIMEOUT = 60.0
 _MONITOR_POLL = 0.005
 #: Seconds between two attempts to reach a destination that has hung up but has not ended.
 _REACH_POLL = 0.05
+#: Seconds between two looks at the mark of one that tells nothing.
+_MARK_POLL = 1.0
 #: Characters of the longest reason in a message, so that it has room however it is written.
 _REASON = 400
 #: At one socket at a time. Needed are two; who wants more wants to use up our descriptors.
 _CONNECTIONS = 32
+
+#: Why a guest is not restored once more.
+_RAN = "the guest has run in a new QEMU already"
 
 # Names of descriptors: what was taken from the source, and what later deposits have beside other VMs.
 _SOURCE_VM = "source"
@@ -88,7 +96,9 @@ _KEPT = "kept blocks"
 #: While the guest may exist nowhere but here.
 _NEEDED = (State.RETIRING, State.WAITING, State.RESTORING, State.COMMITTED)
 #: Behind the end of the source.
-_ENDED = (State.WAITING, State.RESTORING, State.COMMITTED, State.OVER)
+_ENDED = (State.WAITING, State.RESTORING, State.COMMITTED, State.OVER, State.LOST)
+#: When the guest is the destination's, and nothing is held any more.
+_DONE = (State.OVER, State.LOST)
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ class Custody:
         self._brief = brief
         self._directory = directory
         self._held = held
+        self._run_mark = RunMark.create()
         self._emulator = brief.emulator
         self._source = QemuProcess.open(brief.pid)
         self._locks = ImageLocks.of(self._source)
@@ -250,7 +261,7 @@ class Custody:
 
     async def _left_alone(self) -> None:
         """The command is gone. Whether we are needed without it depends on who has the guest."""
-        if self.state in (State.HELD, State.OVER):
+        if self.state in (State.HELD, *_DONE):
             self.end.set()
 
     # -- adopt.so ----------------------------------------------------------------------------------
@@ -266,7 +277,7 @@ class Custody:
             self._put_down()
         elif self._peer != pid:
             return f"no process {self._peer} is the destination", None
-        return Answers(self._held, self._brief.context, source_ended=True).answer(request)
+        return Answers(self._held, self._brief.context, self._run_mark, source_ended=True).answer(request)
 
     # -- the command and the hook ------------------------------------------------------------------
 
@@ -307,11 +318,31 @@ class Custody:
                 self._emulator = argument
                 self._put_down()
                 return "ok"
+            case "revoke" if not self._committing.locked():
+                return await self._revoke()
             case "release":
                 self._released = True
                 self._put_down()
                 return "ok"
         return f"no {word} is not possible while the guest is {self.state.value}"
+
+    async def _revoke(self) -> str:
+        """See to it that a restore which has come to nothing does not let the guest run after all."""
+        destination = self._destination
+        if self.state is State.COMMITTED and destination is not None:
+            # It is about to run the guest, or has, or never will; and may be too busy to tell.
+            await destination.freeze(self._brief.step_timeout)
+            if self._has_run():
+                destination.thaw()
+                return f"no {_RAN}"
+            destination.kill()
+            if not await destination.wait(RETIRE_TIMEOUT):
+                return "no the destination was killed and has not ended yet"
+            self._destination = None
+            self._enter(State.WAITING)
+        if self.state is State.RESTORING and not self._has_run():
+            self._enter(State.WAITING)
+        return "ok" if self.state is State.WAITING else f"no the guest is {self.state.value}"
 
     async def _retire(self, *, begun: bool = False) -> str:
         """
@@ -388,12 +419,14 @@ class Custody:
             return "foreign"
         match operation, sub:
             case "restore", "begin":
-                if self._committing.locked() or not self._end_orphan():
+                if self._committing.locked() or (not self._has_run() and not self._end_orphan()):
                     return "no the guest is being restored already"
                 if self.state in (State.HELD, State.RETIRING):
                     return "no the guest has not been saved yet"
                 if self.state is State.OVER:
                     return "no the guest runs"
+                if self.state is State.LOST or self._has_run():
+                    return f"no {_RAN}"
                 self.reason = ""
                 self._restore_began = time.monotonic()
                 self._restorer = _parent(pid)
@@ -404,9 +437,9 @@ class Custody:
                 return f"ok {self._emulator}"
             case ("prepare", "begin") if self.state not in (State.HELD, State.RETIRING, State.WAITING):
                 return "ok"
-            case ("prepare", "begin" | "afresh") | ("migrate", "begin") if self.state is not State.OVER:
+            case ("prepare", "begin" | "afresh") | ("migrate", "begin") if self.state not in _DONE:
                 return f"no the guest is held; go on with: virsh restore {self._directory / 'image'}"
-            case "started", "begin" if self.state is not State.OVER:
+            case "started", "begin" if self.state not in _DONE:
                 return await self._started()
         return "ok"
 
@@ -425,10 +458,16 @@ class Custody:
         self._starting = None
         return True
 
+    def _has_run(self) -> bool:
+        """Whether the guest has run in a destination, whatever has become of that."""
+        return self._run_mark.read() is not RunState.NOT
+
     # -- commit ------------------------------------------------------------------------------------
 
     async def _started(self) -> str:
         """Commit, if that is due. :return: ``ok`` if and only if the guest may run."""
+        if self._has_run():
+            return f"no {_RAN}"
         if self.state is not State.RESTORING or self._committing.locked():
             return f"no the guest is {self.state.value}, there is nothing to start"
         async with self._committing:
@@ -560,23 +599,31 @@ class Custody:
         """
         while destination.alive:
             try:
-                if monitor is None:
+                if monitor is None and not self._has_run():
                     monitor = await self._reach(destination)
-                await _see_it_run(monitor)
+                if monitor is not None:
+                    await self._see_it_run(monitor)
             except SevhopError as err:
                 log.info("the destination does not answer: %s", err)
                 monitor = None
                 await destination.wait(_REACH_POLL)
                 continue
-            self._enter(State.OVER)
-            if not self._commands and not self._command_expected:
-                self.end.set()
+            self._done(State.OVER)
             return
         # The next restore may have begun.
         if self.state is State.COMMITTED and self._destination is destination:
-            self.reason = "the destination ended before the guest ran"
             self._destination = None
-            self._enter(State.WAITING)
+            if self._has_run():
+                self.reason = _RAN
+                self._done(State.LOST)
+            else:
+                self.reason = "the destination ended before the guest ran"
+                self._enter(State.WAITING)
+
+    def _done(self, state: State) -> None:
+        self._enter(state)
+        if not self._commands and not self._command_expected:
+            self.end.set()
 
     async def _reach(self, destination: QemuProcess) -> Monitor:
         path = self._directory / "monitor" / "qmp"
@@ -586,12 +633,13 @@ class Custody:
             raise KeeperError(f"process {monitor.peer} has the destination's monitor")
         return monitor
 
-
-async def _see_it_run(monitor: Monitor) -> None:
-    async with monitor:
-        with monitor.events("RESUME") as events:
-            while not (await monitor.execute("query-status"))["running"]:
-                await monitor.next_event(events, timeout=float("inf"))
+    async def _see_it_run(self, monitor: Monitor) -> None:
+        """It may have been stopped again, or tell nothing more, when we look."""
+        async with monitor:
+            with monitor.events("RESUME") as events:
+                while not (self._has_run() or (await monitor.execute("query-status"))["running"]):
+                    with contextlib.suppress(MonitorTimeout):
+                        await monitor.next_event(events, timeout=_MARK_POLL)
 
 
 def _message(text: str) -> bytes:

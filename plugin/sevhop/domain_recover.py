@@ -6,6 +6,7 @@ its old QEMU is there                it goes on in there, the keeper lets go
 the keeper waits                     the domain is restored from the image, in the new emulator, or the old
 somebody restores it                 that is waited for
 it runs, the keeper is done          the persistent definition gets the new emulator
+it ran there, and that QEMU ended    the guest is gone, which is said
 neither a QEMU nor a keeper          the guest is gone, which is said
 ===================================  ==================================================================
 """
@@ -92,6 +93,9 @@ class _Interrupted:
             return await self._restore()
         if state is State.OVER:
             return await self._define()
+        if state is State.LOST:
+            await self._let_go()
+            return Recovered(self._entry.guest, End.GONE, "it ran in the new QEMU, which has ended")
         return await self._without_keeper()
 
     async def _settled(self) -> State | None:
@@ -144,6 +148,7 @@ class _Interrupted:
     async def _restore(self) -> Recovered:
         keeper = self._kept()
         if await self._active():
+            await keeper.revoke()  # one that is about to run after all is not ended
             await (await self._domain()).end()
         try:
             await self._connection.restore(str(keeper.image))

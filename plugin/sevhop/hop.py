@@ -9,18 +9,20 @@ The hop: a running guest changes its QEMU.
     freeze     source stopped; it begins to save its state                           undo: cont
     share      the destination maps the guest's RAM; blocks that are private go over undo: kill it, cont
     save       device state goes over                                                undo: kill it, cont
-    load       destination has loaded it all; nothing of it runs                     undo: kill it, cont
+    load       source halted (SIGSTOP); destination has loaded it all                undo: kill it, SIGCONT, cont
     COMMIT     one ioctl in the destination moves the SEV context                    no undo: forward only
     resume     destination runs
-    retire     source quits, its paths and sockets are the destination's
+    retire     source killed, its paths and sockets are the destination's
 
 Each phase is one method of :class:`Hop`, its undo is pushed where it becomes due, and undoing means to unwind that
 stack. Before COMMIT every failure, also SIGINT and SIGTERM, ends with the guest running in the source. For a guest
 without SEV context there is nothing to move: its destination lets it run when all is loaded, and what commits is that
-it says so, right before, to the keeper, who can make that impossible.
+it says so, right before, to the keeper, who can make that impossible. Whatever ends then, whether the guest has run
+there can be told by its run mark (:mod:`sevhop_qmp.run_mark`).
 
 At no moment can two QEMUs run the guest: the source is continued only after the destination is known to have ended, and
 the destination is continued only when the source has stopped (and, with SEV, the kernel has made it unable to run).
+When its state has been saved the source is halted and executes nothing, so nobody else can continue it either.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ from sevhop_qmp.errors import (
 )
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.run_mark import RunMark, RunState
 
-from . import check, command_line, confinement, guest, launch, scheduling, seccomp_filter
+from . import check, command_line, confinement, guest, journal, launch, scheduling, seccomp_filter
 from .confinement import Confinement
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
@@ -114,6 +117,7 @@ class Hop(Procedure):
         self._held: Held  # hold
         self._surroundings: Surroundings  # hold
         self._plates: NamePlates  # hold
+        self._run_mark: RunMark  # prepare
         self._keeper: Keeper  # prepare
         self._destination: Destination  # prepare
         self._theirs: guest.Guest  # prepare; the same in the destination
@@ -152,11 +156,7 @@ class Hop(Procedure):
     async def _check(self) -> None:
         options = self._options
         try:
-            self._source_monitor = await self._resources.enter_async_context(
-                await Monitor.connect(
-                    options.source, timeout=options.step_timeout, greeting_timeout=options.step_timeout
-                )
-            )
+            self._source_monitor = await self._resources.enter_async_context(await self._connect())
             self._source = QemuProcess.open(self._source_monitor.peer)
             self._resources.callback(self._source.close)
             self.report.source_pid = self._source.pid
@@ -187,6 +187,15 @@ class Hop(Procedure):
             )
         )
 
+    async def _connect(self) -> Monitor:
+        timeout = self._options.step_timeout
+        try:
+            return await Monitor.connect(self._options.source, timeout=timeout, greeting_timeout=timeout)
+        except MonitorError:
+            # An earlier hop may have left it halted, or nobody there at all.
+            journal.expect_none(os.path.abspath(self._options.source))
+            raise
+
     async def _hold(self) -> None:
         try:
             self._held = Held.take(self._source, self._guest)
@@ -205,6 +214,7 @@ class Hop(Procedure):
         # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
         self._undo.push_async_callback(self._continue_source)
         self._undo.push_async_callback(self._kill_destination)
+        await self._leave_run_mark()
         await self._start_destination()
         await self._compare()
         watch = Watch.start(self._source.pid, self._destination.process.pid)
@@ -215,8 +225,20 @@ class Hop(Procedure):
         identity = self._surroundings.credentials
         await self._outgoing.arm(identity.uid, identity.gid)
 
+    async def _leave_run_mark(self) -> None:
+        """Give the source the mark that tells whether the guest has run in the destination: it outlives all others."""
+        self._run_mark = RunMark.create()
+        self._resources.callback(self._run_mark.close)
+        fdset, _ = await self._source_monitor.add_fd(self._run_mark.fileno())
+        self._resources.push_async_callback(self._remove_run_mark, fdset)
+        self._remember(run_mark=self._run_mark.inode)
+
+    async def _remove_run_mark(self, fdset: int) -> None:
+        with contextlib.suppress(MonitorError, CommandError):
+            await self._source_monitor.execute("remove-fd", {"fdset-id": fdset})
+
     async def _start_destination(self) -> None:
-        self._keeper = self._resources.enter_context(Keeper(self._held, self._guest.context))
+        self._keeper = self._resources.enter_context(Keeper(self._held, self._guest.context, self._run_mark))
         self._destination = await Destination.start(
             self._arguments.emulator,
             self._arguments.arguments,
@@ -310,6 +332,8 @@ class Hop(Procedure):
         await self._outgoing.pass_on(timeout=self._options.step_timeout)
 
     async def _load(self) -> None:
+        # The destination is at the state meanwhile.
+        await self._halt_source()
         await self._see_source_untouched()
         await self._outgoing.end(timeout=self._options.step_timeout)
         if self._by_itself:
@@ -334,6 +358,16 @@ class Hop(Procedure):
                 raise StateError(f"the destination does not let the guest run: {why}")
             self._commit_is_done()
         self._remember(loaded=True)
+
+    async def _halt_source(self) -> None:
+        """It has saved everything. From here on it executes nothing, whatever its monitors are told, by whomever."""
+        self._resources.push_async_callback(self._hang_up_if_halted)
+        if not await self._source.freeze(self._options.step_timeout) and self._source.alive:
+            raise SevhopError("the source cannot be halted")
+
+    async def _hang_up_if_halted(self) -> None:
+        if self._source.frozen:
+            await self._source_monitor.close()  # nobody is to wait for what it does not answer
 
     async def _see_source_untouched(self) -> None:
         if await self._source_monitor.seen(self._resumes):
@@ -429,11 +463,30 @@ class Hop(Procedure):
             except MonitorError as err:
                 if not self._committed:
                     raise
+                await self._see_not_run(err)
                 await self._finish_elsewhere(err)
                 await let_run(self._destination.monitor)
         self._hurry.close()
         self._own_hurry.close()
         self._end_of_blackout()
+
+    async def _see_not_run(self, failure: SevhopError) -> None:
+        """
+        See that the guest has not run in a destination that failed, and cannot any more.
+
+        :raises NeedsRecover: it has, in there, or may have.
+        :raises Lost: it has, and ended with it.
+        """
+        destination = self._destination.process
+        await destination.freeze(self._options.step_timeout)
+        if self._run_mark.read() is RunState.NOT:
+            return
+        if destination.alive:
+            destination.thaw()
+            raise NeedsRecover(f"{failure.message}; the guest is in process {destination.pid}")
+        self._source.kill()
+        await self._destination.kill()
+        raise Lost(f"{failure.message}; the guest has run in the new QEMU, which has ended")
 
     # -- putting back ------------------------------------------------------------------------------
 
@@ -450,8 +503,8 @@ class Hop(Procedure):
         if self._loaded and not self._source.alive:
             # All that is left of the guest is in the destination. Leave it there, paused.
             self._undo.pop_all()
-            await self._destination.leave()
             pid = self._destination.process.pid
+            await self._destination.leave()
             raise NeedsRecover(f"{failure.message}; the source has ended, the guest is in process {pid}")
         try:
             await self._undo.aclose()
@@ -460,14 +513,23 @@ class Hop(Procedure):
         self._end_of_blackout()
 
     async def _kill_destination(self) -> None:
-        if hasattr(self, "_destination"):
-            await self._destination.kill()
+        if not hasattr(self, "_destination"):
+            return
+        if self._run_mark.read() is not RunState.NOT:
+            # It has been told that it may not, and is about to end; or somebody else has let it run.
+            await self._destination.process.wait(self._options.step_timeout)
+            if self._run_mark.read() is not RunState.NOT:
+                raise SevhopError(f"the guest has run in process {self._destination.process.pid}")
+        await self._destination.kill()
 
     async def _continue_source(self) -> None:
-        if self._stopped_at is None or not self._source.alive:
+        if not self._source.alive:
             return
         if hasattr(self, "_destination") and self._destination.process.alive:
             raise SevhopError("the destination is still there, so the source stays paused")
+        self._source.thaw()
+        if self._stopped_at is None:
+            return
         await self._outgoing.abandon()
         self._hurry.close()
         await let_run(self._source_monitor)
@@ -500,7 +562,6 @@ class Hop(Procedure):
         self._destination.protect(self._journal.entry.oom_score_adj, self._note)
         self._unfinished = not await retire(
             self._source,
-            self._source_monitor,
             self._destination,
             self._plates,
             context=self._guest.context.kind,
@@ -511,7 +572,6 @@ class Hop(Procedure):
 
 async def retire(
     source: QemuProcess | None,
-    source_monitor: Monitor | None,
     destination: Destination,
     plates: NamePlates,
     *,
@@ -520,24 +580,23 @@ async def retire(
     note: Callable[[str], None],
 ) -> bool:
     """
-    The guest runs in the destination: end the source, if it is still there, and let its name plates lead to the
+    The guest runs in the destination: kill the source, if it is still there, and let its name plates lead to the
     destination. May be repeated.
 
+    The source is not asked to quit: nothing of the guest is left for it to do, and it would tell its clients of a
+    shutdown that is none, and remove the paths of sockets that are the destination's.
+
     :param context: of the guest.
-    :param timeout: seconds in which the source must quit; then it is killed.
+    :param timeout: seconds in which the source must have ended.
     :param note: told what went wrong; none of it matters to the guest.
     :return: whether the destination has been let go. Otherwise its sockets do not answer yet, and this should be
         repeated.
     """
     if source is not None:
         plates.keep()
-        if source_monitor is not None:
-            with contextlib.suppress(MonitorError, CommandError):
-                await source_monitor.execute("quit")
-        if source_monitor is None or not await source.wait(timeout):
-            note("the source did not quit and was killed")
-            source.kill()
-            await source.wait(timeout)
+        source.kill()
+        if not await source.wait(timeout):
+            note("the source was killed and has not ended yet")
     for text in plates.hand_over():
         note(text)
     if context != "none":

@@ -102,6 +102,8 @@ class Entry:
     :ivar old, new: emulators.
     :ivar directory: of the hop below ``/run/sevhop``: the destination's monitor, or the keeper.
     :ivar destination: bare: the new QEMU.
+    :ivar run_mark: bare: inode of the mark that tells whether the guest has run there, which the source holds, too; see
+        :mod:`sevhop_qmp.run_mark`.
     :ivar phase: the last one that was begun.
     :ivar loaded: bare: all of the guest is in the destination.
     :ivar committed: there is no way back.
@@ -122,6 +124,7 @@ class Entry:
     new: str = ""
     directory: str = ""
     destination: Process | None = None
+    run_mark: int = 0
     phase: str = ""
     loaded: bool = False
     committed: bool = False
@@ -295,7 +298,8 @@ def expect_none(guest: Process | str) -> None:
     """
     See that no hop of a guest is under way or broken off.
 
-    :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain.
+    :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain; or the absolute path of
+        the QMP socket of a QEMU that may be halted, and so tell nothing.
     :raises HopUnderWay: another command is hopping this guest.
     :raises HopBrokenOff: an earlier one did not come to an end.
     """
@@ -304,7 +308,7 @@ def expect_none(guest: Process | str) -> None:
             entry = read(path)
         except JournalError:
             continue
-        if guest in (entry.source, entry.destination) or (entry.kind == "domain" and guest == entry.uuid):
+        if guest in (entry.source, entry.destination, entry.uuid if entry.kind == "domain" else entry.monitor):
             raise _held_by_another(path)
 
 

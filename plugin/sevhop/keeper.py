@@ -8,6 +8,7 @@ request and reply:
 ``hello 1``             ``ok context=... source=... handle=... measurement=...``, or ``no REASON``
 ``memfd N NAME``        ``fd SIZE`` with the N-th memfd of that name, counted from 0; or ``none``
 ``listener HEX``        ``fd`` with the source's socket that listens at this ``struct sockaddr``; or ``none``
+``run-mark``            ``fd`` with the mark that is left before the guest runs there; or ``none``
 ``run``                 none: from here on the guest runs there
 ======================  =====================================================================================
 
@@ -30,6 +31,7 @@ from typing import Self
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.process import Address, QemuProcess, address_from_sockaddr
 from sevhop_qmp.ram_blocks import RamBlock
+from sevhop_qmp.run_mark import RunMark
 
 from . import command_line
 from .guest import Guest, SevContext
@@ -135,12 +137,16 @@ class Answers:
     """
     What a destination is told.
 
+    :param run_mark: that it leaves a mark in before the guest runs there; None for a trial, in which nothing runs.
     :param source_ended: the source is gone already, so the destination maps the guest's pages by itself.
     """
 
-    def __init__(self, held: Held, context: SevContext, *, source_ended: bool = False) -> None:
+    def __init__(
+        self, held: Held, context: SevContext, run_mark: RunMark | None = None, *, source_ended: bool = False
+    ) -> None:
         self._held = held
         self._context = context
+        self._run_mark = run_mark
         self._source = "ended" if source_ended else "running"
 
     def answer(self, request: bytes) -> tuple[str, int | None]:
@@ -157,6 +163,8 @@ class Answers:
                     address = address_from_sockaddr(bytes.fromhex(hexadecimal))
                     fd_or_none = self._held.listeners.get(address) if address else None
                     return ("none", None) if fd_or_none is None else ("fd", fd_or_none)
+                case ["run-mark"]:
+                    return ("none", None) if self._run_mark is None else ("fd", self._run_mark.fileno())
         except IndexError:
             return "none", None
         except ValueError:
@@ -183,8 +191,8 @@ class Keeper(Answers):
     :ivar runs: set when the destination, which had been given all of the guest, has let it run.
     """
 
-    def __init__(self, held: Held, context: SevContext) -> None:
-        super().__init__(held, context)
+    def __init__(self, held: Held, context: SevContext, run_mark: RunMark | None = None) -> None:
+        super().__init__(held, context, run_mark)
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
         self._loop: asyncio.AbstractEventLoop

@@ -42,7 +42,14 @@ class KeeperError(SevhopError):
 
 
 class State(enum.Enum):
-    """How far the guest has come."""
+    """
+    How far the guest has come.
+
+    ``OVER``
+        it runs in the destination, or has
+    ``LOST``
+        it has run there, and has ended with it before anybody was told; what the keeper has is of the past
+    """
 
     HELD = "held"
     RETIRING = "retiring"
@@ -50,6 +57,7 @@ class State(enum.Enum):
     RESTORING = "restoring"
     COMMITTED = "committed"
     OVER = "over"
+    LOST = "lost"
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,14 @@ class KeeperProcess:
     async def use(self, emulator: str) -> None:
         """The next restore is to use this emulator."""
         await self._ask(f"emulator {emulator}")
+
+    async def revoke(self) -> None:
+        """
+        Whoever restores the domain now cannot let the guest run any more: its destination may be terminated.
+
+        :raises KeeperError: it is too late for that.
+        """
+        await self._ask("revoke")
 
     async def status(self) -> dict[str, Any]:
         """How far it has come."""

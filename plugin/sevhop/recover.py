@@ -2,35 +2,40 @@
 Recover: hops that were broken off, brought to one of two ends. The guest runs in its old QEMU, or in the new one.
 
 What was under way is in the :mod:`.journal`; what has become of it is looked up: which processes are there, what they
-answer, and, for a domain of libvirt, what its keeper holds. The rules are those of the hop itself. Before the commit
-the destination is ended, seen to have ended, and the source goes on; behind it there is only forward. Nothing is done
-to a hop whose command is still alive, and nothing twice: all of it may be broken off and repeated.
+answer, the run mark, and, for a domain of libvirt, what its keeper holds. The rules are those of the hop itself
+(:mod:`.ownership`). Before the commit the destination is ended, seen to have ended, and the source goes on; behind it
+there is only forward. Where it cannot be told whether the guest has run in the destination, neither QEMU is continued
+or terminated, and a person must look. Nothing is done to a hop whose command is still alive, and nothing twice: all of
+it may be broken off and repeated.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import enum
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
-from sevhop_qmp import adopt
-from sevhop_qmp.errors import CommandError, MonitorError, SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
+from sevhop_qmp.errors import MonitorError, SevhopError
+from sevhop_qmp.monitor import COMMAND_TIMEOUT
 from sevhop_qmp.process import QemuProcess
 
 from . import journal, run_directory
-from .destination import Destination
 from .errors import NeedsRecover
-from .hop import let_run, retire
+from .interrupted_qemu import NewQemu, OldQemu
 from .journal import Entry, Journal, JournalError
 from .name_plates import NamePlates
+from .ownership import Course, Destination, Facts, Source, decide
 from .run_directory import HopUnderWay
 from .urgency import relax
 
 log = logging.getLogger(__name__)
+
+#: Seconds between two looks at a destination that loads.
+_POLL = 0.01
 
 
 class End(enum.Enum):
@@ -40,7 +45,7 @@ class End(enum.Enum):
     DESTINATION = "runs in the new QEMU"
     GONE = "is gone"
     UNDER_WAY = "is being hopped"
-    STUCK = "needs help"
+    STUCK = "manual action required"
 
 
 @dataclass(frozen=True)
@@ -128,151 +133,146 @@ async def _finish_or_undo(mine: Journal, named: bool, timeout: float) -> Recover
         return await domain_recover.finish_or_undo(mine, named=named)
     source = entry.source.open()
     process = entry.destination.open() if entry.destination else None
+    for one in (source, process):
+        if one is not None:
+            relax(one.threads)
     try:
-        return await _Bare(entry, source, process, timeout).finish_or_undo()
+        old = OldQemu(source, entry.monitor, entry.run_mark, timeout)
+        return await InterruptedHop(entry, old, NewQemu(process, Path(entry.directory), timeout), timeout).settle()
     finally:
         if source is not None:
             source.close()
 
 
-class _Bare:
-    """A hop of a guest outside libvirt."""
+class InterruptedHop:
+    """
+    A hop of a guest outside libvirt that nobody is at any more.
 
-    def __init__(self, entry: Entry, source: QemuProcess | None, process: QemuProcess | None, timeout: float) -> None:
+    :param timeout: seconds that a destination has for loading a state which nobody else has any more.
+    """
+
+    def __init__(self, entry: Entry, old: OldQemu, new: NewQemu, timeout: float) -> None:
         self._entry = entry
-        self._source = source
-        self._process = process
+        self._old = old
+        self._new = new
         self._timeout = timeout
         self._notes: list[str] = []
+        self._status = ""
         try:
             self._plates = NamePlates.from_facts(entry.plates) if entry.plates else NamePlates([])
         except (ValueError, TypeError, KeyError) as err:
             raise JournalError(f"the journal of {entry.guest} has no name plates: {err!r}") from err
 
-    async def finish_or_undo(self) -> Recovered:
-        for process in (self._source, self._process):
-            if process is not None:
-                relax(process.threads)
-        destination = await self._reach() if self._process is not None else None
-        if destination is not None and await self._is_there(destination):
-            return await self._forward(destination)
-        if self._process is not None and self._released():
-            # All is done; only the journal had not been told.
-            self._process.close()
-            self._plates.hand_over()
-            return Recovered(self._entry.guest, End.DESTINATION)
-        return await self._back(destination)
+    async def settle(self) -> Recovered:
+        """
+        Bring it to its end. What has been done already is not done again.
+
+        :raises NeedsRecover: it cannot be told what that is, or it could not be done. Nobody who may have the guest was
+            terminated, and the source executes nothing, unless it ran.
+        """
+        try:
+            while True:
+                if self._released():
+                    # All is done; only the journal had not been told.
+                    self._plates.hand_over()
+                    return Recovered(self._entry.guest, End.DESTINATION)
+                facts = await self._look()
+                decision = decide(facts)
+                log.info("%s: %s, %s", self._entry.guest, facts, decision)
+                match decision.course:
+                    case Course.GONE:
+                        return await self._gone(decision.reason)
+                    case Course.MANUAL:
+                        await self._leave(facts, decision.reason)
+                    case Course.FORWARD:
+                        return await self._forward(resume=decision.resume)
+                    case Course.BACK if not self._new.alive:
+                        return await self._back()
+                await self._end_destination(facts)
+        finally:
+            await self._old.close()
+            await self._new.close()
 
     def _released(self) -> bool:
-        return self._entry.phase == "retire" and not Path(self._entry.directory).exists()
+        return self._entry.phase == "retire" and self._new.alive and not Path(self._entry.directory).exists()
 
-    async def _reach(self) -> Destination | None:
-        """The destination, None if it does not answer and cannot have the guest, so that it may be ended."""
-        assert self._process is not None
-        try:
-            return await Destination.reach(self._process, Path(self._entry.directory), timeout=self._timeout)
-        except MonitorError as err:
-            pid = self._process.pid
-            if self._released():
-                return None
-            if self._entry.committed or self._entry.phase in ("commit", "resume", "retire"):
-                raise NeedsRecover(
-                    f"the new QEMU (process {pid}) may have the guest, and does not answer: {err.message}",
-                    "see why; then run sevhop recover again",
-                ) from err
-            if self._source is None and self._entry.loaded:
-                raise NeedsRecover(f"the guest is in process {pid}, which does not answer: {err.message}") from err
-            return None
-
-    async def _is_there(self, destination: Destination) -> bool:
-        """Whether the guest is in the destination for good."""
+    async def _look(self) -> Facts:
         entry = self._entry
-        if entry.committed or (entry.loaded and self._source is None):
-            return True
-        if (await destination.monitor.execute("query-status"))["running"]:
-            return True
-        return entry.context != "none" and (await adopt.adopt_status(destination.monitor)).moved
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        while True:
+            source = await self._old.look()
+            seen = await self._new.look()
+            # Nobody else has it, and nobody gives it more of its state: that comes to an end by itself.
+            waits = source is Source.ENDED and seen.destination is Destination.LOADING
+            if not waits or asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(_POLL)
+        self._status = seen.status
+        return Facts(
+            source,
+            seen.destination,
+            # Looked at behind the destination: if that one has ended nobody writes it any more.
+            mark=self._old.run_state(),
+            ran=seen.ran,
+            moved=seen.moved,
+            phase=entry.phase,
+            committed=entry.committed,
+            loaded=entry.loaded,
+            broken=entry.broken,
+            sev=entry.context != "none",
+            running=entry.running,
+        )
 
-    # -- forward -----------------------------------------------------------------------------------
+    async def _leave(self, facts: Facts, reason: str) -> NoReturn:
+        """A person must decide. Until then nobody can have the source run by accident what may be elsewhere."""
+        if facts.has_run is not False and facts.source is not Source.RUNS:
+            await self._old.halt()
+        pids = [f"{name} is process {one.pid}" for name, one in self._processes().items()]
+        raise NeedsRecover(
+            f"{reason} ({', '.join(pids)}{'; the old one is halted' if facts.source is Source.HALTED else ''})",
+            "see why; then run sevhop recover again",
+        )
 
-    async def _forward(self, destination: Destination) -> Recovered:
+    def _processes(self) -> dict[str, QemuProcess]:
+        both = {"the old QEMU": self._old.process, "the new one": self._new.process}
+        return {name: process for name, process in both.items() if process is not None}
+
+    async def _forward(self, *, resume: bool) -> Recovered:
         entry = self._entry
-        if entry.broken:
-            raise NeedsRecover(f"the guest is in process {destination.process.pid}, and cannot run: {entry.broken}")
-        monitor = await self._source_monitor()
-        try:
-            if monitor is not None and (await monitor.execute("query-status"))["running"]:
-                raise NeedsRecover("its old QEMU was continued by somebody else, and has it as well", "end one of them")
-            if entry.context != "none" and not (await adopt.adopt_status(destination.monitor)).moved:
-                pid = destination.process.pid
-                raise NeedsRecover(f"all of it is in process {pid} but the SEV context, which ended with its old QEMU")
-            if entry.running and not (await destination.monitor.execute("query-status"))["running"]:
-                await adopt.adopt_ram(destination.monitor)  # who would be asked otherwise has died
-                await let_run(destination.monitor)
-            destination.protect(entry.oom_score_adj, self._notes.append)
-            finished = await retire(
-                self._source,
-                monitor,
-                destination,
-                self._plates,
-                context=entry.context,
-                timeout=self._timeout,
-                note=self._notes.append,
-            )
-        finally:
-            if monitor is not None:
-                await monitor.close()
-        if not finished:
-            raise NeedsRecover(f"it runs in process {destination.process.pid}, but {'; '.join(self._notes)}")
+        if resume:
+            await self._old.halt()
+            await self._new.let_run()
+        elif entry.running and self._status != "running":
+            # It ran there. Whoever or whatever has stopped it since had a reason.
+            self._notes.append(f"the guest is {self._status}")
+        noted = len(self._notes)
+        if not await self._new.retire(self._old, self._plates, entry, self._notes.append):
+            raise NeedsRecover(f"it is in the new QEMU, but {'; '.join(self._notes[noted:])}")
         return Recovered(entry.guest, End.DESTINATION, "; ".join(self._notes))
 
-    # -- back --------------------------------------------------------------------------------------
+    async def _end_destination(self, facts: Facts) -> None:
+        """Terminate it, unless it turns out that it has the guest after all: then look again."""
+        await self._new.halt()
+        now = replace(facts, mark=self._old.run_state()) if self._old.alive else facts
+        if decide(now).course is not Course.BACK:
+            self._new.go_on()
+            return
+        await self._new.terminate()
 
-    async def _back(self, destination: Destination | None) -> Recovered:
+    async def _back(self) -> Recovered:
         entry = self._entry
-        if destination is not None:
-            await destination.kill()
-        elif self._process is not None:
-            await Destination(self._process, Path(entry.directory)).kill()
         self._plates.take_back()
-        if self._source is None:
-            return Recovered(entry.guest, End.GONE, "its QEMU has ended" + (", and the new one" * entry.loaded))
-        if entry.committed and (entry.context != "none" or entry.running):
-            # It ran in the destination, which has ended since. What the source has is of the past.
-            self._source.kill()
-            await self._source.wait(self._timeout)
-            return Recovered(entry.guest, End.GONE, "it ran in the new QEMU, which has ended")
-        await self._continue_source()
-        if not self._source.alive:
-            return Recovered(entry.guest, End.GONE, "its SEV context had been moved to the new QEMU, which has ended")
+        try:
+            await self._old.resume(running=entry.running)
+        except MonitorError:
+            if self._old.alive:
+                raise
+            what = "its SEV context had been moved to the new QEMU" if entry.context != "none" else "its QEMU has ended"
+            return Recovered(entry.guest, End.GONE, what)
         return Recovered(entry.guest, End.SOURCE)
 
-    async def _continue_source(self) -> None:
-        monitor = await self._source_monitor()
-        if monitor is None:
-            raise NeedsRecover(f"its old QEMU (process {self._entry.source.pid}) has ended")
-        async with monitor:
-            if self._entry.running and not (await monitor.execute("query-status"))["running"]:
-                await let_run(monitor)
-            with contextlib.suppress(MonitorError, CommandError):
-                await monitor.remove_fds()
-
-    async def _source_monitor(self) -> Monitor | None:
-        """
-        The source's monitor; None when it has ended.
-
-        :raises MonitorError: it does not answer, or is somebody else's.
-        """
-        if self._source is None:
-            return None
-        path = self._entry.monitor
-        try:
-            monitor = await Monitor.connect(path, timeout=self._timeout, greeting_timeout=self._timeout)
-        except MonitorError:
-            if not self._source.alive:
-                return None
-            raise
-        if monitor.peer != self._source.pid:
-            await monitor.close()
-            raise MonitorError(f"{path} is not served by process {self._source.pid}")
-        return monitor
+    async def _gone(self, reason: str) -> Recovered:
+        await self._new.terminate()
+        self._plates.take_back()
+        await self._old.terminate()
+        return Recovered(self._entry.guest, End.GONE, reason)

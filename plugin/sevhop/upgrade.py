@@ -43,7 +43,7 @@ from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
 from .events import Listener, MoveTried, ignore
 from .guest import ENCRYPTED_BLOCKS
 from .journal import Entry, Process
-from .keeper_process import Brief, KeeperProcess, State
+from .keeper_process import Brief, KeeperError, KeeperProcess, State
 from .procedure import Procedure, expected
 from .rehearsal import Rehearsal, Subject
 from .report import Phase
@@ -140,6 +140,9 @@ class Upgrade(Procedure):
             return
         try:
             await self._do("restore", self._restore)
+        except Lost:
+            await self._in_full(self._keeper.release())
+            raise
         except SevhopError as err:
             await self._in_full(self._bring_back(err))
         await self._do("define", self._define)
@@ -328,6 +331,7 @@ class Upgrade(Procedure):
         Whether the guest is in the destination although libvirt does not say so: it may have been killed behind the
         commit, and somebody else may have been quicker with our image. If not, there is no destination any more.
 
+        :raises Lost: it was, and has ended.
         :raises SevhopError: that cannot be told.
         """
         try:
@@ -335,7 +339,7 @@ class Upgrade(Procedure):
                 return await self._restored_by_another()
         except DomainError as err:
             if err.code == NO_DOMAIN:
-                return False
+                return await self._restored_by_another()
             raise
         if (await self._keeper.status())["state"] in (State.COMMITTED.value, State.OVER.value):
             with contextlib.suppress(SevhopError):
@@ -343,6 +347,12 @@ class Upgrade(Procedure):
                 if not (await self._monitor.execute("query-status"))["running"] and self._running:
                     await self._domain.resume()
                 return True
+        try:
+            await self._keeper.revoke()
+        except KeeperError as err:
+            self._note(f"libvirt cannot reach the destination, but {err.message}")
+            return True
+        # It has not run the guest, and cannot any more.
         await self._domain.end()
         return False
 
@@ -350,14 +360,26 @@ class Upgrade(Procedure):
         """Whether somebody else's restore of our image succeeds; if one is under way, its end is waited for."""
         deadline = time.monotonic() + RESTORE_TIMEOUT
         while time.monotonic() < deadline:
-            active = await self._domain.active()
+            active = await self._is_active()
             status = await self._keeper.status()
             if status["state"] == State.OVER.value:
                 return True
-            if not active:
+            if status["state"] == State.LOST.value:
+                raise Lost(f"{status['reason']}, which has ended")
+            # One that has ended behind the commit: the keeper is about to find out whether the guest had run there.
+            if not active and status["state"] != State.COMMITTED.value:
                 return False
             await asyncio.sleep(_POLL)
         raise SevhopError("somebody else restores the domain, and does not come to an end")
+
+    async def _is_active(self) -> bool:
+        """One that was not persistent is unknown when it has ended."""
+        try:
+            return await self._domain.active()
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return False
+            raise
 
     async def _look(self) -> None:
         """Note what the keeper has seen of the destination."""
@@ -457,6 +479,9 @@ class Upgrade(Procedure):
         try:
             await self._keeper.use(self._old)
             await self._restore()
+        except Lost:
+            await self._keeper.release()
+            raise
         except SevhopError as err:
             raise NeedsRecover(
                 f"{self._phase}: {failure.message}; in the old emulator: {err.message}",

@@ -8,6 +8,7 @@
  *   next.c       the C library's own functions behind the ones that are interposed
  *   memory.c     the guest's memory: private until the hand-over, the guest's own pages after it
  *   listeners.c  the source's listening sockets
+ *   run_mark.c   whether the guest has run here, for whoever asks when this process has ended
  *   stream.c     the stream that brings the device state, whose first byte is the hand-over
  *   files.c      files that the source still writes
  *   kvm.c        which of QEMU's ioctls concern the hop
@@ -87,6 +88,19 @@ bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PR
 /* Tells the keeper that the guest is about to run here. Returns false when it does not want to hear that any more. */
 bool keeper_hears_of_run(void);
 void keeper_close(void);
+
+/* ---- run_mark.c ---- */
+
+/* The byte that is written, after which the guest may run: sevhop_qmp/run_mark.py reads it. */
+enum run_mark {
+    RUN_MARK_NOT = 0,      /* it has not run here */
+    RUN_MARK_STARTING = 1, /* it runs here if the keeper takes the message */
+    RUN_MARK_RAN = 2,      /* it runs here, or has */
+};
+
+void run_mark_use(int fd);
+bool run_mark_write(enum run_mark state); /* false: it could not be written; without a mark nothing is written */
+bool run_mark_ran(void);
 
 /* ---- next.c ---- */
 

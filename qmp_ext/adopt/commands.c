@@ -185,6 +185,7 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
     qdict_put_str(answer, "source", !hop.keeper ? "none" : hop.source_ended ? "ended" : "running");
     qdict_put_str(answer, "ram", memory_state_name());
     qdict_put_bool(answer, "moved", sev_moved());
+    qdict_put_bool(answer, "ran", run_mark_ran());
     qdict_put_bool(answer, "finished", atomic_load(&hop.finished));
     qdict_put_int(answer, "answered", sev_commands_answered());
     qdict_put_int(answer, "regions", sev_regions_answered());
@@ -210,21 +211,36 @@ static const char *reason_against_running(void)
     return NULL;
 }
 
+/*
+ * Before the guest runs here for the first time: leave the mark, for whoever must know it although this process and the
+ * command have ended. That the keeper's socket takes the message is what commits a hop without an SEV context. Who wants to
+ * undo the hop shuts the socket down first: then this fails, and the source may go on.
+ */
+static const char *begin_to_run(void)
+{
+    bool told = run_is_told;
+
+    run_is_told = false;
+    if (!run_mark_write(told ? RUN_MARK_STARTING : RUN_MARK_RAN))
+        return "the run mark cannot be written";
+    if (!told)
+        return NULL;
+    if (!keeper_hears_of_run()) {
+        run_mark_write(RUN_MARK_NOT);
+        return "the hop was broken off";
+    }
+    run_mark_write(RUN_MARK_RAN);
+    return NULL;
+}
+
 static void before_run(void *opaque, bool running, int state)
 {
     const char *reason = running && hop.keeper ? reason_against_running() : NULL;
 
     (void)opaque;
     (void)state;
-    /*
-     * That the keeper's socket takes the message is what commits a hop without an SEV context. Who wants to undo the hop
-     * shuts the socket down first: then this fails, and the source may go on.
-     */
-    if (running && !reason && run_is_told) {
-        run_is_told = false;
-        if (!keeper_hears_of_run())
-            reason = "the hop was broken off";
-    }
+    if (running && !reason && (run_is_told || !run_mark_ran()))
+        reason = begin_to_run();
     if (reason) {
         runs_refused++;
         die("this QEMU must not run: %s", reason);

@@ -8,6 +8,7 @@
  *                    no REASON
  *   memfd N NAME     fd SIZE, with the descriptor | none
  *   listener HEX     fd, with the descriptor      | none
+ *   run-mark         fd, with the descriptor      | none
  *   run              no reply: the guest runs from here on
  */
 #include "adopt.h"
@@ -176,6 +177,22 @@ static void say_hello(void)
         die("the keeper does not say what the guest is: %s", reply);
 }
 
+/* A keeper without a mark is one for whom it does not matter whether the guest has run here. */
+static void take_run_mark(void)
+{
+    char reply[KEEPER_MESSAGE];
+    int fd, moved;
+
+    keeper_ask(reply, &fd, "run-mark");
+    if (fd < 0)
+        return;
+    moved = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+    if (moved < 0)
+        die("no descriptor for the run mark: %s", strerror(errno));
+    close(fd);
+    run_mark_use(moved);
+}
+
 static int reach(const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -230,6 +247,7 @@ void keeper_connect(const char *where)
     close(fd);
     hop.keeper = true;
     say_hello();
+    take_run_mark();
 }
 
 void keeper_close(void)

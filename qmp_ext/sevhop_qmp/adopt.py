@@ -107,6 +107,7 @@ class AdoptStatus:
     :ivar source: ``running`` or ``ended``, as the keeper said; ``none`` without a keeper.
     :ivar ram: ``none`` (nothing adopted), ``private`` (copies), ``shared`` (the guest's own pages).
     :ivar moved: the SEV context is here.
+    :ivar ran: the guest runs here, or has; see :mod:`.run_mark`.
     :ivar finished: the hop is over.
     :ivar answered: launch commands answered in the kernel's place.
     :ivar regions: encrypted regions that were registered before there was a context.
@@ -122,6 +123,7 @@ class AdoptStatus:
     source: str
     ram: str
     moved: bool
+    ran: bool
     finished: bool
     answered: int
     regions: int

@@ -36,8 +36,12 @@ KVM_VM_LINK = "anon_inode:kvm-vm"
 
 #: Seconds between two looks at a process that has ended but is not reaped: nobody tells when it is.
 _REAPED_POLL = 0.001
-#: Seconds between two looks at the state of its threads.
-_STATE_POLL = 0.0002
+#: Seconds between two looks at the state of its threads, once they have been looked at for a while without a pause.
+_STATE_POLL = 0.001
+_LOOKS = 50
+#: States (proc_pid_stat(5)) of threads that do not run, nor will unless they are told to; and of those that never will.
+_HALTED = frozenset("TZX")
+_ENDED = frozenset("ZX")
 
 #: From the last byte of an entry of pagemap: 1 if the page is present or swapped (bits 63 and 62), otherwise 0.
 _PAGE_THERE = bytes(flags >= 1 << 6 for flags in range(256))
@@ -188,13 +192,25 @@ class QemuProcess:
         :return: False when that took too long, or it has ended.
         """
         deadline = asyncio.get_running_loop().time() + timeout
+        looks = 0
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
-            while not self._halted():
+            while not (states := self._thread_states()) <= _HALTED:
                 if asyncio.get_running_loop().time() > deadline:
                     return False
-                await asyncio.sleep(_STATE_POLL)
-        return self.alive
+                # It takes some hundredths of a millisecond, and a guest may be waiting.
+                looks += 1
+                await asyncio.sleep(0 if looks < _LOOKS else _STATE_POLL)
+            return not states <= _ENDED
+        return False
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is halted, by :meth:`freeze` or by somebody else."""
+        with contextlib.suppress(OSError):
+            states = self._thread_states()
+            return states <= _HALTED and not states <= _ENDED and self.alive
+        return False
 
     def thaw(self) -> None:
         """Let its threads go on. Nothing happens when they do, or it has ended."""
@@ -231,10 +247,10 @@ class QemuProcess:
         """The fields of ``/proc/PID/stat`` from the third on; the second may have blanks and parentheses in it."""
         return (self._proc / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
-    def _halted(self) -> bool:
-        """Whether no thread of it runs, or will unless it is told to."""
-        texts = [(task / "stat").read_text(errors="replace") for task in (self._proc / "task").iterdir()]
-        return all(text[text.rindex(")") + 2] in "TZX" for text in texts)
+    def _thread_states(self) -> set[str]:
+        """:raises OSError: it has ended, and is not even a zombie."""
+        directory = f"{self._proc}/task"
+        return {_thread_state(f"{directory}/{thread}/stat") for thread in os.listdir(directory)}
 
     # -- what it was started with ----------------------------------------------------------------
 
@@ -533,6 +549,23 @@ def address_from_sockaddr(raw: bytes) -> Address | None:
     if family == socket.AF_INET6 and len(raw) >= 24:
         return (family, socket.inet_ntop(socket.AF_INET6, raw[8:24]), int.from_bytes(raw[2:4], "big"))
     return None
+
+
+def _thread_state(path: str) -> str:
+    """
+    The state of a thread in its ``stat``; ``X`` if it has just ended. What is before it may have parentheses in it, but
+    is short.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(fd, 256)
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    at = text.rindex(b")") + 2
+    return chr(text[at])
 
 
 def _limit(word: str) -> int:

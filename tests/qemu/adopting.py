@@ -25,6 +25,7 @@ from guests.machine import Q35, Accelerator
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.run_mark import RunMark
 
 #: Size of the guests' memory, bytes.
 RAM = 32 << 20
@@ -73,6 +74,7 @@ class Keeper:
 
     :ivar memory: what a ``memfd`` request for the N-th memory backend gets.
     :ivar listeners: what a ``listener`` request gets.
+    :ivar run_mark: what a ``run-mark`` request gets.
     :ivar override: asked first; its answer counts unless it is None. ``b""`` hangs up.
     :ivar requests: what was asked.
     """
@@ -82,6 +84,7 @@ class Keeper:
     context: str = "none"
     source: str = "running"
     more: str = ""
+    run_mark: RunMark | None = None
     override: Callable[[str], bytes | None] = lambda request: None
     requests: list[str] = field(default_factory=list)
 
@@ -122,6 +125,8 @@ class Keeper:
                 for listener in self.listeners:
                     if sockaddr(listener).hex() == address:
                         return b"fd", listener.fileno()
+            case ["run-mark"] if self.run_mark is not None:
+                return b"fd", self.run_mark.fileno()
         return b"none", None
 
 

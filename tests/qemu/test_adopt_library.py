@@ -32,6 +32,7 @@ from sevhop.urgency import urgent
 from sevhop_qmp import adopt, device_state
 from sevhop_qmp.errors import CommandError, MonitorError
 from sevhop_qmp.monitor import peer_credentials
+from sevhop_qmp.run_mark import RunMark, RunState
 
 from .adopting import (
     BACKEND,
@@ -68,6 +69,13 @@ def qemu(request: pytest.FixtureRequest, emulator: Callable[[str], Path]) -> Pat
 def memory() -> Iterator[Memory]:
     with Memory() as memory:
         yield memory
+
+
+@pytest.fixture
+def run_mark() -> Iterator[RunMark]:
+    mark = RunMark.create()
+    yield mark
+    mark.close()
 
 
 @pytest.fixture
@@ -682,10 +690,10 @@ def test_the_keeper_is_told_before_the_guest_runs(qemu: Path, accelerator: Accel
 @EVERY_EMULATOR
 @pytest.mark.parametrize("hop", ["undone", "broken off"])
 def test_a_destination_whose_hop_is_undone_does_not_run(
-    hop: str, qemu: Path, accelerator: Accelerator, memory: Memory
+    hop: str, qemu: Path, accelerator: Accelerator, memory: Memory, run_mark: RunMark
 ) -> None:
     with contextlib.ExitStack() as resources:
-        keeper = resources.enter_context(Keeper([memory]))
+        keeper = resources.enter_context(Keeper([memory], run_mark=run_mark))
         destination = resources.enter_context(
             Destination.adopting(qemu, machine(accelerator, incoming=False), keeper)
         )
@@ -697,6 +705,51 @@ def test_a_destination_whose_hop_is_undone_does_not_run(
             destination.execute("cont")
         assert destination.ended() == (1, ["sevhop adopt: this QEMU must not run: the hop was broken off"])
         assert "run" not in keeper.requests
+        assert run_mark.read() is RunState.NOT
+
+
+@EVERY_EMULATOR
+@pytest.mark.parametrize("told", [False, True])
+def test_run_mark_outlives_the_destination(
+    told: bool, qemu: Path, accelerator: Accelerator, memory: Memory, run_mark: RunMark
+) -> None:
+    when_told: list[RunState] = []
+
+    def override(request: str) -> None:
+        if request == "run":
+            when_told.append(run_mark.read())
+
+    keeper = Keeper([memory], run_mark=run_mark, override=override)
+    command = machine(accelerator, incoming=False)
+    with keeper, Destination.adopting(qemu, command, keeper) as destination, open(os.devnull) as file:
+        destination.adopt_ram()
+        if told:
+            destination.adopt_ram_with(file.fileno(), 0)
+        assert not destination.status().ran
+        assert run_mark.read() is RunState.NOT
+        destination.execute("cont")
+        destination.execute("stop")
+        assert destination.status().ran
+        wait_until(lambda: len(when_told) == told, TIMEOUT, "the keeper is told")
+        destination.execute("quit")
+        destination.ended()
+    assert run_mark.read() is RunState.RAN
+    assert RunState.NOT not in when_told
+
+
+def test_destination_does_not_run_without_leaving_its_mark(
+    qemu: Path, accelerator: Accelerator, memory: Memory
+) -> None:
+    with open("/dev/zero", "rb") as unwritable, Keeper([memory]) as keeper:
+        keeper.run_mark = RunMark(unwritable.fileno())
+        with Destination.adopting(qemu, machine(accelerator, incoming=False), keeper) as destination:
+            destination.adopt_ram()
+            with pytest.raises(MonitorError):
+                destination.execute("cont")
+            assert destination.ended() == (
+                1,
+                ["sevhop adopt: this QEMU must not run: the run mark cannot be written"],
+            )
 
 
 @EVERY_EMULATOR

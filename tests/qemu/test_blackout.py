@@ -99,13 +99,14 @@ MOST_CALLS = 110
 #: What strace prints of the order to stop, and of the end of the stream, a section of type 6 with nothing in it.
 STOP = r'\"stop\"'
 STREAM_END = r'"\6\0\0\0\0", 5)'
-#: What they are for: monitors and pipes, waiting, the journal's records (in no case its way to the disk), memory. Files
-#: are opened below /proc alone.
+#: What they are for: monitors and pipes, waiting, journal records (in no case their way to the disk), memory, halting
+#: the source. Files are opened below /proc alone.
 ALLOWED = {
     *("sendto", "recvfrom", "read", "write", "pread64", "pwrite64", "openat", "newfstatat", "close"),
     *("epoll_wait", "epoll_ctl", "futex", "getpid"),
     *("mmap", "munmap", "mremap", "brk", "madvise"),
     *("sched_getscheduler", "sched_setscheduler"),
+    *("pidfd_send_signal", "getdents64"),
 }
 
 

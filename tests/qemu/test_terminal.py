@@ -51,7 +51,9 @@ def test_what_is_drawn(
 ) -> None:
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(5)
-    status, written = on_a_terminal("strace", "--output", tmp_path / "calls", *hop(guest, new), cwd=tmp_path)
+    # All of its threads, and none of what it starts.
+    trace = ["strace", "--follow-forks", "--detach-on=execve", "--output", tmp_path / "calls"]
+    status, written = on_a_terminal(*trace, *hop(guest, new), cwd=tmp_path)
     assert status == 0
     assert "check ..." in written
     assert re.search(r"prepare \d+ ms  ", written)
@@ -62,7 +64,7 @@ def test_what_is_drawn(
 
     lines = (tmp_path / "calls").read_text(errors="replace").splitlines()
     (stop,), (end,) = ([at for at, line in enumerate(lines) if what in line] for what in (STOP, STREAM_END))
-    drawing = [at for at, line in enumerate(lines) if re.match(r"write\([12],", line)]
+    drawing = [at for at, line in enumerate(lines) if re.match(r"\d+ +write\([12],", line)]
     assert drawing
     assert [lines[at] for at in drawing if stop < at < end] == []
     guest.wait_for_ticks(5)

@@ -30,7 +30,9 @@ from sevhop_qmp import monitor
 from sevhop_qmp.errors import MonitorError, MoveError, MoveUncertain, SevhopError
 from sevhop_qmp.monitor import peer_credentials
 from sevhop_qmp.move import MoveReport
+from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
+from sevhop_qmp.run_mark import RunState
 
 UUID = "11111111-2222-3333-4444-55555555550a"
 BLOCKS = (
@@ -98,7 +100,7 @@ def test_only_what_is_held_can_be_restored(custody: Custody, state: State) -> No
 def test_nobody_starts_a_held_domain_afresh(custody: Custody, state: State) -> None:
     custody.state = state
     answer = run(ask(custody, f"hook prepare afresh {UUID}"))
-    assert answer.startswith("no ") == (state is not State.OVER)
+    assert answer.startswith("no ") == (state not in (State.OVER, State.LOST))
 
 
 @pytest.mark.parametrize("state", State)
@@ -112,7 +114,8 @@ def test_a_restored_domain_is_prepared_after_the_restore_began(custody: Custody,
 def test_nothing_is_committed_without_a_restore(custody: Custody, state: State) -> None:
     custody.state = state
     answer = run(ask(custody, f"hook started begin {UUID}"))
-    assert answer == ("ok" if state is State.OVER else f"no the guest is {state.value}, there is nothing to start")
+    free = state in (State.OVER, State.LOST)
+    assert answer == ("ok" if free else f"no the guest is {state.value}, there is nothing to start")
 
 
 @pytest.mark.parametrize("state", set(State) - {State.RESTORING})
@@ -213,6 +216,102 @@ def test_source_that_has_ended_by_itself_is_not_needed(tmp_path: Path, source: S
     source.process.wait()
     assert run(ask(custody, "retire")) == "ok"
     assert custody.state is State.WAITING
+
+
+# -- whether the guest has run ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def destination() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does nothing, and answers nothing."""
+    with subprocess.Popen(["sleep", "infinity"]) as process:
+        yield process
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+
+
+def leave_mark(custody: Custody, state: RunState) -> None:
+    """As the library in a destination does."""
+    os.pwrite(custody._run_mark.fileno(), bytes([state]), 0)
+
+
+def committed(custody: Custody, destination: subprocess.Popen[bytes]) -> None:
+    """The destination may run the guest, and nobody has seen it yet."""
+    custody.state = State.COMMITTED
+    custody._destination = QemuProcess.open(destination.pid)
+
+
+@pytest.mark.parametrize("state", [State.WAITING, State.RESTORING, State.COMMITTED])
+def test_guest_that_has_run_is_not_restored_once_more(custody: Custody, state: State) -> None:
+    custody.state = state
+    leave_mark(custody, RunState.RAN)
+    assert run(ask(custody, f"hook restore begin {UUID}")) == "no the guest has run in a new QEMU already"
+    assert run(ask(custody, f"hook started begin {UUID}")) == "no the guest has run in a new QEMU already"
+    assert custody.state is state
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("keeper", ["lives", "died before"])
+def test_destination_that_ends_behind_the_commit(
+    ran: bool, keeper: str, custody: Custody, tmp_path: Path, destination: subprocess.Popen[bytes]
+) -> None:
+    """Proof that the guest has not run is needed to restore it once more."""
+
+    async def work() -> Custody:
+        shelf = Shelf()
+        custody.take_up(shelf)
+        committed(custody, destination)
+        custody._enter(State.COMMITTED)
+        leave_mark(custody, RunState.RAN if ran else RunState.NOT)
+        destination.kill()
+        heir = custody
+        if keeper != "lives":
+            heir = Custody(brief(), tmp_path, Held(None, {}))
+            heir._run_mark = custody._run_mark  # it was forked from whoever made it
+            heir.take_up(shelf)
+        await heir._until_it_runs(heir._destination or pytest.fail("it has no destination"), None)
+        return heir
+
+    heir = run(work())
+    # One that has run is over for whoever sees that first, and lost for whoever sees first that it has ended.
+    assert heir.state is (State.LOST if ran else State.WAITING)
+    assert heir.reason
+
+
+def test_guest_that_has_run_is_over_although_its_qemu_tells_nothing(
+    custody: Custody, destination: subprocess.Popen[bytes]
+) -> None:
+    async def work() -> None:
+        committed(custody, destination)
+        leave_mark(custody, RunState.RAN)
+        destination.send_signal(signal.SIGSTOP)
+        await custody._until_it_runs(custody._destination or pytest.fail("it has no destination"), None)
+
+    run(work())
+    assert custody.state is State.OVER
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_revoking_ends_only_a_destination_that_has_not_run_the_guest(
+    ran: bool, custody: Custody, destination: subprocess.Popen[bytes]
+) -> None:
+    committed(custody, destination)
+    leave_mark(custody, RunState.RAN if ran else RunState.NOT)
+    answer = run(ask(custody, "revoke"))
+    if ran:
+        assert (answer, custody.state) == ("no the guest has run in a new QEMU already", State.COMMITTED)
+        assert destination.poll() is None
+    else:
+        assert (answer, custody.state) == ("ok", State.WAITING)
+        assert destination.wait() == -signal.SIGKILL
+
+
+def test_a_revoked_restore_is_not_committed(custody: Custody) -> None:
+    custody.state = State.WAITING
+    assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /opt/qemu"
+    assert run(ask(custody, "revoke")) == "ok"
+    assert run(ask(custody, f"hook started begin {UUID}")).startswith("no ")
+    assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /opt/qemu"
 
 
 @pytest.mark.parametrize("request_text", ["", " ", "emulator", "emulator ", "hook", "hook a b", "nonsense", "blocks x"])

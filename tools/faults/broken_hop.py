@@ -4,7 +4,11 @@ A hop outside libvirt in which something goes wrong: run as a program, so that i
     python -m faults.broken_hop MONITOR EMULATOR POINT FAULT
 
 It hops like ``sevhop hop``; see :mod:`.fault` for POINT and FAULT. An action is a command that it gives to a QEMU, or
-``stream-end``: that the destination is told that its stream was all.
+
+``halt``        the source is halted
+``stream-end``  the destination is told that its stream was all
+``end-source``  the source is killed, and seen to have ended
+
 Exit status: that of ``sevhop hop``.
 """
 
@@ -17,8 +21,9 @@ from typing import Any
 
 from sevhop.hop import Hop, Options
 from sevhop_qmp.device_state import OutgoingState
-from sevhop_qmp.errors import CommandError, MonitorTimeout, StateError
+from sevhop_qmp.errors import CommandError, MonitorTimeout, ProcessError, StateError
 from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.process import QemuProcess
 
 from .fault import Fault, patched, run
 
@@ -26,11 +31,12 @@ from .fault import Fault, patched, run
 BEFORE_THE_STATE_IS_SAVED = (
     "phase hold",
     "phase prepare",
+    "after add-fd 0",
     "before x-sev-adopt-ram 0",
     "after x-sev-adopt-ram 0",
     "before migrate-incoming 0",
     "after migrate-incoming 0",
-    "after add-fd 0",
+    "after add-fd 1",
     "phase freeze",
     "before stop 0",
     "before xen-save-devices-state 0",
@@ -45,6 +51,8 @@ BEING_SAVED = (
 #: And from here on in the destination, too.
 SAVED = (
     "phase load",
+    "before halt 0",
+    "after halt 0",
     "before stream-end 0",
 )
 #: The destination has all that it needs, and lets the guest run as soon as it has loaded it.
@@ -54,8 +62,8 @@ RUNNING = (
     "phase commit",
     "phase resume",
     "phase retire",
-    "before quit 0",
-    "after quit 0",
+    "before end-source 0",
+    "after end-source 0",
     "before x-sev-adopt-finish 0",
     "after x-sev-adopt-finish 0",
 )
@@ -86,7 +94,24 @@ def main(monitor: str, emulator: str, point: str, kind: str) -> int:
             StateError("the destination did not take the device state, for a test"),
         )
 
+    async def freeze(original: Callable[..., Awaitable[bool]], process: QemuProcess, timeout: float) -> bool:
+        return await unless_faulty("halt", lambda: original(process, timeout))
+
+    async def wait(original: Callable[..., Awaitable[bool]], process: QemuProcess, timeout: float) -> bool:
+        if process.pid != hop.report.source_pid:
+            return await original(process, timeout)
+        return await unless_faulty("end-source", lambda: original(process, timeout))
+
+    async def unless_faulty(action: str, do: Callable[[], Awaitable[bool]]) -> bool:
+        failure = ProcessError("not in time, for a test")
+        try:
+            return await fault.around(action, do, failure, failure)
+        except ProcessError:
+            return False
+
     patched(Monitor, "execute", execute)
+    patched(QemuProcess, "freeze", freeze)
+    patched(QemuProcess, "wait", wait)
     patched(OutgoingState, "end", end)
     return run(hop)
 

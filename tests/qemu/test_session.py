@@ -1,0 +1,139 @@
+"""The session that a hop was started from ends, or stands still: the guest does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from guests.running import Guest, wait_ended
+
+from .conftest import DescribeCounter, StartGuest
+from .test_hop import assert_unharmed
+
+#: The command, which at the beginning of a phase does something to itself.
+PROGRAM = """
+import asyncio, os, signal, sys
+from sevhop import cli, hop
+
+phase, monitor, emulator = sys.argv[1:]
+name = f"_{phase}"
+original = getattr(hop.Hop, name)
+
+async def held(self):
+    print("reached", file=sys.__stderr__, flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await original(self)
+
+setattr(hop.Hop, name, held)
+sys.exit(cli.main(["--verbose", "hop", "--source", monitor, "--emulator", emulator]))
+"""
+UNDOING = [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture
+def guest(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Guest:
+    """A counting guest in the older QEMU, with a disk."""
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(5)
+    return guest
+
+
+class HeldHop:
+    """A hop that waits at the beginning of a phase until it is told to go on."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def go_on(self) -> int:
+        """:return: its exit status."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.process.wait(60)
+
+
+def held_at(phase: str, guest: Guest, emulator: Path, *wrapper: str) -> Iterator[HeldHop]:
+    command = [*wrapper, sys.executable, "-c", PROGRAM, phase, str(guest.machine.monitor), str(emulator)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        while process.stderr.readline() != "reached\n":
+            assert process.poll() is None
+        yield HeldHop(process)
+        process.kill()
+
+
+@pytest.mark.parametrize("number", UNDOING)
+def test_signal_of_an_ending_session_undoes_the_hop(number: signal.Signals, guest: Guest, new: Path) -> None:
+    pid = guest.pid
+    for held in held_at("share", guest, new):
+        held.process.send_signal(number)
+        assert held.go_on() == 3
+    assert guest.pid == pid
+    assert guest.execute("query-status")["status"] == "running"
+    assert_unharmed(guest)
+
+
+def test_hop_is_not_stopped_by_the_terminal(guest: Guest, new: Path) -> None:
+    for held in held_at("share", guest, new):
+        held.process.send_signal(signal.SIGTSTP)
+        assert held.go_on() == 0
+    assert_unharmed(guest)
+
+
+def test_nohup_is_respected(guest: Guest, new: Path) -> None:
+    for held in held_at("share", guest, new, "nohup"):
+        held.process.send_signal(signal.SIGHUP)
+        assert held.go_on() == 0
+    assert_unharmed(guest)
+
+
+def test_destination_gets_the_default_signal_actions(guest: Guest, old: Path, new: Path) -> None:
+    """What it ignores, for a start, is what the source ignores."""
+
+    def ignored() -> str:
+        status = Path(f"/proc/{guest.pid}/status").read_text()
+        return status.partition("SigIgn:")[2].split()[0]
+
+    before = ignored()
+    for held in held_at("share", guest, new):
+        assert held.go_on() == 0
+    assert ignored() == before
+
+
+def test_output_that_nobody_reads_does_not_break_off_a_hop(guest: Guest, new: Path) -> None:
+    for held in held_at("share", guest, new):
+        assert held.process.stdout is not None
+        assert held.process.stderr is not None
+        held.process.stdout.close()
+        held.process.stderr.close()
+        assert held.go_on() == 0
+    assert_unharmed(guest)
+
+
+def test_output_that_is_not_taken_does_not_hold_a_hop(guest: Guest, new: Path) -> None:
+    """As on a terminal after Ctrl-S, or behind a connection that has dropped."""
+    pid = guest.pid
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    try:
+        while True:
+            os.write(theirs, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(theirs, True)
+    command = [sys.executable, "-m", "sevhop.cli", "--verbose", "hop", "--source", str(guest.machine.monitor)]
+    with subprocess.Popen([*command, "--emulator", str(new)], stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        try:
+            assert wait_ended(pid, 60)
+            guest.wait_for_ticks(3)
+            assert process.poll() is None
+        finally:
+            os.close(ours)
+        assert process.wait(60) == 0
+    assert_unharmed(guest)
