@@ -385,6 +385,13 @@ class Custody:
 
     async def _hook(self, operation: str, sub: str, uuid: str, pid: int) -> str:
         if uuid.lower() != self._brief.uuid.lower():
+            # Another domain of that name: one that was defined or created again without a UUID gets another one. Both
+            # would have the same files, and libvirt could not have the held one back.
+            starts = sub in ("begin", "afresh") and operation in ("prepare", "restore", "migrate")
+            if starts and self.state is not State.OVER:
+                go_on = f"go on with: virsh restore {self._directory / 'image'}"
+                what = go_on if self.state in _ENDED else "wait for it, or run: sevhop recover"
+                return f"no a hop holds this name for the domain with UUID {self._brief.uuid}; {what}"
             return "foreign"
         match operation, sub:
             case "restore", "begin":
@@ -674,7 +681,7 @@ def main() -> int:
     logging.basicConfig(level=logging.CRITICAL)
     try:
         brief = Brief.from_json(sys.stdin.read())
-        directory = claim(brief.name)
+        directory = claim(brief.name, brief.uuid)
         try:
             _keep(brief, directory)
         finally:

@@ -155,6 +155,19 @@ class Connection:
         """:raises DomainError: there is no such domain."""
         return Domain(self, await _call(self._raw.lookupByName, name))
 
+    async def domain_with(self, uuid: str) -> Domain | None:
+        """
+        The domain with a UUID, whatever it is called; None if the daemon knows none.
+
+        :raises DomainError: the daemon does not answer.
+        """
+        try:
+            return Domain(self, await _call(self._raw.lookupByUUIDString, uuid))
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return None
+            raise
+
     async def domains(self) -> list[Domain]:
         """Those that are active, by name."""
         found = await _call(self._raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
@@ -313,14 +326,30 @@ class Domain:
 
         :raises DomainError: it cannot be told.
         """
-        try:
-            pid = int((_PID_FILES / f"{self.name}.pid").read_text())
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError) as err:
-            raise DomainError(f"the QEMU process of domain {self.name} cannot be told: {err}") from err
-        if self.uuid.encode() not in words:
+        pid = self._last_pid()
+        if not self._is_its_qemu(pid):
             raise DomainError(f"process {pid} is not the QEMU of domain {self.name}")
         return pid
+
+    def living_pid(self) -> int | None:
+        """
+        The same of an active domain; None if its QEMU has ended and libvirt has not cleaned up behind it yet.
+
+        :raises DomainError: it cannot be told.
+        """
+        pid = self._last_pid()
+        return pid if self._is_its_qemu(pid) else None
+
+    def _last_pid(self) -> int:
+        try:
+            return int((_PID_FILES / f"{self.name}.pid").read_text())
+        except (OSError, ValueError) as err:
+            raise DomainError(f"the QEMU process of domain {self.name} cannot be told: {err}") from err
+
+    def _is_its_qemu(self, pid: int) -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return self.uuid.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return False
 
 
 class DomainMonitor(Commands):

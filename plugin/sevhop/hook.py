@@ -9,7 +9,8 @@ hop. All knowledge is in the keeper of that hop. What the hook asks is::
 ===================  ================================================================================================
 ``restore begin``    the domain gets the emulator that the keeper names: the new one, or after a failure the old one
 ``prepare begin``    refused unless a restore has begun
-``prepare afresh``   the same of a domain that is started, not restored: refused for as long as its guest is held
+``prepare afresh``   the same of a domain that is started, not restored: refused for as long as its guest is held, and
+                     for as long as another domain's guest of that name is
 ``started begin``    the state is loaded, nothing runs: the keeper commits, and only then the guest may run
 everything else      0. libvirt would kill a running guest if ``reconnect`` failed
 ===================  ================================================================================================
@@ -21,10 +22,11 @@ refused.
 A keeper that dies while it is asked is not asked again: the refusal makes libvirt end the destination, and whoever
 restores next finds the keeper's successor.
 
-A domain of another daemon that happens to have the same name is ``foreign``, and is left alone. libvirt is never called
-from here, it waits for us. Inside the blackout the keeper itself runs this (:mod:`sevhop.hook_calls`). Without one it
-is a program, which imports next to nothing: of the standard library's socket only the part in C, which takes a tenth of
-the time.
+Whose hop it is is told by the UUID: a domain that was renamed while its guest is held is found by it. Another domain of
+that name is not started, restored or migrated here while the name is held; at all other steps, and when the guest runs
+again, it is ``foreign``, and is left alone. libvirt is never called from here, it waits for us. Inside the blackout the
+keeper itself runs this (:mod:`sevhop.hook_calls`). Without one it is a program, which imports next to nothing: of the
+standard library's socket only the part in C, which takes a tenth of the time.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import TextIO
 
-#: One entry for each hop under way: the domain's name, a link to the directory of its keeper.
+#: One entry for each hop under way: the domain's name, a link to the directory of its keeper. Beside it ``uuid-UUID``.
 DOMAINS = "/run/sevhop/domains"
 #: Where there is something to ask; the script in ``host`` knows them, too.
 _MATTERS = (("restore", "begin"), ("prepare", "begin"), ("migrate", "begin"), ("started", "begin"))
@@ -73,9 +75,13 @@ def main(
     name, operation, sub = (*arguments, "", "", "")[:3]
     if (operation, sub) not in _MATTERS or name in ("", ".", "..") or "/" in name or "\0" in name:
         return 0
+
     def linked(request: str) -> str:
-        directory = os.readlink(os.path.join(domains, name))
-        return ask(os.path.join(domains, directory, "control"), request)
+        try:
+            directory = os.path.join(domains, os.readlink(os.path.join(domains, name)))
+        except FileNotFoundError:  # it may have been renamed while it is held
+            directory = os.path.join(os.path.dirname(domains), f"uuid-{request.rpartition(' ')[2].lower()}")
+        return ask(os.path.join(directory, "control"), request)
 
     try:
         refused, changed = _answer(name, operation, sub, stdin.read(), keeper or linked)

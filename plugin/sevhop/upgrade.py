@@ -343,6 +343,9 @@ class Upgrade(Procedure):
                 if not (await self._monitor.execute("query-status"))["running"] and self._running:
                     await self._domain.resume()
                 return True
+        pid = self._domain.living_pid() if await self._domain.active() else None
+        if pid is not None and not self._keeper.has_started(pid):
+            raise SevhopError(f"process {pid} runs domain {self._domain.name}, and is not of this hop")
         await self._domain.end()
         return False
 
@@ -378,11 +381,11 @@ class Upgrade(Procedure):
         """Nothing here can hurt the guest."""
         try:
             try:
-                await define(self._connection, self._name, self._new)
+                await define(self._connection, self._domain.uuid, self._new)
             except DomainError:
                 if not await self._connection.reopen_if_lost():
                     raise
-                await define(self._connection, self._name, self._new)
+                await define(self._connection, self._domain.uuid, self._new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             self._note(f"the persistent definition still has the old emulator: {err}")
         # A guest that was paused stays so; its QEMU has everything, and we are not needed.
@@ -483,14 +486,14 @@ class Upgrade(Procedure):
         return Undone(message, error.hint)
 
 
-async def define(connection: Connection, name: str, emulator: str) -> None:
+async def define(connection: Connection, uuid: str, emulator: str) -> None:
     """
     Let a domain start in another emulator from now on, if it is persistent.
 
     :raises DomainError: libvirt refuses.
     """
-    domain = await connection.domain(name)
-    if await domain.persistent():
+    domain = await connection.domain_with(uuid)
+    if domain is not None and await domain.persistent():
         await connection.define(domain_xml.with_emulator(await domain.inactive_xml(), emulator))
 
 
