@@ -18,6 +18,10 @@ from sevhop_qmp.monitor import Commands, understood
 #: Bits of the words that CPUID returns: "leaf[.subleaf] REGISTER" -> bits.
 Words = dict[str, int]
 
+#: What QEMU makes of the number of cores and threads, the older ones only when the guest asks: of the words it is then
+#: missing, but not of what the guest sees.
+_FROM_TOPOLOGY = {"1 EDX": 1 << 28, "80000001 ECX": 1 << 1}
+
 #: Properties of a CPU that are bits of MSRs, by the bit of CPUID without which the guest has no such MSR.
 _BEHIND = {
     ("1 ECX", 5): ("vmx-",),
@@ -37,7 +41,8 @@ async def words(monitor: Commands) -> Words:
     """
     with understood(monitor.name):
         rows = await monitor.execute("qom-get", {"path": await _processor(monitor), "property": "feature-words"})
-        return {_label(row): int(row["features"]) for row in rows}
+        found = {_label(row): int(row["features"]) for row in rows}
+    return {label: bits & ~_FROM_TOPOLOGY.get(label, 0) for label, bits in found.items()}
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ from sevhop_qmp.monitor import Monitor, peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
 
-from . import hook_calls
+from . import hook_calls, runtime_settings
 from .guardian import Deposit, Guardian, protect, rename
 from .keeper import Answers, Held
 from .keeper_process import MESSAGE, Brief, KeeperError, State
@@ -93,11 +93,16 @@ _ENDED = (State.WAITING, State.RESTORING, State.COMMITTED, State.OVER)
 
 @dataclass(frozen=True)
 class _Met:
-    """A destination whose machine is complete."""
+    """
+    A destination whose machine is complete.
+
+    :ivar lost: what its processors cannot do, and those of the source can.
+    """
 
     monitor: Monitor
     process: QemuProcess
     blocks: dict[str, RamBlock]
+    lost: str
 
 
 class Custody:
@@ -402,13 +407,14 @@ class Custody:
                 if self.state is State.OVER:
                     return "no the guest runs"
                 self.reason = ""
+                verdict = "again" if self._restore_began else "ok"
                 self._restore_began = time.monotonic()
                 self._restorer = _parent(pid)
                 self._destination = self._peer = None
                 self._enter(State.RESTORING)
                 self._clear_monitor()
                 self._expect_destination()
-                return f"ok {self._emulator}"
+                return f"{verdict} {self._emulator}"
             case ("prepare", "begin") if self.state not in (State.HELD, State.RETIRING, State.WAITING):
                 return "ok"
             case ("prepare", "begin" | "afresh") | ("migrate", "begin") if self.state is not State.OVER:
@@ -497,7 +503,12 @@ class Custody:
         if destination.credentials.uid not in (0, self._brief.uid):
             await monitor.close()
             raise KeeperError(f"the destination's monitor is served by process {monitor.peer} of another user")
-        return _Met(monitor, destination, await ram_blocks.read(monitor, destination))
+        try:
+            lost = await runtime_settings.set_before_it_runs(self._directory, monitor)
+            return _Met(monitor, destination, await ram_blocks.read(monitor, destination), lost)
+        except BaseException:
+            await monitor.close()
+            raise
 
     async def _commit(self, met: _Met) -> None:
         monitor, destination = met.monitor, met.process
@@ -509,6 +520,8 @@ class Custody:
             raise KeeperError(f"process {destination.pid} has the monitor, but {self._peer} asked for the memory")
         if (await monitor.execute("query-status"))["running"]:
             raise KeeperError("the destination runs already")
+        if met.lost:
+            raise KeeperError(met.lost)
         source = {block.name: block for block in self._brief.blocks}
         pairs = ram_blocks.not_shared(source, met.blocks, encrypted=frozenset(self._brief.encrypted))
         ram_blocks.put(((self._kept[theirs.name], ours) for theirs, ours in pairs), destination)

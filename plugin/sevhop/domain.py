@@ -38,6 +38,8 @@ TESTED_VERSION = 9_000_000
 DEFAULT_URI = "qemu:///system"
 #: Where the daemon of the system keeps the pid of each QEMU.
 _PID_FILES = Path("/run/libvirt/qemu")
+#: An address at which there is no daemon.
+_NOWHERE = "qemu+unix:///system?socket=/dev/null"
 _POLL = 0.001
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 #: Seconds for which a daemon is waited for that has gone away; one that is restarted is back within a few.
@@ -265,6 +267,23 @@ class Domain:
         """Whether libvirt keeps a saved state of it for the next start."""
         return bool(await _call(self._raw.hasManagedSaveImage))
 
+    async def moments(self) -> tuple[int, int]:
+        """How many snapshots and checkpoints libvirt knows of it."""
+        checkpoints = await _call(self._raw.listAllCheckpoints)
+        return int(await _call(self._raw.snapshotNum)), len(checkpoints)
+
+    async def ends_with_its_client(self) -> bool:
+        """
+        Whether it is marked for auto destroy. libvirt tells nobody, but it migrates no such domain, and looks at that
+        first; the address is one that nobody could reach, so nothing else comes of it.
+        """
+        flags = libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_LIVE
+        try:
+            await _call(self._raw.migrateToURI3, _NOWHERE, {}, flags)
+        except DomainError as err:
+            return "auto destroy" in err.message
+        return False
+
     async def job(self) -> bool:
         """Whether libvirt is doing something lengthy with it."""
         return bool((await _call(self._raw.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE)
@@ -273,6 +292,10 @@ class Domain:
         """As it runs, in the form that a saved domain has."""
         flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
         return str(await _call(self._raw.XMLDesc, flags))
+
+    async def live_xml(self) -> str:
+        """As it runs, with what libvirt has chosen for it."""
+        return str(await _call(self._raw.XMLDesc, 0))
 
     async def inactive_xml(self) -> str:
         """As it will start the next time."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, run_directory, upgrade
+from . import domain_xml, run_directory, runtime_settings, upgrade
 from .domain import NO_DOMAIN, Connection, Domain, DomainError
 from .errors import NeedsRecover
 from .journal import Entry, Journal
@@ -197,8 +197,9 @@ class _Interrupted:
                     f"{reason}; in the old emulator: {again.message}",
                     f"the guest is held; try again with: virsh restore {keeper.image}",
                 ) from again
+            text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])
             await self._let_go()
-            return Recovered(self._entry.guest, End.SOURCE, f"in a new process, since {reason}")
+            return Recovered(self._entry.guest, End.SOURCE, text)
         return await self._define()
 
     async def _define(self) -> Recovered:
@@ -207,8 +208,21 @@ class _Interrupted:
             await upgrade.define(self._connection, self._entry.uuid, self._entry.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = f"the persistent definition still has the old emulator: {err}"
+        notes = await self._finish_settings()
         await self._let_go()
-        return Recovered(self._entry.guest, End.DESTINATION, note)
+        return Recovered(self._entry.guest, End.DESTINATION, "; ".join(filter(None, [note, *notes])))
+
+    async def _finish_settings(self) -> list[str]:
+        """See :func:`.runtime_settings.finish`."""
+        if self._keeper is None:
+            return []
+        try:
+            domain = await self._domain()
+            monitor, pid = await domain.monitor(), domain.pid()
+        except SevhopError as err:
+            return [f"whether all is set as it was cannot be told: {err.message}"]
+        moved = self._entry.context != "none"
+        return await runtime_settings.finish(self._keeper.directory, monitor, pid, moved=moved)
 
     async def _without_keeper(self) -> Recovered:
         """Its old QEMU has ended, and no keeper is left."""

@@ -4,10 +4,11 @@ libvirt's hook for QEMU domains (https://libvirt.org/hooks.html).
 libvirt calls it at every step of every domain; the script in ``plugin/host`` comes here only for a domain that is in a
 hop. All knowledge is in the keeper of that hop. What the hook asks is::
 
-    hook OPERATION SUB-OPERATION UUID       ok [EMULATOR]  |  foreign  |  no REASON
+    hook OPERATION SUB-OPERATION UUID       ok [EMULATOR]  |  again EMULATOR  |  foreign  |  no REASON
 
 ===================  ================================================================================================
-``restore begin``    the domain gets the emulator that the keeper names: the new one, or after a failure the old one
+``restore begin``    the domain gets the emulator that the keeper names: the new one, or after a failure the old one;
+                     restored again, it may get other ports for its displays: those may be what failed
 ``prepare begin``    refused unless a restore has begun
 ``prepare afresh``   the same of a domain that is started, not restored: refused for as long as its guest is held, and
                      for as long as another domain's guest of that name is
@@ -114,13 +115,15 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
         if operation in ("restore", "migrate") and "'SEVHOP_" in xml:
             return "", _domain_xml().without_additions(xml)
         return "", ""
-    if verdict != "ok":
+    if verdict not in ("ok", "again"):
         return rest or answer, ""
     if operation != "restore":
         return "", ""
     xml = xml.replace(f"'{IMAGE_MARK}'", f"'{_RESTORED_MARK}'")
     if rest and f"<emulator>{rest}</emulator>" not in xml:
         xml = _domain_xml().with_emulator(xml, rest)
+    if verdict == "again" and "'SEVHOP_AUTOPORT'" in xml:
+        xml = _domain_xml().with_chosen_ports(xml)
     return "", xml
 
 

@@ -10,7 +10,7 @@ a balloon's statistics
 actions (``set-action``)                    read from QEMU's memory, since it tells them by no monitor, and set
 forwarded ports (``hostfwd_add``)           read, and added to or removed from the destination
 identity of the VM (``vmgenid``, ``auto``)  put on the destination's command line
-passwords, the watchdog's action            cannot be read; noted, for whoever must set them again
+passwords                                   cannot be read; noted, for whoever must set them again
 displays that were moved                    refused
 objects, character devices that were added  noted
 ==========================================  =======================================================================
@@ -24,14 +24,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from sevhop_qmp.errors import CommandError
+from sevhop_qmp.errors import CommandError, SevhopError
 from sevhop_qmp.exported import read_ints
 from sevhop_qmp.monitor import Commands, understood
 from sevhop_qmp.process import QemuProcess
 
+from . import cpu_features
 from .command_line import PRIVATE_MONITOR, parse, properties
 
 #: Of ``query-block``: those that ``block_set_io_throttle`` always wants, and those that it may have.
@@ -53,15 +55,19 @@ _ACTIONS = {
     "reboot": ("reset", "shutdown"),
     "shutdown": ("poweroff", "pause"),
     "panic": ("pause", "shutdown", "exit-failure", "none"),
+    "watchdog": ("reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"),
 }
+#: Where they are.
+_ACTION_SYMBOLS = {name: f"{name}_action" for name in _ACTIONS} | {"watchdog": "get_watchdog_action"}
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _STATISTICS = "guest-stats-polling-interval"
-_WATCHDOGS = ("i6300esb", "ib700", "diag288")
 _NETDEV = re.compile(r"^Hub -?\d+ \((?P<id>.*)\):\s*$")
 _FORWARD = re.compile(
     r"^\s*(?P<protocol>TCP|UDP)\[HOST_FORWARD\]\s+\S+\s+(?P<host>\S+)\s+(?P<port>\d+)\s+(?P<guest>\S+)\s+(?P<to>\d+)\s"
 )
 _REMOVED = "removed"
+#: In the keeper's directory.
+_FILE = "settings"
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,13 @@ class Settings:
     :ivar types: of all objects.
     :ivar thresholds: (driver, file, bytes) of block nodes.
     :ivar statistics: balloon → seconds between two looks at its statistics.
-    :ivar actions: what happens at a ``reboot``, ``shutdown`` and ``panic``; empty where that cannot be told.
+    :ivar actions: what happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` bites, as far as
+        that can be told.
     :ivar forwards: ``NETDEV PROTOCOL:HOST:PORT-GUEST:PORT``.
     :ivar displays: VNC display → (authentication, addresses).
     :ivar tickets: whether SPICE wants a password.
     :ivar generation: the identity that a ``vmgenid`` tells the guest.
     :ivar chardevs: labels.
-    :ivar watchdog: whether there is one.
     """
 
     throttles: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -96,19 +102,6 @@ class Settings:
     tickets: bool = False
     generation: str = ""
     chardevs: list[str] = field(default_factory=list)
-    watchdog: bool = False
-
-    def as_json(self) -> str:
-        """To be kept."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Back again."""
-        fields = json.loads(text)
-        fields["thresholds"] = [tuple(row) for row in fields["thresholds"]]
-        fields["displays"] = {name: tuple(row) for name, row in fields["displays"].items()}
-        return cls(**fields)
 
     def before_it_runs(self) -> Settings:
         """
@@ -123,20 +116,15 @@ class Settings:
         objects = {name: settings for name, settings in objects.items() if settings}
         return Settings(throttles=self.throttles, disks=self.disks, objects=objects, thresholds=self.thresholds)
 
-    @property
-    def anything(self) -> bool:
-        """Whether something is to be set."""
-        return bool(self.throttles or self.objects or self.thresholds)
-
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
-async def read(monitor: Commands, process: QemuProcess | None) -> Settings:
+async def read(monitor: Commands, process: QemuProcess) -> Settings:
     """
     Read what is set in a QEMU.
 
-    :param process: it; None to leave out what only its memory tells.
+    :param process: it; its memory tells what its monitor does not.
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
     with understood(monitor.name):
@@ -154,13 +142,12 @@ async def read(monitor: Commands, process: QemuProcess | None) -> Settings:
             types=types,
             thresholds=_thresholds(await _answer(monitor, "query-named-block-nodes", {"flat": True}) or []),
             statistics=await _statistics(monitor, devices),
-            actions={} if process is None else actions(process),
+            actions=actions(process),
             forwards=_forwards(await monitor.hmp("info usernet")),
             displays=_displays(await _answer(monitor, "query-vnc-servers") or []),
             tickets=(await _answer(monitor, "query-spice") or {}).get("auth") == "spice",
             generation=str((await _answer(monitor, "query-vm-generation-id") or {}).get("guid", "")),
             chardevs=[str(row["label"]) for row in await monitor.execute("query-chardev")],
-            watchdog=any(kind.startswith(_WATCHDOGS) for _, kind in devices),
         )
 
 
@@ -227,15 +214,13 @@ async def _statistics(monitor: Commands, devices: list[tuple[str, str]]) -> dict
 
 def actions(process: QemuProcess) -> dict[str, str]:
     """
-    What happens at a ``reboot``, ``shutdown`` and ``panic``.
+    What happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` bites.
 
     :raises ProcessError: the process has ended.
     """
-    values = read_ints(process, [f"{name}_action" for name in _ACTIONS])
+    values = read_ints(process, _ACTION_SYMBOLS)
     return {
-        name: words[value]
-        for name, words in _ACTIONS.items()
-        if 0 <= (value := values.get(f"{name}_action", -1)) < len(words)
+        name: words[value] for name, words in _ACTIONS.items() if 0 <= (value := values.get(name, -1)) < len(words)
     }
 
 
@@ -325,16 +310,78 @@ async def carry_over(ours: Settings, theirs: Settings, monitor: Commands) -> lis
     return notes + told(ours, theirs)
 
 
-async def set_before_it_runs(ours: Settings, monitor: Commands) -> None:
+def keep(directory: Path, ours: Settings, words: cpu_features.Words | None) -> None:
     """
-    The same of :meth:`Settings.before_it_runs`, without comparing: what cannot be set is found out later.
+    Write down what is set in a source that will have ended, for whoever has to do with its destination.
 
-    :raises MonitorError: the destination does not answer.
+    :param directory: of the keeper.
+    :param words: what CPUID tells the guest, if the destination is to be compared with that before it runs.
+    :raises SevhopError: that is not possible.
     """
+    try:
+        (directory / _FILE).write_text(json.dumps({"settings": asdict(ours), "cpu": words}))
+    except OSError as err:
+        raise SevhopError(f"what is set in the source cannot be written down: {err.strerror}") from err
+
+
+def _kept(directory: Path) -> tuple[Settings, cpu_features.Words | None] | None:
+    try:
+        kept = json.loads((directory / _FILE).read_text())
+        fields = kept["settings"]
+        fields["thresholds"] = [tuple(row) for row in fields["thresholds"]]
+        fields["displays"] = {name: tuple(row) for name, row in fields["displays"].items()}
+        return Settings(**fields), kept["cpu"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+async def set_before_it_runs(directory: Path, monitor: Commands) -> str:
+    """
+    Set in a destination of libvirt's what must be there before it runs. Nothing is compared: what cannot be set, or is
+    set otherwise by libvirt, is found by :func:`finish`.
+
+    :param directory: of the keeper.
+    :return: what its processors cannot do, and those of the source can, if that was to be compared.
+    :raises SevhopError: the destination does not answer, or its answers make no sense.
+    """
+    kept = _kept(directory)
+    if kept is None:
+        return ""
+    ours, words = kept[0].before_it_runs(), kept[1]
     nothing = Settings(disks=ours.disks, objects={name: {} for name in ours.objects})
     with understood(monitor.name):
         for step in [*_steps(ours, nothing), *await _threshold_steps(ours, nothing, monitor)]:
             await _answer(monitor, step.command, step.arguments)
+    missing = [] if words is None else cpu_features.lost(words, await cpu_features.words(monitor))
+    return f"the guest's processors would lose {', '.join(missing)}" if missing else ""
+
+
+async def finish(directory: Path, monitor: Commands, pid: int, *, moved: bool) -> list[str]:
+    """
+    Carry over to a destination of libvirt's, which runs, what is not there yet.
+
+    :param directory: of the keeper.
+    :param moved: whether it has got an SEV context. Then it cannot reboot, and has been told so.
+    :return: what is not as it was, for people.
+    """
+    kept = _kept(directory)
+    if kept is None:
+        return []
+    ours = kept[0]
+    if moved:
+        ours = replace(ours, actions={name: value for name, value in ours.actions.items() if name != "reboot"})
+    try:
+        process = QemuProcess.open(pid)
+        try:
+            theirs = await read(monitor, process)
+        finally:
+            process.close()
+        # libvirt has set the passwords that are in its XML.
+        ours = replace(ours, displays={name: ("", row[1]) for name, row in ours.displays.items()})
+        ours = replace(ours, tickets=False)
+        return await carry_over(ours, theirs, monitor) + differences(ours, theirs)
+    except SevhopError as err:
+        return [f"whether all is set as it was cannot be told: {err.message}"]
 
 
 def _steps(ours: Settings, theirs: Settings) -> Iterator[_Step]:
@@ -395,8 +442,8 @@ def told(ours: Settings, theirs: Settings) -> list[str]:
             )
     if ours.tickets:
         notes.append("the password of SPICE cannot be read: it is again the one that QEMU was started with")
-    if ours.watchdog:
-        notes.append("what the watchdog does cannot be read: if set-action has changed that, it must be set again")
+    if unknown := [name for name in _ACTIONS if name not in ours.actions or name not in theirs.actions]:
+        notes.append(f"what happens at {', '.join(unknown)} cannot be read: set again what set-action has changed")
     for name, kind in ours.types.items():
         if name not in theirs.types:
             notes.append(f"object {name} ({kind}) was added since the start, and the new QEMU does not have it")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import ProcessError
@@ -24,30 +25,49 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 #: A program that may be anywhere in memory; its symbols are counted from where it begins.
 _SHARED = 3
 _DYNSYM = 11
+#: endbr64, mov DISTANCE(%rip),%eax, ret: what a compiler makes of ``return variable``.
+_RETURNS_VARIABLE = re.compile(rb"(?:\xf3\x0f\x1e\xfa)?\x8b\x05(?P<distance>.{4})\xc3", re.DOTALL)
+_CODE = 16
+_FUNCTION = 2
 #: Bytes of the longest name that is sought.
 _NAME = 64
 _INT = struct.Struct("<i")
 
 
-def read_ints(process: QemuProcess, names: Iterable[str]) -> dict[str, int]:
+def read_ints(process: QemuProcess, variables: Mapping[str, str]) -> dict[str, int]:
     """
-    The values of exported variables of type ``int``. One that this QEMU does not export is left out.
+    The values of variables of type ``int``. One that cannot be found in this QEMU is left out.
 
+    :param variables: for each, the exported symbol: the variable, or a function that does nothing but return it.
     :raises ProcessError: the process has ended, or we may not look.
     """
-    wanted = {name.encode(): name for name in names}
+    wanted = {symbol.encode() for symbol in variables.values()}
     for mapping in _programs(process):
-        found = _addresses(process, mapping, set(wanted))
+        found = _addresses(process, mapping, wanted)
         if not found:
             continue
         values = {}
         with process.memory() as memory:
-            for name, offset in found.items():
-                raw = os.pread(memory, _INT.size, mapping.start + offset)
+            for name, symbol in variables.items():
+                if symbol.encode() not in found:
+                    continue
+                offset, is_function = found[symbol.encode()]
+                address = mapping.start + offset
+                if is_function and not (address := _returned(os.pread(memory, _CODE, address), address)):
+                    continue
+                raw = os.pread(memory, _INT.size, address)
                 if len(raw) == _INT.size:
-                    values[wanted[name]] = _INT.unpack(raw)[0]
+                    values[name] = _INT.unpack(raw)[0]
         return values
     return {}
+
+
+def _returned(code: bytes, address: int) -> int:
+    """The address of the variable that a function returns; 0 if it does more than that."""
+    if (match := _RETURNS_VARIABLE.match(code)) is None:
+        return 0
+    (distance,) = _INT.unpack(match["distance"])
+    return int(address + match.end("distance") + distance)
 
 
 def _programs(process: QemuProcess) -> Iterator[MemoryMapping]:
@@ -58,8 +78,8 @@ def _programs(process: QemuProcess) -> Iterator[MemoryMapping]:
             yield mapping
 
 
-def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) -> dict[bytes, int]:
-    """Offsets of symbols from the beginning of a mapped program."""
+def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) -> dict[bytes, tuple[int, bool]]:
+    """Offsets of symbols from the beginning of a mapped program, and whether they are functions."""
     path = Path(f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}")
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
@@ -72,7 +92,7 @@ def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) 
     return {}
 
 
-def _symbols(text: mmap.mmap, names: set[bytes]) -> dict[bytes, int]:
+def _symbols(text: mmap.mmap, names: set[bytes]) -> dict[bytes, tuple[int, bool]]:
     if text[: len(_ELF64_LITTLE)] != _ELF64_LITTLE:
         return {}
     kind, first, size, count = _HEADER.unpack_from(text)
@@ -82,12 +102,12 @@ def _symbols(text: mmap.mmap, names: set[bytes]) -> dict[bytes, int]:
         return {}
     _, _, _, _, offset, length, strings, _, _, _ = table
     base = sections[strings][4]
-    found: dict[bytes, int] = {}
-    for name, _, _, _, value, _ in _SYMBOL.iter_unpack(text[offset : offset + length]):
+    found: dict[bytes, tuple[int, bool]] = {}
+    for name, info, _, _, value, _ in _SYMBOL.iter_unpack(text[offset : offset + length]):
         at = base + name
         end = text.find(b"\0", at, at + _NAME)
         if end > 0 and value and text[at:end] in names:
-            found[text[at:end]] = value
+            found[text[at:end]] = value, info & 0xF == _FUNCTION
             if len(found) == len(names):
                 break
     return found

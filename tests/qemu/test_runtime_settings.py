@@ -82,7 +82,8 @@ def test_is_set_in_the_new_qemu(
     group = {**before["group"], "iops-total": 0, "bps-total": 1 << 20}
     guest.execute("qom-set", path="/objects/group", property="limits", value=group)
     guest.execute("qom-set", path="/machine/peripheral/balloon", property="guest-stats-polling-interval", value=7)
-    guest.execute("set-action", panic="none", reboot="shutdown", shutdown="pause")
+    guest.execute("set-action", panic="none", reboot="shutdown", shutdown="pause", watchdog="inject-nmi")
+    assert set(settings(guest)["actions"].values()) == {"none", "shutdown", "pause", "inject-nmi"}
     (port,) = (row[2] for row in before["ports"])
     for line in (f"hostfwd_remove net tcp:127.0.0.1:{port}", "hostfwd_add net tcp:127.0.0.1:0-10.0.2.15:3"):
         guest.execute("human-monitor-command", command_line=line)
