@@ -60,7 +60,7 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
 from sevhop_qmp.run_mark import RunMark, RunState
 
-from . import hook_calls
+from . import hook_calls, runtime_settings
 from .guardian import Deposit, Guardian, protect, rename
 from .keeper import Answers, Held
 from .keeper_process import MESSAGE, Brief, KeeperError, State
@@ -103,11 +103,16 @@ _DONE = (State.OVER, State.LOST)
 
 @dataclass(frozen=True)
 class _Met:
-    """A destination whose machine is complete."""
+    """
+    A destination whose machine is complete.
+
+    :ivar lost: what its processors cannot do, and those of the source can.
+    """
 
     monitor: Monitor
     process: QemuProcess
     blocks: dict[str, RamBlock]
+    lost: str
 
 
 class Custody:
@@ -416,6 +421,13 @@ class Custody:
 
     async def _hook(self, operation: str, sub: str, uuid: str, pid: int) -> str:
         if uuid.lower() != self._brief.uuid.lower():
+            # Another domain of that name: one that was defined or created again without a UUID gets another one. Both
+            # would have the same files, and libvirt could not have the held one back.
+            starts = sub in ("begin", "afresh") and operation in ("prepare", "restore", "migrate")
+            if starts and self.state is not State.OVER:
+                go_on = f"go on with: virsh restore {self._directory / 'image'}"
+                what = go_on if self.state in _ENDED else "wait for it, or run: sevhop recover"
+                return f"no a hop holds this name for the domain with UUID {self._brief.uuid}; {what}"
             return "foreign"
         match operation, sub:
             case "restore", "begin":
@@ -428,13 +440,14 @@ class Custody:
                 if self.state is State.LOST or self._has_run():
                     return f"no {_RAN}"
                 self.reason = ""
+                verdict = "again" if self._restore_began else "ok"
                 self._restore_began = time.monotonic()
                 self._restorer = _parent(pid)
                 self._destination = self._peer = None
                 self._enter(State.RESTORING)
                 self._clear_monitor()
                 self._expect_destination()
-                return f"ok {self._emulator}"
+                return f"{verdict} {self._emulator}"
             case ("prepare", "begin") if self.state not in (State.HELD, State.RETIRING, State.WAITING):
                 return "ok"
             case ("prepare", "begin" | "afresh") | ("migrate", "begin") if self.state not in _DONE:
@@ -529,7 +542,12 @@ class Custody:
         if destination.credentials.uid not in (0, self._brief.uid):
             await monitor.close()
             raise KeeperError(f"the destination's monitor is served by process {monitor.peer} of another user")
-        return _Met(monitor, destination, await ram_blocks.read(monitor, destination))
+        try:
+            lost = await runtime_settings.set_before_it_runs(self._directory, monitor)
+            return _Met(monitor, destination, await ram_blocks.read(monitor, destination), lost)
+        except BaseException:
+            await monitor.close()
+            raise
 
     async def _commit(self, met: _Met) -> None:
         monitor, destination = met.monitor, met.process
@@ -541,6 +559,8 @@ class Custody:
             raise KeeperError(f"process {destination.pid} has the monitor, but {self._peer} asked for the memory")
         if (await monitor.execute("query-status"))["running"]:
             raise KeeperError("the destination runs already")
+        if met.lost:
+            raise KeeperError(met.lost)
         source = {block.name: block for block in self._brief.blocks}
         pairs = ram_blocks.not_shared(source, met.blocks, encrypted=frozenset(self._brief.encrypted))
         ram_blocks.put(((self._kept[theirs.name], ours) for theirs, ours in pairs), destination)
@@ -722,7 +742,7 @@ def main() -> int:
     logging.basicConfig(level=logging.CRITICAL)
     try:
         brief = Brief.from_json(sys.stdin.read())
-        directory = claim(brief.name)
+        directory = claim(brief.name, brief.uuid)
         try:
             _keep(brief, directory)
         finally:

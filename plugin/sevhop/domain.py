@@ -38,6 +38,8 @@ TESTED_VERSION = 9_000_000
 DEFAULT_URI = "qemu:///system"
 #: Where the daemon of the system keeps the pid of each QEMU.
 _PID_FILES = Path("/run/libvirt/qemu")
+#: An address at which there is no daemon.
+_NOWHERE = "qemu+unix:///system?socket=/dev/null"
 _POLL = 0.001
 #: Of the security model "dac" in the daemon's capabilities: numbers, after a plus sign.
 _DAC_LABEL = re.compile(r"\+(?P<uid>\d+):\+(?P<gid>\d+)")
@@ -166,6 +168,19 @@ class Connection:
         """:raises DomainError: there is no such domain."""
         return Domain(self, await _call(self._raw.lookupByName, name))
 
+    async def domain_with(self, uuid: str) -> Domain | None:
+        """
+        The domain with a UUID, whatever it is called; None if the daemon knows none.
+
+        :raises DomainError: the daemon does not answer.
+        """
+        try:
+            return Domain(self, await _call(self._raw.lookupByUUIDString, uuid))
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return None
+            raise
+
     async def domains(self) -> list[Domain]:
         """Those that are active, by name."""
         found = await _call(self._raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
@@ -263,6 +278,23 @@ class Domain:
         """Whether libvirt keeps a saved state of it for the next start."""
         return bool(await _call(self._raw.hasManagedSaveImage))
 
+    async def moments(self) -> tuple[int, int]:
+        """How many snapshots and checkpoints libvirt knows of it."""
+        checkpoints = await _call(self._raw.listAllCheckpoints)
+        return int(await _call(self._raw.snapshotNum)), len(checkpoints)
+
+    async def ends_with_its_client(self) -> bool:
+        """
+        Whether it is marked for auto destroy. libvirt tells nobody, but it migrates no such domain, and looks at that
+        first; the address is one that nobody could reach, so nothing else comes of it.
+        """
+        flags = libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_LIVE
+        try:
+            await _call(self._raw.migrateToURI3, _NOWHERE, {}, flags)
+        except DomainError as err:
+            return "auto destroy" in err.message
+        return False
+
     async def job(self) -> bool:
         """Whether libvirt is doing something lengthy with it."""
         return bool((await _call(self._raw.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE)
@@ -271,6 +303,10 @@ class Domain:
         """As it runs, in the form that a saved domain has."""
         flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
         return str(await _call(self._raw.XMLDesc, flags))
+
+    async def live_xml(self) -> str:
+        """As it runs, with what libvirt has chosen for it."""
+        return str(await _call(self._raw.XMLDesc, 0))
 
     async def inactive_xml(self) -> str:
         """As it will start the next time."""
@@ -324,14 +360,30 @@ class Domain:
 
         :raises DomainError: it cannot be told.
         """
-        try:
-            pid = int((_PID_FILES / f"{self.name}.pid").read_text())
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError) as err:
-            raise DomainError(f"the QEMU process of domain {self.name} cannot be told: {err}") from err
-        if self.uuid.encode() not in words:
+        pid = self._last_pid()
+        if not self._is_its_qemu(pid):
             raise DomainError(f"process {pid} is not the QEMU of domain {self.name}")
         return pid
+
+    def living_pid(self) -> int | None:
+        """
+        The same of an active domain; None if its QEMU has ended and libvirt has not cleaned up behind it yet.
+
+        :raises DomainError: it cannot be told.
+        """
+        pid = self._last_pid()
+        return pid if self._is_its_qemu(pid) else None
+
+    def _last_pid(self) -> int:
+        try:
+            return int((_PID_FILES / f"{self.name}.pid").read_text())
+        except (OSError, ValueError) as err:
+            raise DomainError(f"the QEMU process of domain {self.name} cannot be told: {err}") from err
+
+    def _is_its_qemu(self, pid: int) -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return self.uuid.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return False
 
 
 class DomainMonitor(Commands):

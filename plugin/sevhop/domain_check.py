@@ -42,11 +42,14 @@ class Examined:
 
 
 @contextlib.asynccontextmanager
-async def examine(connection: Connection, domain: Domain, emulator: str | None = None) -> AsyncIterator[Examined]:
+async def examine(
+    connection: Connection, domain: Domain, emulator: str | None = None, *, in_full: bool = False
+) -> AsyncIterator[Examined]:
     """
     Test whether a domain can hop. Nothing is touched.
 
     :param emulator: the QEMU to go to; by default the one it was started from, as it is on disk now.
+    :param in_full: also what libvirt tells only by an error, which it logs.
     :raises SevhopError: the domain is not active, or cannot be looked into at all.
     """
     if not await domain.active():
@@ -67,7 +70,7 @@ async def examine(connection: Connection, domain: Domain, emulator: str | None =
         found = await guest.inspect(monitor, process)
         # In a thread: it starts programs to ask them, and another guest may be stopped meanwhile.
         tree = await to_its_end(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid))
-        tree.children.append(await _libvirt(connection, domain))
+        tree.children.append(await _libvirt(connection, domain, in_full))
         yield Examined(tree, monitor, process, found, xml, old, new)
     finally:
         process.close()
@@ -157,11 +160,27 @@ def _confinement(process: QemuProcess, uuid: str) -> Finding:
     return passed(name, f"AppArmor, {confinement}")
 
 
-async def _libvirt(connection: Connection, domain: Domain) -> Finding:
+async def _libvirt(connection: Connection, domain: Domain, in_full: bool) -> Finding:
     name = "libvirt"
     if await domain.managed_save():
         remedy = f"virsh managedsave-remove {shlex.quote(domain.name)}"
         return failed(name, "the domain has a managed save image", remedy)
+    if not await domain.persistent():
+        snapshots, checkpoints = await domain.moments()
+        if snapshots or checkpoints:
+            return failed(
+                name,
+                f"it is transient, and libvirt forgets its snapshots ({snapshots}) and checkpoints ({checkpoints}) "
+                "when the old QEMU ends",
+                "define it (virsh define), or have libvirt forget them (virsh snapshot-delete --metadata, "
+                "checkpoint-delete --metadata)",
+            )
+    if in_full and await domain.ends_with_its_client():
+        return failed(
+            name,
+            "it is to be destroyed when the client that has started it hangs up, which nobody would do after a hop",
+            "start it without --autodestroy",
+        )
     if not await installation.hook_answers(connection):
         return failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
     version = await connection.version()
@@ -177,7 +196,7 @@ async def check_domain(uri: str, name: str, emulator: str | None) -> Finding:
     """
     connection = await Connection.open(uri)
     try:
-        async with examine(connection, await connection.domain(name), emulator) as examined:
+        async with examine(connection, await connection.domain(name), emulator, in_full=True) as examined:
             return examined.tree
     finally:
         connection.close()

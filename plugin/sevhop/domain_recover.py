@@ -9,20 +9,25 @@ it runs, the keeper is done          the persistent definition gets the new emul
 it ran there, and that QEMU ended    the guest is gone, which is said
 neither a QEMU nor a keeper          the guest is gone, which is said
 ===================================  ==================================================================
+
+The domain is the one with the UUID in the journal, whatever it is called now, and another one of its name is none of
+ours. A QEMU that this hop did not start is never ended: if one runs the domain while its guest is held, that is for a
+person to decide.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import time
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, run_directory, upgrade
-from .domain import Connection, Domain
+from . import domain_xml, run_directory, runtime_settings, upgrade
+from .domain import NO_DOMAIN, Connection, Domain, DomainError
 from .errors import NeedsRecover
 from .journal import Entry, Journal
 from .keeper_process import KeeperError, KeeperProcess, State
@@ -58,9 +63,15 @@ async def finish_or_undo(mine: Journal, *, named: bool) -> Recovered:
 
 async def _keeper(entry: Entry) -> KeeperProcess | None:
     directory = Path(entry.directory) if entry.directory else run_directory.hop_of(entry.guest)
-    if directory is not None:
-        with contextlib.suppress(KeeperError):
-            return await KeeperProcess.connect(directory)
+    if directory is None:
+        return None
+    try:
+        keeper = await KeeperProcess.connect(directory)
+        if (await keeper.status())["uuid"] == entry.uuid:
+            return keeper
+        keeper.close()
+    except KeeperError:
+        pass
     return None
 
 
@@ -126,18 +137,50 @@ class _Interrupted:
         return self._keeper
 
     async def _domain(self) -> Domain:
-        return await self._connection.domain(self._entry.guest)
+        domain = await self._connection.domain_with(self._entry.uuid)
+        if domain is None:
+            raise SevhopError(f"libvirt knows no domain with UUID {self._entry.uuid}", "see virsh list --all")
+        return domain
 
-    async def _active(self) -> bool:
-        """Whether the domain has a QEMU, as far as libvirt knows. One that was not persistent is unknown without."""
+    async def _active(self) -> Domain | None:
+        """The domain, if it has a QEMU as far as libvirt knows. One that was not persistent is unknown without."""
+        domain = await self._connection.domain_with(self._entry.uuid)
         try:
-            return await (await self._domain()).active()
-        except SevhopError:
-            return False
+            return domain if domain is not None and await domain.active() else None
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return None
+            raise
+
+    async def _see_nobody_else_runs_it(self) -> None:
+        """:raises NeedsRecover: the domain has a QEMU, which this hop did not start."""
+        domain = await self._active()
+        if domain is None:
+            return
+        try:
+            pid = domain.living_pid()
+        except DomainError as err:
+            if await self._active() is None:
+                return  # it has just ended
+            raise NeedsRecover(f"domain {domain.name} is active while its guest is held: {err.message}") from err
+        if pid is not None and not self._kept().has_started(pid):
+            raise NeedsRecover(
+                f"somebody has started domain {domain.name} while its guest is held: process {pid} is not of this hop",
+                f"decide which of the two is to live: to go on with the one that is held, run virsh destroy "
+                f"{shlex.quote(domain.name)}, then sevhop recover {shlex.quote(self._entry.guest)}",
+            )
+        # A destination that failed, or has ended without libvirt noticing. One that is about to run after all is not ended.
+        await self._kept().revoke()
+        await domain.end()
 
     async def _go_on_in_source(self, source: QemuProcess) -> Recovered:
         source.thaw()  # a keeper that was killed may have left it halted
         domain = await self._domain()
+        if domain.living_pid() != source.pid:
+            raise NeedsRecover(
+                f"its old QEMU (process {source.pid}) is there, but libvirt has another one for domain {domain.name}",
+                "see which of the two has the guest",
+            )
         if self._entry.running and not await domain.running():
             await domain.resume()
         with contextlib.suppress(SevhopError):
@@ -147,9 +190,7 @@ class _Interrupted:
 
     async def _restore(self) -> Recovered:
         keeper = self._kept()
-        if await self._active():
-            await keeper.revoke()  # one that is about to run after all is not ended
-            await (await self._domain()).end()
+        await self._see_nobody_else_runs_it()
         try:
             await self._connection.restore(str(keeper.image))
         except SevhopError as err:
@@ -162,26 +203,40 @@ class _Interrupted:
                     f"{reason}; in the old emulator: {again.message}",
                     f"the guest is held; try again with: virsh restore {keeper.image}",
                 ) from again
+            text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])
             await self._let_go()
-            return Recovered(self._entry.guest, End.SOURCE, f"in a new process, since {reason}")
+            return Recovered(self._entry.guest, End.SOURCE, text)
         return await self._define()
 
     async def _define(self) -> Recovered:
         note = ""
         try:
-            await upgrade.define(self._connection, self._entry.guest, self._entry.new)
+            await upgrade.define(self._connection, self._entry.uuid, self._entry.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = f"the persistent definition still has the old emulator: {err}"
+        notes = await self._finish_settings()
         await self._let_go()
-        return Recovered(self._entry.guest, End.DESTINATION, note)
+        return Recovered(self._entry.guest, End.DESTINATION, "; ".join(filter(None, [note, *notes])))
+
+    async def _finish_settings(self) -> list[str]:
+        """See :func:`.runtime_settings.finish`."""
+        if self._keeper is None:
+            return []
+        try:
+            domain = await self._domain()
+            monitor, pid = await domain.monitor(), domain.pid()
+        except SevhopError as err:
+            return [f"whether all is set as it was cannot be told: {err.message}"]
+        moved = self._entry.context != "none"
+        return await runtime_settings.finish(self._keeper.directory, monitor, pid, moved=moved)
 
     async def _without_keeper(self) -> Recovered:
         """Its old QEMU has ended, and no keeper is left."""
-        if not await self._active():
+        domain = await self._active()
+        if domain is None:
             return Recovered(
                 self._entry.guest, End.GONE, "neither a QEMU nor a keeper has its memory; start it afresh"
             )
-        domain = await self._domain()
         if domain_xml.describe(await domain.xml()).emulator == self._entry.new:
             return await self._define()
         return Recovered(self._entry.guest, End.SOURCE, "in a new process")

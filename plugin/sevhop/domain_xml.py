@@ -13,6 +13,7 @@ earlier hop has put there.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from xml.parsers import expat
 
@@ -26,6 +27,10 @@ _COMMANDLINE = ("domain", "qemu:commandline")
 _ARG = (*_COMMANDLINE, "qemu:arg")
 _ENV = (*_COMMANDLINE, "qemu:env")
 _INTERFACE = ("domain", "devices", "interface")
+_GRAPHICS = ("domain", "devices", "graphics")
+#: An environment variable of a destination: which of its displays had their ports chosen by libvirt, by number.
+_AUTOPORT = "SEVHOP_AUTOPORT"
+_PORTS = ("port", "tlsPort")
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _REFERENCE = re.compile(r"&(?:#x([0-9a-fA-F]+)|#([0-9]+)|([a-z]+));")
 #: White space that a parser changes unless it is written as a reference.
@@ -113,12 +118,29 @@ def with_emulator(xml: str, emulator: str) -> str:
     raise DomainXmlError("the domain has no <emulator>")
 
 
-def for_destination(xml: str, emulator: str, environment: dict[str, str], monitor: str) -> str:
+def ports(xml: str) -> list[dict[str, str]]:
     """
-    The domain of a destination.
+    The ports of each display of a domain that runs. They are not in the form that a saved domain has.
+
+    :raises DomainXmlError: this is no domain.
+    """
+    graphics = [one for one in _elements(_encoded(xml)) if one.path == _GRAPHICS]
+    return [
+        {name: value for name in _PORTS if (value := one.attributes.get(name, "")).isdigit() and int(value)}
+        for one in graphics
+    ]
+
+
+def for_destination(
+    xml: str, emulator: str, environment: dict[str, str], monitor: str, displays: Sequence[dict[str, str]] = ()
+) -> str:
+    """
+    The domain of a destination. A display whose port libvirt has chosen keeps it: whoever connects to it again is to
+    find the same guest.
 
     :param environment: of QEMU, in addition to what the domain asks for.
     :param monitor: path of the socket at which sevhop will reach it.
+    :param displays: the source's :func:`ports`.
     :raises DomainXmlError: this is no domain, or one without an emulator.
     """
     text = with_emulator(without_additions(xml), emulator).encode()
@@ -129,6 +151,14 @@ def for_destination(xml: str, emulator: str, environment: dict[str, str], monito
         if element.path == _ENV and element.attributes.get("name") == "LD_PRELOAD" and "LD_PRELOAD" in environment:
             environment["LD_PRELOAD"] += f":{element.attributes.get('value', '')}"
             edits.append(_cut(text, element))
+    graphics = [element for element in _elements(text) if element.path == _GRAPHICS]
+    kept = []
+    for number, (element, has) in enumerate(zip(graphics, displays, strict=False)):
+        if element.attributes.get("autoport") == "yes" and has:
+            kept.append(str(number))
+            edits.append(_with_attributes(text, element, {**has, "autoport": "no"}))
+    if kept:
+        environment[_AUTOPORT] = ",".join(kept)
     words = ["-chardev", f"socket,id={MONITOR},path={monitor.replace(',', ',,')},server=on,wait=off"]
     words += ["-mon", f"chardev={MONITOR},mode=control"]
     added = "".join(f"<q:arg value='{_escape(word)}'/>" for word in words)
@@ -144,7 +174,7 @@ def without_additions(xml: str) -> str:
 
     :raises DomainXmlError: this is no domain.
     """
-    text = _encoded(xml)
+    text = _encoded(with_chosen_ports(xml))
     edits: list[_Edit] = []
     for commandline in (one for one in _elements(text) if one.path == _COMMANDLINE):
         ours: list[_Element] = []
@@ -169,6 +199,30 @@ def without_additions(xml: str) -> str:
         whole = len(ours) == len(commandline.children) > 0
         edits += [_cut(text, element) for element in ([commandline] if whole else ours)]
     return _edited(text, edits)
+
+
+def with_chosen_ports(xml: str) -> str:
+    """
+    The domain of a destination, with ports for libvirt to choose where it chose them before the hop.
+
+    :raises DomainXmlError: this is no domain.
+    """
+    text = _encoded(xml)
+    elements = _elements(text)
+    marks = [one for one in elements if one.path == _ENV and one.attributes.get("name") == _AUTOPORT]
+    chosen = {number for mark in marks for number in mark.attributes.get("value", "").split(",")}
+    graphics = [one for one in elements if one.path == _GRAPHICS]
+    ours = [one for number, one in enumerate(graphics) if str(number) in chosen]
+    return _edited(text, [_with_attributes(text, one, {"autoport": "yes"}) for one in ours])
+
+
+def _with_attributes(text: bytes, element: _Element, attributes: dict[str, str]) -> _Edit:
+    """Give an element some attributes in place of those that it has."""
+    tag = text[element.start : element.inner].decode()
+    for name, value in attributes.items():
+        tag = re.sub(rf"\s{name}\s*=\s*(?:'[^']*'|\"[^\"]*\")", "", tag)
+        tag = re.sub(r"(\s*/?>)\Z", rf" {name}='{_escape(value)}'\1", tag)
+    return element.start, element.inner, tag.encode()
 
 
 def without_interfaces(xml: str) -> str:

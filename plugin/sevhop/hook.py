@@ -4,12 +4,14 @@ libvirt's hook for QEMU domains (https://libvirt.org/hooks.html).
 libvirt calls it at every step of every domain; the script in ``plugin/host`` comes here only for a domain that is in a
 hop. All knowledge is in the keeper of that hop. What the hook asks is::
 
-    hook OPERATION SUB-OPERATION UUID       ok [EMULATOR]  |  foreign  |  no REASON
+    hook OPERATION SUB-OPERATION UUID       ok [EMULATOR]  |  again EMULATOR  |  foreign  |  no REASON
 
 ===================  ================================================================================================
-``restore begin``    the domain gets the emulator that the keeper names: the new one, or after a failure the old one
+``restore begin``    the domain gets the emulator that the keeper names: the new one, or after a failure the old one;
+                     restored again, it may get other ports for its displays: those may be what failed
 ``prepare begin``    refused unless a restore has begun
-``prepare afresh``   the same of a domain that is started, not restored: refused for as long as its guest is held
+``prepare afresh``   the same of a domain that is started, not restored: refused for as long as its guest is held, and
+                     for as long as another domain's guest of that name is
 ``started begin``    the state is loaded, nothing runs: the keeper commits, and only then the guest may run
 everything else      0. libvirt would kill a running guest if ``reconnect`` failed
 ===================  ================================================================================================
@@ -21,10 +23,11 @@ refused.
 A keeper that dies while it is asked is not asked again: the refusal makes libvirt end the destination, and whoever
 restores next finds the keeper's successor.
 
-A domain of another daemon that happens to have the same name is ``foreign``, and is left alone. libvirt is never called
-from here, it waits for us. Inside the blackout the keeper itself runs this (:mod:`sevhop.hook_calls`). Without one it
-is a program, which imports next to nothing: of the standard library's socket only the part in C, which takes a tenth of
-the time.
+Whose hop it is is told by the UUID: a domain that was renamed while its guest is held is found by it. Another domain of
+that name is not started, restored or migrated here while the name is held; at all other steps, and when the guest runs
+again, it is ``foreign``, and is left alone. libvirt is never called from here, it waits for us. Inside the blackout the
+keeper itself runs this (:mod:`sevhop.hook_calls`). Without one it is a program, which imports next to nothing: of the
+standard library's socket only the part in C, which takes a tenth of the time.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import TextIO
 
-#: One entry for each hop under way: the domain's name, a link to the directory of its keeper.
+#: One entry for each hop under way: the domain's name, a link to the directory of its keeper. Beside it ``uuid-UUID``.
 DOMAINS = "/run/sevhop/domains"
 #: Where there is something to ask; the script in ``host`` knows them, too.
 _MATTERS = (("restore", "begin"), ("prepare", "begin"), ("migrate", "begin"), ("started", "begin"))
@@ -73,9 +76,13 @@ def main(
     name, operation, sub = (*arguments, "", "", "")[:3]
     if (operation, sub) not in _MATTERS or name in ("", ".", "..") or "/" in name or "\0" in name:
         return 0
+
     def linked(request: str) -> str:
-        directory = os.readlink(os.path.join(domains, name))
-        return ask(os.path.join(domains, directory, "control"), request)
+        try:
+            directory = os.path.join(domains, os.readlink(os.path.join(domains, name)))
+        except FileNotFoundError:  # it may have been renamed while it is held
+            directory = os.path.join(os.path.dirname(domains), f"uuid-{request.rpartition(' ')[2].lower()}")
+        return ask(os.path.join(directory, "control"), request)
 
     try:
         refused, changed = _answer(name, operation, sub, stdin.read(), keeper or linked)
@@ -108,13 +115,15 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
         if operation in ("restore", "migrate") and "'SEVHOP_" in xml:
             return "", _domain_xml().without_additions(xml)
         return "", ""
-    if verdict != "ok":
+    if verdict not in ("ok", "again"):
         return rest or answer, ""
     if operation != "restore":
         return "", ""
     xml = xml.replace(f"'{IMAGE_MARK}'", f"'{_RESTORED_MARK}'")
     if rest and f"<emulator>{rest}</emulator>" not in xml:
         xml = _domain_xml().with_emulator(xml, rest)
+    if verdict == "again" and "'SEVHOP_AUTOPORT'" in xml:
+        xml = _domain_xml().with_chosen_ports(xml)
     return "", xml
 
 

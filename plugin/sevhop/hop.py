@@ -55,7 +55,18 @@ from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
-from . import check, command_line, confinement, guest, journal, launch, scheduling, seccomp_filter
+from . import (
+    check,
+    command_line,
+    confinement,
+    cpu_features,
+    guest,
+    journal,
+    launch,
+    runtime_settings,
+    scheduling,
+    seccomp_filter,
+)
 from .confinement import Confinement
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
@@ -121,6 +132,7 @@ class Hop(Procedure):
         self._keeper: Keeper  # prepare
         self._destination: Destination  # prepare
         self._theirs: guest.Guest  # prepare; the same in the destination
+        self._settings: runtime_settings.Settings  # prepare
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
@@ -215,8 +227,11 @@ class Hop(Procedure):
         self._undo.push_async_callback(self._continue_source)
         self._undo.push_async_callback(self._kill_destination)
         await self._leave_run_mark()
+        pinned = await runtime_settings.pinned(self._arguments.arguments, self._source_monitor)
+        self._arguments = replace(self._arguments, arguments=pinned)
         await self._start_destination()
         await self._compare()
+        await self._carry_settings()
         watch = Watch.start(self._source.pid, self._destination.process.pid)
         self._resources.push_async_callback(watch.close)
         self._outgoing = await self._resources.enter_async_context(
@@ -287,6 +302,20 @@ class Hop(Procedure):
                 self._note(f"how strict the sandbox of the new QEMU is was not compared: {err.message}")
         if found:
             raise Refused("; ".join(found), "start the guest in a way that sevhop can repeat, or run sevhop as root")
+
+    async def _carry_settings(self) -> None:
+        """Set in the destination what was set in the source since its start, and refuse where that cannot be."""
+        source, destination = self._source_monitor, self._destination.monitor
+        lost, gained = await cpu_features.compare(source, await cpu_features.words(source), destination)
+        if lost:
+            raise Refused(lost, "choose another version of QEMU, or one with these features")
+        self._settings = await runtime_settings.read(source, self._source)
+        theirs = await runtime_settings.read(destination, self._destination.process)
+        if found := runtime_settings.differences(self._settings, theirs):
+            raise Refused("; ".join(found), "give the destination what the source has now")
+        notes = await runtime_settings.carry_over(self._settings, theirs, destination)
+        for note in filter(None, [gained, *notes]):
+            self._note(note)
 
     # -- the guest is stopped ----------------------------------------------------------------------
 
@@ -428,6 +457,9 @@ class Hop(Procedure):
         try:
             await self._destination.kill()
             await self._start_destination()
+            with contextlib.suppress(CommandError):
+                there = await runtime_settings.read(self._destination.monitor, self._destination.process)
+                await runtime_settings.carry_over(self._settings, there, self._destination.monitor)
             theirs = await guest.inspect(self._destination.monitor, self._destination.process)
             pairs = [(kept, theirs.blocks[kept.block.name]) for kept in self._carrier.kept()]
             await asyncio.to_thread(ram_blocks.put, pairs, self._destination.process)

@@ -177,6 +177,12 @@ class KeeperProcess:
         """Where the destination opens a monitor for the keeper."""
         return self.directory / "monitor" / "qmp"
 
+    def has_started(self, pid: int) -> bool:
+        """Whether a QEMU is one that libvirt has started from the image: it opens the keeper's monitor."""
+        with contextlib.suppress(OSError):
+            return os.fsencode(self.monitor) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+
     async def keep_blocks(self) -> None:
         """The source has stopped: copy those RAM blocks that are private to it."""
         await self._ask("blocks")

@@ -14,8 +14,12 @@ sees as events; with its own suspend and resume it would take the guest's networ
 ends whatever happens but SIGKILL. A guest that is paused already stays so. What cannot be told: a ``virsh suspend`` of
 somebody else in those milliseconds finds the guest paused, and libvirt does nothing that we could see.
 
-Two versions that cannot load each other's state are refused here, in QEMU's own words. What cannot exist twice at all
-cannot be rehearsed, which is noted (:exc:`.trial_command_line.Unrehearsable`).
+With a lock manager (lockd, sanlock) that is different: libvirt gives up a domain's leases when it sees the stop, and
+takes them again only in its own resume. So it is asked to suspend and resume then.
+
+Two versions that cannot load each other's state are refused here, in QEMU's own words, and so is a trial that is not
+the same machine. What cannot exist twice at all cannot be rehearsed, which is noted
+(:exc:`.trial_command_line.Unrehearsable`).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,9 +43,9 @@ from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, guest, trial_command_line
+from . import cpu_features, domain_xml, guest, trial_command_line
 from .destination import START_TIMEOUT, Destination, Surroundings
-from .domain import Connection
+from .domain import Connection, Domain
 from .errors import NeedsRecover, Refused
 from .events import GuestRuns, GuestStopped, Listener, ignore
 from .keeper import Held, Keeper
@@ -61,6 +66,9 @@ _POLL = 0.1
 #: Seconds in which a trial that has failed ends.
 _LAST_WORDS = 2.0
 _NO_TRIAL = "sevhop upgrade --no-rehearsal goes without the trial"
+_ANOTHER = "choose another version of QEMU"
+#: What starts a trial where the source's files are.
+_PROGRAMS = ("nsenter", "unshare", "setpriv")
 _QDEV = re.compile(r"/machine/peripheral/(?P<id>[^/]+)|/machine/system\.flash(?P<flash>[01])$|(?P<name>[^/]+)$")
 _PREFIX = re.compile(r"^[^ ]*qemu[^ :]*: ")
 _CONCLUSION = re.compile(r"load of migration failed")
@@ -77,6 +85,8 @@ class Subject:
     :ivar emulator: the QEMU to go to.
     :ivar encrypted: names of RAM blocks whose content cannot be carried.
     :ivar directory: for the trial, to be made, where it goes away should we be killed.
+    :ivar domain: as libvirt knows it.
+    :ivar leases: whether libvirt holds leases for it while it runs.
     """
 
     name: str
@@ -87,6 +97,8 @@ class Subject:
     guest: guest.Guest
     encrypted: frozenset[str]
     directory: Path
+    domain: Domain
+    leases: bool
 
 
 class Rehearsal:
@@ -110,10 +122,11 @@ class Rehearsal:
         self._tell = listener
         self._resources = contextlib.AsyncExitStack()
 
-    async def run(self) -> None:
+    async def run(self) -> str:
         """
         Rehearse. Afterwards the guest is in the state that it was in.
 
+        :return: what the new emulator has more than the old one, which is no reason to refuse it.
         :raises Refused: the new emulator does not start, or cannot load the state.
         :raises Unrehearsable: this guest cannot be rehearsed; that says nothing of the upgrade.
         :raises NeedsRecover: the guest could not be continued.
@@ -127,23 +140,24 @@ class Rehearsal:
             incoming = self._resources.enter_context(IncomingState(trial.monitor))
             try:
                 await incoming.arm()
-                await self._compare(trial)
-            except Unrehearsable:
-                raise
+                gained = await self._compare(trial)
             except SevhopError as err:
                 raise self._refused(trial, [], err) from err
             await state.arm()
             await self._load(state, trial, incoming)
+            return gained
 
     # -- while the guest runs ------------------------------------------------------------------------
 
     async def _start(self) -> Destination:
         subject = self._subject
+        if missing := [program for program in _PROGRAMS if shutil.which(program) is None]:
+            raise Refused(f"a rehearsal needs {', '.join(missing)}, which is not installed", _NO_TRIAL)
         xml = domain_xml.with_emulator(domain_xml.without_interfaces(subject.xml), subject.emulator)
         try:
             environment, (emulator, *arguments) = await self._connection.command_line(xml)
         except SevhopError as err:
-            hint = err.hint or _NO_TRIAL
+            hint = err.hint or _ANOTHER
             raise Refused(f"libvirt cannot start it in {subject.emulator}: {err.message}", hint) from err
         disks = _disks(await subject.monitor.execute("query-block"))
         derived = trial_command_line.derive(arguments, subject.process.command_line[1:], disks)
@@ -169,21 +183,30 @@ class Rehearsal:
                     keep=[tap for group in taps.values() for tap in group],
                 )
             except SevhopError as err:
-                raise Refused(f"{subject.emulator} does not start with this domain: {err.message}", _NO_TRIAL) from err
+                raise Refused(f"{subject.emulator} does not start with this domain: {err.message}", _ANOTHER) from err
         self._resources.push_async_callback(trial.kill)
         return trial
 
-    async def _compare(self, trial: Destination) -> None:
-        """See that it is the same machine: with fewer devices it would fail for no reason, or succeed for none."""
+    async def _compare(self, trial: Destination) -> str:
+        """
+        See that it is the same machine: with fewer devices it would fail for no reason, or succeed for none.
+
+        :return: what its processors can do that those of the source cannot.
+        """
         subject = self._subject
         status = await adopt.adopt_status(trial.monitor)
         if status.ram != "private":
             raise SevhopError(f"it has not adopted the guest's memory (it is {status.ram})")
         theirs = await guest.inspect(trial.monitor, trial.process)
         if found := guest.differences(subject.guest, theirs):
-            raise Unrehearsable("; ".join(found))
+            raise SevhopError("; ".join(found))
         # As it will be done when the hop commits.
         ram_blocks.not_shared(subject.guest.blocks, theirs.blocks, encrypted=subject.encrypted)
+        words = await cpu_features.words(subject.monitor)
+        lost, gained = await cpu_features.compare(subject.monitor, words, trial.monitor)
+        if lost:
+            raise SevhopError(lost)
+        return gained
 
     # -- in the pause ----------------------------------------------------------------------------------
 
@@ -220,7 +243,10 @@ class Rehearsal:
             if stops:
                 log.info("%s: pause", self._subject.name)
                 # To its end, so that it cannot come behind what continues the guest.
-                await to_its_end(monitor.execute("stop", timeout=_LIBVIRT_PATIENCE))
+                if self._subject.leases:
+                    await to_its_end(self._subject.domain.suspend())
+                else:
+                    await to_its_end(monitor.execute("stop", timeout=_LIBVIRT_PATIENCE))
             yield
             intact = not (await monitor.execute("query-status"))["running"]
         finally:
@@ -234,11 +260,14 @@ class Rehearsal:
     async def _continue(self) -> None:
         """:raises NeedsRecover: it does not go on."""
         subject = self._subject
-        monitor = subject.monitor
+        monitor, domain = subject.monitor, subject.domain
         deadline = time.monotonic() + _DAEMON_PATIENCE
         while subject.process.alive:
             try:
-                await monitor.execute("cont", timeout=_LIBVIRT_PATIENCE)
+                if subject.leases:
+                    await domain.resume()
+                else:
+                    await monitor.execute("cont", timeout=_LIBVIRT_PATIENCE)
                 return
             except SevhopError as err:
                 if time.monotonic() > deadline:
@@ -249,11 +278,12 @@ class Rehearsal:
             with contextlib.suppress(SevhopError):
                 connection = await Connection.open(self._connection.uri)
                 self._resources.callback(connection.close)
-                monitor = await (await connection.domain(subject.name)).monitor()
+                domain = await connection.domain(subject.name)
+                monitor = await domain.monitor()
 
     def _refused(self, trial: Destination, said: list[str], error: SevhopError) -> Refused:
         versions = f"QEMU {trial.monitor.version} cannot take this guest over from {self._subject.guest.version}"
-        return Refused(f"{versions}: {_reason(said) or error.message}", "choose another version of QEMU")
+        return Refused(f"{versions}: {_reason(said) or error.message}", _ANOTHER)
 
 
 async def _fed(incoming: IncomingState, stream: bytes, timeout: float) -> SevhopError | None:

@@ -2,8 +2,9 @@
 Where hops under way are found: ``/run/sevhop``.
 
 Each hop has a directory there, with a name that cannot be guessed. That of a domain also has a link in ``domains``,
-named like the domain; it is claimed by the keeper (:mod:`sevhop.custody`) and removed with it. That of a guest outside
-libvirt has the destination's monitor in it (:mod:`sevhop.destination`).
+named like the domain, and one beside it that has the domain's UUID in its name, since a domain that is off can be
+renamed; both are claimed by the keeper (:mod:`sevhop.custody`) and removed with it. That of a guest outside libvirt has
+the destination's monitor in it (:mod:`sevhop.destination`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ RUN = Path("/run/sevhop")
 DOMAINS = RUN / "domains"
 #: Where a link in there leads: to a directory beside it. Anything else was not made here.
 _TARGET = re.compile(r"\.\./[0-9a-f]{32}")
+#: In front of a domain's UUID, in the name of the link that is found by it; the hook knows it as well.
+UUID_LINK = "uuid-"
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 class RunDirectoryError(SevhopError):
@@ -77,15 +81,17 @@ def make(mode: int = 0o700) -> Path:
     return directory
 
 
-def claim(name: str) -> Path:
+def claim(name: str, uuid: str) -> Path:
     """
-    Make the directory of a keeper, and the link by which the hook finds it. What a dead keeper has left is removed.
+    Make the directory of a keeper, and the links by which the hook finds it. What a dead keeper has left is removed.
 
     :raises HopUnderWay: a hop of this domain is under way.
     :raises RunDirectoryError: something else is in the place of what is made here.
     """
     if not _can_be_a_name(name):
         raise RunDirectoryError(f"{name!a} is not the name of a domain")
+    if not _UUID.fullmatch(uuid):
+        raise RunDirectoryError(f"{uuid!a} is not the UUID of a domain")
     make_run_directories()
     left = hop_of(name)
     if left is not None:
@@ -100,6 +106,16 @@ def claim(name: str) -> Path:
         if isinstance(err, FileExistsError) and hop_of(name) is not None:
             raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status") from err
         raise RunDirectoryError(f"{DOMAINS / name}: {err.strerror}", "if it is there, remove it") from err
+    by_uuid = RUN / f"{UUID_LINK}{uuid.lower()}"
+    try:
+        if by_uuid.is_symlink() and not alive(by_uuid):
+            by_uuid.unlink()
+        os.symlink(directory.name, by_uuid)
+    except OSError as err:
+        remove(name, directory)
+        if isinstance(err, FileExistsError) and alive(by_uuid):
+            raise HopUnderWay(f"a hop of the domain with UUID {uuid} is under way", "see sevhop status") from err
+        raise RunDirectoryError(f"{by_uuid}: {err.strerror}", "if it is there, remove it") from err
     return directory
 
 
@@ -140,7 +156,17 @@ def remove(name: str, directory: Path) -> None:
     with contextlib.suppress(OSError):
         if (DOMAINS / name).resolve() == directory.resolve():
             (DOMAINS / name).unlink()
+    for link in _uuid_links():
+        with contextlib.suppress(OSError):
+            if link.resolve() == directory.resolve():
+                link.unlink()
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _uuid_links() -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [path for path in RUN.iterdir() if path.name.startswith(UUID_LINK) and path.is_symlink()]
+    return []
 
 
 def hop_of(name: str) -> Path | None:
@@ -174,9 +200,12 @@ def sweep(used: set[str]) -> None:
         directory = hop_of(name)
         if directory is not None and not alive(directory) and str(directory) not in used:
             remove(name, directory)
+    for link in _uuid_links():
+        if not link.exists():
+            link.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         for path in RUN.iterdir():
-            if path != DOMAINS and str(path) not in used and not _served(path):
+            if path != DOMAINS and not path.is_symlink() and str(path) not in used and not _served(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -34,9 +34,9 @@ from sevhop_qmp import adopt, move
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
-from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.process import OnDisk, QemuProcess
 
-from . import domain_xml, emulator, guest, hook, journal
+from . import cpu_features, domain_xml, emulator, guest, hook, journal, lock_manager, memory_group, runtime_settings
 from .domain import NO_DOMAIN, RESTORE_TIMEOUT, Connection, Domain, DomainError, DomainMonitor
 from .domain_check import examine
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
@@ -44,7 +44,7 @@ from .events import Listener, MoveTried, ignore
 from .guest import ENCRYPTED_BLOCKS
 from .journal import Entry, Process
 from .keeper_process import Brief, KeeperError, KeeperProcess, State
-from .procedure import Procedure, expected
+from .procedure import Procedure, expected, to_its_end
 from .rehearsal import Rehearsal, Subject
 from .report import Phase
 from .save_image import SaveImage
@@ -94,6 +94,7 @@ class Upgrade(Procedure):
         self._stopped_as = ""
         self._retiring = False
         self._retired = False
+        self._rehearsed = False
 
         # Set by the phase that is named.
         self._connection: Connection  # check
@@ -106,6 +107,7 @@ class Upgrade(Procedure):
         self._new: str  # check
         self._keeper: KeeperProcess  # hold
         self._piped: bool  # prepare
+        self._displays: list[dict[str, str]]  # prepare
         self._state: KeptState  # prepare
 
     def _past_undoing(self) -> bool:
@@ -122,6 +124,8 @@ class Upgrade(Procedure):
             await self._do("hold", self._hold)
             if self._options.rehearse:
                 await self._do("rehearse", self._rehearse)
+            elif no_way_back := await to_its_end(asyncio.to_thread(self._no_way_back)):
+                self._note(f"not rehearsed, and without a way back: {no_way_back}")
             await self._do("prepare", self._prepare)
             await self._do("freeze", self._freeze)
             await self._do("save", self._save)
@@ -157,7 +161,7 @@ class Upgrade(Procedure):
             # A domain whose hop was broken off may well be off, and then this is why.
             journal.expect_none(self._domain.uuid)
             examined = await self._resources.enter_async_context(
-                examine(self._connection, self._domain, self._options.emulator)
+                examine(self._connection, self._domain, self._options.emulator, in_full=True)
             )
         except SevhopError as err:
             raise Refused(err.message, err.hint) from err
@@ -224,21 +228,55 @@ class Upgrade(Procedure):
             guest=self._guest,
             encrypted=self._encrypted(),
             directory=self._keeper.directory / "trial",
+            domain=self._domain,
+            leases=lock_manager.in_use(),
         )
         rehearsal = Rehearsal(self._connection, subject, self._options.step_timeout, self._tell)
         try:
-            await rehearsal.run()
+            if gained := await rehearsal.run():
+                self._note(gained)
+            self._rehearsed = True
         except Unrehearsable as err:
+            if no_way_back := await to_its_end(asyncio.to_thread(self._no_way_back)):
+                raise Refused(
+                    f"it cannot be rehearsed ({err}), and there is no way back: {no_way_back}",
+                    "sevhop upgrade --no-rehearsal goes without both: a guest that cannot go on then stays held",
+                ) from err
             self._note(f"not rehearsed: {err}")
         finally:
             self.report.rehearsal_ms = rehearsal.pause_ms
+
+    def _no_way_back(self) -> str:
+        """Why the guest could not be restored in the QEMU that it runs in; empty if it could."""
+        was = self._source.on_disk
+        if was is not OnDisk.UNCHANGED:
+            return f"the QEMU that it runs in was {was.value} on disk"
+        try:
+            if os.path.samefile(self._old, f"/proc/{self._source.pid}/exe"):
+                return ""
+            # A link that leads elsewhere by now, or a program that runs QEMU.
+            version = emulator.look(self._old).version
+        except (OSError, SevhopError) as err:
+            return f"{self._old}: {getattr(err, 'strerror', None) or err}"
+        return "" if version == self._monitor.version else f"{self._old} is QEMU {version} by now"
 
     async def _prepare(self) -> None:
         described = domain_xml.describe(self._xml)
         await self._connection.learn(self._new, described.arch, described.machine, described.kind)
         self._piped = emulator.look(self._new).wants_pipe
+        await self._keep_settings()
         self._state = await self._resources.enter_async_context(KeptState(self._monitor, self._guest.machine_type))
         await self._state.arm()
+
+    async def _keep_settings(self) -> None:
+        """What was set in the source since its start, beyond what libvirt knows."""
+        self._displays = domain_xml.ports(await self._domain.live_xml())
+        settings = await runtime_settings.read(self._monitor, self._source)
+        # A rehearsal has compared the processors.
+        words = None if self._rehearsed else await cpu_features.words(self._monitor)
+        runtime_settings.keep(self._keeper.directory, settings, words)
+        if note := memory_group.limits(self._source):
+            self._note(note)
 
     # -- the guest is stopped ----------------------------------------------------------------------
 
@@ -274,7 +312,8 @@ class Upgrade(Procedure):
             await asyncio.wait({keeping})
         keeping.result()
         environment = adopt.environment(self._keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
-        xml = domain_xml.for_destination(self._xml, self._new, environment, str(self._keeper.monitor))
+        monitor = str(self._keeper.monitor)
+        xml = domain_xml.for_destination(self._xml, self._new, environment, monitor, self._displays)
         try:
             with open(self._keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 SaveImage(xml, self._running, stream, self._piped).write(file)
@@ -347,6 +386,9 @@ class Upgrade(Procedure):
                 if not (await self._monitor.execute("query-status"))["running"] and self._running:
                     await self._domain.resume()
                 return True
+        pid = self._domain.living_pid() if await self._domain.active() else None
+        if pid is not None and not self._keeper.has_started(pid):
+            raise SevhopError(f"process {pid} runs domain {self._domain.name}, and is not of this hop")
         try:
             await self._keeper.revoke()
         except KeeperError as err:
@@ -395,16 +437,21 @@ class Upgrade(Procedure):
             Phase("restore: until the hook", status["until_started_ms"]),
             Phase("restore: commit", status["commit_ms"]),
         ]
+        moved = self._guest.context.kind != "none"
+        for note in await runtime_settings.finish(
+            self._keeper.directory, self._monitor, status["destination"], moved=moved
+        ):
+            self._note(note)
 
     async def _define(self) -> None:
         """Nothing here can hurt the guest."""
         try:
             try:
-                await define(self._connection, self._name, self._new)
+                await define(self._connection, self._domain.uuid, self._new)
             except DomainError:
                 if not await self._connection.reopen_if_lost():
                     raise
-                await define(self._connection, self._name, self._new)
+                await define(self._connection, self._domain.uuid, self._new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             self._note(f"the persistent definition still has the old emulator: {err}")
         # A guest that was paused stays so; its QEMU has everything, and we are not needed.
@@ -508,14 +555,14 @@ class Upgrade(Procedure):
         return Undone(message, error.hint)
 
 
-async def define(connection: Connection, name: str, emulator: str) -> None:
+async def define(connection: Connection, uuid: str, emulator: str) -> None:
     """
     Let a domain start in another emulator from now on, if it is persistent.
 
     :raises DomainError: libvirt refuses.
     """
-    domain = await connection.domain(name)
-    if await domain.persistent():
+    domain = await connection.domain_with(uuid)
+    if domain is not None and await domain.persistent():
         await connection.define(domain_xml.with_emulator(await domain.inactive_xml(), emulator))
 
 

@@ -276,6 +276,109 @@ def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, old: Pa
     assert_as_before(daemon, guest, old)
 
 
+def test_a_trial_that_is_another_machine_is_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    another = 'case "$*" in *-incoming*) set -- "$@" -device virtio-rng-pci,id=another,addr=1d;; esac'
+    report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "another", new, another))
+    assert (report["status"], report["outcome"]) == (1, "refused"), report
+    assert "device another is not in the source" in report["reason"]
+    assert "--no-rehearsal" not in report["reason"]
+    assert guest.pid == pid
+    assert_as_before(daemon, guest, old)
+
+
+def test_going_without_is_suggested_only_if_nothing_else_is_impossible(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    done = daemon.sevhop("upgrade", guest.name, "--emulator", str(wrapper(daemon, "dies", new, DYING["dies at once"])))
+    assert done.returncode == 1
+    assert "does not start with this domain" in done.stderr
+    assert "--no-rehearsal" not in done.stderr
+    tools = Path("/run/tools")
+    assert daemon.run("sh", "-c", f"mkdir {tools} && ln -s /usr/bin/* {tools} && rm {tools}/setpriv").returncode == 0
+    command = [sys.executable, "-m", "sevhop.cli", "upgrade", guest.name, "--emulator", new]
+    done = daemon.run("env", f"PATH={tools}", *command)
+    daemon.run("rm", "-r", tools)
+    assert done.returncode == 1
+    assert "a rehearsal needs setpriv, which is not installed (sevhop upgrade --no-rehearsal" in done.stderr
+    assert_as_before(daemon, guest, old)
+
+
+def leases(guest: DomainGuest, virtlockd: int) -> list[str]:
+    """virtlockd's locks on the guest's disk, as the kernel tells."""
+    found = guest.file("qcow2").stat()
+    name = f" {virtlockd} {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino} "
+    return [line for line in Path("/proc/locks").read_text().splitlines() if name in line]
+
+
+@pytest.mark.parametrize("what", ["refuses", "is interrupted", "is done"])
+def test_a_lease_is_held_afterwards(daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str) -> None:
+    """libvirt gives it up when the guest stops, and takes it again only in its own resume."""
+    configuration = daemon.root / "etc/libvirt/qemu.conf"
+    before = configuration.read_text()
+    configuration.write_text(f'{before}lock_manager = "lockd"\n')
+    program = daemon.start_command("/usr/sbin/virtlockd")
+    try:
+        wait_until((daemon.root / "run/libvirt/virtlockd-sock").exists, 30, "virtlockd listens")
+        daemon.restart()
+        guest = start()
+        guest.wait_for_ticks()
+        assert leases(guest, program.pid)
+        if what == "refuses":
+            report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "cannot-load", new, CANNOT_LOAD))
+            assert (report["outcome"], report["rehearsal_ms"] > 0) == ("refused", True), report
+        elif what == "is interrupted":
+            _, report = traced(daemon, guest, "os.kill(os.getpid(), signal.SIGINT)", "--emulator", new)
+            assert report["outcome"] == "undone", report
+        else:
+            assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+        assert leases(guest, program.pid)
+        assert_as_before(daemon, guest, new if what == "is done" else old)
+        guest.end()
+    finally:
+        configuration.write_text(before)
+        program.terminate()
+        program.communicate(timeout=30)
+        daemon.restart()
+
+
+def test_without_a_rehearsal_there_must_be_a_way_back(daemon: Daemon, start: StartDomain, old: Path) -> None:
+    """A QEMU that a package update has replaced is not there any more, and what is there may not load the state."""
+    guest = start(more="<video><model type='qxl'/></video>")
+    copy = Path("/run/copy")
+    assert daemon.run("cp", old, copy).returncode == 0
+    try:
+        guest.wait_for_ticks()
+        pid = guest.pid
+        assert daemon.run("mount", "--bind", copy, old).returncode == 0
+        report = daemon.upgrade(guest.name)
+        assert (report["status"], report["outcome"]) == (1, "refused"), report
+        reason = report["reason"]
+        assert "it cannot be rehearsed (qxl" in reason
+        assert "there is no way back: the QEMU that it runs in was replaced on disk (sevhop upgrade --no-reh" in reason
+        assert guest.pid == pid
+        guest.wait_for_ticks()
+        # Whoever knows that may have it.
+        report = daemon.upgrade(guest.name, "--no-rehearsal")
+        assert report["outcome"] == "done", report
+        (note,) = report["notes"]
+        assert note == "not rehearsed, and without a way back: the QEMU that it runs in was replaced on disk"
+        guest.wait_for_ticks()
+        # Now there is one.
+        report = daemon.upgrade(guest.name)
+        assert report["outcome"] == "done", report
+        assert [note.partition(":")[0] for note in report["notes"]] == ["not rehearsed"]
+        guest.wait_for_ticks()
+    finally:
+        guest.end()
+        daemon.run("umount", old)
+        daemon.run("rm", copy)
+
+
 def test_without_a_rehearsal(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()

@@ -77,11 +77,21 @@ def test_brief_survives_the_way() -> None:
 
 
 @pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("step", ["restore begin", "prepare begin", "started begin", "reconnect begin", "gibberish -"])
-def test_a_foreign_domain_is_left_alone(custody: Custody, state: State, step: str) -> None:
+@pytest.mark.parametrize("step", ["started begin", "reconnect begin", "stopped end", "gibberish -"])
+@pytest.mark.parametrize("uuid", ["22222222-2222-3333-4444-555555555501", "-"])
+def test_a_foreign_domain_is_left_alone(custody: Custody, state: State, step: str, uuid: str) -> None:
     custody.state = state
-    assert run(ask(custody, f"hook {step} 22222222-2222-3333-4444-555555555501")) == "foreign"
-    assert run(ask(custody, f"hook {step} -")) == "foreign"
+    assert run(ask(custody, f"hook {step} {uuid}")) == "foreign"
+    assert custody.state is state
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("step", ["restore begin", "prepare begin", "prepare afresh", "migrate begin"])
+@pytest.mark.parametrize("uuid", ["22222222-2222-3333-4444-555555555501", "-"])
+def test_held_name_is_not_started_by_another_domain(custody: Custody, state: State, step: str, uuid: str) -> None:
+    custody.state = state
+    answer = run(ask(custody, f"hook {step} {uuid}"))
+    assert answer == "foreign" if state is State.OVER else f"holds this name for the domain with UUID {UUID}" in answer
     assert custody.state is state
 
 

@@ -214,6 +214,42 @@ def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: 
     assert status("a name with 'quotes' $(false)", "started", "begin", "-") == 0
 
 
+def test_a_renamed_one_is_found(keeper: FakeKeeper, tmp_path: Path) -> None:
+    (tmp_path / f"uuid-{UUID}").symlink_to("0123")
+    keeper.answer = "no the guest is held"
+    with keeper.alive():
+        for operation in ("prepare", "restore", "migrate"):
+            status, printed, reason = run(keeper, "renamed", operation, "begin", "-")
+            assert (status, printed, reason) == (1, "", "sevhop: the guest is held\n")
+        assert run(keeper, "other", "prepare", "begin", "-", xml=XML.replace(UUID[:8], "33333333"))[0] == 0
+    assert len(keeper.asked) == 3
+
+
+@pytest.mark.parametrize("client", [True, False])
+def test_script_looks_for_a_uuid_only_while_there_is_a_hop(tmp_path: Path, client: bool) -> None:
+    asks = tmp_path / "asks"
+    asks.write_text("#!/bin/sh\ncat >&2\nexit 7\n")
+    asks.chmod(0o755)
+    text = SCRIPT.read_text().replace("/run/sevhop", str(tmp_path))
+    text = text.replace("@CLIENT@", str(asks) if client else "/no/such/file").replace("@PYTHON@", str(asks))
+    path = tmp_path / "script"
+    path.write_text(text)
+    path.chmod(0o755)
+
+    def call(operation: str, xml: str) -> tuple[int, str, str]:
+        words = [path, "web", operation, "begin", "-"]
+        done = subprocess.run(words, input=xml, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    assert call("prepare", XML) == (0, "", "")
+    (tmp_path / f"uuid-{UUID}").symlink_to("0123")
+    assert call("prepare", XML) == call("restore", XML) == call("migrate", XML) == (7, "", XML)
+    assert call("started", XML) == call("reconnect", XML) == call("stopped", XML) == (0, "", "")
+    other = XML.replace(UUID, "22222222-2222-3333-4444-555555555501")
+    assert call("prepare", other) == call("prepare", "") == call("prepare", "<uuid>../x</uuid>") == (0, "", "")
+    assert call("prepare", HOPPED.replace(UUID, "22222222-2222-3333-4444-555555555501")) == (0, "", "")
+
+
 def test_script_and_hook_together(tmp_path: Path) -> None:
     """As libvirt calls it: a domain that was in a hop is restored later."""
     path = tmp_path / "script"

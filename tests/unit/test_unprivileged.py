@@ -72,7 +72,7 @@ class Serving:
     """A keeper of the domain ``web``, without a guest, whose QEMU runs as :data:`QEMU`."""
 
     def __init__(self) -> None:
-        self.directory = run_directory.claim("web")
+        self.directory = run_directory.claim("web", UUID)
         self.monitor = self.directory / "monitor"
         self.monitor.mkdir(mode=0o700)
         self.custody: Custody
@@ -218,7 +218,7 @@ def test_a_place_that_was_taken_before_is_not_used(open_directory: Path, run: Pa
         if how == "foreign":
             os.chown(path, NOBODY, NOBODY)
     before = path.lstat()
-    for use in (run_directory.make_run_directories, lambda: run_directory.claim("web")):
+    for use in (run_directory.make_run_directories, lambda: run_directory.claim("web", UUID)):
         with pytest.raises(RunDirectoryError) as caught:
             use()
         assert "\n" not in str(caught.value)
@@ -239,7 +239,7 @@ def test_a_planted_link_leads_nowhere(open_directory: Path, run: Path, target: s
     link.symlink_to(target.format(victim=open_directory / "victim") or ".")
     assert run_directory.hop_of("web") is None
     with pytest.raises(RunDirectoryError, match="remove it"):
-        run_directory.claim("web")
+        run_directory.claim("web", UUID)
     assert len(list(open_directory.rglob("precious"))) == 3
     assert link.is_symlink()
 
@@ -248,13 +248,14 @@ def test_a_planted_link_leads_nowhere(open_directory: Path, run: Path, target: s
 def test_what_is_no_name_of_a_domain(run: Path, open_directory: Path, name: str) -> None:
     assert run_directory.hop_of(name) is None
     with pytest.raises(RunDirectoryError):
-        run_directory.claim(name)
+        run_directory.claim(name, UUID)
     assert {path.name for path in open_directory.rglob("*")} <= {"sevhop", "domains"}
 
 
 @pytest.mark.parametrize("name", ["a b;$(touch x)&'<\"", "-n", "--", "...", "a\nb", "gäst", "\udcff", "*", " "])
 def test_any_other_name_is_one(run: Path, name: str) -> None:
-    directory = run_directory.claim(name)
+    directory = run_directory.claim(name, UUID)
+    assert (run / f"uuid-{UUID}").resolve() == directory.resolve()
     assert run_directory.hop_of(name) == run / "domains" / ".." / directory.name
     assert run_directory.hops_under_way() == [name]
     run_directory.remove(name, directory)
@@ -262,6 +263,28 @@ def test_any_other_name_is_one(run: Path, name: str) -> None:
     assert run_directory.hops_under_way() == []
 
 
+@pytest.mark.parametrize("uuid", ["", "-", "..", "../x", f"{UUID}/..", f"{UUID}\n"])
+def test_what_is_no_uuid_of_a_domain(run: Path, open_directory: Path, uuid: str) -> None:
+    with pytest.raises(RunDirectoryError):
+        run_directory.claim("web", uuid)
+    assert {path.name for path in open_directory.rglob("*")} <= {"sevhop", "domains"}
+
+
+def test_a_domain_is_not_claimed_twice_by_another_name(keeper: Serving, run: Path) -> None:
+    with pytest.raises(HopUnderWay):
+        run_directory.claim("renamed", UUID)
+    assert run_directory.hops_under_way() == ["web"]
+    assert (run / f"uuid-{UUID}").resolve() == keeper.directory.resolve()
+
+
+def test_what_a_dead_keeper_has_left_is_replaced(run: Path) -> None:
+    left = run_directory.claim("web", UUID)
+    directory = run_directory.claim("renamed", UUID)
+    assert (run / f"uuid-{UUID}").resolve() == directory.resolve() != left.resolve()
+    run_directory.sweep(set())
+    assert sorted(os.listdir(run)) == ["domains"]
+
+
 def test_a_second_claim_is_refused(keeper: Serving) -> None:
     with pytest.raises(HopUnderWay):
-        run_directory.claim("web")
+        run_directory.claim("web", UUID)

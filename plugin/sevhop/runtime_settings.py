@@ -1,0 +1,473 @@
+"""
+What was set in a QEMU since its start, and is neither on its command line nor in its device state.
+
+==========================================  =======================================================================
+I/O limits, groups of them                  read, and set in the destination
+settings of objects: polling of I/O         read, and set in the destination
+threads, throttle groups, filters, ...
+thresholds for writing, polling of          read, and set in the destination
+a balloon's statistics
+actions (``set-action``)                    read from QEMU's memory, since it tells them by no monitor, and set
+forwarded ports (``hostfwd_add``)           read, and added to or removed from the destination
+identity of the VM (``vmgenid``, ``auto``)  put on the destination's command line
+passwords                                   cannot be read; noted, for whoever must set them again
+displays that were moved                    refused
+objects, character devices that were added  noted
+==========================================  =======================================================================
+
+:func:`read` it from the source, :func:`carry_over` what is different in the destination, which has not run yet. What
+cannot be carried over is told in words that go into the report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sevhop_qmp.errors import CommandError, SevhopError
+from sevhop_qmp.exported import read_ints
+from sevhop_qmp.monitor import Commands, understood
+from sevhop_qmp.process import QemuProcess
+
+from . import cpu_features
+from .command_line import PRIVATE_MONITOR, parse, properties
+
+#: Of ``query-block``: those that ``block_set_io_throttle`` always wants, and those that it may have.
+_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+_MORE_LIMITS = (*(f"{name}_max" for name in _LIMITS), *(f"{name}_max_length" for name in _LIMITS), "iops_size")
+#: What can be set of an object that exists, by the beginning of its type.
+_SETTABLE = {
+    "iothread": ("poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch", "thread-pool-min", "thread-pool-max"),
+    "main-loop": ("aio-max-batch", "thread-pool-min", "thread-pool-max"),
+    "throttle-group": ("limits",),
+    "filter-": ("status",),
+    "authz-list": ("policy", "rules"),
+    "cryptodev-": ("throttle-bps", "throttle-ops"),
+}
+#: What an I/O thread has unless it is told otherwise; not the same in all builds of QEMU, but nothing is lost by that.
+_POLLING = {"poll-max-ns": 32768, "thread-pool-max": 64}
+#: QEMU's variables and what they stand for (qapi/run-state.json), the same ones since 7.2.
+_ACTIONS = {
+    "reboot": ("reset", "shutdown"),
+    "shutdown": ("poweroff", "pause"),
+    "panic": ("pause", "shutdown", "exit-failure", "none"),
+    "watchdog": ("reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"),
+}
+#: Where they are.
+_ACTION_SYMBOLS = {name: f"{name}_action" for name in _ACTIONS} | {"watchdog": "get_watchdog_action"}
+_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_STATISTICS = "guest-stats-polling-interval"
+_NETDEV = re.compile(r"^Hub -?\d+ \((?P<id>.*)\):\s*$")
+_FORWARD = re.compile(
+    r"^\s*(?P<protocol>TCP|UDP)\[HOST_FORWARD\]\s+\S+\s+(?P<host>\S+)\s+(?P<port>\d+)\s+(?P<guest>\S+)\s+(?P<to>\d+)\s"
+)
+_REMOVED = "removed"
+#: In the keeper's directory.
+_FILE = "settings"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What is set in one QEMU.
+
+    :ivar throttles: disk (its QOM path, or the name of its drive) → limits, only those that are throttled.
+    :ivar disks: all that have a medium.
+    :ivar objects: object → what can be set of it.
+    :ivar types: of all objects.
+    :ivar thresholds: (driver, file, bytes) of block nodes.
+    :ivar statistics: balloon → seconds between two looks at its statistics.
+    :ivar actions: what happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` bites, as far as
+        that can be told.
+    :ivar forwards: ``NETDEV PROTOCOL:HOST:PORT-GUEST:PORT``.
+    :ivar displays: VNC display → (authentication, addresses).
+    :ivar tickets: whether SPICE wants a password.
+    :ivar generation: the identity that a ``vmgenid`` tells the guest.
+    :ivar chardevs: labels.
+    """
+
+    throttles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    disks: list[str] = field(default_factory=list)
+    objects: dict[str, dict[str, Any]] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    thresholds: list[tuple[str, str, int]] = field(default_factory=list)
+    statistics: dict[str, int] = field(default_factory=dict)
+    actions: dict[str, str] = field(default_factory=dict)
+    forwards: list[str] = field(default_factory=list)
+    displays: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+    tickets: bool = False
+    generation: str = ""
+    chardevs: list[str] = field(default_factory=list)
+
+    def before_it_runs(self) -> Settings:
+        """
+        Only what must be set in a destination of libvirt's before it runs: libvirt itself sets what its XML tells of.
+        Nothing of most guests, so that nothing is asked or set while they are stopped.
+        """
+        objects = {
+            name: {key: value for key, value in settings.items() if value != _POLLING.get(key, 0)}
+            for name, settings in self.objects.items()
+            if self.types[name] == "iothread"
+        }
+        objects = {name: settings for name, settings in objects.items() if settings}
+        return Settings(throttles=self.throttles, disks=self.disks, objects=objects, thresholds=self.thresholds)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+async def read(monitor: Commands, process: QemuProcess) -> Settings:
+    """
+    Read what is set in a QEMU.
+
+    :param process: it; its memory tells what its monitor does not.
+    :raises SevhopError: QEMU does not answer, or its answers make no sense.
+    """
+    with understood(monitor.name):
+        throttles, disks = _throttles(await monitor.execute("query-block"))
+        types = dict(await _children(monitor, "/objects"))
+        devices = [
+            (f"{container}/{name}", kind)
+            for container in _CONTAINERS
+            for name, kind in await _children(monitor, container)
+        ]
+        return Settings(
+            throttles=throttles,
+            disks=disks,
+            objects={name: found for name, kind in types.items() if (found := await _object(monitor, name, kind))},
+            types=types,
+            thresholds=_thresholds(await _answer(monitor, "query-named-block-nodes", {"flat": True}) or []),
+            statistics=await _statistics(monitor, devices),
+            actions=actions(process),
+            forwards=_forwards(await monitor.hmp("info usernet")),
+            displays=_displays(await _answer(monitor, "query-vnc-servers") or []),
+            tickets=(await _answer(monitor, "query-spice") or {}).get("auth") == "spice",
+            generation=str((await _answer(monitor, "query-vm-generation-id") or {}).get("guid", "")),
+            chardevs=[str(row["label"]) for row in await monitor.execute("query-chardev")],
+        )
+
+
+async def _answer(monitor: Commands, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+    """None where QEMU does not know the command, or has no such device."""
+    try:
+        return await monitor.execute(command, arguments)
+    except CommandError:
+        return None
+
+
+async def _children(monitor: Commands, path: str) -> list[tuple[str, str]]:
+    rows = await _answer(monitor, "qom-list", {"path": path}) or []
+    return [(str(row["name"]), row["type"][6:-1]) for row in rows if row["type"].startswith("child<")]
+
+
+def _disk(row: Mapping[str, Any]) -> str:
+    return str(row.get("qdev") or row.get("device", ""))
+
+
+def _throttles(rows: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    found, disks = {}, []
+    for row in rows:
+        inserted = row.get("inserted")
+        if inserted is None or not (name := _disk(row)):
+            continue
+        disks.append(name)
+        limits = {key: inserted[key] for key in (*_LIMITS, *_MORE_LIMITS) if inserted.get(key)}
+        if any(key in limits for key in _LIMITS):
+            # A group of its own is named like the disk, or not at all.
+            found[name] = limits | ({"group": inserted["group"]} if inserted.get("group") else {})
+    return found, disks
+
+
+async def _object(monitor: Commands, name: str, kind: str) -> dict[str, Any]:
+    for prefix, names in _SETTABLE.items():
+        if kind.startswith(prefix):
+            found = {}
+            for one in names:
+                value = await _answer(monitor, "qom-get", {"path": f"/objects/{name}", "property": one})
+                if value is not None:
+                    found[one] = value
+            return found
+    return {}
+
+
+def _thresholds(rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    return [
+        (str(row["drv"]), str(row.get("file", "")), int(row["write_threshold"]))
+        for row in rows
+        if row.get("write_threshold")
+    ]
+
+
+async def _statistics(monitor: Commands, devices: list[tuple[str, str]]) -> dict[str, int]:
+    found = {}
+    for path, kind in devices:
+        if kind.startswith("virtio-balloon"):
+            value = await _answer(monitor, "qom-get", {"path": path, "property": _STATISTICS})
+            if value is not None:
+                found[path] = int(value)
+    return found
+
+
+def actions(process: QemuProcess) -> dict[str, str]:
+    """
+    What happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` bites.
+
+    :raises ProcessError: the process has ended.
+    """
+    values = read_ints(process, _ACTION_SYMBOLS)
+    return {
+        name: words[value] for name, words in _ACTIONS.items() if 0 <= (value := values.get(name, -1)) < len(words)
+    }
+
+
+def _forwards(text: str) -> list[str]:
+    found, netdev = [], ""
+    for line in text.splitlines():
+        if head := _NETDEV.match(line):
+            netdev = head["id"]
+        elif row := _FORWARD.match(line):
+            host = "" if row["host"] == "*" else row["host"]
+            found.append(f"{netdev} {row['protocol'].lower()}:{host}:{row['port']}-{row['guest']}:{row['to']}")
+    return sorted(found)
+
+
+def _displays(rows: list[dict[str, Any]]) -> dict[str, tuple[str, list[str]]]:
+    found = {}
+    for row in rows:
+        kinds = {str(row.get("auth", "")), str(row.get("vencrypt", ""))}
+        addresses = sorted(f"{one['family']} {one['host']} {one['service']}" for one in row.get("server", ()))
+        password = any(kind == "vnc" or kind.endswith("-vnc") for kind in kinds)
+        found[str(row["id"])] = ("password" if password else "", addresses)
+    return found
+
+
+# -- what goes on the command line -----------------------------------------------------------------
+
+
+async def pinned(arguments: list[str], monitor: Commands) -> list[str]:
+    """
+    The destination's arguments with what the source has chosen by itself: a VM that is told another identity takes
+    itself for a copy.
+
+    :raises SevhopError: QEMU does not answer.
+    """
+    answer = await _answer(monitor, "query-vm-generation-id")
+    if not answer:
+        return arguments
+    words: list[str] = []
+    for option in parse(arguments):
+        props = properties(option.value or "")
+        if option.name == "device" and props.get("", props.get("driver")) == "vmgenid":
+            words += ["-device", _with_generation(option.value or "", str(answer["guid"]))]
+        else:
+            words += option.words()
+    return words
+
+
+def _with_generation(value: str, guid: str) -> str:
+    if value.startswith("{"):
+        return json.dumps(json.loads(value) | {"guid": guid})
+    parts = [part for part in re.split(r"(?<!,),(?!,)", value) if not part.startswith("guid=")]
+    return ",".join([*parts, f"guid={guid}"])
+
+
+# -- carrying over ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One thing to be set: what it is, in words, and how."""
+
+    what: str
+    command: str
+    arguments: dict[str, Any]
+
+
+async def carry_over(ours: Settings, theirs: Settings, monitor: Commands) -> list[str]:
+    """
+    Set in a destination what is set in the source and differs.
+
+    :param ours: of the source.
+    :param theirs: of the destination.
+    :param monitor: of the destination.
+    :return: what could not be carried over, for people.
+    :raises SevhopError: the destination does not answer, or its answers make no sense.
+    """
+    notes = []
+    with understood(monitor.name):
+        steps = [*_steps(ours, theirs), *await _threshold_steps(ours, theirs, monitor)]
+    for step in steps:
+        try:
+            answer = await monitor.execute(step.command, step.arguments)
+            if step.command == "human-monitor-command" and (said := str(answer).strip()) and _REMOVED not in said:
+                notes.append(f"{step.what} cannot be set in the new QEMU: {said}")
+        except CommandError as err:
+            notes.append(f"{step.what} cannot be set in the new QEMU: {err.message}")
+    return notes + told(ours, theirs)
+
+
+def keep(directory: Path, ours: Settings, words: cpu_features.Words | None) -> None:
+    """
+    Write down what is set in a source that will have ended, for whoever has to do with its destination.
+
+    :param directory: of the keeper.
+    :param words: what CPUID tells the guest, if the destination is to be compared with that before it runs.
+    :raises SevhopError: that is not possible.
+    """
+    try:
+        (directory / _FILE).write_text(json.dumps({"settings": asdict(ours), "cpu": words}))
+    except OSError as err:
+        raise SevhopError(f"what is set in the source cannot be written down: {err.strerror}") from err
+
+
+def _kept(directory: Path) -> tuple[Settings, cpu_features.Words | None] | None:
+    try:
+        kept = json.loads((directory / _FILE).read_text())
+        fields = kept["settings"]
+        fields["thresholds"] = [tuple(row) for row in fields["thresholds"]]
+        fields["displays"] = {name: tuple(row) for name, row in fields["displays"].items()}
+        return Settings(**fields), kept["cpu"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+async def set_before_it_runs(directory: Path, monitor: Commands) -> str:
+    """
+    Set in a destination of libvirt's what must be there before it runs. Nothing is compared: what cannot be set, or is
+    set otherwise by libvirt, is found by :func:`finish`.
+
+    :param directory: of the keeper.
+    :return: what its processors cannot do, and those of the source can, if that was to be compared.
+    :raises SevhopError: the destination does not answer, or its answers make no sense.
+    """
+    kept = _kept(directory)
+    if kept is None:
+        return ""
+    ours, words = kept[0].before_it_runs(), kept[1]
+    nothing = Settings(disks=ours.disks, objects={name: {} for name in ours.objects})
+    with understood(monitor.name):
+        for step in [*_steps(ours, nothing), *await _threshold_steps(ours, nothing, monitor)]:
+            await _answer(monitor, step.command, step.arguments)
+    missing = [] if words is None else cpu_features.lost(words, await cpu_features.words(monitor))
+    return f"the guest's processors would lose {', '.join(missing)}" if missing else ""
+
+
+async def finish(directory: Path, monitor: Commands, pid: int, *, moved: bool) -> list[str]:
+    """
+    Carry over to a destination of libvirt's, which runs, what is not there yet.
+
+    :param directory: of the keeper.
+    :param moved: whether it has got an SEV context. Then it cannot reboot, and has been told so.
+    :return: what is not as it was, for people.
+    """
+    kept = _kept(directory)
+    if kept is None:
+        return []
+    ours = kept[0]
+    if moved:
+        ours = replace(ours, actions={name: value for name, value in ours.actions.items() if name != "reboot"})
+    try:
+        process = QemuProcess.open(pid)
+        try:
+            theirs = await read(monitor, process)
+        finally:
+            process.close()
+        # libvirt has set the passwords that are in its XML.
+        ours = replace(ours, displays={name: ("", row[1]) for name, row in ours.displays.items()})
+        ours = replace(ours, tickets=False)
+        return await carry_over(ours, theirs, monitor) + differences(ours, theirs)
+    except SevhopError as err:
+        return [f"whether all is set as it was cannot be told: {err.message}"]
+
+
+def _steps(ours: Settings, theirs: Settings) -> Iterator[_Step]:
+    for disk in theirs.disks:
+        limits, before = ours.throttles.get(disk, {}), theirs.throttles.get(disk, {})
+        if disk in ours.disks and limits != before:
+            # A disk without a path has the name of its drive.
+            arguments = {("id" if disk.startswith("/") else "device"): disk, **dict.fromkeys(_LIMITS, 0), **limits}
+            yield _Step(f"the I/O limit of {disk}", "block_set_io_throttle", arguments)
+    for name, settings in ours.objects.items():
+        for key, value in settings.items():
+            if name in theirs.objects and theirs.objects[name].get(key) != value:
+                arguments = {"path": f"/objects/{name}", "property": key, "value": value}
+                yield _Step(f"{key} of {name}", "qom-set", arguments)
+    for path, seconds in ours.statistics.items():
+        if theirs.statistics.get(path, seconds) != seconds:
+            arguments = {"path": path, "property": _STATISTICS, "value": seconds}
+            yield _Step("the polling of the balloon's statistics", "qom-set", arguments)
+    changed = {name: value for name, value in ours.actions.items() if theirs.actions.get(name, value) != value}
+    if changed:
+        yield _Step(f"what happens at {', '.join(changed)}", "set-action", changed)
+    for row in (row for row in theirs.forwards if row not in ours.forwards):
+        netdev, _, rule = row.partition(" ")
+        line = f"hostfwd_remove {netdev} {rule.partition('-')[0]}"
+        yield _Step(f"the end of the forwarded port {rule}", "human-monitor-command", {"command-line": line})
+    for row in (row for row in ours.forwards if row not in theirs.forwards):
+        line = f"hostfwd_add {row}"
+        yield _Step(f"the forwarded port {row}", "human-monitor-command", {"command-line": line})
+
+
+async def _threshold_steps(ours: Settings, theirs: Settings, monitor: Commands) -> list[_Step]:
+    """The same node may have another name there; it is the one with the same driver on the same file."""
+    wanted = [row for row in ours.thresholds if row not in theirs.thresholds]
+    if not wanted:
+        return []
+    nodes = {
+        (str(row["drv"]), str(row.get("file", ""))): str(row["node-name"])
+        for row in await monitor.execute("query-named-block-nodes", {"flat": True})
+    }
+    return [
+        _Step(
+            f"the write threshold of {file}",
+            "block-set-write-threshold",
+            {"node-name": nodes.get((driver, file), ""), "write-threshold": size},
+        )
+        for driver, file, size in wanted
+    ]
+
+
+def told(ours: Settings, theirs: Settings) -> list[str]:
+    """What cannot be carried over, and who has to do what about it."""
+    notes = []
+    for name, (auth, _) in ours.displays.items():
+        if auth:
+            notes.append(
+                f"the password of VNC display {name} cannot be read: set it again (QMP set_password); "
+                "until then it is the one that the new QEMU was started with, or nobody can log in"
+            )
+    if ours.tickets:
+        notes.append("the password of SPICE cannot be read: it is again the one that QEMU was started with")
+    if unknown := [name for name in _ACTIONS if name not in ours.actions or name not in theirs.actions]:
+        notes.append(f"what happens at {', '.join(unknown)} cannot be read: set again what set-action has changed")
+    for name, kind in ours.types.items():
+        if name not in theirs.types:
+            notes.append(f"object {name} ({kind}) was added since the start, and the new QEMU does not have it")
+    for label in ours.chardevs:
+        if label not in theirs.chardevs and label != PRIVATE_MONITOR:
+            notes.append(f"character device {label} was added since the start, and the new QEMU does not have it")
+    return notes
+
+
+def differences(ours: Settings, theirs: Settings) -> list[str]:
+    """What cannot be changed in a destination any more, and must be the same there; empty when a hop may go on."""
+    found = []
+    for name, (_, addresses) in ours.displays.items():
+        others = theirs.displays.get(name, ("", []))[1]
+        if addresses != others:
+            where = f"at {_listed(others)} in the destination, {_listed(addresses)} in the source"
+            found.append(f"VNC display {name} listens {where}")
+    if ours.generation != theirs.generation:
+        found.append(
+            f"the VM generation ID is {theirs.generation or 'missing'} in the destination, "
+            f"{ours.generation or 'missing'} in the source"
+        )
+    return found
+
+
+def _listed(addresses: Sequence[str]) -> str:
+    return ", ".join(" ".join(address.split()) for address in addresses) or "nothing"

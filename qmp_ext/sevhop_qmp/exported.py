@@ -1,0 +1,113 @@
+"""
+Variables that a QEMU exports, read from outside: for the little that it tells by no monitor.
+
+QEMU exports its global symbols to its modules, so they are in the dynamic symbol table of the program, which is mapped
+at an address that ``/proc/PID/maps`` tells.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from .errors import ProcessError
+from .process import MemoryMapping, QemuProcess
+
+_ELF64_LITTLE = b"\x7fELF\x02\x01"
+# elf(5). Of the header: e_type, e_shoff, e_shentsize, e_shnum.
+_HEADER = struct.Struct("<16xH22xQ10xHH")
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_SYMBOL = struct.Struct("<IBBHQQ")
+#: A program that may be anywhere in memory; its symbols are counted from where it begins.
+_SHARED = 3
+_DYNSYM = 11
+#: endbr64, mov DISTANCE(%rip),%eax, ret: what a compiler makes of ``return variable``.
+_RETURNS_VARIABLE = re.compile(rb"(?:\xf3\x0f\x1e\xfa)?\x8b\x05(?P<distance>.{4})\xc3", re.DOTALL)
+_CODE = 16
+_FUNCTION = 2
+#: Bytes of the longest name that is sought.
+_NAME = 64
+_INT = struct.Struct("<i")
+
+
+def read_ints(process: QemuProcess, variables: Mapping[str, str]) -> dict[str, int]:
+    """
+    The values of variables of type ``int``. One that cannot be found in this QEMU is left out.
+
+    :param variables: for each, the exported symbol: the variable, or a function that does nothing but return it.
+    :raises ProcessError: the process has ended, or we may not look.
+    """
+    wanted = {symbol.encode() for symbol in variables.values()}
+    for mapping in _programs(process):
+        found = _addresses(process, mapping, wanted)
+        if not found:
+            continue
+        values = {}
+        with process.memory() as memory:
+            for name, symbol in variables.items():
+                if symbol.encode() not in found:
+                    continue
+                offset, is_function = found[symbol.encode()]
+                address = mapping.start + offset
+                if is_function and not (address := _returned(os.pread(memory, _CODE, address), address)):
+                    continue
+                raw = os.pread(memory, _INT.size, address)
+                if len(raw) == _INT.size:
+                    values[name] = _INT.unpack(raw)[0]
+        return values
+    return {}
+
+
+def _returned(code: bytes, address: int) -> int:
+    """The address of the variable that a function returns; 0 if it does more than that."""
+    if (match := _RETURNS_VARIABLE.match(code)) is None:
+        return 0
+    (distance,) = _INT.unpack(match["distance"])
+    return int(address + match.end("distance") + distance)
+
+
+def _programs(process: QemuProcess) -> Iterator[MemoryMapping]:
+    """Where programs begin in its memory: that of its executable, unless that is a loader; then what it has loaded."""
+    for mapping in process.mappings():
+        name = mapping.path.rpartition("/")[2]
+        if mapping.offset == 0 and (mapping.path == process.executable or name.startswith("qemu")):
+            yield mapping
+
+
+def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) -> dict[bytes, tuple[int, bool]]:
+    """Offsets of symbols from the beginning of a mapped program, and whether they are functions."""
+    path = Path(f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
+            return _symbols(text, names)
+    except (struct.error, IndexError):
+        return {}  # this is no program
+    except (OSError, ValueError) as err:
+        if not process.alive:
+            raise ProcessError(f"process {process.pid} has ended") from err
+    return {}
+
+
+def _symbols(text: mmap.mmap, names: set[bytes]) -> dict[bytes, tuple[int, bool]]:
+    if text[: len(_ELF64_LITTLE)] != _ELF64_LITTLE:
+        return {}
+    kind, first, size, count = _HEADER.unpack_from(text)
+    sections = [_SECTION.unpack_from(text, first + size * number) for number in range(count)]
+    table = next(section for section in [*sections, None] if section is None or section[1] == _DYNSYM)
+    if table is None or kind != _SHARED:
+        return {}
+    _, _, _, _, offset, length, strings, _, _, _ = table
+    base = sections[strings][4]
+    found: dict[bytes, tuple[int, bool]] = {}
+    for name, info, _, _, value, _ in _SYMBOL.iter_unpack(text[offset : offset + length]):
+        at = base + name
+        end = text.find(b"\0", at, at + _NAME)
+        if end > 0 and value and text[at:end] in names:
+            found[text[at:end]] = value, info & 0xF == _FUNCTION
+            if len(found) == len(names):
+                break
+    return found

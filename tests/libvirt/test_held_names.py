@@ -1,0 +1,110 @@
+"""Whose guest is held is told by its UUID and its process: not by its name, which others may get meanwhile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guests.daemon import Daemon, DomainGuest
+from guests.enclosure import GUESTS
+from guests.running import wait_until
+
+from .conftest import StartDomain
+
+_SCRIPT = "etc/libvirt/hooks/qemu.d/sevhop"
+
+
+def recover(daemon: Daemon, *names: str) -> dict[str, Any]:
+    """Run ``sevhop recover``; what it says of the only hop, and its exit status."""
+    done = daemon.sevhop("recover", "--json", *names)
+    (one,) = json.loads(done.stdout)["guests"]
+    return {**one, "status": done.returncode}
+
+
+def prepared(daemon: Daemon, guest: DomainGuest, new: Path) -> str:
+    """Have the keeper hold it; the image."""
+    guest.wait_for_ticks(3)
+    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
+    assert report["outcome"] == "prepared", report
+    return str(report["image"])
+
+
+def assert_goes_on(daemon: Daemon, guest: DomainGuest) -> None:
+    """It was held, and nothing of it is lost."""
+    assert recover(daemon, guest.name)["status"] == 0
+    assert guest.state == "running"
+    guest.wait_for_ticks()
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+
+
+@pytest.mark.parametrize("transient", [True, False], ids=["created again", "defined again"])
+def test_another_domain_of_the_name_is_not_started(
+    daemon: Daemon, start: StartDomain, new: Path, transient: bool
+) -> None:
+    """The same file without a UUID, as cluster managers and playbooks have it: libvirt makes another UUID."""
+    guest = start(transient=transient)
+    uuid, image = daemon.virsh("domuuid", guest.name), prepared(daemon, guest, new)
+    if not transient:
+        daemon.virsh("undefine", guest.name)
+        daemon.virsh("define", GUESTS / f"{guest.name}.xml")
+        assert daemon.virsh("domuuid", guest.name) != uuid
+    start_it = ["create", f"{GUESTS}/{guest.name}.xml"] if transient else ["start", guest.name]
+    refused = daemon.run("virsh", *start_it)
+    assert refused.returncode == 1
+    assert f"holds this name for the domain with UUID {uuid}" in refused.stderr
+    assert f"virsh restore {image}" in refused.stderr
+    if not transient:
+        # libvirt has no room for both. The guest stays where it is.
+        stuck = recover(daemon, guest.name)
+        assert (stuck["status"], stuck["end"]) == (4, "stuck"), stuck
+        daemon.virsh("undefine", guest.name)
+    assert_goes_on(daemon, guest)
+    assert daemon.virsh("domuuid", guest.name) == uuid
+
+
+def test_a_held_domain_that_is_renamed_is_not_started(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    image = prepared(daemon, guest, new)
+    daemon.virsh("domrename", guest.name, "renamed")
+    try:
+        refused = daemon.run("virsh", "start", "renamed")
+        assert refused.returncode == 1
+        assert f"virsh restore {image}" in refused.stderr
+    finally:
+        daemon.run("virsh", "destroy", "renamed")
+        daemon.virsh("domrename", "renamed", guest.name)
+    assert_goes_on(daemon, guest)
+
+
+@pytest.mark.parametrize("uuid", ["the same", "another"])
+def test_recover_ends_no_guest_that_it_did_not_start(
+    daemon: Daemon, start: StartDomain, new: Path, uuid: str
+) -> None:
+    """The hook was away for a moment: somebody has tidied up its directory."""
+    guest = start()
+    prepared(daemon, guest, new)
+    if uuid == "another":
+        daemon.virsh("undefine", guest.name)
+        daemon.virsh("define", GUESTS / f"{guest.name}.xml")
+    script = daemon.root / _SCRIPT
+    text = script.read_text()
+    script.write_text("#!/bin/sh\n")
+    daemon.virsh("start", guest.name)
+    script.write_text(text)
+    pid = guest.pid
+    stuck = recover(daemon, guest.name)
+    assert (stuck["status"], stuck["end"]) == (4, "stuck"), stuck
+    if uuid == "the same":
+        assert f"process {pid} is not of this hop" in stuck["text"]
+    assert Path(f"/proc/{pid}").exists()
+    assert guest.pid == pid
+    daemon.virsh("destroy", guest.name)
+    if uuid == "another":
+        daemon.virsh("undefine", guest.name)
+    assert recover(daemon, guest.name)["status"] == 0
+    assert guest.state == "running"
+    ticks = guest.seen().ticks
+    wait_until(lambda: guest.seen().ticks > ticks, 30, "it counts on")
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
