@@ -169,7 +169,7 @@ class _Interrupted:
                 f"decide which of the two is to live: to go on with the one that is held, run virsh destroy "
                 f"{shlex.quote(domain.name)}, then sevhop recover {shlex.quote(self._entry.guest)}",
             )
-        # A destination that failed, or has ended without libvirt noticing. One that is about to run after all is not ended.
+        # A destination that failed, or has ended without libvirt noticing; not one that is about to run after all.
         await self._kept().revoke()
         await domain.end()
 

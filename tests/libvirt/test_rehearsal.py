@@ -300,7 +300,7 @@ def test_going_without_is_suggested_only_if_nothing_else_is_impossible(
     assert "--no-rehearsal" not in done.stderr
     tools = Path("/run/tools")
     assert daemon.run("sh", "-c", f"mkdir {tools} && ln -s /usr/bin/* {tools} && rm {tools}/setpriv").returncode == 0
-    command = [sys.executable, "-m", "sevhop.cli", "upgrade", guest.name, "--emulator", new]
+    command = [sys.executable, "-m", "sevhop.cli", "upgrade", guest.name, "--emulator", str(new)]
     done = daemon.run("env", f"PATH={tools}", *command)
     daemon.run("rm", "-r", tools)
     assert done.returncode == 1

@@ -52,7 +52,7 @@ def test_what_is_drawn(
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(5)
     # All of its threads, and none of what it starts.
-    trace = ["strace", "--follow-forks", "--detach-on=execve", "--output", tmp_path / "calls"]
+    trace = ["strace", "--follow-forks", "--detach-on=execve", "--output", str(tmp_path / "calls")]
     status, written = on_a_terminal(*trace, *hop(guest, new), cwd=tmp_path)
     assert status == 0
     assert "check ..." in written

@@ -237,7 +237,7 @@ def test_script_looks_for_a_uuid_only_while_there_is_a_hop(tmp_path: Path, clien
     path.chmod(0o755)
 
     def call(operation: str, xml: str) -> tuple[int, str, str]:
-        words = [path, "web", operation, "begin", "-"]
+        words = [str(path), "web", operation, "begin", "-"]
         done = subprocess.run(words, input=xml, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout, done.stderr
 
