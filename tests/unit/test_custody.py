@@ -321,7 +321,7 @@ def test_a_revoked_restore_is_not_committed(custody: Custody) -> None:
     assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /opt/qemu"
     assert run(ask(custody, "revoke")) == "ok"
     assert run(ask(custody, f"hook started begin {UUID}")).startswith("no ")
-    assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /opt/qemu"
+    assert run(ask(custody, f"hook restore begin {UUID}")) == "again /opt/qemu"
 
 
 @pytest.mark.parametrize("request_text", ["", " ", "emulator", "emulator ", "hook", "hook a b", "nonsense", "blocks x"])

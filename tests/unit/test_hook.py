@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +70,10 @@ class FakeKeeper:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> FakeKeeper:
-    """Not alive yet."""
-    return FakeKeeper(tmp_path)
+def keeper() -> Iterator[FakeKeeper]:
+    """Not alive yet. The path of a socket has to be short."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield FakeKeeper(Path(directory))
 
 
 def run(keeper: FakeKeeper, *arguments: str, xml: str = XML) -> tuple[int, str, str]:
@@ -214,8 +216,8 @@ def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: 
     assert status("a name with 'quotes' $(false)", "started", "begin", "-") == 0
 
 
-def test_a_renamed_one_is_found(keeper: FakeKeeper, tmp_path: Path) -> None:
-    (tmp_path / f"uuid-{UUID}").symlink_to("0123")
+def test_a_renamed_one_is_found(keeper: FakeKeeper) -> None:
+    (keeper.domains.parent / f"uuid-{UUID}").symlink_to("0123")
     keeper.answer = "no the guest is held"
     with keeper.alive():
         for operation in ("prepare", "restore", "migrate"):

@@ -21,7 +21,7 @@ _INTERPOSED = (
 #: What it calls of the C library that the world takes over.
 _TAKEN_OVER = {
     "_exit": "exit",
-    **{name: name for name in "calloc free strdup pthread_create write send readlink".split()},
+    **{name: name for name in "calloc realloc free strdup pthread_create write send readlink".split()},
 }
 #: Its variables go into sections of their own, which are reset between two inputs.
 _SECTIONS = {".data": "adopt_data", ".bss": "adopt_bss"}

@@ -173,7 +173,9 @@ AioContext *qemu_get_aio_context(void)
 
 void aio_bh_schedule_oneshot_full(AioContext *context, QEMUBHFunc *function, void *opaque, const char *name)
 {
-    demand(context && name && !world.bottom_half);
-    world.bottom_half = function;
-    world.bottom_half_opaque = opaque;
+    demand(context && name);
+    if (world.bottom_halves == BOTTOM_HALVES)
+        return; /* a main loop that does not come to it */
+    world.bottom_half[world.bottom_halves].function = function;
+    world.bottom_half[world.bottom_halves++].opaque = opaque;
 }

@@ -95,6 +95,16 @@ char *world_strdup(const char *text)
     return world_keep(strdup(text));
 }
 
+void *world_realloc(void *memory, size_t size);
+void *world_realloc(void *memory, size_t size)
+{
+    for (unsigned int i = 0; memory && i < allocations; i++)
+        if (allocated[i] == memory)
+            return allocated[i] = realloc(memory, size);
+    demand(!memory);
+    return world_keep(realloc(NULL, size));
+}
+
 void world_free(void *memory);
 void world_free(void *memory)
 {

@@ -29,6 +29,7 @@ static inline bool input_chance(unsigned int of) { return input_byte() % of == 0
 
 #define POOL_MEMORY 4
 #define POOL_LISTENERS 3
+#define BOTTOM_HALVES 8
 
 struct world {
     jmp_buf ended; /* where die() goes */
@@ -40,8 +41,8 @@ struct world {
     int vm;
     Notifier *notifier;
     VMChangeStateHandler *handler;
-    QEMUBHFunc *bottom_half;
-    void *bottom_half_opaque;
+    struct { QEMUBHFunc *function; void *opaque; } bottom_half[BOTTOM_HALVES];
+    unsigned int bottom_halves;
     unsigned int commands;
     struct { const char *name; QmpCommandFunc *function; } command[8];
 };
