@@ -35,6 +35,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tenacity
 from qemu.qmp import EventListener
@@ -115,6 +116,8 @@ class Hop(Procedure):
         self._hurry = self._resources.enter_context(contextlib.ExitStack())
         self._own_hurry = self._resources.enter_context(contextlib.ExitStack())
         self._by_itself = False
+        self._saved = False
+        self._stream_ended = False
         self._loaded = False
         self._moving = False
         self._committed = False
@@ -138,7 +141,7 @@ class Hop(Procedure):
         self._outgoing: OutgoingState  # prepare
         self._destination_vm: int  # prepare; not under TCG
         self._resumes: EventListener  # freeze
-        self._loading: asyncio.Future[None]  # load
+        self._loading: asyncio.Future[Any]  # load
 
     def _past_undoing(self) -> bool:
         return self._committed or self._moving
@@ -359,19 +362,17 @@ class Hop(Procedure):
 
     async def _save(self) -> None:
         await self._outgoing.pass_on(timeout=self._options.step_timeout)
+        self._saved = True
 
     async def _load(self) -> None:
         # The destination is at the state meanwhile.
         await self._halt_source()
         await self._see_source_untouched()
-        await self._outgoing.end(timeout=self._options.step_timeout)
+        await self._end_stream()
         if self._by_itself:
             # What is left is the destination's to do. We would only stand in the way of the guest's processors.
             self._own_hurry.close()
-        self._loading = asyncio.ensure_future(self._incoming.loaded(timeout=self._options.step_timeout))
-        self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # may not be waited for
-        self._resources.callback(self._loading.cancel)
-        runs = asyncio.ensure_future(self._keeper.runs.wait())
+        runs: asyncio.Future[Any] = asyncio.ensure_future(self._keeper.runs.wait())
         try:
             await asyncio.wait({self._loading, runs}, return_when=asyncio.FIRST_COMPLETED)
             if not runs.done():
@@ -387,6 +388,13 @@ class Hop(Procedure):
                 raise StateError(f"the destination does not let the guest run: {why}")
             self._commit_is_done()
         self._remember(loaded=True)
+
+    async def _end_stream(self) -> None:
+        self._stream_ended = True
+        await self._outgoing.end(timeout=self._options.step_timeout)
+        self._loading = asyncio.ensure_future(self._incoming.loaded(timeout=self._options.step_timeout))
+        self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # may not be waited for
+        self._resources.callback(self._loading.cancel)
 
     async def _halt_source(self) -> None:
         """It has saved everything. From here on it executes nothing, whatever its monitors are told, by whomever."""
@@ -527,12 +535,15 @@ class Hop(Procedure):
         Unwind what has been done so far.
 
         :raises NeedsRecover: the guest does not run again, but nothing of it is lost.
+        :raises Lost: its QEMU has ended, and nobody else had all of it.
         """
+        if self._saved and not self._source.alive:
+            await self._wait_for_arrival()
         if hasattr(self, "_keeper") and self._keeper.forbid():
             self._commit_is_done()
             await self._destination.leave()
             raise NeedsRecover(f"{failure.message}; the guest runs in process {self._destination.process.pid} already")
-        if self._loaded and not self._source.alive:
+        if self._saved and not self._source.alive and self._destination.process.alive:
             # All that is left of the guest is in the destination. Leave it there, paused.
             self._undo.pop_all()
             pid = self._destination.process.pid
@@ -542,7 +553,17 @@ class Hop(Procedure):
             await self._undo.aclose()
         except SevhopError as err:
             raise NeedsRecover(f"{failure.message}; putting back failed: {err.message}") from failure
+        if hasattr(self, "_source") and not self._source.alive:
+            raise Lost(f"{failure.message}; the source's QEMU ended by itself, and the guest with it")
         self._end_of_blackout()
+
+    async def _wait_for_arrival(self) -> None:
+        """The source has ended, so all that there is of the guest is on its way into the destination. Let it arrive."""
+        with contextlib.suppress(SevhopError):
+            if not self._stream_ended:
+                await self._end_stream()
+            if hasattr(self, "_loading"):
+                await asyncio.wait({self._loading}, timeout=_PATIENCE)
 
     async def _kill_destination(self) -> None:
         if not hasattr(self, "_destination"):

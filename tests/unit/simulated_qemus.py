@@ -1,0 +1,572 @@
+"""
+Two QEMUs that are not there, for the real engine and the real recovery: a source with a guest, and a destination.
+
+What is simulated is what a QEMU, adopt.so in it, and the kernel do; who decides is not. Whoever acts on them (the
+command that hops, a recovery) waits at a gate before each of its actions, so that anything may happen in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sevhop.destination import Destination
+from sevhop.guest import SevContext
+from sevhop.hop import Hop, Options
+from sevhop.interrupted_qemu import NewQemu, OldQemu
+from sevhop.journal import Entry, Process
+from sevhop.keeper import Held, Keeper
+from sevhop.name_plates import NamePlates
+from sevhop.recover import InterruptedHop, Recovered
+from sevhop.report import Report
+from sevhop_qmp.errors import MonitorClosed, MonitorTimeout, SevhopError, StateError
+from sevhop_qmp.process import Descriptor
+from sevhop_qmp.run_mark import RunMark, RunState
+
+#: Pids that no kernel gives.
+SOURCE, DESTINATION = (1 << 30) + 1, (1 << 30) + 2
+
+
+class Broken(AssertionError):
+    """Something happened that never may."""
+
+
+@dataclass
+class Qemu:
+    """
+    One QEMU process.
+
+    :ivar running: whether it runs the guest, if it is not halted.
+    :ivar loaded: whether it has all of the guest.
+    :ivar listeners: of its RESUME events.
+    """
+
+    pid: int
+    alive: bool = True
+    halted: bool = False
+    running: bool = False
+    loaded: bool = False
+    ran: bool = False
+    listeners: list[list[str]] = field(default_factory=list)
+
+    @property
+    def executes(self) -> bool:
+        """Whether the guest executes there, now."""
+        return self.alive and self.running and not self.halted
+
+    @property
+    def answers(self) -> bool:
+        return self.alive and not self.halted
+
+
+class Actor:
+    """Who hops, or recovers: a task that stands at a gate. When it is killed it never comes further."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Any]
+        self.dead = False
+        self.over = False
+        self._gates: list[asyncio.Future[None]] = []
+
+    async def gate(self) -> None:
+        """Wait until the test lets it do what it does next."""
+        if not self.over:
+            gate = asyncio.get_running_loop().create_future()
+            self._gates.append(gate)
+            try:
+                await gate
+            finally:
+                if gate in self._gates:
+                    self._gates.remove(gate)
+        if self.over:
+            raise MonitorClosed("the test is over")
+
+    def open_gate(self) -> bool:
+        """:return: whether it stood at one."""
+        if self.dead or not self._gates:
+            return False
+        self._gates.pop(0).set_result(None)
+        return True
+
+    def end(self) -> None:
+        """Whatever it still wants to do fails, so that nothing of it is left."""
+        self.dead = self.over = True
+        for gate in self._gates:
+            if not gate.done():
+                gate.set_result(None)
+
+
+class World:
+    """
+    The two processes, and what may never happen.
+
+    :ivar moved_on: the guest has run in the destination: the memory and disks are not the source's any more.
+    """
+
+    def __init__(self, directory: Path, *, running: bool) -> None:
+        self.directory = directory
+        self.running = running
+        self.source = Qemu(SOURCE, running=running, loaded=True)
+        self.destination: Qemu | None = None
+        self.moved_on = False
+        self.mark: RunMark | None = None  # the source's own descriptor of it
+        self.keeper: socket.socket | None = None  # the destination's end of the connection
+        self.destination_mark = -1
+        self.tells_keeper = False
+        self.step = ""  # of the destination
+        self.given = False
+        self.stream_ended = False
+        self.entry: Entry | None = None  # the journal; None when there is none
+        self.wishes_to_stop = not running
+        self._closing = contextlib.ExitStack()
+
+    def close(self) -> None:
+        self._closing.close()
+
+    # -- what never may happen ---------------------------------------------------------------------
+
+    def look(self) -> None:
+        """:raises Broken: it has."""
+        executes = [qemu for qemu in (self.source, self.destination) if qemu is not None and qemu.executes]
+        if len(executes) > 1:
+            raise Broken("the guest runs in both QEMUs")
+        if self.destination is not None and self.destination.executes:
+            self.moved_on = True
+        if self.source.executes and self.moved_on:
+            raise Broken("the guest runs in the old QEMU, with memory and disks that have moved on")
+
+    def holders(self) -> list[Qemu]:
+        """Those that have the guest as it is now."""
+        found = [] if self.moved_on else [self.source]
+        if self.destination is not None and self.destination.loaded:
+            found.append(self.destination)
+        return [qemu for qemu in found if qemu.alive]
+
+    def killed_by_us(self, qemu: Qemu) -> None:
+        """
+        :raises Broken: it was the last one that had the guest.
+        """
+        if self.holders() == [qemu]:
+            raise Broken(f"process {qemu.pid} was killed, and nobody else had the guest")
+        self.die(qemu)
+
+    def die(self, qemu: Qemu) -> None:
+        qemu.alive = False
+        if qemu is self.destination and self.keeper is not None:
+            self.keeper.close()
+            self.keeper = None
+
+    # -- a monitor's commands ----------------------------------------------------------------------
+
+    def cont(self, qemu: Qemu) -> None:
+        """As QEMU and, in a destination, adopt.so do it."""
+        if qemu is self.destination and not self._before_run(qemu):
+            return
+        qemu.running = True
+        for listener in qemu.listeners:
+            listener.append("RESUME")
+        self.look()
+
+    def _before_run(self, qemu: Qemu) -> bool:
+        if not qemu.ran:
+            told, self.tells_keeper = self.tells_keeper, False
+            if told and not self._tell_keeper():
+                self.die(qemu)
+                return False
+            self._write_mark(RunState.RAN)
+            qemu.ran = True
+        return True
+
+    def _tell_keeper(self) -> bool:
+        self._write_mark(RunState.STARTING)
+        if self._send_run():
+            return True
+        self._write_mark(RunState.NOT)
+        return False
+
+    def _write_mark(self, state: RunState) -> None:
+        os.pwrite(self.destination_mark, bytes([state]), 0)
+
+    def _send_run(self) -> bool:
+        assert self.keeper is not None
+        try:
+            self.keeper.send(b"run")
+        except OSError:
+            return False
+        return True
+
+    # -- the destination's own steps ---------------------------------------------------------------
+
+    def start_destination(self, keeper: Keeper, mark: RunMark) -> Qemu:
+        assert self.destination is None
+        self.directory.mkdir()
+        self.keeper = socket.socket(fileno=os.dup(keeper.theirs.fileno()))
+        self.keeper.setblocking(False)
+        self.destination_mark = os.dup(mark.fileno())
+        self._closing.callback(os.close, self.destination_mark)
+        self.tells_keeper = True
+        self.destination = Qemu(DESTINATION)
+        self.step = "waits"
+        return self.destination
+
+    def keep_mark(self, mark: RunMark) -> None:
+        """The source was given it by add-fd."""
+        self.mark = RunMark(os.dup(mark.fileno()))
+        self._closing.callback(self.mark.close)
+
+    def destination_step(self, command_is_dead: bool) -> bool:
+        """
+        Let it do what it does next: load, leave its mark, tell the keeper, run.
+
+        :return: whether there was anything to do.
+        """
+        qemu = self.destination
+        if qemu is None or not qemu.answers:
+            return False
+        match self.step:
+            # A command that has died has closed its pipe: all but the end of the stream is as good as all.
+            case "waits" if self.given and (self.stream_ended or command_is_dead):
+                qemu.loaded = True
+                self.step = "loaded"
+            case "waits" if command_is_dead:
+                self.die(qemu)
+            case "loaded" if self.running and not qemu.ran and self.tells_keeper:
+                self._write_mark(RunState.STARTING)
+                self.step = "starting"
+            case "starting":
+                self.step = "sent" if self._send_run() else "refused"
+            case "refused":
+                self._write_mark(RunState.NOT)
+                self.die(qemu)
+            case "sent":
+                self._write_mark(RunState.RAN)
+                self.tells_keeper = False
+                qemu.ran = True
+                qemu.running = True
+                self.step = "runs"
+            case _:
+                return False
+        self.look()
+        return True
+
+
+class SimulatedProcess:
+    """What stands in for a :class:`sevhop_qmp.process.QemuProcess`, in the hands of one actor."""
+
+    executable = "/qemu"
+    threads: tuple[int, ...] = ()
+
+    def __init__(self, world: World, actor: Actor, qemu: Qemu) -> None:
+        self._world = world
+        self._actor = actor
+        self._qemu = qemu
+        self.pid = qemu.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._qemu.alive and not self._actor.over
+
+    @property
+    def frozen(self) -> bool:
+        return self._qemu.alive and self._qemu.halted
+
+    async def freeze(self, timeout: float) -> bool:
+        await self._actor.gate()
+        self._qemu.halted = self._qemu.halted or self._qemu.alive
+        return self._qemu.alive
+
+    def thaw(self) -> None:
+        if not self._actor.dead:
+            self._qemu.halted = False
+            self._world.look()
+
+    def kill(self) -> None:
+        if not self._actor.dead and self._qemu.alive:
+            self._world.killed_by_us(self._qemu)
+
+    async def wait(self, timeout: float) -> bool:
+        await self._actor.gate()
+        return not self._qemu.alive
+
+    def descriptors(self) -> list[Descriptor]:
+        marked = self._world.mark is not None and self._qemu is self._world.source
+        return [Descriptor(7, "/memfd:sevhop-run-mark (deleted)")] if marked and self._qemu.alive else []
+
+    def duplicate(self, number: int) -> int:
+        assert self._world.mark is not None
+        return os.dup(self._world.mark.fileno())
+
+    def close(self) -> None:
+        pass
+
+
+class SimulatedMonitor:
+    """What stands in for a :class:`sevhop_qmp.monitor.Monitor`."""
+
+    version = "0.0.0"
+    timeout = 0.0
+    name = "simulated"
+
+    def __init__(self, world: World, actor: Actor, qemu: Qemu) -> None:
+        self._world = world
+        self._actor = actor
+        self._qemu = qemu
+        self.peer = qemu.pid
+        self._hung_up = False
+
+    @property
+    def closed(self) -> bool:
+        return self._hung_up or not self._qemu.alive
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        await self._actor.gate()
+        if self.closed:
+            raise MonitorClosed(f"QEMU hung up during {command}")
+        if self._qemu.halted:
+            raise MonitorTimeout(f"QEMU did not answer {command}")
+        match command:
+            case "stop":
+                self._qemu.running = False
+            case "cont":
+                self._world.cont(self._qemu)
+                if not self._qemu.alive:
+                    raise MonitorClosed("QEMU hung up during cont")
+            case "query-status":
+                loading = self._qemu is self._world.destination and not self._qemu.loaded
+                status = "running" if self._qemu.running else "inmigrate" if loading else "paused"
+                return {"running": self._qemu.running, "status": status}
+            case "x-sev-adopt-status":
+                facts = dict.fromkeys(("context", "source", "ram"), "")
+                numbers = ("answered", "regions", "runs-refused", "vm-type", "vcpus", "registers-held", "listeners")
+                told = {"moved": False, "finished": False, "ran": self._qemu.ran, "memfds": []}
+                return facts | dict.fromkeys(numbers, 0) | told
+            case "x-sev-adopt-ram":
+                self._world.tells_keeper = False
+                return {"mappings": 1, "bytes": 1}
+            case "query-fdsets":
+                return []
+        return {}
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        await self.execute("add-fd")
+        self._world.keep_mark(RunMark(fd))
+        return 1, 7
+
+    async def remove_fds(self) -> None:
+        await self.execute("remove-fd")
+
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[list[str]]:
+        listener: list[str] = []
+        self._qemu.listeners.append(listener)
+        try:
+            yield listener
+        finally:
+            self._qemu.listeners.remove(listener)
+
+    async def seen(self, listener: list[str]) -> bool:
+        await self._actor.gate()
+        return bool(listener)
+
+    @contextlib.contextmanager
+    def at_the_first_word(self, act: Callable[[], None]) -> Iterator[None]:
+        act()
+        yield
+
+    async def close(self) -> None:
+        self._hung_up = True
+
+    async def __aenter__(self) -> SimulatedMonitor:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class SimulatedState:
+    """Both sides of the device state's way: outgoing and incoming."""
+
+    def __init__(self, world: World, actor: Actor) -> None:
+        self._world = world
+        self._actor = actor
+
+    async def __aenter__(self) -> SimulatedState:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def arm(self, *_: int) -> None:
+        await self._actor.gate()
+
+    def begin(self, *, timeout: float) -> None:
+        pass
+
+    def announce(self) -> None:
+        pass
+
+    async def pass_on(self, *, timeout: float) -> None:
+        await self._actor.gate()
+        if not self._world.source.alive:
+            raise MonitorClosed("QEMU hung up during xen-save-devices-state")
+        self._world.given = True
+
+    async def end(self, *, timeout: float) -> None:
+        await self._actor.gate()
+        destination = self._world.destination
+        assert destination is not None
+        if not destination.alive:
+            raise StateError("the destination stopped reading the device state")
+        self._world.stream_ended = True
+
+    async def abandon(self) -> None:
+        await self._actor.gate()
+
+    async def loaded(self, *, timeout: float) -> None:
+        destination = self._world.destination
+        assert destination is not None
+        while True:
+            await self._actor.gate()
+            if not destination.alive:
+                raise MonitorClosed("QEMU hung up while an event was awaited")
+            if destination.halted:
+                raise MonitorTimeout("no event from QEMU")
+            if destination.loaded and (destination.ran or not self._world.running):
+                return
+
+
+class SimulatedJournal:
+    """What stands in for a :class:`sevhop.journal.Journal`."""
+
+    def __init__(self, world: World, actor: Actor, entry: Entry) -> None:
+        self._world = world
+        self._actor = actor
+        world.entry = entry
+
+    def write(self, facts: Mapping[str, Any], *, flush: bool = True) -> None:
+        if not self._actor.dead:
+            assert self._world.entry is not None
+            self._world.entry = self._world.entry.with_facts(
+                {name: vars(fact) if isinstance(fact, Process) else fact for name, fact in facts.items()}
+            )
+
+    def end(self) -> None:
+        if not self._actor.dead:
+            self._world.entry = None
+
+    def leave(self) -> None:
+        pass
+
+
+@dataclass
+class _Carrier:
+    def carry(self) -> int:
+        return 0
+
+
+@dataclass
+class _Anything:
+    """Has the attributes that it was given."""
+
+    def __init__(self, **attributes: object) -> None:
+        vars(self).update(attributes)
+
+
+class SimulatedHop(Hop):
+    """The engine, up from where both QEMUs are there."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(Options(Path("/monitor"), step_timeout=0.0))
+        self._world = world
+        self.actor = Actor()
+        self.report = Report(guest="guest")
+
+    def killed(self) -> None:
+        """What the kernel does when the command is killed: its end of the keeper's connection is closed."""
+        self.actor.dead = True
+        if hasattr(self, "_keeper") and self._keeper._ours.fileno() >= 0:
+            self._keeper._loop.remove_reader(self._keeper._ours)
+            with contextlib.suppress(OSError):
+                self._keeper._ours.shutdown(socket.SHUT_RDWR)
+
+    async def _check(self) -> None:
+        world = self._world
+        self._source = SimulatedProcess(world, self.actor, world.source)  # type: ignore[assignment]
+        self._source_monitor = SimulatedMonitor(world, self.actor, world.source)  # type: ignore[assignment]
+        status = "running" if world.running else "paused"
+        self._guest = _Anything(state=status, context=SevContext("none"), vcpu_threads=frozenset())  # type: ignore[assignment]
+        self._by_itself = world.running
+        entry = Entry(
+            kind="bare",
+            guest="guest",
+            context="none",
+            running=world.running,
+            source=Process(SOURCE, 1),
+            monitor="/monitor",
+            directory=str(world.directory),
+        )
+        self._journal = SimulatedJournal(world, self.actor, entry)  # type: ignore[assignment]
+
+    async def _hold(self) -> None:
+        self._held = Held(None, {})
+        self._plates = NamePlates([])
+        self._surroundings = _Anything(credentials=_Anything(uid=0, gid=0))  # type: ignore[assignment]
+
+    async def _start_destination(self) -> None:
+        world = self._world
+        self._keeper = self._resources.enter_context(Keeper(self._held, SevContext("none"), self._run_mark))
+        qemu = world.start_destination(self._keeper, self._run_mark)
+        process = SimulatedProcess(world, self.actor, qemu)
+        self._destination = Destination(process, world.directory)  # type: ignore[arg-type]
+        self._destination.monitor = SimulatedMonitor(world, self.actor, qemu)  # type: ignore[assignment]
+        self._incoming = SimulatedState(world, self.actor)  # type: ignore[assignment]
+        self._remember(destination=Process(DESTINATION, 1))
+
+    async def _compare(self) -> None:
+        self._carrier = _Carrier()  # type: ignore[assignment]
+        self._theirs = self._guest
+
+
+class SimulatedRecovery:
+    """The recovery, of a hop that nobody is at any more."""
+
+    def __init__(self, world: World) -> None:
+        self.actor = Actor()
+        self._world = world
+        self.result: Recovered | None = None
+        self.stuck: SevhopError | None = None
+
+    async def run(self) -> None:
+        world, entry = self._world, self._world.entry
+        assert entry is not None
+        old = OldQemu(self._process(world.source), entry.monitor, entry.run_mark, 0.0)
+        new = NewQemu(self._process(world.destination), world.directory, 0.0)
+        try:
+            self.result = await InterruptedHop(entry, old, new, 0.0).settle()
+        except SevhopError as err:
+            self.stuck = err
+        else:
+            if not self.actor.dead:
+                world.entry = None
+
+    def _process(self, qemu: Qemu | None) -> Any:
+        alive = qemu is not None and qemu.alive and self._world.entry is not None
+        return SimulatedProcess(self._world, self.actor, qemu) if alive and qemu is not None else None
+
+    async def connect(self, address: Path | str, **_: object) -> SimulatedMonitor:
+        """Instead of :meth:`sevhop_qmp.monitor.Monitor.connect`."""
+        await self.actor.gate()
+        qemu = self._world.source if str(address) == "/monitor" else self._world.destination
+        if qemu is None or not qemu.alive:
+            raise MonitorClosed(f"{address}: Connection refused")
+        if qemu.halted:
+            raise MonitorTimeout(f"{address}: no QMP greeting")
+        return SimulatedMonitor(self._world, self.actor, qemu)
