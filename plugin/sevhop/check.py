@@ -19,7 +19,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from . import command_line, confinement, emulator, pid_file, preload, sev_host
+from . import command_line, confinement, emulator, memory_room, pid_file, preload, sev_host
 from .confinement import Confinement
 from .destination import inheritable
 from .finding import Finding, Status, failed, passed
@@ -192,6 +192,8 @@ def _confinement(process: QemuProcess, arguments: command_line.Derived) -> Findi
         reason = confinement.reason_against(found, arguments.arguments, inheritable(process.environment))
     except SevhopError as err:
         return failed(name, err.message, err.hint or "run sevhop as root")
+    if full := memory_room.shortage(found.cgroups, process.private_memory):
+        return failed(name, full, "raise the limit (MemoryMax= of its scope) until the hop is over")
     if reason:
         return failed(
             name,

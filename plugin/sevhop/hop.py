@@ -202,6 +202,8 @@ class Hop(Procedure):
 
     async def _prepare(self) -> None:
         self._undo.callback(self._plates.take_back)
+        self._undo.callback(self._stop_sparing_source)
+        launch.spare(self._source.pid)
         # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
         self._undo.push_async_callback(self._continue_source)
         self._undo.push_async_callback(self._kill_destination)
@@ -458,6 +460,11 @@ class Hop(Procedure):
         except SevhopError as err:
             raise NeedsRecover(f"{failure.message}; putting back failed: {err.message}") from failure
         self._end_of_blackout()
+
+    def _stop_sparing_source(self) -> None:
+        assert self._journal is not None
+        with contextlib.suppress(OSError):  # it has ended
+            launch.set_oom_score_adj(self._source.pid, self._journal.entry.oom_score_adj)
 
     async def _kill_destination(self) -> None:
         if hasattr(self, "_destination"):

@@ -21,7 +21,7 @@ from sevhop_qmp.errors import CommandError, MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import journal, run_directory
+from . import journal, launch, run_directory
 from .destination import Destination
 from .errors import NeedsRecover
 from .hop import let_run, retire
@@ -235,6 +235,9 @@ class _Bare:
         elif self._process is not None:
             await Destination(self._process, Path(entry.directory)).kill()
         self._plates.take_back()
+        if self._source is not None and entry.phase not in ("check", "hold"):
+            with contextlib.suppress(OSError):
+                launch.set_oom_score_adj(self._source.pid, entry.oom_score_adj)
         if self._source is None:
             return Recovered(entry.guest, End.GONE, "its QEMU has ended" + (", and the new one" * entry.loaded))
         if entry.committed and (entry.context != "none" or entry.running):
