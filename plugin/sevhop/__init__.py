@@ -14,6 +14,7 @@ Programs use :mod:`sevhop.api`, and nothing else of these packages.
 :mod:`sevhop.check`           can this guest hop? what holds wherever it runs
 :mod:`sevhop.finding`         what a check finds: a tree of named tests
 :mod:`sevhop.emulator`        a QEMU binary: its version and machine types, and whether it can be trusted
+:mod:`sevhop.preload`         whether adopt.so gets into it, as the guest's user
 :mod:`sevhop.sev_host`        what the host must have for an SEV context to be moved
 :mod:`sevhop.guest`           what a running QEMU tells of its guest
 :mod:`sevhop.keeper`          what holds the guest's memory, VM and sockets between two QEMUs
@@ -30,6 +31,12 @@ A guest outside libvirt, with both QEMUs alive during the hop:
 :mod:`sevhop.hop`             the engine: the phases of a hop in order, each with its undo
 :mod:`sevhop.command_line`    the destination's command line, derived from the source's
 :mod:`sevhop.destination`     the new QEMU process: started like the old one, and ended again
+:mod:`sevhop.launch`          starts a process that is, to the kernel, what another one is
+:mod:`sevhop.confinement`     what confines a QEMU, by what the kernel says
+:mod:`sevhop.seccomp_filter`  what the sandboxes of two QEMUs forbid, compared
+:mod:`sevhop.scheduling`      how the threads of a QEMU are scheduled
+:mod:`sevhop.memory_room`     whether its cgroup has memory for a second QEMU
+:mod:`sevhop.pid_file`        where its pid file is
 :mod:`sevhop.name_plates`     the paths under which a guest is known, handed over to it
 :mod:`sevhop.urgency`         who takes part goes before others while the guest stands still
 ============================  =============================================================================

@@ -19,7 +19,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from . import command_line, confinement, emulator, pid_file, preload, sev_host
+from . import command_line, confinement, emulator, memory_room, pid_file, preload, sev_host
 from .confinement import Confinement
 from .destination import inheritable
 from .finding import Finding, Status, failed, passed
@@ -192,21 +192,22 @@ def _confinement(process: QemuProcess, arguments: command_line.Derived) -> Findi
         reason = confinement.reason_against(found, arguments.arguments, inheritable(process.environment))
     except SevhopError as err:
         return failed(name, err.message, err.hint or "run sevhop as root")
+    if full := memory_room.shortage(found.cgroups, process.private_memory):
+        return failed(name, full, "raise the limit (MemoryMax= of its scope) until the hop is over")
     if reason:
         return failed(
             name,
             f"a new QEMU would not be confined as this one is: {reason}",
             "restart the guest with a QEMU whose confinement its command line and its user tell",
         )
-    return passed(name, f"user {found.uids[1]}, capabilities {found.permitted:#x}, seccomp filters {found.filters}")
+    return passed(name, f"user {found.uids[1]}, {'a' if found.filters else 'no'} seccomp filter")
 
 
 def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
     skipped = ("machine type",)
     user = process.credentials
-    library = preload.readable(user)
-    if library.status is not Status.PASS:
-        return failed("emulator", f"{path}: {library.detail}", library.remedy, skipped=skipped)
+    if preload.readable(user).status is not Status.PASS:
+        return Finding("emulator", Status.SKIP, children=[Finding("machine type", Status.SKIP)])
     try:
         emulator.trusted(path)
         if not user.may("x", Path(path)):

@@ -46,7 +46,7 @@ _LABELS = {
     "personality": "personality",
     "without_huge_pages": "PR_SET_THP_DISABLE",
 }
-_LIMIT_NAMES = {getattr(resource, name): name for name in dir(resource) if name.startswith("RLIMIT_")} | {
+_LIMIT_NAMES = {getattr(resource, name): name for name in reversed(dir(resource)) if name.startswith("RLIMIT_")} | {
     10: "RLIMIT_LOCKS"
 }
 _HEXADECIMAL = ("inheritable", "permitted", "effective", "bounding", "ambient", "personality")

@@ -226,6 +226,8 @@ class Hop(Procedure):
 
     async def _prepare(self) -> None:
         self._undo.callback(self._plates.take_back)
+        self._undo.callback(self._stop_sparing_source)
+        launch.spare(self._source.pid)
         # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
         self._undo.push_async_callback(self._continue_source)
         self._undo.push_async_callback(self._kill_destination)
@@ -564,6 +566,11 @@ class Hop(Procedure):
                 await self._end_stream()
             if hasattr(self, "_loading"):
                 await asyncio.wait({self._loading}, timeout=_PATIENCE)
+
+    def _stop_sparing_source(self) -> None:
+        assert self._journal is not None
+        with contextlib.suppress(OSError):  # it has ended
+            launch.set_oom_score_adj(self._source.pid, self._journal.entry.oom_score_adj)
 
     async def _kill_destination(self) -> None:
         if not hasattr(self, "_destination"):

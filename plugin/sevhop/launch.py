@@ -7,6 +7,7 @@ ever runs with more than the old one has. What cannot be taken on fails the star
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -96,6 +97,14 @@ def set_oom_score_adj(pid: int, value: int) -> None:
     """
     if oom_score_adj(pid) != value:
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(value), encoding="ascii")
+
+
+def spare(pid: int) -> None:
+    """Have a process ended as late as possible when memory is out; without CAP_SYS_RESOURCE that is not never."""
+    for value in (-1000, 0):
+        with contextlib.suppress(OSError):
+            if oom_score_adj(pid) > value:
+                set_oom_score_adj(pid, value)
 
 
 def _specification(identity: Identity, directory: int | None, cgroups: Sequence[str]) -> dict[str, Any]:

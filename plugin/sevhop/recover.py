@@ -12,6 +12,7 @@ it may be broken off and repeated.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 from sevhop_qmp.process import QemuProcess
 
-from . import journal, run_directory
+from . import journal, launch, run_directory
 from .errors import NeedsRecover
 from .interrupted_qemu import NewQemu, OldQemu
 from .journal import Entry, Journal, JournalError
@@ -262,6 +263,9 @@ class InterruptedHop:
     async def _back(self) -> Recovered:
         entry = self._entry
         self._plates.take_back()
+        if self._old.process is not None and entry.phase not in ("check", "hold"):
+            with contextlib.suppress(OSError):  # it has just ended
+                launch.set_oom_score_adj(self._old.process.pid, entry.oom_score_adj)
         try:
             await self._old.resume(running=entry.running)
         except MonitorError:

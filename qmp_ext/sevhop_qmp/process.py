@@ -343,6 +343,11 @@ class QemuProcess:
             return self._read("attr/current").rstrip(b"\0\n").decode(errors="replace")
         return ""
 
+    @property
+    def private_memory(self) -> int:
+        """Bytes that it has for itself, and that are in memory."""
+        return int(self.status.get("RssAnon", "0 kB").split()[0]) << 10
+
     def fact(self, name: str) -> str:
         """A file of ``/proc/PID`` with one line of text in it; empty where the kernel has no such file."""
         try:

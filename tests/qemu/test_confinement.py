@@ -5,8 +5,10 @@ What confines or favours the old QEMU confines and favours the new one, or the h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from sevhop.scheduling import Thread
 from sevhop_qmp import adopt
 from sevhop_qmp.process import QemuProcess
 
+from .broken_off import break_off, recover
 from .conftest import DescribeCounter, DescribeLinux, StartGuest
 from .hops import Meddler, hop, sevhop
 from .launched import Launched, shell, user
@@ -372,18 +375,32 @@ def test_destination_is_the_first_to_be_ended_until_it_has_the_guest(
 ) -> None:
     guest = start(Launched.like(counter_machine(), *shell("echo 200 >/proc/self/oom_score_adj")), old)
     guest.wait_for_ticks(3)
-    seen: list[str] = []
+    pid = guest.pid
+    seen: list[int] = []
 
     def look(running: Hop) -> None:
-        seen.append(oom_score_adj(running.report.destination_pid))
+        seen[:] = [int(oom_score_adj(one)) for one in (pid, running.report.destination_pid)]
+
+    def look_and_fail(running: Hop) -> None:
+        look(running)
+        running.interrupt()
 
     meddler = Meddler()
+    with pytest.raises(Undone):
+        meddler.run(guest, new, at="freeze", mischief=look_and_fail)
+    assert seen[0] <= 0  # as low as we may
+    assert seen[1] == 1000
+    assert (guest.pid, oom_score_adj(pid)) == (pid, "200")
+    assert break_off(guest, new, "phase freeze", "command") == -signal.SIGKILL
+    assert recover()["status"] == 0
+    assert (guest.pid, oom_score_adj(pid)) == (pid, "200")
     meddler.run(guest, new, at="freeze", mischief=look)
-    assert seen == ["1000"]
+    assert seen[1] == 1000
     assert oom_score_adj(guest.pid) == "200"
+    assert_unharmed(guest)
 
 
-@pytest.mark.parametrize("room", [2, 6, 15])
+@pytest.mark.parametrize("room", [2, 6, 15, 40, 70])
 def test_full_cgroup_does_not_end_the_source(
     room: int, old: Path, new: Path, tmp_path: Path, linux_machine: DescribeLinux, start: StartGuest
 ) -> None:
@@ -398,9 +415,13 @@ def test_full_cgroup_does_not_end_the_source(
         used = int((group / "memory.usage_in_bytes").read_text())
         (group / "memory.limit_in_bytes").write_text(str(used + (room << 20)))
         try:
-            Meddler().run(guest, new)
-        except (Refused, Undone):
-            assert guest.pid == pid
+            if room < 20:
+                with pytest.raises(Refused, match=f"{group} has room for"):
+                    Meddler().run(guest, new)
+            else:
+                with contextlib.suppress(Refused):
+                    Meddler().run(guest, new)
+            assert room < 70 if guest.pid == pid else room >= 40
         finally:
             (group / "memory.limit_in_bytes").write_text("-1")
         guest.wait_for_ticks(5)

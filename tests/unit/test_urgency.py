@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from sevhop.urgency import relax, urgent
+from guests.running import wait_until
+from sevhop.urgency import Watch, keeping_timer_slack, relax, urgent
 
 URGENT = os.SCHED_RR | os.SCHED_RESET_ON_FORK
 
@@ -68,3 +73,54 @@ def test_a_host_may_forbid_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with urgent(0):
         pass
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_what_the_library_could_not_take_back_is_taken_back(process: int) -> None:
+    os.sched_setscheduler(process, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    relax([process])
+    assert os.sched_getscheduler(process) == os.SCHED_OTHER
+
+
+def slack(process: int) -> str:
+    return Path(f"/proc/{process}/timerslack_ns").read_text().strip()
+
+
+def test_timer_slack_is_kept(process: int) -> None:
+    Path(f"/proc/{process}/timerslack_ns").write_text("777")
+    with keeping_timer_slack(process), urgent(process):
+        pass
+    assert slack(process) == "777"
+
+
+#: Lends a priority, and is killed.
+KILLED = """
+import os, sys, time
+from sevhop.urgency import Watch, urgent
+watch = Watch.start(int(sys.argv[1]))
+print(watch._child.pid, flush=True)
+sys.stdin.readline()
+with urgent(int(sys.argv[1])):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_watch_takes_back_what_a_killed_command_has_lent(process: int) -> None:
+    Path(f"/proc/{process}/timerslack_ns").write_text("777")
+    command = [sys.executable, "-c", KILLED, str(process)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        watch = int(child.stdout.readline())
+        # It has looked at the process when it waits for its standard input.
+        wait_until(lambda: Path(f"/proc/{watch}/syscall").read_text().startswith("0 0x0 "), 10, "it waits")
+        child.communicate("\n", timeout=30)
+    assert child.returncode == -signal.SIGKILL
+    wait_until(lambda: os.sched_getscheduler(process) == os.SCHED_OTHER, 10, "the priority is taken back")
+    wait_until(lambda: slack(process) == "777", 10, "and the timer slack is given back")
+    wait_until(lambda: not Path(f"/proc/{watch}").exists(), 10, "it ends")
+
+
+def test_watch_ends_with_the_hop_and_changes_nothing(process: int) -> None:
+    os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(5))
+    watch = Watch.start(process, 2**22 + 1)
+    asyncio.run(watch.close())
+    assert os.sched_getscheduler(process) == os.SCHED_FIFO
