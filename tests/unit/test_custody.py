@@ -337,6 +337,13 @@ def test_another_emulator(custody: Custody) -> None:
     assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /old qemu"
 
 
+def test_a_second_restore_is_told_to_be_one(custody: Custody, tmp_path: Path) -> None:
+    custody.state = State.WAITING
+    assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /opt/qemu"
+    custody.state = State.WAITING
+    assert run(ask(custody, f"hook restore begin {UUID}")) == "again /opt/qemu"
+
+
 # -- what outlives a keeper ------------------------------------------------------------------------
 
 

@@ -112,3 +112,40 @@ def test_without_interfaces() -> None:
     xml = PLAIN.replace("</devices>", f"{interface}<interface type='user'/>\n  </devices>")
     assert domain_xml.without_interfaces(xml).split() == PLAIN.split()
     assert domain_xml.without_interfaces(PLAIN) == PLAIN
+
+
+DISPLAYS = """
+    <graphics type='vnc' port='-1' autoport='yes'><listen type='address'/></graphics>
+    <graphics type='spice' autoport='yes'/>
+    <graphics type='vnc' port='5999' autoport='no'/>
+    <graphics type='vnc' socket='/run/vnc'/>
+  </devices>"""
+LIVE = """<domain><devices>
+  <graphics type='vnc' port='5901' autoport='yes' websocket='5700'/>
+  <graphics type='spice' port='5902' tlsPort="5903" autoport='yes'/>
+  <graphics type='vnc' port='5999' autoport='no'/><graphics type='vnc' socket='/run/vnc'/>
+</devices></domain>"""
+
+
+def test_displays_keep_their_ports_until_they_are_somebody_elses() -> None:
+    xml = PLAIN.replace("\n  </devices>", DISPLAYS)
+    ports = domain_xml.ports(LIVE)
+    assert ports == [{"port": "5901"}, {"port": "5902", "tlsPort": "5903"}, {"port": "5999"}, {}]
+    pinned = domain_xml.for_destination(xml, "/opt/qemu", ENVIRONMENT, "/run/qmp", ports)
+    assert domain_xml.ports(pinned) == ports
+    assert pinned.count("autoport='no'") == 3
+    again = domain_xml.with_chosen_ports(pinned)
+    assert again.count("autoport='yes'") == xml.count("autoport='yes'") == 2
+    assert domain_xml.ports(again) == ports  # which libvirt does not look at then
+    # The next hop.
+    assert domain_xml.without_additions(pinned).count("autoport='yes'") == 2
+    assert "SEVHOP" not in domain_xml.without_additions(pinned)
+    assert domain_xml.for_destination(pinned, "/opt/qemu", ENVIRONMENT, "/run/qmp", ports) == pinned
+
+
+def test_without_ports_nothing_is_kept() -> None:
+    xml = PLAIN.replace("\n  </devices>", DISPLAYS)
+    for ports in ([], [{}, {}, {}, {}]):
+        added = domain_xml.for_destination(xml, "/opt/qemu", ENVIRONMENT, "/run/qmp", ports)
+        assert "SEVHOP_AUTOPORT" not in added
+        assert added.count("autoport='yes'") == 2

@@ -130,6 +130,19 @@ def test_restore_gets_the_keepers_emulator(keeper: FakeKeeper) -> None:
     assert printed == DESTINATION.replace("/usr/bin/qemu", "/opt/qemu")
 
 
+def test_restored_again_it_may_have_other_ports(keeper: FakeKeeper) -> None:
+    """Those that it had may be taken, and that may be why it failed."""
+    graphics = "<graphics type='vnc' port='5901' autoport='no'/></devices>"
+    mark = "<qemu:env name='SEVHOP_AUTOPORT' value='0'/></qemu:commandline>"
+    xml = IMAGE.replace("</devices>", graphics).replace("</qemu:commandline>", mark)
+    with keeper.alive():
+        for answer, autoport in (("ok /opt/qemu", "no"), ("again /opt/qemu", "yes")):
+            keeper.answer = answer
+            status, printed, _ = run(keeper, "web", "restore", "begin", "-", xml=xml)
+            assert (status, f"autoport='{autoport}'" in printed) == (0, True)
+            assert "<emulator>/opt/qemu</emulator>" in printed
+
+
 def test_only_a_restore_may_print(keeper: FakeKeeper) -> None:
     """libvirt reads whatever is printed as a new domain."""
     with keeper.alive():
@@ -216,14 +229,15 @@ def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: 
     assert status("a name with 'quotes' $(false)", "started", "begin", "-") == 0
 
 
-def test_a_renamed_one_is_found(keeper: FakeKeeper) -> None:
+def test_domain_that_was_renamed_is_found_by_its_uuid(keeper: FakeKeeper) -> None:
     (keeper.domains.parent / f"uuid-{UUID}").symlink_to("0123")
     keeper.answer = "no the guest is held"
     with keeper.alive():
-        for operation in ("prepare", "restore", "migrate"):
-            status, printed, reason = run(keeper, "renamed", operation, "begin", "-")
-            assert (status, printed, reason) == (1, "", "sevhop: the guest is held\n")
-        assert run(keeper, "other", "prepare", "begin", "-", xml=XML.replace(UUID[:8], "33333333"))[0] == 0
+        steps = ("prepare", "restore", "migrate")
+        answers = [run(keeper, "renamed", operation, "begin", "-") for operation in steps]
+        other = run(keeper, "other", "prepare", "begin", "-", xml=XML.replace(UUID[:8], "33333333"))
+    assert answers == [(1, "", "sevhop: the guest is held\n")] * 3
+    assert other == (0, "", "")
     assert len(keeper.asked) == 3
 
 
