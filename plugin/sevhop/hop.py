@@ -316,10 +316,11 @@ class Hop(Procedure):
             raise Refused(lost, "choose another version of QEMU, or one with these features")
         self._settings = await runtime_settings.read(source, self._source)
         theirs = await runtime_settings.read(destination, self._destination.process)
-        if found := runtime_settings.differences(self._settings, theirs):
-            raise Refused("; ".join(found), "give the destination what the source has now")
+        found = runtime_settings.differences(self._settings, theirs)
+        if found and not self._options.command:  # who gives a whole command line may want it so
+            raise Refused("; ".join(found), "give the destination's whole command line after --")
         notes = await runtime_settings.carry_over(self._settings, theirs, destination)
-        for note in filter(None, [gained, *notes]):
+        for note in filter(None, [gained, *found, *notes]):
             self._note(note)
 
     # -- the guest is stopped ----------------------------------------------------------------------

@@ -419,7 +419,7 @@ async def _threshold_steps(ours: Settings, theirs: Settings, monitor: Commands) 
         return []
     nodes = {
         (str(row["drv"]), str(row.get("file", ""))): str(row["node-name"])
-        for row in await monitor.execute("query-named-block-nodes", {"flat": True})
+        for row in await _answer(monitor, "query-named-block-nodes", {"flat": True}) or []
     }
     return [
         _Step(

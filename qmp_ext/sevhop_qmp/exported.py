@@ -80,7 +80,9 @@ def _programs(process: QemuProcess) -> Iterator[MemoryMapping]:
 
 def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) -> dict[bytes, tuple[int, bool]]:
     """Offsets of symbols from the beginning of a mapped program, and whether they are functions."""
-    path = Path(f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+    path = Path(f"/proc/{process.pid}/exe")  # which its user may open, too
+    if mapping.path != process.executable:
+        path = Path(f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}")
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
             return _symbols(text, names)

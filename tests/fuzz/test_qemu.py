@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from sevhop import command_line
+from sevhop import command_line, cpu_features, runtime_settings
 from sevhop.guest import SevContext, inspect
 from sevhop.keeper import Answers, Held
 from sevhop_qmp import adopt
@@ -68,6 +68,19 @@ def test_inspection_takes_any_answer(told: list[Any]) -> None:
     process = QemuProcess.open(os.getpid())
     try:
         ask(inspect(Liar(told), process))
+    finally:
+        process.close()
+
+
+@fuzzed(told=st.lists(answers, max_size=14))
+def test_settings_take_any_answer(told: list[Any]) -> None:
+    process = QemuProcess.open(os.getpid())
+    liars: list[Any] = [Liar(told) for _ in range(4)]
+    try:
+        ask(runtime_settings.read(liars[0], process))
+        ask(cpu_features.words(liars[1]))
+        ask(cpu_features.compare(liars[2], {"1 ECX": 1 << 5}, liars[2]))
+        ask(runtime_settings.pinned(["-device", "vmgenid"], liars[3]))
     finally:
         process.close()
 

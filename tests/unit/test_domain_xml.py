@@ -145,7 +145,8 @@ def test_displays_keep_their_ports_until_they_are_somebody_elses() -> None:
 
 def test_without_ports_nothing_is_kept() -> None:
     xml = PLAIN.replace("\n  </devices>", DISPLAYS)
-    for ports in ([], [{}, {}, {}, {}]):
+    none: list[list[dict[str, str]]] = [[], [{}, {}, {}, {}]]
+    for ports in none:
         added = domain_xml.for_destination(xml, "/opt/qemu", ENVIRONMENT, "/run/qmp", ports)
         assert "SEVHOP_AUTOPORT" not in added
         assert added.count("autoport='yes'") == 2
