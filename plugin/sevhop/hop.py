@@ -237,13 +237,16 @@ class Hop(Procedure):
         await self._start_destination()
         await self._compare()
         await self._carry_settings()
-        watch = Watch.start(self._source.pid, self._destination.process.pid)
-        self._resources.push_async_callback(watch.close)
+        self._watch_priorities()
         self._outgoing = await self._resources.enter_async_context(
             OutgoingState(self._source_monitor, self._incoming)
         )
         identity = self._surroundings.credentials
         await self._outgoing.arm(identity.uid, identity.gid)
+
+    def _watch_priorities(self) -> None:
+        watch = Watch.start(self._source.pid, self._destination.process.pid)
+        self._resources.push_async_callback(watch.close)
 
     async def _leave_run_mark(self) -> None:
         """Give the source the mark that tells whether the guest has run in the destination: it outlives all others."""
@@ -618,7 +621,13 @@ class Hop(Procedure):
     # -- behind the commit -------------------------------------------------------------------------
 
     async def _retire(self) -> None:
-        """Nothing here can hurt the guest."""
+        """
+        Nothing here can hurt the guest.
+
+        :raises NeedsRecover: the destination has ended. What is to become of the source depends on what had run there.
+        """
+        if not self._destination.process.alive:
+            raise NeedsRecover("retire: the new QEMU has ended")
         assert self._journal is not None
         self._destination.protect(self._journal.entry.oom_score_adj, self._note)
         self._unfinished = not await retire(
@@ -651,8 +660,12 @@ async def retire(
     :param timeout: seconds in which the source must have ended.
     :param note: told what went wrong; none of it matters to the guest.
     :return: whether the destination has been let go. Otherwise its sockets do not answer yet, and this should be
-        repeated.
+        repeated; or it has ended, and the source was left as it is.
     """
+    if not destination.process.alive:
+        note("the new QEMU has ended")
+        await destination.monitor.close()
+        return False
     if source is not None:
         plates.keep()
         source.kill()

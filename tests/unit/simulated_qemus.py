@@ -458,6 +458,11 @@ class SimulatedJournal:
                 {name: vars(fact) if isinstance(fact, Process) else fact for name, fact in facts.items()}
             )
 
+    @property
+    def entry(self) -> Entry:
+        assert self._world.entry is not None
+        return self._world.entry
+
     def end(self) -> None:
         if not self._actor.dead:
             self._world.entry = None
@@ -504,6 +509,7 @@ class SimulatedHop(Hop):
         status = "running" if world.running else "paused"
         self._guest = _Anything(state=status, context=SevContext("none"), vcpu_threads=frozenset())  # type: ignore[assignment]
         self._by_itself = world.running
+        self._arguments = Derived("/qemu", [])
         entry = Entry(
             kind="bare",
             guest="guest",
@@ -533,6 +539,12 @@ class SimulatedHop(Hop):
     async def _compare(self) -> None:
         self._carrier = _Carrier()  # type: ignore[assignment]
         self._theirs = self._guest
+
+    async def _carry_settings(self) -> None:
+        pass
+
+    def _watch_priorities(self) -> None:
+        pass
 
 
 class SimulatedRecovery:

@@ -29,7 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sevhop import hop as hop_module
-from sevhop.recover import End
+from sevhop.recover import End, Recovered
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.run_mark import RunState
@@ -65,11 +65,13 @@ class OneRunnableVmm(RuleBasedStateMachine):
         self.patch.setattr(gc, "freeze", lambda: None)
         self.patch.setattr(hop_module, "CONT_DEADLINE", 0.0)
 
-    @initialize(running=st.booleans())
-    def hop_begins(self, running: bool) -> None:
+    @initialize(running=st.sampled_from([True, True, True, False]), steps=st.integers(min_value=0, max_value=20))
+    def hop_begins(self, running: bool, steps: int) -> None:
+        """It is disturbed after so many steps only: most of what is of interest is there."""
         self.world = World(self.directory / "hop", running=running)
         self.hop = SimulatedHop(self.world)
         self.begin(self.hop.actor, self.hop.run())
+        self.hop_goes_on(steps)
 
     # -- the machinery -----------------------------------------------------------------------------
 
@@ -129,7 +131,8 @@ class OneRunnableVmm(RuleBasedStateMachine):
     def hop_goes_on(self, steps: int) -> None:
         for _ in range(steps):
             self.step(self.hop.actor)
-            self.destination_goes_on(1)
+            self.world.destination_step(not self.hopping)
+            self.turn()
 
     @precondition(lambda self: self.hopping)
     @rule()
@@ -165,6 +168,7 @@ class OneRunnableVmm(RuleBasedStateMachine):
 
     # -- the destination ---------------------------------------------------------------------------
 
+    @precondition(lambda self: self.destination_lives())
     @rule(steps=few)
     def destination_goes_on(self, steps: int) -> None:
         for _ in range(steps):
@@ -220,6 +224,10 @@ class OneRunnableVmm(RuleBasedStateMachine):
     def source_is_killed(self) -> None:
         self.world.die(self.world.source)
 
+    @rule()
+    def time_passes(self) -> None:
+        self.turn()
+
     # -- what holds --------------------------------------------------------------------------------
 
     @invariant()
@@ -245,24 +253,15 @@ class OneRunnableVmm(RuleBasedStateMachine):
     def comes_to_a_good_end(self) -> None:
         """When nothing happens any more, and recover is run, the guest is where somebody had it."""
         world = self.world
-        for _ in range(_ENOUGH):
-            if self.destination is not None and self.destination.halted and not self.recovering:
-                self.destination.halted = False
-            moved = self.hopping and self.step(self.hop.actor)
-            moved |= self.recovering and self.step(self.recoveries[-1].actor)
-            moved |= world.destination_step(not self.hopping)
-            if not moved:
-                break
-        had = bool(world.holders())
+        self.all_goes_on()
+        if self.destination is not None and self.destination.halted:
+            self.recovers()
+            self.one_runs()
+            self.destination.halted = False
+            self.all_goes_on()
+        had, to_recover = bool(world.holders()), world.entry is not None
         undecided = world.mark is not None and world.mark.read() is RunState.STARTING
-        result = None
-        for _ in range(3):
-            if world.entry is None:
-                break
-            self.recovery_begins()
-            while self.step(self.recoveries[-1].actor):
-                pass
-            result = self.recoveries[-1].result
+        result = self.recovers()
         self.one_runs()
         assert not had or world.holders()
         if world.entry is not None:
@@ -270,10 +269,29 @@ class OneRunnableVmm(RuleBasedStateMachine):
             assert undecided, f"{self.recoveries[-1].stuck}"
             assert not self.destination_lives()
             return
-        if result is not None:
+        if result is not None and to_recover:
             assert (result.end is End.GONE) == (not had)
         if had and world.running and not self.stopped:
             assert [qemu for qemu in (world.source, self.destination) if qemu is not None and qemu.executes]
+
+
+    def all_goes_on(self) -> None:
+        for _ in range(_ENOUGH):
+            moved = self.hopping and self.step(self.hop.actor)
+            moved |= self.recovering and self.step(self.recoveries[-1].actor)
+            moved |= self.world.destination_step(not self.hopping)
+            if not moved:
+                break
+
+    def recovers(self) -> Recovered | None:
+        """:return: what the last recovery came to, if there was anything to recover."""
+        for _ in range(2):
+            if self.world.entry is None:
+                break
+            self.recovery_begins()
+            while self.step(self.recoveries[-1].actor):
+                pass
+        return self.recoveries[-1].result if self.recoveries and self.world.entry is None else None
 
 
 def test_one_runnable_vmm() -> None:
@@ -281,7 +299,7 @@ def test_one_runnable_vmm() -> None:
         OneRunnableVmm,
         settings=settings(
             max_examples=300,
-            stateful_step_count=30,
+            stateful_step_count=15,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
