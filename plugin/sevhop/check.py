@@ -219,6 +219,10 @@ def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
             )
         identity = Identity(Confinement.of(process), Thread.of(process.pid))
         new = preload.look(path, identity, inheritable(process.environment))
+    except preload.NotLoaded as err:
+        if guest.machine_type in err.emulator.machine_types:
+            return failed("emulator", err.message, err.hint, skipped=skipped)
+        new = err.emulator  # no matter whether it would
     except SevhopError as err:
         return failed("emulator", err.message, err.hint, skipped=skipped)
     was = process.on_disk

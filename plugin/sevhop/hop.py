@@ -113,6 +113,7 @@ class Hop(Procedure):
         super().__init__(str(options.source), listener)
         self._options = options
         self._undo = contextlib.AsyncExitStack()
+        self._slack = self._resources.enter_context(contextlib.ExitStack())
         self._hurry = self._resources.enter_context(contextlib.ExitStack())
         self._own_hurry = self._resources.enter_context(contextlib.ExitStack())
         self._by_itself = False
@@ -330,11 +331,11 @@ class Hop(Procedure):
 
     async def _freeze(self) -> None:
         self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
+        threads = self._source.threads
+        self._slack.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
         self._carrier.carry()  # once more, so that little is left, and what is to be done then has just been done
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
-        threads = self._source.threads
         readers = set(threads) - self._guest.vcpu_threads
-        self._hurry.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
         # Not all of the destination's: one may still be busy with its start, and would keep the guest waiting now.
         self._hurry.enter_context(urgent(self._destination.process.pid, *self._theirs.vcpu_threads))
         self._hurry_source([self._source.pid])

@@ -30,6 +30,21 @@ NAME = "library"
 _tried: dict[object, bool] = {}
 
 
+class NotLoaded(SevhopError):
+    """
+    The library does not get into an emulator.
+
+    :ivar emulator: what it is.
+    """
+
+    def __init__(self, emulator: Emulator, uid: int) -> None:
+        super().__init__(
+            f"{emulator.path} does not load {adopt.library_path()} as user {uid}",
+            "it must have no file capabilities and no setuid bit, and a script in front of it must keep LD_PRELOAD",
+        )
+        self.emulator = emulator
+
+
 def readable(user: Credentials) -> Finding:
     """Whether QEMU's user can read the library."""
     path = adopt.library_path()
@@ -53,7 +68,8 @@ def look(path: str, identity: Identity, environment: Mapping[str, str]) -> Emula
     It is started once for each user, and not again in this process unless a file has changed.
 
     :param environment: of the destination.
-    :raises SevhopError: it cannot be trusted, cannot be started, is not QEMU, or does not load the library.
+    :raises NotLoaded: it does not load the library.
+    :raises SevhopError: it cannot be trusted, cannot be started, or is not QEMU.
     """
     file = emulator.trusted(path)
     library = adopt.library_path()
@@ -72,10 +88,7 @@ def look(path: str, identity: Identity, environment: Mapping[str, str]) -> Emula
             raise SevhopError(f"{err.message}: {words}" if words else err.message, err.hint) from err
         _tried[key] = set(adopt.COMMANDS) <= commands
     if not _tried[key]:
-        raise SevhopError(
-            f"{path} does not load {library} as user {identity.confinement.uids[1]}",
-            "it must have no file capabilities and no setuid bit, and a script in front of it must keep LD_PRELOAD",
-        )
+        raise NotLoaded(emulator.look(path), identity.confinement.uids[1])
     return emulator.look(path)
 
 
