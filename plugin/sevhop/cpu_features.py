@@ -84,10 +84,9 @@ async def lost_behind(source: Commands, destination: Commands, present: Words) -
     if not families:
         return []
     with understood(source.name):
-        path = await _processor(source)
+        path, theirs = await _processor(source), await _processor(destination)
         rows = await source.execute("qom-list", {"path": path})
         names = [str(row["name"]) for row in rows if row["type"] == "bool" and str(row["name"]).startswith(families)]
-    theirs = await _processor(destination)
     ours, others = await asyncio.gather(_values(source, path, names), _values(destination, theirs, names))
     return [name for name in names if ours.get(name) and not others.get(name)]
 

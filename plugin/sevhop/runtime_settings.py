@@ -255,14 +255,16 @@ async def pinned(arguments: list[str], monitor: Commands) -> list[str]:
 
     :raises SevhopError: QEMU does not answer.
     """
-    answer = await _answer(monitor, "query-vm-generation-id")
-    if not answer:
+    with understood(monitor.name):
+        answer = await _answer(monitor, "query-vm-generation-id")
+        guid = str(answer["guid"]) if answer else ""
+    if not guid:
         return arguments
     words: list[str] = []
     for option in parse(arguments):
         props = properties(option.value or "")
         if option.name == "device" and props.get("", props.get("driver")) == "vmgenid":
-            words += ["-device", _with_generation(option.value or "", str(answer["guid"]))]
+            words += ["-device", _with_generation(option.value or "", guid)]
         else:
             words += option.words()
     return words
