@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sevhop.command_line import Derived
 from sevhop.destination import Destination
 from sevhop.guest import SevContext
 from sevhop.hop import Hop, Options

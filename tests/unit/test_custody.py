@@ -274,6 +274,7 @@ def test_destination_that_ends_behind_the_commit(
         custody._enter(State.COMMITTED)
         leave_mark(custody, RunState.RAN if ran else RunState.NOT)
         destination.kill()
+        destination.wait()
         heir = custody
         if keeper != "lives":
             heir = Custody(brief(), tmp_path, Held(None, {}))
@@ -283,7 +284,6 @@ def test_destination_that_ends_behind_the_commit(
         return heir
 
     heir = run(work())
-    # One that has run is over for whoever sees that first, and lost for whoever sees first that it has ended.
     assert heir.state is (State.LOST if ran else State.WAITING)
     assert heir.reason
 
