@@ -35,7 +35,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tenacity
-from qemu.qmp import EventListener
 from sevhop_qmp import adopt, device_state, move, ram_blocks
 from sevhop_qmp.device_state import IncomingState, OutgoingState
 from sevhop_qmp.errors import (
@@ -52,8 +51,9 @@ from sevhop_qmp.errors import (
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import check, command_line, guest
+from . import block_graph, check, command_line, guest
 from .destination import START_TIMEOUT, Destination, Surroundings
+from .disk_guard import DiskGuard
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
 from .events import Listener, MoveTried, ignore
 from .guest import ENCRYPTED_BLOCKS
@@ -61,6 +61,7 @@ from .journal import Entry, Process
 from .keeper import Held, Keeper
 from .name_plates import NamePlates
 from .procedure import Procedure, expected
+from .source_watch import SourceWatch
 from .urgency import urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
@@ -101,6 +102,7 @@ class Hop(Procedure):
         self._own_hurry = self._resources.enter_context(contextlib.ExitStack())
         self._by_itself = False
         self._loaded = False
+        self._spares_given_up = False
         self._moving = False
         self._committed = False
 
@@ -108,6 +110,7 @@ class Hop(Procedure):
         self._source: QemuProcess  # check
         self._source_monitor: Monitor  # check
         self._guest: guest.Guest  # check
+        self._watch: SourceWatch  # check
         self._working_directory: str  # check
         self._arguments: command_line.Derived  # check
         self._held: Held  # hold
@@ -116,11 +119,11 @@ class Hop(Procedure):
         self._keeper: Keeper  # prepare
         self._destination: Destination  # prepare
         self._theirs: guest.Guest  # prepare; the same in the destination
+        self._disks: DiskGuard  # prepare
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
         self._destination_vm: int  # prepare; not under TCG
-        self._resumes: EventListener  # freeze
         self._loading: asyncio.Future[None]  # load
 
     def _past_undoing(self) -> bool:
@@ -160,6 +163,7 @@ class Hop(Procedure):
             self._resources.callback(self._source.close)
             self.report.source_pid = self._source.pid
             self.report.source_version = self._source_monitor.version
+            self._watch = self._resources.enter_context(SourceWatch.begin(self._source_monitor))
             self._working_directory = self._source.working_directory
             verdict = await check.bare(self._source_monitor, self._source, options.emulator, options.command)
         except SevhopError as err:
@@ -242,6 +246,10 @@ class Hop(Procedure):
         theirs = self._theirs = await guest.inspect(self._destination.monitor, self._destination.process)
         if found := guest.differences(self._guest, theirs):
             raise Refused("; ".join(found), "give the destination the source's command line")
+        self._disks = await DiskGuard.over(self._source_monitor, self._source)
+        self._resources.callback(self._disks.close)
+        if found := await self._disks.differences(self._destination.monitor, self._destination.process, names=True):
+            raise Refused(found[0], "give the destination the disks that the guest has now, or try again")
         encrypted = frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
         pairs = ram_blocks.not_shared(self._guest.blocks, theirs.blocks, encrypted=encrypted)
         self._carrier = ram_blocks.Carrier(self._source, self._destination.process, pairs)
@@ -250,13 +258,16 @@ class Hop(Procedure):
     # -- the guest is stopped ----------------------------------------------------------------------
 
     async def _freeze(self) -> None:
-        self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
+        await self._look_again()
+        self._spares_given_up = True
+        self._spares_given_up = await self._disks.give_up_spares(self._source_monitor)
         self._carrier.carry()  # once more, so that little is left, and what is to be done then has just been done
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
         readers = set(self._source.threads) - self._guest.vcpu_threads
         # Not all of the destination's: one may still be busy with its start, and would keep the guest waiting now.
         self._hurry.enter_context(urgent(self._destination.process.pid, *self._theirs.vcpu_threads))
         self._hurry_source([self._source.pid])
+        self._watch.stopping()
         if self._guest.state == "running":
             self._begin_of_blackout()
             # The guest stands still by then, and a thread of the source reads the order to save. It goes before us.
@@ -271,6 +282,16 @@ class Hop(Procedure):
             self._hurry_source(readers)
             self._outgoing.begin(timeout=self._options.step_timeout)
         self._hurry_source(self._guest.vcpu_threads)
+
+    async def _look_again(self) -> None:
+        """
+        What was checked may have been changed by others while the destination was started.
+
+        :raises SevhopError: it has been.
+        """
+        await guest.see_unchanged(self._source_monitor, self._guest)
+        await self._disks.see_unchanged(self._source_monitor)
+        await self._watch.see_undisturbed()
 
     def _hurry_source(self, threads: Iterable[int]) -> None:
         self._hurry.enter_context(urgent(*threads, first=True))
@@ -290,6 +311,8 @@ class Hop(Procedure):
 
     async def _load(self) -> None:
         await self._see_source_untouched()
+        await self._disks.see_unchanged_when_stopped()
+        await self._disks.see_given_up(self._source_monitor, again=self._stopped_at is None)
         await self._outgoing.end(timeout=self._options.step_timeout)
         if self._by_itself:
             # What is left is the destination's to do. We would only stand in the way of the guest's processors.
@@ -315,8 +338,7 @@ class Hop(Procedure):
         self._remember(loaded=True)
 
     async def _see_source_untouched(self) -> None:
-        if await self._source_monitor.seen(self._resumes):
-            raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
+        await self._watch.see_stopped(was_running=self._stopped_at is not None)
 
     async def _commit(self) -> None:
         if self._committed:
@@ -399,6 +421,7 @@ class Hop(Procedure):
 
     async def _resume(self) -> None:
         if self._stopped_at is None:
+            await self._activate("the paused guest takes its disks when it is resumed, not now")
             return
         if self._by_itself:
             await self._loading
@@ -413,6 +436,17 @@ class Hop(Procedure):
         self._hurry.close()
         self._own_hurry.close()
         self._end_of_blackout()
+
+    async def _activate(self, otherwise: str) -> None:
+        """
+        Have the destination take images that it has no reason to take by itself.
+
+        :param otherwise: what is noted if it cannot.
+        """
+        try:
+            await block_graph.activate(self._destination.monitor)
+        except SevhopError as err:
+            self._note(f"{otherwise}: {err.message}")
 
     # -- putting back ------------------------------------------------------------------------------
 
@@ -443,13 +477,20 @@ class Hop(Procedure):
             await self._destination.kill()
 
     async def _continue_source(self) -> None:
-        if self._stopped_at is None or not self._source.alive:
+        if not hasattr(self, "_outgoing") or not self._source.alive:
             return
         if hasattr(self, "_destination") and self._destination.process.alive:
             raise SevhopError("the destination is still there, so the source stays paused")
-        await self._outgoing.abandon()
+        begun = await self._outgoing.abandon()
         self._hurry.close()
-        await let_run(self._source_monitor)
+        if self._stopped_at is not None and await self._watch.stopped_by_us():
+            await let_run(self._source_monitor)
+        elif begun:
+            # It has given up its images, but its guest is not ours to resume.
+            await block_graph.activate(self._source_monitor)
+            self._stopped_at = None
+        if self._spares_given_up:
+            await block_graph.activate(self._source_monitor)
 
     async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error in some phase."""
@@ -475,6 +516,8 @@ class Hop(Procedure):
 
     async def _retire(self) -> None:
         """Nothing here can hurt the guest."""
+        if self._disks.graph.spare():
+            await self._activate("block nodes that no device has are not in use")
         self._unfinished = not await retire(
             self._source,
             self._source_monitor,
@@ -531,6 +574,26 @@ async def retire(
         return False
     await destination.release()
     return True
+
+
+#: Run states in which a ``stop`` leaves a guest. In any other it is not ours to resume.
+_STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
+
+
+async def resume_source(monitor: Monitor, *, running: bool) -> None:
+    """
+    Give a source back to its owner that a hop may have stopped, with its disk images.
+
+    :param running: whether its guest ran before. One that has shut down since, or had an I/O error, stays as it is.
+    :raises SevhopError: it cannot go on.
+    """
+    status = await monitor.execute("query-status")
+    if running and status["status"] in _STOPPED:
+        await let_run(monitor)
+    elif not status["running"]:
+        await block_graph.activate(monitor)
+    if (await block_graph.read(monitor)).spare():
+        await block_graph.activate(monitor)
 
 
 async def let_run(monitor: Monitor) -> None:

@@ -21,10 +21,10 @@ from sevhop_qmp.errors import CommandError, MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import journal, run_directory
+from . import block_graph, journal, run_directory
 from .destination import Destination
 from .errors import NeedsRecover
-from .hop import let_run, retire
+from .hop import let_run, resume_source, retire
 from .journal import Entry, Journal, JournalError
 from .name_plates import NamePlates
 from .run_directory import HopUnderWay
@@ -209,6 +209,8 @@ class _Bare:
             if entry.running and not (await destination.monitor.execute("query-status"))["running"]:
                 await adopt.adopt_ram(destination.monitor)  # who would be asked otherwise has died
                 await let_run(destination.monitor)
+            elif not entry.running:
+                await block_graph.activate(destination.monitor)
             finished = await retire(
                 self._source,
                 monitor,
@@ -251,8 +253,7 @@ class _Bare:
         if monitor is None:
             raise NeedsRecover(f"its old QEMU (process {self._entry.source.pid}) has ended")
         async with monitor:
-            if self._entry.running and not (await monitor.execute("query-status"))["running"]:
-                await let_run(monitor)
+            await resume_source(monitor, running=self._entry.running)
             with contextlib.suppress(MonitorError, CommandError):
                 await monitor.remove_fds()
 

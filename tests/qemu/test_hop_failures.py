@@ -471,9 +471,14 @@ def test_source_that_hangs_for_a_while(guest: Guest, new: Path) -> None:
             assert wait_ended(hop.report.destination_pid, 30)
             os.kill(pid, signal.SIGCONT)
 
-        os.kill(pid, signal.SIGSTOP)
-        threads.append(threading.Thread(target=wake))
-        threads[0].start()
+        async def look_and_hang() -> None:
+            await look()
+            os.kill(pid, signal.SIGSTOP)
+            threads.append(threading.Thread(target=wake))
+            threads[0].start()
+
+        look = hop._look_again
+        hop._look_again = look_and_hang  # type: ignore[method-assign]
 
     with pytest.raises(Undone, match="did not answer stop within 1 s"):
         Meddler().run(guest, new, at="freeze", mischief=hang, timeout=1)
