@@ -17,7 +17,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from sevhop_qmp.errors import CommandError, SevhopError
 from sevhop_qmp.monitor import Commands, understood
@@ -115,12 +115,31 @@ class BlockGraph:
     nodes: dict[str, Node]
     exports: tuple[str, ...]
 
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """From what ``dataclasses.asdict`` has made of one, by way of JSON."""
+        return cls(
+            {key: Disk(**disk) for key, disk in fields["disks"].items()},
+            {
+                name: Node(**{**node, "bitmaps": tuple(Bitmap(**bitmap) for bitmap in node["bitmaps"])})
+                for name, node in fields["nodes"].items()
+            },
+            tuple(fields["exports"]),
+        )
+
     def below(self, root: str) -> Iterator[Node]:
         """A node and all below it, the node first."""
         node = self.nodes[root]
         yield node
         for child in node.children.values():
             yield from self.below(child)
+
+    def image_of(self, root: str) -> str:
+        """The file of the topmost image below a node, as QEMU names it."""
+        node = self.nodes[root]
+        while "file" in node.children:
+            node = self.nodes[node.children["file"]]
+        return node.filename
 
     def disk_of(self, name: str) -> str:
         """What to call a node in a message: the disk that it is part of, and its own name."""
@@ -319,6 +338,23 @@ class Images:
         """Let go of the process."""
         self.files.close()
 
+    def others_of(self, graph: BlockGraph, process: QemuProcess) -> list[str]:
+        """
+        The images of a destination that are not these, each with the name of its disk.
+
+        :param graph: the destination's.
+        """
+        theirs = Images(graph, process)
+        try:
+            ours = set(self.identities.values())
+            return [f"{where} is not open in the destination" for where in theirs.misplaced] + [
+                f"{graph.disk_of(name)}: {graph.nodes[name].filename} is not the file that the source has open"
+                for name, identity in theirs.identities.items()
+                if identity not in ours
+            ]
+        finally:
+            theirs.close()
+
     def allocated(self) -> dict[Identity, int]:
         """Bytes that each file takes on the disk, now."""
         return self.files.allocated()
@@ -390,7 +426,21 @@ async def activate(monitor: Commands) -> None:
 
     :raises SevhopError: it cannot have them.
     """
+    await _activate(monitor, await read(monitor))
+
+
+async def activate_spares(monitor: Commands) -> None:
+    """
+    Let a QEMU take back images that no device has, should there be any: it does not do that when its guest is resumed.
+
+    :raises SevhopError: it cannot have them.
+    """
     graph = await read(monitor)
+    if graph.spare():
+        await _activate(monitor, graph)
+
+
+async def _activate(monitor: Commands, graph: BlockGraph) -> None:
     if any(node.active is not None for node in graph.nodes.values()):
         # One by one: all at once passes over some of those that no device has (seen with QEMU 10.0).
         for name in graph.roots():

@@ -66,24 +66,7 @@ class DiskGuard:
         :param names: whether the names of block nodes matter.
         """
         theirs = await block_graph.read(monitor)
-        return block_graph.differences(self.graph, theirs, names=names) or self.other_images(theirs, process)
-
-    def other_images(self, graph: BlockGraph, process: QemuProcess) -> list[str]:
-        """
-        The images of a destination that are not the source's, each with the name of its disk.
-
-        :param graph: the destination's.
-        """
-        theirs = Images(graph, process)
-        try:
-            ours = set(self._images.identities.values())
-            return [f"{where} is not open in the destination" for where in theirs.misplaced] + [
-                f"{graph.disk_of(name)}: {graph.nodes[name].filename} is not the file that the source has open"
-                for name, identity in theirs.identities.items()
-                if identity not in ours
-            ]
-        finally:
-            theirs.close()
+        return block_graph.differences(self.graph, theirs, names=names) or self._images.others_of(theirs, process)
 
     async def see_unchanged(self, monitor: Commands) -> None:
         """

@@ -20,9 +20,10 @@ from pathlib import Path
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, run_directory, upgrade
+from . import block_graph, domain_xml, run_directory, upgrade
 from .domain import Connection, Domain
 from .errors import NeedsRecover
+from .hop import STOPPED
 from .journal import Entry, Journal
 from .keeper_process import KeeperError, KeeperProcess, State
 from .recover import End, Recovered
@@ -134,10 +135,17 @@ class _Interrupted:
     async def _go_on_in_source(self, source: QemuProcess) -> Recovered:
         source.thaw()  # a keeper that was killed may have left it halted
         domain = await self._domain()
-        if self._entry.running and not await domain.running():
+        monitor = await domain.monitor()
+        status = await monitor.execute("query-status")
+        # One that has shut down since, or had an I/O error, stays as it is.
+        ours = status["running"] or status["status"] in STOPPED
+        if self._entry.running and ours and not await domain.running():
             await domain.resume()
+        elif not status["running"]:
+            await block_graph.activate(monitor)
+        await block_graph.activate_spares(monitor)
         with contextlib.suppress(SevhopError):
-            await (await domain.monitor()).remove_fds()
+            await monitor.remove_fds()
         await self._let_go()
         return Recovered(self._entry.guest, End.SOURCE)
 

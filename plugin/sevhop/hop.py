@@ -577,7 +577,7 @@ async def retire(
 
 
 #: Run states in which a ``stop`` leaves a guest. In any other it is not ours to resume.
-_STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
+STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
 
 
 async def resume_source(monitor: Monitor, *, running: bool) -> None:
@@ -588,12 +588,11 @@ async def resume_source(monitor: Monitor, *, running: bool) -> None:
     :raises SevhopError: it cannot go on.
     """
     status = await monitor.execute("query-status")
-    if running and status["status"] in _STOPPED:
+    if running and status["status"] in STOPPED:
         await let_run(monitor)
     elif not status["running"]:
         await block_graph.activate(monitor)
-    if (await block_graph.read(monitor)).spare():
-        await block_graph.activate(monitor)
+    await block_graph.activate_spares(monitor)
 
 
 async def let_run(monitor: Monitor) -> None:

@@ -33,10 +33,12 @@ from dataclasses import dataclass
 from sevhop_qmp import adopt, move
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.kept_state import KeptState
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, emulator, guest, hook, journal
+from . import block_graph, check, domain_xml, emulator, guest, hook, journal
+from .block_graph import BlockGraph
+from .disk_guard import DiskGuard
 from .domain import NO_DOMAIN, RESTORE_TIMEOUT, Connection, Domain, DomainError, DomainMonitor
 from .domain_check import examine
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
@@ -92,6 +94,8 @@ class Upgrade(Procedure):
         self._options = options
         self._running = False
         self._stopped_as = ""
+        self._images_given_up = False
+        self._spares_given_up = False
         self._retiring = False
         self._retired = False
 
@@ -101,11 +105,13 @@ class Upgrade(Procedure):
         self._monitor: DomainMonitor  # check
         self._source: QemuProcess  # check
         self._guest: guest.Guest  # check
+        self._examined_disks: BlockGraph  # check
         self._xml: str  # check
         self._old: str  # check
         self._new: str  # check
         self._keeper: KeeperProcess  # hold
         self._piped: bool  # prepare
+        self._disks: DiskGuard  # prepare
         self._state: KeptState  # prepare
 
     def _past_undoing(self) -> bool:
@@ -162,6 +168,7 @@ class Upgrade(Procedure):
             first = failures[0]
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
         self._monitor, self._source, self._guest = examined.monitor, examined.process, examined.guest
+        self._examined_disks = examined.disks
         self._xml, self._old, self._new = examined.xml, examined.old, examined.new
         self.report.emulator = self._new
         self.report.context = self._guest.context.kind
@@ -203,6 +210,7 @@ class Upgrade(Procedure):
             emulator=self._new,
             context=self._guest.context,
             blocks=tuple(self._guest.blocks.values()),
+            disks=self._examined_disks,
             encrypted=tuple(self._encrypted()),
             move_deadline=self._options.move_deadline,
             step_timeout=self._options.step_timeout,
@@ -236,10 +244,18 @@ class Upgrade(Procedure):
         self._piped = emulator.look(self._new).wants_pipe
         self._state = await self._resources.enter_async_context(KeptState(self._monitor, self._guest.machine_type))
         await self._state.arm()
+        self._disks = await DiskGuard.over(self._monitor, self._source)
+        self._resources.callback(self._disks.close)
+        # The keeper has the disks as they were when the domain was examined, and compares the destination's with these.
+        if found := block_graph.changes(self._examined_disks, self._disks.graph):
+            raise SevhopError(f"{found} was changed by somebody else", "try again")
 
     # -- the guest is stopped ----------------------------------------------------------------------
 
     async def _freeze(self) -> None:
+        await self._disks.see_unchanged(self._monitor)
+        self._spares_given_up = True
+        self._spares_given_up = await self._disks.give_up_spares(self._monitor)
         # Somebody may have paused it since it was examined: then it stays so.
         self._running = bool((await self._monitor.execute("query-status"))["running"])
         if self._running:
@@ -251,6 +267,9 @@ class Upgrade(Procedure):
         if status["running"]:
             raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
         self._stopped_as = status["status"]
+        if self._stopped_as not in check.HOPPABLE_STATES:
+            self._stopped_at = None  # something else has stopped it, and it is not ours to resume
+            raise SevhopError(f"the guest is {self._stopped_as}", "a guest can hop while it runs or is paused")
 
     async def _see_source_stopped(self) -> None:
         """That of a guest which ran again until its state was saved would be another."""
@@ -265,11 +284,13 @@ class Upgrade(Procedure):
 
     async def _save(self) -> None:
         keeping = asyncio.ensure_future(self._keeper.keep_blocks())
+        self._images_given_up = True
         try:
             stream = await self._state.save(timeout=self._options.step_timeout)
         finally:
             await asyncio.wait({keeping})
         keeping.result()
+        await self._disks.see_given_up(self._monitor, again=not self._running)
         environment = adopt.environment(self._keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
         xml = domain_xml.for_destination(self._xml, self._new, environment, str(self._keeper.monitor))
         try:
@@ -285,6 +306,7 @@ class Upgrade(Procedure):
         with _left_open(self._connections_of_libvirt()):
             try:
                 await self._see_source_stopped()
+                await self._disks.see_unchanged_when_stopped()
                 await self._see_domain_unchanged()
             except SevhopError:
                 # One that has ended by itself, now that everything is saved, is not needed any more. Unless there are
@@ -416,6 +438,7 @@ class Upgrade(Procedure):
                     await self._domain.find_again()
             if self._stopped_at is not None:
                 await self._domain.resume()
+            await self._take_images_back(self._monitor)
         except SevhopError as err:
             if self._stopped_at is not None and not await self._runs_again():
                 raise NeedsRecover(
@@ -429,8 +452,14 @@ class Upgrade(Procedure):
             if self._stopped_at is not None:
                 await monitor.execute("cont")
                 self._end_of_blackout()
+            await self._take_images_back(monitor)
             if hasattr(self, "_state"):
                 await self._state.take_back(monitor)
+
+    async def _take_images_back(self, source: Commands) -> None:
+        """Those of a guest that is not resumed, which would take them."""
+        if self._spares_given_up or (self._images_given_up and self._stopped_at is None):
+            await block_graph.activate(source)
 
     def _libvirt_monitor(self) -> str:
         """The socket's path, as it is called from here."""
