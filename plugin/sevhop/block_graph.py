@@ -157,6 +157,15 @@ class BlockGraph:
         """The nodes that devices have, topmost and below. No other can be written to."""
         return {node.name for disk in self.disks.values() if disk.root for node in self.below(disk.root)}
 
+    def bitmaps(self) -> dict[tuple[str, str], str]:
+        """Dirty bitmaps that are in an image and can be used: by image and name, what to call them in a message."""
+        return {
+            (node.filename, bitmap.name): f"dirty bitmap {bitmap.name} of {self.disk_of(node.name)}"
+            for node in self.nodes.values()
+            for bitmap in node.bitmaps
+            if bitmap.persistent and not bitmap.inconsistent
+        }
+
     def spare(self) -> set[str]:
         """The topmost nodes that no device has."""
         return set(self.roots()) - {disk.root for disk in self.disks.values()}

@@ -33,11 +33,12 @@ _SERVICE = re.compile(r"\.service(/|$)")
 @dataclass(frozen=True)
 class Verdict:
     """
-    What a check came to: the tree, the guest as it was found, and the command line for its destination.
+    What a check came to: the tree, the guest and its disks as they were found, and the destination's command line.
     """
 
     tree: Finding
     guest: Guest
+    disks: BlockGraph
     arguments: command_line.Derived
 
 
@@ -61,7 +62,7 @@ async def bare(
         arguments = await _with_present_disks(
             command_line.derive(program, source[1:], secrets.token_hex(4)), graph, monitor
         )
-    return Verdict(_examine(guest, process, arguments, finding), guest, arguments)
+    return Verdict(_examine(guest, process, arguments, finding), guest, graph, arguments)
 
 
 async def _with_present_disks(

@@ -173,7 +173,13 @@ class Hop(Procedure):
         self.report.emulator = self._arguments.emulator
         self.report.guest = self._guest.name
         self.report.context = self._guest.context.kind
-        self._by_itself = self._guest.state == "running" and self._guest.context.kind == "none"
+        self._by_itself = (
+            self._guest.state == "running"
+            and self._guest.context.kind == "none"
+            # A QEMU that lets the guest run by itself takes the images first, and marks dirty bitmaps in there as in
+            # use. If it was ended then, they could not be used any more.
+            and not verdict.disks.bitmaps()
+        )
         if failures := verdict.tree.failures():
             first = failures[0]
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
@@ -427,7 +433,7 @@ class Hop(Procedure):
             await self._loading
         else:
             try:
-                await let_run(self._destination.monitor)
+                await self._let_run()
             except MonitorError as err:
                 if not self._committed:
                     raise
@@ -436,6 +442,33 @@ class Hop(Procedure):
         self._hurry.close()
         self._own_hurry.close()
         self._end_of_blackout()
+
+    async def _let_run(self) -> None:
+        """Tell the destination to run. Without an SEV context that is the commit, and what it says to the keeper."""
+        if self._committed:
+            await let_run(self._destination.monitor)
+            return
+        await asyncio.sleep(0)  # who has interrupted us is heard now, or comes too late
+        self._moving = True  # from here on it must not be killed: it takes the images
+        try:
+            await self._destination.monitor.execute("cont")
+        finally:
+            self._moving = False
+        if not self._keeper.forbid():
+            raise StateError("the destination does not let the guest run")
+        self._commit_is_done()
+
+    async def _note_bitmaps(self, monitor: Monitor) -> None:
+        """Tell of dirty bitmaps that have not come through: a backup must not rely on them."""
+        expected_ones = self._disks.graph.bitmaps()
+        if expected_ones:
+            try:
+                lost = expected_ones.keys() - (await block_graph.read(monitor)).bitmaps().keys()
+            except SevhopError as err:
+                self._note(f"the dirty bitmaps were not looked at: {err.message}")
+                return
+            for key in sorted(lost):
+                self._note(f"{expected_ones[key]} cannot be used any more: the next backup must be a full one")
 
     async def _activate(self, otherwise: str) -> None:
         """
@@ -474,6 +507,11 @@ class Hop(Procedure):
 
     async def _kill_destination(self) -> None:
         if hasattr(self, "_destination"):
+            if hasattr(self, "_disks") and self._loaded and self._disks.graph.bitmaps():
+                # It may have taken the images, and ends in good order: it leaves the bitmaps as they were.
+                with contextlib.suppress(MonitorError, CommandError):
+                    await self._destination.monitor.execute("quit")
+                    await self._destination.process.wait(self._options.step_timeout)
             await self._destination.kill()
 
     async def _continue_source(self) -> None:
@@ -491,6 +529,8 @@ class Hop(Procedure):
             self._stopped_at = None
         if self._spares_given_up:
             await block_graph.activate(self._source_monitor)
+        if begun:
+            await self._note_bitmaps(self._source_monitor)
 
     async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error in some phase."""
@@ -518,6 +558,7 @@ class Hop(Procedure):
         """Nothing here can hurt the guest."""
         if self._disks.graph.spare():
             await self._activate("block nodes that no device has are not in use")
+        await self._note_bitmaps(self._destination.monitor)
         self._unfinished = not await retire(
             self._source,
             self._source_monitor,

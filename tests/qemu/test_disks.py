@@ -19,6 +19,7 @@ import pytest
 from guests.running import Guest, wait_until
 from sevhop.errors import Refused, Undone
 from sevhop.hop import Hop
+from sevhop_qmp.errors import CommandError
 from sevhop_qmp.monitor import Monitor
 
 from .conftest import DescribeCounter, StartGuest
@@ -423,3 +424,108 @@ def test_paused_guest_has_its_disks_after_a_hop_that_was_undone(
     works_on_its_disk(guest, "third")
     guest.execute("cont")
     assert_unharmed(guest)
+
+
+# -- dirty bitmaps -----------------------------------------------------------------------------------
+
+
+def bitmap(guest: Guest) -> dict[str, Any]:
+    """The only one of the disk."""
+    (found,) = disk(guest)["inserted"]["dirty-bitmaps"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def recorded(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Guest:
+    """A guest that has written something since its last backup."""
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(3)
+    guest.execute("block-dirty-bitmap-add", node="disk", name="backup", persistent=True)
+    write(guest, 0x11)
+    assert bitmap(guest)["count"] == 65536
+    return guest
+
+
+def test_persistent_bitmap_records_on(recorded: Guest, old: Path, new: Path) -> None:
+    for number, emulator in enumerate((new, old), 2):
+        hop(recorded, emulator)
+        found = bitmap(recorded)
+        assert (found["persistent"], found["recording"], found.get("inconsistent")) == (True, True, None)
+        io(recorded, f"write -P 1 {number}M 64k")
+        assert bitmap(recorded)["count"] == number * 65536
+    assert_unharmed(recorded)
+
+
+def interrupted(engine: Hop) -> None:
+    assert engine.interrupt()
+
+
+def disk_is_locked(engine: Hop) -> None:
+    """Somebody else has the disk when the destination takes its images."""
+    execute = engine._destination.monitor.execute
+
+    async def and_lock(command: str, *arguments: Any, **named: Any) -> Any:
+        if command != "cont":
+            return await execute(command, *arguments, **named)
+        raise CommandError("cont", 'Failed to get "write" lock')
+
+    engine._destination.monitor.execute = and_lock  # type: ignore[method-assign]
+
+
+def images_are_taken(engine: Hop) -> None:
+    """The destination takes its images, and then it is too late for it to run."""
+    execute = engine._destination.monitor.execute
+
+    async def take(command: str, *arguments: Any, **named: Any) -> Any:
+        if command != "cont":
+            return await execute(command, *arguments, **named)
+        await execute("blockdev-set-active", {"active": True})
+        raise CommandError("cont", "it does not")
+
+    engine._destination.monitor.execute = take  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("mischief", [interrupted, disk_is_locked, images_are_taken])
+def test_persistent_bitmap_stays_usable_when_a_hop_is_undone(
+    mischief: Callable[[Hop], None], recorded: Guest, new: Path
+) -> None:
+    pid = recorded.pid
+    meddler = Meddler()
+    with pytest.raises(Undone):
+        meddler.run(recorded, new, at="resume", mischief=mischief)
+    assert meddler.hop.report.notes == []
+    assert recorded.pid == pid
+    found = bitmap(recorded)
+    assert (found["persistent"], found["count"], found.get("inconsistent")) == (True, 65536, None)
+    assert_unharmed(recorded)
+
+
+def test_bitmap_that_is_lost_is_reported(recorded: Guest, new: Path) -> None:
+    """A destination that has taken the images is killed before it can give them up."""
+
+    def kill(engine: Hop) -> None:
+        images_are_taken(engine)
+        taking = engine._destination.monitor.execute
+
+        async def take_and_die(command: str, *arguments: Any, **named: Any) -> Any:
+            try:
+                return await taking(command, *arguments, **named)
+            except CommandError:
+                kill_destination(engine)
+                raise
+
+        engine._destination.monitor.execute = take_and_die  # type: ignore[method-assign]
+
+    meddler = Meddler()
+    with pytest.raises(Undone):
+        meddler.run(recorded, new, at="resume", mischief=kill)
+    (note,) = meddler.hop.report.notes
+    assert "dirty bitmap backup of disk disk cannot be used any more" in note
+    assert_unharmed(recorded)
+
+
+def test_bitmap_that_is_in_no_image_is_refused(recorded: Guest, old: Path, new: Path) -> None:
+    recorded.execute("block-dirty-bitmap-add", node="disk", name="passing")
+    assert "the dirty bitmap passing is in no image" in refused(recorded, new)
+    assert_unharmed(recorded)
