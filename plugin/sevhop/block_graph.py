@@ -26,6 +26,8 @@ from sevhop_qmp.process import QemuProcess
 
 #: Drivers of nodes that are a file or a block device of the host.
 FILE_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
+#: Drivers of nodes that are on a server.
+_REMOTE_DRIVERS = frozenset({"ftp", "ftps", "gluster", "http", "https", "iscsi", "nbd", "nfs", "rbd", "ssh"})
 #: How often the graph is read when others are changing it.
 _ATTEMPTS = 3
 #: How the names of those nodes begin which QEMU has named in the source, and sevhop in the destination.
@@ -156,6 +158,14 @@ class BlockGraph:
     def used(self) -> set[str]:
         """The nodes that devices have, topmost and below. No other can be written to."""
         return {node.name for disk in self.disks.values() if disk.root for node in self.below(disk.root)}
+
+    def remote(self) -> str:
+        """Which disk is reached by which protocol, if one is on a server; otherwise empty."""
+        for name in self.used():
+            node = self.nodes[name]
+            if not node.children and node.driver in _REMOTE_DRIVERS:
+                return f"{self.disk_of(name)} is reached by {node.driver}"
+        return ""
 
     def bitmaps(self) -> dict[tuple[str, str], str]:
         """Dirty bitmaps that are in an image and can be used: by image and name, what to call them in a message."""

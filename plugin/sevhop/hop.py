@@ -110,6 +110,7 @@ class Hop(Procedure):
         self._source: QemuProcess  # check
         self._source_monitor: Monitor  # check
         self._guest: guest.Guest  # check
+        self._checked_disks: block_graph.BlockGraph  # check
         self._watch: SourceWatch  # check
         self._working_directory: str  # check
         self._arguments: command_line.Derived  # check
@@ -169,6 +170,7 @@ class Hop(Procedure):
         except SevhopError as err:
             raise Refused(err.message, err.hint) from err
         self._guest = verdict.guest
+        self._checked_disks = verdict.disks
         self._arguments = verdict.arguments
         self.report.emulator = self._arguments.emulator
         self.report.guest = self._guest.name
@@ -214,7 +216,12 @@ class Hop(Procedure):
         # Undoing goes backwards: first the destination is ended, then the source goes on if it was stopped.
         self._undo.push_async_callback(self._continue_source)
         self._undo.push_async_callback(self._kill_destination)
-        await self._start_destination()
+        try:
+            await self._start_destination()
+        except SevhopError as err:
+            if not (remote := self._checked_disks.remote()):
+                raise
+            raise SevhopError(f"{err.message}; {remote}, whose server may take one client only", err.hint) from err
         await self._compare()
         self._outgoing = await self._resources.enter_async_context(
             OutgoingState(self._source_monitor, self._incoming)

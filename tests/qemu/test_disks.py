@@ -352,6 +352,42 @@ def test_block_job_begun_while_a_hop_is_prepared(
     assert_unharmed(guest)
 
 
+@pytest.mark.parametrize("locking", ["", ",locking=off"])
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_disk_that_the_source_does_not_give_up(
+    locking: str,
+    version: str,
+    tmp_path: Path,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+) -> None:
+    """An export is added after the last look. QEMU 7.2 fails to save then, QEMU 10 does not say a word."""
+    ours, other = (old, new) if version == "old" else (new, old)
+    second, more = with_second_monitor(tmp_path)
+    path = image(tmp_path / "second.raw", "raw")
+    more += ("-blockdev", f"driver=file,node-name=second,filename={path}{locking}")
+    guest = start(counter_machine(more=(*more, "-device", "virtio-blk-pci,drive=second,share-rw=on")), ours)
+    guest.wait_for_ticks(3)
+    pid = guest.pid
+    address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    export = {"type": "nbd", "id": "backup", "node-name": "second", "writable": True}
+
+    def late(engine: Hop) -> None:
+        async def look() -> None:
+            await looks()
+            on(second, ("nbd-server-start", {"addr": address}), ("block-export-add", export))(engine)
+
+        looks = engine._look_again
+        engine._look_again = look  # type: ignore[method-assign]
+
+    with pytest.raises(Undone, match="given up disk second" if version == "new" else "cannot save its device state"):
+        Meddler().run(guest, other, at="freeze", mischief=late)
+    assert guest.pid == pid
+    assert_unharmed(guest)
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_guest_that_somebody_stops_stays_stopped(
     late: bool, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
@@ -529,3 +565,36 @@ def test_bitmap_that_is_in_no_image_is_refused(recorded: Guest, old: Path, new: 
     recorded.execute("block-dirty-bitmap-add", node="disk", name="passing")
     assert "the dirty bitmap passing is in no image" in refused(recorded, new)
     assert_unharmed(recorded)
+
+
+# -- disks on a server -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_disk_of_an_nbd_server(
+    clients: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+) -> None:
+    """One that serves a single client, which is the default of qemu-nbd, keeps the second one waiting."""
+    directory = tmp_path_factory.mktemp("server")
+    path = directory / "nbd"
+    more = ("-blockdev", f"driver=nbd,node-name=far,server.type=unix,server.path={path}")
+    serve = ["qemu-nbd", "--persistent", f"--shared={clients}", "--format=raw", f"--socket={path}"]
+    with subprocess.Popen([*serve, image(directory / "far.raw", "raw")], stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_until(path.exists, 30, "the server listens")
+            guest = start(counter_machine(more=(*more, "-device", "virtio-blk-pci,drive=far,id=disk1")), old)
+            write(guest, 0x11)
+            if clients == 1:
+                with pytest.raises(Undone, match="disk disk1 is reached by nbd"):
+                    Meddler().run(guest, new, start_timeout=3)
+            else:
+                hop(guest, new)
+            assert reads(guest, 0x11)
+            assert_unharmed(guest)
+        finally:
+            server.terminate()
