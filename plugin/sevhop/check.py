@@ -117,11 +117,8 @@ def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> Finding:
             f"an export ({graph.exports[0]}) lets others have a disk, and ends with the old QEMU",
             "remove it (QMP block-export-del)",
         )
-    used = graph.used()
     for node in graph.nodes.values():
         where = graph.disk_of(node.name)
-        if node.active is False and node.name in used:
-            return failed(name, f"{where}: its image is not in use", "resume the guest once; that takes the image")
         for bitmap in node.bitmaps:
             if not bitmap.persistent and not bitmap.inconsistent:
                 return failed(

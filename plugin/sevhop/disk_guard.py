@@ -135,6 +135,21 @@ class DiskGuard:
                 if node.active and not node.read_only:
                     raise StateError(f"the source has not given up {graph.disk_of(node.name)}")
 
+    async def lost_bitmaps(self, monitor: Commands) -> list[str]:
+        """
+        Which dirty bitmaps have not come through, in a QEMU that has the images now: a backup must not rely on them.
+
+        :return: a sentence for each.
+        """
+        before = self.graph.bitmaps()
+        if not before:
+            return []
+        try:
+            lost = before.keys() - (await block_graph.read(monitor)).bitmaps().keys()
+        except SevhopError as err:
+            return [f"the dirty bitmaps were not looked at: {err.message}"]
+        return [f"{before[key]} cannot be used any more: the next backup must be a full one" for key in sorted(lost)]
+
     def _unseen(self, node: Node) -> bool:
         """Whether a QEMU that reports it must be asked for a node: one that is written to, without a lock."""
         if node.active is None or node.read_only or node.children or node.driver in _NOTHING:

@@ -165,6 +165,9 @@ class _Interrupted:
                     f"{reason}; in the old emulator: {again.message}",
                     f"the guest is held; try again with: virsh restore {keeper.image}",
                 ) from again
+            if not self._entry.running:
+                with contextlib.suppress(SevhopError):
+                    await block_graph.activate(await (await self._domain()).monitor())
             await self._let_go()
             return Recovered(self._entry.guest, End.SOURCE, f"in a new process, since {reason}")
         return await self._define()
@@ -175,6 +178,9 @@ class _Interrupted:
             await upgrade.define(self._connection, self._entry.guest, self._entry.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = f"the persistent definition still has the old emulator: {err}"
+        if not self._entry.running:
+            with contextlib.suppress(SevhopError):  # then it takes its images when it is resumed
+                await block_graph.activate(await (await self._domain()).monitor())
         await self._let_go()
         return Recovered(self._entry.guest, End.DESTINATION, note)
 

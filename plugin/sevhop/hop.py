@@ -261,7 +261,11 @@ class Hop(Procedure):
             raise Refused("; ".join(found), "give the destination the source's command line")
         self._disks = await DiskGuard.over(self._source_monitor, self._source)
         self._resources.callback(self._disks.close)
-        if found := await self._disks.differences(self._destination.monitor, self._destination.process, names=True):
+        # Who gives a command line of their own may name block nodes as they like.
+        found = await self._disks.differences(
+            self._destination.monitor, self._destination.process, names=not self._options.command
+        )
+        if found:
             raise Refused(found[0], "give the destination the disks that the guest has now, or try again")
         encrypted = frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
         pairs = ram_blocks.not_shared(self._guest.blocks, theirs.blocks, encrypted=encrypted)
@@ -466,16 +470,8 @@ class Hop(Procedure):
         self._commit_is_done()
 
     async def _note_bitmaps(self, monitor: Monitor) -> None:
-        """Tell of dirty bitmaps that have not come through: a backup must not rely on them."""
-        expected_ones = self._disks.graph.bitmaps()
-        if expected_ones:
-            try:
-                lost = expected_ones.keys() - (await block_graph.read(monitor)).bitmaps().keys()
-            except SevhopError as err:
-                self._note(f"the dirty bitmaps were not looked at: {err.message}")
-                return
-            for key in sorted(lost):
-                self._note(f"{expected_ones[key]} cannot be used any more: the next backup must be a full one")
+        for text in await self._disks.lost_bitmaps(monitor):
+            self._note(text)
 
     async def _activate(self, otherwise: str) -> None:
         """

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sevhop_qmp import adopt, move
-from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands, Monitor
 from sevhop_qmp.process import QemuProcess
@@ -248,7 +248,7 @@ class Upgrade(Procedure):
         self._resources.callback(self._disks.close)
         # The keeper has the disks as they were when the domain was examined, and compares the destination's with these.
         if found := block_graph.changes(self._examined_disks, self._disks.graph):
-            raise SevhopError(f"{found} was changed by somebody else", "try again")
+            raise SevhopError(f"somebody else has changed the domain: {found}", "try again")
 
     # -- the guest is stopped ----------------------------------------------------------------------
 
@@ -290,7 +290,11 @@ class Upgrade(Procedure):
         finally:
             await asyncio.wait({keeping})
         keeping.result()
-        await self._disks.see_given_up(self._monitor, again=not self._running)
+        try:
+            await self._disks.see_given_up(self._monitor, again=not self._running)
+        except StateError:
+            await self._see_source_stopped()  # one that runs gives up nothing
+            raise
         environment = adopt.environment(self._keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
         xml = domain_xml.for_destination(self._xml, self._new, environment, str(self._keeper.monitor))
         try:
@@ -344,6 +348,19 @@ class Upgrade(Procedure):
                 raise SevhopError(reason or err.message) from err
         self._end_of_blackout()
         await self._look()
+        if not self._running:
+            await self._activate()
+        if self._disks.graph.bitmaps():
+            with contextlib.suppress(SevhopError):
+                for text in await self._disks.lost_bitmaps(await self._domain.monitor()):
+                    self._note(text)
+
+    async def _activate(self) -> None:
+        """A QEMU that is restored paused has not taken its images (10.0), and would not until it is resumed."""
+        try:
+            await block_graph.activate(await self._domain.monitor())
+        except SevhopError as err:
+            self._note(f"the paused guest takes its disks when it is resumed, not now: {err.message}")
 
     async def _arrived_all_the_same(self) -> bool:
         """
@@ -460,6 +477,9 @@ class Upgrade(Procedure):
         """Those of a guest that is not resumed, which would take them."""
         if self._spares_given_up or (self._images_given_up and self._stopped_at is None):
             await block_graph.activate(source)
+        if self._images_given_up:
+            for text in await self._disks.lost_bitmaps(source):
+                self._note(text)
 
     def _libvirt_monitor(self) -> str:
         """The socket's path, as it is called from here."""

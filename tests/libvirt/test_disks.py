@@ -133,10 +133,12 @@ def test_paused_guest_has_its_disks_when_its_upgrade_was_undone(
     if how == "killed":
         assert "runs in the old QEMU" in daemon.sevhop("recover").stdout
     assert guest.state == "paused"
-    writes = daemon.run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", IMAGES / f"{guest.name}.qcow2")
-    assert writes.returncode != 0, "its disk is locked"
+    write = ("qemu-io", "-f", "qcow2", "-c", "write 0 64k", IMAGES / f"{guest.name}.qcow2")
+    assert daemon.run(*write).returncode != 0, "its disk is locked"
     report = daemon.upgrade(guest.name, "--emulator", other)
     assert report["outcome"] == "done", report
+    assert guest.state == "paused"
+    assert daemon.run(*write).returncode != 0, "its disk is locked"
     daemon.virsh("managedsave", guest.name)
     daemon.virsh("start", guest.name)
     daemon.virsh("resume", guest.name)
