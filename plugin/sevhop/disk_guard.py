@@ -37,6 +37,7 @@ class DiskGuard:
         self.graph = graph
         self._images = images
         self._locks = locks
+        self._used = graph.used()
 
     @classmethod
     async def over(cls, monitor: Commands, process: QemuProcess) -> Self:
@@ -121,15 +122,14 @@ class DiskGuard:
             believes that it does not have them (QEMU 10: ``migration_block_inactivate``).
         :raises StateError: it has not. The destination must not have them.
         """
-        if not self._process.alive:
-            return
-        if again:
+        if again and self._process.alive:
             await block_graph.inactivate(monitor)
         if kept := self._locks.kept():
             names = [name for name, known in self._images.identities.items() if known in kept]
             where = self.graph.disk_of(names[0]) if names else "a disk"
             raise StateError(f"the source has not given up {where}")
-        if any(self._unseen(self.graph.nodes[name]) for name in self.graph.used()):
+        # One that has ended, now that its state is saved, has none.
+        if any(self._unseen(self.graph.nodes[name]) for name in self._used) and self._process.alive:
             graph = await block_graph.read(monitor)
             for node in (graph.nodes[name] for name in graph.used()):
                 if node.active and not node.read_only:
