@@ -12,14 +12,25 @@ import os
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from . import command_line, confinement, emulator, memory_room, pid_file, preload, sev_host
+from . import (
+    block_graph,
+    command_line,
+    confinement,
+    emulator,
+    memory_room,
+    pid_file,
+    preload,
+    present_disks,
+    sev_host,
+)
+from .block_graph import BlockGraph
 from .confinement import Confinement
 from .destination import inheritable
 from .finding import Finding, Status, failed, passed
@@ -35,10 +46,13 @@ _SERVICE = re.compile(r"\.service(/|$)")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check came to: the tree, the guest as it was found, and the command line for its destination."""
+    """
+    What a check came to: the tree, the guest and its disks as they were found, and the destination's command line.
+    """
 
     tree: Finding
     guest: Guest
+    disks: BlockGraph
     arguments: command_line.Derived
 
 
@@ -53,16 +67,29 @@ async def bare(
     :raises SevhopError: the source cannot be asked or looked into at all.
     """
     source = process.command_line
+    guest = await inspect(monitor, process)
+    graph, finding = await disks(monitor, process)
     if command:
         arguments = command_line.Derived(command[0], list(command[1:]))
     else:
+        program = emulator or path_on_disk(process.executable)
         words = pid_file.absolute(process, source[1:])
-        arguments = command_line.derive(emulator or path_on_disk(process.executable), words, secrets.token_hex(4))
-    guest = await inspect(monitor, process)
-    return Verdict(_examine(guest, process, arguments), guest, arguments)
+        arguments = await _with_present_disks(
+            command_line.derive(program, words, secrets.token_hex(4)), graph, monitor
+        )
+    return Verdict(_examine(guest, process, arguments, finding), guest, graph, arguments)
 
 
-def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived) -> Finding:
+async def _with_present_disks(
+    arguments: command_line.Derived, graph: BlockGraph, monitor: Commands
+) -> command_line.Derived:
+    present = await present_disks.devices(monitor)
+    added = await present_disks.plugged(monitor, arguments.arguments, present)
+    plan = present_disks.adapt(arguments.arguments, graph, present, added)
+    return replace(arguments, arguments=plan.arguments, refused=[*arguments.refused, *plan.refused])
+
+
+def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived, disks: Finding) -> Finding:
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
@@ -72,11 +99,52 @@ def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived
         _context(guest, process, own_group=None, sandbox=False),
         _blockers(guest),
         _jobs(guest),
+        disks,
         _arguments(arguments),
         _confinement(process, arguments),
         preload.readable(process.credentials),
         _emulator(arguments.emulator, guest, process),
     )
+
+
+async def disks(monitor: Commands, process: QemuProcess) -> tuple[BlockGraph, Finding]:
+    """
+    Test whether the present disks of a guest can be given to another QEMU.
+
+    :return: the disks, and the finding.
+    :raises SevhopError: they cannot be looked at.
+    """
+    graph, images = await block_graph.open_images(monitor, process)
+    images.close()
+    return graph, _disks(graph, images.misplaced)
+
+
+def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> Finding:
+    name = "disks"
+    if misplaced:
+        return failed(
+            name,
+            f"{misplaced[0]} is not the file that the guest has open: it was deleted or exchanged, or is a "
+            "temporary snapshot",
+            "copy the disk to a file of its own (QMP drive-mirror, virsh blockcopy), or shut the guest down",
+        )
+    if graph.exports:
+        return failed(
+            name,
+            f"an export ({graph.exports[0]}) lets others have a disk, and ends with the old QEMU",
+            "remove it (QMP block-export-del)",
+        )
+    for node in graph.nodes.values():
+        where = graph.disk_of(node.name)
+        for bitmap in node.bitmaps:
+            if not bitmap.persistent and not bitmap.inconsistent:
+                return failed(
+                    name,
+                    f"{where}: the dirty bitmap {bitmap.name or '(without a name)'} is in no image, and ends with the "
+                    "old QEMU",
+                    "remove it (QMP block-dirty-bitmap-remove); the next backup is a full one then",
+                )
+    return passed(name, f"{sum(1 for disk in graph.disks.values() if disk.root)} in use, as their files are on disk")
 
 
 def domain(guest: Guest, process: QemuProcess, path: str) -> Finding:

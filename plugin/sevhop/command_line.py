@@ -47,6 +47,8 @@ _NETDEVS_HAD_TWICE = frozenset({"user", "hubport", "nic", "none"})
 _FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd"})
 #: Names of devices behind which there is one of the host's.
 HOST_DEVICES = re.compile(r"(vfio-|vhost-|usb-host$|u2f-passthru$|scsi-generic$)")
+#: What QEMU takes for true (qapi_bool_parse).
+_TRUE = frozenset({"on", "yes", "true", "y"})
 _PIDFILE_SUFFIX = re.compile(r"\.hop-[0-9a-f]{8}$")
 
 
@@ -227,7 +229,7 @@ def _reason_against(option: Option, options: list[Option]) -> str:
         kind = props.get("", props.get("type", ""))
         if kind not in _NETDEVS_HAD_TWICE:
             return f"a {kind} network backend cannot be opened twice"
-    if name in ("snapshot",) or props.get("snapshot") == "on":
+    if name == "snapshot" or props.get("snapshot") in _TRUE:
         return "a temporary snapshot belongs to one process"
     if name == "tpmdev":
         return "a TPM serves one QEMU only"

@@ -60,7 +60,8 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import KeptBlock, RamBlock
 from sevhop_qmp.run_mark import RunMark, RunState
 
-from . import hook_calls, runtime_settings
+from . import block_graph, hook_calls, runtime_settings
+from .block_graph import BlockGraph, Images
 from .guardian import Deposit, Guardian, protect, rename
 from .keeper import Answers, Held
 from .keeper_process import MESSAGE, Brief, KeeperError, State
@@ -112,6 +113,7 @@ class _Met:
     monitor: Monitor
     process: QemuProcess
     blocks: dict[str, RamBlock]
+    disks: BlockGraph
     lost: str
 
 
@@ -131,6 +133,7 @@ class Custody:
         self._emulator = brief.emulator
         self._source = QemuProcess.open(brief.pid)
         self._locks = ImageLocks.of(self._source)
+        self._images = None if brief.disks is None else Images(brief.disks, self._source)
         self._retiring = asyncio.Lock()
         self._command_process = QemuProcess.open(brief.command)
         self._command_expected = True
@@ -366,6 +369,10 @@ class Custody:
                     refusal = "no the source cannot be halted"
             elif self._locks.known and not self._locks.given_up:
                 refusal = "no somebody else has resumed the guest"
+            elif self._locks.kept():
+                refusal = "no the source has not given up all of its disks"
+            elif self._images is not None and self._images.files.changed():
+                refusal = "no somebody else has changed the disks"
             if refusal:
                 self._source.thaw()
                 self._enter(State.HELD)
@@ -376,6 +383,8 @@ class Custody:
             while not await self._source.wait(RETIRE_TIMEOUT):
                 log.warning("the source was killed and has not ended yet")
             self._locks.close()
+            if self._images is not None:
+                self._images.close()
             self._enter(State.WAITING)
             return "ok"
 
@@ -544,7 +553,8 @@ class Custody:
             raise KeeperError(f"the destination's monitor is served by process {monitor.peer} of another user")
         try:
             lost = await runtime_settings.set_before_it_runs(self._directory, monitor)
-            return _Met(monitor, destination, await ram_blocks.read(monitor, destination), lost)
+            blocks = await ram_blocks.read(monitor, destination)
+            return _Met(monitor, destination, blocks, await block_graph.read(monitor), lost)
         except BaseException:
             await monitor.close()
             raise
@@ -561,12 +571,21 @@ class Custody:
             raise KeeperError("the destination runs already")
         if met.lost:
             raise KeeperError(met.lost)
+        self._compare_disks(met)
         source = {block.name: block for block in self._brief.blocks}
         pairs = ram_blocks.not_shared(source, met.blocks, encrypted=frozenset(self._brief.encrypted))
         ram_blocks.put(((self._kept[theirs.name], ours) for theirs, ours in pairs), destination)
         if self._brief.context.kind != "none":
             await self._move_context(monitor, destination)
         await adopt.finish(monitor)
+
+    def _compare_disks(self, met: _Met) -> None:
+        """:raises KeeperError: the destination has other disks than the source had."""
+        if self._brief.disks is None or self._images is None:
+            return
+        found = block_graph.differences(self._brief.disks, met.disks, names=False)
+        if found := found or self._images.others_of(met.disks, met.process):
+            raise KeeperError(found[0])
 
     async def _move_context(self, monitor: Monitor, destination: QemuProcess) -> None:
         """Move, and hold the VM in which the context is then. It is held before: nobody knows who dies meanwhile."""

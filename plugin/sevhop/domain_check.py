@@ -17,8 +17,9 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
 from . import apparmor, check, domain_xml, guest, installation, preload
+from .block_graph import BlockGraph
 from .domain import Connection, Domain, DomainMonitor
-from .finding import Finding, failed, passed
+from .finding import Finding, Status, failed, passed
 from .procedure import to_its_end
 
 
@@ -36,6 +37,7 @@ class Examined:
     monitor: DomainMonitor
     process: QemuProcess
     guest: guest.Guest
+    disks: BlockGraph
     xml: str
     old: str
     new: str
@@ -68,10 +70,17 @@ async def examine(
         except domain_xml.DomainXmlError as err:
             raise SevhopError(f"the XML of domain {domain.name}: {err}") from err
         found = await guest.inspect(monitor, process)
+        graph, disks = await check.disks(monitor, process)
+        if disks.status is Status.PASS and (unknown := unknown_to_libvirt(graph, xml)):
+            disks = failed(
+                "disks",
+                f"libvirt does not know of it, and would start the new QEMU with another disk: {unknown}",
+                "undo what was changed behind libvirt's back, or shut the domain down and start it",
+            )
         # In a thread: it starts programs to ask them, and another guest may be stopped meanwhile.
         tree = await to_its_end(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid))
-        tree.children.append(await _libvirt(connection, domain, in_full))
-        yield Examined(tree, monitor, process, found, xml, old, new)
+        tree.children += [disks, await _libvirt(connection, domain, in_full)]
+        yield Examined(tree, monitor, process, found, graph, xml, old, new)
     finally:
         process.close()
 
@@ -124,6 +133,34 @@ def devices(xml: str) -> Finding:
             "remove the device; otherwise the domain has to be shut down and started",
         )
     return passed("devices", "all can be had again")
+
+
+def unknown_to_libvirt(graph: BlockGraph, xml: str) -> str:
+    """
+    Whether each drive has the image that the domain's XML has; libvirt starts the destination with those. What is
+    deeper in a chain of images is told by the images.
+
+    :return: the first drive that has not; empty when all have.
+    """
+    domain = ElementTree.fromstring(xml)
+    described = {
+        source.get(attribute) for source in domain.iterfind("devices/disk/source") for attribute in ("file", "dev")
+    } - {None}
+    arguments = [argument.get("value", "") for argument in domain.iterfind(f"{_COMMAND_LINE}/{_ARGUMENT}")]
+    present = set()
+    for disk in graph.disks.values():
+        if not disk.root or disk.qdev.startswith("/machine/system"):  # firmware
+            continue
+        path = graph.image_of(disk.root)
+        present.add(path)
+        if path.startswith("/") and path not in described and not any(path in argument for argument in arguments):
+            return f"disk {disk.name} is {path}"
+    missing = sorted(str(path) for path in described - present)
+    return f"{missing[0]} is in no drive" if missing else ""
+
+
+_QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
+_COMMAND_LINE, _ARGUMENT = f"{_QEMU}commandline", f"{_QEMU}arg"
 
 
 def _as_written(path: str) -> str:

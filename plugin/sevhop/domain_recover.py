@@ -26,9 +26,10 @@ from pathlib import Path
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from . import domain_xml, run_directory, runtime_settings, upgrade
+from . import block_graph, domain_xml, run_directory, runtime_settings, upgrade
 from .domain import NO_DOMAIN, Connection, Domain, DomainError
 from .errors import NeedsRecover
+from .hop import STOPPED
 from .journal import Entry, Journal
 from .keeper_process import KeeperError, KeeperProcess, State
 from .recover import End, Recovered
@@ -181,10 +182,17 @@ class _Interrupted:
                 f"its old QEMU (process {source.pid}) is there, but libvirt has another one for domain {domain.name}",
                 "see which of the two has the guest",
             )
-        if self._entry.running and not await domain.running():
+        monitor = await domain.monitor()
+        status = await monitor.execute("query-status")
+        # One that has shut down since, or had an I/O error, stays as it is.
+        ours = status["running"] or status["status"] in STOPPED
+        if self._entry.running and ours and not await domain.running():
             await domain.resume()
+        elif not status["running"]:
+            await block_graph.activate(monitor)
+        await block_graph.activate_spares(monitor)
         with contextlib.suppress(SevhopError):
-            await (await domain.monitor()).remove_fds()
+            await monitor.remove_fds()
         await self._let_go()
         return Recovered(self._entry.guest, End.SOURCE)
 
@@ -204,6 +212,7 @@ class _Interrupted:
                     f"the guest is held; try again with: virsh restore {keeper.image}",
                 ) from again
             text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])
+            await self._take_images()
             await self._let_go()
             return Recovered(self._entry.guest, End.SOURCE, text)
         return await self._define()
@@ -215,8 +224,15 @@ class _Interrupted:
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = f"the persistent definition still has the old emulator: {err}"
         notes = await self._finish_settings()
+        await self._take_images()
         await self._let_go()
         return Recovered(self._entry.guest, End.DESTINATION, "; ".join(filter(None, [note, *notes])))
+
+    async def _take_images(self) -> None:
+        """A paused guest has no reason to take its images by itself. If it cannot, it does when it is resumed."""
+        if not self._entry.running:
+            with contextlib.suppress(SevhopError):
+                await block_graph.activate(await (await self._domain()).monitor())
 
     async def _finish_settings(self) -> list[str]:
         """See :func:`.runtime_settings.finish`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sevhop_qmp import ram_blocks
-from sevhop_qmp.errors import CommandError
+from sevhop_qmp.errors import CommandError, SevhopError
 from sevhop_qmp.monitor import Commands, understood
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
@@ -182,6 +182,25 @@ async def _jobs(monitor: Commands, migration: dict[str, Any]) -> tuple[str, ...]
     if dump["status"] == "active":
         jobs.append("memory dump")
     return tuple(jobs)
+
+
+async def see_unchanged(monitor: Commands, guest: Guest) -> None:
+    """
+    Look again at what others can change while a guest runs: its run state, devices and jobs.
+
+    :param guest: as it was inspected, without any job.
+    :raises SevhopError: it has changed.
+    """
+    with understood(monitor.name):
+        status = str((await monitor.execute("query-status"))["status"])
+        devices = await _devices(monitor)
+        jobs = await _jobs(monitor, await monitor.execute("query-migrate"))
+    if status != guest.state:
+        raise SevhopError(f"the guest was {guest.state} and is {status}: somebody else has changed that", "try again")
+    for name in devices.keys() ^ guest.devices.keys():
+        raise SevhopError(f"device {name} was plugged or unplugged by somebody else", "try again")
+    if jobs:
+        raise SevhopError(f"somebody else has begun a job: {', '.join(jobs)}", "try again when it has ended")
 
 
 def differences(source: Guest, destination: Guest) -> list[str]:

@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import tenacity
-from qemu.qmp import EventListener
 from sevhop_qmp import adopt, device_state, move, ram_blocks
 from sevhop_qmp.device_state import IncomingState, OutgoingState
 from sevhop_qmp.errors import (
@@ -57,6 +56,7 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
 from . import (
+    block_graph,
     check,
     command_line,
     confinement,
@@ -70,6 +70,7 @@ from . import (
 )
 from .confinement import Confinement
 from .destination import START_TIMEOUT, Destination, Surroundings
+from .disk_guard import DiskGuard
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
 from .events import Listener, MoveTried, ignore
 from .guest import ENCRYPTED_BLOCKS
@@ -77,6 +78,7 @@ from .journal import Entry, Process
 from .keeper import Held, Keeper
 from .name_plates import NamePlates
 from .procedure import Procedure, expected
+from .source_watch import SourceWatch
 from .urgency import Watch, keeping_timer_slack, urgent
 
 #: Seconds for which a source that is to be continued is asked again, while something holds its disk images.
@@ -120,6 +122,7 @@ class Hop(Procedure):
         self._saved = False
         self._stream_ended = False
         self._loaded = False
+        self._spares_given_up = False
         self._moving = False
         self._committed = False
 
@@ -127,6 +130,8 @@ class Hop(Procedure):
         self._source: QemuProcess  # check
         self._source_monitor: Monitor  # check
         self._guest: guest.Guest  # check
+        self._checked_disks: block_graph.BlockGraph  # check
+        self._watch: SourceWatch  # check
         self._working_directory: str  # check
         self._arguments: command_line.Derived  # check
         self._held: Held  # hold
@@ -137,11 +142,11 @@ class Hop(Procedure):
         self._destination: Destination  # prepare
         self._theirs: guest.Guest  # prepare; the same in the destination
         self._settings: runtime_settings.Settings  # prepare
+        self._disks: DiskGuard  # prepare
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
         self._destination_vm: int  # prepare; not under TCG
-        self._resumes: EventListener  # freeze
         self._loading: asyncio.Future[Any]  # load
 
     def _past_undoing(self) -> bool:
@@ -177,16 +182,24 @@ class Hop(Procedure):
             self._resources.callback(self._source.close)
             self.report.source_pid = self._source.pid
             self.report.source_version = self._source_monitor.version
+            self._watch = self._resources.enter_context(SourceWatch.begin(self._source_monitor))
             self._working_directory = self._source.working_directory
             verdict = await check.bare(self._source_monitor, self._source, options.emulator, options.command)
         except SevhopError as err:
             raise Refused(err.message, err.hint) from err
         self._guest = verdict.guest
+        self._checked_disks = verdict.disks
         self._arguments = verdict.arguments
         self.report.emulator = self._arguments.emulator
         self.report.guest = self._guest.name
         self.report.context = self._guest.context.kind
-        self._by_itself = self._guest.state == "running" and self._guest.context.kind == "none"
+        self._by_itself = (
+            self._guest.state == "running"
+            and self._guest.context.kind == "none"
+            # A QEMU that lets the guest run by itself takes the images first, and marks dirty bitmaps in there as in
+            # use. If it was ended then, they could not be used any more.
+            and not verdict.disks.bitmaps()
+        )
         if failures := verdict.tree.failures():
             first = failures[0]
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
@@ -235,7 +248,12 @@ class Hop(Procedure):
         await self._leave_run_mark()
         pinned = await runtime_settings.pinned(self._arguments.arguments, self._source_monitor)
         self._arguments = replace(self._arguments, arguments=pinned)
-        await self._start_destination()
+        try:
+            await self._start_destination()
+        except SevhopError as err:
+            if not (remote := self._checked_disks.remote()):
+                raise
+            raise SevhopError(f"{err.message}; {remote}, whose server may take one client only", err.hint) from err
         await self._compare()
         await self._carry_settings()
         self._watch_priorities()
@@ -292,6 +310,14 @@ class Hop(Procedure):
         if found := guest.differences(self._guest, theirs):
             raise Refused("; ".join(found), "give the destination the source's command line")
         await self._compare_processes()
+        self._disks = await DiskGuard.over(self._source_monitor, self._source)
+        self._resources.callback(self._disks.close)
+        # Who gives a command line of their own may name block nodes as they like.
+        found = await self._disks.differences(
+            self._destination.monitor, self._destination.process, names=not self._options.command
+        )
+        if found:
+            raise Refused(found[0], "give the destination the disks that the guest has now, or try again")
         encrypted = frozenset() if self._guest.context.kind == "none" else ENCRYPTED_BLOCKS
         pairs = ram_blocks.not_shared(self._guest.blocks, theirs.blocks, encrypted=encrypted)
         self._carrier = ram_blocks.Carrier(self._source, self._destination.process, pairs)
@@ -330,7 +356,9 @@ class Hop(Procedure):
     # -- the guest is stopped ----------------------------------------------------------------------
 
     async def _freeze(self) -> None:
-        self._resumes = self._resources.enter_context(self._source_monitor.events("RESUME"))
+        await self._look_again()
+        self._spares_given_up = True
+        self._spares_given_up = await self._disks.give_up_spares(self._source_monitor)
         threads = self._source.threads
         self._slack.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
         self._carrier.carry()  # once more, so that little is left, and what is to be done then has just been done
@@ -339,6 +367,7 @@ class Hop(Procedure):
         # Not all of the destination's: one may still be busy with its start, and would keep the guest waiting now.
         self._hurry.enter_context(urgent(self._destination.process.pid, *self._theirs.vcpu_threads))
         self._hurry_source([self._source.pid])
+        self._watch.stopping()
         if self._guest.state == "running":
             self._begin_of_blackout()
             # The guest stands still by then, and a thread of the source reads the order to save. It goes before us.
@@ -353,6 +382,16 @@ class Hop(Procedure):
             self._hurry_source(readers)
             self._outgoing.begin(timeout=self._options.step_timeout)
         self._hurry_source(self._guest.vcpu_threads)
+
+    async def _look_again(self) -> None:
+        """
+        What was checked may have been changed by others while the destination was started.
+
+        :raises SevhopError: it has been.
+        """
+        await guest.see_unchanged(self._source_monitor, self._guest)
+        await self._disks.see_unchanged(self._source_monitor)
+        await self._watch.see_undisturbed()
 
     def _hurry_source(self, threads: Iterable[int]) -> None:
         self._hurry.enter_context(urgent(*threads, first=True))
@@ -372,7 +411,10 @@ class Hop(Procedure):
         self._saved = True
 
     async def _load(self) -> None:
-        # The destination is at the state meanwhile.
+        # The destination is at the state meanwhile. A source that is halted cannot be asked about its disks any more.
+        await self._see_source_untouched()
+        await self._disks.see_unchanged_when_stopped()
+        await self._disks.see_given_up(self._source_monitor, again=self._stopped_at is None)
         await self._halt_source()
         await self._see_source_untouched()
         await self._end_stream()
@@ -414,8 +456,7 @@ class Hop(Procedure):
             await self._source_monitor.close()  # nobody is to wait for what it does not answer
 
     async def _see_source_untouched(self) -> None:
-        if await self._source_monitor.seen(self._resumes):
-            raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
+        await self._watch.see_stopped(was_running=self._stopped_at is not None)
 
     async def _commit(self) -> None:
         if self._committed:
@@ -501,12 +542,13 @@ class Hop(Procedure):
 
     async def _resume(self) -> None:
         if self._stopped_at is None:
+            await self._activate("the paused guest takes its disks when it is resumed, not now")
             return
         if self._by_itself:
             await self._loading
         else:
             try:
-                await let_run(self._destination.monitor)
+                await self._let_run()
             except MonitorError as err:
                 if not self._committed:
                     raise
@@ -534,6 +576,36 @@ class Hop(Procedure):
         self._source.kill()
         await self._destination.kill()
         raise Lost(f"{failure.message}; the guest has run in the new QEMU, which has ended")
+
+    async def _let_run(self) -> None:
+        """Tell the destination to run. Without an SEV context that is the commit, and what it says to the keeper."""
+        if self._committed:
+            await let_run(self._destination.monitor)
+            return
+        await asyncio.sleep(0)  # who has interrupted us is heard now, or comes too late
+        self._moving = True  # from here on it must not be killed: it takes the images
+        try:
+            await self._destination.monitor.execute("cont")
+        finally:
+            self._moving = False
+        if not self._keeper.forbid():
+            raise StateError("the destination does not let the guest run")
+        self._commit_is_done()
+
+    async def _note_bitmaps(self, monitor: Monitor) -> None:
+        for text in await self._disks.lost_bitmaps(monitor):
+            self._note(text)
+
+    async def _activate(self, otherwise: str) -> None:
+        """
+        Have the destination take images that it has no reason to take by itself.
+
+        :param otherwise: what is noted if it cannot.
+        """
+        try:
+            await block_graph.activate(self._destination.monitor)
+        except SevhopError as err:
+            self._note(f"{otherwise}: {err.message}")
 
     # -- putting back ------------------------------------------------------------------------------
 
@@ -585,6 +657,11 @@ class Hop(Procedure):
             await self._destination.process.wait(self._options.step_timeout)
             if self._run_mark.read() is not RunState.NOT:
                 raise SevhopError(f"the guest has run in process {self._destination.process.pid}")
+        if hasattr(self, "_disks") and self._loaded and self._disks.graph.bitmaps():
+            # It may have taken the images, and ends in good order: it leaves the bitmaps as they were.
+            with contextlib.suppress(MonitorError, CommandError):
+                await self._destination.monitor.execute("quit")
+                await self._destination.process.wait(self._options.step_timeout)
         await self._destination.kill()
 
     async def _continue_source(self) -> None:
@@ -593,11 +670,20 @@ class Hop(Procedure):
         if hasattr(self, "_destination") and self._destination.process.alive:
             raise SevhopError("the destination is still there, so the source stays paused")
         self._source.thaw()
-        if self._stopped_at is None:
+        if not hasattr(self, "_outgoing"):
             return
-        await self._outgoing.abandon()
+        begun = await self._outgoing.abandon()
         self._hurry.close()
-        await let_run(self._source_monitor)
+        if self._stopped_at is not None and await self._watch.stopped_by_us():
+            await let_run(self._source_monitor)
+        elif begun:
+            # It has given up its images, but its guest is not ours to resume.
+            await block_graph.activate(self._source_monitor)
+            self._stopped_at = None
+        if self._spares_given_up:
+            await block_graph.activate(self._source_monitor)
+        if begun:
+            await self._note_bitmaps(self._source_monitor)
 
     async def _explain(self, error: BaseException) -> SevhopError:
         """What is raised in the end for an error in some phase."""
@@ -631,6 +717,9 @@ class Hop(Procedure):
             raise NeedsRecover("retire: the new QEMU has ended")
         assert self._journal is not None
         self._destination.protect(self._journal.entry.oom_score_adj, self._note)
+        if self._disks.graph.spare():
+            await self._activate("block nodes that no device has are not in use")
+        await self._note_bitmaps(self._destination.monitor)
         self._unfinished = not await retire(
             self._source,
             self._destination,
@@ -689,6 +778,25 @@ async def retire(
         return False
     await destination.release()
     return True
+
+
+#: Run states in which a ``stop`` leaves a guest. In any other it is not ours to resume.
+STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
+
+
+async def resume_source(monitor: Monitor, *, running: bool) -> None:
+    """
+    Give a source back to its owner that a hop may have stopped, with its disk images.
+
+    :param running: whether its guest ran before. One that has shut down since, or had an I/O error, stays as it is.
+    :raises SevhopError: it cannot go on.
+    """
+    status = await monitor.execute("query-status")
+    if running and status["status"] in STOPPED:
+        await let_run(monitor)
+    elif not status["running"]:
+        await block_graph.activate(monitor)
+    await block_graph.activate_spares(monitor)
 
 
 async def let_run(monitor: Monitor) -> None:

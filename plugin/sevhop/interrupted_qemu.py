@@ -18,10 +18,10 @@ from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
-from . import ownership
+from . import block_graph, ownership
 from .destination import Destination
 from .errors import NeedsRecover
-from .hop import let_run, retire
+from .hop import let_run, resume_source, retire
 from .journal import Entry
 from .name_plates import NamePlates
 
@@ -102,8 +102,7 @@ class OldQemu:
         assert self.process is not None
         self.process.thaw()
         monitor = await self._connected()
-        if running and not (await monitor.execute("query-status"))["running"]:
-            await let_run(monitor)
+        await resume_source(monitor, running=running)
         with contextlib.suppress(MonitorError, CommandError):
             await monitor.remove_fds()
 
@@ -218,6 +217,14 @@ class NewQemu:
         monitor = (await self._destination()).monitor
         await adopt.adopt_ram(monitor)  # who would be asked otherwise has died
         await let_run(monitor)
+
+    async def take_images(self) -> None:
+        """
+        The guest stays paused, so it has no reason to take them by itself.
+
+        :raises SevhopError: it cannot have them.
+        """
+        await block_graph.activate((await self._destination()).monitor)
 
     async def retire(self, old: OldQemu, plates: NamePlates, entry: Entry, note: Callable[[str], None]) -> bool:
         """The guest is here: the source ends, and its paths lead to this one. See :func:`.hop.retire`."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -39,6 +40,8 @@ from .guest import Guest, SevContext
 log = logging.getLogger(__name__)
 
 PROTOCOL = 1
+#: Where descriptors begin that are above all others of a command.
+_LAST = 512
 _MEMFD_LINK = re.compile(r"/memfd:(?P<name>.*) \(deleted\)$")
 #: The name that QEMU gives to the memfd of every memory-backend-memfd object.
 _BACKEND_MEMFD = "memory-backend-memfd"
@@ -193,7 +196,11 @@ class Keeper(Answers):
 
     def __init__(self, held: Held, context: SevContext, run_mark: RunMark | None = None) -> None:
         super().__init__(held, context, run_mark)
-        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A process that is killed closes its last descriptor first (the kernel's list of delayed closes is one of last
+        # in, first out). So the destination finds nobody here before it takes the end of its stream for the last of it.
+        with ours:
+            self._ours = socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, _LAST))
         self._ours.setblocking(False)
         self._loop: asyncio.AbstractEventLoop
         self.runs = asyncio.Event()

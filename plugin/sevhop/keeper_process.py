@@ -22,6 +22,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 from sevhop_qmp.ram_blocks import RamBlock
 
+from .block_graph import BlockGraph
 from .guest import SevContext
 from .run_directory import alive, hop_of, remove
 
@@ -70,6 +71,7 @@ class Brief:
     :ivar uid, gid: that QEMU runs as.
     :ivar emulator: for the destination.
     :ivar blocks: the source's RAM blocks.
+    :ivar disks: the source's disks, which the destination must have.
     :ivar encrypted: names of those whose content cannot be carried.
     :ivar move_deadline: seconds for which a busy migration is tried again.
     :ivar step_timeout: seconds in which the destination must answer.
@@ -85,6 +87,7 @@ class Brief:
     context: SevContext
     blocks: tuple[RamBlock, ...]
     encrypted: tuple[str, ...]
+    disks: BlockGraph | None = None
     move_deadline: float = 2.0
     step_timeout: float = COMMAND_TIMEOUT
     command: int = field(default_factory=os.getpid)
@@ -100,6 +103,8 @@ class Brief:
         fields["context"] = SevContext(**fields["context"])
         rows = [row | {"inode": row["inode"] and tuple(row["inode"])} for row in fields["blocks"]]
         fields["blocks"] = tuple(RamBlock(**row) for row in rows)
+        if fields["disks"] is not None:
+            fields["disks"] = BlockGraph.from_fields(fields["disks"])
         fields["encrypted"] = tuple(fields["encrypted"])
         return cls(**fields)
 

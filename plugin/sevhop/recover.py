@@ -243,7 +243,9 @@ class InterruptedHop:
         if resume:
             await self._old.halt()
             await self._new.let_run()
-        elif entry.running and self._status != "running":
+        elif not entry.running:
+            await self._new.take_images()
+        elif self._status != "running":
             # It ran there. Whoever or whatever has stopped it since had a reason.
             self._notes.append(f"the guest is {self._status}")
         noted = len(self._notes)

@@ -31,12 +31,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sevhop_qmp import adopt, move
-from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.kept_state import KeptState
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands, Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess
 
-from . import cpu_features, domain_xml, emulator, guest, hook, journal, lock_manager, memory_group, runtime_settings
+from . import (
+    block_graph,
+    check,
+    cpu_features,
+    domain_xml,
+    emulator,
+    guest,
+    hook,
+    journal,
+    lock_manager,
+    memory_group,
+    runtime_settings,
+)
+from .block_graph import BlockGraph
+from .disk_guard import DiskGuard
 from .domain import NO_DOMAIN, RESTORE_TIMEOUT, Connection, Domain, DomainError, DomainMonitor
 from .domain_check import examine
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
@@ -92,6 +106,8 @@ class Upgrade(Procedure):
         self._options = options
         self._running = False
         self._stopped_as = ""
+        self._images_given_up = False
+        self._spares_given_up = False
         self._retiring = False
         self._retired = False
         self._rehearsed = False
@@ -102,12 +118,14 @@ class Upgrade(Procedure):
         self._monitor: DomainMonitor  # check
         self._source: QemuProcess  # check
         self._guest: guest.Guest  # check
+        self._examined_disks: BlockGraph  # check
         self._xml: str  # check
         self._old: str  # check
         self._new: str  # check
         self._keeper: KeeperProcess  # hold
         self._piped: bool  # prepare
         self._displays: list[dict[str, str]]  # prepare
+        self._disks: DiskGuard  # prepare
         self._state: KeptState  # prepare
 
     def _past_undoing(self) -> bool:
@@ -169,6 +187,7 @@ class Upgrade(Procedure):
             first = failures[0]
             raise Refused(f"{first.name}: {first.detail}", first.remedy)
         self._monitor, self._source, self._guest = examined.monitor, examined.process, examined.guest
+        self._examined_disks = examined.disks
         self._xml, self._old, self._new = examined.xml, examined.old, examined.new
         self.report.emulator = self._new
         self.report.context = self._guest.context.kind
@@ -210,6 +229,7 @@ class Upgrade(Procedure):
             emulator=self._new,
             context=self._guest.context,
             blocks=tuple(self._guest.blocks.values()),
+            disks=self._examined_disks,
             encrypted=tuple(self._encrypted()),
             move_deadline=self._options.move_deadline,
             step_timeout=self._options.step_timeout,
@@ -267,6 +287,11 @@ class Upgrade(Procedure):
         await self._keep_settings()
         self._state = await self._resources.enter_async_context(KeptState(self._monitor, self._guest.machine_type))
         await self._state.arm()
+        self._disks = await DiskGuard.over(self._monitor, self._source)
+        self._resources.callback(self._disks.close)
+        # The keeper has the disks as they were when the domain was examined, and compares the destination's with these.
+        if found := block_graph.changes(self._examined_disks, self._disks.graph):
+            raise SevhopError(f"somebody else has changed the domain: {found}", "try again")
 
     async def _keep_settings(self) -> None:
         """What was set in the source since its start, beyond what libvirt knows."""
@@ -281,6 +306,9 @@ class Upgrade(Procedure):
     # -- the guest is stopped ----------------------------------------------------------------------
 
     async def _freeze(self) -> None:
+        await self._disks.see_unchanged(self._monitor)
+        self._spares_given_up = True
+        self._spares_given_up = await self._disks.give_up_spares(self._monitor)
         # Somebody may have paused it since it was examined: then it stays so.
         self._running = bool((await self._monitor.execute("query-status"))["running"])
         if self._running:
@@ -292,6 +320,9 @@ class Upgrade(Procedure):
         if status["running"]:
             raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
         self._stopped_as = status["status"]
+        if self._stopped_as not in check.HOPPABLE_STATES:
+            self._stopped_at = None  # something else has stopped it, and it is not ours to resume
+            raise SevhopError(f"the guest is {self._stopped_as}", "a guest can hop while it runs or is paused")
 
     async def _see_source_stopped(self) -> None:
         """That of a guest which ran again until its state was saved would be another."""
@@ -306,11 +337,17 @@ class Upgrade(Procedure):
 
     async def _save(self) -> None:
         keeping = asyncio.ensure_future(self._keeper.keep_blocks())
+        self._images_given_up = True
         try:
             stream = await self._state.save(timeout=self._options.step_timeout)
         finally:
             await asyncio.wait({keeping})
         keeping.result()
+        try:
+            await self._disks.see_given_up(self._monitor, again=not self._running)
+        except StateError:
+            await self._see_source_stopped()  # one that runs gives up nothing
+            raise
         environment = adopt.environment(self._keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
         monitor = str(self._keeper.monitor)
         xml = domain_xml.for_destination(self._xml, self._new, environment, monitor, self._displays)
@@ -327,6 +364,7 @@ class Upgrade(Procedure):
         with _left_open(self._connections_of_libvirt()):
             try:
                 await self._see_source_stopped()
+                await self._disks.see_unchanged_when_stopped()
                 await self._see_domain_unchanged()
             except SevhopError:
                 # One that has ended by itself, now that everything is saved, is not needed any more. Unless there are
@@ -364,6 +402,19 @@ class Upgrade(Procedure):
                 raise SevhopError(reason or err.message) from err
         self._end_of_blackout()
         await self._look()
+        if not self._running:
+            await self._activate()
+        if self._disks.graph.bitmaps():
+            with contextlib.suppress(SevhopError):
+                for text in await self._disks.lost_bitmaps(await self._domain.monitor()):
+                    self._note(text)
+
+    async def _activate(self) -> None:
+        """A QEMU that is restored paused has not taken its images (10.0), and would not until it is resumed."""
+        try:
+            await block_graph.activate(await self._domain.monitor())
+        except SevhopError as err:
+            self._note(f"the paused guest takes its disks when it is resumed, not now: {err.message}")
 
     async def _arrived_all_the_same(self) -> bool:
         """
@@ -485,6 +536,7 @@ class Upgrade(Procedure):
                     await self._domain.find_again()
             if self._stopped_at is not None:
                 await self._domain.resume()
+            await self._take_images_back(self._monitor)
         except SevhopError as err:
             if self._stopped_at is not None and not await self._runs_again():
                 raise NeedsRecover(
@@ -498,8 +550,17 @@ class Upgrade(Procedure):
             if self._stopped_at is not None:
                 await monitor.execute("cont")
                 self._end_of_blackout()
+            await self._take_images_back(monitor)
             if hasattr(self, "_state"):
                 await self._state.take_back(monitor)
+
+    async def _take_images_back(self, source: Commands) -> None:
+        """Those of a guest that is not resumed, which would take them."""
+        if self._spares_given_up or (self._images_given_up and self._stopped_at is None):
+            await block_graph.activate(source)
+        if self._images_given_up:
+            for text in await self._disks.lost_bitmaps(source):
+                self._note(text)
 
     def _libvirt_monitor(self) -> str:
         """The socket's path, as it is called from here."""

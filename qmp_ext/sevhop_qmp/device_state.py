@@ -299,10 +299,14 @@ class OutgoingState:
         except TimeoutError as err:
             raise StateError(f"the destination did not take the device state within {timeout:g} s") from err
 
-    async def abandon(self) -> None:
-        """Nobody wants the state any more. Afterwards the source has done with it, one way or the other."""
+    async def abandon(self) -> bool:
+        """
+        Nobody wants the state any more. Afterwards the source has done with it, one way or the other.
+
+        :return: whether it was told to save it.
+        """
         if self._saving is None:
-            return
+            return False
         assert self._pipe is not None
         # It is taken all the same. A source that cannot write forgets to close what it has opened (migration/savevm.c:
         # ``qmp_xen_save_devices_state``), and one that waits for room does nothing else that it is told.
@@ -310,6 +314,7 @@ class OutgoingState:
         await asyncio.gather(self._saving, return_exceptions=True)
         self._stop_receiving()
         self._pipe.close()
+        return True
 
     def _receive(self) -> None:
         """Take what there is. The event loop calls this: between the source and the destination no task is woken."""

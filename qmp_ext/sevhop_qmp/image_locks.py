@@ -13,8 +13,10 @@ import fcntl
 import os
 import stat
 import struct
+from pathlib import Path
 from typing import Self
 
+from .open_images import Identity, file_identity
 from .process import QemuProcess
 
 #: The byte that stands for writing: RAW_LOCK_PERM_BASE, and the bit of BLK_PERM_WRITE.
@@ -24,10 +26,16 @@ _FLOCK = struct.Struct("@hhqqi4x")
 
 
 class ImageLocks:
-    """Those images of a source that it has locked for writing. Take them while the source has its images."""
+    """
+    Those images of a source that it has locked for writing. Take them while the source has its images.
 
-    def __init__(self, images: list[int]) -> None:
+    :ivar locked: which files they are.
+    """
+
+    def __init__(self, images: list[int], pid: int) -> None:
         self._images = images
+        self._pid = pid
+        self.locked = frozenset(found for image in images if (found := file_identity(os.fstat(image))) is not None)
 
     @classmethod
     def of(cls, process: QemuProcess) -> Self:
@@ -44,7 +52,7 @@ class ImageLocks:
                         images.append(image)
                     else:
                         os.close(image)
-        return cls(images)
+        return cls(images, process.pid)
 
     @property
     def known(self) -> bool:
@@ -56,10 +64,36 @@ class ImageLocks:
         """Whether the source has not got its images. One is enough: others may be shared with other QEMUs."""
         return not all(_locked(image) for image in self._images)
 
+    def kept(self) -> set[Identity]:
+        """Those images that the source still has locked for writing."""
+        locked = [file_identity(os.fstat(image)) for image in self._images if _locked(image)]
+        # Others may share an image. Whose locks these are is looked up only then.
+        return {found for found in locked if found is not None and found in self._own()} if locked else set()
+
+    def _own(self) -> set[Identity]:
+        """The files of which the source has a descriptor with that lock (proc(5), ``fdinfo``)."""
+        own = set()
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{self._pid}/fdinfo"):
+                with contextlib.suppress(OSError):
+                    lines = Path(f"/proc/{self._pid}/fdinfo/{name}").read_text().splitlines()
+                    # Its pid file has a lock, too, but of another kind.
+                    if any("OFDLCK" in line and _covers(line) for line in lines if line.startswith("lock:")):
+                        found = file_identity(os.stat(f"/proc/{self._pid}/fd/{name}"))
+                        if found is not None:
+                            own.add(found)
+        return own
+
     def close(self) -> None:
         """Let go of the images."""
         while self._images:
             os.close(self._images.pop())
+
+
+def _covers(line: str) -> bool:
+    """Whether a line of fdinfo is a lock on :data:`_WRITE`."""
+    first, last = line.split()[-2:]
+    return int(first) <= _WRITE and (last == "EOF" or int(last) >= _WRITE)
 
 
 def _locked(image: int) -> bool:

@@ -51,6 +51,10 @@ class HeldUpgrade:
         """Let it go on."""
         self._command.send_signal(signal.SIGCONT)
 
+    def interrupt(self) -> None:
+        """What Ctrl-C does, as soon as it goes on."""
+        self._command.send_signal(signal.SIGINT)
+
     def go_on(self) -> dict[str, Any]:
         """Let it go on to its end; what it reports."""
         self.resume()

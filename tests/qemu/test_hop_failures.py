@@ -464,16 +464,21 @@ def test_both_fail(guest: Guest, new: Path) -> None:
 def test_source_that_hangs_for_a_while(guest: Guest, new: Path) -> None:
     """It did not stop in time, so the hop is undone; it goes on as soon as it answers again."""
     pid = guest.pid
-    threads = []
+    threads: list[threading.Thread] = []
 
     def hang(hop: Hop) -> None:
         def wake() -> None:
             assert wait_ended(hop.report.destination_pid, 30)
             os.kill(pid, signal.SIGCONT)
 
-        os.kill(pid, signal.SIGSTOP)
-        threads.append(threading.Thread(target=wake))
-        threads[0].start()
+        async def look_and_hang() -> None:
+            await look()
+            os.kill(pid, signal.SIGSTOP)
+            threads.append(threading.Thread(target=wake))
+            threads[0].start()
+
+        look = hop._look_again
+        hop._look_again = look_and_hang  # type: ignore[method-assign]
 
     with pytest.raises(Undone, match="did not answer stop within 1 s"):
         Meddler().run(guest, new, at="freeze", mischief=hang, timeout=1)

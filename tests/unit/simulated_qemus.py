@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sevhop.block_graph import BlockGraph
 from sevhop.command_line import Derived
 from sevhop.destination import Destination
 from sevhop.guest import SevContext
@@ -26,6 +27,7 @@ from sevhop.keeper import Held, Keeper
 from sevhop.name_plates import NamePlates
 from sevhop.recover import InterruptedHop, Recovered
 from sevhop.report import Report
+from sevhop.source_watch import SourceWatch
 from sevhop_qmp.errors import MonitorClosed, MonitorTimeout, SevhopError, StateError
 from sevhop_qmp.process import Descriptor
 from sevhop_qmp.run_mark import RunMark, RunState
@@ -38,6 +40,26 @@ class Broken(AssertionError):
     """Something happened that never may."""
 
 
+class Listener:
+    """What stands in for a :class:`qemu.qmp.EventListener`."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._heard: list[dict[str, Any]] = []
+
+    def tell(self, name: str) -> None:
+        """An event happens."""
+        if name in self._names:
+            self._heard.append({"event": name})
+
+    def empty(self) -> bool:
+        return not self._heard
+
+    def clear(self) -> list[dict[str, Any]]:
+        heard, self._heard = self._heard, []
+        return heard
+
+
 @dataclass
 class Qemu:
     """
@@ -45,7 +67,7 @@ class Qemu:
 
     :ivar running: whether it runs the guest, if it is not halted.
     :ivar loaded: whether it has all of the guest.
-    :ivar listeners: of its RESUME events.
+    :ivar listeners: of its events.
     """
 
     pid: int
@@ -54,7 +76,12 @@ class Qemu:
     running: bool = False
     loaded: bool = False
     ran: bool = False
-    listeners: list[list[str]] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
+
+    def tell(self, event: str) -> None:
+        """Whoever listens hears of it."""
+        for listener in self.listeners:
+            listener.tell(event)
 
     @property
     def executes(self) -> bool:
@@ -170,9 +197,14 @@ class World:
         if qemu is self.destination and not self._before_run(qemu):
             return
         qemu.running = True
-        for listener in qemu.listeners:
-            listener.append("RESUME")
+        qemu.tell("RESUME")
         self.look()
+
+    def stop(self, qemu: Qemu) -> None:
+        """As QEMU does it: one that does not run tells nothing."""
+        if qemu.running:
+            qemu.running = False
+            qemu.tell("STOP")
 
     def _before_run(self, qemu: Qemu) -> bool:
         if not qemu.ran:
@@ -335,7 +367,7 @@ class SimulatedMonitor:
             raise MonitorTimeout(f"QEMU did not answer {command}")
         match command:
             case "stop":
-                self._qemu.running = False
+                self._world.stop(self._qemu)
             case "cont":
                 self._world.cont(self._qemu)
                 if not self._qemu.alive:
@@ -352,7 +384,7 @@ class SimulatedMonitor:
             case "x-sev-adopt-ram":
                 self._world.tells_keeper = False
                 return {"mappings": 1, "bytes": 1}
-            case "query-fdsets":
+            case "query-fdsets" | "query-named-block-nodes" | "query-block" | "query-block-exports":
                 return []
         return {}
 
@@ -365,17 +397,17 @@ class SimulatedMonitor:
         await self.execute("remove-fd")
 
     @contextlib.contextmanager
-    def events(self, *names: str) -> Iterator[list[str]]:
-        listener: list[str] = []
+    def events(self, *names: str) -> Iterator[Listener]:
+        listener = Listener(names)
         self._qemu.listeners.append(listener)
         try:
             yield listener
         finally:
             self._qemu.listeners.remove(listener)
 
-    async def seen(self, listener: list[str]) -> bool:
+    async def seen(self, listener: Listener) -> bool:
         await self._actor.gate()
-        return bool(listener)
+        return not listener.empty()
 
     @contextlib.contextmanager
     def at_the_first_word(self, act: Callable[[], None]) -> Iterator[None]:
@@ -398,6 +430,7 @@ class SimulatedState:
     def __init__(self, world: World, actor: Actor) -> None:
         self._world = world
         self._actor = actor
+        self._begun = False
 
     async def __aenter__(self) -> SimulatedState:
         return self
@@ -409,7 +442,7 @@ class SimulatedState:
         await self._actor.gate()
 
     def begin(self, *, timeout: float) -> None:
-        pass
+        self._begun = True
 
     def announce(self) -> None:
         pass
@@ -428,8 +461,9 @@ class SimulatedState:
             raise StateError("the destination stopped reading the device state")
         self._world.stream_ended = True
 
-    async def abandon(self) -> None:
+    async def abandon(self) -> bool:
         await self._actor.gate()
+        return self._begun
 
     async def loaded(self, *, timeout: float) -> None:
         destination = self._world.destination
@@ -478,6 +512,24 @@ class _Carrier:
         return 0
 
 
+class _NoDisks:
+    """What stands in for a :class:`sevhop.disk_guard.DiskGuard`."""
+
+    graph = BlockGraph({}, {}, ())
+
+    async def give_up_spares(self, monitor: object) -> bool:
+        return False
+
+    async def see_unchanged_when_stopped(self) -> None:
+        pass
+
+    async def see_given_up(self, monitor: object, *, again: bool) -> None:
+        pass
+
+    async def lost_bitmaps(self, monitor: object) -> list[str]:
+        return []
+
+
 @dataclass
 class _Anything:
     """Has the attributes that it was given."""
@@ -507,6 +559,8 @@ class SimulatedHop(Hop):
         world = self._world
         self._source = SimulatedProcess(world, self.actor, world.source)  # type: ignore[assignment]
         self._source_monitor = SimulatedMonitor(world, self.actor, world.source)  # type: ignore[assignment]
+        self._watch = self._resources.enter_context(SourceWatch.begin(self._source_monitor))
+        self._checked_disks = BlockGraph({}, {}, ())
         status = "running" if world.running else "paused"
         self._guest = _Anything(state=status, context=SevContext("none"), vcpu_threads=frozenset())  # type: ignore[assignment]
         self._by_itself = world.running
@@ -541,8 +595,13 @@ class SimulatedHop(Hop):
         self._carrier = _Carrier()  # type: ignore[assignment]
         self._theirs = self._guest
 
+        self._disks = _NoDisks()  # type: ignore[assignment]
+
     async def _carry_settings(self) -> None:
         pass
+
+    async def _look_again(self) -> None:
+        await self.actor.gate()
 
     def _watch_priorities(self) -> None:
         pass

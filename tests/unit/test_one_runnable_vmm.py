@@ -214,7 +214,7 @@ class OneRunnableVmm(RuleBasedStateMachine):
                 self.world.cont(qemu)
             case "stop":
                 self.stopped = True
-                qemu.running = False
+                self.world.stop(qemu)
             case "quit":
                 self.world.die(qemu)
         self.turn()

@@ -1,0 +1,157 @@
+"""
+The guard over the disks of a guest that hops: what was compared before the guest stops is what it is when it has
+stopped, and the source has given its images up before the destination takes them.
+
+Before the stop QEMU is asked. Afterwards it is not, since every question costs the guest some tenths of a millisecond:
+what a process has open, and which locks it holds, the kernel tells.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from sevhop_qmp.errors import ProcessError, SevhopError, StateError
+from sevhop_qmp.image_locks import ImageLocks
+from sevhop_qmp.monitor import Commands
+from sevhop_qmp.open_images import Identity
+from sevhop_qmp.process import QemuProcess
+
+from . import block_graph
+from .block_graph import BlockGraph, Images, Node
+
+#: Seconds in which a source that closes its images should have ended, if that is why.
+_END = 0.1
+#: Drivers that store nothing.
+_NOTHING = frozenset({"null-aio", "null-co"})
+
+
+class DiskGuard:
+    """
+    The disks of a source. Use :meth:`over`.
+
+    :ivar graph: as it was read.
+    """
+
+    def __init__(self, process: QemuProcess, graph: BlockGraph, images: Images, locks: ImageLocks) -> None:
+        self._process = process
+        self.graph = graph
+        self._images = images
+        self._locks = locks
+        self._used = graph.used()
+
+    @classmethod
+    async def over(cls, monitor: Commands, process: QemuProcess) -> Self:
+        """
+        Look at the disks of a source.
+
+        :raises SevhopError: they cannot be looked at, or are not what their names lead to.
+        """
+        graph, images = await block_graph.open_images(monitor, process)
+        try:
+            if images.misplaced:
+                raise SevhopError(f"{images.misplaced[0]} is not the file that the guest has open")
+            return cls(process, graph, images, ImageLocks.of(process))
+        except BaseException:
+            images.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the images."""
+        self._images.close()
+        self._locks.close()
+
+    async def differences(self, monitor: Commands, process: QemuProcess, *, names: bool) -> list[str]:
+        """
+        In what the disks of a destination are not these; empty when it may have the guest.
+
+        :param names: whether the names of block nodes matter.
+        """
+        theirs = await block_graph.read(monitor)
+        return block_graph.differences(self.graph, theirs, names=names) or self._images.others_of(theirs, process)
+
+    async def see_unchanged(self, monitor: Commands) -> None:
+        """
+        While the guest still runs.
+
+        :raises SevhopError: somebody has changed the disks.
+        """
+        if found := block_graph.changes(self.graph, await block_graph.read(monitor)):
+            raise SevhopError(f"{found} was changed by somebody else", "try again")
+        self._images.files.refresh()
+        self._see(set(self._images.identities.values()) - self._images.files.identities)
+
+    async def see_unchanged_when_stopped(self) -> None:
+        """
+        The same when the guest has stopped, without a question to its QEMU. One that has ended, now that its state is
+        saved, is not needed any more, and has no images.
+
+        :raises SevhopError: an image was opened or closed meanwhile.
+        """
+        try:
+            changed = self._images.files.changed()
+        except ProcessError:
+            changed = set()
+        # One that is about to end closes them all.
+        if changed and not await self._process.wait(_END):
+            self._see(changed)
+
+    def _see(self, changed: set[Identity]) -> None:
+        for identity in changed:
+            names = [name for name, known in self._images.identities.items() if known == identity]
+            where = self.graph.disk_of(names[0]) if names else self._images.files.path(identity) or "a disk"
+            raise SevhopError(f"{where} was changed by somebody else", "try again")
+
+    async def give_up_spares(self, monitor: Commands) -> bool:
+        """
+        While the guest still runs, have the source give up nodes that no device has: QEMU 10 keeps some of those
+        when it gives up its images, with their locks.
+
+        :return: whether there were any, to be taken back with :func:`.block_graph.activate`.
+        :raises SevhopError: it does not.
+        """
+        spares = [name for name in self.graph.spare() if self.graph.nodes[name].active]
+        for name in spares:
+            await monitor.execute("blockdev-set-active", {"node-name": name, "active": False})
+        return bool(spares)
+
+    async def see_given_up(self, monitor: Commands, *, again: bool) -> None:
+        """
+        When the source has saved its state, see that it has given up all images that it could write to.
+
+        :param again: whether it must be told to. A QEMU whose images were taken back without its guest being resumed
+            believes that it does not have them (QEMU 10: ``migration_block_inactivate``).
+        :raises StateError: it has not. The destination must not have them.
+        """
+        if again and self._process.alive:
+            await block_graph.inactivate(monitor)
+        if kept := self._locks.kept():
+            names = [name for name, known in self._images.identities.items() if known in kept]
+            where = self.graph.disk_of(names[0]) if names else "a disk"
+            raise StateError(f"the source has not given up {where}")
+        # One that has ended, now that its state is saved, has none.
+        if any(self._unseen(self.graph.nodes[name]) for name in self._used) and self._process.alive:
+            graph = await block_graph.read(monitor)
+            for node in (graph.nodes[name] for name in graph.used()):
+                if node.active and not node.read_only:
+                    raise StateError(f"the source has not given up {graph.disk_of(node.name)}")
+
+    async def lost_bitmaps(self, monitor: Commands) -> list[str]:
+        """
+        Which dirty bitmaps have not come through, in a QEMU that has the images now: a backup must not rely on them.
+
+        :return: a sentence for each.
+        """
+        before = self.graph.bitmaps()
+        if not before:
+            return []
+        try:
+            lost = before.keys() - (await block_graph.read(monitor)).bitmaps().keys()
+        except SevhopError as err:
+            return [f"the dirty bitmaps were not looked at: {err.message}"]
+        return [f"{before[key]} cannot be used any more: the next backup must be a full one" for key in sorted(lost)]
+
+    def _unseen(self, node: Node) -> bool:
+        """Whether a QEMU that reports it must be asked for a node: one that is written to, without a lock."""
+        if node.active is None or node.read_only or node.children or node.driver in _NOTHING:
+            return False
+        return self._images.identities.get(node.name) not in self._locks.locked

@@ -1,0 +1,600 @@
+"""
+Disks of a guest that has lived: what is in them now is what it has after a hop, or there is no hop.
+
+The guest's own view of a disk is what ``qemu-io`` reads through its device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guests.running import Guest, wait_until
+from sevhop.errors import Refused, Undone
+from sevhop.hop import Hop
+from sevhop_qmp.errors import CommandError
+from sevhop_qmp.monitor import Monitor
+
+from .conftest import DescribeCounter, StartGuest
+from .hops import Meddler, hop, kill_destination, sevhop
+from .test_hop import assert_unharmed
+
+MIB = 1 << 20
+
+
+def image(path: Path, form: str = "qcow2", size: str = "16M") -> Path:
+    """Make an image."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", form, path, size], check=True)
+    return path
+
+
+def disk(guest: Guest, name: str = "") -> dict[str, Any]:
+    """What QEMU tells of a drive, by a part of its device; of the virtio disk without."""
+    (row,) = (row for row in guest.execute("query-block") if (name or "virtio-backend") in row.get("qdev", ""))
+    assert isinstance(row, dict)
+    return row
+
+
+def io(guest: Guest, command: str, name: str = "") -> str:
+    """Read or write as the guest does; what QEMU says of it."""
+    row, before = disk(guest, name), len(guest.said())
+    guest.execute("human-monitor-command", command_line=f'qemu-io -d {row["qdev"]} "{command}"')
+    return guest.said()[before:]
+
+
+def write(guest: Guest, pattern: int, name: str = "") -> None:
+    assert "wrote" in io(guest, f"write -P {pattern} 0 64k", name)
+
+
+def reads(guest: Guest, pattern: int, name: str = "") -> bool:
+    """Whether the guest reads a pattern at the beginning of its disk."""
+    said = io(guest, f"read -P {pattern} 0 64k", name)
+    assert "read 65536" in said
+    return "verification failed" not in said
+
+
+def files(guest: Guest) -> set[str]:
+    """The images in the drives."""
+    return {Path(row["inserted"]["file"]).name for row in guest.execute("query-block") if row.get("inserted")}
+
+
+def locked(path: Path, form: str = "qcow2") -> bool:
+    """Whether another program is kept from writing to an image."""
+    done = subprocess.run(["qemu-io", "-f", form, "-c", "write -P 7 8M 4k", path], capture_output=True, check=False)
+    return done.returncode != 0
+
+
+# -- carried over ----------------------------------------------------------------------------------
+
+
+def snapshot(guest: Guest) -> None:
+    path = guest.machine.directory / "overlay.qcow2"
+    guest.execute("blockdev-snapshot-sync", node_name="disk", snapshot_file=str(path), snapshot_node_name="overlay")
+
+
+def added_snapshot(guest: Guest) -> None:
+    """As libvirt does: the nodes are added, then the snapshot is taken."""
+    path = image(guest.machine.directory / "overlay.qcow2")
+    guest.execute("blockdev-add", driver="file", node_name="overlay-file", filename=str(path), discard="unmap")
+    guest.execute("blockdev-add", driver="qcow2", node_name="overlay", file="overlay-file", backing=None)
+    guest.execute("blockdev-snapshot", node="disk", overlay="overlay")
+
+
+def committed_snapshot(guest: Guest) -> None:
+    """A snapshot of a snapshot, of which the lower one is merged into the disk."""
+    added_snapshot(guest)
+    write(guest, 0x22)
+    top = guest.machine.directory / "top.qcow2"
+    guest.execute("blockdev-snapshot-sync", node_name="overlay", snapshot_file=str(top), snapshot_node_name="top")
+    guest.execute("block-commit", job_id="merge", device="top", top_node="overlay", base_node="disk")
+    wait_until(lambda: not guest.execute("query-block-jobs"), 30, "merged")
+
+
+def moved(guest: Guest) -> None:
+    path = guest.machine.directory / "moved.qcow2"
+    guest.execute("drive-mirror", job_id="move", device="disk", target=str(path), sync="full", format="qcow2")
+    wait_until(lambda: bool(guest.execute("query-block-jobs")[0]["ready"]), 30, "mirrored")
+    guest.execute("block-job-complete", device="move")
+    wait_until(lambda: not guest.execute("query-block-jobs"), 30, "pivoted")
+
+
+@pytest.mark.parametrize("live", [snapshot, added_snapshot, committed_snapshot, moved])
+def test_disk_keeps_its_content_after_a_live_change(
+    live: Callable[[Guest], None], old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(3)
+    write(guest, 0x11)
+    live(guest)
+    write(guest, 0xAA)
+    before = files(guest)
+    for number, emulator in enumerate((new, old)):
+        hop(guest, emulator)
+        assert files(guest) == before
+        assert reads(guest, 0xAA + number)
+        write(guest, 0xAB + number)
+    assert_unharmed(guest)
+
+
+def test_legacy_drive_keeps_its_name_and_content_after_a_snapshot(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    path = image(tmp_path / "a,b.raw", "raw")
+    name = str(path).replace(",", ",,")
+    more = ("-drive", f"if=none,id=d0,file={name},format=raw,cache=none", "-device", "virtio-blk-pci,drive=d0,id=v0")
+    guest = start(counter_machine(more=more), old)
+    write(guest, 0x11)
+    guest.execute("blockdev-snapshot-sync", device="d0", snapshot_file=str(tmp_path / "overlay.qcow2"), format="qcow2")
+    write(guest, 0xAA)
+    for emulator in (new, old):
+        hop(guest, emulator)
+        assert disk(guest)["device"] == "d0"
+        assert disk(guest)["inserted"]["cache"]["direct"]
+        assert disk(guest)["inserted"]["backing_file_depth"] == 1
+        assert reads(guest, 0xAA)
+    assert_unharmed(guest)
+
+
+CD = {
+    "drive": (
+        *("-drive", "if=none,id=cd,media=cdrom,readonly=on,format=raw,file={}"),
+        *("-device", "ide-cd,drive=cd,id=cd0"),
+    ),
+    "blockdev": (
+        *("-blockdev", "driver=file,node-name=first,filename={},read-only=on"),
+        *("-device", "ide-cd,drive=first,id=cd0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", CD)
+def test_drive_has_the_medium_that_was_put_in(
+    form: str, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    first, second = image(tmp_path / "first.iso", "raw"), image(tmp_path / "second.iso", "raw")
+    guest = start(counter_machine(more=tuple(word.format(first) for word in CD[form])), old)
+    guest.execute("blockdev-change-medium", id="cd0", filename=str(second), format="raw")
+    for emulator in (new, old, new):
+        hop(guest, emulator)
+        assert files(guest) == {"second.iso"}
+    assert all(node["active"] for node in guest.execute("query-named-block-nodes"))
+    hop(guest, old)
+    guest.execute("eject", id="cd0", force=True)
+    hop(guest, new)
+    assert files(guest) == set()
+    guest.execute("blockdev-change-medium", id="cd0", filename=str(first), format="raw")
+    hop(guest, old)
+    assert files(guest) == {"first.iso"}
+    assert_unharmed(guest)
+
+
+def test_disks_that_were_plugged_and_unplugged(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    more = (
+        *("-device", "pcie-root-port,id=slot1,chassis=1", "-device", "virtio-scsi-pci,id=scsi"),
+        *("-blockdev", f"driver=file,node-name=gone,filename={image(tmp_path / 'gone.raw', 'raw')}"),
+        *("-device", "scsi-hd,drive=gone,id=first"),
+        *("-device", "virtio-rng-pci,id=entropy"),
+    )
+    guest = start(counter_machine(more=more), old)
+    guest.wait_for_ticks(3)
+    guest.execute("device_del", id="first")
+    wait_until(lambda: guest.execute("query-block") == [], 30, "unplugged")
+    guest.execute("blockdev-del", node_name="gone")
+    path = image(tmp_path / "plugged.qcow2")
+    guest.execute("blockdev-add", driver="file", node_name="plugged-file", filename=str(path))
+    guest.execute("blockdev-add", driver="qcow2", node_name="plugged", file="plugged-file")
+    guest.execute("device_add", driver="virtio-blk-pci", drive="plugged", id="second", bus="slot1", serial="S1")
+    write(guest, 0xAA)
+    for emulator in (new, old):
+        hop(guest, emulator)
+        assert files(guest) == {"plugged.qcow2"}
+        assert guest.execute("qom-get", path="/machine/peripheral/second", property="serial") == "S1"
+        assert reads(guest, 0xAA)
+        assert not locked(tmp_path / "gone.raw", "raw")
+    assert_unharmed(guest)
+
+
+# -- refused: what cannot be given to another QEMU ---------------------------------------------------
+
+
+def refused(guest: Guest, new: Path) -> str:
+    """Have a hop refused, in a check as well. :return: why."""
+    pid = guest.pid
+    meddler = Meddler()
+    with pytest.raises(Refused) as caught:
+        meddler.run(guest, new)
+    assert "freeze" not in meddler.phases
+    assert guest.pid == pid
+    assert sevhop("check", "--qmp", guest.machine.monitor, "--emulator", new).returncode == 1
+    return str(caught.value)
+
+
+def test_image_that_was_exchanged_is_refused(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(disk_mib=16), old)
+    write(guest, 0x11)
+    shutil.copyfile(guest.machine.disk, tmp_path / "restored")
+    os.rename(tmp_path / "restored", guest.machine.disk)
+    assert f"disk disk: {guest.machine.disk} is not the file that the guest has open" in refused(guest, new)
+    assert reads(guest, 0x11)
+
+
+def test_images_that_have_exchanged_their_names_are_refused(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    more = []
+    for name in ("one", "two"):
+        more += ["-blockdev", f"driver=file,node-name={name},filename={image(tmp_path / name, 'raw')}"]
+        more += ["-device", f"virtio-blk-pci,drive={name},id={name}-disk"]
+    guest = start(counter_machine(more=tuple(more)), old)
+    write(guest, 0x11, "one-disk")
+    os.rename(tmp_path / "one", tmp_path / "three")
+    os.rename(tmp_path / "two", tmp_path / "one")
+    os.rename(tmp_path / "three", tmp_path / "two")
+    assert "is not the file that the guest has open" in refused(guest, new)
+    assert reads(guest, 0x11, "one-disk")
+
+
+@pytest.mark.parametrize("form", ["snapshot=yes", "snapshot=true", "-readconfig"])
+def test_temporary_snapshot_is_refused(
+    form: str, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    path = image(tmp_path / "disk.qcow2")
+    if form == "-readconfig":
+        config = tmp_path / "guest.cfg"
+        config.write_text(f'[drive "d0"]\n if = "none"\n file = "{path}"\n format = "qcow2"\n snapshot = "on"\n')
+        more = ("-readconfig", str(config))
+    else:
+        more = ("-drive", f"if=none,id=d0,file={path},format=qcow2,{form}")
+    guest = start(counter_machine(more=(*more, "-device", "virtio-blk-pci,drive=d0")), old)
+    write(guest, 0x11)
+    reason = refused(guest, new)
+    assert "disk d0" in reason
+    assert "temporary snapshot" in reason
+    assert reads(guest, 0x11)
+
+
+@pytest.mark.parametrize("locking", ["", ",locking=off"])
+def test_exported_disk_is_refused(
+    locking: str, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    path = image(tmp_path / "second.raw", "raw")
+    more = ("-blockdev", f"driver=file,node-name=second,filename={path}{locking}")
+    guest = start(counter_machine(more=(*more, "-device", "virtio-blk-pci,drive=second,share-rw=on")), new)
+    guest.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(tmp_path / "nbd")}})
+    guest.execute("block-export-add", type="nbd", id="backup", node_name="second", writable=True)
+    assert "an export (backup)" in refused(guest, old)
+    assert_unharmed(guest, 3)
+
+
+# -- undone: what changes while a hop is prepared ------------------------------------------------------
+
+
+def on(path: Path, *commands: tuple[str, Mapping[str, object]]) -> Callable[[Hop], None]:
+    """Commands on another monitor, in the middle of a hop."""
+
+    async def run() -> None:
+        async with await Monitor.connect(path) as monitor:
+            for command, arguments in commands:
+                await monitor.execute(command, arguments)
+
+    def mischief(_: Hop) -> None:
+        thread = threading.Thread(target=lambda: asyncio.run(run()))
+        thread.start()
+        thread.join()
+
+    return mischief
+
+
+def with_second_monitor(tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    second = tmp_path / "second.sock"
+    return second, ("-qmp", f"unix:{second},server=on,wait=off")
+
+
+@pytest.mark.parametrize("phase", ["prepare", "freeze"])
+def test_snapshot_while_a_hop_is_prepared(
+    phase: str, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    second, more = with_second_monitor(tmp_path)
+    guest = start(counter_machine(disk_mib=16, more=more), old)
+    arguments = {"node-name": "disk", "snapshot-file": str(tmp_path / "overlay"), "snapshot-node-name": "overlay"}
+    with pytest.raises((Refused, Undone), match=r"disk disk|overlay"):
+        Meddler().run(guest, new, at=phase, mischief=on(second, ("blockdev-snapshot-sync", arguments)))
+    assert files(guest) == {"overlay"}
+    hop(guest, new)
+    assert files(guest) == {"overlay"}
+    assert_unharmed(guest)
+
+
+def test_snapshot_after_the_last_look(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """Nobody asks QEMU any more, but what the process has open tells."""
+    second, more = with_second_monitor(tmp_path)
+    guest = start(counter_machine(disk_mib=16, more=more), old)
+    pid = guest.pid
+    arguments = {"node-name": "disk", "snapshot-file": str(tmp_path / "overlay"), "snapshot-node-name": "overlay"}
+
+    def late(engine: Hop) -> None:
+        async def look() -> None:
+            await looks()
+            on(second, ("blockdev-snapshot-sync", arguments))(engine)
+
+        looks = engine._look_again
+        engine._look_again = look  # type: ignore[method-assign]
+
+    with pytest.raises(Undone, match="overlay was changed by somebody else"):
+        Meddler().run(guest, new, at="freeze", mischief=late)
+    assert guest.pid == pid
+    assert files(guest) == {"overlay"}
+    assert_unharmed(guest)
+
+
+def test_block_job_begun_while_a_hop_is_prepared(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    second, more = with_second_monitor(tmp_path)
+    guest = start(counter_machine(disk_mib=16, more=more), old)
+    target: dict[str, object] = {"job-id": "move", "device": "disk", "target": str(tmp_path / "copy"), "sync": "full"}
+    with pytest.raises(Undone, match="job"):
+        Meddler().run(guest, new, at="freeze", mischief=on(second, ("drive-mirror", target)))
+    assert [job["id"] for job in guest.execute("query-jobs")] == ["move"]
+    assert_unharmed(guest)
+
+
+@pytest.mark.parametrize("locking", ["", ",locking=off"])
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_disk_that_the_source_does_not_give_up(
+    locking: str,
+    version: str,
+    tmp_path: Path,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+) -> None:
+    """An export is added after the last look. QEMU 7.2 fails to save then, QEMU 10 does not say a word."""
+    ours, other = (old, new) if version == "old" else (new, old)
+    second, more = with_second_monitor(tmp_path)
+    path = image(tmp_path / "second.raw", "raw")
+    more += ("-blockdev", f"driver=file,node-name=second,filename={path}{locking}")
+    guest = start(counter_machine(more=(*more, "-device", "virtio-blk-pci,drive=second,share-rw=on")), ours)
+    guest.wait_for_ticks(3)
+    pid = guest.pid
+    address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    export = {"type": "nbd", "id": "backup", "node-name": "second", "writable": True}
+
+    def late(engine: Hop) -> None:
+        async def look() -> None:
+            await looks()
+            on(second, ("nbd-server-start", {"addr": address}), ("block-export-add", export))(engine)
+
+        looks = engine._look_again
+        engine._look_again = look  # type: ignore[method-assign]
+
+    with pytest.raises(Undone, match="given up disk second" if version == "new" else "cannot save its device state"):
+        Meddler().run(guest, other, at="freeze", mischief=late)
+    assert guest.pid == pid
+    assert_unharmed(guest)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_guest_that_somebody_stops_stays_stopped(
+    late: bool, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """Also right before the hop stops it, when its state is saved and its images are given up all the same."""
+    second, more = with_second_monitor(tmp_path)
+    guest = start(counter_machine(disk_mib=16, more=more), old)
+    guest.wait_for_ticks(3)
+    pid = guest.pid
+    stop = on(second, ("stop", {}))
+
+    def mischief(engine: Hop) -> None:
+        async def look() -> None:
+            await looks()
+            stop(engine)
+            await asyncio.sleep(0.1)  # what our own monitor says of it has arrived
+
+        if late:
+            looks = engine._look_again
+            engine._look_again = look  # type: ignore[method-assign]
+        else:
+            stop(engine)
+
+    with pytest.raises(Undone, match="somebody else"):
+        Meddler().run(guest, new, at="freeze", mischief=mischief)
+    assert guest.pid == pid
+    assert guest.execute("query-status")["status"] == "paused"
+    assert locked(guest.machine.disk)
+    guest.execute("cont")
+    assert_unharmed(guest)
+
+
+# -- paused guests -----------------------------------------------------------------------------------
+
+
+def works_on_its_disk(guest: Guest, name: str) -> None:
+    """What a management program does with the disk of a paused guest; it takes a snapshot of a name."""
+    assert guest.execute("query-status")["status"] == "paused"
+    assert locked(guest.machine.disk)
+    guest.execute("blockdev-snapshot-internal-sync", device="disk", name=name)
+    write(guest, 0x33)
+
+
+def test_paused_guest_has_its_disks_after_hops(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(3)
+    guest.execute("stop")
+    for number, emulator in enumerate((new, new, old, old)):
+        hop(guest, emulator)
+        works_on_its_disk(guest, f"after hop {number}")
+    guest.execute("cont")
+    assert_unharmed(guest)
+
+
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_paused_guest_has_its_disks_after_a_hop_that_was_undone(
+    version: str, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    ours, other = (old, new) if version == "old" else (new, old)
+    guest = start(counter_machine(disk_mib=16), ours)
+    guest.wait_for_ticks(3)
+    guest.execute("stop")
+    for name in ("first", "second"):
+        with pytest.raises(Undone):
+            Meddler().run(guest, other, at="load", mischief=kill_destination)
+        works_on_its_disk(guest, name)
+    hop(guest, other)
+    works_on_its_disk(guest, "third")
+    guest.execute("cont")
+    assert_unharmed(guest)
+
+
+# -- dirty bitmaps -----------------------------------------------------------------------------------
+
+
+def bitmap(guest: Guest) -> dict[str, Any]:
+    """The only one of the disk."""
+    (found,) = disk(guest)["inserted"]["dirty-bitmaps"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def recorded(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Guest:
+    """A guest that has written something since its last backup."""
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(3)
+    guest.execute("block-dirty-bitmap-add", node="disk", name="backup", persistent=True)
+    write(guest, 0x11)
+    assert bitmap(guest)["count"] == 65536
+    return guest
+
+
+def test_persistent_bitmap_records_on(recorded: Guest, old: Path, new: Path) -> None:
+    for number, emulator in enumerate((new, old), 2):
+        hop(recorded, emulator)
+        found = bitmap(recorded)
+        assert (found["persistent"], found["recording"], found.get("inconsistent")) == (True, True, None)
+        io(recorded, f"write -P 1 {number}M 64k")
+        assert bitmap(recorded)["count"] == number * 65536
+    assert_unharmed(recorded)
+
+
+def interrupted(engine: Hop) -> None:
+    assert engine.interrupt()
+
+
+def disk_is_locked(engine: Hop) -> None:
+    """Somebody else has the disk when the destination takes its images."""
+    execute = engine._destination.monitor.execute
+
+    async def and_lock(command: str, *arguments: Any, **named: Any) -> Any:
+        if command != "cont":
+            return await execute(command, *arguments, **named)
+        raise CommandError("cont", 'Failed to get "write" lock')
+
+    engine._destination.monitor.execute = and_lock  # type: ignore[method-assign]
+
+
+def images_are_taken(engine: Hop) -> None:
+    """The destination takes its images, and then it is too late for it to run."""
+    execute = engine._destination.monitor.execute
+
+    async def take(command: str, *arguments: Any, **named: Any) -> Any:
+        if command != "cont":
+            return await execute(command, *arguments, **named)
+        await execute("blockdev-set-active", {"active": True})
+        raise CommandError("cont", "it does not")
+
+    engine._destination.monitor.execute = take  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("mischief", [interrupted, disk_is_locked, images_are_taken])
+def test_persistent_bitmap_stays_usable_when_a_hop_is_undone(
+    mischief: Callable[[Hop], None], recorded: Guest, new: Path
+) -> None:
+    pid = recorded.pid
+    meddler = Meddler()
+    with pytest.raises(Undone):
+        meddler.run(recorded, new, at="resume", mischief=mischief)
+    assert meddler.hop.report.notes == []
+    assert recorded.pid == pid
+    found = bitmap(recorded)
+    assert (found["persistent"], found["count"], found.get("inconsistent")) == (True, 65536, None)
+    assert_unharmed(recorded)
+
+
+def test_bitmap_that_is_lost_is_reported(recorded: Guest, new: Path) -> None:
+    """A destination that has taken the images is killed before it can give them up."""
+
+    def kill(engine: Hop) -> None:
+        images_are_taken(engine)
+        taking = engine._destination.monitor.execute
+
+        async def take_and_die(command: str, *arguments: Any, **named: Any) -> Any:
+            try:
+                return await taking(command, *arguments, **named)
+            except CommandError:
+                kill_destination(engine)
+                raise
+
+        engine._destination.monitor.execute = take_and_die  # type: ignore[method-assign]
+
+    meddler = Meddler()
+    with pytest.raises(Undone):
+        meddler.run(recorded, new, at="resume", mischief=kill)
+    (note,) = meddler.hop.report.notes
+    assert "dirty bitmap backup of disk disk cannot be used any more" in note
+    assert_unharmed(recorded)
+
+
+def test_bitmap_that_is_in_no_image_is_refused(recorded: Guest, old: Path, new: Path) -> None:
+    recorded.execute("block-dirty-bitmap-add", node="disk", name="passing")
+    assert "the dirty bitmap passing is in no image" in refused(recorded, new)
+    assert_unharmed(recorded)
+
+
+# -- disks on a server -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_disk_of_an_nbd_server(
+    clients: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+) -> None:
+    """One that serves a single client, which is the default of qemu-nbd, keeps the second one waiting."""
+    directory = tmp_path_factory.mktemp("server")
+    path = directory / "nbd"
+    more = ("-blockdev", f"driver=nbd,node-name=far,server.type=unix,server.path={path}")
+    serve = ["qemu-nbd", "--persistent", f"--shared={clients}", "--format=raw", f"--socket={path}"]
+    with subprocess.Popen([*serve, image(directory / "far.raw", "raw")], stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_until(path.exists, 30, "the server listens")
+            guest = start(counter_machine(more=(*more, "-device", "virtio-blk-pci,drive=far,id=disk1")), old)
+            write(guest, 0x11)
+            if clients == 1:
+                with pytest.raises(Undone, match="disk disk1 is reached by nbd"):
+                    Meddler().run(guest, new, start_timeout=3)
+            else:
+                hop(guest, new)
+            assert reads(guest, 0x11)
+            assert_unharmed(guest)
+        finally:
+            server.terminate()
