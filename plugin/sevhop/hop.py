@@ -674,6 +674,10 @@ class Hop(Procedure):
             return
         begun = await self._outgoing.abandon()
         self._hurry.close()
+        if self._stopped_at is not None:
+            # An answer to this is behind all that came of our order to stop, however late that was carried out.
+            patience = max(CONT_DEADLINE, self._source_monitor.timeout)
+            await self._source_monitor.execute("query-status", timeout=patience)
         if self._stopped_at is not None and await self._watch.stopped_by_us():
             await let_run(self._source_monitor)
         elif begun:
