@@ -284,11 +284,13 @@ class OutgoingState:
 
     async def end(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
-        Tell the destination that this was all.
+        Tell the destination that this was all. Before, it cannot have taken anything for all: a hop that is killed
+        closes the pipe, and QEMU does without the description.
 
         :raises StateError: it does not take it.
         """
-        self._incoming.give(EMPTY_DESCRIPTION)
+        self._incoming.give(bytes(self._received) + EMPTY_DESCRIPTION)
+        self._received.clear()
         await self._taken(timeout)
         self._incoming.end()
 
@@ -333,8 +335,10 @@ class OutgoingState:
                 return
             del self._received[: len(_BEGINNING)]  # the destination has a head already
             self._begun = True
-        self._incoming.give(bytes(self._received))
-        self._received.clear()
+        # The last byte, which ends the state, is kept back.
+        if len(self._received) > 1:
+            self._incoming.give(bytes(self._received[:-1]))
+            del self._received[:-1]
 
     def _stop_receiving(self) -> None:
         if self._pipe is not None and not self._pipe.closed:

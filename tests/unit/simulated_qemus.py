@@ -263,11 +263,10 @@ class World:
         if qemu is None or not qemu.answers:
             return False
         match self.step:
-            # A command that has died has closed its pipe: all but the end of the stream is as good as all.
-            case "waits" if self.given and (self.stream_ended or command_is_dead):
+            case "waits" if self.given and self.stream_ended:
                 qemu.loaded = True
                 self.step = "loaded"
-            case "waits" if command_is_dead:
+            case "waits" if command_is_dead:  # it has closed its pipe
                 self.die(qemu)
             case "loaded" if self.running and not qemu.ran and self.tells_keeper:
                 self._write_mark(RunState.STARTING)
