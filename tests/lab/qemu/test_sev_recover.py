@@ -22,7 +22,7 @@ from .conftest import DescribeSev, StartGuest
 PATH = "An SEV guest outside libvirt, in the lab"
 BEFORE = ("phase load", "phase commit", "before x-sev-migrate-from 0")
 BEHIND = ("after x-sev-migrate-from 0", "phase resume", "before cont 0")
-RUNNING = ("after cont 0", "phase retire", "before quit 0")
+RUNNING = ("after cont 0", "phase retire", "before end-source 0")
 
 
 def right_behind_the_move(*points: str) -> list[Any]:
