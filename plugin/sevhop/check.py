@@ -102,7 +102,7 @@ def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived
         disks,
         _arguments(arguments),
         _confinement(process, arguments),
-        preload.readable(process.credentials),
+        library(process),
         _emulator(arguments.emulator, guest, process),
     )
 
@@ -271,10 +271,19 @@ def _confinement(process: QemuProcess, arguments: command_line.Derived) -> Findi
     return passed(name, f"user {found.uids[1]}, {'a' if found.filters else 'no'} seccomp filter")
 
 
+def library(process: QemuProcess) -> Finding:
+    """Whether the guest's user can read what is preloaded into its next QEMU."""
+    name = "library"
+    try:
+        return passed(name, preload.see_readable(process.credentials))
+    except SevhopError as err:
+        return failed(name, err.message, err.hint)
+
+
 def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
     skipped = ("machine type",)
     user = process.credentials
-    if preload.readable(user).status is not Status.PASS:
+    if library(process).status is not Status.PASS:
         return Finding("emulator", Status.SKIP, children=[Finding("machine type", Status.SKIP)])
     try:
         emulator.trusted(path)

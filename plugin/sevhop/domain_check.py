@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
-from . import apparmor, check, domain_xml, guest, installation, preload
+from . import apparmor, check, domain_xml, guest, installation
 from .block_graph import BlockGraph
 from .domain import Connection, Domain, DomainMonitor
 from .finding import Finding, Status, failed, passed
@@ -90,7 +90,7 @@ def _without_libvirt(found: guest.Guest, process: QemuProcess, new: str, xml: st
     tree = check.domain(found, process, new)
     # First: a device that cannot be had again may bring memory of its own, for which there is no remedy either.
     tree.children[:0] = [devices(xml)]
-    tree.children += [preload.readable(process.credentials), _confinement(process, uuid)]
+    tree.children += [check.library(process), _confinement(process, uuid)]
     return tree
 
 

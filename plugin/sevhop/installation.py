@@ -22,7 +22,6 @@ from sevhop_qmp.process import Credentials
 
 from . import apparmor, hook, hook_calls, installed_file, journal, preload, units
 from .domain import Connection, DomainError
-from .finding import Status
 from .run_directory import DOMAINS, RUN, make_run_directories
 from .save_image import SaveImage
 
@@ -138,9 +137,10 @@ async def see_that_qemu_reads_the_library() -> None:
     groups: tuple[int, ...] = ()
     with contextlib.suppress(KeyError):
         groups = tuple(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
-    found = preload.readable(Credentials(uid, gid, groups, 0))
-    if found.status is not Status.PASS:
-        raise SevhopError(f"the hook is in place, but {found.detail}", found.remedy)
+    try:
+        preload.see_readable(Credentials(uid, gid, groups, 0))
+    except SevhopError as err:
+        raise SevhopError(f"the hook is in place, but {err.message}", err.hint) from err
 
 
 async def hook_answers(connection: Connection) -> bool:

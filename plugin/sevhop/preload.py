@@ -22,10 +22,8 @@ from sevhop_qmp.process import Credentials
 
 from . import emulator, launch
 from .emulator import Emulator
-from .finding import Finding, failed, passed
 from .launch import Identity
 
-NAME = "library"
 #: (emulator, library, who) → whether the library is in there.
 _tried: dict[object, bool] = {}
 
@@ -45,19 +43,22 @@ class NotLoaded(SevhopError):
         self.emulator = emulator
 
 
-def readable(user: Credentials) -> Finding:
-    """Whether QEMU's user can read the library."""
+def see_readable(user: Credentials) -> str:
+    """
+    See that QEMU's user can read the library.
+
+    :return: its path.
+    :raises SevhopError: that user cannot.
+    """
     path = adopt.library_path()
     if user.may("r", path):
-        return passed(NAME, str(path))
-    closed = next((one for one in reversed(path.parents) if not user.may("x", one)), path)
-    where = f" because of {closed}" if closed != path else ""
-    return failed(
-        NAME,
-        f"the user of QEMU ({user.uid}) cannot read {path}{where}",
-        f"install sevhop where all users may read it (not below /root), or: chmod o+x {closed}"
-        if closed != path
-        else f"chmod o+r {path}",
+        return str(path)
+    closed = next((one for one in reversed(path.parents) if not user.may("x", one)), None)
+    if closed is None:
+        raise SevhopError(f"the user of QEMU ({user.uid}) cannot read {path}", f"chmod o+r {path}")
+    raise SevhopError(
+        f"the user of QEMU ({user.uid}) cannot read {path} because of {closed}",
+        f"install sevhop where all users may read it (not below /root), or: chmod o+x {closed}",
     )
 
 
