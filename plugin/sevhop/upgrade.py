@@ -550,6 +550,8 @@ class Upgrade(Procedure):
             if self._stopped_at is not None:
                 await monitor.execute("cont")
                 self._end_of_blackout()
+                if lock_manager.in_use():
+                    self._note("libvirt does not hold its leases: virsh suspend and virsh resume take them again")
             await self._take_images_back(monitor)
             if hasattr(self, "_state"):
                 await self._state.take_back(monitor)
