@@ -88,7 +88,7 @@ class DiskGuard:
         :raises SevhopError: an image was opened or closed meanwhile.
         """
         try:
-            changed = self._images.files.changed()
+            changed = self._images.files.changed(quick=True)
         except ProcessError:
             changed = set()
         # One that is about to end closes them all.

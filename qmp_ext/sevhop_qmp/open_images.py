@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterable
 from typing import Self
 
 from .errors import ProcessError
@@ -74,17 +75,21 @@ class OpenFiles:
         """Of all files, as they were when they were last looked at."""
         return frozenset(self._files.values())
 
-    def changed(self) -> set[Identity]:
+    def changed(self, *, quick: bool = False) -> set[Identity]:
         """
-        The files that have been opened, or closed for good, since :meth:`refresh`. A descriptor that was no file then
-        and has kept its number is not looked at again.
+        The files that have been opened, or closed for good, since :meth:`refresh`.
 
+        :param quick: do not look again at numbers that were no file then, unless something seems to have changed: an
+            image that was opened again may have got one of them.
         :raises ProcessError: the process has ended.
         """
         names = self._list()
-        candidates = (names - self._names) | (self._files.keys() & names)
-        now = {found for name in candidates if (found := self._identity(name)) is not None}
-        return now ^ self.identities
+        if quick and not self._among((names - self._names) | (self._files.keys() & names)) ^ self.identities:
+            return set()
+        return self._among(names) ^ self.identities
+
+    def _among(self, names: Iterable[str]) -> set[Identity]:
+        return {found for name in names if (found := self._identity(name)) is not None}
 
     def path(self, identity: Identity) -> str:
         """What the kernel calls a file by now; empty when it is not open any more."""
