@@ -51,9 +51,9 @@ class HeldUpgrade:
         """Let it go on."""
         self._command.send_signal(signal.SIGCONT)
 
-    def interrupt(self) -> None:
-        """What Ctrl-C does, as soon as it goes on."""
-        self._command.send_signal(signal.SIGINT)
+    def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
+        """What Ctrl-C does, or another signal, as soon as it goes on."""
+        self._command.send_signal(number)
 
     def go_on(self) -> dict[str, Any]:
         """Let it go on to its end; what it reports."""
