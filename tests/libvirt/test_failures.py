@@ -110,7 +110,7 @@ def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, n
 REFUSED = {
     "missing": (["no-such-domain"], "no domain with matching name"),
     "no emulator": (["--emulator", "/nonexistent"], "No such file"),
-    "not executable": (["--emulator", "/etc/passwd"], "Permission denied"),
+    "not executable": (["--emulator", "/etc/passwd"], "may not run /etc/passwd"),
     "no QEMU": (["--emulator", "/bin/true"], "not a QEMU"),
 }
 
