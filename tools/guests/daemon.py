@@ -228,7 +228,8 @@ class Description:
         huge = "<hugepages><page size='2' unit='MiB'/></hugepages>" if self.memory == "huge" else ""
         source = "memfd" if huge else self.memory
         backing = f"<memoryBacking>{huge}<source type='{source}'/><access mode='shared'/></memoryBacking>"
-        cpu = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>qemu64</model></cpu>"
+        model = "EPYC" if self.sev else "qemu64"
+        cpu = f"<cpu mode='custom' match='exact' check='none'><model fallback='allow'>{model}</model></cpu>"
         policy = "<cbitpos>0</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
         sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
@@ -239,7 +240,7 @@ class Description:
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
     {self._boot()}</os>
   <features><acpi/></features>
-  {self.cpu or ("<cpu mode='host-passthrough' check='none'/>" if self.sev else cpu)}
+  {self.cpu or cpu}
   <devices>
     <emulator>{self.emulator}</emulator>
     <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/{self.name}.qcow2'/>

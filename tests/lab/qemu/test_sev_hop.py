@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -120,14 +121,15 @@ def test_old_qemu_cannot_run_the_guest_any_more(
     guest.wait_for_ticks(10)
     ended = []
 
-    async def run_it() -> None:
+    async def run_it(pid: int) -> None:
+        os.kill(pid, signal.SIGCONT)  # sevhop has halted it, and the kernel has to refuse all the same
         async with await Monitor.connect(second, timeout=PATIENCE) as monitor:
             # It says yes, and then its first KVM_RUN fails.
             with contextlib.suppress(MonitorClosed):
                 await monitor.execute("cont")
 
     def run_old(hop: Hop) -> None:
-        thread = threading.Thread(target=lambda: asyncio.run(run_it()))
+        thread = threading.Thread(target=lambda: asyncio.run(run_it(hop.report.source_pid)))
         thread.start()
         thread.join()
         ended.append(wait_ended(hop.report.source_pid, PATIENCE))
