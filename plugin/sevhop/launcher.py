@@ -16,6 +16,7 @@ import ctypes
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Callable
@@ -227,6 +228,9 @@ def main(spec: dict[str, Any]) -> None:
             reason = getattr(err, "strerror", None) or err
             raise SystemExit(f"sevhop: cannot give the new QEMU the {name} of the old one: {reason}") from err
     os.umask(spec["umask"])
+    # Python ignores them, and what is executed would as well.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     command = [os.fsencode(word) for word in spec["command"]]
     environment = {os.fsencode(name): os.fsencode(value) for name, value in spec["environment"].items()}
     try:
