@@ -54,6 +54,7 @@ from sevhop_qmp.errors import (
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
+from sevhop_qmp.thread_states import ThreadStates
 
 from . import (
     block_graph,
@@ -146,6 +147,7 @@ class Hop(Procedure):
         self._carrier: ram_blocks.Carrier  # prepare
         self._incoming: IncomingState  # prepare
         self._outgoing: OutgoingState  # prepare
+        self._threads: ThreadStates  # freeze; of the source
         self._destination_vm: int  # prepare; not under TCG
         self._loading: asyncio.Future[Any]  # load
 
@@ -236,9 +238,15 @@ class Hop(Procedure):
         self._surroundings = Surroundings.of(self._source)
         self._resources.callback(self._surroundings.close)
         self._plates = NamePlates.of(self._working_directory, self._held.listeners, self._arguments.pidfile)
-        self._remember(plates=self._plates.as_facts(), oom_score_adj=launch.oom_score_adj(self._source.pid))
+        try:
+            score = launch.oom_score_adj(self._source.pid)
+        except OSError as err:
+            raise ProcessError(f"process {self._source.pid} has ended") from err
+        self._remember(plates=self._plates.as_facts(), oom_score_adj=score)
 
     async def _prepare(self) -> None:
+        watch = Watch.start()
+        self._resources.push_async_callback(watch.close)
         self._undo.callback(self._plates.take_back)
         self._undo.callback(self._stop_sparing_source)
         launch.spare(self._source.pid)
@@ -256,16 +264,10 @@ class Hop(Procedure):
             raise SevhopError(f"{err.message}; {remote}, whose server may take one client only", err.hint) from err
         await self._compare()
         await self._carry_settings()
-        self._watch_priorities()
-        self._outgoing = await self._resources.enter_async_context(
-            OutgoingState(self._source_monitor, self._incoming)
-        )
+        watch.over(self._source.pid, self._destination.process.pid)
+        self._outgoing = await self._resources.enter_async_context(OutgoingState(self._source_monitor, self._incoming))
         identity = self._surroundings.credentials
         await self._outgoing.arm(identity.uid, identity.gid)
-
-    def _watch_priorities(self) -> None:
-        watch = Watch.start(self._source.pid, self._destination.process.pid)
-        self._resources.push_async_callback(watch.close)
 
     async def _leave_run_mark(self) -> None:
         """Give the source the mark that tells whether the guest has run in the destination: it outlives all others."""
@@ -360,6 +362,7 @@ class Hop(Procedure):
         self._spares_given_up = True
         self._spares_given_up = await self._disks.give_up_spares(self._source_monitor)
         threads = self._source.threads
+        self._threads = self._resources.enter_context(self._source.thread_states())
         self._slack.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
         self._carrier.carry()  # once more, so that little is left, and what is to be done then has just been done
         gc.freeze()  # what is there by now is not looked through again while the guest stands still
@@ -412,10 +415,9 @@ class Hop(Procedure):
 
     async def _load(self) -> None:
         # The destination is at the state meanwhile. A source that is halted cannot be asked about its disks any more.
-        await self._see_source_untouched()
-        await self._disks.see_unchanged_when_stopped()
         await self._disks.see_given_up(self._source_monitor, again=self._stopped_at is None)
         await self._halt_source()
+        # Whatever was done to it until then, it has told us.
         await self._see_source_untouched()
         await self._end_stream()
         if self._by_itself:
@@ -448,7 +450,9 @@ class Hop(Procedure):
     async def _halt_source(self) -> None:
         """It has saved everything. From here on it executes nothing, whatever its monitors are told, by whomever."""
         self._resources.push_async_callback(self._hang_up_if_halted)
-        if not await self._source.freeze(self._options.step_timeout) and self._source.alive:
+        self._source.halt()
+        await self._disks.see_unchanged_when_stopped()  # which takes as long as its threads need
+        if not await self._source.freeze(self._options.step_timeout, self._threads) and self._source.alive:
             raise SevhopError("the source cannot be halted")
 
     async def _hang_up_if_halted(self) -> None:

@@ -34,7 +34,7 @@ _POLICY = os.SCHED_RR | os.SCHED_RESET_ON_FORK
 #: What adopt.so leaves where it may not do more.
 _LEFT = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
 _ORDINARY = os.sched_param(0)
-#: What a watch is told by who has taken everything back.
+#: The last that a watch is told by who has taken everything back.
 _DONE = b"done"
 
 
@@ -79,7 +79,8 @@ def relax(threads: Iterable[int]) -> None:
 
 class Watch:
     """
-    A process that waits for us to end, and then takes back what we have lent. :meth:`start`, then :meth:`close`.
+    A process that waits for us to end, and then takes back what we have lent. :meth:`start` early, since that takes it
+    some hundredths of a second of a processor; then :meth:`over`, and :meth:`close`.
 
     It is in a session of its own: what ends all of ours at once does not end it.
     """
@@ -88,13 +89,13 @@ class Watch:
         self._child = child
 
     @classmethod
-    def start(cls, *processes: int) -> Self:
-        """:param processes: their ids."""
+    def start(cls) -> Self:
+        """Start one that watches nothing yet."""
         program = sys.executable or shutil.which("python3") or "/usr/bin/python3"
         try:
             return cls(
                 subprocess.Popen(
-                    [program, "-I", "-S", __file__, *map(str, processes)],
+                    [program, "-I", "-S", __file__],
                     cwd="/",
                     env={},
                     stdin=subprocess.PIPE,
@@ -106,13 +107,29 @@ class Watch:
         except (OSError, subprocess.SubprocessError):
             return cls(None)  # sevhop recover takes it back as well
 
+    def over(self, *processes: int) -> None:
+        """
+        What is lent to threads of these processes from now on is taken back, and they get the timer slack that they
+        have now.
+        """
+        lines = []
+        for process in processes:
+            slacks = _timer_slacks(_threads(process))
+            lines.append(" ".join([str(process), *(f"{thread}={slack}" for thread, slack in slacks.items())]))
+        self._tell("".join(f"{line}\n" for line in lines).encode())
+
     async def close(self) -> None:
         """We are done: it takes back what is left, and ends."""
         if self._child is not None and self._child.stdin is not None:
-            with contextlib.suppress(OSError):  # somebody has ended it
-                self._child.stdin.write(_DONE)
+            self._tell(_DONE)
+            with contextlib.suppress(OSError):
                 self._child.stdin.close()
             await asyncio.to_thread(self._child.wait)
+
+    def _tell(self, text: bytes) -> None:
+        if self._child is not None and self._child.stdin is not None:
+            with contextlib.suppress(OSError):  # somebody has ended it
+                os.write(self._child.stdin.fileno(), text)
 
 
 def _raise(thread: int, priority: int) -> bool:
@@ -151,22 +168,27 @@ def _threads(process: int) -> list[int]:
     return []
 
 
-def _watch(processes: list[int]) -> None:
+def _watch() -> None:
     """Wait for whoever holds the other end of standard input, then :func:`relax`."""
-    watched = {}
-    for process in processes:
-        with contextlib.suppress(OSError):
-            watched[process] = os.pidfd_open(process), _timer_slacks(_threads(process))
-    said = b""
-    while more := os.read(0, 4096):
-        said += more
-    for process, (pidfd, slacks) in watched.items():
+    watched: dict[int, tuple[int, dict[int, str]]] = {}
+    line = b""
+    for line in iter(sys.stdin.buffer.readline, b""):
+        if line != _DONE:
+            process, *slacks = line.decode("ascii").split()
+            with contextlib.suppress(OSError):
+                watched[int(process)] = os.pidfd_open(int(process)), _parsed(slacks)
+    for process, (pidfd, slacks_before) in watched.items():
         # Readable when it has ended; then the number may be somebody else's.
         if not select.select([pidfd], [], [], 0)[0]:
             relax(_threads(process))
-            if said != _DONE:
-                _set_timer_slacks(slacks)
+            if line != _DONE:
+                _set_timer_slacks(slacks_before)
+
+
+def _parsed(slacks: Iterable[str]) -> dict[int, str]:
+    pairs = (word.partition("=") for word in slacks)
+    return {int(thread): slack for thread, _, slack in pairs}
 
 
 if __name__ == "__main__":
-    _watch([int(word) for word in sys.argv[1:]])
+    _watch()

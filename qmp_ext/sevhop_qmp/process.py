@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from .errors import ProcessError
+from .thread_states import ENDED, HALTED, ThreadStates
 
 _SYS_PIDFD_GETFD = 438
 _CAP_IPC_LOCK = 14
@@ -39,9 +40,6 @@ _REAPED_POLL = 0.001
 #: Seconds between two looks at the state of its threads, once they have been looked at for a while without a pause.
 _STATE_POLL = 0.001
 _LOOKS = 50
-#: States (proc_pid_stat(5)) of threads that do not run, nor will unless they are told to; and of those that never will.
-_HALTED = frozenset("TZX")
-_ENDED = frozenset("ZX")
 
 #: From the last byte of an entry of pagemap: 1 if the page is present or swapped (bits 63 and 62), otherwise 0.
 _PAGE_THERE = bytes(flags >= 1 << 6 for flags in range(256))
@@ -185,31 +183,49 @@ class QemuProcess:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    async def freeze(self, timeout: float) -> bool:
-        """
-        Halt all its threads, until :meth:`thaw` or :meth:`kill`. Its monitors fall silent.
+    def halt(self) -> None:
+        """Tell all its threads to halt, until :meth:`thaw` or :meth:`kill`. They do within a moment."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
 
+    async def freeze(self, timeout: float, states: ThreadStates | None = None) -> bool:
+        """
+        :meth:`halt`, and wait until they have. Its monitors fall silent.
+
+        :param states: of its threads, from whoever has looked at them before, since it is quicker the second time.
         :return: False when that took too long, or it has ended.
         """
         deadline = asyncio.get_running_loop().time() + timeout
         looks = 0
-        with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
-            while not (states := self._thread_states()) <= _HALTED:
+        self.halt()
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            states = states or opened.enter_context(ThreadStates(self.pid))
+            while not (seen := states.look()) <= HALTED:
                 if asyncio.get_running_loop().time() > deadline:
                     return False
                 # It takes some hundredths of a millisecond, and a guest may be waiting.
                 looks += 1
                 await asyncio.sleep(0 if looks < _LOOKS else _STATE_POLL)
-            return not states <= _ENDED
+            return not seen <= ENDED
         return False
+
+    def thread_states(self) -> ThreadStates:
+        """
+        For :meth:`freeze`, later.
+
+        :raises ProcessError: it has ended.
+        """
+        try:
+            return ThreadStates(self.pid)
+        except OSError as err:
+            raise ProcessError(f"process {self.pid} has ended") from err
 
     @property
     def frozen(self) -> bool:
         """Whether it is halted, by :meth:`freeze` or by somebody else."""
-        with contextlib.suppress(OSError):
-            states = self._thread_states()
-            return states <= _HALTED and not states <= _ENDED and self.alive
+        with contextlib.suppress(OSError), ThreadStates(self.pid) as states:
+            seen = states.look()
+            return seen <= HALTED and not seen <= ENDED and self.alive
         return False
 
     def thaw(self) -> None:
@@ -246,11 +262,6 @@ class QemuProcess:
     def _stat(self) -> list[str]:
         """The fields of ``/proc/PID/stat`` from the third on; the second may have blanks and parentheses in it."""
         return (self._proc / "stat").read_text(errors="replace").rpartition(")")[2].split()
-
-    def _thread_states(self) -> set[str]:
-        """:raises OSError: it has ended, and is not even a zombie."""
-        directory = f"{self._proc}/task"
-        return {_thread_state(f"{directory}/{thread}/stat") for thread in os.listdir(directory)}
 
     # -- what it was started with ----------------------------------------------------------------
 
@@ -554,23 +565,6 @@ def address_from_sockaddr(raw: bytes) -> Address | None:
     if family == socket.AF_INET6 and len(raw) >= 24:
         return (family, socket.inet_ntop(socket.AF_INET6, raw[8:24]), int.from_bytes(raw[2:4], "big"))
     return None
-
-
-def _thread_state(path: str) -> str:
-    """
-    The state of a thread in its ``stat``; ``X`` if it has just ended. What is before it may have parentheses in it, but
-    is short.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            text = os.read(fd, 256)
-        finally:
-            os.close(fd)
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
-    at = text.rindex(b")") + 2
-    return chr(text[at])
 
 
 def _limit(word: str) -> int:

@@ -52,9 +52,7 @@ def guest(
     return guest
 
 
-def test_library_takes_it_back_before_the_guest_runs(
-    guest: Guest, new: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_library_takes_it_back_before_the_guest_runs(guest: Guest, new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else does: neither the command nor the watch has a say in it."""
     seen: list[str] = []
     monkeypatch.setattr("sevhop.hop.Watch", NoWatch)
@@ -72,8 +70,11 @@ class NoWatch:
     """In its place: it does nothing."""
 
     @classmethod
-    def start(cls, *_: int) -> NoWatch:
+    def start(cls) -> NoWatch:
         return cls()
+
+    def over(self, *_: int) -> None:
+        return
 
     async def close(self) -> None:
         return
@@ -92,9 +93,7 @@ def test_killed_command_leaves_none(
     assert_unharmed(guest)
 
 
-def test_timer_slack_is_what_it_was(
-    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
-) -> None:
+def test_timer_slack_is_what_it_was(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
     """A thread with a priority has none; afterwards the kernel gives it the one that it was born with."""
     guest = start(counter_machine(), old)
     pid = guest.pid

@@ -308,7 +308,14 @@ class SimulatedProcess:
     def frozen(self) -> bool:
         return self._qemu.alive and self._qemu.halted
 
-    async def freeze(self, timeout: float) -> bool:
+    def thread_states(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def halt(self) -> None:
+        if not self._actor.dead:
+            self._qemu.halted = self._qemu.halted or self._qemu.alive
+
+    async def freeze(self, timeout: float, states: object = None) -> bool:
         await self._actor.gate()
         self._qemu.halted = self._qemu.halted or self._qemu.alive
         return self._qemu.alive

@@ -94,8 +94,8 @@ def main(monitor: str, emulator: str, point: str, kind: str) -> int:
             StateError("the destination did not take the device state, for a test"),
         )
 
-    async def freeze(original: Callable[..., Awaitable[bool]], process: QemuProcess, timeout: float) -> bool:
-        return await unless_faulty("halt", lambda: original(process, timeout))
+    async def freeze(original: Callable[..., Awaitable[bool]], *arguments: Any) -> bool:
+        return await unless_faulty("halt", lambda: original(*arguments))
 
     async def wait(original: Callable[..., Awaitable[bool]], process: QemuProcess, timeout: float) -> bool:
         if process.pid != hop.report.source_pid:
