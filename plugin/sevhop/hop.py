@@ -706,8 +706,9 @@ class Hop(Procedure):
         if not self._loaded and not self._source.alive:
             return Lost(f"{self._phase}: the source's QEMU ended by itself, and the guest with it")
         lost_contact = isinstance(error, (MonitorError, ProcessError, RamError, StateError))
-        if isinstance(error, MonitorClosed) and hasattr(self, "_destination") and not self._source_monitor.closed:
-            await self._destination.process.wait(1.0)  # it has hung up and is about to end
+        hung_up = isinstance(error, (MonitorClosed, StateError))
+        if hung_up and hasattr(self, "_destination") and not self._source_monitor.closed:
+            await self._destination.process.wait(1.0)  # it is about to end, and then it has said why
         if lost_contact and hasattr(self, "_destination") and not self._destination.process.alive:
             words = self._destination.last_words()
             message = f"{self._phase}: the destination ended" + (f": {words}" if words else "")

@@ -10,7 +10,7 @@ a medium that was changed          the same; ``drive=`` is left out where the tr
 ``-drive id=``                     keeps its name and settings, with the present image
 a node that was added or removed   its ``-blockdev`` is added or left out
 a device that was unplugged        its ``-device`` is left out, and the others keep their PCI addresses
-a disk that was plugged            ``-device`` with the properties that it has
+a disk that was plugged            ``-device`` with the properties that it has, also under the id of one that was there
 =================================  =============================================================================
 
 A node of the command line keeps the options that it has there, since QEMU does not report all of them. Others are
@@ -40,6 +40,8 @@ _IMAGE_KEYS = frozenset({"", "file", "format", "driver", "node-name"})
 _INHERITED = ("aio", "discard")
 #: Devices that may be plugged: what they were given is what QEMU reports of them.
 _PLUGGABLE = frozenset({"virtio-blk-pci", "virtio-scsi-pci", "scsi-hd", "scsi-cd", "virtio-rng-pci"})
+#: Network cards, of which the same is true. QEMU does not tell what is behind them.
+CARDS = frozenset({"virtio-net-pci", "e1000", "e1000e", "rtl8139", "igb", "vmxnet3", "pcnet", "ne2k_pci", "usb-net"})
 #: Properties that say where a device is, or follow from others.
 _DERIVED = frozenset({"addr", "legacy-addr", "type", "parent_bus", "realized", "hotplugged", "hotpluggable"})
 
@@ -57,11 +59,18 @@ class Device:
     A device of the guest that an option has made, or that was plugged.
 
     :ivar address: slot and function on its PCI bus, as ``addr=`` has them; empty elsewhere.
+    :ivar plugged: whether that was done since the start; an option with its id describes another device.
     """
 
     path: str
     driver: str
     address: str
+    plugged: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its id."""
+        return self.path.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -89,32 +98,44 @@ async def devices(monitor: Commands) -> dict[str, Device]:
                 if row["type"].startswith("child<"):
                     path = f"{container}/{row['name']}"
                     driver = row["type"].removeprefix("child<").removesuffix(">")
-                    found[path] = Device(path, driver, await _address(monitor, path))
+                    hotplugged = await _property(monitor, path, "hotplugged")
+                    found[path] = Device(path, driver, await _address(monitor, path), hotplugged is True)
     return found
 
 
 async def _address(monitor: Commands, path: str) -> str:
-    try:
-        devfn = await monitor.execute("qom-get", {"path": path, "property": "addr"})
-    except CommandError:
-        return ""
+    devfn = await _property(monitor, path, "addr")
     return f"{devfn >> 3:#x}.{devfn & 7:x}" if isinstance(devfn, int) and devfn >= 0 else ""
 
 
-async def plugged(monitor: Commands, arguments: Sequence[str], present: Mapping[str, Device]) -> list[dict[str, Any]]:
+async def _property(monitor: Commands, path: str, name: str) -> Any:
+    """None if it has none of that name."""
+    try:
+        return await monitor.execute("qom-get", {"path": path, "property": name})
+    except CommandError:
+        return None
+
+
+async def plugged(
+    monitor: Commands,
+    arguments: Sequence[str],
+    present: Mapping[str, Device],
+    drivers: frozenset[str] = _PLUGGABLE,
+) -> list[dict[str, Any]]:
     """
-    The disks, controllers and random number generators that were plugged, each as ``-device`` takes it.
+    What was plugged, each as ``-device`` takes it.
 
     :param arguments: of the source.
+    :param drivers: which are wanted: disks, controllers and random number generators, or :data:`CARDS`.
     :raises SevhopError: QEMU does not answer.
     """
     known = {_parsed(option).get("id") for option in parse(list(arguments)) if option.name == "device"}
     found = []
-    for path, device in present.items():
-        name = path.rpartition("/")[2]
-        if path.startswith(_PERIPHERAL + "/") and name not in known and device.driver in _PLUGGABLE:
+    for device in present.values():
+        new = device.plugged or device.name not in known
+        if device.path.startswith(_PERIPHERAL + "/") and new and device.driver in drivers:
             with understood(monitor.name):
-                found.append(await _described(monitor, device, name))
+                found.append(await _described(monitor, device, device.name))
     return found
 
 
@@ -201,9 +222,7 @@ class _Adapter:
         if same and not (self._described or plugged_options or self._refused):
             return Plan(self._arguments)
         moves = plugged_options or any(now is None for _, now, _ in others)
-        kept = [
-            self._pinned(option, path) if moves else option for _, option, path in others if option is not None
-        ]
+        kept = [self._pinned(option, path) if moves else option for _, option, path in others if option is not None]
         options = [*self._blockdevs(), *self._described.values(), *kept, *plugged_options]
         return Plan([word for option in options for word in option.words()], self._refused)
 
@@ -351,8 +370,11 @@ class _Adapter:
 
     def _device(self, option: Option, path: str) -> Option | None:
         props = _parsed(option)
-        if path not in self._present:
+        device = self._present.get(path)
+        if device is None:
             return None
+        if device.plugged and (device.driver in _PLUGGABLE or device.driver != props.get("driver", props.get(""))):
+            return None  # another one, under the same id
         disk = self._disk_of(path)
         told = props.get("drive")
         if disk is None or disk.device or (told or "") == disk.root:

@@ -31,7 +31,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands
 from sevhop_qmp.process import QemuProcess
 
-from . import cpu_features, domain_xml, guest, trial_command_line
+from . import cpu_features, domain_xml, guest, present_disks, trial_command_line
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .domain import Connection, Domain
 from .errors import NeedsRecover, Refused
@@ -51,7 +51,7 @@ from .events import GuestRuns, GuestStopped, Listener, ignore
 from .keeper import Held, Keeper
 from .private_tap import open_tap
 from .procedure import to_its_end
-from .trial_command_line import Disk, Unrehearsable
+from .trial_command_line import Backend, Cards, Disk, Unrehearsable
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ _ANOTHER = "choose another version of QEMU"
 _PROGRAMS = ("nsenter", "unshare", "setpriv")
 _QDEV = re.compile(r"/machine/peripheral/(?P<id>[^/]+)|/machine/system\.flash(?P<flash>[01])$|(?P<name>[^/]+)$")
 _PREFIX = re.compile(r"^[^ ]*qemu[^ :]*: ")
+#: A backend in what ``info network`` prints, once for each of its queues.
+_BACKEND = re.compile(r"^ \\ (?P<name>[^:]+): index=(?P<index>\d+),type=(?P<kind>[^,\r\n]+)", re.MULTILINE)
 _CONCLUSION = re.compile(r"load of migration failed")
 #: Lines of QEMU that make up a reason.
 _LINES = 3
@@ -160,7 +162,8 @@ class Rehearsal:
             hint = err.hint or _ANOTHER
             raise Refused(f"libvirt cannot start it in {subject.emulator}: {err.message}", hint) from err
         disks = _disks(await subject.monitor.execute("query-block"))
-        derived = trial_command_line.derive(arguments, subject.process.command_line[1:], disks)
+        cards = await _cards(subject.monitor, subject.process.command_line[1:])
+        derived = trial_command_line.derive(arguments, subject.process.command_line[1:], disks, cards)
         taps = await self._resources.enter_async_context(_taps(derived.networks))
         for network in derived.networks:
             numbers = [str(tap) for tap in taps[network.name]]
@@ -315,6 +318,18 @@ def _disks(rows: list[Mapping[str, Any]]) -> dict[str, Disk]:
         inserted = row["inserted"]
         found[name] = Disk(inserted["image"]["virtual-size"], inserted["ro"])
     return found
+
+
+async def _cards(monitor: Commands, arguments: Sequence[str]) -> Cards:
+    """:raises SevhopError: QEMU does not answer."""
+    present = await present_disks.devices(monitor)
+    plugged = await present_disks.plugged(monitor, arguments, present, present_disks.CARDS)
+    backends: dict[str, Backend] = {}
+    if plugged:
+        text = await monitor.execute("human-monitor-command", {"command-line": "info network"})
+        for found in _BACKEND.finditer(str(text)):
+            backends[found["name"]] = Backend(found["kind"], int(found["index"]) + 1)
+    return Cards(frozenset(device.name for device in present.values() if not device.plugged), plugged, backends)
 
 
 @contextlib.asynccontextmanager

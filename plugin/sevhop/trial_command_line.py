@@ -17,7 +17,8 @@ TLS, throttling, inherited descriptors
 =======================================  ===========================================================================
 
 Network cards are taken from the source's command line, because libvirt tells that of a domain only with others in their
-place. What cannot exist twice by any means is said by :exc:`Unrehearsable`.
+place; those that were plugged or unplugged since, as QEMU has them. What cannot exist twice by any means is said by
+:exc:`Unrehearsable`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,29 @@ class Network:
     queues: int
 
 
+@dataclass(frozen=True)
+class Backend:
+    """The network backend of a card: its type, as ``-netdev`` has it, and the number of its queues."""
+
+    kind: str
+    queues: int = 1
+
+
+@dataclass(frozen=True)
+class Cards:
+    """
+    The network cards that a source has now.
+
+    :ivar devices: the ids of all devices that it was started with and still has.
+    :ivar plugged: the cards that were plugged since, each as ``-device`` takes it.
+    :ivar backends: theirs, by id.
+    """
+
+    devices: frozenset[str]
+    plugged: Sequence[Mapping[str, Any]] = ()
+    backends: Mapping[str, Backend] = field(default_factory=dict)
+
+
 @dataclass
 class TrialCommandLine:
     """
@@ -81,19 +105,24 @@ class TrialCommandLine:
     networks: list[Network] = field(default_factory=list)
 
 
-def derive(destination: Sequence[str], source: Sequence[str], disks: Mapping[str, Disk]) -> TrialCommandLine:
+def derive(
+    destination: Sequence[str], source: Sequence[str], disks: Mapping[str, Disk], cards: Cards
+) -> TrialCommandLine:
     """
     Derive a trial's arguments.
 
     :param destination: arguments that libvirt would start the domain with, without its network interfaces.
     :param source: arguments of the source.
     :param disks: by the id of the device, and ``pflash0``, ``pflash1``.
+    :param cards: of the source.
     :raises Unrehearsable: there is something among them that cannot be had twice.
     """
     result = TrialCommandLine()
     nodes: dict[str, Disk] = {}
     options = [option for option in parse(list(destination)) if option.name not in _LEFT_OUT]
-    options += _network_cards(source, options)
+    options += _network_cards(source, options, cards.devices)
+    for card in cards.plugged:
+        options += _plugged_card(card, cards.backends)
     for option in options:
         if option.name == "machine":
             for found in _PFLASH.finditer(option.value or ""):
@@ -186,8 +215,8 @@ def _empty_node(name: str, disk: Disk) -> dict[str, Any]:
     }
 
 
-def _network_cards(source: Sequence[str], others: list[Option]) -> list[Option]:
-    """Those of the source that libvirt did not tell of, each with its backend in front of it."""
+def _network_cards(source: Sequence[str], others: list[Option], present: frozenset[str]) -> list[Option]:
+    """Those of the source's command line that libvirt did not tell of, each with its backend in front of it."""
     known = {properties(option.value or "").get("id") for option in others if option.name == "device"}
     options = parse(list(source))
     backends = {properties(option.value or "").get("id"): option for option in options if option.name == "netdev"}
@@ -195,7 +224,19 @@ def _network_cards(source: Sequence[str], others: list[Option]) -> list[Option]:
     for option in options:
         props = properties(option.value or "")
         if option.name == "device" and props.get("id") not in known and (name := props.get("netdev")):
+            if "id" in props and props["id"] not in present:
+                continue  # it was unplugged
             if name not in backends:
                 raise Unrehearsable(f"there is no network backend {name}")
             cards += [backends[name], option]
     return cards
+
+
+def _plugged_card(card: Mapping[str, Any], backends: Mapping[str, Backend]) -> list[Option]:
+    name = str(card.get("netdev", ""))
+    if name not in backends:
+        raise Unrehearsable(f"the network card {card['id']} was plugged, and its backend is not known")
+    backend = f"{backends[name].kind},id={name}"
+    if backends[name].kind in _WITH_HEADER:
+        backend += f",queues={backends[name].queues}"
+    return [Option("netdev", backend), Option("device", json.dumps(card))]

@@ -6,13 +6,17 @@ import json
 
 import pytest
 from sevhop.command_line import Option, parse, properties
-from sevhop.trial_command_line import Disk, Network, Unrehearsable, derive
+from sevhop.trial_command_line import Backend, Cards, Disk, Network, Unrehearsable, derive
 
 DISKS = {"virtio-disk0": Disk(1 << 30, False), "pflash0": Disk(1 << 20, True), "pflash1": Disk(1 << 16, False)}
 
 
+#: Of a source whose network cards are those that it was started with.
+CARDS = Cards(frozenset({"net0", "net1"}))
+
+
 def derived(*words: str, source: tuple[str, ...] = ()) -> list[Option]:
-    return parse(derive(words, source, DISKS).arguments)
+    return parse(derive(words, source, DISKS, CARDS).arguments)
 
 
 def the(options: list[Option], name: str) -> list[dict[str, str]]:
@@ -98,7 +102,7 @@ def test_network_cards_come_from_the_source() -> None:
         *("-device", "e1000e,netdev=hostnet1,id=net1"),
         *("-device", '{"driver":"virtio-rng-pci","id":"rng0"}'),
     )
-    trial = derive(["-device", "pcie-root-port,id=pci.1"], source, DISKS)
+    trial = derive(["-device", "pcie-root-port,id=pci.1"], source, DISKS, CARDS)
     assert trial.networks == [Network("hostnet0", 4), Network("hostnet1", 2)]
     devices = [option.value for option in parse(trial.arguments) if option.name == "device"]
     assert devices == ["pcie-root-port,id=pci.1", card, "e1000e,netdev=hostnet1,id=net1"]
@@ -118,4 +122,27 @@ def test_network_cards_come_from_the_source() -> None:
 )
 def test_what_cannot_be_had_twice_is_said(words: list[str]) -> None:
     with pytest.raises(Unrehearsable):
-        derive(words, [], DISKS)
+        derive(words, [], DISKS, CARDS)
+
+
+def test_cards_are_those_that_the_guest_has_now() -> None:
+    source = ["-netdev", "user,id=hostnet0", "-device", "virtio-net-pci,netdev=hostnet0,id=net0"]
+    plugged = [
+        {"driver": "virtio-net-pci", "id": "net2", "bus": "pci.2", "netdev": "hostnet2"},
+        {"driver": "usb-net", "id": "net3", "bus": "usb.0", "netdev": "hostnet3"},
+        {"driver": "e1000", "id": "net4", "bus": "pci.3", "netdev": "hostnet4"},
+    ]
+    backends = {"hostnet2": Backend("tap", 2), "hostnet3": Backend("user"), "hostnet4": Backend("stream")}
+    trial = derive([], source, DISKS, Cards(frozenset({"net1"}), plugged, backends))
+    options = parse(trial.arguments)
+    assert [device["id"] for device in the(options, "device")] == ["net2", "net3", "net4"]
+    assert trial.networks == [Network("hostnet2", 2)]
+    user, hub = the(options, "netdev")
+    assert user == {"": "user", "id": "hostnet3"}
+    assert (hub[""], hub["id"]) == ("hubport", "hostnet4")
+
+
+def test_card_whose_backend_is_not_known_is_said() -> None:
+    plugged = [{"driver": "virtio-net-pci", "id": "net2", "netdev": "hostnet2"}]
+    with pytest.raises(Unrehearsable, match="net2 was plugged"):
+        derive([], [], DISKS, Cards(frozenset(), plugged))

@@ -1,0 +1,42 @@
+"""A domain that has lived when it is upgraded (:mod:`guests.domain_life`), and must be what it was afterwards."""
+
+from __future__ import annotations
+
+import random
+
+from guests import domain_life
+from guests.daemon import Daemon, DomainGuest
+from guests.domain_life import DomainLife
+from guests.life import differences
+
+from .conftest import StartDomain
+
+
+class LivedInDomain(DomainGuest):
+    """
+    Use :meth:`start`.
+
+    :ivar life: what is done to it.
+    """
+
+    life: DomainLife
+
+    @classmethod
+    def started(cls, daemon: Daemon, start: StartDomain, name: str, more: str = "") -> LivedInDomain:
+        """Start a domain to which everything happens once."""
+        domain_life.make_files(daemon.run, name)
+        start(name=name, more=domain_life.devices(name) + more)
+        self = cls(daemon, name)
+        self.life = DomainLife(daemon.run, name, random.Random(name))
+        self.wait_for_ticks(3)
+        self.life.live()
+        self.remember()
+        return self
+
+    def remember(self) -> None:
+        """What it is now is what it is to be."""
+        self._facts = self.life.facts()
+
+    def see_unchanged(self) -> None:
+        """It is what it was."""
+        assert differences(self._facts, self.life.facts()) == []
