@@ -1,9 +1,10 @@
 """
 A hop outside libvirt in which something goes wrong: run as a program, so that it may be killed. ::
 
-    python -m faults.broken_hop MONITOR EMULATOR POINT FAULT
+    python -m faults.broken_hop MONITOR EMULATOR POINT FAULT [OPERATOR]
 
-It hops like ``sevhop hop``; see :mod:`.fault` for POINT and FAULT. An action is a command that it gives to a QEMU, or
+It hops like ``sevhop hop``; see :mod:`.fault` for POINT and FAULT, and :mod:`.operator`. An action is a command that
+it gives to a QEMU, or
 
 ``halt``        the source is halted
 ``stream-end``  the destination is told that its stream was all
@@ -26,6 +27,7 @@ from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 
 from .fault import Fault, patched, run
+from .operator import Operator
 
 #: While these points are passed, all that there is of the guest is in the source.
 BEFORE_THE_STATE_IS_SAVED = (
@@ -41,6 +43,10 @@ BEFORE_THE_STATE_IS_SAVED = (
     "before stop 0",
     "before xen-save-devices-state 0",
 )
+#: Where others can still do something to the guest, and it is seen.
+OTHERS_CHANGE = ("phase hold", "phase prepare", "after x-sev-adopt-ram 0", "after migrate-incoming 0", "phase freeze")
+#: And where they can have a guest run that was stopped.
+OTHERS_CONTINUE = (*OTHERS_CHANGE, "after stop 0", "phase share", "phase save", "phase load", "before halt 0")
 #: Then its state and its private RAM blocks are being read, and it is a matter of a millisecond whether all of it was.
 BEING_SAVED = (
     "after stop 0",
@@ -69,10 +75,13 @@ RUNNING = (
 )
 
 
-def main(monitor: str, emulator: str, point: str, kind: str) -> int:
+def main(monitor: str, emulator: str, point: str, kind: str, operator: str = "") -> int:
     """Hop."""
     fault = Fault(
-        point, kind, {"source": lambda: hop.report.source_pid, "destination": lambda: hop.report.destination_pid}
+        point,
+        kind,
+        {"source": lambda: hop.report.source_pid, "destination": lambda: hop.report.destination_pid},
+        Operator.parsed(operator).at if operator else lambda _: None,
     )
     hop = Hop(Options(Path(monitor), emulator=emulator, start_timeout=60.0), fault.heard)
 
@@ -117,4 +126,4 @@ def main(monitor: str, emulator: str, point: str, kind: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:5]))
+    sys.exit(main(*sys.argv[1:6]))

@@ -1,10 +1,11 @@
 """
 An upgrade of a domain in which something goes wrong: run as a program, so that it may be killed. ::
 
-    python -m faults.broken_upgrade DOMAIN EMULATOR POINT FAULT
+    python -m faults.broken_upgrade DOMAIN EMULATOR POINT FAULT [OPERATOR]
 
-It hops like ``sevhop upgrade``; see :mod:`.fault` for POINT and FAULT. An action is ``monitor COMMAND`` (a command that
-it gives to the source), ``libvirt FUNCTION``, or ``keeper REQUEST``. Exit status: that of ``sevhop upgrade``.
+It hops like ``sevhop upgrade``; see :mod:`.fault` for POINT and FAULT, and :mod:`.operator`. An action is
+``monitor COMMAND`` (a command that it gives to the source), ``libvirt FUNCTION``, or ``keeper REQUEST``. Exit status:
+that of ``sevhop upgrade``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sevhop_qmp.errors import CommandError, MonitorTimeout
 from sevhop_qmp.monitor import peer_credentials
 
 from .fault import Fault, patched, run
+from .operator import Operator
 
 Original = Callable[..., Awaitable[Any]]
 
@@ -48,6 +50,11 @@ IN_THE_SOURCE = (
     "phase retire",
     "before keeper retire 0",
 )
+#: Where others can still do something to the guest, which is seen, but for the last: then nobody is asked any more.
+OTHERS_CHANGE = (
+    *("phase hold", "after keeper status 0", "phase rehearse", "phase prepare", "after monitor add-fd 1"),
+    "phase freeze",
+)
 #: The keeper has ended its old QEMU, and only the keeper has it.
 HELD = (
     "after keeper retire 0",
@@ -65,7 +72,7 @@ RUNNING = (
 )
 
 
-def main(name: str, emulator: str, point: str, kind: str) -> int:
+def main(name: str, emulator: str, point: str, kind: str, operator: str = "") -> int:
     """Upgrade."""
     keeper = 0
     fault = Fault(
@@ -77,6 +84,7 @@ def main(name: str, emulator: str, point: str, kind: str) -> int:
             "keeper": lambda: keeper,
             "daemon": lambda: int(Path("/run/libvirtd.pid").read_text()),
         },
+        Operator.parsed(operator).at if operator else lambda _: None,
     )
     upgrade = Upgrade(DEFAULT_URI, name, Options(emulator=emulator), fault.heard)
 
@@ -113,4 +121,4 @@ def main(name: str, emulator: str, point: str, kind: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:5]))
+    sys.exit(main(*sys.argv[1:6]))

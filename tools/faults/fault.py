@@ -41,11 +41,19 @@ class Fault:
     One fault at one point.
 
     :param victims: whom a fault kills: its pid, 0 if there is none.
+    :param passed: called at each point, before the fault.
     """
 
-    def __init__(self, point: str, kind: str, victims: Mapping[str, Callable[[], int]]) -> None:
+    def __init__(
+        self,
+        point: str,
+        kind: str,
+        victims: Mapping[str, Callable[[], int]],
+        passed: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._point = point
         self._kind = kind
+        self._passed = passed
         self._victims = {"command": os.getpid, **victims}
         self._done: Counter[str] = Counter()
 
@@ -76,6 +84,7 @@ class Fault:
     def _at(self, point: str) -> bool:
         if self._point == LIST:
             print(point, flush=True)
+        self._passed(point)
         if point != self._point:
             return False
         if self._kind in self._victims:

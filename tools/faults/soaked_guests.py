@@ -12,17 +12,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import TypeAlias
 
-from guests import linux
+from guests import domain_life, linux
 from guests.daemon import Daemon, Description, DomainGuest
+from guests.domain_life import DomainLife
 from guests.judge import Verdict
+from guests.life import Life, lived_in
 from guests.machine import Machine
 from guests.running import Guest, GuestFailed, processes_of, processes_of_domain, wait_until
 from sevhop import journal
 from sevhop.run_directory import RUN
 
 from . import broken_hop, broken_upgrade
+from .operator import Operator
 
 Done: TypeAlias = subprocess.CompletedProcess[str]
 
@@ -40,9 +44,22 @@ class SoakedGuest(ABC):
     def faults() -> list[tuple[str, str]]:
         """All (point, fault) that a guest survives. One that kills the QEMU that has the guest is none of them."""
 
+    #: Points at which others may do something to it; and at which they may have it run.
+    others_change: tuple[str, ...]
+    others_continue: tuple[str, ...]
+    #: Its name for an operator.
+    name: str
+    #: What is done to it between hops.
+    life: Life | DomainLife
+
+    @staticmethod
     @abstractmethod
-    def hop(self, emulator: Path, point: str, fault: str) -> Done:
-        """Hop, with a fault."""
+    def may_lose_the_new_qemu(point: str) -> bool:
+        """Whether the guest cannot have run in the new QEMU when the command is killed there."""
+
+    @abstractmethod
+    def hop(self, emulator: Path, point: str, fault: str, operator: Operator | None) -> Done:
+        """Hop, with a fault, and perhaps somebody who does something meanwhile."""
 
     @abstractmethod
     def recover(self) -> Done:
@@ -76,15 +93,25 @@ class SoakedGuest(ABC):
 class Bare(SoakedGuest):
     """A guest outside libvirt."""
 
-    def __init__(self, guest: Guest) -> None:
+    others_change = broken_hop.OTHERS_CHANGE
+    others_continue = broken_hop.OTHERS_CONTINUE
+
+    def __init__(self, guest: Guest, choices: Random) -> None:
         self._guest = guest
+        self.name = str(guest.machine.directory)
+        self.life = Life(guest.machine.directory, choices)
 
     @classmethod
     @contextmanager
-    def start(cls, directory: Path, emulator: Path) -> Iterator[Bare]:
+    def start(cls, directory: Path, emulator: Path, choices: Random) -> Iterator[Bare]:
         """Start one."""
-        with Guest.start(linux.on(Machine(directory, rich=True)), emulator) as guest:
-            yield cls(guest)
+        with Guest.start(lived_in(linux.on(Machine(directory, rich=True))), emulator) as guest:
+            yield cls(guest, choices)
+
+    @staticmethod
+    def may_lose_the_new_qemu(point: str) -> bool:
+        """See :class:`SoakedGuest`."""
+        return point not in (*broken_hop.LOADING, *broken_hop.RUNNING)
 
     @staticmethod
     def faults() -> list[tuple[str, str]]:
@@ -100,9 +127,10 @@ class Bare(SoakedGuest):
             *_refusals(points, "error", "silence"),
         ]
 
-    def hop(self, emulator: Path, point: str, fault: str) -> Done:
+    def hop(self, emulator: Path, point: str, fault: str, operator: Operator | None) -> Done:
         """See :class:`SoakedGuest`."""
-        return _run("-m", broken_hop.__name__, self._guest.machine.monitor, emulator, point, fault)
+        also = [str(operator)] if operator else []
+        return _run("-m", broken_hop.__name__, self._guest.machine.monitor, emulator, point, fault, *also)
 
     def recover(self) -> Done:
         """See :class:`SoakedGuest`."""
@@ -137,12 +165,22 @@ class Bare(SoakedGuest):
 class Domain(SoakedGuest):
     """A domain of a libvirt daemon that has no other."""
 
-    def __init__(self, guest: DomainGuest) -> None:
+    others_change = broken_upgrade.OTHERS_CHANGE
+    others_continue = broken_upgrade.OTHERS_CHANGE
+
+    def __init__(self, guest: DomainGuest, choices: Random) -> None:
         self._guest = guest
+        self.name = guest.name
+        self.life = DomainLife(guest.daemon.run, guest.name, choices)
+
+    @staticmethod
+    def may_lose_the_new_qemu(point: str) -> bool:
+        """See :class:`SoakedGuest`. It is libvirt's, and the keeper has an opinion on it."""
+        return False
 
     @classmethod
     @contextmanager
-    def start(cls, emulator: Path) -> Iterator[Domain]:
+    def start(cls, emulator: Path, choices: Random) -> Iterator[Domain]:
         """Start a daemon and a domain in it."""
         daemon = Daemon.start()
         try:
@@ -150,8 +188,10 @@ class Domain(SoakedGuest):
             if done.returncode:
                 raise GuestFailed(done.stderr)
             images = linux.images()
-            description = Description(_NAME, emulator, "tcg", memory_mib=_MEMORY_MIB, linux=images)
-            yield cls(DomainGuest.start(daemon, description))
+            domain_life.make_files(daemon.run, _NAME)
+            more = domain_life.devices(_NAME)
+            description = Description(_NAME, emulator, "tcg", memory_mib=_MEMORY_MIB, linux=images, more=more)
+            yield cls(DomainGuest.start(daemon, description), choices)
         finally:
             daemon.stop()
 
@@ -168,10 +208,11 @@ class Domain(SoakedGuest):
             *_refusals(points, "daemon", "error", "silence"),
         ]
 
-    def hop(self, emulator: Path, point: str, fault: str) -> Done:
+    def hop(self, emulator: Path, point: str, fault: str, operator: Operator | None) -> Done:
         """See :class:`SoakedGuest`."""
         program = ["env", f"PYTHONPATH={_TOOLS}", sys.executable, "-m", broken_upgrade.__name__]
-        done = self._guest.daemon.run(*program, self._guest.name, emulator, point, fault)
+        also = [str(operator)] if operator else []
+        done = self._guest.daemon.run(*program, self._guest.name, emulator, point, fault, *also)
         if fault == "daemon":
             self._guest.daemon.wait_until_it_answers()
         return done
@@ -194,9 +235,10 @@ class Domain(SoakedGuest):
 
     def stop(self) -> Verdict:
         """See :class:`SoakedGuest`."""
+        image = Path(self.life.facts()["file vda"])
         self._guest.daemon.virsh("shutdown", self._guest.name)
         wait_until(lambda: self._guest.state == "shut off", 120, "the guest switches itself off")
-        return self._guest.judge()
+        return self._guest.judge(image)
 
     def left_over(self) -> list[str]:
         """See :class:`SoakedGuest`."""

@@ -340,9 +340,22 @@ class DomainGuest:
         path = self.file("log")
         return judge_log(path.read_text(encoding="ascii", errors="replace") if path.exists() else "")
 
-    def judge(self) -> Verdict:
-        """What has become of it, now that it is off: its log and its disk."""
-        return judge_files(self.file("log"), self.file("qcow2"))
+    def judge(self, disk: Path | None = None) -> Verdict:
+        """
+        What has become of it, now that it is off: its log and its disk.
+
+        :param disk: the image that it had last, if that is not its first.
+        """
+        if disk is None:
+            return judge_files(self.file("log"), self.file("qcow2"))
+        # What is below a snapshot is found in there only.
+        checked = self.daemon.run("qemu-img", "check", disk)
+        self.daemon.run("qemu-img", "convert", "-O", "qcow2", disk, GUESTS / f"{self.name}.whole")
+        verdict = judge_files(self.file("log"), self.file("whole"))
+        if checked.returncode:
+            verdict.disk_errors += 1
+            verdict.remarks.append(f"{disk}: {checked.stdout.strip()} {checked.stderr.strip()}")
+        return verdict
 
     def wait_for_ticks(self, more: int = 10) -> Verdict:
         """Wait until it has counted on, without a gap since its start."""

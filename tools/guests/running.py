@@ -23,7 +23,7 @@ from typing import Any, Self
 from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.monitor import Monitor
 
-from .judge import Verdict, judge, judge_log
+from .judge import Verdict, judge_files, judge_log
 from .machine import Machine
 
 #: Seconds until an emulator must answer.
@@ -223,6 +223,7 @@ class Guest:
         :raises GuestFailed: it did not end.
         """
         pids = processes_of(self.machine.directory)
+        image = self._image()
         with contextlib.suppress(MonitorError):
             self.execute("quit")
         try:
@@ -231,7 +232,17 @@ class Guest:
                     raise GuestFailed(f"QEMU did not end within {STOP_TIMEOUT:g} s")
         finally:
             self.kill()
-        return judge(self.machine)
+        return judge_files(self.machine.serial, image)
+
+    def _image(self) -> Path | None:
+        """The image that its disk has now: the one that it was started with, or a snapshot of that."""
+        if not self.machine.disk_mib:
+            return None
+        with contextlib.suppress(MonitorError):
+            for row in self.execute("query-block"):
+                if row.get("qdev", "").endswith("/virtio-backend"):
+                    return Path(row["inserted"]["file"])
+        return self.machine.disk
 
     def kill(self) -> None:
         """End every process of the guest, at once. The guest may have ended already."""
