@@ -16,16 +16,18 @@ import pytest
 from faults import broken_upgrade
 from faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
 from faults.table import Cell
-from guests.daemon import Daemon, DomainGuest
+from guests.daemon import Daemon, kill
+from guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
 from .conftest import StartDomain
+from .lived import LivedInDomain
 
 PATH = "A domain of libvirt: `sevhop upgrade`"
 _TOOLS = Path(broken_upgrade.__file__).parents[1]
 
 
-def break_off(daemon: Daemon, guest: DomainGuest, emulator: Path, point: str, fault: str) -> int:
+def break_off(daemon: Daemon, guest: LivedInDomain, emulator: Path, point: str, fault: str) -> int:
     """Upgrade with a fault; the exit status."""
     program = ["env", f"PYTHONPATH={_TOOLS}", sys.executable, "-m", broken_upgrade.__name__]
     return daemon.run(*program, guest.name, emulator, point, fault).returncode
@@ -42,7 +44,7 @@ def recover(daemon: Daemon) -> dict[str, Any]:
 def note(
     note_fault: NoteFault,
     daemon: Daemon,
-    guest: DomainGuest,
+    guest: LivedInDomain,
     point: str,
     fault: str,
     old: Path,
@@ -55,6 +57,7 @@ def note(
     :param defined: whether it will start there the next time, too.
     """
     assert guest.state == "running"
+    guest.see_unchanged()
     verdict = guest.wait_for_ticks()
     end = "source" if guest.emulator() == str(old) else "destination"
     note_fault(PATH, point, fault, Cell.running(end, verdict))
@@ -63,16 +66,14 @@ def note(
 
 
 @pytest.fixture
-def guest(start: StartDomain) -> DomainGuest:
-    """A counting guest in the older QEMU."""
-    guest = start()
-    guest.wait_for_ticks(3)
-    return guest
+def guest(daemon: Daemon, start: StartDomain, tmp_path: Path) -> LivedInDomain:
+    """A counting guest in the older QEMU, that has lived."""
+    return LivedInDomain.started(daemon, start, f"guest-{tmp_path.name[-20:]}")
 
 
 @pytest.mark.parametrize("point", some_of(IN_THE_SOURCE) + some_of((*HELD, *RUNNING)))
 def test_the_command_is_killed(
-    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     assert break_off(daemon, guest, new, point, "command") in (-signal.SIGKILL, 128 + signal.SIGKILL)
     answer = recover(daemon)
@@ -88,7 +89,7 @@ def test_the_command_is_killed(
     "point", some_of([point for point in (*IN_THE_SOURCE, *HELD, *RUNNING) if "before" in point])
 )
 def test_a_step_fails(
-    point: str, fault: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
+    point: str, fault: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     status = break_off(daemon, guest, new, point, fault)
     if fault == "daemon":
@@ -104,7 +105,7 @@ def test_a_step_fails(
 
 @pytest.mark.parametrize("point", some_of((*HELD, *RUNNING)))
 def test_the_source_is_killed(
-    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """Once its state is saved it is not needed any more."""
     assert break_off(daemon, guest, new, point, "source") == 0
@@ -113,7 +114,7 @@ def test_the_source_is_killed(
 
 @pytest.mark.parametrize("point", some_of((*IN_THE_SOURCE[1:], *HELD, *RUNNING[:-1])))
 def test_the_keeper_is_killed(
-    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """Its guardian starts the next one, and nobody notices."""
     assert break_off(daemon, guest, new, point, "keeper") == 0
@@ -129,7 +130,7 @@ HOOK = [
 
 @pytest.mark.parametrize("point", some_of(HOOK))
 def test_the_hook_is_killed(
-    point: str, daemon: Daemon, guest: DomainGuest, old: Path, new: Path, note_fault: NoteFault
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """Once, before it has done its work or behind. libvirt takes that for a refusal where it listens to the hook."""
     when, _, operation, sub = point.split()
@@ -167,7 +168,7 @@ def test_the_disk_is_full(
     directory: str,
     reason: str,
     daemon: Daemon,
-    guest: DomainGuest,
+    guest: LivedInDomain,
     old: Path,
     new: Path,
     note_fault: NoteFault,
@@ -184,3 +185,51 @@ def test_the_disk_is_full(
         assert daemon.run("umount", directory).returncode == 0
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
+
+
+# -- when somebody runs sevhop recover, the world has turned -------------------------------------------
+
+
+@pytest.mark.parametrize("point", some_of(IN_THE_SOURCE) + some_of((*HELD, *RUNNING)))
+def test_time_passes_before_recover(
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    """A guest that runs has run on by then, and one that waits for somebody waits."""
+    ticks = guest.seen().ticks
+    break_off(daemon, guest, new, point, "command")
+    if guest.state == "running":
+        wait_until(lambda: guest.seen().ticks > ticks + 100, 60, "it has run for a while")
+    answer = recover(daemon)
+    assert answer["status"] == 0, answer
+    note(note_fault, daemon, guest, point, "command", old)
+
+
+@pytest.mark.parametrize("point", some_of(RUNNING))
+def test_the_new_qemu_ends_before_recover(
+    point: str, daemon: Daemon, guest: LivedInDomain, new: Path, note_fault: NoteFault
+) -> None:
+    """The guest has run in there, so it has ended with it; nobody brings back what it was before."""
+    break_off(daemon, guest, new, point, "command")
+    kill(guest.pid)
+    wait_until(lambda: guest.state == "shut off", 60, "libvirt has noticed")
+    ticks = guest.seen().ticks
+    answer = recover(daemon)
+    assert all(one["end"] in ("gone", "destination") for one in answer["guests"]), answer
+    assert guest.state == "shut off"
+    assert guest.seen().ticks == ticks
+    assert daemon.left_over() == []
+    note_fault(PATH, point, "destination", Cell("*ended with its QEMU*", 0, 0))
+
+
+@pytest.mark.parametrize("point", some_of(RUNNING))
+def test_the_guest_is_paused_before_recover(
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    """It is not let run by recover."""
+    break_off(daemon, guest, new, point, "command")
+    guest.life.do("stop")
+    answer = recover(daemon)
+    assert answer["status"] == 0, answer
+    assert guest.state == "paused"
+    guest.life.do("cont")
+    note(note_fault, daemon, guest, point, "command", old)

@@ -16,6 +16,7 @@ from sevhop import journal
 
 from ..conftest import NoteFault
 from .hops import sevhop
+from .lived import LivedInGuest
 
 
 def break_off(guest: Guest, emulator: Path, point: str, fault: str) -> int:
@@ -38,6 +39,8 @@ def note(note_fault: NoteFault, path: str, guest: Guest, point: str, fault: str,
     """See that the guest runs once and lost nothing, and write that down."""
     (process,) = processes_of(guest.machine.directory)
     assert os.sched_getscheduler(process) == os.SCHED_OTHER
+    if isinstance(guest, LivedInGuest):
+        guest.see_unchanged()
     verdict = guest.wait_for_ticks(3)
     note_fault(path, point, fault, Cell.running(end, verdict))
     assert verdict.unharmed, verdict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from guests.life import Life, NotNow, differences
+from guests.life import Facts, Life, NotNow, differences
 from guests.running import Guest
 
 
@@ -16,6 +16,7 @@ class LivedInGuest(Guest):
     """
 
     life: Life
+    _facts: Facts
 
     @classmethod
     def of(cls, guest: Guest, *without: str) -> LivedInGuest:

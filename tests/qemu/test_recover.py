@@ -13,26 +13,42 @@ from pathlib import Path
 import pytest
 from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, BEING_SAVED, LOADING, RUNNING, SAVED
 from faults.table import Cell
-from guests.running import Guest, processes_of, wait_until
+from guests.life import lived_in
+from guests.running import Guest, processes_of, wait_ended, wait_until
 
 from ..conftest import NoteFault, some_of
 from .broken_off import break_off, note, recover
 from .conftest import DescribeCounter, StartGuest
 from .hops import sevhop
+from .lived import LivedInGuest
 from .test_hop import assert_unharmed
 
 PATH = "Outside libvirt: `sevhop hop`"
+BITMAPS = "The same, with a persistent dirty bitmap"
+LATER = "Outside libvirt: what has happened to the new QEMU when `sevhop recover` comes"
 IN_THE_SOURCE = (*BEFORE_THE_STATE_IS_SAVED, *BEING_SAVED, *SAVED)
 ALL = (*IN_THE_SOURCE, *LOADING, *RUNNING)
 COMMANDS = [point for point in ALL if point.startswith("before ")]
 
 
+#: What is done to a guest, but for dirty bitmaps: with these the new QEMU lets it run only when it is told to.
+WITHOUT_BITMAPS = ("bitmap",)
+
+
 @pytest.fixture
 def guest(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Guest:
-    """A counting guest in the older QEMU."""
-    guest = start(counter_machine(), old)
+    """A counting guest in the older QEMU, that has lived."""
+    guest = start(lived_in(counter_machine()), old)
     guest.wait_for_ticks(3)
-    return guest
+    return LivedInGuest.of(guest, *WITHOUT_BITMAPS)
+
+
+@pytest.fixture
+def marked(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> LivedInGuest:
+    """Likewise, with a persistent dirty bitmap."""
+    guest = start(lived_in(counter_machine()), old)
+    guest.wait_for_ticks(3)
+    return LivedInGuest.of(guest)
 
 
 @pytest.mark.parametrize("point", some_of(ALL))
@@ -127,6 +143,88 @@ def test_qemu_refuses_or_does_not_answer(
     # What it could not finish it has left to be finished, and nothing else.
     assert bool(recovered["guests"]) == (point == "before x-sev-adopt-finish 0")
     note(note_fault, PATH, guest, point, fault, "source" if status else "destination")
+
+
+@pytest.mark.parametrize("point", some_of(ALL))
+def test_the_command_is_killed_and_bitmaps_stay(
+    point: str, marked: LivedInGuest, new: Path, note_fault: NoteFault
+) -> None:
+    """What a backup relies on is in the images that one of the two QEMUs has."""
+    assert break_off(marked, new, point, "command") == -signal.SIGKILL
+    answer = recover()
+    assert answer["status"] == 0, answer
+    (one,) = answer["guests"]
+    note(note_fault, BITMAPS, marked, point, "command", one["end"])
+
+
+@pytest.mark.parametrize("point", some_of((*SAVED, *LOADING, *RUNNING)))
+def test_the_source_is_killed_and_bitmaps_stay(
+    point: str, marked: LivedInGuest, new: Path, note_fault: NoteFault
+) -> None:
+    assert break_off(marked, new, point, "source") == 0
+    note(note_fault, BITMAPS, marked, point, "source", "destination")
+
+
+# -- when somebody runs sevhop recover, the world has turned -------------------------------------------
+
+
+def destination_of(guest: Guest, source: int) -> int | None:
+    """The new QEMU that a killed command has left."""
+    others = [pid for pid in processes_of(guest.machine.directory) if pid != source]
+    return others[0] if others else None
+
+
+@pytest.mark.parametrize("point", some_of(ALL))
+def test_time_passes_before_recover(point: str, guest: Guest, new: Path, note_fault: NoteFault) -> None:
+    """A guest that runs has run on by then, and one that waits for somebody waits."""
+    ticks = guest.seen().ticks
+    assert break_off(guest, new, point, "command") == -signal.SIGKILL
+    if point in RUNNING:
+        wait_until(lambda: guest.seen().ticks > ticks + 100, 60, "it has run for a while")
+    answer = recover()
+    assert answer["status"] == 0, answer
+    note(note_fault, LATER, guest, point, "command", answer["guests"][0]["end"])
+
+
+@pytest.mark.parametrize("point", some_of(ALL))
+def test_the_new_qemu_ends_before_recover(point: str, guest: Guest, new: Path, note_fault: NoteFault) -> None:
+    """If the guest has run in there it has ended with it, and nobody may run what is left of it in the old one."""
+    source = guest.pid
+    assert break_off(guest, new, point, "command") == -signal.SIGKILL
+    if destination := destination_of(guest, source):
+        os.kill(destination, signal.SIGKILL)
+        assert wait_ended(destination, 30)
+    answer = recover()
+    (one,) = answer["guests"]
+    if point in LOADING:
+        assert one["end"] in ("source", "gone")
+    else:
+        assert one["end"] == ("gone" if point in RUNNING else "source")
+    if one["end"] == "source":
+        note(note_fault, LATER, guest, point, "destination", "source")
+    else:
+        assert answer["status"] == 5
+        assert processes_of(guest.machine.directory) == []
+        note_fault(LATER, point, "destination", Cell("*ended with its QEMU*", 0, 0))
+
+
+@pytest.mark.parametrize("point", some_of(ALL))
+def test_the_new_qemu_hangs_when_recover_comes(point: str, guest: Guest, new: Path, note_fault: NoteFault) -> None:
+    """Nobody gives up on it: when it answers again, recover finds out where the guest is."""
+    source = guest.pid
+    assert break_off(guest, new, point, "command") == -signal.SIGKILL
+    destination = destination_of(guest, source)
+    if destination:
+        os.kill(destination, signal.SIGSTOP)
+    done = sevhop("recover", "--timeout", "1")
+    if destination and destination in processes_of(guest.machine.directory):
+        assert done.returncode in (0, 4), done
+        os.kill(destination, signal.SIGCONT)
+    if done.returncode:
+        answer = recover()
+        assert answer["status"] == 0, answer
+    (process,) = processes_of(guest.machine.directory)
+    note(note_fault, LATER, guest, point, "hang", "destination" if process == destination else "source")
 
 
 def test_nothing_piles_up_in_a_qemu_that_goes_on(guest: Guest, old: Path, new: Path) -> None:

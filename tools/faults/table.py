@@ -17,6 +17,7 @@ COLUMNS = {
     "command": "command killed",
     "source": "source killed",
     "destination": "destination killed",
+    "hang": "new QEMU hangs",
     "keeper": "keeper killed",
     "hook": "hook killed",
     "daemon": "libvirtd killed",

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from guests import emulators
+from guests.life import lived_in
 from guests.running import Guest
 
 from ...conftest import NoteFault
 from ...qemu.broken_off import break_off, note, recover
+from ...qemu.lived import LivedInGuest
 from ..contract.sev import contexts
 from .conftest import DescribeSev, StartGuest
 
@@ -32,12 +34,12 @@ def right_behind_the_move(*points: str) -> list[Any]:
 
 @pytest.fixture
 def guest(kernel: str, sev_machine: DescribeSev, start: StartGuest) -> Guest:
-    """A counting SEV guest."""
+    """A counting SEV guest, that has lived."""
     if kernel == "6.1":
         pytest.skip("what a hop does in which order does not depend on the kernel: once is enough")
-    guest = start(sev_machine())
+    guest = start(lived_in(sev_machine()))
     guest.wait_for_ticks(3)
-    return guest
+    return LivedInGuest.of(guest)
 
 
 def end_of(guest: Guest, note_fault: NoteFault, point: str, fault: str, end: str) -> None:
