@@ -109,7 +109,7 @@ STREAM_END = r'"\0\6\0\0\0\0", 6)'
 #: What they are for: monitors and pipes, waiting, journal records (in no case their way to the disk), memory, halting
 #: the source. Files are opened below /proc alone.
 ALLOWED = {
-    *("sendto", "recvfrom", "read", "write", "pread64", "pwrite64", "openat", "newfstatat", "close"),
+    *("sendto", "recvfrom", "read", "write", "pread64", "pwrite64", "openat", "newfstatat", "fstat", "close"),
     *("epoll_wait", "epoll_ctl", "futex", "getpid"),
     *("mmap", "munmap", "mremap", "brk", "madvise"),
     *("sched_getscheduler", "sched_setscheduler"),
