@@ -282,7 +282,9 @@ class Hop(Procedure):
             await self._source_monitor.execute("remove-fd", {"fdset-id": fdset})
 
     async def _start_destination(self) -> None:
-        self._keeper = self._resources.enter_context(Keeper(self._held, self._guest.context, self._run_mark))
+        self._keeper = self._resources.enter_context(
+            Keeper(self._held, self._guest.context, self._run_mark, self._source)
+        )
         self._destination = await Destination.start(
             self._arguments.emulator,
             self._arguments.arguments,

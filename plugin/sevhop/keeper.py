@@ -9,6 +9,7 @@ request and reply:
 ``memfd N NAME``        ``fd SIZE`` with the N-th memfd of that name, counted from 0; or ``none``
 ``listener HEX``        ``fd`` with the source's socket that listens at this ``struct sockaddr``; or ``none``
 ``run-mark``            ``fd`` with the mark that is left before the guest runs there; or ``none``
+``source``              ``fd`` with a pidfd of the source, which matters no more once it has ended; or ``none``
 ``run``                 none: from here on the guest runs there
 ======================  =====================================================================================
 
@@ -151,6 +152,7 @@ class Answers:
         self._context = context
         self._run_mark = run_mark
         self._source = "ended" if source_ended else "running"
+        self._pidfd: int | None = None
 
     def answer(self, request: bytes) -> tuple[str, int | None]:
         """The reply to a request, and the descriptor that goes with it."""
@@ -168,6 +170,8 @@ class Answers:
                     return ("none", None) if fd_or_none is None else ("fd", fd_or_none)
                 case ["run-mark"]:
                     return ("none", None) if self._run_mark is None else ("fd", self._run_mark.fileno())
+                case ["source"]:
+                    return ("none", None) if self._pidfd is None else ("fd", self._pidfd)
         except IndexError:
             return "none", None
         except ValueError:
@@ -191,11 +195,15 @@ class Keeper(Answers):
 
     Who holds the other end of the socket pair may ask; it is inherited by the destination alone.
 
+    :param source: the process that the destination need not respect once it has ended; None for a trial.
     :ivar runs: set when the destination, which had been given all of the guest, has let it run.
     """
 
-    def __init__(self, held: Held, context: SevContext, run_mark: RunMark | None = None) -> None:
+    def __init__(
+        self, held: Held, context: SevContext, run_mark: RunMark | None = None, source: QemuProcess | None = None
+    ) -> None:
         super().__init__(held, context, run_mark)
+        self._pidfd = None if source is None else source.fileno()
         ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A process that is killed closes its last descriptor first (the kernel's list of delayed closes is one of last
         # in, first out). So the destination finds nobody here before it takes the end of its stream for the last of it.

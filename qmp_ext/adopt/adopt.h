@@ -87,6 +87,7 @@ void keeper_connect(const char *where); /* path of its socket, or fd:N */
 bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PRINTF(3, 4);
 /* Tells the keeper that the guest is about to run here. Returns false when it does not want to hear that any more. */
 bool keeper_hears_of_run(void);
+bool source_has_ended(void); /* false: not all of it, or the keeper has not told who it is */
 void keeper_close(void);
 
 /* ---- run_mark.c ---- */

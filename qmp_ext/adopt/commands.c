@@ -214,7 +214,8 @@ static const char *reason_against_running(void)
 /*
  * Before the guest runs here for the first time: leave the mark, for whoever must know it although this process and the
  * command have ended. That the keeper's socket takes the message is what commits a hop without an SEV context. Who wants to
- * undo the hop shuts the socket down first: then this fails, and the source may go on.
+ * undo the hop shuts the socket down first: then this fails, and the source may go on. One that has ended will not, and with it
+ * and the command gone this process is all that there is of the guest.
  */
 static const char *begin_to_run(void)
 {
@@ -225,7 +226,7 @@ static const char *begin_to_run(void)
         return "the run mark cannot be written";
     if (!told)
         return NULL;
-    if (!keeper_hears_of_run()) {
+    if (!keeper_hears_of_run() && !source_has_ended()) {
         run_mark_write(RUN_MARK_NOT);
         return "the hop was broken off";
     }

@@ -16,6 +16,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/time.h>
@@ -25,6 +26,7 @@
 #define ANSWER_SECONDS 10 /* the keeper answers from memory; one that takes this long hangs */
 
 static int connection = -1;
+static int source = -1; /* its pidfd */
 static pthread_mutex_t conversation = PTHREAD_MUTEX_INITIALIZER;
 
 static bool send_request(const char *request, size_t length)
@@ -177,20 +179,27 @@ static void say_hello(void)
         die("the keeper does not say what the guest is: %s", reply);
 }
 
-/* A keeper without a mark is one for whom it does not matter whether the guest has run here. */
-static void take_run_mark(void)
+/* A descriptor that stays open; -1 if the keeper has none of that name. */
+static int take(const char *name)
 {
     char reply[KEEPER_MESSAGE];
     int fd, moved;
 
-    keeper_ask(reply, &fd, "run-mark");
+    keeper_ask(reply, &fd, "%s", name);
     if (fd < 0)
-        return;
+        return -1;
     moved = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
     if (moved < 0)
-        die("no descriptor for the run mark: %s", strerror(errno));
+        die("no descriptor for the %s: %s", name, strerror(errno));
     close(fd);
-    run_mark_use(moved);
+    return moved;
+}
+
+bool source_has_ended(void)
+{
+    struct pollfd ended = {.fd = source, .events = POLLIN};
+
+    return source >= 0 && poll(&ended, 1, 0) == 1 && (ended.revents & POLLIN);
 }
 
 static int reach(const char *path)
@@ -247,11 +256,15 @@ void keeper_connect(const char *where)
     close(fd);
     hop.keeper = true;
     say_hello();
-    take_run_mark();
+    run_mark_use(take("run-mark"));
+    source = take("source");
 }
 
 void keeper_close(void)
 {
+    if (source >= 0)
+        close(source);
+    source = -1;
     pthread_mutex_lock(&conversation);
     if (connection >= 0)
         close(connection);

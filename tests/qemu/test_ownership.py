@@ -41,6 +41,27 @@ asyncio.run(Hop(Options(pathlib.Path(sys.argv[1]), emulator=sys.argv[2])).run())
 """
 
 
+#: A hop whose command and source are killed when the new QEMU has been given all, and before it has taken that.
+BOTH_KILLED = """
+import os, pathlib, signal, sys, asyncio
+from sevhop.hop import Hop, Options
+from sevhop_qmp.process import QemuProcess
+
+end_stream = Hop._end_stream
+
+async def and_die(self):
+    destination = self._destination.process
+    assert await destination.freeze(10)
+    await end_stream(self)
+    self._source.kill()
+    assert await self._source.wait(10)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Hop._end_stream = and_die
+asyncio.run(Hop(Options(pathlib.Path(sys.argv[1]), emulator=sys.argv[2])).run())
+"""
+
+
 class Left:
     """The guest runs in the new QEMU, and no command knows of it."""
 
@@ -146,6 +167,25 @@ def test_nobody_continues_the_old_qemu(left: Left) -> None:
     assert is_halted(left.source)
     assert recover()["guests"][0]["end"] == "destination"
     assert_unharmed(left.guest)
+
+
+def test_guest_runs_in_the_new_qemu_if_all_others_have_ended(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """It has all of the guest, and there is nobody left whom it would have to ask."""
+    guest = start(counter_machine(disk_mib=16), old)
+    guest.wait_for_ticks(3)
+    source = guest.pid
+    command = [sys.executable, "-c", BOTH_KILLED, str(guest.machine.monitor), str(new)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    (destination,) = processes_of(guest.machine.directory)
+    assert destination != source
+    ticks = guest.seen().ticks
+    os.kill(destination, signal.SIGCONT)
+    wait_until(lambda: guest.seen().ticks > ticks + 3, 30, "the guest goes on in the new QEMU")
+    answer = recover()
+    assert (answer["status"], answer["guests"][0]["end"]) == (0, "destination")
+    assert_unharmed(guest)
 
 
 def is_halted(pid: int) -> bool:

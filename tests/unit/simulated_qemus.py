@@ -218,7 +218,7 @@ class World:
 
     def _tell_keeper(self) -> bool:
         self._write_mark(RunState.STARTING)
-        if self._send_run():
+        if self._send_run() or not self.source.alive:
             return True
         self._write_mark(RunState.NOT)
         return False
