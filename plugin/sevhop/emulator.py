@@ -21,7 +21,7 @@ from typing import Any
 from sevhop_qmp.errors import SevhopError
 
 #: Seconds in which a QEMU must have told what it is.
-PATIENCE = 20.0
+PATIENCE = 60.0
 HINT = "name a QEMU system emulator with --emulator"
 #: A machine without parts, which needs neither a guest nor rights.
 PROBE = ("-machine", "none,accel=tcg:kvm", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio")
@@ -72,8 +72,15 @@ def look(path: str) -> Emulator:
     try:
         done = subprocess.run([path, *PROBE], input=QUESTIONS, capture_output=True, timeout=PATIENCE, check=False)
     except (OSError, subprocess.SubprocessError) as err:
-        raise SevhopError(f"{path}: {getattr(err, 'strerror', None) or err}", HINT) from err
+        raise silent(path, err) from err
     return understand(path, identity, done.stdout)[0]
+
+
+def silent(path: str, failure: OSError | subprocess.SubprocessError) -> SevhopError:
+    """What is said of a binary that could not be asked."""
+    if isinstance(failure, subprocess.TimeoutExpired):
+        return SevhopError(f"{path}: it has not told what it is within {PATIENCE:g} s", HINT)
+    return SevhopError(f"{path}: {getattr(failure, 'strerror', None) or failure}", HINT)
 
 
 def trusted(path: str) -> FileIdentity:

@@ -115,6 +115,6 @@ def _ask(path: str, identity: Identity, environment: Mapping[str, str]) -> tuple
             finally:
                 child.kill()
     except (OSError, subprocess.SubprocessError) as err:
-        raise SevhopError(f"{path}: {getattr(err, 'strerror', None) or err}", emulator.HINT) from err
+        raise emulator.silent(path, err) from err
     lines = messages.decode(errors="replace").strip().splitlines()
     return (lines[-1].removeprefix("sevhop: ") if lines else ""), answers

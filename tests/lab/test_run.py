@@ -55,7 +55,7 @@ def test_what_the_lab_is() -> None:
     )
     assert done.stderr == b""
     words = ["Y", "Y", "/tmp/file", "/var/tmp/file", "sev", "sev_es", "1", "6.1", str(ROOT)]
-    assert done.stdout.decode().split() == words
+    assert done.stdout.decode().splitlines() == words
     assert done.returncode == 0
 
 

@@ -133,7 +133,7 @@ def test_what_libvirt_would_forget_is_refused(daemon: Daemon, start: StartDomain
 def test_a_domain_that_ends_with_its_client_is_refused(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     daemon.virsh("destroy", guest.name)
-    words = ["nsenter", "--mount", "--net", "--target", str(daemon.pid), "--", "virsh"]
+    words = ["nsenter", "--mount", "--net", "--target", str(daemon.pid), "--", "virsh", "--connect", "qemu:///system"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as client:
         assert client.stdin is not None
         client.stdin.write(f"start --autodestroy {guest.name}\n")

@@ -368,8 +368,12 @@ class DomainGuest:
 
 
 def _environment() -> dict[str, str]:
-    """Our own, without what makes libvirt's programs connect elsewhere, write logs, or speak another language."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LIBVIRT_", "VIRSH_", "LC_"))}
+    """
+    Our own, without what makes libvirt's programs connect elsewhere, write logs, or speak another language, and without
+    a directory for temporary files that its guests' user may not enter.
+    """
+    ours = ("LIBVIRT_", "VIRSH_", "LC_", "TMPDIR")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"LC_ALL": "C.UTF-8"}
 
 
