@@ -39,6 +39,7 @@ A guest outside libvirt, with both QEMUs alive during the hop:
 :mod:`sevhop.pid_file`        where its pid file is
 :mod:`sevhop.name_plates`     the paths under which a guest is known, handed over to it
 :mod:`sevhop.urgency`         who takes part goes before others while the guest stands still
+:mod:`sevhop.lent_priority`   the priority that is lent for that, and who takes it back
 ============================  =============================================================================
 
 A domain of libvirt, where one QEMU ends before the next one starts:

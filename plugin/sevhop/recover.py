@@ -28,10 +28,10 @@ from . import journal, launch, run_directory
 from .errors import NeedsRecover
 from .interrupted_qemu import NewQemu, OldQemu
 from .journal import Entry, Journal, JournalError
+from .lent_priority import relax
 from .name_plates import NamePlates
 from .ownership import Course, Destination, Facts, Source, decide
 from .run_directory import HopUnderWay
-from .urgency import relax
 
 log = logging.getLogger(__name__)
 

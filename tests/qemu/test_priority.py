@@ -56,7 +56,7 @@ def test_library_takes_it_back_before_the_guest_runs(guest: Guest, new: Path, mo
     """Nobody else does: neither the command nor the watch has a say in it."""
     seen: list[str] = []
     monkeypatch.setattr("sevhop.hop.Watch", NoWatch)
-    monkeypatch.setattr("sevhop.urgency._lower", lambda _: None)
+    monkeypatch.setattr("sevhop.lent_priority.take_back", lambda _: None)
     report = Meddler().run(guest, new)
     assert report.outcome == "done"
     guest.wait_for_ticks(3)

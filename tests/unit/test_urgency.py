@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from guests.running import wait_until
-from sevhop.urgency import Watch, keeping_timer_slack, relax, urgent
+from sevhop.lent_priority import relax
+from sevhop.urgency import Watch, keeping_timer_slack, urgent
 
 URGENT = os.SCHED_RR | os.SCHED_RESET_ON_FORK
 
