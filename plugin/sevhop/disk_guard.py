@@ -30,6 +30,7 @@ class DiskGuard:
     The disks of a source. Use :meth:`over`.
 
     :ivar graph: as it was read.
+    :ivar spares_given_up: whether nodes that no device has are to be taken back with :func:`.block_graph.activate`.
     """
 
     def __init__(self, process: QemuProcess, graph: BlockGraph, images: Images, locks: ImageLocks) -> None:
@@ -38,6 +39,7 @@ class DiskGuard:
         self._images = images
         self._locks = locks
         self._used = graph.used()
+        self.spares_given_up = False
 
     @classmethod
     async def over(cls, monitor: Commands, process: QemuProcess) -> Self:
@@ -101,19 +103,6 @@ class DiskGuard:
             where = self.graph.disk_of(names[0]) if names else self._images.files.path(identity) or "a disk"
             raise SevhopError(f"{where} was changed by somebody else", "try again")
 
-    async def give_up_spares(self, monitor: Commands) -> bool:
-        """
-        While the guest still runs, have the source give up nodes that no device has: QEMU 10 keeps some of those
-        when it gives up its images, with their locks.
-
-        :return: whether there were any, to be taken back with :func:`.block_graph.activate`.
-        :raises SevhopError: it does not.
-        """
-        spares = [name for name in self.graph.spare() if self.graph.nodes[name].active]
-        for name in spares:
-            await monitor.execute("blockdev-set-active", {"node-name": name, "active": False})
-        return bool(spares)
-
     async def see_given_up(self, monitor: Commands, *, again: bool) -> None:
         """
         When the source has saved its state, see that it has given up all images that it could write to.
@@ -124,6 +113,8 @@ class DiskGuard:
         """
         if again and self._process.alive:
             await block_graph.inactivate(monitor)
+        if self._locks.kept() and self._process.alive:
+            await self._give_up_spares(monitor)
         if kept := self._locks.kept():
             names = [name for name, known in self._images.identities.items() if known in kept]
             where = self.graph.disk_of(names[0]) if names else "a disk"
@@ -134,6 +125,17 @@ class DiskGuard:
             for node in (graph.nodes[name] for name in graph.used()):
                 if node.active and not node.read_only:
                     raise StateError(f"the source has not given up {graph.disk_of(node.name)}")
+
+    async def _give_up_spares(self, monitor: Commands) -> None:
+        """
+        QEMU 10 keeps some of those nodes that no device has, with their locks. What is below one is given up with it,
+        also if a device writes to it, and then QEMU ends (``bdrv_co_write_req_prepare``): so this is not done before
+        the guest has stopped.
+        """
+        self.spares_given_up = True
+        for name in self.graph.spare():
+            if self.graph.nodes[name].active:
+                await monitor.execute("blockdev-set-active", {"node-name": name, "active": False})
 
     async def lost_bitmaps(self, monitor: Commands) -> list[str]:
         """

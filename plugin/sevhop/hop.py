@@ -123,7 +123,6 @@ class Hop(Procedure):
         self._saved = False
         self._stream_ended = False
         self._loaded = False
-        self._spares_given_up = False
         self._moving = False
         self._committed = False
 
@@ -361,8 +360,6 @@ class Hop(Procedure):
 
     async def _freeze(self) -> None:
         await self._look_again()
-        self._spares_given_up = True
-        self._spares_given_up = await self._disks.give_up_spares(self._source_monitor)
         threads = self._source.threads
         self._threads = self._resources.enter_context(self._source.thread_states())
         self._slack.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
@@ -690,7 +687,7 @@ class Hop(Procedure):
             # It has given up its images, but its guest is not ours to resume.
             await block_graph.activate(self._source_monitor)
             self._stopped_at = None
-        if self._spares_given_up:
+        if self._disks.spares_given_up:
             await block_graph.activate(self._source_monitor)
         if begun:
             await self._note_bitmaps(self._source_monitor)

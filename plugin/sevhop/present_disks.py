@@ -43,7 +43,9 @@ _PLUGGABLE = frozenset({"virtio-blk-pci", "virtio-scsi-pci", "scsi-hd", "scsi-cd
 #: Network cards, of which the same is true. QEMU does not tell what is behind them.
 CARDS = frozenset({"virtio-net-pci", "e1000", "e1000e", "rtl8139", "igb", "vmxnet3", "pcnet", "ne2k_pci", "usb-net"})
 #: Properties that say where a device is, or follow from others.
-_DERIVED = frozenset({"addr", "legacy-addr", "type", "parent_bus", "realized", "hotplugged", "hotpluggable"})
+_DERIVED = frozenset(
+    {"addr", "legacy-addr", "busnr", "type", "parent_bus", "realized", "hotplugged", "hotpluggable"}
+)
 
 _PERIPHERAL = "/machine/peripheral"
 _ANONYMOUS = "/machine/peripheral-anon"

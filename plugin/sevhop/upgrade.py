@@ -107,7 +107,6 @@ class Upgrade(Procedure):
         self._running = False
         self._stopped_as = ""
         self._images_given_up = False
-        self._spares_given_up = False
         self._retiring = False
         self._retired = False
         self._rehearsed = False
@@ -307,8 +306,6 @@ class Upgrade(Procedure):
 
     async def _freeze(self) -> None:
         await self._disks.see_unchanged(self._monitor)
-        self._spares_given_up = True
-        self._spares_given_up = await self._disks.give_up_spares(self._monitor)
         # Somebody may have paused it since it was examined: then it stays so.
         self._running = bool((await self._monitor.execute("query-status"))["running"])
         if self._running:
@@ -558,7 +555,7 @@ class Upgrade(Procedure):
 
     async def _take_images_back(self, source: Commands) -> None:
         """Those of a guest that is not resumed, which would take them."""
-        if self._spares_given_up or (self._images_given_up and self._stopped_at is None):
+        if self._images_given_up and (self._disks.spares_given_up or self._stopped_at is None):
             await block_graph.activate(source)
         if self._images_given_up:
             for text in await self._disks.lost_bitmaps(source):

@@ -97,6 +97,16 @@ def committed_snapshot(guest: Guest) -> None:
     wait_until(lambda: not guest.execute("query-block-jobs"), 30, "merged")
 
 
+def merged_snapshot(guest: Guest) -> None:
+    """A snapshot that was merged into the disk that the guest has again; the node is still there, on top of it."""
+    added_snapshot(guest)
+    write(guest, 0x22)
+    guest.execute("block-commit", job_id="merge", device="overlay")
+    wait_until(lambda: any(job["ready"] for job in guest.execute("query-block-jobs")), 30, "all but merged")
+    guest.execute("block-job-complete", device="merge")
+    wait_until(lambda: not guest.execute("query-block-jobs"), 30, "merged")
+
+
 def moved(guest: Guest) -> None:
     path = guest.machine.directory / "moved.qcow2"
     guest.execute("drive-mirror", job_id="move", device="disk", target=str(path), sync="full", format="qcow2")
@@ -105,7 +115,7 @@ def moved(guest: Guest) -> None:
     wait_until(lambda: not guest.execute("query-block-jobs"), 30, "pivoted")
 
 
-@pytest.mark.parametrize("live", [snapshot, added_snapshot, committed_snapshot, moved])
+@pytest.mark.parametrize("live", [snapshot, added_snapshot, committed_snapshot, merged_snapshot, moved])
 def test_disk_keeps_its_content_after_a_live_change(
     live: Callable[[Guest], None], old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
@@ -120,6 +130,43 @@ def test_disk_keeps_its_content_after_a_live_change(
         assert files(guest) == before
         assert reads(guest, 0xAA + number)
         write(guest, 0xAB + number)
+    assert_unharmed(guest)
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_what_no_device_has_is_given_up_when_the_guest_has_stopped(
+    undone: bool,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """QEMU gives up all that is below a node as well, and ends when its guest writes to that."""
+    guest = start(counter_machine(disk_mib=16), old)
+    path = image(guest.machine.directory / "apart.qcow2")
+    guest.execute("blockdev-add", driver="qcow2", node_name="apart", file={"driver": "file", "filename": str(path)})
+    merged_snapshot(guest)
+    hop(guest, new)
+    said: list[str] = []
+    execute = Monitor.execute
+
+    async def noted(self: Monitor, command: str, *arguments: Any, **options: Any) -> Any:
+        said.append(command)
+        return await execute(self, command, *arguments, **options)
+
+    monkeypatch.setattr(Monitor, "execute", noted)
+    if undone:
+        with pytest.raises(Undone):
+            Meddler().run(guest, old, at="load", mischief=kill_destination)
+        assert all(node["active"] for node in guest.execute("query-named-block-nodes"))
+        write(guest, 0x33)
+    hop(guest, old)
+    assert "blockdev-set-active" in said
+    assert said.index("stop") < said.index("blockdev-set-active")
+    write(guest, 0x44)
+    hop(guest, new)
+    assert reads(guest, 0x44)
     assert_unharmed(guest)
 
 

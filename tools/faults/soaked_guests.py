@@ -32,6 +32,8 @@ Done: TypeAlias = subprocess.CompletedProcess[str]
 
 _TIMEOUT = 600
 _MEMORY_MIB = 256
+#: Characters of what a QEMU has said that matter.
+_SAID = 3000
 _NAME = f"soaked-{os.getpid()}"
 _TOOLS = Path(__file__).parents[1]
 
@@ -80,6 +82,10 @@ class SoakedGuest(ABC):
     @abstractmethod
     def stop(self) -> Verdict:
         """End it; what is said of it then."""
+
+    @abstractmethod
+    def said(self) -> str:
+        """What its QEMUs have written, at the end."""
 
     @abstractmethod
     def left_over(self) -> list[str]:
@@ -151,6 +157,10 @@ class Bare(SoakedGuest):
     def stop(self) -> Verdict:
         """See :class:`SoakedGuest`."""
         return self._guest.stop()
+
+    def said(self) -> str:
+        """See :class:`SoakedGuest`."""
+        return self._guest.said()[-_SAID:]
 
     def left_over(self) -> list[str]:
         """See :class:`SoakedGuest`."""
@@ -239,6 +249,11 @@ class Domain(SoakedGuest):
         self._guest.daemon.virsh("shutdown", self._guest.name)
         wait_until(lambda: self._guest.state == "shut off", 120, "the guest switches itself off")
         return self._guest.judge(image)
+
+    def said(self) -> str:
+        """See :class:`SoakedGuest`."""
+        log = self._guest.daemon.root / f"var/log/libvirt/qemu/{_NAME}.log"
+        return log.read_text(errors="replace")[-_SAID:] if log.exists() else ""
 
     def left_over(self) -> list[str]:
         """See :class:`SoakedGuest`."""

@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +160,8 @@ class Soak:
         self._emulators = {old.resolve(): new, new.resolve(): old}
         self._descriptors: dict[Path, int] = {}
         self._daemon = (0, 0)
+        # What was done last, for whoever has to find out why it failed.
+        self.history: deque[str] = deque(maxlen=12)
         # Somebody may still be about to do something to the guest, so a hop may be refused.
         self._unsettled = False
 
@@ -182,6 +184,7 @@ class Soak:
         done = guest.hop(self._emulators[_program(pid)], point, fault, operator)
         soaked.hops += 1
         soaked.ends[str(done.returncode)] += 1
+        self.history.append(f"hop from {pid} ({fault} at {point}, {operator}): {done.returncode}")
         what = f"hop {soaked.hops} ({fault} at {point}, {operator}): {done.stdout.strip()} {done.stderr.strip()[-500:]}"
         if fault == "command" and self._random.random() < self._life:
             self._let_time_pass(point, pid)
@@ -215,10 +218,12 @@ class Soak:
             if found := differences(expected, self._guest.life.facts()):
                 raise SoakFailed(f"{what}: {'; '.join(found)}")
             self._soaked.lived[f"{what}: done"] += 1
+            self.history.append(what)
         except NotNow:
             pass
         except (SevhopError, VirshFailed) as err:
             self._soaked.lived[f"{what}: {err}"] += 1
+            self.history.append(f"{what}: {err}")
 
     def _operator(self) -> Operator | None:
         if self._random.random() > self._life / 2:
@@ -320,7 +325,7 @@ def soak(soaked: Soaked, hops: int, minutes: float, share: float, life: float) -
                         say(f"{soaked.hops} hops, {soaked.faults} faults, {guest.seen().ticks} ticks")
             except SoakFailed as err:
                 soaked.failure = str(err)
-                say(soaked.failure)
+                say("\n".join([*run.history, soaked.failure, f"its QEMUs said: {guest.said()}"]))
             try:
                 soaked.verdict = guest.stop()  # looks into the disk, too
             except GuestFailed as err:

@@ -107,6 +107,8 @@ class DomainLife:
     # -- disks -------------------------------------------------------------------------------------
 
     def _snapshot(self) -> Changed:
+        if self._bitmaps():
+            raise NotNow("libvirt would put a bitmap of the same name into the snapshot")
         if len(self._chain()) > _LONGEST_CHAIN:
             return self._commit()
         path = _file(self._domain, f"{self._name()}.qcow2")
@@ -119,7 +121,7 @@ class DomainLife:
     def _commit(self) -> Changed:
         chain = self._chain()
         if len(chain) < 2 or self._bitmaps():
-            raise NotNow("there is no snapshot, or a bitmap is in the way")
+            raise NotNow("there is no snapshot, or it has a bitmap")
         self._virsh("blockcommit", self._domain, "vda", "--active", "--pivot", "--wait")
         return {"file vda": chain[-1], "open virtio-disk0": chain[-1]}
 
