@@ -12,6 +12,7 @@ Node names are compared where somebody has given them; libvirt numbers its nodes
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -30,6 +31,8 @@ FILE_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
 _REMOTE_DRIVERS = frozenset({"ftp", "ftps", "gluster", "http", "https", "iscsi", "nbd", "nfs", "rbd", "ssh"})
 #: How often the graph is read when others are changing it.
 _ATTEMPTS = 3
+#: Seconds before the second look at what images take, and twice that before the third.
+_PAUSE = 0.05
 #: How the names of those nodes begin which QEMU has named in the source, and sevhop in the destination.
 GENERATED = "hop-"
 #: Id of the export that activates a node in a QEMU that has no command for it; it never comes to exist.
@@ -388,21 +391,33 @@ async def open_images(monitor: Commands, process: QemuProcess) -> tuple[BlockGra
     first = await read(monitor)
     images = Images(first, process)
     try:
-        before = images.allocated()
-        graph = await read(monitor)
-        after = images.allocated()
-        if unlike := changes(first, graph):
-            raise SevhopError(f"{unlike} was changed by somebody else", "try again")
-        for name, identity in images.identities.items():
-            # Two files that have changed their names are both open. QEMU looks at the file that the node really has.
-            seen = graph.nodes[name].allocated
-            known = (before.get(identity), after.get(identity))
-            if seen is not None and None not in known and not min(known) <= seen <= max(known):  # type: ignore[type-var,operator]
-                images.misplaced.append(f"{graph.disk_of(name)}: {graph.nodes[name].filename}")
+        unlike = set(images.identities)
+        for attempt in range(_ATTEMPTS):
+            # A file system changes its mind of what an image takes, while the guest writes to it.
+            await asyncio.sleep(attempt * _PAUSE)
+            before = images.allocated()
+            graph = await read(monitor)
+            after = images.allocated()
+            if changed := changes(first, graph):
+                raise SevhopError(f"{changed} was changed by somebody else", "try again")
+            known = images.identities
+            unlike = {name for name in unlike if not _between(graph.nodes[name], before, after, known[name])}
+            if not unlike:
+                break
+        # Two files that have changed their names are both open. QEMU looks at the file that the node really has.
+        images.misplaced += [f"{graph.disk_of(name)}: {graph.nodes[name].filename}" for name in sorted(unlike)]
     except BaseException:
         images.close()
         raise
     return graph, images
+
+
+def _between(node: Node, before: Mapping[Identity, int], after: Mapping[Identity, int], identity: Identity) -> bool:
+    """Whether what QEMU has seen that an image takes on its disk is what it took then."""
+    if node.allocated is None or identity not in before or identity not in after:
+        return True
+    low, high = sorted((before[identity], after[identity]))
+    return low <= node.allocated <= high
 
 
 def changes(before: BlockGraph, now: BlockGraph) -> str:

@@ -8,6 +8,8 @@ for both QEMUs.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -85,6 +87,11 @@ async def _with_present_disks(
 ) -> command_line.Derived:
     present = await present_disks.devices(monitor)
     added = await present_disks.plugged(monitor, arguments.arguments, present)
+    if added:
+        with contextlib.suppress(SevhopError):  # an emulator that cannot be asked is refused below
+            drivers = {str(device["driver"]) for device in added}
+            known = await asyncio.to_thread(emulator.properties, arguments.emulator, drivers)
+            added = present_disks.without_unknown(added, known)
     plan = present_disks.adapt(arguments.arguments, graph, present, added)
     return replace(arguments, arguments=plan.arguments, refused=[*arguments.refused, *plan.refused])
 

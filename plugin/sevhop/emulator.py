@@ -13,7 +13,7 @@ import os
 import pwd
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,39 @@ def look(path: str) -> Emulator:
     except (OSError, subprocess.SubprocessError) as err:
         raise silent(path, err) from err
     return understand(path, identity, done.stdout)[0]
+
+
+def properties(path: str, drivers: Iterable[str]) -> dict[str, frozenset[str]]:
+    """
+    Find out which properties devices have in an emulator.
+
+    :return: by driver; those that it does not have are left out.
+    :raises SevhopError: as :func:`look` does.
+    """
+    trusted(path)
+    wanted = sorted(drivers)
+    questions = [{"execute": "device-list-properties", "arguments": {"typename": driver}} for driver in wanted]
+    words = [{"execute": "qmp_capabilities"}, *questions, {"execute": "quit"}]
+    try:
+        done = subprocess.run(
+            [path, *PROBE],
+            input=" ".join(map(json.dumps, words)).encode(),
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+    except (OSError, subprocess.SubprocessError) as err:
+        raise silent(path, err) from err
+    except ValueError as err:
+        raise SevhopError(f"{path} does not speak QMP", HINT) from err
+    # The greeting and the answer to the first word come before these.
+    answers = [answer for answer in answers if "return" in answer or "error" in answer][1 : len(wanted) + 1]
+    return {
+        driver: frozenset(str(row["name"]) for row in answer["return"])
+        for driver, answer in zip(wanted, answers, strict=False)
+        if "return" in answer
+    }
 
 
 def silent(path: str, failure: OSError | subprocess.SubprocessError) -> SevhopError:

@@ -141,6 +141,25 @@ async def plugged(
     return found
 
 
+def without_unknown(
+    devices: Sequence[Mapping[str, Any]], known: Mapping[str, frozenset[str]]
+) -> list[dict[str, Any]]:
+    """
+    Plugged devices as another emulator takes them. A switch that it does not know is one that the machine type has set
+    for the sake of older versions, and the older version is what it is without.
+
+    :param known: properties by driver.
+    """
+    return [
+        {
+            key: value
+            for key, value in device.items()
+            if not isinstance(value, bool) or key in known.get(str(device["driver"]), (key,))
+        }
+        for device in devices
+    ]
+
+
 async def _described(monitor: Commands, device: Device, name: str) -> dict[str, Any]:
     bus = await monitor.execute("qom-get", {"path": device.path, "property": "parent_bus"})
     result: dict[str, Any] = {"driver": device.driver, "id": name, "bus": str(bus).rpartition("/")[2]}

@@ -43,7 +43,7 @@ from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands
 from sevhop_qmp.process import QemuProcess
 
-from . import cpu_features, domain_xml, guest, present_disks, trial_command_line
+from . import cpu_features, domain_xml, emulator, guest, present_disks, trial_command_line
 from .destination import START_TIMEOUT, Destination, Surroundings
 from .domain import Connection, Domain
 from .errors import NeedsRecover, Refused
@@ -162,7 +162,7 @@ class Rehearsal:
             hint = err.hint or _ANOTHER
             raise Refused(f"libvirt cannot start it in {subject.emulator}: {err.message}", hint) from err
         disks = _disks(await subject.monitor.execute("query-block"))
-        cards = await _cards(subject.monitor, subject.process.command_line[1:])
+        cards = await _cards(subject.monitor, subject.process.command_line[1:], subject.emulator)
         derived = trial_command_line.derive(arguments, subject.process.command_line[1:], disks, cards)
         taps = await self._resources.enter_async_context(_taps(derived.networks))
         for network in derived.networks:
@@ -320,12 +320,15 @@ def _disks(rows: list[Mapping[str, Any]]) -> dict[str, Disk]:
     return found
 
 
-async def _cards(monitor: Commands, arguments: Sequence[str]) -> Cards:
+async def _cards(monitor: Commands, arguments: Sequence[str], program: str) -> Cards:
     """:raises SevhopError: QEMU does not answer."""
     present = await present_disks.devices(monitor)
     plugged = await present_disks.plugged(monitor, arguments, present, present_disks.CARDS)
     backends: dict[str, Backend] = {}
     if plugged:
+        drivers = {str(card["driver"]) for card in plugged}
+        known = await asyncio.to_thread(emulator.properties, program, drivers)
+        plugged = present_disks.without_unknown(plugged, known)
         text = await monitor.execute("human-monitor-command", {"command-line": "info network"})
         for found in _BACKEND.finditer(str(text)):
             backends[found["name"]] = Backend(found["kind"], int(found["index"]) + 1)

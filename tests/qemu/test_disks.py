@@ -250,6 +250,24 @@ def test_disks_that_were_plugged_and_unplugged(
     assert_unharmed(guest)
 
 
+def test_devices_that_were_plugged_into_a_newer_qemu(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """It reports switches that the older one does not know, and that the machine type has set for that one's sake."""
+    more = ("-device", "pcie-root-port,id=slot1,chassis=1", "-device", "virtio-scsi-pci,id=scsi")
+    guest = start(counter_machine(more=more), new)
+    path = image(tmp_path / "plugged.raw", "raw")
+    guest.execute("blockdev-add", driver="file", node_name="plugged", filename=str(path))
+    guest.execute("device_add", driver="scsi-hd", drive="plugged", id="second", bus="scsi.0", serial="S1")
+    guest.execute("device_add", driver="virtio-rng-pci", id="entropy", bus="slot1")
+    write(guest, 0xAA, "second")
+    for emulator in (old, new):
+        hop(guest, emulator)
+        assert guest.execute("qom-get", path="/machine/peripheral/second", property="serial") == "S1"
+        assert reads(guest, 0xAA, "second")
+    assert_unharmed(guest)
+
+
 # -- refused: what cannot be given to another QEMU ---------------------------------------------------
 
 
