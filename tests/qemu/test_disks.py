@@ -162,8 +162,7 @@ def test_what_no_device_has_is_given_up_when_the_guest_has_stopped(
         assert all(node["active"] for node in guest.execute("query-named-block-nodes"))
         write(guest, 0x33)
     hop(guest, old)
-    assert "blockdev-set-active" in said
-    assert said.index("stop") < said.index("blockdev-set-active")
+    assert "blockdev-set-active" not in said[: said.index("stop")]
     write(guest, 0x44)
     hop(guest, new)
     assert reads(guest, 0x44)
