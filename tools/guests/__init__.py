@@ -17,6 +17,8 @@ module           what
 ``isolation``    a mount namespace in which nothing is seen of the host's sevhop, nor of another run
 ``host_memory``  huge pages, which the host must be asked for
 ``ending``       whoever ends a program that has guests leaves none behind
+``life``         what is done to a guest while it runs: snapshots, media, disks, cards, settings, pauses
+``domain_life``  the same for a domain
 ``judge``        what happened to a guest: ticks lost or repeated, restarts, damage to disk and memory
 ===============  ========================================================================================
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
 from .enclosure import GUESTS
-from .life import Changed, Facts, NotNow
+from .life import LONGEST_CHAIN, Changed, Facts, NotNow
 
 Done: TypeAlias = subprocess.CompletedProcess[str]
 #: Runs a command where the domain's libvirt is.
@@ -18,8 +18,6 @@ Run: TypeAlias = Callable[..., Done]
 
 _CARD = "52:54:00:5e:70:01"
 _ENTROPY = "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>"
-#: A chain of snapshots that long is merged.
-_LONGEST_CHAIN = 4
 
 
 class VirshFailed(Exception):
@@ -109,7 +107,7 @@ class DomainLife:
     def _snapshot(self) -> Changed:
         if self._bitmaps():
             raise NotNow("libvirt would put a bitmap of the same name into the snapshot")
-        if len(self._chain()) > _LONGEST_CHAIN:
+        if len(self._chain()) > LONGEST_CHAIN:
             return self._commit()
         path = _file(self._domain, f"{self._name()}.qcow2")
         words = ["--disk-only", "--no-metadata", "--diskspec", f"vda,file={path}"]

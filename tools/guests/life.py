@@ -32,8 +32,8 @@ Changed: TypeAlias = dict[str, str | None]
 _PATIENCE = 60.0
 _POLL = 0.01
 #: A chain of snapshots that long is merged.
-_LONGEST_CHAIN = 4
-#: Words of :func:`lived_in` for devices of which some are unplugged.
+LONGEST_CHAIN = 4
+#: Where cards are plugged.
 _SLOTS = ("slot1", "slot2")
 
 
@@ -137,7 +137,7 @@ class Life:
 
     async def _snapshot(self, monitor: Monitor) -> Changed:
         row = await _row(monitor, "disk")
-        if len(await _chain(monitor, row)) > _LONGEST_CHAIN:
+        if len(await _chain(monitor, row)) > LONGEST_CHAIN:
             return await self._commit(monitor)
         path, node = str(self._directory / f"{self._name()}.qcow2"), self._name()
         arguments = {"node-name": row["inserted"]["node-name"], "snapshot-file": path, "snapshot-node-name": node}
