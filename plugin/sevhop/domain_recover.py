@@ -184,8 +184,8 @@ class _Interrupted:
             )
         monitor = await domain.monitor()
         status = await monitor.execute("query-status")
-        # One that has shut down since, or had an I/O error, stays as it is.
-        ours = status["running"] or status["status"] in STOPPED
+        # One that has shut down since, had an I/O error, or was paused by somebody else, stays as it is.
+        ours = status["running"] or (status["status"] in STOPPED and self._entry.stopped)
         if self._entry.running and ours and not await domain.running():
             await domain.resume()
         elif not status["running"]:

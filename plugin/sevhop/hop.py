@@ -141,6 +141,7 @@ class Hop(Procedure):
         self._keeper: Keeper  # prepare
         self._destination: Destination  # prepare
         self._theirs: guest.Guest  # prepare; the same in the destination
+        self._roles: tuple[scheduling.Roles, scheduling.Roles]  # prepare; of the source and the destination
         self._settings: runtime_settings.Settings  # prepare
         self._disks: DiskGuard  # prepare
         self._carrier: ram_blocks.Carrier  # prepare
@@ -333,6 +334,7 @@ class Hop(Procedure):
         ours = await scheduling.Roles.of(self._source_monitor, self._source)
         theirs = await scheduling.Roles.of(self._destination.monitor, self._destination.process)
         found += scheduling.hand_over(ours, theirs)
+        self._roles = ours, theirs
         if confined.filters and not found:
             try:
                 found = await asyncio.to_thread(confinement.filters_lost, ours.quiet, theirs.quiet)
@@ -360,6 +362,7 @@ class Hop(Procedure):
 
     async def _freeze(self) -> None:
         await self._look_again()
+        self._remember(stopped=self._guest.state == "running")
         threads = self._source.threads
         self._threads = self._resources.enter_context(self._source.thread_states())
         self._slack.enter_context(keeping_timer_slack(*threads, *self._destination.process.threads))
@@ -392,6 +395,11 @@ class Hop(Procedure):
         :raises SevhopError: it has been.
         """
         await guest.see_unchanged(self._source_monitor, self._guest)
+        now = await runtime_settings.read(self._source_monitor, self._source)
+        if found := runtime_settings.changes(self._settings, now):
+            raise SevhopError(f"{found} of the guest was changed by somebody else", "try again")
+        if lost := scheduling.hand_over(*self._roles):
+            raise SevhopError("; ".join(lost), "try again")
         await self._disks.see_unchanged(self._source_monitor)
         await self._watch.see_undisturbed()
 
@@ -792,19 +800,23 @@ async def retire(
 STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
 
 
-async def resume_source(monitor: Monitor, *, running: bool) -> None:
+async def resume_source(monitor: Monitor, *, running: bool) -> str:
     """
     Give a source back to its owner that a hop may have stopped, with its disk images.
 
-    :param running: whether its guest ran before. One that has shut down since, or had an I/O error, stays as it is.
+    :param running: whether a hop has stopped it. One that has shut down since, or had an I/O error, stays as it is.
+    :return: its run state then.
     :raises SevhopError: it cannot go on.
     """
     status = await monitor.execute("query-status")
-    if running and status["status"] in STOPPED:
+    state = str(status["status"])
+    if running and state in STOPPED:
         await let_run(monitor)
+        state = "running"
     elif not status["running"]:
         await block_graph.activate(monitor)
     await block_graph.activate_spares(monitor)
+    return state
 
 
 async def let_run(monitor: Monitor) -> None:

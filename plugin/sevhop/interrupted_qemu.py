@@ -92,19 +92,21 @@ class OldQemu:
         if self._monitor is not None and self._resumes is not None and await self._monitor.seen(self._resumes):
             raise NeedsRecover("its old QEMU was continued by somebody else")
 
-    async def resume(self, *, running: bool) -> None:
+    async def resume(self, *, running: bool) -> str:
         """
         Let it go on.
 
         :param running: whether the guest is to run.
+        :return: its run state.
         :raises SevhopError: it does not.
         """
         assert self.process is not None
         self.process.thaw()
         monitor = await self._connected()
-        await resume_source(monitor, running=running)
+        state = await resume_source(monitor, running=running)
         with contextlib.suppress(MonitorError, CommandError):
             await monitor.remove_fds()
+        return state
 
     async def terminate(self) -> None:
         """What it has is of the past."""

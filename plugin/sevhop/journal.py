@@ -96,6 +96,7 @@ class Entry:
     :ivar boot: of which boot of the host (``/proc/sys/kernel/random/boot_id``).
     :ivar context: ``none``, ``sev`` or ``sev-es``.
     :ivar running: whether the guest ran when the hop began.
+    :ivar stopped: whether it is to be resumed if it goes on in the source: the hop has stopped it, or is about to.
     :ivar source: its QEMU.
     :ivar monitor: bare: path of the source's QMP socket.
     :ivar uri, uuid: domain: where libvirt has it.
@@ -126,6 +127,7 @@ class Entry:
     destination: Process | None = None
     run_mark: int = 0
     phase: str = ""
+    stopped: bool = False
     loaded: bool = False
     committed: bool = False
     broken: str = ""

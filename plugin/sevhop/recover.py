@@ -269,13 +269,15 @@ class InterruptedHop:
             with contextlib.suppress(OSError):  # it has just ended
                 launch.set_oom_score_adj(self._old.process.pid, entry.oom_score_adj)
         try:
-            await self._old.resume(running=entry.running)
+            state = await self._old.resume(running=entry.running and entry.stopped)
         except MonitorError:
             if self._old.alive:
                 raise
             what = "its SEV context had been moved to the new QEMU" if entry.context != "none" else "its QEMU has ended"
             return Recovered(entry.guest, End.GONE, what)
-        return Recovered(entry.guest, End.SOURCE)
+        # If it was not the hop that has stopped it, whoever did had a reason.
+        text = f"the guest is {state}" if entry.running and state != "running" else ""
+        return Recovered(entry.guest, End.SOURCE, text)
 
     async def _gone(self, reason: str) -> Recovered:
         await self._new.terminate()

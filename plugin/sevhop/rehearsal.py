@@ -31,7 +31,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class Subject:
     :ivar directory: for the trial, to be made, where it goes away should we be killed.
     :ivar domain: as libvirt knows it.
     :ivar leases: whether libvirt holds leases for it while it runs.
+    :ivar stopped: told before it is stopped, and when it has been continued.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Subject:
     directory: Path
     domain: Domain
     leases: bool
+    stopped: Callable[[bool], None] = lambda by_us: None
 
 
 class Rehearsal:
@@ -245,6 +247,7 @@ class Rehearsal:
         try:
             if stops:
                 log.info("%s: pause", self._subject.name)
+                self._subject.stopped(True)
                 # To its end, so that it cannot come behind what continues the guest.
                 if self._subject.leases:
                     await to_its_end(self._subject.domain.suspend())
@@ -255,6 +258,7 @@ class Rehearsal:
         finally:
             if stops:
                 await to_its_end(self._continue())
+                self._subject.stopped(False)
                 self.pause_ms = (time.monotonic() - began) * 1e3
                 self._tell(GuestRuns(self._subject.name, self.pause_ms))
         if not intact:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,21 @@ _FORWARD = re.compile(
 _REMOVED = "removed"
 #: In the keeper's directory.
 _FILE = "settings"
+#: What some of the settings are called in a message.
+_NAMES = {
+    "throttles": "the throttling",
+    "disks": "the drives",
+    "objects": "an I/O thread or another object",
+    "types": "an object",
+    "thresholds": "a write threshold",
+    "statistics": "the balloon's statistics",
+    "actions": "what happens at a reboot, shutdown, panic or by the watchdog",
+    "forwards": "a forwarded port",
+    "displays": "a display",
+    "tickets": "a display's password",
+    "generation": "the VM generation ID",
+    "chardevs": "the character devices",
+}
 
 
 @dataclass(frozen=True)
@@ -469,6 +484,12 @@ def differences(ours: Settings, theirs: Settings) -> list[str]:
             f"{ours.generation or 'missing'} in the source"
         )
     return found
+
+
+def changes(before: Settings, now: Settings) -> str:
+    """What was set anew in the same QEMU; empty when nothing was."""
+    names = [one.name for one in fields(Settings) if getattr(before, one.name) != getattr(now, one.name)]
+    return _NAMES[names[0]] if names else ""
 
 
 def _listed(addresses: Sequence[str]) -> str:

@@ -249,6 +249,7 @@ class Upgrade(Procedure):
             directory=self._keeper.directory / "trial",
             domain=self._domain,
             leases=lock_manager.in_use(),
+            stopped=lambda by_us: self._remember(stopped=by_us),
         )
         rehearsal = Rehearsal(self._connection, subject, self._options.step_timeout, self._tell)
         try:
@@ -309,6 +310,7 @@ class Upgrade(Procedure):
         # Somebody may have paused it since it was examined: then it stays so.
         self._running = bool((await self._monitor.execute("query-status"))["running"])
         if self._running:
+            self._remember(stopped=True)
             self._begin_of_blackout()
             await self._domain.suspend()
         elif self._guest.state == "running":

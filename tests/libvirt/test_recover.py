@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from faults import broken_upgrade
 from faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
+from faults.operator import Operator
 from faults.table import Cell
 from guests.daemon import Daemon, kill
+from guests.enclosure import GUESTS
 from guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
@@ -27,10 +29,13 @@ PATH = "A domain of libvirt: `sevhop upgrade`"
 _TOOLS = Path(broken_upgrade.__file__).parents[1]
 
 
-def break_off(daemon: Daemon, guest: LivedInDomain, emulator: Path, point: str, fault: str) -> int:
-    """Upgrade with a fault; the exit status."""
+def break_off(
+    daemon: Daemon, guest: LivedInDomain, emulator: Path, point: str, fault: str, operator: Operator | None = None
+) -> int:
+    """Upgrade with a fault, and perhaps somebody who does something meanwhile; the exit status."""
     program = ["env", f"PYTHONPATH={_TOOLS}", sys.executable, "-m", broken_upgrade.__name__]
-    return daemon.run(*program, guest.name, emulator, point, fault).returncode
+    also = [str(operator)] if operator else []
+    return daemon.run(*program, guest.name, emulator, point, fault, *also).returncode
 
 
 def recover(daemon: Daemon) -> dict[str, Any]:
@@ -233,3 +238,18 @@ def test_the_guest_is_paused_before_recover(
     assert guest.state == "paused"
     guest.life.do("cont")
     note(note_fault, daemon, guest, point, "command", old)
+
+
+@pytest.mark.parametrize("point", ["phase prepare", "phase freeze"])
+def test_guest_that_was_paused_while_an_upgrade_was_prepared_stays_paused(
+    point: str, daemon: Daemon, guest: LivedInDomain, new: Path
+) -> None:
+    """The command was killed before it stopped the guest, so it is not for recover to resume it."""
+    paused = Operator("phase prepare", "stop", 0, guest.name, f"{GUESTS}/{guest.name}.answer")
+    break_off(daemon, guest, new, point, "command", paused)
+    (one,) = recover(daemon)["guests"]
+    assert one["end"] == "source"
+    assert guest.state == "paused"
+    guest.life.do("cont")
+    guest.see_unchanged()
+    guest.wait_for_ticks()

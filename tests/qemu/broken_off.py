@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import broken_hop
+from faults.operator import Operator
 from faults.table import Cell
 from guests.running import Guest, processes_of
 from sevhop import journal
@@ -19,9 +20,10 @@ from .hops import sevhop
 from .lived import LivedInGuest
 
 
-def break_off(guest: Guest, emulator: Path, point: str, fault: str) -> int:
-    """Hop with a fault; the exit status of the hop."""
+def break_off(guest: Guest, emulator: Path, point: str, fault: str, operator: Operator | None = None) -> int:
+    """Hop with a fault, and perhaps somebody who does something meanwhile; the exit status of the hop."""
     command = [sys.executable, "-m", broken_hop.__name__, str(guest.machine.monitor), str(emulator), point, fault]
+    command += [str(operator)] if operator else []
     tools = str(Path(broken_hop.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": tools}
     return subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False).returncode

@@ -26,6 +26,8 @@ BLACKOUT = ("freeze", "share", "save", "load", "commit", "resume")
 LOOKED_AT = {
     *("query-status", "qom-list", "query-migrate", "query-jobs", "query-dump"),
     *("query-named-block-nodes", "x-debug-query-block-graph", "query-block", "query-block-exports"),
+    *("qom-get", "query-chardev", "query-vnc-servers", "query-spice", "query-vm-generation-id"),
+    "human-monitor-command",
 }
 #: The commands, each in the phase in which it is sent. They are sent together. The destination is told nothing: it is
 #: given the stream.

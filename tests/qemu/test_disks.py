@@ -380,6 +380,21 @@ def test_snapshot_while_a_hop_is_prepared(
     assert_unharmed(guest)
 
 
+def test_throttle_while_a_hop_is_prepared(
+    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """Settings are carried when the destination has been started, and looked at once more before the guest stops."""
+    second, more = with_second_monitor(tmp_path)
+    guest = start(counter_machine(disk_mib=16, more=more), old)
+    limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0)
+    arguments = {"id": disk(guest)["qdev"], "iops": 4711, **limits}
+    with pytest.raises(Undone, match=r"the throttling of the guest was changed"):
+        Meddler().run(guest, new, at="freeze", mischief=on(second, ("block_set_io_throttle", arguments)))
+    hop(guest, new)
+    assert disk(guest)["inserted"]["iops"] == 4711
+    assert_unharmed(guest)
+
+
 def test_snapshot_after_the_last_look(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:

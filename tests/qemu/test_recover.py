@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, BEING_SAVED, LOADING, RUNNING, SAVED
+from faults.operator import Operator
 from faults.table import Cell
 from guests.life import lived_in
 from guests.running import Guest, processes_of, wait_ended, wait_until
@@ -184,6 +185,21 @@ def test_time_passes_before_recover(point: str, guest: Guest, new: Path, note_fa
     answer = recover()
     assert answer["status"] == 0, answer
     note(note_fault, LATER, guest, point, "command", answer["guests"][0]["end"])
+
+
+@pytest.mark.parametrize("point", ["after x-sev-adopt-ram 0", "after migrate-incoming 0"])
+def test_guest_that_was_paused_while_a_hop_was_prepared_stays_paused(
+    point: str, marked: LivedInGuest, new: Path, tmp_path: Path
+) -> None:
+    """The command was killed before it stopped the guest, so it is not for recover to resume it."""
+    paused = Operator(point, "stop", 0, str(marked.machine.directory), str(tmp_path / "answer"))
+    assert break_off(marked, new, "phase freeze", "command", paused) == -signal.SIGKILL
+    (one,) = recover()["guests"]
+    assert (one["end"], one["text"]) == ("source", "the guest is paused")
+    assert marked.execute("query-status")["status"] == "paused"
+    marked.life.do("cont")
+    marked.see_unchanged()
+    assert_unharmed(marked)
 
 
 @pytest.mark.parametrize("point", some_of(ALL))

@@ -607,9 +607,6 @@ class SimulatedHop(Hop):
     async def _look_again(self) -> None:
         await self.actor.gate()
 
-    def _watch_priorities(self) -> None:
-        pass
-
 
 class SimulatedRecovery:
     """The recovery, of a hop that nobody is at any more."""
