@@ -11,6 +11,7 @@ it must be what it was before, so :class:`Facts` tells that, and what is done te
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -137,6 +138,7 @@ class Life:
 
     async def _snapshot(self, monitor: Monitor) -> Changed:
         row = await _row(monitor, "disk")
+        await self._remove_merged(monitor)
         if len(await _chain(monitor, row)) > LONGEST_CHAIN:
             return await self._commit(monitor)
         path, node = str(self._directory / f"{self._name()}.qcow2"), self._name()
@@ -157,6 +159,13 @@ class Life:
         await monitor.execute("block-job-complete", {"device": job})
         await _until(monitor, "query-block-jobs", lambda jobs: not jobs)
         return {"file disk": chain[-1]}
+
+    async def _remove_merged(self, monitor: Monitor) -> None:
+        """Overlays of which the guest has the base again: QEMU takes no snapshot while they are on top of that."""
+        for node in await monitor.execute("query-named-block-nodes", {"flat": True}):
+            if node["drv"] == "qcow2":
+                with contextlib.suppress(CommandError):  # it is in use
+                    await monitor.execute("blockdev-del", {"node-name": node["node-name"]})
 
     async def _medium(self, monitor: Monitor) -> Changed:
         row = await _row(monitor, "cd0")
