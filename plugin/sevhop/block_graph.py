@@ -31,7 +31,7 @@ FILE_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
 _REMOTE_DRIVERS = frozenset({"ftp", "ftps", "gluster", "http", "https", "iscsi", "nbd", "nfs", "rbd", "ssh"})
 #: How often the graph is read when others are changing it.
 _ATTEMPTS = 3
-#: Seconds before the second look at what images take, and twice that before the third.
+#: Seconds before the second attempt, and twice that before the third.
 _PAUSE = 0.05
 #: How the names of those nodes begin which QEMU has named in the source, and sevhop in the destination.
 GENERATED = "hop-"
@@ -190,11 +190,20 @@ async def read(monitor: Commands) -> BlockGraph:
 
     :raises SevhopError: QEMU does not answer, or its answers make no sense, or the graph does not stand still.
     """
-    for _ in range(_ATTEMPTS):
-        graph = await _read(monitor)
+    failure = SevhopError(f"{monitor.name}: the disks are being changed by somebody else", "try again")
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(attempt * _PAUSE)
+        try:
+            graph = await _read(monitor)
+        except CommandError as err:
+            # To tell of dirty bitmaps QEMU reads them from the image, and fails while it exchanges the descriptor of
+            # that for one that it may write to (EBADF, seen with QEMU 7.2 that loads).
+            failure = err
+            continue
         if graph is not None:
             return graph
-    raise SevhopError(f"{monitor.name}: the disks are being changed by somebody else", "try again")
+    raise failure
 
 
 async def _read(monitor: Commands) -> BlockGraph | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sevhop.block_graph import BlockGraph, Disk, Node, changes, differences
+from sevhop.block_graph import BlockGraph, Disk, Node, changes, differences, read
 from sevhop.command_line import parse, properties
 from sevhop.present_disks import Device, Plan, adapt
+from sevhop_qmp.errors import CommandError
 
 ANONYMOUS = "/machine/peripheral-anon/device[0]"
 
@@ -185,3 +188,26 @@ def test_a_guest_that_writes_changes_nothing() -> None:
 def test_disks_survive_json() -> None:
     ours = one(*qcow2("disk", "/disk"))
     assert BlockGraph.from_fields(json.loads(json.dumps(asdict(ours)))) == ours
+
+
+class BusyOnce:
+    """A QEMU that cannot tell of its disks the first time."""
+
+    name = "monitor"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        self.asked.append(command)
+        if self.asked.count("query-block") == 1 and command == "query-block":
+            raise CommandError(command, "Failed to read bitmap directory: Bad file descriptor")
+        return []
+
+
+def test_disks_of_a_qemu_that_is_about_to_write_to_them_are_read_again() -> None:
+    busy = BusyOnce()
+    assert asyncio.run(read(busy)).nodes == {}  # type: ignore[arg-type]
+    assert busy.asked.count("query-block") == 2
