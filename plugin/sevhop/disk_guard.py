@@ -8,6 +8,7 @@ what a process has open, and which locks it holds, the kernel tells.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Self
 
 from sevhop_qmp.errors import ProcessError, SevhopError, StateError
@@ -103,17 +104,21 @@ class DiskGuard:
             where = self.graph.disk_of(names[0]) if names else self._images.files.path(identity) or "a disk"
             raise SevhopError(f"{where} was changed by somebody else", "try again")
 
-    async def see_given_up(self, monitor: Commands, *, again: bool) -> None:
+    async def see_given_up(self, monitor: Commands, *, again: bool, see_stopped: Callable[[], Awaitable[None]]) -> None:
         """
         When the source has saved its state, see that it has given up all images that it could write to.
 
         :param again: whether it must be told to. A QEMU whose images were taken back without its guest being resumed
             believes that it does not have them (QEMU 10: ``migration_block_inactivate``).
+        :param see_stopped: awaited before it is told to give up any: a QEMU whose guest somebody has resumed, and which
+            writes to one, ends then.
         :raises StateError: it has not. The destination must not have them.
         """
         if again and self._process.alive:
+            await see_stopped()
             await block_graph.inactivate(monitor)
         if self._locks.kept() and self._process.alive:
+            await see_stopped()
             await self._give_up_spares(monitor)
         if kept := self._locks.kept():
             names = [name for name, known in self._images.identities.items() if known in kept]

@@ -422,7 +422,9 @@ class Hop(Procedure):
 
     async def _load(self) -> None:
         # The destination is at the state meanwhile. A source that is halted cannot be asked about its disks any more.
-        await self._disks.see_given_up(self._source_monitor, again=self._stopped_at is None)
+        await self._disks.see_given_up(
+            self._source_monitor, again=self._stopped_at is None, see_stopped=self._see_source_untouched
+        )
         await self._halt_source()
         # Whatever was done to it until then, it has told us.
         await self._see_source_untouched()

@@ -343,7 +343,9 @@ class Upgrade(Procedure):
             await asyncio.wait({keeping})
         keeping.result()
         try:
-            await self._disks.see_given_up(self._monitor, again=not self._running)
+            await self._disks.see_given_up(
+                self._monitor, again=not self._running, see_stopped=self._see_source_stopped
+            )
         except StateError:
             await self._see_source_stopped()  # one that runs gives up nothing
             raise

@@ -380,6 +380,43 @@ def test_snapshot_while_a_hop_is_prepared(
     assert_unharmed(guest)
 
 
+@pytest.mark.parametrize("paused", [True, False])
+@pytest.mark.parametrize("phase", ["share", "save", "load"])
+def test_guest_that_is_resumed_in_the_middle_keeps_its_disks(
+    phase: str,
+    paused: bool,
+    tmp_path: Path,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A QEMU whose guest writes to an image that it was told to give up ends."""
+    second, more = with_second_monitor(tmp_path)
+    guest = start(counter_machine(disk_mib=16, more=more), new)
+    merged_snapshot(guest)
+    if paused:
+        guest.execute("stop")
+    said: list[object] = []
+    execute = Monitor.execute
+
+    async def noted(self: Monitor, command: str, arguments: Any = None, **options: Any) -> Any:
+        said.append((command, (arguments or {}).get("active")))
+        return await execute(self, command, arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "execute", noted)
+        with pytest.raises(Undone, match="the source runs although it was stopped"):
+            Meddler().run(guest, old, at=phase, mischief=on(second, ("cont", {})))
+    assert ("blockdev-set-active", False) not in said
+    assert guest.execute("query-status")["running"]
+    write(guest, 0x33)
+    hop(guest, old)
+    assert reads(guest, 0x33)
+    assert_unharmed(guest)
+
+
 def test_throttle_while_a_hop_is_prepared(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:

@@ -527,7 +527,7 @@ class _NoDisks:
     async def see_unchanged_when_stopped(self) -> None:
         pass
 
-    async def see_given_up(self, monitor: object, *, again: bool) -> None:
+    async def see_given_up(self, monitor: object, *, again: bool, see_stopped: object) -> None:
         pass
 
     async def lost_bitmaps(self, monitor: object) -> list[str]:
