@@ -16,6 +16,7 @@ Exit status: that of ``sevhop hop``.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def main(monitor: str, emulator: str, point: str, kind: str, operator: str = "")
     async def execute(
         original: Callable[..., Awaitable[Any]], monitor: Monitor, command: str, *arguments: Any, **options: Any
     ) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return await original(monitor, command, *arguments, **options)  # the operator's
         return await fault.around(
             command,
             lambda: original(monitor, command, *arguments, **options),
