@@ -357,8 +357,8 @@ static void check_descriptors(void)
 
     for (int fd = world.keeper[0]; fd < world.keeper[0] + 12; fd++)
         count += fcntl(fd, F_GETFD) >= 0;
-    /* Both ends of the conversation, and the run mark if there is one. */
-    demand(count == 2 || (count == 3 && world.reply_fds == 1));
+    /* Both ends of the conversation, and the run mark and the source if there are such. */
+    demand(count >= 2 && count <= 2 + world.kept_fds);
 }
 
 static void connect_keeper(enum target target)

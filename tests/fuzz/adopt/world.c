@@ -240,6 +240,7 @@ static void answer(const char *request, bool usual)
             reply[input_byte() % (unsigned int)length] = (char)input_byte();
     }
     data.iov_len = (size_t)length;
+    world.kept_fds += world.reply_fds == 1 && strncmp(request, "hello ", 6);
     if (world.reply_fds) {
         for (int i = 0; i < world.reply_fds; i++)
             fds[i] = pick_descriptor();

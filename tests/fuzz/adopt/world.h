@@ -35,6 +35,7 @@ struct world {
     jmp_buf ended; /* where die() goes */
     int keeper[2]; /* the library's end, ours */
     int reply_fds; /* descriptors with the next reply */
+    int kept_fds; /* replies that came with one, which may be kept: the run mark, the source */
     bool honest; /* the keeper gives one memory of the pool after the other */
     unsigned int given;
     unsigned int kernel_moves; /* contexts that the kernel has moved */
