@@ -529,6 +529,7 @@ class Hop(Procedure):
             with contextlib.suppress(CommandError):
                 there = await runtime_settings.read(self._destination.monitor, self._destination.process)
                 await runtime_settings.carry_over(self._settings, there, self._destination.monitor)
+            await self._schedule_once_more()
             theirs = await guest.inspect(self._destination.monitor, self._destination.process)
             pairs = [(kept, theirs.blocks[kept.block.name]) for kept in self._carrier.kept()]
             await asyncio.to_thread(ram_blocks.put, pairs, self._destination.process)
@@ -547,6 +548,18 @@ class Hop(Procedure):
         except SevhopError as err:
             await self._destination.kill()
             raise Lost(f"{failure.message}; another destination failed, too: {err.message}") from err
+
+    async def _schedule_once_more(self) -> None:
+        """Have the threads of another destination scheduled like those of the source, as far as that can be."""
+        self._hurry.close()  # what was lent is not what they had
+        self._slack.close()
+        try:
+            theirs = await scheduling.Roles.of(self._destination.monitor, self._destination.process)
+            lost = scheduling.hand_over(self._roles[0], theirs)
+        except ProcessError as err:
+            lost = [f"how the old QEMU was scheduled cannot be told: {err.message}"]
+        for text in lost:
+            self._note(text)
 
     def _commit_is_done(self) -> None:
         self._committed = True
