@@ -69,11 +69,7 @@ def look(path: str) -> Emulator:
     identity = trusted(path)
     if identity in _known:
         return _known[identity]
-    try:
-        done = subprocess.run([path, *PROBE], input=QUESTIONS, capture_output=True, timeout=PATIENCE, check=False)
-    except (OSError, subprocess.SubprocessError) as err:
-        raise silent(path, err) from err
-    return understand(path, identity, done.stdout)[0]
+    return understand(path, identity, _asked(path, QUESTIONS))[0]
 
 
 def properties(path: str, drivers: Iterable[str]) -> dict[str, frozenset[str]]:
@@ -88,16 +84,7 @@ def properties(path: str, drivers: Iterable[str]) -> dict[str, frozenset[str]]:
     questions = [{"execute": "device-list-properties", "arguments": {"typename": driver}} for driver in wanted]
     words = [{"execute": "qmp_capabilities"}, *questions, {"execute": "quit"}]
     try:
-        done = subprocess.run(
-            [path, *PROBE],
-            input=" ".join(map(json.dumps, words)).encode(),
-            capture_output=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        answers = [json.loads(line) for line in done.stdout.splitlines()]
-    except (OSError, subprocess.SubprocessError) as err:
-        raise silent(path, err) from err
+        answers = [json.loads(line) for line in _asked(path, " ".join(map(json.dumps, words)).encode()).splitlines()]
     except ValueError as err:
         raise SevhopError(f"{path} does not speak QMP", HINT) from err
     # The greeting and the answer to the first word come before these.
@@ -107,6 +94,15 @@ def properties(path: str, drivers: Iterable[str]) -> dict[str, frozenset[str]]:
         for driver, answer in zip(wanted, answers, strict=False)
         if "return" in answer
     }
+
+
+def _asked(path: str, questions: bytes) -> bytes:
+    """:return: what it answers, a line for each; a greeting is in front."""
+    try:
+        done = subprocess.run([path, *PROBE], input=questions, capture_output=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.SubprocessError) as err:
+        raise silent(path, err) from err
+    return done.stdout
 
 
 def silent(path: str, failure: OSError | subprocess.SubprocessError) -> SevhopError:

@@ -14,7 +14,7 @@ from .conftest import StartDomain
 
 class LivedInDomain(DomainGuest):
     """
-    Use :meth:`start`.
+    Use :meth:`started`.
 
     :ivar life: what is done to it.
     """
@@ -22,10 +22,10 @@ class LivedInDomain(DomainGuest):
     life: DomainLife
 
     @classmethod
-    def started(cls, daemon: Daemon, start: StartDomain, name: str, more: str = "") -> LivedInDomain:
+    def started(cls, daemon: Daemon, start: StartDomain, name: str) -> LivedInDomain:
         """Start a domain to which everything happens once."""
         domain_life.make_files(daemon.run, name)
-        start(name=name, more=domain_life.devices(name) + more)
+        start(name=name, more=domain_life.devices(name))
         self = cls(daemon, name)
         self.life = DomainLife(daemon.run, name, random.Random(name))
         self.wait_for_ticks(3)
