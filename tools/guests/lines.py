@@ -45,7 +45,9 @@ class Line:
             while f"GOT {word}".encode() not in heard:
                 if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
                     return False
-                heard += os.read(fd, 4096)
+                if not (some := os.read(fd, 4096)):
+                    return False  # its QEMU has hung up
+                heard += some
             return True
         finally:
             os.close(fd)

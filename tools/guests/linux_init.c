@@ -349,12 +349,12 @@ static void obey(int file, const char *line)
         length = snprintf(answer, sizeof answer, "{\"return\":%lld}\n", atoll(id + 5));
     else
         length = snprintf(answer, sizeof answer, *line == '{' ? "{\"return\":{}}\n" : "GOT %s\n", line);
+    if (write(file, answer, length) != length)
+        say("an answer was not taken: %d\n", errno);
     if (!strcmp(line, "STARVE")) {
         arm_watchdog(1);
         watchdog = -1; /* it stays open, and nobody feeds it */
     }
-    if (write(file, answer, length) != length)
-        say("an answer was not taken: %d\n", errno);
 }
 
 static void answer_peers(void)
