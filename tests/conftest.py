@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from faults.table import Cell, FaultTable
-from guests import counter, emulators
-from guests.build import Unavailable
-from guests.isolation import isolate
-from guests.machine import Accelerator, Machine
-from guests.running import Guest, GuestFailed
+
+from tests.support.faults.table import Cell, FaultTable
+from tests.support.guests import counter, emulators
+from tests.support.guests.build import Unavailable
+from tests.support.guests.isolation import isolate
+from tests.support.guests.machine import Accelerator, Machine
+from tests.support.guests.running import Guest, GuestFailed
 
 TESTS = Path(__file__).parent
 

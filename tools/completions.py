@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import shtab
-from sevhop import cli
-from sevhop.domain import DEFAULT_URI
+from sevhop.cli import parser as sevhop_parser
+from sevhop.libvirt.connection import DEFAULT_URI
 
 #: What is called for a domain, and what for a path.
 _DOMAINS = {"bash": "_sevhop_domains", "zsh": "_sevhop_domains", "fish": "(_sevhop_domains)"}
@@ -49,7 +49,7 @@ end
 
 def parser() -> argparse.ArgumentParser:
     """sevhop's, in which each argument knows how it is completed."""
-    top = cli.parser()
+    top = sevhop_parser.parser()
     for action in _actions(top):
         if action.metavar in _COMPLETED:
             action.complete = _COMPLETED[action.metavar]  # shtab looks for that attribute

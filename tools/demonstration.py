@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from guests import counter, emulators, linux, real_mode
-from guests.isolation import isolate
-from guests.judge import Verdict
-from guests.machine import Accelerator, Machine
-from guests.running import Guest, GuestFailed
+from tests.support.guests import counter, emulators, linux, real_mode
+from tests.support.guests.isolation import isolate
+from tests.support.guests.judge import Verdict
+from tests.support.guests.machine import Accelerator, Machine
+from tests.support.guests.running import Guest, GuestFailed
 
 #: Numbers that a guest must count before and after each hop.
 _TICKS = 10
@@ -130,7 +130,7 @@ def _sev_hops(directory: Path, old: Path, new: Path) -> list[Shown]:
         return list(hops_of("SEV counter", _sev_machine(directory, old), old, new))
     say("this machine has no SEV: the SEV guest hops in the lab")
     root = Path(__file__).resolve().parent.parent
-    inside = ["env", f"PYTHONPATH={root / 'tools'}", sys.executable, "-m", "demonstration", "--json", "--sev"]
+    inside = ["env", f"PYTHONPATH={root}:{root / 'tools'}", sys.executable, "-m", "demonstration", "--json", "--sev"]
     lab = [str(root / "tools/lab/run"), "--timeout", "300", "--show", sys.prefix, *inside]
     done = subprocess.run(lab, cwd=root, stdout=subprocess.PIPE, check=False)
     try:

@@ -50,9 +50,12 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from . import check as checks
-from . import hop as bare
-from . import recover as recovery
+from .checks import guest as checks
+from .checks.domain_status import Standing
+from .checks.result import Finding, Status
+from .engine import hop as bare
+from .engine import recovery
+from .engine.recovery_result import End, Recovered
 from .errors import Interrupted, Lost, NeedsRecover, Refused, Undone
 from .events import (
     Chosen,
@@ -68,10 +71,7 @@ from .events import (
     Unhurried,
     ignore,
 )
-from .finding import Finding, Status
-from .recover import End, Recovered
 from .report import Phase, Report
-from .standing import Standing
 
 __all__ = [
     "Choice",
@@ -193,8 +193,8 @@ async def upgrade(
     :raises SevhopError: as :func:`hop`.
     """
     expect_libvirt()
-    from . import upgrade as engine
-    from .domain import DEFAULT_URI
+    from .engine import upgrade as engine
+    from .libvirt.connection import DEFAULT_URI
 
     unhurried = Unhurried(listener)
     one = engine.Upgrade(connect or DEFAULT_URI, domain, engine.Options(**options), unhurried)
@@ -224,9 +224,9 @@ async def upgrade_fleet(
     if jobs < 1:
         raise ValueError(f"{jobs} jobs")
     expect_libvirt()
-    from . import fleet
-    from . import upgrade as engine
-    from .domain import DEFAULT_URI
+    from .engine import fleet
+    from .engine import upgrade as engine
+    from .libvirt.connection import DEFAULT_URI
 
     uri = connect or DEFAULT_URI
     chosen = isinstance(domains, Choice)
@@ -269,10 +269,10 @@ async def check(
         raise TypeError("either a domain or a source can be checked")
     if domain is not None:
         expect_libvirt()
-        from . import domain_check
-        from .domain import DEFAULT_URI
+        from .checks import domain as domain_checks
+        from .libvirt.connection import DEFAULT_URI
 
-        return await domain_check.check_domain(connect or DEFAULT_URI, domain, emulator)
+        return await domain_checks.check_domain(connect or DEFAULT_URI, domain, emulator)
     assert source is not None
     async with await Monitor.connect(Path(source)) as monitor:
         process = QemuProcess.open(monitor.peer)
@@ -290,8 +290,8 @@ async def status(domains: Sequence[str] = (), *, connect: str | None = None) -> 
     :raises SevhopError: libvirt does not answer, or has no such domain.
     """
     expect_libvirt()
-    from . import status as standings
-    from .domain import DEFAULT_URI
+    from .checks import status as standings
+    from .libvirt.connection import DEFAULT_URI
 
     return await standings.survey(connect or DEFAULT_URI, domains)
 

@@ -3,7 +3,7 @@ What is told of hops while they are under way.
 
 ========================  ==========================================================================================
 :class:`Chosen`           these domains are going to be upgraded, in this order
-:class:`PhaseBegan`       a phase begins; they are listed in :mod:`.hop` and :mod:`.upgrade`
+:class:`PhaseBegan`       a phase begins; they are listed in :mod:`sevhop.engine.hop` and :mod:`sevhop.engine.upgrade`
 :class:`PhaseEnded`       it is over, well or not
 :class:`GuestStopped`     the guest is about to be stopped, for the rehearsal or for good
 :class:`GuestRuns`        it runs again, wherever

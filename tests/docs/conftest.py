@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guests.daemon import Daemon
-from guests.enclosure import PROGRAMS
-from guests.machine import Accelerator
-from guests.running import wait_until
+
+from tests.support.guests.daemon import Daemon
+from tests.support.guests.enclosure import PROGRAMS
+from tests.support.guests.machine import Accelerator
+from tests.support.guests.running import wait_until
 
 from .console import Shell
 from .pages import Block

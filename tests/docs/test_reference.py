@@ -11,21 +11,16 @@ from types import ModuleType
 
 import pytest
 import qmp_reference
-from sevhop import (
-    apparmor,
-    check,
-    cli,
-    domain_check,
-    hop,
-    installation,
-    journal,
-    recover,
-    run_directory,
-    sev_host,
-    units,
-    upgrade,
-)
-from sevhop.keeper_process import State
+from sevhop.checks import domain as domain_checks
+from sevhop.checks import guest as guest_checks
+from sevhop.checks import sev_host
+from sevhop.cli import commands as cli_commands
+from sevhop.cli import exit_codes, output
+from sevhop.cli.parser import parser as whole_parser
+from sevhop.engine import hop, upgrade
+from sevhop.install import apparmor, host, units
+from sevhop.keeper.client import State
+from sevhop.records import journal, run_directory
 
 from .pages import page, pages
 
@@ -64,17 +59,18 @@ def findings(module: ModuleType) -> Iterator[str]:
 
 
 def test_every_test_of_check_is_explained() -> None:
-    made = {name for module in (check, domain_check, sev_host, cli) for name in findings(module)} | set(sev_host.NAMES)
+    modules = (guest_checks, domain_checks, sev_host, cli_commands)
+    made = {name for module in modules for name in findings(module)} | set(sev_host.NAMES)
     assert {cells[0].strip("`") for cells in table("test")} == made
 
 
 def test_exit_codes() -> None:
     usage = 2  # argparse's
-    numbers = {name: value for name, value in vars(cli).items() if isinstance(value, int)}
+    numbers = {name: value for name, value in vars(exit_codes).items() if isinstance(value, int)}
     codes = {value for name, value in numbers.items() if name.startswith("EXIT_")} | {usage}
     rows = {int(cells[0]): cells[1] for cells in table("exit code")}
     assert set(rows) == codes
-    assert {code: state for code, state in rows.items() if state} == cli._STATE_OF_GUEST
+    assert {code: state for code, state in rows.items() if state} == output.STATE_OF_GUEST
 
 
 def test_phases() -> None:
@@ -84,12 +80,12 @@ def test_phases() -> None:
 
 
 def test_outcomes() -> None:
-    outcomes = {*cli.EXIT_OF, "done", "checked", "prepared"}
+    outcomes = {*exit_codes.EXIT_OF, "done", "checked", "prepared"}
     assert {f"`{outcome}`" for outcome in outcomes} <= set(re.findall(r"`[\w-]+`", GUIDE.path.read_text()))
 
 
 def test_ends_of_a_recovery() -> None:
-    assert {cells[0] for cells in table("it says")} == {end.value for end in recover.End}
+    assert {cells[0] for cells in table("it says")} == {end.value for end in recovery_result.End}
 
 
 def test_states_of_a_keeper() -> None:
@@ -98,14 +94,14 @@ def test_states_of_a_keeper() -> None:
 
 
 def test_files() -> None:
-    installed = [installation._SCRIPT, apparmor._QEMU.path, apparmor._DAEMONS[0].path, units.DIRECTORY / units.NAMES[0]]
+    installed = [host._SCRIPT, apparmor._QEMU.path, apparmor._DAEMONS[0].path, units.DIRECTORY / units.NAMES[0]]
     named = " ".join(cells[0] for cells in table("path"))
     assert [path for path in (*installed, run_directory.RUN, journal.DIRECTORY) if f"`{path}`" not in named] == []
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """The commands of sevhop, with the options of each."""
-    (found,) = (action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (found,) = (action for action in whole_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return dict(found.choices)
 
 
@@ -117,7 +113,7 @@ def test_every_option_is_mentioned() -> None:
     """In some page, as code or in a block of commands."""
     words = {word for one in pages() for text in one.code() for word in text.split()}
     words |= {word for one in pages() for block in one.of("console") for word in block.text.split()}
-    wanted = {name for parser in (cli.parser(), *commands().values()) for name in options(parser)}
+    wanted = {name for parser in (whole_parser(), *commands().values()) for name in options(parser)}
     assert wanted - words <= {"-h", "--help", "-v"}
 
 

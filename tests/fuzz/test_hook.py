@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
-from sevhop import hook, installation
+from sevhop.install import host
+from sevhop.libvirt import hook
 
+from .described_domains import xmls
 from .inputs import fuzzed, raw, texts
-from .test_domain_xml import domains
 
 NAMES = [".", "..", "/", "", "a/b", "../domains/held", "/etc", "a\nb", "a\0b", "-n", "$(false)", "held", "\udcff"]
 NAMES.append("a" * 300)
 OPERATIONS = ["restore", "prepare", "started", "migrate", "reconnect", "start", "stopped", "release"]
 steps = st.tuples(st.sampled_from(OPERATIONS), st.sampled_from(["begin", "end", ""]))
-marked = domains().map(lambda xml: xml.replace("<devices>", "<x a='SEVHOP_IMAGE'/><devices>"))
-xmls = st.one_of(texts, domains(), marked, texts.map(lambda text: f"'SEVHOP_{text}<uuid>{text}</uuid>"))
 
 
 class LoudKeeper:
@@ -131,7 +130,7 @@ def test_a_keeper_that_is_not_unicode_is_not_believed(keeper: LoudKeeper) -> Non
 def script(directory: Path) -> str:
     """As ``sevhop install`` puts it in place."""
     path = directory / "script"
-    path.write_text(installation.hook_script())
+    path.write_text(host.hook_script())
     path.chmod(0o755)
     return str(path)
 

@@ -7,10 +7,10 @@ import os
 import socket
 
 from hypothesis import strategies as st
-from sevhop import hook_calls
+from sevhop.libvirt import hook_server
 
+from .described_domains import xmls
 from .inputs import fuzzed, raw, texts
-from .test_hook import xmls
 
 ARGUMENTS = st.lists(
     st.one_of(texts, st.sampled_from(["held", "restore", "prepare", "started", "begin", "-"])), max_size=5
@@ -32,7 +32,7 @@ async def _call(call: bytes, xml: bytes, descriptors: int, answer: str) -> bytes
         socket.send_fds(theirs, [call or b"\0"], files[:descriptors])
         for file in files:
             os.close(file)
-        await asyncio.to_thread(hook_calls._serve, ours.dup(), say, asyncio.get_running_loop())
+        await asyncio.to_thread(hook_server._serve, ours.dup(), say, asyncio.get_running_loop())
         ours.close()
         return theirs.recv(16)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from sevhop import journal
-from sevhop.journal import Entry, JournalError, Process
-from sevhop.name_plates import NamePlates
+from sevhop.engine.guest_paths import NamePlates
+from sevhop.records import journal
+from sevhop.records.journal import Entry, JournalError, Process
 
 from .inputs import fuzzed, json_values, raw, texts
 

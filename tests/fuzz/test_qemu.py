@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from sevhop import command_line, cpu_features, runtime_settings
-from sevhop.guest import SevContext, inspect
-from sevhop.keeper import Answers, Held
+from sevhop.guest import command_line, cpu_features, runtime_settings
+from sevhop.guest.inspection import SevContext, inspect
+from sevhop.keeper.handover import Answers, Held
 from sevhop_qmp import adopt
 from sevhop_qmp.device_state import configuration_section, head
 from sevhop_qmp.errors import ProcessError, SevhopError

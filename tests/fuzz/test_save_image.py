@@ -8,7 +8,7 @@ from typing import BinaryIO, cast
 
 import pytest
 from hypothesis import strategies as st
-from sevhop.save_image import SaveImage, SaveImageError
+from sevhop.libvirt.save_image import SaveImage, SaveImageError
 
 from .inputs import fuzzed, raw, texts
 

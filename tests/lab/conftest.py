@@ -16,8 +16,9 @@ import os
 from pathlib import Path
 
 import pytest
-from guests import emulators
-from guests.build import Unavailable
+
+from tests.support.guests import emulators
+from tests.support.guests.build import Unavailable
 
 from .remote import Remote
 

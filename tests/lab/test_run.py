@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from guests.running import wait_ended, wait_until
 from lab.sevlab.errors import LabError
 from lab.sevlab.fake_psp import compare_symbols
 from lab.sevlab.kernels import CACHE
+
+from tests.support.guests.running import wait_ended, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "tools" / "lab" / "run")

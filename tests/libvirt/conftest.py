@@ -11,13 +11,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from guests import counter, emulators
-from guests.build import Unavailable
-from guests.daemon import Daemon, Description, DomainGuest
-from guests.machine import Accelerator
-from guests.running import wait_until
 
-#: Starts a domain, a ``transient`` one if wanted; other keywords are fields of :class:`guests.daemon.Description`.
+from tests.support.guests import counter, emulators
+from tests.support.guests.build import Unavailable
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.machine import Accelerator
+from tests.support.guests.running import wait_until
+
+#: Starts a domain, a ``transient`` one if wanted; other keywords are fields of
+#: :class:`tests.support.guests.daemon.Description`.
 StartDomain = Callable[..., DomainGuest]
 
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sevhop.run_directory import DOMAINS
+from sevhop.records.run_directory import DOMAINS
 
 STATES = Path("/run/killed-in")
 
@@ -115,10 +115,10 @@ def main(victim: str, moment: str = "", *arguments: str) -> int:
     if not moment:
         kill(victim)
         return 0
-    from sevhop import cli
+    from sevhop.cli import commands
 
     _kill_behind(victim, moment)
-    return cli.main(list(arguments))
+    return commands.main(list(arguments))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import signal
 import sys
 from typing import Any
 
-from sevhop import cli
-from sevhop.procedure import Procedure
+from sevhop.cli import commands
+from sevhop.engine.transaction import Procedure
 
 _do = Procedure._do
 
@@ -25,7 +25,7 @@ def main(wanted: str, *arguments: str) -> int:
         await _do(procedure, name, *rest)
 
     setattr(Procedure, "_do", halting)  # noqa: B010
-    return cli.main(list(arguments))
+    return commands.main(list(arguments))
 
 
 if __name__ == "__main__":

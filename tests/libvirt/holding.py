@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from guests.daemon import Daemon, DomainGuest
-from guests.running import GuestFailed, wait_until
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.running import GuestFailed, wait_until
 
 _PATIENCE = 120
 _PROGRAM = Path(__file__).with_name("halting.py")

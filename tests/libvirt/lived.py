@@ -1,13 +1,16 @@
-"""A domain that has lived when it is upgraded (:mod:`guests.domain_life`), and must be what it was afterwards."""
+"""
+A domain that has lived when it is upgraded (:mod:`tests.support.guests.domain_life`), and must be what it was
+afterwards.
+"""
 
 from __future__ import annotations
 
 import random
 
-from guests import domain_life
-from guests.daemon import Daemon, DomainGuest
-from guests.domain_life import DomainLife
-from guests.life import differences
+from tests.support.guests import domain_life
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.domain_life import DomainLife
+from tests.support.guests.life import differences
 
 from .conftest import StartDomain
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from bench.bare import MODES
 from bench.domains import SAVE_RESTORE, UPGRADE
 from bench.report import PAIRS
-from guests.daemon import Daemon
+
+from tests.support.guests.build import ROOT
+from tests.support.guests.daemon import Daemon
 
 from ..conftest import NOTED
 
@@ -21,10 +23,9 @@ def test_a_quick_run(
     daemon: Daemon, old: Path, new: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """The daemon is only asked for because the benchmark needs what it needs."""
-    tools = Path(__file__).parents[2] / "tools"
     done = subprocess.run(
         [sys.executable, "-m", "bench.cli", "--quick", "--json", "--images", tmp_path, "--output", tmp_path / "report"],
-        env=os.environ | {"PYTHONPATH": str(tools)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
         capture_output=True,
         text=True,
         check=False,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from guests.daemon import Daemon, DomainGuest
-from guests.running import wait_until
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .holding import Checkpoint, HeldUpgrade

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from bench.pause import memory_of
-from guests import counter, host_memory, linux
-from guests.build import Unavailable
-from guests.daemon import Daemon, DomainGuest
-from guests.enclosure import GUESTS
-from guests.lines import Line
-from guests.running import wait_until
+
+from tests.support.guests import counter, host_memory, linux
+from tests.support.guests.build import Unavailable
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.lines import Line
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 

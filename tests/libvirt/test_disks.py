@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests.daemon import Daemon, DomainGuest
-from guests.running import wait_until
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .holding import HeldUpgrade

@@ -10,38 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from guests.daemon import Daemon, DomainGuest, kill
-from guests.enclosure import GUESTS, PROGRAMS
-from guests.running import wait_until
 from sevhop_qmp import adopt
 from sevhop_qmp.process import QemuProcess
 
+from tests.support.guests.daemon import Daemon, kill
+from tests.support.guests.enclosure import GUESTS, PROGRAMS
+from tests.support.guests.running import wait_until
+
 from .conftest import StartDomain
-
-
-def wrapper(daemon: Daemon, name: str, emulator: Path, text: str, directory: Path = PROGRAMS) -> Path:
-    """A program that libvirt takes for an emulator: a shell script that ends up in one."""
-    path = directory / name
-    inside = daemon.root / str(path).lstrip("/")
-    inside.write_text(f'#!/bin/sh\n{text}\nexec {emulator} "$@"\n')
-    inside.chmod(0o755)
-    return path
-
-
-def assert_as_before(daemon: Daemon, guest: DomainGuest, old: Path) -> None:
-    """The guest runs in the old emulator, and lost nothing."""
-    assert guest.state == "running"
-    assert guest.emulator() == guest.emulator("--inactive") == str(old)
-    guest.wait_for_ticks()
-    assert daemon.left_over() == []
-
-
-DYING = {
-    "dies at once": 'case "$*" in *-incoming*) echo "qemu: no, thanks" >&2; exit 1;; esac',
-    "is killed": 'case "$*" in *-incoming*) kill -9 $$;; esac',
-    "starts without the library": 'case "$*" in *-incoming*) unset LD_PRELOAD;; esac',
-    "starts without the keeper": "unset SEVHOP_KEEPER",
-}
+from .failing import DYING, assert_as_before, wrapper
 
 
 @pytest.mark.parametrize("how", DYING)

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from guests.daemon import Daemon
 from prometheus_client.parser import text_string_to_metric_families
-from sevhop import journald, units
+from sevhop.install import units
+from sevhop.observe import journald
+
+from tests.support.guests.daemon import Daemon
 
 from .conftest import StartDomain
-from .test_failures import wrapper
+from .failing import wrapper
 
 UNABLE = "a-private-one"
 NAMES = ("fleet-a", "fleet-b", "fleet-c")

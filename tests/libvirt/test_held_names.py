@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests.daemon import Daemon, DomainGuest
-from guests.enclosure import GUESTS
-from guests.running import wait_until
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 

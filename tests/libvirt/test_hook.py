@@ -6,8 +6,8 @@ import os
 import signal
 from pathlib import Path
 
-from guests.daemon import Daemon, DomainGuest, kill
-from guests.running import wait_until
+from tests.support.guests.daemon import Daemon, DomainGuest, kill
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .holding import Checkpoint, HeldUpgrade

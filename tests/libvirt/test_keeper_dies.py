@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests.daemon import Daemon, DomainGuest
+
+from tests.support.guests.daemon import Daemon, DomainGuest
 
 from . import dying
 from .conftest import StartDomain

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from guests.build import Unavailable
-from guests.daemon import Daemon
-from guests.enclosure import GUESTS
+
+from tests.support.guests.build import Unavailable
+from tests.support.guests.daemon import Daemon
+from tests.support.guests.enclosure import GUESTS
 
 from .conftest import StartDomain
 from .lived import LivedInDomain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from guests.daemon import Daemon
+from tests.support.guests.daemon import Daemon
 
 from .conftest import StartDomain
 

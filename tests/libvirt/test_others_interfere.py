@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from guests.daemon import Daemon, DomainGuest, kill
-from guests.running import wait_until
+
+from tests.support.guests.daemon import Daemon, DomainGuest, kill
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .holding import Checkpoint, HeldUpgrade

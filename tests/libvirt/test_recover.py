@@ -13,27 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import broken_upgrade
-from faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
-from faults.operator import Operator
-from faults.table import Cell
-from guests.daemon import Daemon, kill
-from guests.enclosure import GUESTS
-from guests.running import wait_until
+
+from tests.support.faults import broken_upgrade
+from tests.support.faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
+from tests.support.faults.operator import Operator
+from tests.support.faults.table import Cell
+from tests.support.guests.build import ROOT
+from tests.support.guests.daemon import Daemon, kill
+from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
 from .conftest import StartDomain
 from .lived import LivedInDomain
 
 PATH = "A domain of libvirt: `sevhop upgrade`"
-_TOOLS = Path(broken_upgrade.__file__).parents[1]
 
 
 def break_off(
     daemon: Daemon, guest: LivedInDomain, emulator: Path, point: str, fault: str, operator: Operator | None = None
 ) -> int:
     """Upgrade with a fault, and perhaps somebody who does something meanwhile; the exit status."""
-    program = ["env", f"PYTHONPATH={_TOOLS}", sys.executable, "-m", broken_upgrade.__name__]
+    program = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", broken_upgrade.__name__]
     also = [str(operator)] if operator else []
     return daemon.run(*program, guest.name, emulator, point, fault, *also).returncode
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests import emulators
-from guests.daemon import Daemon, DomainGuest
-from guests.enclosure import GUESTS
-from guests.running import wait_until
+
+from tests.support.guests import emulators
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
-from .test_failures import DYING, assert_as_before, wrapper
+from .failing import DYING, assert_as_before, wrapper
 
 #: A migration stream as sevhop writes it has a configuration section, which this QEMU does not expect.
 CANNOT_LOAD = 'case "$*" in *-incoming*) set -- "$@" -global migration.send-configuration=off;; esac'

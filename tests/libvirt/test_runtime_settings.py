@@ -9,8 +9,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from guests.daemon import Daemon, DomainGuest
-from guests.running import wait_until
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .holding import HeldUpgrade

@@ -6,8 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from guests.daemon import Daemon
-from guests.running import wait_until
+
+from tests.support.guests.daemon import Daemon
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .holding import HeldUpgrade

@@ -10,9 +10,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from guests.daemon import Daemon, DomainGuest
-from guests.enclosure import PROGRAMS
-from guests.running import GuestFailed
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.enclosure import PROGRAMS
+from tests.support.guests.running import GuestFailed
 
 from .conftest import StartDomain
 

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from guests import linux
-from guests.build import Unavailable
-from guests.daemon import Daemon, DomainGuest
-from guests.running import wait_until
+
+from tests.support.guests import linux
+from tests.support.guests.build import Unavailable
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 

@@ -1,6 +1,6 @@
 """
-The package is built once, and installed in clean Debian releases (:mod:`guests.release`), each with a libvirt daemon
-and a QEMU of its own.
+The package is built once, and installed in clean Debian releases (:mod:`tests.support.guests.release`), each with a
+libvirt daemon and a QEMU of its own.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guests import counter
-from guests.build import ROOT, Unavailable
-from guests.daemon import Daemon, Description, DomainGuest
-from guests.enclosure import GUESTS
-from guests.machine import Accelerator
-from guests.release import Release
+
+from tests.support.guests import counter
+from tests.support.guests.build import ROOT, Unavailable
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.machine import Accelerator
+from tests.support.guests.release import Release
 
 #: Where the package is in a release; the name does not tell whose it is.
 PACKAGE = Path("/root/package.deb")

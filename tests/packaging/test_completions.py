@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from guests.daemon import Daemon, DomainGuest
-from guests.release import Release
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.release import Release
 
 _PATIENCE = 30.0
 #: As each shell quotes it.

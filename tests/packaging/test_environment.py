@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guests.build import ROOT
+
+from tests.support.guests.build import ROOT
 
 _MAKE = "source tools/environment; root=$PWD; make_environment; .venv/bin/sevhop --version"
 _LIBRARY = "from sevhop_qmp import adopt; print(adopt.library_path())"

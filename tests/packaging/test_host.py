@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from guests.daemon import Daemon, DomainGuest
-from guests.release import Release
-from sevhop import units
+from sevhop.install import units
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.release import Release
 
 from .conftest import NAME, PACKAGE
 

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guests.build import ROOT
-from sevhop import units
+from sevhop.install import units
+
+from tests.support.guests.build import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from guests.build import ROOT
-from guests.release import Release
+from tests.support.guests.build import ROOT
+from tests.support.guests.release import Release
 
 from .conftest import VENV
 

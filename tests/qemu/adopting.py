@@ -21,11 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from guests.machine import Q35, Accelerator
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.run_mark import RunMark
+
+from tests.support.guests.machine import Q35, Accelerator
 
 #: Size of the guests' memory, bytes.
 RAM = 32 << 20

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from faults import broken_hop
-from faults.operator import Operator
-from faults.table import Cell
-from guests.running import Guest, processes_of
-from sevhop import journal
+from sevhop.records import journal
+
+from tests.support.faults import broken_hop
+from tests.support.faults.operator import Operator
+from tests.support.faults.table import Cell
+from tests.support.guests.build import ROOT
+from tests.support.guests.running import Guest, processes_of
 
 from ..conftest import NoteFault
 from .hops import sevhop
@@ -24,8 +26,7 @@ def break_off(guest: Guest, emulator: Path, point: str, fault: str, operator: Op
     """Hop with a fault, and perhaps somebody who does something meanwhile; the exit status of the hop."""
     command = [sys.executable, "-m", broken_hop.__name__, str(guest.machine.monitor), str(emulator), point, fault]
     command += [str(operator)] if operator else []
-    tools = str(Path(broken_hop.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": tools}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False).returncode
 
 

@@ -15,15 +15,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from guests import counter, linux
-from guests.build import Unavailable
-from guests.machine import Accelerator, Machine
-from guests.running import Guest, processes_of
-from sevhop import journal
+from sevhop.records import journal
+
+from tests.support.guests import counter, linux
+from tests.support.guests.build import Unavailable
+from tests.support.guests.machine import Accelerator, Machine
+from tests.support.guests.running import Guest, processes_of
 
 #: Starts a guest in an emulator; the guest is ended with the test.
 StartGuest = Callable[[Machine, Path], Guest]
-#: Describes a bare-metal counter; keywords are fields of :class:`guests.machine.Machine`.
+#: Describes a bare-metal counter; keywords are fields of :class:`tests.support.guests.machine.Machine`.
 DescribeCounter = Callable[..., Machine]
 #: Describes the Linux guest, likewise.
 DescribeLinux = Callable[..., Machine]

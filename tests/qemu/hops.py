@@ -11,13 +11,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from guests.running import Guest
+from sevhop.engine.hop import Hop, Options
 from sevhop.events import Event, PhaseBegan
-from sevhop.hop import Hop, Options
 from sevhop.report import Report
+
+from tests.support.guests.running import Guest
 
 #: Phases of a hop between the start of the destination and the commit; that of a guest without SEV ends "load".
 BEFORE_COMMIT = ("freeze", "share", "save", "load")
+
+#: What strace prints of the order to stop, and of the end of the stream: of the state, and an empty section of type 6.
+STOP = r'\"stop\"'
+STREAM_END = r'"\0\6\0\0\0\0", 6)'
 
 #: Called when a phase begins.
 Mischief = Callable[[Hop], None]
@@ -114,3 +119,10 @@ def _kill(pid: int) -> None:
         assert select.select([handle], [], [], 10)[0]
     finally:
         os.close(handle)
+
+
+def assert_unharmed(guest: Guest, ticks: int = 10) -> None:
+    """The guest counts on, and has counted without a gap from its start to now."""
+    guest.wait_for_ticks(ticks)
+    verdict = guest.stop()
+    assert verdict.unharmed, verdict

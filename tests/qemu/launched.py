@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
 
-from guests.machine import Machine
+from tests.support.guests.machine import Machine
 
 
 @dataclass(frozen=True)

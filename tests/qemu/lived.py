@@ -1,16 +1,16 @@
-"""A guest that has lived when it hops (:mod:`guests.life`), and must be what it was afterwards."""
+"""A guest that has lived when it hops (:mod:`tests.support.guests.life`), and must be what it was afterwards."""
 
 from __future__ import annotations
 
 import random
 
-from guests.life import Facts, Life, NotNow, differences
-from guests.running import Guest
+from tests.support.guests.life import Facts, Life, NotNow, differences
+from tests.support.guests.running import Guest
 
 
 class LivedInGuest(Guest):
     """
-    Use :meth:`of`, with a guest of :func:`guests.life.lived_in`.
+    Use :meth:`of`, with a guest of :func:`tests.support.guests.life.lived_in`.
 
     :ivar life: what is done to it.
     """
@@ -23,7 +23,7 @@ class LivedInGuest(Guest):
         """
         Everything happens to the guest once.
 
-        :param without: but for these, see :meth:`guests.life.Life.do`.
+        :param without: but for these, see :meth:`tests.support.guests.life.Life.do`.
         """
         self = cls(guest.machine, guest.process)
         self.life = Life(guest.machine.directory, random.Random(guest.machine.directory.name))

@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests import emulators
-from guests.build import ROOT
-from guests.machine import OVMF_CODE, Q35, Accelerator
-from guests.running import wait_until
-from sevhop.urgency import urgent
+from sevhop.engine.realtime import urgent
 from sevhop_qmp import adopt, device_state
 from sevhop_qmp.errors import CommandError, MonitorError
 from sevhop_qmp.monitor import peer_credentials
 from sevhop_qmp.run_mark import RunMark, RunState
+
+from tests.support.guests import emulators
+from tests.support.guests.build import ROOT
+from tests.support.guests.machine import OVMF_CODE, Q35, Accelerator
+from tests.support.guests.running import wait_until
 
 from .adopting import (
     BACKEND,

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from guests.running import Guest
 from sevhop import api
+
+from tests.support.guests.running import Guest
 
 from .conftest import DescribeCounter, StartGuest
 

@@ -18,7 +18,7 @@ import pytest
 from sevhop_qmp.monitor import Monitor
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler
+from .hops import STOP, STREAM_END, Meddler
 
 #: From the first phase in which the guest is stopped to the last.
 BLACKOUT = ("freeze", "share", "save", "load", "commit", "resume")
@@ -105,9 +105,6 @@ def test_round_trips_and_nothing_slow(
 #: System calls of the main thread between the order to stop and the end of the stream, from which on nobody waits for
 #: us. How many it takes to wait varies.
 MOST_CALLS = 110
-#: What strace prints of the order to stop, and of the end of the stream: of the state, and an empty section of type 6.
-STOP = r'\"stop\"'
-STREAM_END = r'"\0\6\0\0\0\0", 6)'
 #: What they are for: monitors and pipes, waiting, journal records (in no case their way to the disk), memory, halting
 #: the source. Files are opened below /proc alone.
 ALLOWED = {

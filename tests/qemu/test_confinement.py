@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests.machine import Machine
-from guests.running import Guest, processes_of
-from sevhop import launch, preload
-from sevhop.confinement import Confinement
+from sevhop.engine.hop import Hop
 from sevhop.errors import Refused, Undone
-from sevhop.hop import Hop
-from sevhop.scheduling import Thread
+from sevhop.guest import preload
+from sevhop.process import launch
+from sevhop.process.confinement import Confinement
+from sevhop.process.scheduling import Thread
 from sevhop_qmp import adopt
 from sevhop_qmp.process import QemuProcess
 
+from tests.support.guests.machine import Machine
+from tests.support.guests.running import Guest, processes_of
+
 from .broken_off import break_off, recover
 from .conftest import DescribeCounter, DescribeLinux, StartGuest
-from .hops import Meddler, hop, sevhop
+from .hops import Meddler, assert_unharmed, hop, sevhop
 from .launched import Launched, shell, user
-from .test_hop import assert_unharmed
 
 NOBODY = 65534
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -248,7 +249,7 @@ def test_sandbox_that_only_the_destination_lacks_refuses(
     """Also where it cannot be told before: both are compared when both are there."""
     guest = start(counter_machine(more=("-sandbox", "on")), old)
     write_arguments(guest, b"-sandbox\0on\0", b"-smp\0cpus=1\0")
-    monkeypatch.setattr("sevhop.confinement.reason_against", lambda *_: "")
+    monkeypatch.setattr("sevhop.checks.guest.reason_against", lambda *_: "")
     assert_refused(guest, new, "seccomp mode is 0 in the destination, 2 in the source")
 
 
@@ -358,7 +359,7 @@ def test_emulator_is_tried_once_for_each_user(
 
     guest = start(counter_machine(), old)
     monkeypatch.setattr(preload, "_tried", {})
-    monkeypatch.setattr("sevhop.emulator._known", {})
+    monkeypatch.setattr("sevhop.guest.emulator._known", {})
     monkeypatch.setattr(launch, "spawn", counted)
     for emulator in (new, old, new):
         hop(guest, emulator)
@@ -432,7 +433,7 @@ def test_roles_are_asked_of_a_qemu_whose_threads_they_are(
     old: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     """One that was taken over could name the threads of others, to have their scheduling changed."""
-    from sevhop.scheduling import Roles
+    from sevhop.process.scheduling import Roles
 
     guest = start(counter_machine(), old)
 

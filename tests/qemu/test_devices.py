@@ -7,8 +7,8 @@ import socket
 import time
 from pathlib import Path
 
-from guests.lines import Line
-from guests.running import Guest, wait_ended
+from tests.support.guests.lines import Line
+from tests.support.guests.running import Guest, wait_ended
 
 from .conftest import DescribeCounter, DescribeLinux, StartGuest
 from .hops import Meddler, hop

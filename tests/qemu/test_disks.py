@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests.running import Guest, wait_until
+from sevhop.engine.hop import Hop
 from sevhop.errors import Refused, Undone
-from sevhop.hop import Hop
 from sevhop_qmp.errors import CommandError
 from sevhop_qmp.monitor import Monitor
 
+from tests.support.guests.running import Guest, wait_until
+
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler, hop, kill_destination, sevhop
-from .test_hop import assert_unharmed
+from .hops import Meddler, assert_unharmed, hop, kill_destination, sevhop
 
 MIB = 1 << 20
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guests import counter, emulators
-from guests.judge import judge
-from guests.machine import I440FX, Q35
-from guests.running import Guest
+
+from tests.support.guests import counter, emulators
+from tests.support.guests.judge import judge
+from tests.support.guests.machine import I440FX, Q35
+from tests.support.guests.running import Guest
 
 from .conftest import DescribeCounter, DescribeLinux, StartGuest
 

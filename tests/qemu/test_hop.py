@@ -10,20 +10,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guests import counter
-from guests.machine import I440FX, Q35
-from guests.running import Guest, wait_until
 from sevhop_qmp.process import QemuProcess
 
+from tests.support.guests import counter
+from tests.support.guests.machine import I440FX, Q35
+from tests.support.guests.running import wait_until
+
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler, hop, sevhop
-
-
-def assert_unharmed(guest: Guest, ticks: int = 10) -> None:
-    """The guest counts on, and has counted without a gap from its start to now."""
-    guest.wait_for_ticks(ticks)
-    verdict = guest.stop()
-    assert verdict.unharmed, verdict
+from .hops import Meddler, assert_unharmed, hop, sevhop
 
 
 @pytest.mark.parametrize("machine_type", [Q35, I440FX])

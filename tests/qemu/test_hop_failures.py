@@ -27,16 +27,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from guests.machine import I440FX, Machine
-from guests.running import Guest, wait_ended
+from sevhop.engine.hop import Hop
 from sevhop.errors import Lost, NeedsRecover, Refused, Undone
-from sevhop.guest import SevContext
-from sevhop.hop import Hop
+from sevhop.guest.inspection import SevContext
 from sevhop_qmp.monitor import Monitor
 
+from tests.support.guests.machine import I440FX, Machine
+from tests.support.guests.running import Guest, wait_ended
+
 from .conftest import DescribeCounter, StartGuest
-from .hops import BEFORE_COMMIT, Meddler, Mischief, hang_destination, interrupt, kill_destination, kill_source, sevhop
-from .test_hop import assert_unharmed
+from .hops import (
+    BEFORE_COMMIT,
+    Meddler,
+    Mischief,
+    assert_unharmed,
+    hang_destination,
+    interrupt,
+    kill_destination,
+    kill_source,
+    sevhop,
+)
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import itertools
 from pathlib import Path
 
 import pytest
-from guests import linux
-from guests.machine import I440FX, Q35
-from guests.running import wait_until
+
+from tests.support.guests import linux
+from tests.support.guests.machine import I440FX, Q35
+from tests.support.guests.running import wait_until
 
 from .conftest import DescribeLinux, StartGuest
 from .hops import hop

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 
 import pytest
 from bench.pause import memory_of
-from guests import counter, host_memory
-from guests.build import Unavailable
-from guests.machine import Machine
-from guests.running import Guest
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import MemoryMapping, QemuProcess
 from sevhop_qmp.ram_blocks import parse_ramblock_table
+
+from tests.support.guests import counter, host_memory
+from tests.support.guests.build import Unavailable
+from tests.support.guests.machine import Machine
+from tests.support.guests.running import Guest
 
 from .conftest import DescribeCounter, StartGuest
 from .hops import Meddler, hop, sevhop

@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from guests.running import Guest, processes_of, wait_ended, wait_until
-from sevhop import journal
+from sevhop.records import journal
 from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 
+from tests.support.guests.running import Guest, processes_of, wait_ended, wait_until
+
 from .broken_off import break_off, recover
 from .conftest import DescribeCounter, StartGuest
-from .hops import sevhop
-from .test_hop import assert_unharmed
+from .hops import assert_unharmed, sevhop
 
 #: A hop whose command is killed when the new QEMU has said that the guest runs, and before it hears that.
 KILLED = """

@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guests.machine import Machine
-from guests.running import Guest, wait_ended
+
+from tests.support.guests.machine import Machine
+from tests.support.guests.running import Guest, wait_ended
 
 from .conftest import DescribeCounter, StartGuest
 from .hops import Meddler, hop, sevhop

@@ -11,14 +11,14 @@ import signal
 from pathlib import Path
 
 import pytest
-from guests.machine import Machine
-from guests.running import Guest, processes_of, wait_until
+
+from tests.support.guests.machine import Machine
+from tests.support.guests.running import Guest, processes_of, wait_until
 
 from .broken_off import break_off, recover
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler
+from .hops import Meddler, assert_unharmed
 from .launched import Launched, user
-from .test_hop import assert_unharmed
 
 NOBODY = 65534
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
@@ -55,8 +55,8 @@ def guest(
 def test_library_takes_it_back_before_the_guest_runs(guest: Guest, new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else does: neither the command nor the watch has a say in it."""
     seen: list[str] = []
-    monkeypatch.setattr("sevhop.hop.Watch", NoWatch)
-    monkeypatch.setattr("sevhop.lent_priority.take_back", lambda _: None)
+    monkeypatch.setattr("sevhop.engine.hop.Watch", NoWatch)
+    monkeypatch.setattr("sevhop.engine.realtime_reset.take_back", lambda _: None)
     report = Meddler().run(guest, new)
     assert report.outcome == "done"
     guest.wait_for_ticks(3)

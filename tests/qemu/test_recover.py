@@ -11,18 +11,18 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, BEING_SAVED, LOADING, RUNNING, SAVED
-from faults.operator import Operator
-from faults.table import Cell
-from guests.life import lived_in
-from guests.running import Guest, processes_of, wait_ended, wait_until
+
+from tests.support.faults.broken_hop import BEFORE_THE_STATE_IS_SAVED, BEING_SAVED, LOADING, RUNNING, SAVED
+from tests.support.faults.operator import Operator
+from tests.support.faults.table import Cell
+from tests.support.guests.life import lived_in
+from tests.support.guests.running import Guest, processes_of, wait_ended, wait_until
 
 from ..conftest import NoteFault, some_of
 from .broken_off import break_off, note, recover
 from .conftest import DescribeCounter, StartGuest
-from .hops import sevhop
+from .hops import assert_unharmed, sevhop
 from .lived import LivedInGuest
-from .test_hop import assert_unharmed
 
 PATH = "Outside libvirt: `sevhop hop`"
 BITMAPS = "The same, with a persistent dirty bitmap"

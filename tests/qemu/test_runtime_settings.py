@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests.running import Guest
-from sevhop import runtime_settings
 from sevhop.errors import Refused
+from sevhop.guest import runtime_settings
 from sevhop_qmp.process import QemuProcess
+
+from tests.support.guests.running import Guest
 
 from .conftest import DescribeCounter, StartGuest
 from .hops import Meddler

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guests.running import Guest, wait_ended
+
+from tests.support.guests.running import Guest, wait_ended
 
 from .conftest import DescribeCounter, StartGuest
-from .test_hop import assert_unharmed
+from .hops import assert_unharmed
 
 #: The command, which at the beginning of a phase does something to itself.
 PROGRAM = """

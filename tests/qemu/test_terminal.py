@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from guests.running import Guest
+from tests.support.guests.running import Guest
 
 from .conftest import DescribeCounter, StartGuest
-from .test_blackout import STOP, STREAM_END
+from .hops import STOP, STREAM_END
 
 _ERASE_LINE = "\x1b[2K"
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -81,7 +81,10 @@ def test_not_on_a_terminal(old: Path, new: Path, counter_machine: DescribeCounte
 def test_without_rich(tmp_path: Path) -> None:
     """Phases are plain lines then."""
     (tmp_path / "rich").write_text("")
-    program = "import sys; sys.modules['rich'] = None; from sevhop.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = (
+        "import sys; sys.modules['rich'] = None\n"
+        "from sevhop.cli.commands import main; sys.exit(main(sys.argv[1:]))"
+    )
     status, written = on_a_terminal(sys.executable, "-c", program, "hop", "--source", "/nonexistent", cwd=tmp_path)
     assert status == 1
     phase, complaint = written.splitlines()

@@ -16,18 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sevhop.block_graph import BlockGraph
-from sevhop.command_line import Derived
-from sevhop.destination import Destination
-from sevhop.guest import SevContext
-from sevhop.hop import Hop, Options
-from sevhop.interrupted_qemu import NewQemu, OldQemu
-from sevhop.journal import Entry, Process
-from sevhop.keeper import Held, Keeper
-from sevhop.name_plates import NamePlates
-from sevhop.recover import InterruptedHop, Recovered
+from sevhop.disks.block_graph import BlockGraph
+from sevhop.engine.destination import Destination
+from sevhop.engine.guest_paths import NamePlates
+from sevhop.engine.hop import Hop, Options
+from sevhop.engine.interrupted_qemu import NewQemu, OldQemu
+from sevhop.engine.recovery import InterruptedHop
+from sevhop.engine.recovery_result import Recovered
+from sevhop.engine.source_watch import SourceWatch
+from sevhop.guest.command_line import Derived
+from sevhop.guest.inspection import SevContext
+from sevhop.keeper.handover import Held, Keeper
+from sevhop.records.journal import Entry, Process
 from sevhop.report import Report
-from sevhop.source_watch import SourceWatch
 from sevhop_qmp.errors import MonitorClosed, MonitorTimeout, SevhopError, StateError
 from sevhop_qmp.process import Descriptor
 from sevhop_qmp.run_mark import RunMark, RunState
@@ -485,7 +486,7 @@ class SimulatedState:
 
 
 class SimulatedJournal:
-    """What stands in for a :class:`sevhop.journal.Journal`."""
+    """What stands in for a :class:`sevhop.records.journal.Journal`."""
 
     def __init__(self, world: World, actor: Actor, entry: Entry) -> None:
         self._world = world
@@ -519,7 +520,7 @@ class _Carrier:
 
 
 class _NoDisks:
-    """What stands in for a :class:`sevhop.disk_guard.DiskGuard`."""
+    """What stands in for a :class:`sevhop.disks.disk_guard.DiskGuard`."""
 
     graph = BlockGraph({}, {}, ())
     spares_given_up = False

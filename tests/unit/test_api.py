@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from sevhop import api, events
+from sevhop.engine.transaction import Procedure
 from sevhop.errors import Refused, Undone
 from sevhop.events import Ended, Event, GuestRuns, GuestStopped, Listener, PhaseBegan, Unhurried
-from sevhop.procedure import Procedure
 from sevhop.report import Report
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from sevhop import apparmor
-from sevhop.domain_check import _confinement
-from sevhop.finding import Status
+from sevhop.checks.domain import _confinement
+from sevhop.checks.result import Status
+from sevhop.install import apparmor
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess

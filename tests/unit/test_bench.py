@@ -22,8 +22,9 @@ from bench.picture import svg
 from bench.report import Failed, Outcome, Report, Run, Spread
 from bench.usage import Usage, Used
 from bench.usage import counting as count
-from guests import counter
-from guests.running import GuestFailed
+
+from tests.support.guests import counter
+from tests.support.guests.running import GuestFailed
 
 
 def run(mode: str, memory: int, pause_ms: float, machine: str = "minimal", **phases: float) -> Run:

@@ -6,7 +6,9 @@ import importlib.util
 import json
 
 import pytest
-from sevhop import api, cli, domain
+from sevhop import api
+from sevhop.cli import commands
+from sevhop.libvirt import connection
 from sevhop_qmp.errors import SevhopError
 
 LIBVIRT = (["upgrade", "web"], ["check", "web"], ["status"], ["install"], ["uninstall"])
@@ -30,7 +32,7 @@ WRONG: tuple[list[str], ...] = (
 @pytest.mark.parametrize("words", WRONG)
 def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(words)
+        commands.main(words)
     assert end.value.code == 2
     assert "usage: sevhop" in capsys.readouterr().err
 
@@ -40,7 +42,7 @@ def test_without_libvirt(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert cli.main(words) == 1
+    assert commands.main(words) == 1
     assert "sevhop[libvirt]" in capsys.readouterr().err
 
 
@@ -48,14 +50,14 @@ def test_without_libvirt(
     "words", [["upgrade", "web"], ["upgrade", "--all"], ["upgrade", "--outdated"], ["status"], ["status", "web"]]
 )
 def test_no_daemon_answers(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*words, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
+    assert commands.main([*words, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert "nonexistent" in json.dumps(answer)
 
 
 def test_another_libvirt_than_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
     """libvirt's test driver needs no daemon."""
-    assert cli.main(["upgrade", "--all", "--connect", "test:///default"]) == 1
+    assert commands.main(["upgrade", "--all", "--connect", "test:///default"]) == 1
     assert "test:///default is not the system's QEMU on this host" in capsys.readouterr().err
 
 
@@ -72,7 +74,7 @@ def test_another_libvirt_than_the_systems(capsys: pytest.CaptureFixture[str]) ->
     ],
 )
 def test_which_is_the_systems(uri: str, its: bool) -> None:
-    assert domain._is_the_systems(uri) is its
+    assert connection._is_the_systems(uri) is its
 
 
 def test_words_of_others_cannot_speak_to_the_terminal(
@@ -82,7 +84,7 @@ def test_words_of_others_cannot_speak_to_the_terminal(
         raise SevhopError("QEMU says \x1b[2J\r\nsevhop: all is well\x9b \udcff ü")
 
     monkeypatch.setattr(api, "check", refuse)
-    assert cli.main(["check", "--qmp", "/nonexistent"]) == 1
+    assert commands.main(["check", "--qmp", "/nonexistent"]) == 1
     said = capsys.readouterr().err
     assert said == (
         "sevhop: QEMU says \\x1b[2J\\r\\nsevhop: all is well\\x9b \\udcff ü; nothing was touched\n"

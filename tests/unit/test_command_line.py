@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sevhop.command_line import PRIVATE_MONITOR, derive, incoming, memory_backends, parse, properties
+from sevhop.guest.command_line import PRIVATE_MONITOR, derive, incoming, memory_backends, parse, properties
 
 TOKEN = "0123abcd"
 

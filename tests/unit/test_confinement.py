@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sevhop.confinement import Confinement, differences, reason_against, sandboxed
+from sevhop.checks.confinement import reason_against, sandboxed
+from sevhop.process.confinement import Confinement, differences
 from sevhop_qmp.process import QemuProcess
 
 

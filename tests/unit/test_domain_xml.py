@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sevhop import domain_xml
-from sevhop.domain_xml import DomainXmlError
+from sevhop.libvirt import domain_xml
+from sevhop.libvirt.domain_xml import DomainXmlError
 
 PLAIN = """<domain type='kvm' id='7'>
   <name>web &amp; mail</name>

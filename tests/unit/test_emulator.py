@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from sevhop import emulator
-from sevhop.emulator import distrust, look
+from sevhop.guest import emulator
+from sevhop.guest.emulator import distrust, look
 from sevhop_qmp.errors import SevhopError
 
 NOBODY = 65534

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from sevhop import fleet
+from sevhop.engine import fleet
+from sevhop.engine.fleet import Fleet
+from sevhop.engine.upgrade import Options
 from sevhop.errors import Interrupted, Lost, NeedsRecover, Refused, Undone
 from sevhop.events import Chosen, Ended, Event, Listener
-from sevhop.fleet import Fleet
 from sevhop.report import Report
-from sevhop.upgrade import Options
 from sevhop_qmp.errors import SevhopError
 
 #: How the domains end, by name.

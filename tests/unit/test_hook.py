@@ -15,22 +15,11 @@ from pathlib import Path
 
 import pytest
 import sevhop
-from sevhop import hook, installation
+from sevhop.install import host
+from sevhop.libvirt import hook
 
-UUID = "11111111-2222-3333-4444-555555555501"
-XML = f"""<domain type='kvm'>
-  <name>web</name>
-  <uuid>{UUID}</uuid>
-  <devices><emulator>/usr/bin/qemu</emulator></devices>
-</domain>
-"""
-LEFT = (
-    "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
-    "<qemu:env name='SEVHOP_KEEPER' value='/run/sevhop/0/keeper'/></qemu:commandline></domain>"
-)
-HOPPED = XML.replace("</domain>", LEFT)
-IMAGE = HOPPED.replace("<qemu:env", "<qemu:env name='SEVHOP_IMAGE' value='without RAM'/><qemu:env", 1)
-DESTINATION = IMAGE.replace("SEVHOP_IMAGE", "SEVHOP_RESTORED")
+from .hooked_domain import DESTINATION, HOPPED, IMAGE, UUID, XML
+
 SCRIPT = Path(sevhop.__file__).parent / "host" / "qemu.d" / "sevhop"
 
 
@@ -269,7 +258,7 @@ def test_script_looks_for_a_uuid_only_while_there_is_a_hop(tmp_path: Path, clien
 def test_script_and_hook_together(tmp_path: Path) -> None:
     """As libvirt calls it: a domain that was in a hop is restored later."""
     path = tmp_path / "script"
-    path.write_text(installation.hook_script())
+    path.write_text(host.hook_script())
     path.chmod(0o755)
     command = [str(path), "no-such-domain", "restore", "begin", "-"]
     done = subprocess.run(command, input=HOPPED, capture_output=True, text=True, check=False)

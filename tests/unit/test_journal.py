@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from sevhop import journal
-from sevhop.journal import Entry, HopBrokenOff, Journal, JournalError, Process
-from sevhop.run_directory import HopUnderWay
+from sevhop.records import journal
+from sevhop.records.journal import Entry, HopBrokenOff, Journal, JournalError, Process
+from sevhop.records.run_directory import HopUnderWay
 from sevhop_qmp.process import QemuProcess
 
 

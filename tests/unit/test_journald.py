@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sevhop import journald
 from sevhop.events import Ended, PhaseBegan, PhaseEnded
+from sevhop.observe import journald
 from sevhop.report import Report
 
 

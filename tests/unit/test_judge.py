@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from guests.judge import Verdict, judge_log
+
+from tests.support.guests.judge import Verdict, judge_log
 
 
 def verdict_of(*lines: str) -> Verdict:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sevhop.confinement import Confinement
-from sevhop.launch import FIRST_TO_DIE, Identity, spawn
-from sevhop.scheduling import Thread
+from sevhop.process.confinement import Confinement
+from sevhop.process.launch import FIRST_TO_DIE, Identity, spawn
+from sevhop.process.scheduling import Thread
 from sevhop_qmp.process import QemuProcess
 
 NOBODY = 65534

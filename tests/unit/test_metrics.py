@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sevhop import journal, metrics
+from sevhop.observe import metrics
+from sevhop.records import journal
 from sevhop.report import Report
 from sevhop_qmp.errors import SevhopError
 

@@ -2,9 +2,10 @@
 At most one QEMU runs the guest, and it is not lost while a process that has it lives: searched for, not shown by
 example.
 
-The real engine (:mod:`sevhop.hop`) and the real recovery (:mod:`sevhop.recover`, :mod:`sevhop.ownership`) act on
-simulated QEMUs. Before each of their actions anything may happen: they are killed, or interrupted; the destination goes
-on, halts, ends; somebody continues, stops or ends either QEMU at its monitor; a recovery runs, and is killed as well.
+The real engine (:mod:`sevhop.engine.hop`) and the real recovery (:mod:`sevhop.engine.recovery`,
+:mod:`sevhop.engine.ownership`) act on simulated QEMUs. Before each of their actions anything may happen: they are
+killed, or interrupted; the destination goes on, halts, ends; somebody continues, stops or ends either QEMU at its
+monitor; a recovery runs, and is killed as well.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sevhop import hop as hop_module
-from sevhop.recover import End, Recovered
+from sevhop.engine import hop as hop_module
+from sevhop.engine.recovery_result import End, Recovered
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.run_mark import RunState

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sevhop.block_graph import BlockGraph, Disk, Node, changes, differences, read
-from sevhop.command_line import parse, properties
-from sevhop.present_disks import Device, Plan, adapt
+from sevhop.disks.block_graph import BlockGraph, Disk, Node, changes, differences, read
+from sevhop.disks.present_disks import Device, Plan, adapt
+from sevhop.guest.command_line import parse, properties
 from sevhop_qmp.errors import CommandError
 
 ANONYMOUS = "/machine/peripheral-anon/device[0]"

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from guests.running import wait_until
 from sevhop_qmp.process import QemuProcess
+
+from tests.support.guests.running import wait_until
 
 #: The first thread ends, another one waits until its standard input is closed.
 LEADER_ENDS = """

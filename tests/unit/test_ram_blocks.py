@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sevhop.keeper import Held
+from sevhop.keeper.handover import Held
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import MemoryMapping, QemuProcess

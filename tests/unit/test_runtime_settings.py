@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop import cpu_features, lock_manager, memory_group, runtime_settings
-from sevhop.runtime_settings import Settings
+from sevhop.guest import cpu_features, runtime_settings
+from sevhop.guest.runtime_settings import Settings
+from sevhop.libvirt import lock_manager
+from sevhop.process import cgroup_memory
 from sevhop_qmp.errors import CommandError, SevhopError
 from sevhop_qmp.monitor import Commands
 
@@ -166,7 +168,7 @@ def test_a_limit_for_the_memory_is_told_of(
     (root / "machine.slice" / "memory.max").write_text("1")  # of all domains together: that one stays
     (directory / file).write_text(f"{content}\n")
     process: Any = Process(("pids", "/"), (controllers, f"{group}/libvirt/emulator"))
-    found = memory_group.limits(process, tmp_path)
+    found = cgroup_memory.unaccounted(process, tmp_path)
     assert (told in found, bool(found)) == (True, bool(told))
 
 

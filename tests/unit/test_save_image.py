@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sevhop.save_image import SaveImage, SaveImageError
+from sevhop.libvirt.save_image import SaveImage, SaveImageError
 
 XML = "<domain type='kvm'><name>gäst</name></domain>"
 IMAGE = SaveImage(XML, True, b"QEVM\0\0\0\3state")

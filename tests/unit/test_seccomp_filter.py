@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sevhop.seccomp_filter import Program, UnknownFilter, lost
+from sevhop.process.seccomp_filter import Program, UnknownFilter, lost
 
 ALLOW, ERRNO, KILL, LOG = 0x7FFF0000, 0x00050001, 0x80000000, 0x7FFC0000
 ARCHITECTURE, NUMBER, FIRST, SECOND = 4, 0, 16, 24

@@ -7,12 +7,12 @@ import resource
 from pathlib import Path
 
 import pytest
-from sevhop import sev_host
-from sevhop.finding import Finding, Status
-from sevhop.guest import Guest, SevContext
+from sevhop.checks import sev_host
+from sevhop.checks.result import Finding, Status
+from sevhop.guest.inspection import Guest, SevContext
 from sevhop_qmp.process import Credentials
 
-from .test_check import guest
+from .inspected_guest import guest
 
 PID = 7
 SCOPE = r"machine.slice/machine-qemu\x2d1\x2dweb.scope"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from qemu.qmp import EventListener, Message
-from sevhop.source_watch import SourceWatch
+from sevhop.engine.source_watch import SourceWatch
 from sevhop_qmp.errors import SevhopError
 
 

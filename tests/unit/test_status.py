@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sevhop.standing import Standing
+from sevhop.checks.domain_status import Standing
 from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.process import OnDisk, QemuProcess
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sevhop import units
+from sevhop.install import units
 from sevhop_qmp.errors import SevhopError
 
 #: What ``systemd-analyze security`` may say, in tenths: 0 is a unit that can do nothing.

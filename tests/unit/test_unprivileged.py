@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sevhop import hook_calls, run_directory
-from sevhop.custody import Custody
-from sevhop.keeper import Held
-from sevhop.keeper_process import KeeperError, State
-from sevhop.run_directory import HopUnderWay, RunDirectoryError
+from sevhop.keeper.client import KeeperError, State
+from sevhop.keeper.handover import Held
+from sevhop.keeper.server import Custody
+from sevhop.libvirt import hook_server
+from sevhop.records import run_directory
+from sevhop.records.run_directory import HopUnderWay, RunDirectoryError
 
-from .test_custody import UUID, brief
+from .keeper_brief import UUID, brief
 
 NOBODY, QEMU, OTHER = 65534, 64055, 64056
 
@@ -92,7 +93,7 @@ class Serving:
         tasks = [
             asyncio.ensure_future(self.custody.listen(control, 0, self.custody.answer_control)),
             asyncio.ensure_future(self.custody.listen(qemus, QEMU, self.custody.answer_destination)),
-            asyncio.ensure_future(hook_calls.listen(hook, self.custody.answer_hook)),
+            asyncio.ensure_future(hook_server.listen(hook, self.custody.answer_hook)),
         ]
         self._ready.set()
         await self._end.wait()
@@ -192,7 +193,7 @@ def test_a_monitor_of_another_user_is_not_the_destinations(
         async def connect(*_: object, **__: object) -> _Elsewhere:
             return monitor
 
-        monkeypatch.setattr("sevhop.custody.Monitor.connect", connect)
+        monkeypatch.setattr("sevhop.keeper.server.Monitor.connect", connect)
         try:
             with pytest.raises(KeeperError, match="of another user"):
                 asyncio.run(keeper.custody._meet(tmp_path))

@@ -27,12 +27,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from guests import counter
-from guests.machine import Accelerator, Machine
-from guests.running import Guest, GuestFailed, wait_until
 from qemu.qmp import EventListener
 from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import Monitor
+
+from tests.support.guests import counter
+from tests.support.guests.machine import Accelerator, Machine
+from tests.support.guests.running import Guest, GuestFailed, wait_until
 
 from .pause import Sampler, memory_of, touch
 from .report import Failed, Outcome, Run

@@ -14,13 +14,14 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from guests import counter, emulators
-from guests.build import CACHE, BuildFailed, Unavailable
-from guests.ending import end_in_order
-from guests.isolation import isolate
-from guests.machine import Accelerator, Machine
-from guests.running import Guest, GuestFailed
 from sevhop_qmp.errors import SevhopError
+
+from tests.support.guests import counter, emulators
+from tests.support.guests.build import CACHE, BuildFailed, Unavailable
+from tests.support.guests.ending import end_in_order
+from tests.support.guests.isolation import isolate
+from tests.support.guests.machine import Accelerator, Machine
+from tests.support.guests.running import Guest, GuestFailed
 
 from .bare import MODES, SELDOM, Bare
 from .domains import Domains

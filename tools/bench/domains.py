@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from guests import emulators
-from guests.daemon import Daemon, Description, DomainGuest
-from guests.machine import Accelerator
-from guests.running import GuestFailed
+from tests.support.guests import emulators
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.machine import Accelerator
+from tests.support.guests.running import GuestFailed
 
 from .pause import Sampler, memory_of, touch
 from .report import Failed, Outcome, Run

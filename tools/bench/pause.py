@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from guests import build, counter
-from guests.running import GuestFailed, wait_until
+from tests.support.guests import build, counter
+from tests.support.guests.running import GuestFailed, wait_until
 
 _SOURCE = Path(__file__).with_name("sampler.c")
 _TIMEOUT = 60.0

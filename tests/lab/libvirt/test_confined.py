@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guests import emulators, real_mode
-from guests.build import CACHE
-from guests.daemon import Daemon, Description, DomainGuest
+
+from tests.support.guests import emulators, real_mode
+from tests.support.guests.build import CACHE
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
 
 from ..contract.sev import contexts
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guests import emulators, real_mode
-from guests.daemon import Daemon, Description, DomainGuest
-from guests.running import wait_until
+
+from tests.support.guests import emulators, real_mode
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.running import wait_until
 
 from ...libvirt import dying
 from ..contract.sev import contexts

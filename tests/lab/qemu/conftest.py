@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from guests import emulators, real_mode
-from guests.machine import Machine
-from guests.running import Guest
+
+from tests.support.guests import emulators, real_mode
+from tests.support.guests.machine import Machine
+from tests.support.guests.running import Guest
 
 from ..contract.sev import contexts
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sevhop.guest import SevContext
-from sevhop.keeper import Held, Keeper
+from sevhop.guest.inspection import SevContext
+from sevhop.keeper.handover import Held, Keeper
 from sevhop_qmp import adopt
 
 from ..contract.sev import SevVm, contexts

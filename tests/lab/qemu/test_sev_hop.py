@@ -18,17 +18,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from guests import emulators
-from guests.running import Guest, wait_ended
-from sevhop import check, sev_host
+from sevhop.checks import guest as guest_checks
+from sevhop.checks import sev_host
+from sevhop.checks.result import Finding, Status
+from sevhop.engine.hop import Hop
 from sevhop.errors import Refused, Undone
-from sevhop.finding import Finding, Status
-from sevhop.guest import inspect
-from sevhop.hop import Hop
+from sevhop.guest.inspection import inspect
 from sevhop.report import Report
 from sevhop_qmp.errors import MonitorClosed
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
+
+from tests.support.guests import emulators
+from tests.support.guests.running import Guest, wait_ended
 
 from ...qemu.hops import Meddler, Mischief, kill_destination, kill_source
 from ..contract.kvm import Vm
@@ -224,7 +226,7 @@ def host_as_checked(guest: Guest, emulator: Path, *, own_group: re.Pattern[str] 
         process = QemuProcess.open(pid)
         try:
             async with await Monitor.connect(guest.machine.monitor, timeout=PATIENCE) as monitor:
-                tree = (await check.bare(monitor, process, str(emulator))).tree
+                tree = (await guest_checks.bare(monitor, process, str(emulator))).tree
                 assert tree.failures() == []
                 described = await inspect(monitor, process)
             (context,) = (one for one in tree.children if one.name == "context")

@@ -11,9 +11,10 @@ import signal
 from typing import Any
 
 import pytest
-from guests import emulators
-from guests.life import lived_in
-from guests.running import Guest
+
+from tests.support.guests import emulators
+from tests.support.guests.life import lived_in
+from tests.support.guests.running import Guest
 
 from ...conftest import NoteFault
 from ...qemu.broken_off import break_off, note, recover

@@ -1,0 +1,30 @@
+"""Work that is completed although the task it belongs to is cancelled meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+Answer = TypeVar("Answer")
+
+
+async def shielded(work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Do something in full, also when we are cancelled meanwhile; only then be cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled = await wait_out(task)
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
+async def wait_out(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until a task is done, whoever cancels us meanwhile. :return: the last one who did."""
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as err:
+            cancelled = err
+    return cancelled

@@ -1,0 +1,242 @@
+"""
+Can this domain of libvirt hop? :mod:`sevhop.checks.guest` looks at the guest; here is what depends on libvirt.
+
+Nothing is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess, path_on_disk
+
+from ..cancellation import shielded
+from ..disks.block_graph import BlockGraph
+from ..guest import inspection
+from ..install import apparmor, host
+from ..libvirt import domain_xml
+from ..libvirt.connection import Connection, Domain, DomainMonitor
+from . import guest as guest_checks
+from .result import Finding, Status, failed, passed
+
+
+@dataclass(frozen=True)
+class Examined:
+    """
+    An active domain, looked at.
+
+    :ivar tree: what was tested.
+    :ivar xml: the domain as it runs, without what earlier hops have added.
+    :ivar old, new: the emulator it runs in, and the one to go to.
+    """
+
+    tree: Finding
+    monitor: DomainMonitor
+    process: QemuProcess
+    guest: inspection.Guest
+    disks: BlockGraph
+    xml: str
+    old: str
+    new: str
+
+
+@contextlib.asynccontextmanager
+async def examine(
+    connection: Connection, domain: Domain, emulator: str | None = None, *, in_full: bool = False
+) -> AsyncIterator[Examined]:
+    """
+    Test whether a domain can hop. Nothing is touched.
+
+    :param emulator: the QEMU to go to; by default the one it was started from, as it is on disk now.
+    :param in_full: also what libvirt tells only by an error, which it logs.
+    :raises SevhopError: the domain is not active, or cannot be looked into at all.
+    """
+    if not await domain.active():
+        raise SevhopError(f"domain {domain.name} is not running", "start it; an upgrade is for running guests")
+    if await domain.job():
+        # libvirt lets nobody speak to QEMU meanwhile.
+        raise SevhopError(f"a job of domain {domain.name} is under way", "wait for it to end, or cancel it")
+    process = QemuProcess.open(domain.pid())
+    try:
+        monitor = await domain.monitor()
+        try:
+            xml = domain_xml.without_additions(await domain.xml())
+            old = domain_xml.describe(xml).emulator
+            new = emulator or path_on_disk(old)
+            domain_xml.with_emulator(xml, new)
+        except domain_xml.DomainXmlError as err:
+            raise SevhopError(f"the XML of domain {domain.name}: {err}") from err
+        found = await inspection.inspect(monitor, process)
+        graph, disks = await guest_checks.disks(monitor, process)
+        if disks.status is Status.PASS and (unknown := unknown_to_libvirt(graph, xml)):
+            disks = failed(
+                "disks",
+                f"libvirt does not know of it, and would start the new QEMU with another disk: {unknown}",
+                "undo what was changed behind libvirt's back, or shut the domain down and start it",
+            )
+        # In a thread: it starts programs to ask them, and another guest may be stopped meanwhile.
+        tree = await shielded(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid))
+        tree.children += [disks, await _libvirt(connection, domain, in_full)]
+        yield Examined(tree, monitor, process, found, graph, xml, old, new)
+    finally:
+        process.close()
+
+
+def _without_libvirt(found: inspection.Guest, process: QemuProcess, new: str, xml: str, uuid: str) -> Finding:
+    """What can be told without asking the daemon."""
+    tree = guest_checks.domain(found, process, new)
+    # First: a device that cannot be had again may bring memory of its own, for which there is no remedy either.
+    tree.children[:0] = [devices(xml)]
+    tree.children += [guest_checks.library(process), _confinement(process, uuid)]
+    return tree
+
+
+#: What cannot be had again when the source has ended: where it stands in the XML, and why.
+_UNREPEATABLE = (
+    ("devices/tpm/backend[@type='passthrough']", "the state of a host device cannot be saved"),
+    ("devices/tpm/backend[@type='external']", "its server knows one QEMU"),
+    ("devices/filesystem", "its server ends with the old QEMU"),
+    ("devices/shmem", "its server knows one QEMU"),
+    ("devices/hostdev", "the state of a host device cannot be saved"),
+    ("devices/interface[@type='hostdev']", "the state of a host device cannot be saved"),
+    ("devices/interface[@type='vdpa']", "the state of a host device cannot be saved"),
+    ("devices/interface[@type='vhostuser']", "its server knows one QEMU"),
+    ("devices/disk[@type='nvme']", "the state of a host device cannot be saved"),
+    ("devices/disk[@type='vhostuser']", "its server knows one QEMU"),
+    ("devices/vsock", "its connections end with the old QEMU"),
+    ("devices/disk/transient", "libvirt throws the disk's changes away when the old QEMU ends"),
+    ("devices/video/driver[@name='vhostuser']", "its server knows one QEMU"),
+    ("devices/memory[@model='nvdimm']", "its memory is a file"),
+    ("devices/memory[@model='virtio-pmem']", "its memory is a file"),
+    ("devices/memory[@model='virtio-mem']", "a QEMU empties it when it starts"),
+)
+
+
+def devices(xml: str) -> Finding:
+    """
+    Whether libvirt can give the destination every device of the domain. Taps, sockets and ptys are made anew.
+
+    :param xml: of the domain as it runs; libvirt has written it.
+    """
+    domain = ElementTree.fromstring(xml)
+    found = {}
+    for path, reason in _UNREPEATABLE:
+        if domain.find(path) is not None:
+            found[_as_written(path)] = reason
+    if found:
+        return failed(
+            "devices",
+            "; ".join(f"{name}: {reason}" for name, reason in found.items()),
+            "remove the device; otherwise the domain has to be shut down and started",
+        )
+    return passed("devices", "all can be had again")
+
+
+def unknown_to_libvirt(graph: BlockGraph, xml: str) -> str:
+    """
+    Whether each drive has the image that the domain's XML has; libvirt starts the destination with those. What is
+    deeper in a chain of images is told by the images.
+
+    :return: the first drive that has not; empty when all have.
+    """
+    domain = ElementTree.fromstring(xml)
+    described = {
+        source.get(attribute) for source in domain.iterfind("devices/disk/source") for attribute in ("file", "dev")
+    } - {None}
+    arguments = [argument.get("value", "") for argument in domain.iterfind(f"{_COMMAND_LINE}/{_ARGUMENT}")]
+    present = set()
+    for disk in graph.disks.values():
+        if not disk.root or disk.qdev.startswith("/machine/system"):  # firmware
+            continue
+        path = graph.image_of(disk.root)
+        present.add(path)
+        if path.startswith("/") and path not in described and not any(path in argument for argument in arguments):
+            return f"disk {disk.name} is {path}"
+    missing = sorted(str(path) for path in described - present)
+    return f"{missing[0]} is in no drive" if missing else ""
+
+
+_QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
+_COMMAND_LINE, _ARGUMENT = f"{_QEMU}commandline", f"{_QEMU}arg"
+
+
+def _as_written(path: str) -> str:
+    """An element of :data:`_UNREPEATABLE` as people know it, such as ``<disk type='nvme'>``."""
+    inner, _, attribute = path.removeprefix("devices/").rstrip("]").partition("[@")
+    outer, _, name = inner.rpartition("/")
+    element = f"<{name} {attribute}>" if attribute else f"<{name}>"
+    return f"{element} of a <{outer}>" if outer else element
+
+
+def _confinement(process: QemuProcess, uuid: str) -> Finding:
+    """Whether a destination that is confined like the source may do what it must."""
+    name = "confinement"
+    confinement = process.confinement
+    if confinement in ("", "unconfined"):
+        return passed(name, "none")
+    label = apparmor.label(confinement)
+    if label is None:
+        return failed(
+            name,
+            f"{confinement}: SELinux makes a program that changes its domain drop preloaded libraries, and "
+            "whether the new QEMU would keep adopt.so has not been tested",
+            "<seclabel type='none' model='selinux'/>",
+        )
+    if label.mode != "complain":
+        if label.profile != f"libvirt-{uuid}":
+            return failed(
+                name,
+                f"the profile {label.profile} is not one that libvirt makes, so sevhop cannot add its rules to it",
+                "<seclabel type='dynamic' model='apparmor'/>",
+            )
+        if not apparmor.in_place():
+            return failed(name, "AppArmor would keep the new QEMU from the keeper", "run: sevhop install")
+    return passed(name, f"AppArmor, {confinement}")
+
+
+async def _libvirt(connection: Connection, domain: Domain, in_full: bool) -> Finding:
+    name = "libvirt"
+    if await domain.managed_save():
+        remedy = f"virsh managedsave-remove {shlex.quote(domain.name)}"
+        return failed(name, "the domain has a managed save image", remedy)
+    if not await domain.persistent():
+        snapshots, checkpoints = await domain.moments()
+        if snapshots or checkpoints:
+            return failed(
+                name,
+                f"it is transient, and libvirt forgets its snapshots ({snapshots}) and checkpoints ({checkpoints}) "
+                "when the old QEMU ends",
+                "define it (virsh define), or have libvirt forget them (virsh snapshot-delete --metadata, "
+                "checkpoint-delete --metadata)",
+            )
+    if in_full and await domain.ends_with_its_client():
+        return failed(
+            name,
+            "it is to be destroyed when the client that has started it hangs up, which nobody would do after a hop",
+            "start it without --autodestroy",
+        )
+    if not await host.hook_answers(connection):
+        return failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
+    version = await connection.version()
+    note = "" if await connection.tested() else ", older than was tested,"
+    return passed(name, f"{host.daemon_name()} {version}{note} calls the hook")
+
+
+async def check_domain(uri: str, name: str, emulator: str | None) -> Finding:
+    """
+    Test whether a domain can hop. Nothing is touched.
+
+    :raises SevhopError: the domain is not active, or cannot be looked into at all.
+    """
+    connection = await Connection.open(uri)
+    try:
+        async with examine(connection, await connection.domain(name), emulator, in_full=True) as examined:
+            return examined.tree
+    finally:
+        connection.close()

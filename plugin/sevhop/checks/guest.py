@@ -1,0 +1,317 @@
+"""
+Can this guest hop? Here is what holds for every guest, wherever it runs; nothing is touched.
+
+Not among the tests, because it does not matter: a balloon. Where memory is encrypted QEMU itself ignores what the
+balloon gives back (``ram_block_discard_disable``), also in the destination; otherwise the pages that are gone are gone
+for both QEMUs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.monitor import Commands, Monitor
+from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
+
+from ..disks import block_graph, present_disks
+from ..disks.block_graph import BlockGraph
+from ..guest import command_line, emulator, pid_file, preload
+from ..guest.inspection import Guest, inspect
+from ..process import cgroup_memory
+from ..process.confinement import Confinement
+from ..process.launch import Identity, inheritable
+from ..process.scheduling import Thread
+from . import sev_host
+from .confinement import reason_against
+from .result import Finding, Status, failed, passed
+
+#: Run states in which a guest can hop; it is in the same one afterwards.
+HOPPABLE_STATES = ("running", "paused")
+_SEV_BLOCKER = re.compile(r"^SEV(-SNP)?: Migration is not implemented")
+_SERVICE = re.compile(r"\.service(/|$)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What a check came to: the tree, the guest and its disks as they were found, and the destination's command line.
+    """
+
+    tree: Finding
+    guest: Guest
+    disks: BlockGraph
+    arguments: command_line.Derived
+
+
+async def bare(
+    monitor: Monitor, process: QemuProcess, emulator: str | None = None, command: Sequence[str] | None = None
+) -> Verdict:
+    """
+    Test a guest that runs outside libvirt.
+
+    :param emulator: path of the QEMU that the guest is to go to; by default the file that the source was started from.
+    :param command: the destination's whole command line; by default the source's own is used.
+    :raises SevhopError: the source cannot be asked or looked into at all.
+    """
+    source = process.command_line
+    guest = await inspect(monitor, process)
+    graph, finding = await disks(monitor, process)
+    if command:
+        arguments = command_line.Derived(command[0], list(command[1:]))
+    else:
+        program = emulator or path_on_disk(process.executable)
+        words = pid_file.absolute(process, source[1:])
+        arguments = await _with_present_disks(
+            command_line.derive(program, words, secrets.token_hex(4)), graph, monitor
+        )
+    return Verdict(_examine(guest, process, arguments, finding), guest, graph, arguments)
+
+
+async def _with_present_disks(
+    arguments: command_line.Derived, graph: BlockGraph, monitor: Commands
+) -> command_line.Derived:
+    present = await present_disks.devices(monitor)
+    added = await present_disks.plugged(monitor, arguments.arguments, present)
+    if added:
+        with contextlib.suppress(SevhopError):  # an emulator that cannot be asked is refused below
+            drivers = {str(device["driver"]) for device in added}
+            known = await asyncio.to_thread(emulator.properties, arguments.emulator, drivers)
+            added = present_disks.without_unknown(added, known)
+    plan = present_disks.adapt(arguments.arguments, graph, present, added)
+    return replace(arguments, arguments=plan.arguments, refused=[*arguments.refused, *plan.refused])
+
+
+def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived, disks: Finding) -> Finding:
+    return passed(
+        "guest",
+        f"{guest.name}, QEMU {guest.version}, process {process.pid}",
+        _process(process),
+        _state(guest),
+        _memory(guest),
+        _context(guest, process, own_group=None, sandbox=False),
+        _blockers(guest),
+        _jobs(guest),
+        disks,
+        _arguments(arguments),
+        _confinement(process, arguments),
+        library(process),
+        _emulator(arguments.emulator, guest, process),
+    )
+
+
+async def disks(monitor: Commands, process: QemuProcess) -> tuple[BlockGraph, Finding]:
+    """
+    Test whether the present disks of a guest can be given to another QEMU.
+
+    :return: the disks, and the finding.
+    :raises SevhopError: they cannot be looked at.
+    """
+    graph, images = await block_graph.open_images(monitor, process)
+    images.close()
+    return graph, _disks(graph, images.misplaced)
+
+
+def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> Finding:
+    name = "disks"
+    if misplaced:
+        return failed(
+            name,
+            f"{misplaced[0]} is not the file that the guest has open: it was deleted or exchanged, or is a "
+            "temporary snapshot",
+            "copy the disk to a file of its own (QMP drive-mirror, virsh blockcopy), or shut the guest down",
+        )
+    if graph.exports:
+        return failed(
+            name,
+            f"an export ({graph.exports[0]}) lets others have a disk, and ends with the old QEMU",
+            "remove it (QMP block-export-del)",
+        )
+    for node in graph.nodes.values():
+        where = graph.disk_of(node.name)
+        for bitmap in node.bitmaps:
+            if not bitmap.persistent and not bitmap.inconsistent:
+                return failed(
+                    name,
+                    f"{where}: the dirty bitmap {bitmap.name or '(without a name)'} is in no image, and ends with the "
+                    "old QEMU",
+                    "remove it (QMP block-dirty-bitmap-remove); the next backup is a full one then",
+                )
+    return passed(name, f"{sum(1 for disk in graph.disks.values() if disk.root)} in use, as their files are on disk")
+
+
+def domain(guest: Guest, process: QemuProcess, path: str) -> Finding:
+    """
+    Test the guest of a libvirt domain. libvirt sees to its command line and to where its QEMU runs.
+
+    :param path: of the QEMU that the guest is to go to.
+    """
+    return passed(
+        "guest",
+        f"{guest.name}, QEMU {guest.version}, process {process.pid}",
+        _state(guest),
+        _memory(guest, "set <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"),
+        _context(guest, process, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
+        _blockers(guest),
+        _jobs(guest),
+        _emulator(path, guest, process),
+    )
+
+
+def _process(process: QemuProcess) -> Finding:
+    try:
+        for kind in ("mnt", "net", "pid", "user"):
+            if process.namespace(kind) != os.readlink(f"/proc/self/ns/{kind}"):
+                return failed(
+                    "process",
+                    f"it is in another {kind} namespace",
+                    "run sevhop in the namespace that the guest's QEMU is in",
+                )
+        if process.root != "/":
+            return failed("process", f"its root directory is {process.root}", "a QEMU after -chroot cannot be replaced")
+        for _, path in process.cgroups:
+            if _SERVICE.search(path):
+                return failed(
+                    "process",
+                    f"it is in the cgroup of a systemd service ({path}), which ends with it",
+                    "run the guest in a scope (systemd-run --scope)",
+                )
+        os.close(process.duplicate(process.descriptors()[0].number))
+    except SevhopError as err:
+        return failed("process", err.message, err.hint or "run sevhop as root")
+    return passed("process", "can be looked into")
+
+
+def _state(guest: Guest) -> Finding:
+    if guest.state in HOPPABLE_STATES:
+        return passed("state", guest.state)
+    return failed("state", f"the guest is {guest.state}", "a guest can hop while it runs or is paused")
+
+
+def _memory(
+    guest: Guest,
+    remedy: str = "start the guest with -object memory-backend-memfd,id=ram,size=SIZE,share=on "
+    "-machine memory-backend=ram",
+) -> Finding:
+    if not guest.backends:
+        return failed("memory", "private to its QEMU", remedy)
+    for backend in guest.backends:
+        if not backend.share:
+            return failed("memory", f"{backend.name} is private to its QEMU ({backend.kind}, share=off)", remedy)
+        if backend.kind != "memory-backend-memfd":
+            return failed("memory", f"{backend.name} is a {backend.kind or 'nameless backend'}, not memfd", remedy)
+    shared = sum(backend.size for backend in guest.backends)
+    if shared < guest.memory:
+        return failed("memory", "part of it is private to its QEMU", remedy)
+    return passed("memory", f"{shared >> 20} MiB in {len(guest.backends)} shared memfd(s)")
+
+
+def _context(guest: Guest, process: QemuProcess, *, own_group: re.Pattern[str] | None, sandbox: bool) -> Finding:
+    context = guest.context
+    if context.kind == "sev-snp":
+        return failed("context", "SEV-SNP", "an SNP context cannot be moved between VMs by any kernel", sev_host.NAMES)
+    if context.kind == "sev-es":
+        return failed(
+            "context",
+            "SEV-ES: its context can be moved, but nobody has seen such a guest run afterwards",
+            "wait for a version of sevhop that was tested on hardware",
+            sev_host.NAMES,
+        )
+    if context.kind == "none":
+        return passed("context", "none: there is nothing to move, only the QEMU changes")
+    host = sev_host.examine(guest, process, own_group=own_group, sandbox=sandbox)
+    return passed("context", f"{context.kind}, policy {context.policy:#x}", *host)
+
+
+def _blockers(guest: Guest) -> Finding:
+    others = [reason for reason in guest.blockers if not _SEV_BLOCKER.match(reason)]
+    if others:
+        return failed("blockers", "; ".join(others), "remove the device, or end what blocks, and try again")
+    return passed("blockers", "none" if not guest.blockers else "only SEV's own")
+
+
+def _jobs(guest: Guest) -> Finding:
+    if guest.jobs:
+        return failed("jobs", ", ".join(guest.jobs), "wait for it to end, or cancel it")
+    return passed("jobs", "none under way")
+
+
+def _arguments(arguments: command_line.Derived) -> Finding:
+    if arguments.refused:
+        return failed(
+            "command line",
+            "; ".join(arguments.refused),
+            "remove the device, or give the destination's whole command line after --",
+        )
+    return passed("command line", "everything can be had twice")
+
+
+def _confinement(process: QemuProcess, arguments: command_line.Derived) -> Finding:
+    name = "confinement"
+    try:
+        found = Confinement.of(process)
+        reason = reason_against(found, arguments.arguments, inheritable(process.environment))
+    except SevhopError as err:
+        return failed(name, err.message, err.hint or "run sevhop as root")
+    if full := cgroup_memory.shortage(found.cgroups, process.private_memory):
+        return failed(name, full, "raise the limit (MemoryMax= of its scope) until the hop is over")
+    if reason:
+        return failed(
+            name,
+            f"a new QEMU would not be confined as this one is: {reason}",
+            "restart the guest with a QEMU whose confinement its command line and its user tell",
+        )
+    return passed(name, f"user {found.uids[1]}, {'a' if found.filters else 'no'} seccomp filter")
+
+
+def library(process: QemuProcess) -> Finding:
+    """Whether the guest's user can read what is preloaded into its next QEMU."""
+    name = "library"
+    try:
+        return passed(name, preload.see_readable(process.credentials))
+    except SevhopError as err:
+        return failed(name, err.message, err.hint)
+
+
+def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
+    skipped = ("machine type",)
+    user = process.credentials
+    if library(process).status is not Status.PASS:
+        return Finding("emulator", Status.SKIP, children=[Finding("machine type", Status.SKIP)])
+    try:
+        emulator.trusted(path)
+        if not user.may("x", Path(path)):
+            return failed(
+                "emulator",
+                f"the user of the guest's QEMU ({user.uid}) may not run {path}",
+                "install it for all users, or name another one with --emulator",
+                skipped=skipped,
+            )
+        identity = Identity(Confinement.of(process), Thread.of(process.pid))
+        new = preload.look(path, identity, inheritable(process.environment))
+    except preload.NotLoaded as err:
+        if guest.machine_type in err.emulator.machine_types:
+            return failed("emulator", err.message, err.hint, skipped=skipped)
+        new = err.emulator  # no matter whether it would
+    except SevhopError as err:
+        return failed("emulator", err.message, err.hint, skipped=skipped)
+    was = process.on_disk
+    note = "" if was is OnDisk.UNCHANGED else f"; the source's binary was {was.value} on disk"
+    return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))
+
+
+def _machine_type(new: emulator.Emulator, guest: Guest) -> Finding:
+    if guest.machine_type not in new.machine_types:
+        return failed(
+            "machine type",
+            f"QEMU {new.version} has no {guest.machine_type}",
+            "start the guest afresh with a machine type that both have, or name another emulator",
+        )
+    return passed("machine type", guest.machine_type)

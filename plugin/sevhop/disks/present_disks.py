@@ -1,0 +1,555 @@
+"""
+The disks that a guest has now, as options of a command line.
+
+A destination gets the source's command line, which describes the disks that the guest was started with. Where the
+present block graph is another one, those options are replaced by others that describe the present nodes:
+
+=================================  =============================================================================
+a snapshot, a disk that was moved  ``-blockdev`` of the present nodes, ``drive=`` of the device is the topmost
+a medium that was changed          the same; ``drive=`` is left out where the tray is empty
+``-drive id=``                     keeps its name and settings, with the present image
+a node that was added or removed   its ``-blockdev`` is added or left out
+a device that was unplugged        its ``-device`` is left out, and the others keep their PCI addresses
+a disk that was plugged            ``-device`` with the properties that it has, also under the id of one that was there
+=================================  =============================================================================
+
+A node of the command line keeps the options that it has there, since QEMU does not report all of them. Others are
+described only if QEMU reports all that matters. Whether the destination then has the same disks is compared when it
+has been started (:mod:`sevhop.disks.block_graph`); what cannot be described is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sevhop_qmp.errors import CommandError, SevhopError
+from sevhop_qmp.monitor import Commands, understood
+
+from ..guest.command_line import Option, parse, properties
+from .block_graph import FILE_DRIVERS, GENERATED, BlockGraph, Disk, Node
+
+#: Format drivers that need no more than the nodes below them.
+_FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vpc"})
+#: What of ``-drive`` describes its image, and not how the guest has it.
+_IMAGE_KEYS = frozenset({"", "file", "format", "driver", "node-name"})
+#: Options of a disk that a snapshot or a copy inherits (block.c: flags of the node that it replaces).
+_INHERITED = ("aio", "discard")
+#: Devices that may be plugged: what they were given is what QEMU reports of them.
+_PLUGGABLE = frozenset({"virtio-blk-pci", "virtio-scsi-pci", "scsi-hd", "scsi-cd", "virtio-rng-pci"})
+#: Network cards, of which the same is true. QEMU does not tell what is behind them.
+CARDS = frozenset({"virtio-net-pci", "e1000", "e1000e", "rtl8139", "igb", "vmxnet3", "pcnet", "ne2k_pci", "usb-net"})
+#: Properties that say where a device is, or follow from others.
+_DERIVED = frozenset(
+    {"addr", "legacy-addr", "busnr", "type", "parent_bus", "realized", "hotplugged", "hotpluggable"}
+)
+
+_PERIPHERAL = "/machine/peripheral"
+_ANONYMOUS = "/machine/peripheral-anon"
+
+
+class Undescribable(SevhopError):
+    """A disk cannot be described with what QEMU reports of it."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """
+    A device of the guest that an option has made, or that was plugged.
+
+    :ivar address: slot and function on its PCI bus, as ``addr=`` has them; empty elsewhere.
+    :ivar plugged: whether that was done since the start; an option with its id describes another device.
+    """
+
+    path: str
+    driver: str
+    address: str
+    plugged: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its id."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    A command line with the present disks.
+
+    :ivar refused: for each disk that cannot be described, which and why.
+    """
+
+    arguments: list[str]
+    refused: list[str] = field(default_factory=list)
+
+
+async def devices(monitor: Commands) -> dict[str, Device]:
+    """
+    All devices that options have made or that were plugged, by QOM path.
+
+    :raises SevhopError: QEMU does not answer.
+    """
+    found = {}
+    with understood(monitor.name):
+        for container in (_PERIPHERAL, _ANONYMOUS):
+            for row in await monitor.execute("qom-list", {"path": container}):
+                if row["type"].startswith("child<"):
+                    path = f"{container}/{row['name']}"
+                    driver = row["type"].removeprefix("child<").removesuffix(">")
+                    hotplugged = await _property(monitor, path, "hotplugged")
+                    found[path] = Device(path, driver, await _address(monitor, path), hotplugged is True)
+    return found
+
+
+async def _address(monitor: Commands, path: str) -> str:
+    devfn = await _property(monitor, path, "addr")
+    return f"{devfn >> 3:#x}.{devfn & 7:x}" if isinstance(devfn, int) and devfn >= 0 else ""
+
+
+async def _property(monitor: Commands, path: str, name: str) -> Any:
+    """None if it has none of that name."""
+    try:
+        return await monitor.execute("qom-get", {"path": path, "property": name})
+    except CommandError:
+        return None
+
+
+async def plugged(
+    monitor: Commands,
+    arguments: Sequence[str],
+    present: Mapping[str, Device],
+    drivers: frozenset[str] = _PLUGGABLE,
+) -> list[dict[str, Any]]:
+    """
+    What was plugged, each as ``-device`` takes it.
+
+    :param arguments: of the source.
+    :param drivers: which are wanted: disks, controllers and random number generators, or :data:`CARDS`.
+    :raises SevhopError: QEMU does not answer.
+    """
+    known = {_parsed(option).get("id") for option in parse(list(arguments)) if option.name == "device"}
+    found = []
+    for device in present.values():
+        new = device.plugged or device.name not in known
+        if device.path.startswith(_PERIPHERAL + "/") and new and device.driver in drivers:
+            with understood(monitor.name):
+                found.append(await _described(monitor, device, device.name))
+    return found
+
+
+def without_unknown(
+    devices: Sequence[Mapping[str, Any]], known: Mapping[str, frozenset[str]]
+) -> list[dict[str, Any]]:
+    """
+    Plugged devices as another emulator takes them. A switch that it does not know is one that the machine type has set
+    for the sake of older versions, and the older version is what it is without.
+
+    :param known: properties by driver.
+    """
+    return [
+        {
+            key: value
+            for key, value in device.items()
+            if not isinstance(value, bool) or key in known.get(str(device["driver"]), (key,))
+        }
+        for device in devices
+    ]
+
+
+async def _described(monitor: Commands, device: Device, name: str) -> dict[str, Any]:
+    bus = await monitor.execute("qom-get", {"path": device.path, "property": "parent_bus"})
+    result: dict[str, Any] = {"driver": device.driver, "id": name, "bus": str(bus).rpartition("/")[2]}
+    if device.address:
+        result["addr"] = device.address
+    for row in await monitor.execute("device-list-properties", {"typename": device.driver}):
+        prop, kind = str(row["name"]), str(row["type"])
+        if prop in _DERIVED or prop.startswith("x-") or kind.startswith("child<"):
+            continue
+        try:
+            value = await monitor.execute("qom-get", {"path": device.path, "property": prop})
+        except CommandError:
+            continue
+        if kind.startswith("link<"):
+            value = str(value).rpartition("/")[2] if kind == "link<iothread>" else ""
+        if value not in ("", None) and ("default-value" not in row or value != row["default-value"]):
+            result[prop] = value
+    return result
+
+
+def adapt(
+    arguments: Sequence[str],
+    graph: BlockGraph,
+    present: Mapping[str, Device],
+    added: Sequence[Mapping[str, Any]] = (),
+) -> Plan:
+    """
+    Put the present disks into a command line.
+
+    :param arguments: without the program, with those disks that the guest was started with.
+    :param graph: the present disks.
+    :param present: the present :func:`devices`.
+    :param added: those that were :func:`plugged`.
+    :return: the same arguments when the disks are the same.
+    """
+    return _Adapter(arguments, graph, present, added).plan()
+
+
+class _Adapter:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        graph: BlockGraph,
+        present: Mapping[str, Device],
+        added: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._arguments = list(arguments)
+        self._options = parse(self._arguments)
+        self._paths = self._number_devices()
+        self._graph = graph
+        self._present = present
+        self._added = added
+        # -blockdev by the name of its topmost node; that of each option of a node that it has in there.
+        self._trees: dict[str, dict[str, Any]] = {}
+        self._scalars: dict[str, dict[str, Any]] = {}
+        self._intact: set[str] = set()
+        self._given: set[str] = set()
+        self._described: dict[str, Option] = {}
+        self._refused: list[str] = []
+
+    def plan(self) -> Plan:
+        for option in self._options:
+            if option.name == "blockdev":
+                tree = _tree(option.value or "")
+                self._trees[str(tree.get("node-name", ""))] = tree
+                self._collect(tree)
+        for name, tree in self._trees.items():
+            if name in self._graph.nodes and self._matches(tree, name):
+                self._intact.add(name)
+                self._given |= _names(tree)
+        others = [
+            (option, self._replaced(option, path), path)
+            for option, path in zip(self._options, self._paths, strict=True)
+            if option.name != "blockdev"
+        ]
+        for node in self._graph.nodes.values():
+            if node.named:
+                self._try(self._describe, node.name, node.name)
+        plugged_options = [Option("device", json.dumps(self._with_node(device))) for device in self._added]
+        same = all(before == now for before, now, _ in others) and self._intact == self._trees.keys()
+        if same and not (self._described or plugged_options or self._refused):
+            return Plan(self._arguments)
+        moves = plugged_options or any(now is None for _, now, _ in others)
+        kept = [self._pinned(option, path) if moves else option for _, option, path in others if option is not None]
+        options = [*self._blockdevs(), *self._described.values(), *kept, *plugged_options]
+        return Plan([word for option in options for word in option.words()], self._refused)
+
+    # -- what the command line tells -----------------------------------------------------------------
+
+    def _collect(self, tree: Mapping[str, Any]) -> None:
+        if name := tree.get("node-name"):
+            self._scalars[str(name)] = {key: value for key, value in tree.items() if not isinstance(value, dict)}
+        for value in tree.values():
+            if isinstance(value, dict):
+                self._collect(value)
+
+    def _matches(self, tree: Mapping[str, Any], name: str) -> bool:
+        """Whether a node, and what is below it, is still what an option tells."""
+        node = self._graph.nodes[name]
+        if tree.get("driver", node.driver) != node.driver or tree.get("node-name", name) != name:
+            return False
+        if node.driver in FILE_DRIVERS and not _same_path(str(tree.get("filename", "")), node.filename):
+            return False
+        for role, child in node.children.items():
+            told = tree.get(role)
+            if isinstance(told, str) and told != child:
+                return False
+            if isinstance(told, dict) and not self._matches(told, child):
+                return False
+        return not any(
+            isinstance(tree.get(role), (str, dict)) and role not in node.children for role in ("file", "backing")
+        )
+
+    def _blockdevs(self) -> list[Option]:
+        """Those that stay, in their order; what is described may be built on them, but not the other way round."""
+        return [
+            option
+            for option in self._options
+            if option.name == "blockdev" and str(_tree(option.value or "").get("node-name", "")) in self._intact
+        ]
+
+    # -- what is there now ---------------------------------------------------------------------------
+
+    def _try(self, describe: Any, argument: str, node: str) -> Any:
+        try:
+            return describe(argument)
+        except Undescribable as err:
+            text = f"{self._graph.disk_of(node)}: {err.message}"
+            if text not in self._refused:
+                self._refused.append(text)
+            return None
+
+    def _describe(self, name: str) -> str:
+        """See to it that a node is among the options. :return: the name that it has there."""
+        final = name if not name.startswith("#") else GENERATED + name[1:]
+        if name in self._given or final in self._described:
+            return final
+        tree = self._tree_of(name)
+        for role, child in self._graph.nodes[name].children.items():
+            tree[role] = self._describe(child)
+        self._described[final] = Option("blockdev", json.dumps({"node-name": final, **tree}))
+        return final
+
+    def _nested(self, name: str) -> Any:
+        """The same as part of another option, which its cache mode and the like are inherited from."""
+        if name in self._given:
+            return name
+        node = self._graph.nodes[name]
+        tree = self._tree_of(name)
+        for key in ("cache", "read-only", "detect-zeroes"):
+            tree.pop(key, None)
+        if node.named:
+            tree["node-name"] = name
+            self._given.add(name)
+        for role, child in node.children.items():
+            tree[role] = self._nested(child)
+        return tree
+
+    def _tree_of(self, name: str) -> dict[str, Any]:
+        """A node's options without those below it."""
+        node = self._graph.nodes[name]
+        tree: dict[str, Any] = {
+            "driver": node.driver,
+            "read-only": node.read_only,
+            "cache": {"direct": node.direct, "no-flush": node.no_flush},
+            "detect-zeroes": node.detect_zeroes,
+        }
+        told = self._scalars.get(name, {})
+        if told.get("driver") == node.driver:
+            # It has the options that it was made with, but for what is below it.
+            tree |= {key: value for key, value in told.items() if key not in ("node-name", *node.children)}
+            if told.get("backing") is None and "backing" in told and "backing" not in node.children:
+                tree["backing"] = None
+        elif node.driver not in FILE_DRIVERS | _FORMATS:
+            raise Undescribable(f"QEMU does not report all options of {node.driver} node {name}, which was added later")
+        elif node.driver == "raw" and self._graph.nodes[node.children["file"]].size != node.size:
+            raise Undescribable(f"QEMU does not report which part of a file raw node {name} is")
+        else:
+            tree |= self._inherited(node)
+            if node.driver in FILE_DRIVERS:
+                tree["filename"] = node.filename
+            elif node.driver not in ("raw",) and "backing" not in node.children:
+                tree["backing"] = None
+        return tree
+
+    def _inherited(self, node: Node) -> dict[str, Any]:
+        """Options of the disk's first image, which QEMU gives to those that replace it, and does not report."""
+        for disk in self._graph.disks.values():
+            if disk.root and any(node.name == other.name for other in self._graph.below(disk.root)):
+                for told in self._told_of(disk):
+                    found = {key: told[key] for key in _INHERITED if key in told}
+                    if node.driver not in FILE_DRIVERS:
+                        found.pop("aio", None)
+                    if found:
+                        return found
+        return {}
+
+    def _told_of(self, disk: Disk) -> list[dict[str, Any]]:
+        """What the command line tells of the nodes that a disk was started with."""
+        for option, path in zip(self._options, self._paths, strict=True):
+            if path and (name := _parsed(option).get("drive")) and self._disk_of(path) == disk:
+                return [self._scalars[node] for node in self._names_below(str(name))]
+        return []
+
+    def _names_below(self, name: str) -> list[str]:
+        tree = self._trees.get(name, {})
+        found = [name] if name in self._scalars else []
+        for role in ("file", "backing"):
+            below = tree.get(role)
+            if isinstance(below, str):
+                found += self._names_below(below)
+            elif isinstance(below, dict) and "node-name" in below:
+                found.append(str(below["node-name"]))
+        return found
+
+    # -- options -------------------------------------------------------------------------------------
+
+    def _replaced(self, option: Option, path: str) -> Option | None:
+        """
+        An option as it must be now; None if it must not be there.
+
+        :param path: of the device that it makes.
+        """
+        if option.name == "device":
+            return self._device(option, path)
+        if option.name == "drive" and option.value and properties(option.value).get("id"):
+            return self._drive(option)
+        return option
+
+    def _device(self, option: Option, path: str) -> Option | None:
+        props = _parsed(option)
+        device = self._present.get(path)
+        if device is None:
+            return None
+        if device.plugged and (device.driver in _PLUGGABLE or device.driver != props.get("driver", props.get(""))):
+            return None  # another one, under the same id
+        disk = self._disk_of(path)
+        told = props.get("drive")
+        if disk is None or disk.device or (told or "") == disk.root:
+            return option
+        if told in {properties(other.value or "").get("id") for other in self._options if other.name == "drive"}:
+            return option
+        if not disk.root:
+            return _without(option, "drive")
+        name = self._try(self._describe, disk.root, disk.root)
+        return _with(_without(option, "drive"), "drive", name) if name else option
+
+    def _drive(self, option: Option) -> Option | None:
+        props = properties(option.value or "")
+        disk = next((disk for disk in self._graph.disks.values() if disk.device == props["id"]), None)
+        if disk is None:
+            return None
+        if self._drive_matches(props, disk):
+            return option
+        kept = [
+            (key, value)
+            for key, value in props.items()
+            if key not in _IMAGE_KEYS and not key.startswith(("file.", "backing."))
+        ]
+        if disk.root:
+            nested = self._try(self._nested, disk.root, disk.root)
+            if nested is None:
+                return option
+            if isinstance(nested, str):
+                # A node of its own, which others may use as well.
+                nested = {"driver": "raw", "file": nested}
+            kept.append(("file", f"json:{json.dumps(nested)}"))
+        return Option("drive", ",".join(f"{key}={value.replace(',', ',,')}" for key, value in kept))
+
+    def _drive_matches(self, props: Mapping[str, str], disk: Disk) -> bool:
+        file = props.get("file", "")
+        if not disk.root or not (file or any(key == "driver" or key.startswith("file.") for key in props)):
+            # One of the two is empty.
+            return not disk.root and not file and not any(key.startswith("file.") for key in props)
+        node = self._graph.nodes[disk.root]
+        if file.startswith("json:"):
+            try:
+                tree = json.loads(file[5:])
+            except ValueError:
+                return True  # QEMU understood it; what has become of it is compared later
+            return isinstance(tree, dict) and self._matches(tree, disk.root)
+        if not file:
+            return True  # by single options: compared later
+        told = props.get("format") or props.get("driver")
+        return (not told or told == node.driver) and (_same_path(file, node.filename) or ":" in file)
+
+    def _with_node(self, device: Mapping[str, Any]) -> dict[str, Any]:
+        """A plugged device, with the name that its node has in the destination."""
+        result = dict(device)
+        if "drive" in result:
+            for disk in self._graph.disks.values():
+                if device["id"] in disk.qdev.split("/") and disk.root:
+                    result["drive"] = self._try(self._describe, disk.root, disk.root) or disk.root
+        return result
+
+    def _pinned(self, option: Option, path: str) -> Option:
+        """A device that keeps its PCI address, whatever else is on its bus."""
+        if not path or "addr" in _parsed(option):
+            return option
+        device = self._present.get(path)
+        return _with(option, "addr", device.address) if device is not None and device.address else option
+
+    def _number_devices(self) -> list[str]:
+        """
+        The QOM path of each option that is a ``-device``. Those without an id are numbered as QEMU makes them: first
+        those that are not JSON, then what ``-drive if=virtio`` makes, then JSON.
+        """
+        paths = [""] * len(self._options)
+        for at, option in enumerate(self._options):
+            if option.name == "device" and (name := _parsed(option).get("id")):
+                paths[at] = f"{_PERIPHERAL}/{name}"
+        nameless = [at for at, option in enumerate(self._options) if option.name == "device" and not paths[at]]
+        plain = [at for at in nameless if not _is_json(self._options[at])]
+        by_drives = sum(
+            option.name == "drive" and properties(option.value or "").get("if") == "virtio" for option in self._options
+        )
+        for number, at in enumerate(plain):
+            paths[at] = f"{_ANONYMOUS}/device[{number}]"
+        for number, at in enumerate((at for at in nameless if at not in plain), len(plain) + by_drives):
+            paths[at] = f"{_ANONYMOUS}/device[{number}]"
+        return paths
+
+    def _disk_of(self, path: str) -> Disk | None:
+        for disk in self._graph.disks.values():
+            if disk.qdev == path.removeprefix(_PERIPHERAL + "/") or f"{disk.qdev}/".startswith(f"{path}/"):
+                return disk
+        return None
+
+
+def _is_json(option: Option) -> bool:
+    return (option.value or "").startswith("{")
+
+
+def _parsed(option: Option) -> dict[str, str]:
+    return properties(option.value or "")
+
+
+def _tree(value: str) -> dict[str, Any]:
+    """The argument of ``-blockdev``, nested."""
+    if value.startswith("{"):
+        try:
+            tree = json.loads(value)
+        except ValueError:
+            return {}
+        return tree if isinstance(tree, dict) else {}
+    result: dict[str, Any] = {}
+    for key, text in properties(value).items():
+        *outer, last = (key or "driver").split(".")
+        inner = result
+        for part in outer:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                return result
+        inner[last] = text
+    return result
+
+
+def _names(tree: Mapping[str, Any]) -> set[str]:
+    """The names that an option gives to nodes."""
+    found = {str(tree["node-name"])} if "node-name" in tree else set()
+    for value in tree.values():
+        if isinstance(value, dict):
+            found |= _names(value)
+    return found
+
+
+def _same_path(ours: str, theirs: str) -> bool:
+    return os.path.normpath(ours.removeprefix("file:")) == os.path.normpath(theirs)
+
+
+def _without(option: Option, key: str) -> Option:
+    """The option without one of its keys."""
+    value = option.value or ""
+    if _is_json(option):
+        tree = json.loads(value)
+        tree.pop(key, None)
+        return Option(option.name, json.dumps(tree))
+    props = properties(value)
+    props.pop(key, None)
+    return Option(option.name, _joined(props))
+
+
+def _with(option: Option, key: str, text: str) -> Option:
+    """The option with one more key."""
+    if _is_json(option):
+        return Option(option.name, json.dumps(json.loads(option.value or "") | {key: text}))
+    return Option(option.name, _joined(_parsed(option) | {key: text}))
+
+
+def _joined(props: Mapping[str, str]) -> str:
+    """The reverse of :func:`.command_line.properties`."""
+    pairs = ((key, value.replace(",", ",,")) for key, value in props.items())
+    return ",".join(f"{key}={value}" if key else value for key, value in pairs)

@@ -1,0 +1,251 @@
+"""
+The two QEMUs of a hop outside libvirt that was interrupted: what is seen of them, and what can be done to them.
+
+:mod:`sevhop.engine.ownership` decides what is done, and :mod:`sevhop.engine.recovery` does it by what is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu.qmp import EventListener
+from sevhop_qmp import adopt
+from sevhop_qmp.errors import CommandError, MonitorError, ProcessError, SevhopError
+from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.run_mark import RunMark, RunState
+
+from ..disks import block_graph
+from ..errors import NeedsRecover
+from ..records.journal import Entry
+from . import ownership
+from .destination import Destination
+from .guest_paths import NamePlates
+from .hop import let_run, resume_source, retire
+
+
+class OldQemu:
+    """
+    The source.
+
+    :param process: None if it has ended.
+    :param monitor: path of its QMP socket.
+    :param mark: inode of the run mark that it was given.
+    :param timeout: seconds for each step.
+    """
+
+    def __init__(self, process: QemuProcess | None, monitor: str, mark: int, timeout: float) -> None:
+        self.process = process
+        self._path = monitor
+        self._mark = mark
+        self._timeout = timeout
+        self._monitor: Monitor | None = None
+        self._resumes: EventListener | None = None
+        self._listening = contextlib.ExitStack()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is there; a halted one is."""
+        return self.process is not None and self.process.alive
+
+    def run_state(self) -> RunState | None:
+        """What the mark tells that the hop has given to it; None if it is not there."""
+        if self.process is None or not self._mark:
+            return None
+        try:
+            mark = RunMark.find(self.process, self._mark)
+        except ProcessError:
+            return None
+        if mark is None:
+            return None
+        try:
+            return mark.read()
+        finally:
+            mark.close()
+
+    async def look(self) -> ownership.Source:
+        """What it does. It is asked only if it is not halted."""
+        if self.process is None or not self.process.alive:
+            return ownership.Source.ENDED
+        if self.process.frozen:
+            return ownership.Source.HALTED
+        try:
+            monitor = await self._connected()
+            running = bool((await monitor.execute("query-status"))["running"])
+        except SevhopError:
+            return ownership.Source.SILENT if self.alive else ownership.Source.ENDED
+        return ownership.Source.RUNS if running else ownership.Source.STOPPED
+
+    async def halt(self) -> None:
+        """
+        From now on it executes nothing, so nobody can have it run the guest.
+
+        :raises NeedsRecover: somebody has, since the last :meth:`look`; or it cannot be halted.
+        """
+        if self.process is None or self.process.frozen:
+            return
+        halted = await self.process.freeze(self._timeout)
+        if not halted and self.process.alive:
+            raise NeedsRecover(f"the old QEMU (process {self.process.pid}) cannot be halted")
+        if self._monitor is not None and self._resumes is not None and await self._monitor.seen(self._resumes):
+            raise NeedsRecover("its old QEMU was continued by somebody else")
+
+    async def resume(self, *, running: bool) -> str:
+        """
+        Let it go on.
+
+        :param running: whether the guest is to run.
+        :return: its run state.
+        :raises SevhopError: it does not.
+        """
+        assert self.process is not None
+        self.process.thaw()
+        monitor = await self._connected()
+        state = await resume_source(monitor, running=running)
+        with contextlib.suppress(MonitorError, CommandError):
+            await monitor.remove_fds()
+        return state
+
+    async def terminate(self) -> None:
+        """What it has is of the past."""
+        if self.process is not None:
+            self.process.kill()
+            await self.process.wait(self._timeout)
+
+    async def close(self) -> None:
+        """Hang up."""
+        self._listening.close()
+        if self._monitor is not None:
+            await self._monitor.close()
+            self._monitor = None
+
+    async def _connected(self) -> Monitor:
+        """
+        :raises MonitorError: it does not answer, or the path is somebody else's.
+        """
+        assert self.process is not None
+        if self._monitor is not None and self._monitor.closed:
+            await self.close()
+        if self._monitor is None:
+            monitor = await Monitor.connect(self._path, timeout=self._timeout, greeting_timeout=self._timeout)
+            if monitor.peer != self.process.pid:
+                await monitor.close()
+                raise MonitorError(f"{self._path} is not served by process {self.process.pid}")
+            self._monitor = monitor
+            self._resumes = self._listening.enter_context(monitor.events("RESUME"))
+        return self._monitor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What a destination is seen to do.
+
+    :ivar ran, moved: see :class:`sevhop_qmp.adopt.AdoptStatus`; ``ran`` is None if it does not answer.
+    :ivar status: of its guest, in QEMU's words.
+    """
+
+    destination: ownership.Destination
+    ran: bool | None = None
+    moved: bool = False
+    status: str = ""
+
+
+class NewQemu:
+    """
+    The destination.
+
+    :param process: None if it has ended, or was never started.
+    :param directory: that its monitor is in.
+    :param timeout: seconds for each step.
+    """
+
+    def __init__(self, process: QemuProcess | None, directory: Path, timeout: float) -> None:
+        self.process = process
+        self._directory = directory
+        self._timeout = timeout
+        self._reached: Destination | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is there; a halted one is."""
+        return self.process is not None and self.process.alive
+
+    async def look(self) -> Seen:
+        """What it does, and what it tells of itself."""
+        if self.process is None or not self.process.alive:
+            return Seen(ownership.Destination.ENDED)
+        try:
+            monitor = (await self._destination()).monitor
+            adopted = await adopt.adopt_status(monitor)
+            status = await monitor.execute("query-status")
+        except SevhopError:
+            await self.close()
+            return Seen(ownership.Destination.SILENT if self.alive else ownership.Destination.ENDED)
+        if status["running"]:
+            seen = ownership.Destination.RUNS
+        elif status["status"] == "inmigrate":
+            seen = ownership.Destination.LOADING
+        else:
+            seen = ownership.Destination.LOADED
+        return Seen(seen, adopted.ran, adopted.moved, str(status["status"]))
+
+    async def halt(self) -> None:
+        """It executes nothing until it is told to :meth:`go_on`, or is terminated."""
+        if self.process is not None:
+            await self.process.freeze(self._timeout)
+
+    def go_on(self) -> None:
+        """Undo :meth:`halt`."""
+        if self.process is not None:
+            self.process.thaw()
+
+    async def terminate(self) -> None:
+        """
+        It has nothing that is not elsewhere.
+
+        :raises SevhopError: it is still there.
+        """
+        if self.process is not None:
+            await self.close()
+            await Destination(self.process, self._directory).kill()
+
+    async def let_run(self) -> None:
+        """
+        :raises SevhopError: it does not run the guest.
+        """
+        monitor = (await self._destination()).monitor
+        await adopt.adopt_ram(monitor)  # who would be asked otherwise has died
+        await let_run(monitor)
+
+    async def take_images(self) -> None:
+        """
+        The guest stays paused, so it has no reason to take them by itself.
+
+        :raises SevhopError: it cannot have them.
+        """
+        await block_graph.activate((await self._destination()).monitor)
+
+    async def retire(self, old: OldQemu, plates: NamePlates, entry: Entry, note: Callable[[str], None]) -> bool:
+        """The guest is here: the source ends, and its paths lead to this one. See :func:`.hop.retire`."""
+        destination = await self._destination()
+        self._reached = None
+        destination.protect(entry.oom_score_adj, note)
+        return await retire(
+            old.process, destination, plates, context=entry.context, timeout=self._timeout, note=note
+        )
+
+    async def close(self) -> None:
+        """Hang up."""
+        if self._reached is not None:
+            await self._reached.monitor.close()
+            self._reached = None
+
+    async def _destination(self) -> Destination:
+        assert self.process is not None
+        if self._reached is None:
+            self._reached = await Destination.reach(self.process, self._directory, timeout=self._timeout)
+        return self._reached

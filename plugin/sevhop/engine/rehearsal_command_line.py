@@ -1,0 +1,242 @@
+"""
+The command line of a trial: the domain's own devices, and behind them nothing that anybody else uses.
+
+It is what libvirt would start the destination with (so options that the new emulator does not know any more are not in
+it), changed so that it can be started beside the running guest and touches nothing of it:
+
+=======================================  ===========================================================================
+``-blockdev``                            for each disk a node without content, of the same size, writable or not as
+                                         the disk is; everything below it is left out
+``-netdev`` of a tap, vhost              a tap in a network of its own, as many queues, no vhost
+``-netdev user``                         the same without forwarded ports; it has a device state of its own
+any other ``-netdev``                    a hub that nobody is connected to
+``-chardev``, ``-serial``, ``-parallel`` ``null``
+``-audiodev``                            ``none``
+VNC, SPICE, monitors, pid file, secrets, left out
+TLS, throttling, inherited descriptors
+=======================================  ===========================================================================
+
+Network cards are taken from the source's command line, because libvirt tells that of a domain only with others in their
+place; those that were plugged or unplugged since, as QEMU has them. What cannot exist twice by any means is said by
+:exc:`Unrehearsable`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sevhop_qmp.errors import SevhopError
+
+from ..guest.command_line import HOST_DEVICES, Option, parse, properties
+
+_LEFT_OUT = frozenset(
+    """
+    add-fd blockdev daemonize debugcon display gdb incoming loadvm mon monitor msg pidfile qmp qmp-pretty S spice vnc
+    """.split()
+)
+_NULL = frozenset({"serial", "parallel"})
+_OBJECTS_LEFT_OUT = re.compile(r"(secret|tls-|authz-|pr-manager-|throttle-group|input-|filter-)")
+#: Files that libvirt writes when it really starts an SEV guest; the launch is not repeated.
+_LAUNCH_FILES = ("session-file", "dh-cert-file")
+#: What leads out of the network that QEMU plays to the guest.
+_PORTS = ("hostfwd", "guestfwd", "smb")
+#: Backends that know virtio's header in front of each frame, which the guest's driver may have been promised.
+_WITH_HEADER = frozenset({"tap", "vhost-user", "vhost-vdpa"})
+_PFLASH = re.compile(r"(?<=,)pflash(?P<unit>[01])=(?P<node>[^,]*)")
+
+
+class Unrehearsable(SevhopError):
+    """This guest has something that cannot exist twice, not even for a trial."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of the source: its size in bytes, and whether the guest may only read it."""
+
+    size: int
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network backend that the trial needs a tap for: its id, and the number of its queues."""
+
+    name: str
+    queues: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The network backend of a card: its type, as ``-netdev`` has it, and the number of its queues."""
+
+    kind: str
+    queues: int = 1
+
+
+@dataclass(frozen=True)
+class Cards:
+    """
+    The network cards that a source has now.
+
+    :ivar devices: the ids of all devices that it was started with and still has.
+    :ivar plugged: the cards that were plugged since, each as ``-device`` takes it.
+    :ivar backends: theirs, by id.
+    """
+
+    devices: frozenset[str]
+    plugged: Sequence[Mapping[str, Any]] = ()
+    backends: Mapping[str, Backend] = field(default_factory=dict)
+
+
+@dataclass
+class TrialCommandLine:
+    """
+    What a trial is started with.
+
+    :ivar arguments: without the program, and without its network backends.
+    :ivar networks: those that need a tap; the others are among the arguments.
+    """
+
+    arguments: list[str] = field(default_factory=list)
+    networks: list[Network] = field(default_factory=list)
+
+
+def derive(
+    destination: Sequence[str], source: Sequence[str], disks: Mapping[str, Disk], cards: Cards
+) -> TrialCommandLine:
+    """
+    Derive a trial's arguments.
+
+    :param destination: arguments that libvirt would start the domain with, without its network interfaces.
+    :param source: arguments of the source.
+    :param disks: by the id of the device, and ``pflash0``, ``pflash1``.
+    :param cards: of the source.
+    :raises Unrehearsable: there is something among them that cannot be had twice.
+    """
+    result = TrialCommandLine()
+    nodes: dict[str, Disk] = {}
+    options = [option for option in parse(list(destination)) if option.name not in _LEFT_OUT]
+    options += _network_cards(source, options, cards.devices)
+    for card in cards.plugged:
+        options += _plugged_card(card, cards.backends)
+    for option in options:
+        if option.name == "machine":
+            for found in _PFLASH.finditer(option.value or ""):
+                nodes[found["node"]] = _disk(disks, f"pflash{found['unit']}")
+        elif option.name == "device":
+            props = _device(option)
+            if node := props.get("drive"):
+                nodes[node] = _disk(disks, props.get("id", ""))
+    for name, disk in nodes.items():
+        result.arguments += ["-blockdev", json.dumps(_empty_node(name, disk))]
+    for number, option in enumerate(options):
+        result.arguments += _replaced(option, number, result.networks)
+    result.arguments += ["-display", "none"]
+    return result
+
+
+def _replaced(option: Option, number: int, networks: list[Network]) -> list[str]:
+    """
+    An option of the trial, from one of the destination.
+
+    :param number: another one for each option.
+    """
+    props = properties(option.value or "")
+    if option.name in ("drive", "tpmdev", "fsdev", "virtfs", "usbdevice", "hda", "hdb", "hdc", "hdd", "cdrom", ""):
+        raise Unrehearsable(f"{option} cannot be had twice")
+    if option.name in ("net", "nic"):
+        raise Unrehearsable(f"the network card of {option} has no backend of its own")
+    if option.name in _NULL:
+        return [f"-{option.name}", "null"]
+    if option.name == "chardev":
+        return ["-chardev", f"null,id={props.get('id', '')}"]
+    if option.name == "audiodev":
+        return ["-audiodev", f"none,id={props.get('id', '')}"]
+    if option.name == "netdev":
+        return _network_backend(option, props, number, networks)
+    if option.name == "object":
+        left_out = _OBJECTS_LEFT_OUT.match(props.get("", props.get("qom-type", "")))
+        return [] if left_out else _without(option, _LAUNCH_FILES).words()
+    return option.words()
+
+
+def _network_backend(option: Option, props: Mapping[str, str], number: int, networks: list[Network]) -> list[str]:
+    name, kind = props.get("id", ""), props.get("", props.get("type", ""))
+    if kind == "user":
+        return _without(option, _PORTS).words()
+    if kind not in _WITH_HEADER:
+        return ["-netdev", f"hubport,id={name},hubid={number}"]
+    several = props.get("fds") or props.get("vhostfds")
+    queues = several.count(":") + 1 if several else int(props.get("queues", "1"))
+    networks.append(Network(name, queues))
+    return []
+
+
+def _without(option: Option, keys: tuple[str, ...]) -> Option:
+    """The option without some of its keys."""
+    value = option.value or ""
+    if value.startswith("{"):
+        tree = json.loads(value)
+        value = json.dumps({key: content for key, content in tree.items() if key not in keys})
+    else:
+        value = ",".join(part for part in value.split(",") if part.partition("=")[0] not in keys)
+    return Option(option.name, value)
+
+
+def _device(option: Option) -> dict[str, str]:
+    """:raises Unrehearsable: the device cannot be had twice."""
+    props = properties(option.value or "")
+    driver = props.get("", props.get("driver", ""))
+    if HOST_DEVICES.match(driver):
+        raise Unrehearsable(f"the host device behind {driver} cannot be had twice")
+    if driver.startswith("qxl"):
+        raise Unrehearsable(f"{driver} loads what is in its video memory, which a trial does not have")
+    return props
+
+
+def _disk(disks: Mapping[str, Disk], name: str) -> Disk:
+    try:
+        return disks[name]
+    except KeyError as err:
+        raise Unrehearsable(f"the size of disk {name} is not known") from err
+
+
+def _empty_node(name: str, disk: Disk) -> dict[str, Any]:
+    return {
+        "driver": "null-co",
+        "node-name": name,
+        "size": disk.size,
+        "read-only": disk.read_only,
+        "read-zeroes": True,
+    }
+
+
+def _network_cards(source: Sequence[str], others: list[Option], present: frozenset[str]) -> list[Option]:
+    """Those of the source's command line that libvirt did not tell of, each with its backend in front of it."""
+    known = {properties(option.value or "").get("id") for option in others if option.name == "device"}
+    options = parse(list(source))
+    backends = {properties(option.value or "").get("id"): option for option in options if option.name == "netdev"}
+    cards = []
+    for option in options:
+        props = properties(option.value or "")
+        if option.name == "device" and props.get("id") not in known and (name := props.get("netdev")):
+            if "id" in props and props["id"] not in present:
+                continue  # it was unplugged
+            if name not in backends:
+                raise Unrehearsable(f"there is no network backend {name}")
+            cards += [backends[name], option]
+    return cards
+
+
+def _plugged_card(card: Mapping[str, Any], backends: Mapping[str, Backend]) -> list[Option]:
+    name = str(card.get("netdev", ""))
+    if name not in backends:
+        raise Unrehearsable(f"the network card {card['id']} was plugged, and its backend is not known")
+    backend = f"{backends[name].kind},id={name}"
+    if backends[name].kind in _WITH_HEADER:
+        backend += f",queues={backends[name].queues}"
+    return [Option("netdev", backend), Option("device", json.dumps(card))]

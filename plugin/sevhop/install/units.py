@@ -1,0 +1,83 @@
+"""
+The units of systemd. Those that run ``sevhop recover``, at boot and every minute while there is a journal of a hop that
+was broken off, are installed and enabled. Those that upgrade outdated domains when a package has brought another QEMU
+are installed only; the administrator may enable them. Nothing happens where systemd does not run, nor to units that
+sevhop's package brings: those come and go with it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+
+from . import atomic_file
+
+#: Where the administrator's units are.
+DIRECTORY = Path("/etc/systemd/system")
+#: Where those of packages are.
+PACKAGED = Path("/usr/lib/systemd/system")
+#: Exists if systemd runs (sd_booted(3)).
+_BOOTED = Path("/run/systemd/system")
+_TEMPLATES = Path(__file__).resolve().parent.parent / "host" / "systemd"
+#: These are enabled.
+RECOVER = ("sevhop-recover.service", "sevhop-recover.timer")
+#: These are not; to enable them is to enable the first one.
+UPGRADE = ("sevhop-upgrade.path", "sevhop-upgrade.timer", "sevhop-upgrade.service")
+NAMES = (*RECOVER, *UPGRADE)
+
+
+def install() -> list[Path]:
+    """
+    Put the units in place, and enable those that recover.
+
+    :return: their files.
+    :raises SevhopError: that cannot be done.
+    """
+    if not _BOOTED.is_dir() or all((PACKAGED / name).exists() for name in NAMES):
+        return []
+    for name in NAMES:
+        atomic_file.write(DIRECTORY / name, text(name), 0o644, beside=DIRECTORY)
+    _systemctl("daemon-reload")
+    _systemctl("enable", *RECOVER)
+    _systemctl("start", RECOVER[-1])
+    return [DIRECTORY / name for name in NAMES]
+
+
+def uninstall() -> bool:
+    """
+    Disable the units, and remove them.
+
+    :return: whether there were any.
+    :raises SevhopError: that cannot be done.
+    """
+    there = [name for name in NAMES if (DIRECTORY / name).exists()]
+    if not there or not _BOOTED.is_dir():
+        return False
+    _systemctl("disable", "--now", *there)
+    for name in there:
+        (DIRECTORY / name).unlink(missing_ok=True)
+    _systemctl("daemon-reload")
+    return True
+
+
+def text(name: str) -> str:
+    """A unit, for this installation of sevhop."""
+    return (_TEMPLATES / name).read_text().replace("@PYTHON@", quoted(sys.executable))
+
+
+def quoted(path: str) -> str:
+    """A path as a word of a command (systemd.service(5), systemd.unit(5))."""
+    special = {"\\": "\\\\", '"': '\\"', "$": "$$", "%": "%%"}
+    return '"' + "".join(special.get(character, character) for character in path) + '"'
+
+
+def _systemctl(*words: str) -> None:
+    try:
+        done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+    except OSError as err:
+        raise SevhopError(f"systemctl cannot be run: {err.strerror}") from err
+    if done.returncode:
+        raise SevhopError(f"systemctl {words[0]}: {done.stderr.strip()}")

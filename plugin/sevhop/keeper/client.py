@@ -1,0 +1,285 @@
+"""Starting a keeper that outlives the command, and speaking to it; what it does is in :mod:`sevhop.keeper.server`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self
+
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.monitor import COMMAND_TIMEOUT
+from sevhop_qmp.ram_blocks import RamBlock
+
+from ..disks.block_graph import BlockGraph
+from ..guest.inspection import SevContext
+from ..records.run_directory import alive, hop_of, remove
+
+log = logging.getLogger(__name__)
+
+#: Seconds in which a new keeper must have taken everything.
+START_TIMEOUT = 60.0
+#: Seconds in which it must answer. A commit may retry for seconds.
+ANSWER_TIMEOUT = 30.0
+#: There is where systemd runs (sd_booted(3)).
+_SYSTEMD = Path("/run/systemd/system")
+#: Bytes of the longest request or answer.
+MESSAGE = 4096
+
+
+class KeeperError(SevhopError):
+    """The keeper refused, or is not there any more."""
+
+
+class State(enum.Enum):
+    """
+    How far the guest has come.
+
+    ``OVER``
+        it runs in the destination, or has
+    ``LOST``
+        it has run there, and has ended with it before anybody was told; what the keeper has is of the past
+    """
+
+    HELD = "held"
+    RETIRING = "retiring"
+    WAITING = "waiting"
+    RESTORING = "restoring"
+    COMMITTED = "committed"
+    OVER = "over"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Brief:
+    """
+    What a new keeper must know.
+
+    :ivar name, uuid: of the domain.
+    :ivar pid: of the source.
+    :ivar uid, gid: that QEMU runs as.
+    :ivar emulator: for the destination.
+    :ivar blocks: the source's RAM blocks.
+    :ivar disks: the source's disks, which the destination must have.
+    :ivar encrypted: names of those whose content cannot be carried.
+    :ivar move_deadline: seconds for which a busy migration is tried again.
+    :ivar step_timeout: seconds in which the destination must answer.
+    :ivar command: pid of the command that starts the keeper.
+    """
+
+    name: str
+    uuid: str
+    pid: int
+    uid: int
+    gid: int
+    emulator: str
+    context: SevContext
+    blocks: tuple[RamBlock, ...]
+    encrypted: tuple[str, ...]
+    disks: BlockGraph | None = None
+    move_deadline: float = 2.0
+    step_timeout: float = COMMAND_TIMEOUT
+    command: int = field(default_factory=os.getpid)
+
+    def as_json(self) -> str:
+        """For the keeper's standard input."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Back again."""
+        fields = json.loads(text)
+        fields["context"] = SevContext(**fields["context"])
+        rows = [row | {"inode": row["inode"] and tuple(row["inode"])} for row in fields["blocks"]]
+        fields["blocks"] = tuple(RamBlock(**row) for row in rows)
+        if fields["disks"] is not None:
+            fields["disks"] = BlockGraph.from_fields(fields["disks"])
+        fields["encrypted"] = tuple(fields["encrypted"])
+        return cls(**fields)
+
+
+# -- the command's side ----------------------------------------------------------------------------
+
+
+class KeeperProcess:
+    """
+    A keeper that was started, and the connection to it.
+
+    :ivar directory: its own; the save image goes there, too.
+    """
+
+    def __init__(self, directory: Path, control: socket.socket) -> None:
+        self.directory = directory
+        self._control = control
+
+    @classmethod
+    async def start(cls, brief: Brief) -> Self:
+        """
+        Start a keeper and have it take everything.
+
+        :raises KeeperError: it could not, or there is one for this domain already.
+        """
+        # Not asyncio's subprocess: that one kills its child when the loop is closed, and this child is to outlive us.
+        process = subprocess.Popen(
+            _command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            with process.stdin, process.stdout:
+                process.stdin.write(brief.as_json().encode())
+                process.stdin.close()
+                async with asyncio.timeout(START_TIMEOUT):
+                    words = await asyncio.to_thread(_first_line, process.stdout)
+        except (TimeoutError, OSError) as err:
+            process.kill()
+            process.wait()
+            if (left := hop_of(brief.name)) is not None and not alive(left):
+                remove(brief.name, left)
+            raise KeeperError("the keeper did not start") from err
+        if not words.startswith("ready "):
+            raise KeeperError(words or "the keeper did not start")
+        self = await cls.connect(Path(words.removeprefix("ready ")))
+        await self.status()
+        return self
+
+    @classmethod
+    async def connect(cls, directory: Path) -> Self:
+        """:raises KeeperError: nobody answers there."""
+        return cls(directory, await _connect(directory))
+
+    def close(self) -> None:
+        """Hang up. The keeper goes on for as long as the guest needs it."""
+        self._control.close()
+
+    @property
+    def image(self) -> Path:
+        """Where the save image goes."""
+        return self.directory / "image"
+
+    @property
+    def socket(self) -> Path:
+        """What adopt.so is told."""
+        return self.directory / "keeper"
+
+    @property
+    def monitor(self) -> Path:
+        """Where the destination opens a monitor for the keeper."""
+        return self.directory / "monitor" / "qmp"
+
+    def has_started(self, pid: int) -> bool:
+        """Whether a QEMU is one that libvirt has started from the image: it opens the keeper's monitor."""
+        with contextlib.suppress(OSError):
+            return os.fsencode(self.monitor) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+
+    async def keep_blocks(self) -> None:
+        """The source has stopped: copy those RAM blocks that are private to it."""
+        await self._ask("blocks")
+
+    async def retire(self) -> None:
+        """
+        The image is complete: end the source. From then on the domain may be restored.
+
+        :raises KeeperError: the source cannot be ended, or somebody has resumed the guest. Then it is as it was.
+        """
+        await self._ask("retire")
+
+    async def use(self, emulator: str) -> None:
+        """The next restore is to use this emulator."""
+        await self._ask(f"emulator {emulator}")
+
+    async def revoke(self) -> None:
+        """
+        Whoever restores the domain now cannot let the guest run any more: its destination may be terminated.
+
+        :raises KeeperError: it is too late for that.
+        """
+        await self._ask("revoke")
+
+    async def status(self) -> dict[str, Any]:
+        """How far it has come."""
+        try:
+            answer: dict[str, Any] = json.loads(await self._ask("status"))
+        except ValueError as err:
+            raise KeeperError("the keeper's answer is not understood") from err
+        return answer
+
+    async def release(self) -> None:
+        """Let go of everything and end. A guest that does not run anywhere is lost then."""
+        with contextlib.suppress(KeeperError, OSError):
+            await self._ask("release")
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                await asyncio.get_running_loop().sock_recv(self._control, 1)
+
+    async def _ask(self, request: str) -> str:
+        """Ask; and if the keeper has died of it or before it, ask the next one. Every request may be repeated."""
+        try:
+            try:
+                answer = await self._exchange(request)
+            except ConnectionError:
+                self._control.close()
+                self._control = await _connect(self.directory)
+                answer = await self._exchange(request)
+        except TimeoutError as err:
+            raise KeeperError(f"the keeper did not answer within {ANSWER_TIMEOUT:g} s") from err
+        except OSError as err:
+            raise KeeperError("the keeper is gone") from err
+        verdict, _, rest = answer.partition(" ")
+        if verdict != "ok":
+            raise KeeperError(rest or "the keeper is gone")
+        return rest
+
+    async def _exchange(self, request: str) -> str:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            await loop.sock_sendall(self._control, request.encode())
+            answer = await loop.sock_recv(self._control, MESSAGE)
+        if not answer:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+        return answer.decode(errors="replace")
+
+
+async def _connect(directory: Path) -> socket.socket:
+    """:raises KeeperError: nobody answers there."""
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(control, str(directory / "control"))
+    except OSError as err:
+        control.close()
+        raise KeeperError(f"the keeper in {directory} is gone") from err
+    return control
+
+
+def _command() -> list[str]:
+    """
+    What starts a keeper. Where systemd runs it gets a scope of its own, so that it does not end with the login session
+    or the service that the command belongs to.
+    """
+    keeper = [sys.executable, "-m", "sevhop.keeper.server"]
+    systemd_run = shutil.which("systemd-run")
+    if not _SYSTEMD.is_dir() or systemd_run is None:
+        return keeper
+    unit = f"--unit=sevhop-keeper-{secrets.token_hex(8)}"
+    description = "--description=Memory of a guest that changes its QEMU"
+    return [systemd_run, "--scope", "--quiet", "--collect", unit, description, "--", *keeper]
+
+
+def _first_line(file: IO[bytes]) -> str:
+    return file.readline().decode().strip()

@@ -1,0 +1,125 @@
+"""
+Records for the journal of systemd, by its native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/).
+
+======================  ==========================================================================================
+``MESSAGE_ID``          :data:`PHASE` for a phase that is over, :data:`OUTCOME` for a hop that is
+``SEVHOP_DOMAIN``       the guest: a domain, or the path of a QMP socket
+``SEVHOP_PHASE``        the phase; only with :data:`PHASE`
+``SEVHOP_OUTCOME``      what the hop came to; only with :data:`OUTCOME`
+``SEVHOP_MS``           milliseconds: of the phase, or of the blackout, if there was one
+======================  ==========================================================================================
+
+So ``journalctl MESSAGE_ID=... SEVHOP_DOMAIN=web1`` finds them. Where there is no journal nothing happens. One that is
+busy is not waited for while a hop is in progress: the record is kept and sent again with the next one, or at the end,
+when there is time to wait. (systemd's own Python package would need a
+compiler and its headers on every host, for these lines.)
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import logging
+import socket
+import struct
+import syslog
+from pathlib import Path
+
+from ..events import Ended, Event, PhaseEnded
+
+#: Where systemd-journald listens.
+SOCKET = Path("/run/systemd/journal/socket")
+#: A phase is over.
+PHASE = "089898dfeb824b40b4faba06382c02b9"
+#: A hop is over.
+OUTCOME = "8c22f705ac624006b73beded23242774"
+
+#: Records that are kept for a journal that is busy, at most; of more the oldest are given up.
+_KEPT = 10_000
+#: Seconds that a busy journal is waited for at the end, for each record.
+_PATIENCE = 1.0
+
+log = logging.getLogger(__name__)
+
+_PRIORITY = {
+    "refused": syslog.LOG_WARNING,
+    "undone": syslog.LOG_ERR,
+    "needs-recover": syslog.LOG_CRIT,
+    "lost": syslog.LOG_CRIT,
+}
+
+
+class Records:
+    """A listener that writes a record for each phase and each hop that is over."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._unsent: collections.deque[bytes] = collections.deque(maxlen=_KEPT)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PhaseEnded):
+            self._write(
+                PRIORITY=syslog.LOG_INFO,
+                MESSAGE=f"{event.guest}: {event.phase} took {event.ms:.1f} ms",
+                MESSAGE_ID=PHASE,
+                SEVHOP_DOMAIN=event.guest,
+                SEVHOP_PHASE=event.phase,
+                SEVHOP_MS=f"{event.ms:.3f}",
+            )
+        elif isinstance(event, Ended):
+            report = event.report
+            fields = {} if report.blackout_ms is None else {"SEVHOP_MS": f"{report.blackout_ms:.3f}"}
+            self._write(
+                PRIORITY=_PRIORITY.get(report.outcome, syslog.LOG_NOTICE),
+                MESSAGE=str(report),
+                MESSAGE_ID=OUTCOME,
+                SEVHOP_DOMAIN=event.guest,
+                SEVHOP_OUTCOME=report.outcome,
+                **fields,
+            )
+
+    def _write(self, **fields: str | int) -> None:
+        self._unsent.append(encoded(SYSLOG_IDENTIFIER="sevhop", **fields))
+        self._send()
+
+    @property
+    def unsent(self) -> int:
+        """Records that are kept for a journal that is busy."""
+        return len(self._unsent)
+
+    def _send(self) -> None:
+        """Send what has not been sent, in its order, as far as the journal takes it now."""
+        while self._unsent:
+            try:
+                self._socket.sendto(self._unsent[0], str(SOCKET))
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as err:
+                if err.errno == errno.ENOBUFS:
+                    return
+                # There is no journal, or it takes no such record.
+            self._unsent.popleft()
+
+    def close(self) -> None:
+        """Write no more. What has not been sent is waited for, but not for long."""
+        if self._unsent:
+            # A timeout of Python's would poll, and a datagram socket that is not connected is always ready.
+            self._socket.setblocking(True)
+            limit = struct.pack("@ll", int(_PATIENCE), int(_PATIENCE % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            self._send()
+        if self._unsent:
+            log.warning("systemd's journal is busy: %d records were not written", self.unsent)
+        self._socket.close()
+
+
+def encoded(**fields: str | int) -> bytes:
+    """A record. Its values may have line breaks in them."""
+    record = b""
+    for name, value in fields.items():
+        data = str(value).encode(errors="backslashreplace")
+        if b"\n" in data:
+            record += name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
+        else:
+            record += name.encode() + b"=" + data + b"\n"
+    return record

@@ -1,0 +1,159 @@
+"""
+Metrics for Prometheus, as a file for the textfile collector of its node exporter.
+
+==================================  ==============================================================================
+``sevhop_hops_total``               hops by ``outcome``
+``sevhop_blackout_seconds``         histogram: for how long guests were stopped by hops that are done
+``sevhop_outdated_guests``          domains whose QEMU is not the one that is installed, at the last look
+==================================  ==============================================================================
+
+Commands come and go, so the file is also where the counters are kept: each command reads it at its end, adds, and
+exchanges it as a whole; commands wait for each other. The directory may belong to somebody else. What is read there is
+believed only if it is a plain file with exactly these metrics in it; otherwise counting begins anew, as Prometheus
+expects of counters. What is written goes to a new file of a name that cannot be guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+
+from ..records import journal
+from ..report import Report
+
+#: The collector reads all files of this suffix.
+FILE = "sevhop.prom"
+OUTCOMES = ("done", "refused", "undone", "needs-recover", "lost")
+#: Upper bounds in seconds: a hop takes milliseconds, an upgrade some tenths of a second.
+BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+
+_HOPS = "sevhop_hops_total"
+_BLACKOUT = "sevhop_blackout_seconds"
+_OUTDATED = "sevhop_outdated_guests"
+_MOST_BYTES = 64 << 10
+_SAMPLE = re.compile(r"(?P<name>[a-z_]+(?:\{[a-z]+=\"[^\"\\\n]*\"\})?) (?P<value>[0-9]{1,15}(?:\.[0-9]{1,9})?)")
+
+
+def add(path: Path, reports: Iterable[Report] = (), outdated: int | None = None) -> None:
+    """
+    Add to the file in a directory.
+
+    :param reports: of hops that are over; those of prepared and checked ones are not counted.
+    :param outdated: how many domains are outdated, if somebody has looked.
+    :raises SevhopError: it cannot be written.
+    """
+    try:
+        with _locked(), _opened(path) as directory:
+            samples = _zeros() | _read(directory)
+            for report in reports:
+                if report.outcome in OUTCOMES:
+                    _count(samples, report)
+            if outdated is not None:
+                samples[_OUTDATED] = outdated
+            _write(directory, samples)
+    except OSError as err:
+        raise SevhopError(f"metrics cannot be written to {path}: {err.strerror}") from err
+
+
+def _count(samples: dict[str, float], report: Report) -> None:
+    samples[f'{_HOPS}{{outcome="{report.outcome}"}}'] += 1
+    if report.outcome == "done" and report.blackout_ms is not None:
+        seconds = report.blackout_ms / 1e3
+        for bound in (*BOUNDS, math.inf):
+            samples[_bucket(bound)] += seconds <= bound
+        samples[f"{_BLACKOUT}_sum"] += seconds
+        samples[f"{_BLACKOUT}_count"] += 1
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """No other command is at it. The lock is on a directory that only root can open, so nobody else can hold us up."""
+    journal.DIRECTORY.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _opened(journal.DIRECTORY) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _bucket(bound: float) -> str:
+    return f'{_BLACKOUT}_bucket{{le="{"+Inf" if bound == math.inf else bound}"}}'
+
+
+def _zeros() -> dict[str, float]:
+    """All samples; there is none of outdated guests before anybody has looked."""
+    hops = {f'{_HOPS}{{outcome="{outcome}"}}': 0.0 for outcome in OUTCOMES}
+    buckets = {_bucket(bound): 0.0 for bound in (*BOUNDS, math.inf)}
+    return hops | buckets | {f"{_BLACKOUT}_sum": 0.0, f"{_BLACKOUT}_count": 0.0}
+
+
+def _read(directory: int) -> dict[str, float]:
+    """What was counted so far; nothing if there is no file, or it is not one of ours."""
+    try:
+        # A fifo would be waited for otherwise.
+        fd = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return {}
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+            return {}
+        lines = file.read(_MOST_BYTES).decode(errors="replace").splitlines()
+    samples = {}
+    for line in lines:
+        if not line.startswith("#"):
+            match = _SAMPLE.fullmatch(line)
+            if match is None:
+                return {}
+            samples[match["name"]] = float(match["value"])
+    return samples if samples.keys() - {_OUTDATED} == _zeros().keys() else {}
+
+
+def _write(directory: int, samples: dict[str, float]) -> None:
+    temporary = f".{secrets.token_hex(16)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(temporary, flags, 0o600, dir_fd=directory)
+    try:
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(_text(samples))
+            os.fchmod(fd, 0o644)
+        os.rename(temporary, FILE, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def _text(samples: dict[str, float]) -> str:
+    """In the exposition format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+    families = {
+        _HOPS: ("counter", "Hops of guests to another QEMU, by what they came to."),
+        _BLACKOUT: ("histogram", "Seconds for which guests were stopped by hops that are done."),
+        _OUTDATED: ("gauge", "Domains whose QEMU is not the one that is installed, at the last look."),
+    }
+    lines = []
+    for family, (kind, text) in families.items():
+        rows = [f"{name} {_number(value)}" for name, value in samples.items() if name.startswith(family)]
+        if rows:
+            lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:.6f}"

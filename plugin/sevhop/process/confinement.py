@@ -1,0 +1,169 @@
+"""
+What confines a QEMU and is not on its command line: user, capabilities, no_new_privs, seccomp, label, limits, cgroups.
+
+The kernel tells it (``/proc/PID``, proc(5)). The command line of a QEMU does not: it is read from the QEMU's own
+memory, and one that was taken over by its guest may have written something else there. So what the kernel says of the
+source is given to the destination (:mod:`sevhop.process.launch`), and what it says of both is compared before the guest
+is stopped.
+
+Not to be seen from outside, so not compared: securebits, and keepcaps, which executing a program clears.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from sevhop_qmp.errors import ProcessError
+from sevhop_qmp.process import QemuProcess
+
+from . import seccomp_filter
+from .scheduling import cgroup_directory
+
+#: How a field is called in front of an administrator, and in which form it is shown.
+_LABELS = {
+    "uids": "user",
+    "gids": "group",
+    "groups": "supplementary groups",
+    "umask": "umask",
+    "inheritable": "inheritable capabilities",
+    "permitted": "permitted capabilities",
+    "effective": "effective capabilities",
+    "bounding": "bounding set of capabilities",
+    "ambient": "ambient capabilities",
+    "no_new_privs": "no_new_privs",
+    "seccomp": "seccomp mode",
+    "filters": "number of seccomp filters",
+    "label": "security label",
+    "limits": "resource limits",
+    "cgroups": "cgroup",
+    "core_dump_filter": "core dump filter",
+    "personality": "personality",
+    "without_huge_pages": "PR_SET_THP_DISABLE",
+}
+_LIMIT_NAMES = {getattr(resource, name): name for name in reversed(dir(resource)) if name.startswith("RLIMIT_")} | {
+    10: "RLIMIT_LOCKS"
+}
+_HEXADECIMAL = ("inheritable", "permitted", "effective", "bounding", "ambient", "personality")
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """
+    What the kernel says of a process.
+
+    :ivar uids: real, effective, saved; ``gids`` likewise.
+    :ivar inheritable: capabilities as a bit mask; ``permitted``, ``effective``, ``bounding`` and ``ambient`` likewise.
+    :ivar seccomp: 0 none, 1 strict, 2 filters.
+    :ivar filters: how many filters there are.
+    :ivar label: of the security module; empty without one.
+    :ivar limits: (RLIMIT_*, soft, hard), -1 for unlimited.
+    :ivar cgroups: (controllers, path) of each hierarchy.
+    :ivar core_dump_filter: hexadecimal; what of its memory a core dump has.
+    :ivar without_huge_pages: it has no transparent huge pages, whatever the host is set to.
+    """
+
+    uids: tuple[int, int, int]
+    gids: tuple[int, int, int]
+    groups: tuple[int, ...]
+    umask: int
+    inheritable: int
+    permitted: int
+    effective: int
+    bounding: int
+    ambient: int
+    no_new_privs: bool
+    seccomp: int
+    filters: int
+    label: str
+    limits: tuple[tuple[int, int, int], ...]
+    cgroups: tuple[tuple[str, str], ...]
+    core_dump_filter: str
+    personality: int
+    without_huge_pages: bool
+
+    @classmethod
+    def of(cls, process: QemuProcess) -> Self:
+        """:raises ProcessError: it has ended, we may not look, or the kernel does not tell."""
+        status = process.status
+        try:
+            return cls(
+                uids=_three(status["Uid"]),
+                gids=_three(status["Gid"]),
+                groups=tuple(sorted(int(group) for group in status["Groups"].split())),
+                umask=int(status["Umask"], 8),
+                inheritable=int(status["CapInh"], 16),
+                permitted=int(status["CapPrm"], 16),
+                effective=int(status["CapEff"], 16),
+                bounding=int(status["CapBnd"], 16),
+                ambient=int(status["CapAmb"], 16),
+                no_new_privs=status["NoNewPrivs"] == "1",
+                seccomp=int(status.get("Seccomp", "0")),
+                filters=int(status.get("Seccomp_filters", "0")),  # since Linux 5.9
+                label=process.confinement,
+                limits=tuple(sorted((number, *limit) for number, limit in process.limits.items())),
+                cgroups=tuple(process.cgroups),
+                core_dump_filter=process.fact("coredump_filter"),
+                personality=int(process.fact("personality") or "0", 16),
+                without_huge_pages=status.get("THP_enabled") == "0",
+            )
+        except (KeyError, ValueError) as err:
+            raise ProcessError(f"what confines process {process.pid} cannot be read: {err!r}") from err
+
+    @property
+    def executed(self) -> int:
+        """The permitted capabilities that a program without file capabilities gets, executed by this process."""
+        return self.inheritable | self.bounding if 0 in self.uids[:2] else self.ambient
+
+    def cgroups_to_join(self) -> list[str]:
+        """
+        Directories of those of its cgroups that this process is not in.
+
+        :raises SevhopError: one of them is not to be found.
+        """
+        ours = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        mine = {tuple(line.split(":", 2)[1:]) for line in ours}
+        return [str(cgroup_directory(*one)) for one in self.cgroups if one not in mine]
+
+
+def differences(source: Confinement, destination: Confinement) -> list[str]:
+    """In what the destination is confined in another way than the source; empty when it is not."""
+    found = []
+    for one in fields(Confinement):
+        ours, theirs = getattr(source, one.name), getattr(destination, one.name)
+        if one.name == "limits":
+            ours, theirs = _limits(ours), _limits(theirs)
+        if ours == theirs:
+            continue
+        if one.name in ("limits", "cgroups"):
+            ours, theirs = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+        if one.name in _HEXADECIMAL:
+            ours, theirs = f"{ours:#x}", f"{theirs:#x}"
+        found.append(f"{_LABELS[one.name]} is {theirs} in the destination, {ours} in the source")
+    return found
+
+
+def filters_lost(source: int, destination: int) -> list[str]:
+    """
+    What the seccomp filters of a thread of the source forbid, and those of one of the destination do not.
+
+    :raises UnknownFilter: the kernel does not tell.
+    """
+    found = seccomp_filter.lost(seccomp_filter.of(source), seccomp_filter.of(destination))
+    if not found:
+        return []
+    some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return [f"the sandbox of the source forbids system calls that the destination's allows ({some})"]
+
+
+def _limits(limits: tuple[tuple[int, int, int], ...]) -> list[tuple[str, int, int]]:
+    """Those that a QEMU does not change itself: from 9.0 on it takes as many open files as it may."""
+    files = resource.RLIMIT_NOFILE
+    return [(_LIMIT_NAMES[number], hard if number == files else soft, hard) for number, soft, hard in limits]
+
+
+def _three(text: str) -> tuple[int, int, int]:
+    real, effective, saved, *_ = map(int, text.split())
+    return real, effective, saved

@@ -1,0 +1,149 @@
+"""
+Starts a QEMU that is, to the kernel, what another one is: same user, same capabilities, same limits, same place.
+
+All of that is taken on by the new process itself (:mod:`sevhop.process.launcher`) before it becomes a QEMU, so nothing
+of it ever runs with more than the old one has. What cannot be taken on fails the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sevhop_qmp import adopt
+
+from .confinement import Confinement
+from .scheduling import Thread
+
+_PROGRAM = Path(__file__).with_name("launcher.py")
+#: Out of memory, the kernel ends what has this before anything else (proc(5)): the guest is in the other QEMU.
+FIRST_TO_DIE = 1000
+
+
+@dataclass(frozen=True)
+class Identity:
+    """
+    What a new QEMU takes on.
+
+    :ivar scheduling: of the first thread, whose children the others are.
+    """
+
+    confinement: Confinement
+    scheduling: Thread
+
+
+def spawn(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    identity: Identity,
+    *,
+    directory: int | None = None,
+    cgroups: Sequence[str] = (),
+    keep: Sequence[int] = (),
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] = subprocess.DEVNULL,
+    stderr: int | IO[bytes] = subprocess.DEVNULL,
+) -> subprocess.Popen[bytes]:
+    """
+    Start it. The process is the QEMU's from the beginning; why it did not become one is in its standard error.
+
+    :param command: whole path of the program, and its arguments.
+    :param directory: descriptor of its working directory: whoever may rename what is on the way to it cannot mislead.
+    :param cgroups: directories of the cgroups that it joins.
+    :param keep: descriptors that it inherits.
+    :raises OSError, subprocess.SubprocessError: there is no process to be had.
+    """
+    specification = _specification(identity, directory, cgroups)
+    specification |= {"command": list(command), "environment": dict(environment)}
+    spec = os.memfd_create("sevhop-launch", 0)
+    try:
+        with os.fdopen(spec, "w", encoding="utf-8", errors="surrogatepass", closefd=False) as file:
+            json.dump(specification, file, ensure_ascii=False)
+        os.lseek(spec, 0, os.SEEK_SET)
+        return subprocess.Popen(
+            [_python(), "-I", "-S", str(_PROGRAM), str(spec)],
+            cwd="/",
+            env={},  # it is root: nothing of what the source tells
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=[spec, *keep, *([directory] if directory is not None else [])],
+            start_new_session=True,
+        )
+    finally:
+        os.close(spec)
+
+
+def inheritable(environment: dict[str, str]) -> dict[str, str]:
+    """An environment without what an earlier hop has put there."""
+    kept = {name: value for name, value in environment.items() if not name.startswith("SEVHOP_")}
+    preload = kept.pop("LD_PRELOAD", "")
+    others = [path for path in preload.split(":") if path and Path(path).name != adopt.library_path().name]
+    if others:
+        kept["LD_PRELOAD"] = ":".join(others)
+    return kept
+
+
+def oom_score_adj(pid: int) -> int:
+    """
+    How the kernel sees a process when memory is out (proc(5)).
+
+    :raises OSError: it has ended.
+    """
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii"))
+
+
+def set_oom_score_adj(pid: int, value: int) -> None:
+    """
+    Change that, if it is another one.
+
+    :raises OSError: it has ended, or that is not allowed.
+    """
+    if oom_score_adj(pid) != value:
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(value), encoding="ascii")
+
+
+def spare(pid: int) -> None:
+    """Have a process ended as late as possible when memory is out; without CAP_SYS_RESOURCE that is not never."""
+    for value in (-1000, 0):
+        with contextlib.suppress(OSError):
+            if oom_score_adj(pid) > value:
+                set_oom_score_adj(pid, value)
+
+
+def _specification(identity: Identity, directory: int | None, cgroups: Sequence[str]) -> dict[str, Any]:
+    confinement, thread = identity.confinement, identity.scheduling
+    return {
+        "uids": confinement.uids,
+        "gids": confinement.gids,
+        "groups": confinement.groups,
+        "umask": confinement.umask,
+        "inheritable": confinement.inheritable,
+        "bounding": confinement.bounding,
+        "ambient": confinement.ambient,
+        "no_new_privs": confinement.no_new_privs,
+        "label": confinement.label or None,
+        "limits": {str(number): [soft, hard] for number, soft, hard in confinement.limits},
+        "core_dump_filter": confinement.core_dump_filter or None,
+        "personality": confinement.personality,
+        "without_huge_pages": confinement.without_huge_pages,
+        "cgroups": list(cgroups),
+        "oom_score_adj": FIRST_TO_DIE,
+        "affinity": sorted(thread.affinity),
+        "nice": thread.nice,
+        "io_priority": thread.io_priority,
+        "timer_slack": thread.timer_slack or None,
+        "directory": directory,
+    }
+
+
+def _python() -> str:
+    return sys.executable or shutil.which("python3") or "/usr/bin/python3"

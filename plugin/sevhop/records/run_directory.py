@@ -1,0 +1,214 @@
+"""
+Where hops under way are found: ``/run/sevhop``.
+
+Each hop has a directory there, with a name that cannot be guessed. That of a domain also has a link in ``domains``,
+named like the domain, and one beside it that has the domain's UUID in its name, since a domain that is off can be
+renamed; both are claimed by the keeper (:mod:`sevhop.keeper.server`) and removed with it. That of a guest outside
+libvirt has the destination's monitor in it (:mod:`sevhop.engine.destination`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+from pathlib import Path
+
+from sevhop_qmp.errors import SevhopError
+
+#: What every hop under way has a directory in; root's, others may only pass through.
+RUN = Path("/run/sevhop")
+#: One link for each hop under way, named like the domain; the hook looks here.
+DOMAINS = RUN / "domains"
+#: Where a link in there leads: to a directory beside it. Anything else was not made here.
+_TARGET = re.compile(r"\.\./[0-9a-f]{32}")
+#: In front of a domain's UUID, in the name of the link that is found by it; the hook knows it as well.
+UUID_LINK = "uuid-"
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+class RunDirectoryError(SevhopError):
+    """What is found in the place of a run directory was not made here; who put it there could lead a hop astray."""
+
+
+class HopUnderWay(SevhopError):
+    """The guest is in a hop already."""
+
+
+def make_run_directories() -> None:
+    """
+    Make those directories that the hops of all domains share.
+
+    :raises RunDirectoryError: they cannot be made, or something else is in their place.
+    """
+    _make_outer()
+    _make_or_check(DOMAINS, 0o700)
+
+
+def _make_outer() -> None:
+    """QEMU's user may pass through, but not list what is there."""
+    _make_or_check(RUN, 0o711)
+
+
+def _make_or_check(path: Path, mode: int) -> None:
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=mode)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as err:
+        hint = "run sevhop as root" if isinstance(err, PermissionError) else f"see what {path} is, and remove it"
+        raise RunDirectoryError(f"{path} cannot be made or is no directory: {err.strerror}", hint) from err
+    try:
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            raise RunDirectoryError(f"{path} belongs to user {found.st_uid}", "see who made it, and remove it")
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RunDirectoryError(f"{path} can be written by others", "see what is in it, and remove it")
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def make(mode: int = 0o700) -> Path:
+    """Make a directory for a hop. Its name cannot be guessed, and the one above cannot be listed by others."""
+    _make_outer()
+    directory = RUN / secrets.token_hex(16)
+    directory.mkdir(mode=mode)
+    return directory
+
+
+def claim(name: str, uuid: str) -> Path:
+    """
+    Make the directory of a keeper, and the links by which the hook finds it. What a dead keeper has left is removed.
+
+    :raises HopUnderWay: a hop of this domain is under way.
+    :raises RunDirectoryError: something else is in the place of what is made here.
+    """
+    if not _can_be_a_name(name):
+        raise RunDirectoryError(f"{name!a} is not the name of a domain")
+    if not _UUID.fullmatch(uuid):
+        raise RunDirectoryError(f"{uuid!a} is not the UUID of a domain")
+    make_run_directories()
+    left = hop_of(name)
+    if left is not None:
+        if alive(left):
+            raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status")
+        remove(name, left)
+    directory = make(mode=0o711)
+    try:
+        os.symlink(f"../{directory.name}", DOMAINS / name)
+    except OSError as err:
+        directory.rmdir()
+        if isinstance(err, FileExistsError) and hop_of(name) is not None:
+            raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status") from err
+        raise RunDirectoryError(f"{DOMAINS / name}: {err.strerror}", "if it is there, remove it") from err
+    by_uuid = RUN / f"{UUID_LINK}{uuid.lower()}"
+    try:
+        if by_uuid.is_symlink() and not alive(by_uuid):
+            by_uuid.unlink()
+        os.symlink(directory.name, by_uuid)
+    except OSError as err:
+        remove(name, directory)
+        if isinstance(err, FileExistsError) and alive(by_uuid):
+            raise HopUnderWay(f"a hop of the domain with UUID {uuid} is under way", "see sevhop status") from err
+        raise RunDirectoryError(f"{by_uuid}: {err.strerror}", "if it is there, remove it") from err
+    return directory
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Of a domain, and of a file: libvirt allows no other names."""
+    try:
+        return os.fsencode(name) not in (b"", b".", b"..") and not {"/", "\0"} & set(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def listening(path: Path, uid: int) -> socket.socket:
+    """A socket there that listens, and can be connected to by one user, and root."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    listener.bind(str(path))
+    os.chmod(path, 0o600)
+    os.chown(path, uid, -1)
+    listener.listen(8)
+    return listener
+
+
+def alive(directory: Path) -> bool:
+    """Whether a keeper serves this directory."""
+    return _listens(directory / "control", socket.SOCK_SEQPACKET)
+
+
+def _listens(path: Path, kind: int) -> bool:
+    with socket.socket(socket.AF_UNIX, kind) as sock:
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def remove(name: str, directory: Path) -> None:
+    """Remove what :func:`claim` made."""
+    with contextlib.suppress(OSError):
+        if (DOMAINS / name).resolve() == directory.resolve():
+            (DOMAINS / name).unlink()
+    for link in _uuid_links():
+        with contextlib.suppress(OSError):
+            if link.resolve() == directory.resolve():
+                link.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _uuid_links() -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [path for path in RUN.iterdir() if path.name.startswith(UUID_LINK) and path.is_symlink()]
+    return []
+
+
+def hop_of(name: str) -> Path | None:
+    """The directory of the keeper of a domain, None when it is in no hop. The keeper may be dead."""
+    try:
+        target = os.readlink(DOMAINS / name) if _can_be_a_name(name) else ""
+    except OSError:
+        return None
+    return DOMAINS / target if _TARGET.fullmatch(target) else None
+
+
+def hops_under_way() -> list[str]:
+    """Names of the domains that are in a hop, or whose keeper has died."""
+    try:
+        return sorted(name for name in os.listdir(DOMAINS) if hop_of(name))
+    except FileNotFoundError:
+        return []
+
+
+def sweep(used: set[str]) -> None:
+    """
+    Remove what hops have left that were killed.
+
+    :param used: directories that a journal mentions.
+    :raises RunDirectoryError: what is there was not made here.
+    """
+    if not RUN.is_symlink() and not RUN.is_dir():
+        return
+    _make_outer()
+    for name in hops_under_way():
+        directory = hop_of(name)
+        if directory is not None and not alive(directory) and str(directory) not in used:
+            remove(name, directory)
+    for link in _uuid_links():
+        if not link.exists():
+            link.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for path in RUN.iterdir():
+            if path != DOMAINS and not path.is_symlink() and str(path) not in used and not _served(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _served(directory: Path) -> bool:
+    """Whether a keeper or a destination listens there."""
+    return alive(directory) or _listens(directory / "monitor", socket.SOCK_STREAM)

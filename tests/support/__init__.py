@@ -1,0 +1,1 @@
+"""What tests, the demonstration and the measurements share: guests that judge, and faults."""

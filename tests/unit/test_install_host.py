@@ -1,0 +1,43 @@
+"""What is put on the host is not taken away while a guest hangs on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sevhop.install import host as installation
+from sevhop.records import journal
+from sevhop_qmp.errors import SevhopError
+
+
+@pytest.fixture(autouse=True)
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host with nothing but the hook."""
+    script = tmp_path / "qemu.d" / "sevhop"
+    script.parent.mkdir()
+    script.touch()
+    monkeypatch.setattr(installation, "_SCRIPT", script)
+    monkeypatch.setattr(installation, "DOMAINS", tmp_path / "domains")
+    monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
+    for place in ("apparmor", "units"):
+        monkeypatch.setattr(getattr(installation, place), "uninstall", lambda: False)
+    return tmp_path
+
+
+def test_it_is_removed(host: Path) -> None:
+    (host / "journal").mkdir()
+    (host / "domains").mkdir()
+    assert installation.uninstall()
+    assert not (host / "qemu.d").exists()
+    assert not installation.uninstall()
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"), [("domains/web", "hops are under way: web"), ("journal/1-2.journal", "is not finished")]
+)
+def test_not_in_the_middle_of_a_hop(host: Path, left: str, reason: str) -> None:
+    (host / left).parent.mkdir()
+    (host / left).touch()
+    with pytest.raises(SevhopError, match=reason):
+        installation.uninstall()
+    assert (host / "qemu.d" / "sevhop").exists()

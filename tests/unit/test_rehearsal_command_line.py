@@ -1,0 +1,148 @@
+"""The command line of a trial: the domain's devices, and behind them nothing that anybody else uses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from sevhop.engine.rehearsal_command_line import Backend, Cards, Disk, Network, Unrehearsable, derive
+from sevhop.guest.command_line import Option, parse, properties
+
+DISKS = {"virtio-disk0": Disk(1 << 30, False), "pflash0": Disk(1 << 20, True), "pflash1": Disk(1 << 16, False)}
+
+
+#: Of a source whose network cards are those that it was started with.
+CARDS = Cards(frozenset({"net0", "net1"}))
+
+
+def derived(*words: str, source: tuple[str, ...] = ()) -> list[Option]:
+    return parse(derive(words, source, DISKS, CARDS).arguments)
+
+
+def the(options: list[Option], name: str) -> list[dict[str, str]]:
+    """The arguments of all options of a name."""
+    return [properties(option.value or "") for option in options if option.name == name]
+
+
+def test_each_disk_is_a_node_without_content() -> None:
+    options = derived(
+        *("-machine", "q35,pflash0=libvirt-pflash0-format,pflash1=libvirt-pflash1-format,memory-backend=pc.ram"),
+        *("-blockdev", '{"driver":"file","filename":"/a.qcow2","node-name":"libvirt-1-storage"}'),
+        *("-blockdev", '{"driver":"qcow2","file":"libvirt-1-storage","node-name":"libvirt-1-format"}'),
+        *("-device", '{"driver":"virtio-blk-pci","drive":"libvirt-1-format","id":"virtio-disk0"}'),
+        *("-device", '{"driver":"ide-cd","bus":"ide.0","id":"sata0-0-0"}'),
+    )
+    nodes = {node["node-name"]: node for node in the(options, "blockdev")}
+    assert set(nodes) == {"libvirt-pflash0-format", "libvirt-pflash1-format", "libvirt-1-format"}
+    assert {node["driver"] for node in nodes.values()} == {"null-co"}
+    assert (nodes["libvirt-1-format"]["size"], nodes["libvirt-1-format"]["read-only"]) == (str(1 << 30), "off")
+    assert (nodes["libvirt-pflash0-format"]["size"], nodes["libvirt-pflash0-format"]["read-only"]) == (
+        str(1 << 20),
+        "on",
+    )
+    assert [device["id"] for device in the(options, "device")] == ["virtio-disk0", "sata0-0-0"]
+    names = [option.name for option in options]
+    assert max(place for place, name in enumerate(names) if name == "blockdev") < names.index("device")
+
+
+def test_what_leads_outside_is_replaced() -> None:
+    options = derived(
+        *("-chardev", "socket,id=charchannel0,path=/run/agent,server=on,wait=off", "-serial", "stdio"),
+        *("-audiodev", '{"id":"audio1","driver":"pa","server":"/run/pulse"}'),
+        *("-netdev", "user,id=n0,net=10.0.0.0/24,hostfwd=tcp::2222-:22,hostfwd=tcp::80-:80"),
+        *("-netdev", '{"type":"stream","id":"n1","addr":{"type":"unix","path":"/run/passt"}}'),
+    )
+    assert the(options, "chardev") == [{"": "null", "id": "charchannel0"}]
+    assert the(options, "serial") == [{"": "null"}]
+    assert the(options, "audiodev") == [{"": "none", "id": "audio1"}]
+    user, hub = the(options, "netdev")
+    assert user == {"": "user", "id": "n0", "net": "10.0.0.0/24"}
+    assert (hub[""], hub["id"]) == ("hubport", "n1")
+
+
+def test_what_leads_outside_is_left_out() -> None:
+    options = derived(
+        *(
+            "-S",
+            "-pidfile",
+            "/run/pid",
+            "-daemonize",
+            "-vnc",
+            "unix:/run/vnc",
+            "-spice",
+            "port=5900",
+            "-display",
+            "gtk",
+        ),
+        *("-mon", "chardev=charmonitor,id=monitor,mode=control", "-qmp", "unix:/q,server=on", "-add-fd", "set=0,fd=25"),
+        *("-object", '{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/key"}'),
+        *("-object", "tls-creds-x509,id=t,dir=/pki", "-object", "input-linux,id=k,evdev=/dev/input/event0"),
+        *("-object", "iothread,id=iothread1", "-sandbox", "on,spawn=deny"),
+    )
+    assert [str(option) for option in options] == [
+        "-object iothread,id=iothread1",
+        "-sandbox on,spawn=deny",
+        "-display none",
+    ]
+
+
+def test_launch_files_of_an_sev_guest() -> None:
+    [sev] = the(derived("-object", '{"qom-type":"sev-guest","id":"lsec0","policy":1,"session-file":"/s"}'), "object")
+    assert sev == {"qom-type": "sev-guest", "id": "lsec0", "policy": "1"}
+    [sev] = the(derived("-object", "sev-guest,id=lsec0,dh-cert-file=/c,policy=1"), "object")
+    assert sev == {"": "sev-guest", "id": "lsec0", "policy": "1"}
+
+
+def test_network_cards_come_from_the_source() -> None:
+    card = json.dumps({"driver": "virtio-net-pci", "netdev": "hostnet0", "id": "net0", "mq": True})
+    source = (
+        *("-netdev", '{"type":"tap","fds":"30:31:32:33","vhost":true,"vhostfds":"34:35:36:37","id":"hostnet0"}'),
+        *("-device", card),
+        *("-netdev", "tap,id=hostnet1,ifname=tap7,queues=2,script=no"),
+        *("-device", "e1000e,netdev=hostnet1,id=net1"),
+        *("-device", '{"driver":"virtio-rng-pci","id":"rng0"}'),
+    )
+    trial = derive(["-device", "pcie-root-port,id=pci.1"], source, DISKS, CARDS)
+    assert trial.networks == [Network("hostnet0", 4), Network("hostnet1", 2)]
+    devices = [option.value for option in parse(trial.arguments) if option.name == "device"]
+    assert devices == ["pcie-root-port,id=pci.1", card, "e1000e,netdev=hostnet1,id=net1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-device", '{"driver":"vhost-vsock-pci","guest-cid":3,"vhostfd":"-1"}'],
+        ["-device", "vfio-pci,host=01:00.0"],
+        ["-device", '{"driver":"qxl-vga","id":"video0"}'],
+        ["-device", "virtio-blk-pci,drive=unknown,id=other"],
+        ["-drive", "file=/a.img,if=sd"],
+        ["-tpmdev", "emulator,id=t,chardev=c"],
+        ["-nic", "user"],
+    ],
+)
+def test_what_cannot_be_had_twice_is_said(words: list[str]) -> None:
+    with pytest.raises(Unrehearsable):
+        derive(words, [], DISKS, CARDS)
+
+
+def test_cards_are_those_that_the_guest_has_now() -> None:
+    source = ["-netdev", "user,id=hostnet0", "-device", "virtio-net-pci,netdev=hostnet0,id=net0"]
+    plugged = [
+        {"driver": "virtio-net-pci", "id": "net2", "bus": "pci.2", "netdev": "hostnet2"},
+        {"driver": "usb-net", "id": "net3", "bus": "usb.0", "netdev": "hostnet3"},
+        {"driver": "e1000", "id": "net4", "bus": "pci.3", "netdev": "hostnet4"},
+    ]
+    backends = {"hostnet2": Backend("tap", 2), "hostnet3": Backend("user"), "hostnet4": Backend("stream")}
+    trial = derive([], source, DISKS, Cards(frozenset({"net1"}), plugged, backends))
+    options = parse(trial.arguments)
+    assert [device["id"] for device in the(options, "device")] == ["net2", "net3", "net4"]
+    assert trial.networks == [Network("hostnet2", 2)]
+    user, hub = the(options, "netdev")
+    assert user == {"": "user", "id": "hostnet3"}
+    assert (hub[""], hub["id"]) == ("hubport", "hostnet4")
+
+
+def test_card_whose_backend_is_not_known_is_said() -> None:
+    plugged = [{"driver": "virtio-net-pci", "id": "net2", "netdev": "hostnet2"}]
+    with pytest.raises(Unrehearsable, match="net2 was plugged"):
+        derive([], [], DISKS, Cards(frozenset(), plugged))
