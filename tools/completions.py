@@ -1,8 +1,8 @@
 """
-Completions for a shell, from the parser of sevhop's arguments. Printed; ``tools/manual`` runs this for each shell.
+Prints completions for a shell, generated from sevhop's argument parser; ``tools/manual`` runs this for each shell.
 
-A domain is completed with the names that libvirt has for active ones. Such a name may have any character in it, and is
-data all along: no shell reads it as anything else.
+A DOMAIN is completed with the names of libvirt's active domains. A name may contain any character, and is quoted so
+that the shell does not interpret it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import shtab
 from sevhop.cli import parser as sevhop_parser
 from sevhop.libvirt.connection import DEFAULT_URI
 
-#: What is called for a domain, and what for a path.
+#: The completion functions of a domain and of a path.
 _DOMAINS = {"bash": "_sevhop_domains", "zsh": "_sevhop_domains", "fish": "(_sevhop_domains)"}
 _COMPLETED = {"DOMAIN": _DOMAINS, "PATH": shtab.FILE}
 
 _LIST = f"virsh --readonly --quiet --connect {DEFAULT_URI} list --name 2>/dev/null"
 _PREAMBLE = {
-    # Readline wants the word as it would be typed.
+    # Readline needs the word in the form in which it is typed.
     "bash": f"""
 _sevhop_domains() {{
   local name quoted
@@ -48,7 +48,7 @@ end
 
 
 def parser() -> argparse.ArgumentParser:
-    """sevhop's, in which each argument knows how it is completed."""
+    """sevhop's parser, with a completion function for each argument."""
     top = sevhop_parser.parser()
     for action in _actions(top):
         if action.metavar in _COMPLETED:
@@ -66,7 +66,7 @@ def _actions(one: argparse.ArgumentParser) -> Iterator[Any]:
 
 
 def main() -> None:
-    """The shell is the only argument."""
+    """Print the completions; the shell is the only argument."""
     own = argparse.ArgumentParser(description="Print completions for a shell.")
     own.add_argument("shell", choices=sorted(_PREAMBLE))
     shell = own.parse_args().shell

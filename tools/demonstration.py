@@ -1,8 +1,8 @@
 """
-What ``tools/demo`` shows: guests that hop between two QEMU versions, by the product's own command.
+The program of ``tools/demo``: guests hop between two QEMU versions, by ``sevhop hop``.
 
 The SEV guest hops on this machine if it has SEV, and otherwise in the SEV lab (``tools/lab``), where this program runs
-once more, for that guest alone.
+again, for that guest only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _TICKS = 10
 
 @dataclass(frozen=True)
 class Shown:
-    """A hop as it is shown. ``ticks_lost``, ``ticks_repeated`` and ``disk_errors`` are the guest's own verdict."""
+    """The result of a hop. ``ticks_lost``, ``ticks_repeated`` and ``disk_errors`` are counted by the guest."""
 
     guest: str
     context: str
     source: str
     destination: str
-    blackout_ms: float | None
+    downtime_ms: float | None
     ticks_lost: int
     ticks_repeated: int
     disk_errors: int
@@ -60,28 +60,28 @@ class Shown:
 
     @classmethod
     def from_json(cls, hop: dict[str, Any], where: str) -> Self:
-        """Read what another run of this program has printed."""
+        """Parse the output of another run of this program."""
         versions = {side: hop[side]["version"] for side in ("source", "destination")}
         return cls(**{**hop, **versions, "where": where})
 
 
 def say(text: str) -> None:
-    """Progress goes to standard error, so that ``--json`` prints nothing else."""
+    """Print progress to standard error, so that ``--json`` prints nothing else."""
     print(f"demo: {text}", file=sys.stderr, flush=True)
 
 
 def sevhop_hop(guest: Guest, emulator: Path) -> dict[str, Any]:
-    """``sevhop hop --json``, as anybody would call it; patiently, for the lab."""
+    """Run ``sevhop hop --json``, with long timeouts for the lab."""
     command = [sys.executable, "-m", "sevhop.cli", "hop", "--json", "--timeout", "60", "--start-timeout", "120"]
-    command += ["--source", str(guest.machine.monitor), "--emulator", str(emulator)]
+    command += ["--qmp", str(guest.machine.monitor), "--emulator", str(emulator)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 
 
 def hops_of(name: str, machine: Machine, old: Path, new: Path) -> Iterator[Shown]:
-    """Start a guest in the old QEMU, hop it to the new one and back, and judge it."""
-    say(f"{name}: starting it")
+    """Start a guest in the old QEMU, hop it to the new one and back, and verify it."""
+    say(f"{name}: starting")
     with Guest.start(machine, old) as guest:
         before = guest.wait_for_ticks(_TICKS, timeout=120)
         shown: list[tuple[dict[str, Any], Verdict, Verdict]] = []
@@ -91,7 +91,7 @@ def hops_of(name: str, machine: Machine, old: Path, new: Path) -> Iterator[Shown
             after = guest.wait_for_ticks(_TICKS, timeout=120)
             shown.append((report, before, after))
             before = after
-        last = guest.stop()  # looks into the disk, too
+        last = guest.stop()  # verifies the disk, too
     for number, (report, start, end) in enumerate(shown, 1):
         end = last if number == len(shown) else end
         yield Shown(
@@ -99,7 +99,7 @@ def hops_of(name: str, machine: Machine, old: Path, new: Path) -> Iterator[Shown
             report["context"],
             report["source"]["version"],
             report["destination"]["version"],
-            report["blackout_ms"],
+            report["downtime_ms"],
             end.ticks_lost - start.ticks_lost,
             end.ticks_repeated + end.restarts - start.ticks_repeated - start.restarts,
             end.disk_errors - start.disk_errors,
@@ -115,14 +115,14 @@ def _host_has_sev() -> bool:
 
 
 def _sev_machine(directory: Path, emulator: Path) -> Machine:
-    """A machine with SEV, as this processor wants it."""
-    bare = Machine(directory / "probe", accelerator="kvm", cpu="host", memory_mib=32, bios=real_mode.firmware())
-    with Guest.start(bare, emulator) as guest:
+    """A machine with SEV, with the parameters of this processor."""
+    plain = Machine(directory / "probe", accelerator="kvm", cpu="host", memory_mib=32, bios=real_mode.firmware())
+    with Guest.start(plain, emulator) as guest:
         processor = guest.execute("query-sev-capabilities")
     bits = f"cbitpos={processor['cbitpos']},reduced-phys-bits={processor['reduced-phys-bits']}"
     sev = ("-object", f"sev-guest,id=sev,policy=1,{bits}", "-machine", "confidential-guest-support=sev")
-    # A model by name: with "host" a newer QEMU gives the guest more, and to go back would be a loss.
-    return dataclasses.replace(bare, directory=directory / "sev", cpu="EPYC", more=sev)
+    # A named model: with "host" the newer QEMU adds features, which the older one lacks on the way back.
+    return dataclasses.replace(plain, directory=directory / "sev", cpu="EPYC", more=sev)
 
 
 def _sev_hops(directory: Path, old: Path, new: Path) -> list[Shown]:
@@ -136,12 +136,12 @@ def _sev_hops(directory: Path, old: Path, new: Path) -> list[Shown]:
     try:
         report = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        raise SystemExit(f"demo: the lab ended with {done.returncode}: {done.stdout[-500:]!r}") from None
+        raise SystemExit(f"demo: the lab exited with {done.returncode}: {done.stdout[-500:]!r}") from None
     return [Shown.from_json(hop, "the SEV lab") for hop in report["hops"]]
 
 
 def _accelerator(directory: Path, emulator: Path) -> Accelerator:
-    """KVM if a guest really runs under it."""
+    """KVM if a guest runs under it."""
     try:
         machine = Machine(directory, accelerator="kvm", bios=counter.firmware())
         with Guest.start(machine, emulator) as guest:
@@ -152,19 +152,19 @@ def _accelerator(directory: Path, emulator: Path) -> Accelerator:
 
 
 def _table(hops: list[Shown]) -> str:
-    rows = [("guest", "context", "on", "hop", "blackout", "ticks lost", "repeated", "disk errors", "outcome")]
+    rows = [("guest", "context", "on", "hop", "downtime", "ticks lost", "repeated", "disk errors", "outcome")]
     for hop in hops:
-        blackout = "-" if hop.blackout_ms is None else f"{hop.blackout_ms:.1f} ms"
+        downtime = "-" if hop.downtime_ms is None else f"{hop.downtime_ms:.1f} ms"
         way = f"{hop.source} -> {hop.destination}"
         counts = (str(hop.ticks_lost), str(hop.ticks_repeated), str(hop.disk_errors))
-        rows.append((hop.guest, hop.context, hop.where, way, blackout, *counts, hop.outcome))
+        rows.append((hop.guest, hop.context, hop.where, way, downtime, *counts, hop.outcome))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def main() -> int:
-    """Hop, and print what became of it."""
-    parser = argparse.ArgumentParser(prog="tools/demo", description="See guests hop between two QEMU versions.")
+    """Hop the guests, and print the results."""
+    parser = argparse.ArgumentParser(prog="tools/demo", description="Hop guests between two QEMU versions.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--sev", action="store_true", help="only the SEV guest; this machine must have SEV")
     options = parser.parse_args()
@@ -178,8 +178,8 @@ def main() -> int:
         else:
             accelerator = _accelerator(directory / "probe", old)
             say(f"bare-metal guests run under {accelerator.upper()}")
-            bare = Machine(directory / "counter", accelerator=accelerator, bios=counter.firmware(), rich=True)
-            hops += hops_of("bare-metal counter", bare, old, new)
+            machine = Machine(directory / "counter", accelerator=accelerator, bios=counter.firmware(), rich=True)
+            hops += hops_of("bare-metal counter", machine, old, new)
             hops += hops_of("Linux", linux.on(Machine(directory / "linux")), old, new)
             hops += _sev_hops(directory, old, new)
     print(json.dumps({"hops": [hop.as_json() for hop in hops]}) if options.json else _table(hops))

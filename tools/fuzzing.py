@@ -1,4 +1,4 @@
-"""The long campaign with hostile input; started by tools/fuzz."""
+"""The long fuzzing campaign; started by tools/fuzz."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from tests.fuzz.adopt.build import TARGETS, build  # noqa: E402
 
-#: Programs, crashing inputs, and what was said about them.
+#: Programs, crashing inputs, and logs.
 CACHE = ROOT / "build" / "fuzz"
-#: The Python parsers see one input of so many; they are a hundred times slower.
+#: The Python parsers get one of so many inputs; they are a hundred times slower.
 _PYTHON_SHARE = 50
 _MAX_LENGTH = 1024
 _EXECUTED = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
@@ -39,13 +39,13 @@ def fuzz_library(inputs: int, seed: int) -> tuple[dict[str, int], list[str]]:
         done = subprocess.run(
             [program, *options], stdin=subprocess.DEVNULL, capture_output=True, env=environment, check=False
         )
-        told = done.stderr.decode(errors="replace")
-        found = _EXECUTED.search(told)
+        log = done.stderr.decode(errors="replace")
+        found = _EXECUTED.search(log)
         counts[f"adopt.so: {target}"] = int(found[1]) if found else 0
         if done.returncode:
-            (CACHE / f"{target}.log").write_text(told)
+            (CACHE / f"{target}.log").write_text(log)
             reason = next(
-                (line for line in told.splitlines() if re.search(r"ERROR|does not hold|runtime error", line)), ""
+                (line for line in log.splitlines() if re.search(r"ERROR|does not hold|runtime error", line)), ""
             )
             crashes.append(f"adopt.so: {target}: {reason.strip() or done.returncode}; see {CACHE / target}.log")
         print(f"adopt.so: {target}: {counts[f'adopt.so: {target}']} inputs", file=sys.stderr, flush=True)
@@ -82,7 +82,7 @@ def _count_properties(tests: list[str]) -> int:
 
 
 def main() -> int:
-    """The command."""
+    """The command ``tools/fuzz``."""
     parser = argparse.ArgumentParser(prog="tools/fuzz")
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int)

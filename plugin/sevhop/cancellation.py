@@ -10,7 +10,7 @@ Answer = TypeVar("Answer")
 
 
 async def shielded(work: Coroutine[Any, Any, Answer]) -> Answer:
-    """Do something in full, also when we are cancelled meanwhile; only then be cancelled."""
+    """Complete some work even when cancelled meanwhile; only then be cancelled."""
     task = asyncio.ensure_future(work)
     cancelled = await wait_out(task)
     result = task.result()
@@ -20,7 +20,7 @@ async def shielded(work: Coroutine[Any, Any, Answer]) -> Answer:
 
 
 async def wait_out(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done, whoever cancels us meanwhile. :return: the last one who did."""
+    """Wait until a task is done, even when cancelled meanwhile. :return: the last cancellation."""
     cancelled = None
     while not task.done():
         try:

@@ -1,36 +1,74 @@
 """
-How a command of sevhop can end other than well. The class decides the exit status.
+How a hop can end other than well. The class decides the exit status; the error itself says what state the guest is in.
 
 ::
 
     SevhopError                 (sevhop_qmp.errors, the root of everything raised on purpose)
-    ├── Refused                 1: nothing was touched
-    ├── Undone                  3: failed, and the guest runs where it ran
-    │   └── Interrupted         3: somebody has asked for it
-    ├── NeedsRecover            4: the guest is paused and safe, ``sevhop recover`` is needed
-    └── Lost                    5: the guest ended, though not by us: its QEMU died before its state was saved
+    └── HopError                carries ``guest_state``
+        ├── Refused             1: nothing was touched
+        ├── RolledBack          3: failed, and the guest is in its old QEMU as before
+        │   └── Interrupted     3: somebody asked for it
+        ├── RecoveryRequired    4: nothing of the guest is lost, but ``sevhop recover`` or a person must act
+        └── GuestLost           5: the guest is gone, though not by the hop: its QEMU exited before its state was saved
 """
 
 from __future__ import annotations
 
+import enum
+
 from sevhop_qmp.errors import SevhopError
 
 
-class Refused(SevhopError):
+class GuestState(enum.Enum):
+    """Where the guest is and whether it runs, in words that follow "the guest is"."""
+
+    UNTOUCHED = "untouched"
+    RUNNING_IN_OLD = "running in the old QEMU"
+    PAUSED_IN_OLD = "paused in the old QEMU"
+    RUNNING_IN_NEW = "running in the new QEMU"
+    PAUSED_IN_NEW = "paused in the new QEMU"
+    SUSPENDED = "suspended in the keeper"
+    SAVED = "saved to disk by another client"
+    GONE = "gone"
+    UNKNOWN = "in a state that must be looked at"
+
+
+class HopError(SevhopError):
+    """
+    A hop did not end well.
+
+    :ivar guest_state: what has become of the guest.
+    """
+
+    guest_state = GuestState.UNKNOWN
+
+    def __init__(self, message: str, hint: str = "", guest_state: GuestState | None = None) -> None:
+        super().__init__(message, hint)
+        if guest_state is not None:
+            self.guest_state = guest_state
+
+
+class Refused(HopError):
     """The hop must not be tried. Nothing of the guest was touched."""
 
-
-class Undone(SevhopError):
-    """The hop failed before its commit and everything was put back."""
+    guest_state = GuestState.UNTOUCHED
 
 
-class Interrupted(Undone):
-    """Somebody has asked for the hop to be undone while that was possible, and it was."""
+class RolledBack(HopError):
+    """The hop failed before its commit, and everything was undone."""
+
+    guest_state = GuestState.RUNNING_IN_OLD
 
 
-class NeedsRecover(SevhopError):
-    """The guest does not run, but nothing of it is lost."""
+class Interrupted(RolledBack):
+    """Somebody asked for the hop to be rolled back while that was possible, and it was."""
 
 
-class Lost(SevhopError):
-    """The guest ended together with its QEMU while a hop was prepared."""
+class RecoveryRequired(HopError):
+    """Nothing of the guest is lost, but it is not where it should be, or does not run."""
+
+
+class GuestLost(HopError):
+    """The guest is gone: its QEMU exited while a hop was prepared, or all that had it did."""
+
+    guest_state = GuestState.GONE

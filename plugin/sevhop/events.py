@@ -1,18 +1,18 @@
 """
-What is told of hops while they are under way.
+Events that report hops in progress.
 
 ========================  ==========================================================================================
-:class:`Chosen`           these domains are going to be upgraded, in this order
+:class:`DomainsSelected`  these domains are going to be upgraded, in this order
 :class:`PhaseBegan`       a phase begins; they are listed in :mod:`sevhop.engine.hop` and :mod:`sevhop.engine.upgrade`
-:class:`PhaseEnded`       it is over, well or not
-:class:`GuestStopped`     the guest is about to be stopped, for the rehearsal or for good
-:class:`GuestRuns`        it runs again, wherever
-:class:`MoveTried`        the kernel was asked to move the SEV context
-:class:`Ended`            the hop is over, with its report
+:class:`PhaseEnded`       a phase is over, also by failure
+:class:`GuestStopped`     the guest is about to be stopped, for the rehearsal or for the hop
+:class:`GuestResumed`     the guest runs again, in either QEMU
+:class:`MoveAttempted`    the kernel was asked to move the SEV context
+:class:`HopFinished`      the hop is over, with its report
 ========================  ==========================================================================================
 
-The engines tell at once, from the middle of a blackout. Whoever listens from outside does so through
-:class:`Unhurried`, and cannot make a pause longer.
+The engines report at once, also during the downtime. Listeners of callers are behind a :class:`DeferringListener`, so
+that they cannot prolong it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .report import Report
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which events are kept back at most.
-LONGEST = 1.0
+#: Seconds for which events are deferred at most.
+MAX_DEFERRAL = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """
-    Something has happened.
+    Something happened.
 
     :ivar at: when, by :func:`time.monotonic`.
     """
@@ -43,7 +43,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Chosen(Event):
+class DomainsSelected(Event):
     """Domains are going to be upgraded, in this order; it is the first event of a fleet."""
 
     domains: tuple[str, ...]
@@ -52,9 +52,9 @@ class Chosen(Event):
 @dataclass(frozen=True)
 class GuestEvent(Event):
     """
-    Something has happened to one guest.
+    Something happened to one guest.
 
-    :ivar guest: as the caller has named it: a domain, or the path of a QMP socket.
+    :ivar guest: as the caller named it: a domain, or the path of a QMP socket.
     """
 
     guest: str
@@ -81,16 +81,16 @@ class GuestStopped(GuestEvent):
 
 
 @dataclass(frozen=True)
-class GuestRuns(GuestEvent):
+class GuestResumed(GuestEvent):
     """The guest runs again, after so many milliseconds."""
 
     ms: float
 
 
 @dataclass(frozen=True)
-class MoveTried(GuestEvent):
+class MoveAttempted(GuestEvent):
     """
-    The kernel was asked to move the SEV context. Of a domain only the last attempt is told of: its keeper makes them.
+    The kernel was asked to move the SEV context. Of a domain only the last attempt is reported: its keeper makes them.
 
     :ivar attempt: counts from 1.
     :ivar errno: the kernel's; 0 when the context was moved.
@@ -101,8 +101,8 @@ class MoveTried(GuestEvent):
 
 
 @dataclass(frozen=True)
-class Ended(GuestEvent):
-    """A hop is over, whatever it came to; it is the last event of its guest."""
+class HopFinished(GuestEvent):
+    """A hop is over, with any outcome; it is the last event of its guest."""
 
     report: Report
 
@@ -111,41 +111,41 @@ Listener = Callable[[Event], None]
 
 
 def ignore(_: Event) -> None:
-    """A listener for whom nothing is of interest."""
+    """A listener that ignores all events."""
 
 
-class Unhurried:
+class DeferringListener:
     """
-    A listener that passes events on in their order, but while a guest is stopped keeps them back, so that nobody's
-    work makes a pause longer. A pause of more than :data:`LONGEST` seconds is told of while it lasts.
+    A listener that passes events on in their order, but defers them while a guest is stopped, so that no listener
+    prolongs its downtime. After :data:`MAX_DEFERRAL` seconds they are passed on nevertheless.
 
-    What the other listener raises is logged, and ends no hop.
+    What the other listener raises is logged, and fails no hop.
     """
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
-        self._kept: list[Event] = []
+        self._deferred: list[Event] = []
         self._stopped: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def __call__(self, event: Event) -> None:
-        self._kept.append(event)
+        self._deferred.append(event)
         if isinstance(event, GuestStopped):
             self._stopped.add(event.guest)
-        elif isinstance(event, (GuestRuns, Ended)):
+        elif isinstance(event, (GuestResumed, HopFinished)):
             self._stopped.discard(event.guest)
         if not self._stopped:
             self.flush()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LONGEST, self.flush)
+            self._timer = asyncio.get_running_loop().call_later(MAX_DEFERRAL, self.flush)
 
     def flush(self) -> None:
-        """Pass on what was kept back."""
+        """Pass on what was deferred."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        kept, self._kept = self._kept, []
-        for event in kept:
+        deferred, self._deferred = self._deferred, []
+        for event in deferred:
             try:
                 self._listener(event)
             except Exception:

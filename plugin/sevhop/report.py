@@ -1,4 +1,4 @@
-"""What has become of a hop: how it ended, how long each phase took, and how long the guest was stopped."""
+"""The report of a hop: its outcome, how long each phase took, and the downtime of the guest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from sevhop_qmp.move import MoveReport
+
+from .errors import GuestState
 
 
 @dataclass(frozen=True)
@@ -20,23 +22,24 @@ class Phase:
 @dataclass
 class Report:
     """
-    What has become of a hop.
+    The report of a hop.
 
-    :ivar kind: ``bare``, or ``domain`` of libvirt.
-    :ivar context: ``none``, ``sev`` or ``sev-es``; empty when that was not found out.
-    :ivar emulator: the QEMU to go to; empty when that was not found out.
-    :ivar outcome: ``done``, ``refused``, ``undone``, ``needs-recover`` or ``lost``; of an upgrade also ``prepared`` or
-        ``checked``.
+    :ivar kind: ``standalone``, or ``domain`` of libvirt.
+    :ivar context: ``none``, ``sev`` or ``sev-es``; empty when unknown.
+    :ivar emulator: the QEMU to hop to; empty when unknown.
+    :ivar outcome: ``done``, ``refused``, ``rolled-back``, ``recovery-required`` or ``guest-lost``; of an upgrade also
+        ``prepared`` or ``checked``.
     :ivar reason: why it is not done, in one line.
-    :ivar blackout_ms: milliseconds from the order to stop the source until the guest ran again, wherever; None when
-        it was never stopped.
+    :ivar guest_state: the state of the guest if it is not done.
+    :ivar downtime_ms: milliseconds from the command that stops the source until the guest ran again, in either QEMU;
+        None when it was never stopped.
     :ivar rehearsal_ms: milliseconds for which the rehearsal has stopped the guest; None when it has not.
-    :ivar image: the save image with which a prepared upgrade goes on.
-    :ivar notes: what went not quite as it should after the commit, none of which matters to the guest.
+    :ivar image: the save image from which ``virsh restore`` resumes a prepared upgrade.
+    :ivar notes: what did not go as expected after the commit, none of which matters to the guest.
     """
 
     guest: str = ""
-    kind: Literal["bare", "domain"] = "bare"
+    kind: Literal["standalone", "domain"] = "standalone"
     context: str = ""
     emulator: str = ""
     source_pid: int = 0
@@ -44,12 +47,13 @@ class Report:
     destination_pid: int = 0
     destination_version: str = ""
     phases: list[Phase] = field(default_factory=list)
-    blackout_ms: float | None = None
+    downtime_ms: float | None = None
     rehearsal_ms: float | None = None
     move: MoveReport | None = None
     image: Path | None = None
     outcome: str = ""
     reason: str = ""
+    guest_state: GuestState | None = None
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
@@ -61,7 +65,7 @@ class Report:
             "source": {"pid": self.source_pid, "version": self.source_version},
             "destination": {"pid": self.destination_pid, "version": self.destination_version},
             "phases": [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases],
-            "blackout_ms": _rounded(self.blackout_ms),
+            "downtime_ms": _rounded(self.downtime_ms),
             "rehearsal_ms": _rounded(self.rehearsal_ms),
             "move": None
             if self.move is None
@@ -69,6 +73,7 @@ class Report:
             "image": None if self.image is None else str(self.image),
             "outcome": self.outcome,
             "reason": self.reason,
+            "guest_state": None if self.guest_state is None else self.guest_state.value,
             "notes": self.notes,
         }
 
@@ -79,23 +84,23 @@ class Report:
         if self.outcome == "checked":
             return f"{self.guest}: QEMU {self.source_version}, can hop to {self.emulator}"
         if self.image is not None:
-            return f"{self.guest}: the guest is held, and goes on with: virsh restore {self.image}"
+            return f"{self.guest}: the guest is suspended in the keeper; to resume it: virsh restore {self.image}"
         line = f"{self.guest}: QEMU {self.source_version} -> {self.destination_version}"
-        if self.kind == "bare":
+        if self.kind == "standalone":
             line += f", now process {self.destination_pid}"
-        line += "; it stayed paused" if self.blackout_ms is None else f"; blackout {readable_ms(self.blackout_ms)}"
+        line += "; it stayed paused" if self.downtime_ms is None else f"; downtime {readable_ms(self.downtime_ms)}"
         if self.rehearsal_ms is not None:
             line += f", and {readable_ms(self.rehearsal_ms)} for the rehearsal"
         return "\n".join([line, *(f"note: {note}" for note in self.notes)])
 
 
 def readable_ms(ms: float) -> str:
-    """Milliseconds, with no more digits than anybody wants to know."""
+    """Milliseconds, with one decimal below 10."""
     return f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
 
 
 def printable(text: str) -> str:
-    """Words of a QEMU, its guest or an administrator, for a terminal, which does what control characters tell it."""
+    """Text of a QEMU, its guest or an administrator with control characters escaped: a terminal would obey them."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

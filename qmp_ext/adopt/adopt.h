@@ -3,19 +3,19 @@
  * adopt.so: preloaded into a stock QEMU, so that it takes over the guest of another QEMU instead of starting one.
  *
  * One file per concept:
- *   main.c       what the process is, what it was told; how failures are said
- *   keeper.c     the process that holds the source's descriptors, and the questions to it
- *   next.c       the C library's own functions behind the ones that are interposed
- *   memory.c     the guest's memory: private until the hand-over, the guest's own pages after it
+ *   main.c       what the process is, its environment; how failures are reported
+ *   keeper.c     requests to the keeper, the process that has the source's descriptors
+ *   libc.c       the C library's own functions behind the ones that are interposed
+ *   memory.c     the guest's memory: mapped privately until the hand-over, shared after it
  *   listeners.c  the source's listening sockets
- *   run_mark.c   whether the guest has run here, for whoever asks when this process has ended
- *   stream.c     the stream that brings the device state, whose first byte is the hand-over
+ *   run_mark.c   records whether the guest has run here, for when this process has exited
+ *   stream.c     the stream of the device state, whose first byte is the hand-over
  *   files.c      files that the source still writes
  *   kvm.c        which of QEMU's ioctls concern the hop
- *   sev.c        launch commands answered, the move
+ *   sev.c        emulated launch commands, the move
  *   registers.c  vCPU registers that the kernel accepts only after the move
- *   urgency.c    the priority that the hop has lent to the guest's processors
- *   cpu_properties.c  what libvirt need not ask for while the guest waits
+ *   realtime.c   resets the realtime priority that the hop has given to threads of this process
+ *   cpu_properties.c  properties that libvirt need not query while the guest waits
  *   commands.c   the QMP commands and the guard against running too early
  */
 #ifndef SEVHOP_ADOPT_H
@@ -46,7 +46,7 @@ enum guest_context { CONTEXT_NONE, CONTEXT_SEV, CONTEXT_SEV_ES };
 
 #define MEASUREMENT_SIZE 48 /* digest and nonce of LAUNCH_MEASURE, bytes */
 
-/* What the keeper said in its answer to `hello`, and how far the hop has come. */
+/* The keeper's reply to `hello`, and the state of the hop. */
 struct hop {
     bool keeper; /* a keeper is configured: this QEMU is the destination of a hop */
     enum guest_context context;
@@ -60,7 +60,7 @@ struct hop {
 extern struct hop hop;
 
 /* True until the hop is over: files, sockets and memory may still be the source's. */
-static inline bool hop_under_way(void)
+static inline bool hop_in_progress(void)
 {
     return hop.keeper && !atomic_load_explicit(&hop.finished, memory_order_relaxed);
 }
@@ -69,8 +69,8 @@ static inline bool hop_under_way(void)
 extern pthread_mutex_t adopt_lock;
 
 const char *context_name(enum guest_context context);
-void say(const char *format, ...) PRINTF(1, 2); /* one line on stderr, errno is kept */
-void die(const char *format, ...) PRINTF(1, 2) __attribute__((noreturn)); /* one line on stderr, exit status 1 */
+void warn(const char *format, ...) PRINTF(1, 2); /* one line on stderr, errno is kept */
+void fatal(const char *format, ...) PRINTF(1, 2) __attribute__((noreturn)); /* one line on stderr, exit status 1 */
 void hand_over_stderr(void);
 bool parse_number(const char *text, unsigned long long *number);
 bool parse_hex(const char *text, unsigned char *bytes, size_t size);
@@ -82,12 +82,12 @@ bool parse_hex(const char *text, unsigned char *bytes, size_t size);
 void keeper_connect(const char *where); /* path of its socket, or fd:N */
 /*
  * One request, one reply (NUL-terminated in `reply`). A descriptor that came with it is in *fd, else -1.
- * Returns false when the keeper does not answer; during start-up it does not return then, but ends the process.
+ * Returns false when the keeper does not reply; during start-up it exits then.
  */
 bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PRINTF(3, 4);
-/* Tells the keeper that the guest is about to run here. Returns false when it does not want to hear that any more. */
-bool keeper_hears_of_run(void);
-bool source_has_ended(void); /* false: not all of it, or the keeper has not told who it is */
+/* Notifies the keeper that the guest is about to run here. Returns false when the keeper has revoked the start. */
+bool keeper_notify_start(void);
+bool source_has_ended(void); /* false: a thread of it is left, or the keeper gave no pidfd */
 void keeper_close(void);
 
 /* ---- run_mark.c ---- */
@@ -103,9 +103,9 @@ void run_mark_use(int fd);
 bool run_mark_write(enum run_mark state); /* false: it could not be written; without a mark nothing is written */
 bool run_mark_ran(void);
 
-/* ---- next.c ---- */
+/* ---- libc.c ---- */
 
-struct next {
+struct libc {
     int (*ioctl)(int, unsigned long, ...);
     int (*memfd_create)(const char *, unsigned int);
     int (*ftruncate)(int, off64_t);
@@ -127,15 +127,15 @@ struct next {
     int (*accept4)(int, struct sockaddr *, socklen_t *, int);
 };
 
-extern struct next next_functions;
-void find_next_functions(void);
+extern struct libc libc_functions;
+void find_libc_functions(void);
 
-/* Other libraries' constructors may call us before our own constructor has run: look the functions up then. */
-static inline const struct next *next(void)
+/* Other libraries' constructors may call us before our own constructor has run: resolve the functions then. */
+static inline const struct libc *libc(void)
 {
-    if (!likely(next_functions.ioctl))
-        find_next_functions();
-    return &next_functions;
+    if (!likely(libc_functions.ioctl))
+        find_libc_functions();
+    return &libc_functions;
 }
 
 /* ---- memory.c ---- */
@@ -157,7 +157,7 @@ void memory_lock_pages(void); /* does what mlockall() was asked for during the h
 
 /* ---- stream.c ---- */
 
-int stream_await(int fd, uint64_t head); /* 0, or a negative errno */
+int stream_await(int fd, uint64_t header_size); /* 0, or a negative errno */
 void stream_forget(void);
 
 /* ---- listeners.c ---- */
@@ -183,18 +183,18 @@ struct kvm_enc_region;
 struct move {
     int error; /* of the ioctl that moves the context; 0: moved */
     int vcpus; /* vCPUs whose CPUID was set again */
-    int registers; /* vCPUs whose held-back registers were set */
+    int registers; /* vCPUs whose deferred registers were set */
     int restore_error; /* of either of these */
 };
 
 int sev_command(int vm, unsigned long request, struct kvm_sev_cmd *command);
 int sev_register_region(int vm, unsigned long request, struct kvm_enc_region *region);
 int sev_unregister_region(int vm, unsigned long request, struct kvm_enc_region *region);
-void sev_check_launch(void); /* once the machine is complete: was the guest that was adopted really asked for? */
+void sev_check_launch(void); /* once the machine is complete: does the command line ask for the guest that was adopted? */
 struct move sev_move_from(int source_vm);
 bool sev_moved(void);
-int sev_commands_answered(void);
-int sev_regions_answered(void);
+int sev_emulated_commands(void);
+int sev_deferred_regions(void);
 
 /* ---- registers.c ---- */
 
@@ -206,13 +206,12 @@ int vcpu_set_registers(int vcpu, unsigned long request, void *registers);
 int vcpu_get_registers(int vcpu, unsigned long request, void *registers);
 void vcpus_restore(struct move *move);
 int vcpus_count(void);
-int vcpus_held(void);
+int vcpus_deferred(void);
 
-/* ---- urgency.c ---- */
+/* ---- realtime.c ---- */
 
-/* Of all threads; the first one, which starts the guest, a moment later. */
-void urgency_begins(void);
-void urgency_ends(void);
+void realtime_record(void); /* all threads, for realtime_reset() */
+void realtime_reset(void); /* all threads; the first one, which starts the guest, a moment later */
 
 /* ---- cpu_properties.c ---- */
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The QMP commands (documented in adopt.json), and the guard: a destination that has not adopted its guest does not run.
+ * The QMP commands (documented in adopt.json), and the guard: a destination that has not adopted its guest does not
+ * run.
  */
 #include "adopt.h"
 #include "qemu.h"
@@ -12,12 +13,12 @@
 
 #define fail(error, ...) error_setg_internal(error, __FILE__, __LINE__, __func__, __VA_ARGS__)
 
-static int runs_refused;
-static bool run_is_told; /* to the keeper, before the guest runs here */
+static int refused_starts;
+static bool notify_keeper; /* before the guest runs here */
 
 /* ---- arguments ---- */
 
-static bool no_more_arguments_than(const QDict *arguments, size_t count, Error **error)
+static bool check_argument_count(const QDict *arguments, size_t count, Error **error)
 {
     if (!arguments || qdict_size(arguments) <= count)
         return true;
@@ -38,7 +39,7 @@ static const char *string_argument(const QDict *arguments, const char *name, Err
     return NULL;
 }
 
-/* Not negative; -1 and *error when it is, or is none. */
+/* -1 and *error when it is missing, negative, or no number. */
 static int64_t number_argument(const QDict *arguments, const char *name, Error **error)
 {
     int64_t value = qdict_get_try_int(arguments, name, -1);
@@ -50,19 +51,19 @@ static int64_t number_argument(const QDict *arguments, const char *name, Error *
 
 /* ---- x-sev-adopt-ram ---- */
 
-/* The guest's pages are mapped when the stream begins, and the guest may run when it has ended. */
+/* The guest's pages are mapped when the state begins to arrive, and the guest may run at the end of the stream. */
 static int share_with_stream(const QDict *arguments, Error **error)
 {
     const char *name = string_argument(arguments, "stream", error);
-    int64_t head = name ? number_argument(arguments, "head", error) : -1;
-    int fd = head < 0 ? -1 : monitor_get_fd(monitor_cur(), name, error), failure;
+    int64_t header_size = name ? number_argument(arguments, "header-size", error) : -1;
+    int fd = header_size < 0 ? -1 : monitor_get_fd(monitor_cur(), name, error), failure;
 
     if (fd < 0)
         return -1;
-    failure = stream_await(fd, (uint64_t)head);
+    failure = stream_await(fd, (uint64_t)header_size);
     close(fd);
     if (failure) {
-        fail(error, "The stream cannot be awaited: %s", strerror(-failure));
+        fail(error, "The stream cannot be used: %s", strerror(-failure));
         return -1;
     }
     failure = memory_share_ahead();
@@ -71,17 +72,17 @@ static int share_with_stream(const QDict *arguments, Error **error)
         fail(error, "Guest memory cannot be mapped: %s", strerror(-failure));
         return -1;
     }
-    run_is_told = hop.context == CONTEXT_NONE;
+    notify_keeper = hop.context == CONTEXT_NONE;
     return 0;
 }
 
-/* Who orders this also orders the guest to run, and knows of it. */
+/* Whoever sends this also sends cont, so the keeper need not be notified. */
 static int share_now(Error **error)
 {
     int failure;
 
     stream_forget();
-    run_is_told = false;
+    notify_keeper = false;
     failure = memory_share();
     if (failure)
         fail(error, "Guest memory cannot be mapped: %s", strerror(-failure));
@@ -94,7 +95,7 @@ static void adopt_ram(QDict *arguments, QObject **result, Error **error)
     struct memory_counts counts;
     QDict *answer;
 
-    if (!no_more_arguments_than(arguments, later ? 2 : 0, error))
+    if (!check_argument_count(arguments, later ? 2 : 0, error))
         return;
     if (runstate_is_running()) {
         fail(error, "This VM is running");
@@ -106,7 +107,7 @@ static void adopt_ram(QDict *arguments, QObject **result, Error **error)
     }
     if (later ? share_with_stream(arguments, error) : share_now(error))
         return;
-    urgency_begins();
+    realtime_record();
     counts = memory_count();
     answer = qdict_new();
     qdict_put_int(answer, "mappings", counts.mappings);
@@ -138,7 +139,7 @@ static void migrate_from(QDict *arguments, QObject **result, Error **error)
     QDict *answer;
     int source;
 
-    if (!name || !no_more_arguments_than(arguments, 1, error))
+    if (!name || !check_argument_count(arguments, 1, error))
         return;
     if (reason) {
         fail(error, "%s", reason);
@@ -176,7 +177,7 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
     QDict *answer;
     QList *memories;
 
-    if (!no_more_arguments_than(arguments, 0, error))
+    if (!check_argument_count(arguments, 0, error))
         return;
     memories = qlist_new();
     memory_each(add_memory, memories);
@@ -187,12 +188,12 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
     qdict_put_bool(answer, "moved", sev_moved());
     qdict_put_bool(answer, "ran", run_mark_ran());
     qdict_put_bool(answer, "finished", atomic_load(&hop.finished));
-    qdict_put_int(answer, "answered", sev_commands_answered());
-    qdict_put_int(answer, "regions", sev_regions_answered());
-    qdict_put_int(answer, "runs-refused", runs_refused);
+    qdict_put_int(answer, "emulated-launch-commands", sev_emulated_commands());
+    qdict_put_int(answer, "deferred-regions", sev_deferred_regions());
+    qdict_put_int(answer, "refused-starts", refused_starts);
     qdict_put_int(answer, "vm-type", kvm_vm_type());
     qdict_put_int(answer, "vcpus", vcpus_count());
-    qdict_put_int(answer, "registers-held", vcpus_held());
+    qdict_put_int(answer, "deferred-registers", vcpus_deferred());
     qdict_put_int(answer, "listeners", listeners_adopted());
     qdict_put_obj(answer, "memfds", (QObject *)memories);
     *result = (QObject *)answer;
@@ -212,23 +213,23 @@ static const char *reason_against_running(void)
 }
 
 /*
- * Before the guest runs here for the first time: leave the mark, for whoever must know it although this process and the
- * command have ended. That the keeper's socket takes the message is what commits a hop without an SEV context. Who wants to
- * undo the hop shuts the socket down first: then this fails, and the source may go on. One that has ended will not, and with it
- * and the command gone this process is all that there is of the guest.
+ * Before the guest runs here for the first time: write the run mark, for when this process and the command have exited.
+ * A hop without an SEV context is committed when the keeper's socket accepts the message. To roll the hop back, the
+ * keeper shuts the socket down first: then this fails, and the source may be resumed. If the source has exited it will
+ * not be, and only this process has the guest.
  */
 static const char *begin_to_run(void)
 {
-    bool told = run_is_told;
+    bool notify = notify_keeper;
 
-    run_is_told = false;
-    if (!run_mark_write(told ? RUN_MARK_STARTING : RUN_MARK_RAN))
+    notify_keeper = false;
+    if (!run_mark_write(notify ? RUN_MARK_STARTING : RUN_MARK_RAN))
         return "the run mark cannot be written";
-    if (!told)
+    if (!notify)
         return NULL;
-    if (!keeper_hears_of_run() && !source_has_ended()) {
+    if (!keeper_notify_start() && !source_has_ended()) {
         run_mark_write(RUN_MARK_NOT);
-        return "the hop was broken off";
+        return "the hop was interrupted";
     }
     run_mark_write(RUN_MARK_RAN);
     return NULL;
@@ -240,14 +241,14 @@ static void before_run(void *opaque, bool running, int state)
 
     (void)opaque;
     (void)state;
-    if (running && !reason && (run_is_told || !run_mark_ran()))
+    if (running && !reason && (notify_keeper || !run_mark_ran()))
         reason = begin_to_run();
     if (reason) {
-        runs_refused++;
-        die("this QEMU must not run: %s", reason);
+        refused_starts++;
+        fatal("this QEMU must not run: %s", reason);
     }
-    if (running && hop_under_way())
-        urgency_ends();
+    if (running && hop_in_progress())
+        realtime_reset();
 }
 
 /* ---- x-sev-adopt-finish ---- */
@@ -256,14 +257,14 @@ static void adopt_finish(QDict *arguments, QObject **result, Error **error)
 {
     const char *reason = hop.keeper ? reason_against_running() : NULL;
 
-    if (!no_more_arguments_than(arguments, 0, error))
+    if (!check_argument_count(arguments, 0, error))
         return;
     if (reason) {
         fail(error, "The hop is not over: %s", reason);
         return;
     }
     if (!atomic_exchange(&hop.finished, true)) {
-        run_is_told = false;
+        notify_keeper = false;
         listeners_serve();
         keeper_close();
         memory_lock_pages();
@@ -275,17 +276,17 @@ static void adopt_finish(QDict *arguments, QObject **result, Error **error)
 /* ---- start ---- */
 
 /*
- * The source has ended: nobody else takes care of the hand-over. The first thing that the main loop does is late enough,
- * since start-up has written what it writes (the reset that follows machine-init-done writes, too), and early enough, since
+ * The source has exited, and no command orders the hand-over. A bottom half of the main loop is late enough, since
+ * start-up has written what it writes (the reset that follows machine-init-done writes, too), and early enough, since
  * the stream is read by the main loop.
  */
-static void share_by_itself(void *opaque)
+static void share_automatically(void *opaque)
 {
     int failure = memory_share();
 
     (void)opaque;
     if (failure)
-        die("guest memory cannot be mapped: %s", strerror(-failure));
+        fatal("guest memory cannot be mapped: %s", strerror(-failure));
 }
 
 static void machine_complete(Notifier *notifier, void *data)
@@ -296,7 +297,7 @@ static void machine_complete(Notifier *notifier, void *data)
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-migrate-from", migrate_from, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-status", adopt_status, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-finish", adopt_finish, 0, 0);
-    /* Before all other handlers: devices start to work when theirs are called. */
+    /* Before all other handlers: devices start when theirs are called. */
     qemu_add_vm_change_state_handler_prio(before_run, NULL, INT_MIN);
     if (!hop.keeper)
         return;
@@ -305,12 +306,12 @@ static void machine_complete(Notifier *notifier, void *data)
     if (hop.source_ended)
         cpu_properties_shorten();
     if (hop.source_ended && memory_state() == RAM_PRIVATE)
-        aio_bh_schedule_oneshot_full(qemu_get_aio_context(), share_by_itself, NULL, "sevhop-adopt");
+        aio_bh_schedule_oneshot_full(qemu_get_aio_context(), share_automatically, NULL, "sevhop-adopt");
 }
 
 static Notifier when_machine_complete = {.notify = machine_complete};
 
-/* Any of these makes it one. Whether it has all that is needed is another question. */
+/* Any of these symbols makes it one; check_symbols() tests whether it has all. */
 bool is_qemu(void)
 {
     return qmp_commands || qmp_register_command || qemu_add_machine_init_done_notifier;
@@ -320,7 +321,7 @@ static void check_symbols(void)
 {
 #define CHECK(symbol) \
     if (!(symbol))    \
-        die("this QEMU does not have " #symbol ", which adopting needs: use a stock build");
+        fatal("this QEMU does not export " #symbol ", which adopt.so needs: use a stock build");
     QEMU_SYMBOLS(CHECK)
 #undef CHECK
 }
@@ -328,6 +329,6 @@ static void check_symbols(void)
 void commands_install(void)
 {
     check_symbols();
-    /* Registering the commands themselves is too early: QEMU initialises its table later. First in, last called. */
+    /* It is too early to register the commands: QEMU initialises its table later. First in, last called. */
     qemu_add_machine_init_done_notifier(&when_machine_complete);
 }

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What a destination tells of its CPUs while libvirt starts it and the guest waits.
+ * The properties of CPUs that a destination lists while libvirt starts it and the guest waits.
  *
- * libvirt asks for the properties of a CPU (qom-list) and then for the value of every boolean one, by a command of its own:
- * 400 to 470 of them. QEMU reads its monitors byte by byte, so each takes a third of a millisecond; together they were half
- * of the guest's pause. Only those that are true count for libvirt. So the list leaves out the booleans that are false, and
- * a tenth of the questions remains; what libvirt makes of the answers is the same.
+ * libvirt queries the properties of a CPU (qom-list) and then the value of every boolean one, each by a command: 400 to
+ * 470 of them. QEMU reads its monitors byte by byte, so each takes a third of a millisecond; together they were half of
+ * the guest's downtime. libvirt uses only those that are true. So the list omits the booleans that are false, and a
+ * tenth of the queries remains, with the same result.
  *
- * That holds until the hop is over, and only if the source has ended, since that is libvirt's kind of hop. Anything that is
- * not as expected leaves the list as QEMU made it: this is about speed alone.
+ * That is so until the hop is over, and only if the source had exited at the start, as in libvirt's kind of hop.
+ * Anything unexpected leaves the list as QEMU made it: this is only an optimisation.
  */
 #include "adopt.h"
 #include "qemu.h"
@@ -35,20 +35,20 @@ static bool is_false(Object *object, const QDict *property)
 
 static QObject *without_false(Object *object, QList *properties)
 {
-    QList *kept = qlist_new(), *left_out = qlist_new();
+    QList *kept = qlist_new(), *omitted = qlist_new();
     QObject *property;
 
     while ((property = qlist_pop(properties)))
-        qlist_append_obj(is_false(object, (QDict *)property) ? left_out : kept, property);
-    qlist_destroy_obj((QObject *)left_out);
+        qlist_append_obj(is_false(object, (QDict *)property) ? omitted : kept, property);
+    qlist_destroy_obj((QObject *)omitted);
     qlist_destroy_obj((QObject *)properties);
     return (QObject *)kept;
 }
 
-static void list_those_that_matter(QDict *arguments, QObject **result, Error **error)
+static void list_without_false(QDict *arguments, QObject **result, Error **error)
 {
     const char *path = qdict_get_try_str(arguments, "path");
-    Object *object = path && hop_under_way() ? object_resolve_path(path, NULL) : NULL;
+    Object *object = path && hop_in_progress() ? object_resolve_path(path, NULL) : NULL;
 
     list_all(arguments, result, error);
     if (*result && object && object_dynamic_cast(object, "cpu"))
@@ -63,9 +63,9 @@ void cpu_properties_shorten(void)
         !object_property_get_bool || !error_free || !qlist_pop || !qlist_destroy_obj)
         return;
     command = qmp_find_command((QmpCommandList *)qmp_commands, "qom-list");
-    /* The right name and the right function where they should be: this is the table's entry as it is known here. */
+    /* Name and function are where they are expected: the entry of QEMU's table has the known layout. */
     if (!command || strcmp(command->name, "qom-list") || command->function != qmp_marshal_qom_list)
         return;
     list_all = command->function;
-    command->function = list_those_that_matter;
+    command->function = list_without_false;
 }

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Files that QEMU writes a log to (-serial file:, logfile=, -D): it truncates them when it starts. The source still writes
- * them then, so the destination appends.
+ * Files that QEMU writes a log to (-serial file:, logfile=, -D): it truncates them when it starts. The source still
+ * writes them then, so the destination appends.
  *
- * Disk images: before the guest runs, QEMU has the kernel drop what it has read of them (drop-cache=on of block/file-posix.c),
- * since another host may have written to them. No other host has, and reading them again keeps the guest waiting for the disk.
+ * Disk images: before the guest runs, QEMU has the kernel drop what it has read of them (drop-cache=on of
+ * block/file-posix.c), since another host may have written to them. No other host has, and reading them again would
+ * make the guest wait.
  *
- * The pid file: written under another name (NAME.hop-TOKEN), while the source has its own. When the hop is over it is renamed,
- * which QEMU, that removes it when it ends, does not know.
+ * The pid file: written under another name (NAME.hop-TOKEN), while the source has its own. When the hop is over it is
+ * renamed. QEMU, which removes it when it exits, does not know the new name.
  */
 #include "adopt.h"
 
@@ -29,9 +30,9 @@ static bool is_regular_file(const char *path)
     return regular;
 }
 
-static int keep_content(const char *path, int flags)
+static int appending_flags(const char *path, int flags)
 {
-    if (hop_under_way() && flags & O_TRUNC && (flags & O_ACCMODE) == O_WRONLY && is_regular_file(path))
+    if (hop_in_progress() && flags & O_TRUNC && (flags & O_ACCMODE) == O_WRONLY && is_regular_file(path))
         return (flags & ~O_TRUNC) | O_APPEND;
     return flags;
 }
@@ -47,7 +48,7 @@ static int keep_content(const char *path, int flags)
             mode = va_arg(arguments, mode_t);                                   \
             va_end(arguments);                                                  \
         }                                                                       \
-        return next()->open(path, keep_content(path, flags), mode);             \
+        return libc()->open(path, appending_flags(path, flags), mode);             \
     }
 
 OPEN(open64)
@@ -58,7 +59,7 @@ OPEN(open)
     EXPORT int name(const char *path, int flags);                     \
     EXPORT int name(const char *path, int flags)                      \
     {                                                                 \
-        return next()->open(path, keep_content(path, flags), 0);      \
+        return libc()->open(path, appending_flags(path, flags), 0);      \
     }
 
 OPEN_FORTIFIED(__open64_2)
@@ -69,13 +70,13 @@ static FILE *open_stream(const char *path, const char *mode)
     char appending[16];
 
     /* "w", "wb", "we", ..., but not "w+", which also reads from the beginning */
-    if (hop_under_way() && mode[0] == 'w' && !strchr(mode, '+') && strlen(mode) < sizeof appending &&
+    if (hop_in_progress() && mode[0] == 'w' && !strchr(mode, '+') && strlen(mode) < sizeof appending &&
         is_regular_file(path)) {
         strcpy(appending, mode);
         appending[0] = 'a';
         mode = appending;
     }
-    return next()->fopen(path, mode);
+    return libc()->fopen(path, mode);
 }
 
 EXPORT FILE *fopen64(const char *path, const char *mode)
@@ -90,9 +91,9 @@ EXPORT FILE *fopen(const char *path, const char *mode)
 
 static int advise(int fd, off64_t offset, off64_t length, int advice)
 {
-    if (hop_under_way() && advice == POSIX_FADV_DONTNEED)
+    if (hop_in_progress() && advice == POSIX_FADV_DONTNEED)
         return 0;
-    return next()->fadvise(fd, offset, length, advice);
+    return libc()->fadvise(fd, offset, length, advice);
 }
 
 EXPORT int posix_fadvise64(int fd, off64_t offset, off64_t length, int advice)
@@ -108,10 +109,10 @@ EXPORT int posix_fadvise(int fd, off_t offset, off_t length, int advice)
 #define MARK ".hop-"
 #define TOKEN 4 /* bytes, in hexadecimal */
 
-/* Whether a file says that it is ours. */
+/* Whether a pid file has our pid. */
 static bool names_us(const char *path)
 {
-    int file = next()->open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC, 0);
+    int file = libc()->open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC, 0);
     char text[16] = "";
     unsigned long long number;
     ssize_t length = file < 0 ? -1 : read(file, text, sizeof text - 1);
@@ -132,14 +133,14 @@ bool pid_file_unlink(const char *path)
     struct stat file;
     bool gone = false;
 
-    if (!hop.keeper || hop_under_way() || length <= mark || strncmp(path + length - mark, MARK, strlen(MARK)) ||
+    if (!hop.keeper || hop_in_progress() || length <= mark || strncmp(path + length - mark, MARK, strlen(MARK)) ||
         !parse_hex(path + length - 2 * TOKEN, token, TOKEN) || !lstat(path, &file))
         return false;
 
     char *name = strndup(path, length - mark);
 
     if (name && names_us(name))
-        gone = !next()->unlink(name);
+        gone = !libc()->unlink(name);
     free(name);
     errno = saved;
     return gone;

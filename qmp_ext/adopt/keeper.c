@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The keeper: the process that holds the source's VM, memory and sockets while one QEMU takes the place of the other.
+ * The keeper: the process that has the source's VM, memory and sockets while one QEMU replaces the other.
  *
- * One AF_UNIX SOCK_SEQPACKET connection, made at start or inherited (SEVHOP_KEEPER is a path or fd:N); one ASCII message
- * per request and per reply:
+ * One AF_UNIX SOCK_SEQPACKET connection, made at start or inherited (SEVHOP_KEEPER is a path or fd:N); one ASCII
+ * message per request and per reply:
  *   hello 1          ok context=none|sev|sev-es source=running|ended [handle=N] [measurement=HEX]
- *                    no REASON
+ *                    error REASON
  *   memfd N NAME     fd SIZE, with the descriptor | none
  *   listener HEX     fd, with the descriptor      | none
  *   run-mark         fd, with the descriptor      | none
- *   run              no reply: the guest runs from here on
+ *   source           fd, with the source's pidfd  | none
+ *   run              no reply: the guest is about to run
  */
 #include "adopt.h"
 
@@ -23,7 +24,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define ANSWER_SECONDS 10 /* the keeper answers from memory; one that takes this long hangs */
+#define REPLY_TIMEOUT 10 /* seconds; the keeper replies from memory, and hangs if it takes longer */
 
 static int connection = -1;
 static int source = -1; /* its pidfd */
@@ -108,18 +109,18 @@ bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...)
     pthread_mutex_unlock(&conversation);
 
     /*
-     * During start-up nothing is lost by giving up. Later the guest may be here already: what was asked for fails, and
-     * the guest lives.
+     * During start-up the process can exit without loss. Later it may have the guest already: only the request fails
+     * then.
      */
     if (!answered) {
         if (!atomic_load(&hop.machine_complete))
-            die("the keeper does not answer: %s", errno == EAGAIN ? "timed out" : strerror(errno));
-        say("the keeper does not answer: %s", strerror(errno));
+            fatal("the keeper does not answer: %s", errno == EAGAIN ? "timed out" : strerror(errno));
+        warn("the keeper does not answer: %s", strerror(errno));
     }
     return answered;
 }
 
-bool keeper_hears_of_run(void)
+bool keeper_notify_start(void)
 {
     bool sent;
 
@@ -129,7 +130,7 @@ bool keeper_hears_of_run(void)
     return sent;
 }
 
-static bool understand(const char *word)
+static bool parse_hello(const char *word)
 {
     unsigned long long number;
 
@@ -163,23 +164,23 @@ static void say_hello(void)
     keeper_ask(reply, &fd, "hello 1");
     if (fd >= 0)
         close(fd);
-    if (!strncmp(reply, "no ", 3))
-        die("the keeper refuses: %s", reply + 3);
+    if (!strncmp(reply, "error ", 6))
+        fatal("cannot connect to the keeper: %s", reply + 6);
     strcpy(copy, reply);
     word = strtok_r(copy, " ", &rest);
     if (!word || strcmp(word, "ok"))
-        die("the keeper says nonsense: %s", reply);
+        fatal("invalid reply of the keeper: %s", reply);
     while ((word = strtok_r(NULL, " ", &rest))) {
-        if (!understand(word))
-            die("the keeper says nonsense: %s", reply);
+        if (!parse_hello(word))
+            fatal("invalid reply of the keeper: %s", reply);
         context |= !strncmp(word, "context=", 8);
         source |= !strncmp(word, "source=", 7);
     }
     if (!context || !source)
-        die("the keeper does not say what the guest is: %s", reply);
+        fatal("invalid reply of the keeper: %s", reply);
 }
 
-/* A descriptor that stays open; -1 if the keeper has none of that name. */
+/* A descriptor from the keeper, which the caller owns; -1 if it has none of that name. */
 static int take(const char *name)
 {
     char reply[KEEPER_MESSAGE];
@@ -190,7 +191,7 @@ static int take(const char *name)
         return -1;
     moved = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
     if (moved < 0)
-        die("no descriptor for the %s: %s", name, strerror(errno));
+        fatal("cannot duplicate the descriptor of the %s: %s", name, strerror(errno));
     close(fd);
     return moved;
 }
@@ -208,15 +209,15 @@ static int reach(const char *path)
     int fd;
 
     if (strlen(path) >= sizeof address.sun_path)
-        die("SEVHOP_KEEPER is too long for a socket: %s", path);
+        fatal("SEVHOP_KEEPER is too long for a socket: %s", path);
     strcpy(address.sun_path, path);
     fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) < 0)
-        die("the keeper cannot be reached at %s: %s", path, strerror(errno));
+        fatal("cannot connect to the keeper at %s: %s", path, strerror(errno));
     return fd;
 }
 
-/* A socket that was inherited already connected: nobody else can ask, and nothing has to be found in a file system. */
+/* An inherited, connected socket: no other process can use it, and no path is needed. */
 static int inherit(const char *text)
 {
     unsigned long long number;
@@ -225,7 +226,7 @@ static int inherit(const char *text)
 
     if (!parse_number(text, &number) || number > INT_MAX ||
         getsockopt((int)number, SOL_SOCKET, SO_TYPE, &type, &length) < 0 || type != SOCK_SEQPACKET)
-        die("SEVHOP_KEEPER is not an open socket: fd:%s", text);
+        fatal("SEVHOP_KEEPER is not an open socket: fd:%s", text);
     return (int)number;
 }
 
@@ -235,24 +236,24 @@ static void check_peer(int fd, const char *where)
     socklen_t length = sizeof peer;
 
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0)
-        die("the keeper at %s cannot be identified: %s", where, strerror(errno));
+        fatal("the keeper at %s cannot be identified: %s", where, strerror(errno));
     if (peer.uid != 0 && peer.uid != geteuid())
-        die("the keeper at %s belongs to user %u, not to root or to this QEMU's user", where, (unsigned int)peer.uid);
+        fatal("the keeper at %s belongs to user %u, not to root or to this QEMU's user", where, (unsigned int)peer.uid);
 }
 
 void keeper_connect(const char *where)
 {
-    struct timeval patience = {.tv_sec = ANSWER_SECONDS};
+    struct timeval timeout = {.tv_sec = REPLY_TIMEOUT};
     int fd = strncmp(where, "fd:", 3) ? reach(where) : inherit(where + 3);
 
     check_peer(fd, where);
-    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) < 0 ||
-        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) < 0)
-        die("no time limit for the keeper: %s", strerror(errno));
-    /* Started without stdio, the socket may have got one of its numbers, which QEMU or the hop will use otherwise. */
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) < 0 ||
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout) < 0)
+        fatal("cannot set a timeout for the keeper: %s", strerror(errno));
+    /* Without stdio the socket may have got one of its numbers, which QEMU or the hop will use otherwise. */
     connection = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
     if (connection < 0)
-        die("no descriptor for the keeper: %s", strerror(errno));
+        fatal("cannot duplicate the keeper's socket: %s", strerror(errno));
     close(fd);
     hop.keeper = true;
     say_hello();

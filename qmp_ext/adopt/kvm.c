@@ -47,17 +47,17 @@ static const char *vm_type_name(int type)
 }
 
 /*
- * A VM of a SEV type takes a moved context and can never run it: the kernel still waits for its KVM_SEV_INIT2, and KVM_RUN
- * gives EINVAL. SEV-SNP contexts do not move at all.
+ * A VM of a SEV type takes a moved context and can never run it: the kernel still waits for its KVM_SEV_INIT2, and
+ * KVM_RUN gives EINVAL. SEV-SNP contexts do not move at all.
  */
 static int create_vm(int fd, unsigned long request, void *type)
 {
     int number = (int)(long)type, result;
 
     if (hop.keeper && number != 0)
-        die("this QEMU creates a VM of type %d, %s, which cannot run a guest that was moved into it%s", number,
+        fatal("this QEMU creates a VM of type %d, %s, which cannot run a guest that was moved into it%s", number,
             vm_type_name(number), number == 2 || number == 3 ? ": use legacy-vm-type=on" : "");
-    result = next()->ioctl(fd, request, type);
+    result = libc()->ioctl(fd, request, type);
     if (result >= 0) {
         vm_fd = result;
         vm_type = number;
@@ -67,7 +67,7 @@ static int create_vm(int fd, unsigned long request, void *type)
 
 static int create_vcpu(int fd, unsigned long request, void *id)
 {
-    int result = next()->ioctl(fd, request, id);
+    int result = libc()->ioctl(fd, request, id);
 
     if (result >= 0)
         vcpu_created(result);
@@ -99,7 +99,7 @@ static int kvm_ioctl(int fd, unsigned long request, void *argument)
     case KVM_MEMORY_ENCRYPT_UNREG_REGION:
         return sev_unregister_region(fd, request, argument);
     }
-    return next()->ioctl(fd, request, argument);
+    return libc()->ioctl(fd, request, argument);
 }
 
 EXPORT int ioctl(int fd, unsigned long request, ...)
@@ -110,10 +110,10 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
     va_start(arguments, request);
     argument = va_arg(arguments, void *);
     va_end(arguments);
-    /* First what there are millions of. */
+    /* First the hot path. */
     if (request == KVM_RUN || !hop.keeper)
-        return next()->ioctl(fd, request, argument);
+        return libc()->ioctl(fd, request, argument);
     if (((request >> _IOC_TYPESHIFT) & _IOC_TYPEMASK) != KVMIO)
-        return next()->ioctl(fd, request, argument);
+        return libc()->ioctl(fd, request, argument);
     return kvm_ioctl(fd, request, argument);
 }

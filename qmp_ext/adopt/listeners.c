@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Listening sockets (monitors, serial consoles, VNC) of the source: the same command line makes the destination listen at
- * the same addresses, where the source still serves. It gets the source's own sockets instead, so that no client ever finds
- * nobody there. Accepting is the source's until the hop is over.
+ * Listening sockets (monitors, serial consoles, VNC) of the source: the same command line makes the destination listen
+ * at the same addresses, where the source still serves. It gets the source's own sockets instead, so that a client can
+ * always connect. Only the source accepts until the hop is over.
  */
 #include "adopt.h"
 
@@ -17,23 +17,26 @@
 
 #define MAX_ADDRESS sizeof(struct sockaddr_storage)
 
-/* What the keeper said about an address. unlink() asks before bind() does: the answer is for both. */
+/* The keeper's reply for an address. unlink() comes before bind(): the reply is for both. */
 struct listener {
     struct listener *next;
     unsigned char address[MAX_ADDRESS];
     socklen_t length;
     bool of_source;
-    int fd; /* the source's socket while no descriptor of QEMU's is it; -1 otherwise */
+    int fd; /* the source's socket while QEMU has no descriptor of it; -1 otherwise */
     bool taken;
     ino_t inode;
-    int number, backlog; /* what QEMU called listen() with, of a taken one; -1 before */
-    ino_t substitute; /* inode of what stands at its number while a client waits for the source; 0: nothing does */
+    int number, backlog; /* QEMU's arguments of listen(), of a taken one; -1 before */
+    ino_t substitute; /* inode of what replaces it at its number while a client waits for the source; 0: nothing does */
     int other_end; /* of the substitute */
 };
 
 static struct listener *listeners;
 
-/* What getsockname() says in the source: path, one NUL, nothing after it. Abstract names and IP addresses are exact as they are. */
+/*
+ * As getsockname() returns it in the source: path, one NUL, nothing after it. Abstract names and IP addresses are exact
+ * as they are.
+ */
 static socklen_t kernel_length(const struct sockaddr *address, socklen_t length)
 {
     const struct sockaddr_un *local = (const struct sockaddr_un *)address;
@@ -63,20 +66,20 @@ static void ask(struct listener *listener)
     if (!keeper_ask(reply, &listener->fd, "listener %s", hex) || !strcmp(reply, "none"))
         return;
     if (strcmp(reply, "fd") || listener->fd < 0)
-        die("the keeper says nonsense about a listening socket: %s", reply);
+        fatal("invalid reply of the keeper about a listening socket: %s", reply);
     if (!is_listening(listener->fd) || fstat(listener->fd, &file) < 0)
-        die("the keeper gives something for a listening socket that is none");
+        fatal("invalid reply of the keeper: the descriptor is not a listening socket");
     listener->of_source = true;
     listener->inode = file.st_ino;
 }
 
-/* The lock is held. */
+/* Called with adopt_lock held. */
 static struct listener *find(const struct sockaddr *address, socklen_t length)
 {
     struct listener *listener;
     unsigned char bytes[MAX_ADDRESS] = {0};
 
-    if (length >= MAX_ADDRESS) /* the kernel takes none that long; one more byte may be added below */
+    if (length >= MAX_ADDRESS) /* the kernel accepts none that long; one more byte may be added below */
         return NULL;
     memcpy(bytes, address, length);
     length = kernel_length(address, length);
@@ -85,7 +88,7 @@ static struct listener *find(const struct sockaddr *address, socklen_t length)
             return listener;
     listener = calloc(1, sizeof *listener);
     if (!listener)
-        die("out of memory");
+        fatal("out of memory");
     memcpy(listener->address, bytes, length);
     listener->length = length;
     ask(listener);
@@ -99,7 +102,7 @@ static bool may_be_served(int fd, const struct sockaddr *address, socklen_t leng
     int type = 0;
     socklen_t size = sizeof type;
 
-    return hop_under_way() && length > sizeof(sa_family_t) &&
+    return hop_in_progress() && length > sizeof(sa_family_t) &&
            (address->sa_family == AF_UNIX || address->sa_family == AF_INET || address->sa_family == AF_INET6) &&
            !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) && type == SOCK_STREAM;
 }
@@ -135,10 +138,10 @@ EXPORT int bind(int fd, const struct sockaddr *address, socklen_t length)
     if (result <= 0)
         return result;
     errno = saved;
-    return next()->bind(fd, address, length);
+    return libc()->bind(fd, address, length);
 }
 
-/* QEMU unlinks a socket's path before it binds, and when it ends: not while the source listens there. */
+/* QEMU unlinks a socket's path before it binds, and when it exits: not while the source listens there. */
 static bool is_served_path(const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -160,10 +163,10 @@ EXPORT int unlink(const char *path)
 {
     int saved = errno;
 
-    if (hop_under_way() && is_served_path(path))
+    if (hop_in_progress() && is_served_path(path))
         return 0;
     errno = saved;
-    return pid_file_unlink(path) ? 0 : next()->unlink(path);
+    return pid_file_unlink(path) ? 0 : libc()->unlink(path);
 }
 
 /* By inode: a number may have been closed and used again. */
@@ -173,7 +176,7 @@ static struct listener *gated(int fd)
     int saved = errno;
     struct stat file;
 
-    if (hop_under_way() && !fstat(fd, &file) && S_ISSOCK(file.st_mode)) {
+    if (hop_in_progress() && !fstat(fd, &file) && S_ISSOCK(file.st_mode)) {
         pthread_mutex_lock(&adopt_lock);
         for (listener = listeners; listener; listener = listener->next)
             if (listener->of_source && listener->inode == file.st_ino)
@@ -185,15 +188,15 @@ static struct listener *gated(int fd)
 }
 
 /*
- * It listens already. Whoever calls listen() last is who SO_PEERCRED names to clients (unix(7)), so that is put off until
- * the hop is over: up to then it has to be the source.
+ * It listens already. SO_PEERCRED returns to clients the process that called listen() last (unix(7)), which has to be
+ * the source until the hop is over: so the call is deferred until then.
  */
 EXPORT int listen(int fd, int backlog)
 {
     struct listener *listener = gated(fd);
 
     if (!listener)
-        return next()->listen(fd, backlog);
+        return libc()->listen(fd, backlog);
     pthread_mutex_lock(&adopt_lock);
     listener->number = fd;
     listener->backlog = backlog;
@@ -209,10 +212,10 @@ static bool is_inode(int fd, ino_t inode)
 }
 
 /*
- * A client is there for the source to accept, which may take its time: QEMU would be told of it again and again. So the
- * number gets, until the hop is over, a socket on which nothing ever happens (its other end is open and silent).
+ * A client waits for the source to accept it: until then QEMU's poll() would return at once, again and again. So the
+ * number gets, until the hop is over, a socket that never becomes readable (its other end is open and unused).
  */
-static void hush(struct listener *listener, int fd)
+static void mute(struct listener *listener, int fd)
 {
     int pair[2], flags = fcntl(fd, F_GETFD);
     struct stat file;
@@ -237,7 +240,7 @@ static bool refuse_client(int fd)
 
     if (!listener)
         return false;
-    hush(listener, fd);
+    mute(listener, fd);
     errno = EAGAIN;
     return true;
 }
@@ -246,14 +249,14 @@ EXPORT int accept4(int fd, struct sockaddr *address, socklen_t *length, int flag
 {
     if (refuse_client(fd))
         return -1;
-    return next()->accept4(fd, address, length, flags);
+    return libc()->accept4(fd, address, length, flags);
 }
 
 EXPORT int accept(int fd, struct sockaddr *address, socklen_t *length)
 {
     if (refuse_client(fd))
         return -1;
-    return next()->accept(fd, address, length);
+    return libc()->accept(fd, address, length);
 }
 
 int listeners_adopted(void)
@@ -267,7 +270,7 @@ int listeners_adopted(void)
     return count;
 }
 
-/* The lock is held. */
+/* Called with adopt_lock held. */
 static void serve(struct listener *listener)
 {
     int flags = fcntl(listener->number, F_GETFD);
@@ -275,15 +278,15 @@ static void serve(struct listener *listener)
     if (listener->substitute) {
         if (is_inode(listener->number, listener->substitute) &&
             dup3(listener->fd, listener->number, flags & FD_CLOEXEC ? O_CLOEXEC : 0) < 0)
-            say("a listening socket is lost: %s", strerror(errno));
+            warn("cannot restore a listening socket: %s", strerror(errno));
         close(listener->other_end);
         listener->substitute = 0;
     }
     if (is_inode(listener->number, listener->inode))
-        next()->listen(listener->number, listener->backlog);
+        libc()->listen(listener->number, listener->backlog);
 }
 
-/* The hop is over: what was taken is served by this process from now on, the rest is let go. */
+/* The hop is over: this process serves what was taken from now on, the rest is closed. */
 void listeners_serve(void)
 {
     pthread_mutex_lock(&adopt_lock);

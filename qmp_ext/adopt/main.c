@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What this process is, what it was told, and how failures are said.
+ * What this process is, its environment, and how failures are reported.
  *
- * The library is told what to do by the environment of the destination:
- *   SEVHOP_KEEPER  the keeper's socket, a path or fd:N; without it nothing is adopted, the commands are there and say so
- *   SEVHOP_STDERR  a descriptor that becomes stderr when the hop is over; until then stderr is read by who started the hop
+ * The library is configured by the environment of the destination:
+ *   SEVHOP_KEEPER  the keeper's socket, a path or fd:N; without it nothing is adopted, and the commands report that
+ *   SEVHOP_STDERR  a descriptor that becomes stderr when the hop is over; until then stderr is read by the command
  */
 #include "adopt.h"
 
@@ -22,7 +22,7 @@ pthread_mutex_t adopt_lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 static int later_stderr = -1;
 
-/* What is quoted may have control characters in it: it stays one line, and a terminal only shows it. */
+/* Quoted text may have control characters in it, which must not reach a terminal; it stays one line. */
 static void print_line(const char *format, va_list arguments)
 {
     char line[1024] = "sevhop adopt: ";
@@ -34,11 +34,11 @@ static void print_line(const char *format, va_list arguments)
             line[length] = '?';
     line[length++] = '\n';
     if (write(STDERR_FILENO, line, length) < 0) {
-        /* Nobody is left to be told. */
+        /* There is nowhere else to report it. */
     }
 }
 
-void say(const char *format, ...)
+void warn(const char *format, ...)
 {
     int saved = errno;
     va_list arguments;
@@ -50,7 +50,7 @@ void say(const char *format, ...)
 }
 
 /* _exit, not exit: QEMU's exit handlers would remove sockets and files that are still the source's. */
-void die(const char *format, ...)
+void fatal(const char *format, ...)
 {
     va_list arguments;
 
@@ -73,8 +73,8 @@ const char *context_name(enum guest_context context)
 }
 
 /*
- * Own parsers: newer headers redirect strtoul() and sscanf() to symbols that the C library of an older Debian, under which
- * the destination may run, does not have.
+ * Own parsers: newer headers redirect strtoul() and sscanf() to symbols that the C library of an older Debian, under
+ * which the destination may run, does not have.
  */
 bool parse_number(const char *text, unsigned long long *number)
 {
@@ -116,21 +116,21 @@ bool parse_hex(const char *text, unsigned char *bytes, size_t size)
     return true;
 }
 
-/* QEMU's children are no destinations: takes this library, and only it, out of LD_PRELOAD. */
-static void leave_environment(void)
+/* QEMU's children are no destinations: removes this library, and only it, from LD_PRELOAD. */
+static void clean_environment(void)
 {
     const char *preload = getenv("LD_PRELOAD");
     Dl_info self;
 
     unsetenv("SEVHOP_KEEPER");
     unsetenv("SEVHOP_STDERR");
-    if (!preload || !dladdr((void *)leave_environment, &self))
+    if (!preload || !dladdr((void *)clean_environment, &self))
         return;
 
     char *entries = strdup(preload), *kept = calloc(1, strlen(preload) + 1), *rest = NULL;
 
     if (!entries || !kept)
-        die("out of memory");
+        fatal("out of memory");
     for (char *entry = strtok_r(entries, ": ", &rest); entry; entry = strtok_r(NULL, ": ", &rest)) {
         if (!strcmp(entry, self.dli_fname))
             continue;
@@ -146,12 +146,12 @@ static void leave_environment(void)
     free(kept);
 }
 
-static void take_stderr(const char *text)
+static void use_stderr(const char *text)
 {
     unsigned long long number;
 
     if (!parse_number(text, &number) || number > INT_MAX || fcntl((int)number, F_SETFD, FD_CLOEXEC) < 0)
-        die("SEVHOP_STDERR is not an open descriptor: %s", text);
+        fatal("SEVHOP_STDERR is not an open descriptor: %s", text);
     later_stderr = (int)number;
 }
 
@@ -160,7 +160,7 @@ void hand_over_stderr(void)
     if (later_stderr < 0)
         return;
     if (dup3(later_stderr, STDERR_FILENO, 0) < 0)
-        say("stderr stays where it is: %s", strerror(errno));
+        warn("cannot redirect stderr to where the source's went: %s", strerror(errno));
     close(later_stderr);
     later_stderr = -1;
 }
@@ -170,11 +170,11 @@ __attribute__((constructor)) static void start(void)
     const char *keeper = getenv("SEVHOP_KEEPER"), *standard_error = getenv("SEVHOP_STDERR");
 
     if (!is_qemu())
-        return; /* a wrapper script's shell, say: the QEMU that it starts needs the environment as it is */
+        return; /* for example a wrapper script's shell: the QEMU that it starts needs the environment unchanged */
     if (standard_error)
-        take_stderr(standard_error);
+        use_stderr(standard_error);
     if (keeper)
         keeper_connect(keeper);
-    leave_environment();
+    clean_environment();
     commands_install();
 }

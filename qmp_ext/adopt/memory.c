@@ -2,11 +2,12 @@
 /*
  * The guest's memory.
  *
- * When QEMU creates a memfd for guest memory it gets the source's, so the destination needs no other command line than the
- * source. Until the hand-over QEMU maps it privately: what it writes at start-up (ROMs, kernel hashes, loader data, reset)
- * goes to copies, and what it would do to the file (truncate, seal, preallocate, punch holes) is not done. At the hand-over
- * the same addresses are mapped again as QEMU asked for, and the copies are gone. If it is known to come, the guest's RAM is
- * mapped ahead, without the permission to write: giving that takes no time, and mapping takes the longer the larger it is.
+ * When QEMU creates a memfd for guest memory it gets the source's, so the destination has the same command line as the
+ * source. Until the hand-over QEMU maps it privately: what it writes at start-up (ROMs, kernel hashes, loader data,
+ * reset) goes to copies, and what it would do to the file (truncate, seal, preallocate, punch holes) is not done. At
+ * the hand-over the same addresses are mapped again as QEMU asked for, which discards the copies. Before an expected
+ * hand-over the guest's RAM is mapped ahead, read-only: making it writable takes no time, while mapping costs time
+ * proportional to its size.
  */
 #include "adopt.h"
 
@@ -26,7 +27,7 @@
 #define MAP_TYPE 0x0f
 #endif
 
-/* Bytes of address space for which the processor has one table of tables of pages. */
+/* Bytes of address space that one page directory (PMD table) covers. */
 #define PAGE_TABLE_SPAN ((uintptr_t)1 << 30)
 
 /* A memfd of the source. */
@@ -47,10 +48,10 @@ struct mapping {
     size_t length;
     int prot, flags;
     off64_t offset;
-    bool ahead; /* mapped already, but not to be written */
+    bool ahead; /* mapped already, but read-only */
 };
 
-/* madvise() settings belong to a mapping and end with it: made again after the hand-over, in the same order. */
+/* madvise() settings are lost with their mapping: repeated after the hand-over, in the same order. */
 struct advice {
     struct advice *next;
     char *start;
@@ -58,7 +59,9 @@ struct advice {
     int advice;
 };
 
-/* How often each memfd name was asked for: all backends of a guest have the same name, so the order tells them apart. */
+/*
+ * How often each memfd name was asked for: all backends of a guest have the same name, so the order tells them apart.
+ */
 struct request {
     struct request *next;
     char *name;
@@ -70,7 +73,7 @@ static struct mapping *mappings;
 static struct advice *advices;
 static struct request *requests;
 static atomic_int state = RAM_NONE;
-static int wanted_lock; /* flags of a postponed mlockall() */
+static int wanted_lock; /* flags of a deferred mlockall() */
 
 enum ram_state memory_state(void)
 {
@@ -89,7 +92,7 @@ static void *allocate(size_t size)
     void *memory = calloc(1, size);
 
     if (!memory)
-        die("out of memory");
+        fatal("out of memory");
     return memory;
 }
 
@@ -100,7 +103,7 @@ static char *copy_name(const char *name)
 
 /* ---- adoption ---- */
 
-/* QEMU also makes memfds that are no guest memory. The source's are none of our business. */
+/* QEMU also creates memfds that are no guest memory. Those are not the source's. */
 static bool never_guest_memory(const char *name)
 {
     static const char *const names[] = {"test", "displaysurface", "vhost-log"};
@@ -142,13 +145,13 @@ static void check_memory(const char *name, int fd, const char *size, bool huge)
     struct stat file;
 
     if (fd < 0 || !parse_number(size, &expected))
-        die("the keeper says nonsense about guest memory '%s'", name);
+        fatal("invalid reply of the keeper about guest memory '%s'", name);
     if (fstat(fd, &file) < 0 || fstatfs(fd, &filesystem) < 0)
-        die("guest memory '%s' from the keeper: %s", name, strerror(errno));
+        fatal("guest memory '%s' from the keeper: %s", name, strerror(errno));
     if ((unsigned long long)file.st_size != expected)
-        die("guest memory '%s' has %lld bytes, the keeper says %llu", name, (long long)file.st_size, expected);
+        fatal("guest memory '%s' has %lld bytes, the keeper reports %llu", name, (long long)file.st_size, expected);
     if ((filesystem.f_type == HUGETLBFS_MAGIC) != huge)
-        die("guest memory '%s' has %s pages in the source: use the same hugetlb= setting", name, huge ? "small" : "huge");
+        fatal("guest memory '%s' has %s pages in the source: use the same hugetlb= setting", name, huge ? "small" : "huge");
 }
 
 static void remember_memory(const char *name, int fd)
@@ -157,19 +160,19 @@ static void remember_memory(const char *name, int fd)
     struct stat file;
 
     if (fstat(fd, &file) < 0)
-        die("guest memory '%s' from the keeper: %s", name, strerror(errno));
+        fatal("guest memory '%s' from the keeper: %s", name, strerror(errno));
     memory->name = copy_name(name);
     memory->device = file.st_dev;
     memory->inode = file.st_ino;
     memory->size = file.st_size;
-    memory->fd = next()->fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+    memory->fd = libc()->fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
     if (memory->fd < 0)
-        die("no descriptor for guest memory '%s': %s", name, strerror(errno));
+        fatal("cannot duplicate the descriptor of guest memory '%s': %s", name, strerror(errno));
 
     pthread_mutex_lock(&adopt_lock);
     for (last = &memories; *last; last = &(*last)->next)
         if ((*last)->inode == memory->inode && (*last)->device == memory->device)
-            die("the keeper gives the same guest memory '%s' twice", name);
+            fatal("invalid reply of the keeper: the same guest memory '%s' twice", name);
     *last = memory;
     if (memory_state() == RAM_NONE)
         atomic_store(&state, RAM_PRIVATE);
@@ -181,31 +184,31 @@ EXPORT int memfd_create(const char *name, unsigned int flags)
     char reply[KEEPER_MESSAGE];
     int fd;
 
-    if (!hop_under_way() || never_guest_memory(name))
-        return next()->memfd_create(name, flags);
+    if (!hop_in_progress() || never_guest_memory(name))
+        return libc()->memfd_create(name, flags);
     if (!keeper_ask(reply, &fd, "memfd %u %s", count_request(name), name)) {
         errno = EPIPE;
         return -1;
     }
     if (!strcmp(reply, "none")) {
-        /* A backend without the source's pages would be a guest with a hole in its memory. */
+        /* Without the source's pages in this backend the guest would lose a part of its memory. */
         if (is_ram(name) && !atomic_load(&hop.machine_complete))
-            die("the source has fewer memory-backend-memfd objects: use the same memory backends");
-        return next()->memfd_create(name, flags);
+            fatal("the source has fewer memory-backend-memfd objects: use the same memory backends");
+        return libc()->memfd_create(name, flags);
     }
     if (strncmp(reply, "fd ", 3))
-        die("the keeper says nonsense about guest memory '%s': %s", name, reply);
+        fatal("invalid reply of the keeper about guest memory '%s': %s", name, reply);
     check_memory(name, fd, reply + 3, flags & MFD_HUGETLB);
     if (memory_state() == RAM_SHARED) {
-        /* Nothing is private any more, and nothing would hold QEMU back from this one. */
-        say("guest memory '%s' comes too late", name);
+        /* Nothing is mapped privately any more, so QEMU's writes could not be kept from this one. */
+        warn("guest memory '%s' was created after the hand-over", name);
         close(fd);
         errno = EBUSY;
         return -1;
     }
     remember_memory(name, fd);
     if (!(flags & MFD_CLOEXEC))
-        next()->fcntl(fd, F_SETFD, 0);
+        libc()->fcntl(fd, F_SETFD, 0);
     return fd;
 }
 
@@ -234,11 +237,11 @@ static int truncate_file(int fd, off64_t length)
     struct memory *memory = memory_of(fd);
 
     if (!memory)
-        return next()->ftruncate(fd, length);
+        return libc()->ftruncate(fd, length);
     /* Memory that QEMU sizes later (aux-ram-share) is first cut to nothing, which would wipe the guest. */
     if (length == 0 || length == memory->size)
         return 0;
-    die("guest memory '%s' has %lld bytes in the source and %lld here: use the same -m and memory backends", memory->name,
+    fatal("guest memory '%s' has %lld bytes in the source and %lld here: use the same -m and memory backends", memory->name,
         (long long)memory->size, (long long)length);
 }
 
@@ -248,20 +251,20 @@ static int allocate_file(int fd, int mode, off64_t offset, off64_t length)
         errno = EOPNOTSUPP;
         return -1;
     }
-    return next()->fallocate(fd, mode, offset, length);
+    return libc()->fallocate(fd, mode, offset, length);
 }
 
-/* The seals are the source's, and the last of them forbids more. */
+/* The source has sealed it already, and its last seal forbids more. */
 static int control_file(int fd, int command, void *argument)
 {
     if (command == F_ADD_SEALS && memory_of(fd))
         return 0;
-    return next()->fcntl(fd, command, argument);
+    return libc()->fcntl(fd, command, argument);
 }
 
 /* ---- what QEMU does to the mapping ---- */
 
-/* The hand-over maps at fixed addresses: what QEMU has given back, or mapped over, must not be among them. */
+/* The hand-over maps at fixed addresses: what QEMU has unmapped, or mapped over, must not be among them. */
 static void forget_mappings(char *start, size_t length)
 {
     struct mapping **link = &mappings, *mapping;
@@ -277,7 +280,7 @@ static void forget_mappings(char *start, size_t length)
             continue;
         }
         if (begins_inside || ends_inside || (start > mapping->start && start < mapping->start + mapping->length))
-            die("QEMU unmaps a part of guest memory '%s'", mapping->memory->name);
+            fatal("QEMU unmaps a part of guest memory '%s'", mapping->memory->name);
         link = &mapping->next;
     }
     pthread_mutex_unlock(&adopt_lock);
@@ -290,12 +293,12 @@ static void *map_privately(struct memory *memory, void *address, size_t length, 
     void *start;
 
     if ((flags & MAP_TYPE) == MAP_PRIVATE)
-        die("guest memory '%s' is to be private here: it needs share=on", memory->name);
-    /* The mapping says how much of it QEMU takes for the guest's, whatever it has told about sizes. */
+        fatal("guest memory '%s' is to be private here: it needs share=on", memory->name);
+    /* Checked by the mapping, since that is what QEMU really uses. */
     if (offset < 0 || offset > memory->size || length > (uint64_t)(memory->size - offset))
-        die("guest memory '%s' has %lld bytes in the source, and %zu from %lld on are mapped here", memory->name,
+        fatal("guest memory '%s' has %lld bytes in the source, and %zu from %lld on are mapped here", memory->name,
             (long long)memory->size, length, (long long)offset);
-    start = next()->mmap(address, length, prot, (flags & ~(MAP_TYPE | MAP_SYNC)) | MAP_PRIVATE | MAP_NORESERVE, fd, offset);
+    start = libc()->mmap(address, length, prot, (flags & ~(MAP_TYPE | MAP_SYNC)) | MAP_PRIVATE | MAP_NORESERVE, fd, offset);
     if (start == MAP_FAILED)
         return start;
     mapping = allocate(sizeof *mapping);
@@ -324,7 +327,7 @@ static void *map_file(void *address, size_t length, int prot, int flags, int fd,
         memory = memory_of(fd);
     if (memory)
         return map_privately(memory, address, length, prot, flags, fd, offset);
-    start = next()->mmap(address, length, prot, flags, fd, offset);
+    start = libc()->mmap(address, length, prot, flags, fd, offset);
     if (before && flags & MAP_FIXED && start != MAP_FAILED)
         forget_mappings(start, length);
     return start;
@@ -334,7 +337,7 @@ EXPORT int munmap(void *address, size_t length)
 {
     if (memory_state() == RAM_PRIVATE)
         forget_mappings(address, length);
-    return next()->munmap(address, length);
+    return libc()->munmap(address, length);
 }
 
 static bool is_mapping_setting(int advice)
@@ -354,7 +357,7 @@ static bool is_mapping_setting(int advice)
     }
 }
 
-/* Preallocation would copy every page; the source has the pages already. Discarding is not for us to do yet. */
+/* Preallocation would copy every page, which the source has already; discarding would lose pages of the guest. */
 static bool is_population(int advice)
 {
     switch (advice) {
@@ -399,22 +402,22 @@ EXPORT int madvise(void *address, size_t length, int advice)
 
     if (memory_state() != RAM_PRIVATE || !(is_population(advice) || is_mapping_setting(advice)) ||
         !is_private_mapping(address, length))
-        return next()->madvise(address, length, advice);
+        return libc()->madvise(address, length, advice);
     if (is_population(advice))
         return 0;
-    result = next()->madvise(address, length, advice);
+    result = libc()->madvise(address, length, advice);
     if (!result)
         remember_advice(address, length, advice);
     return result;
 }
 
 /*
- * mem-lock=on: locking a private mapping copies all of it, the guest's memory a second time. Done when the hop is over.
+ * mem-lock=on: locking a private mapping copies all of the guest's memory. Deferred until the hop is over.
  */
 EXPORT int mlockall(int flags)
 {
-    if (!hop_under_way())
-        return next()->mlockall(flags);
+    if (!hop_in_progress())
+        return libc()->mlockall(flags);
     wanted_lock = flags;
     return 0;
 }
@@ -422,12 +425,12 @@ EXPORT int mlockall(int flags)
 static void *lock_pages(void *unused)
 {
     (void)unused;
-    if (next()->mlockall(wanted_lock) < 0)
-        say("memory is not locked as mem-lock=on asks: %s", strerror(errno));
+    if (libc()->mlockall(wanted_lock) < 0)
+        warn("cannot lock memory as mem-lock=on asks: %s", strerror(errno));
     return NULL;
 }
 
-/* In a thread: it maps every page, which for a large guest takes seconds that QEMU's main loop must not lose. */
+/* In a thread: it faults in every page, which for a large guest takes seconds that QEMU's main loop must not lose. */
 void memory_lock_pages(void)
 {
     pthread_attr_t attributes;
@@ -450,15 +453,15 @@ void memory_lock_pages(void)
 
 static int map_again(const struct mapping *mapping, int prot)
 {
-    if (next()->mmap(mapping->start, mapping->length, prot, mapping->flags | MAP_FIXED, mapping->memory->fd,
+    if (libc()->mmap(mapping->start, mapping->length, prot, mapping->flags | MAP_FIXED, mapping->memory->fd,
                      mapping->offset) == MAP_FAILED)
         return -errno;
     return 0;
 }
 
 /*
- * The kernel tells KVM of the whole range if there is a page table in it, empty or not. Those that are shared with what is
- * mapped in front and behind are at the ends, so these are made writable by themselves.
+ * The kernel notifies KVM of the whole range if there is a page table in it, empty or not. At the ends there are tables
+ * that are shared with neighbouring mappings, so the ends are made writable separately.
  */
 static int permit_writing(const struct mapping *mapping)
 {
@@ -469,7 +472,7 @@ static int permit_writing(const struct mapping *mapping)
 
     for (size_t i = 0; bounds[i] != end; i++)
         if (bounds[i] != bounds[i + 1] &&
-            next()->mprotect((void *)bounds[i], bounds[i + 1] - bounds[i], mapping->prot) < 0)
+            libc()->mprotect((void *)bounds[i], bounds[i + 1] - bounds[i], mapping->prot) < 0)
             return -errno;
     return 0;
 }
@@ -482,14 +485,14 @@ static int share_mapping(const struct mapping *mapping)
 static int advise_again(void)
 {
     for (struct advice *advice = advices; advice; advice = advice->next)
-        if (next()->madvise(advice->start, advice->length, advice->advice) < 0)
+        if (libc()->madvise(advice->start, advice->length, advice->advice) < 0)
             return -errno;
     return 0;
 }
 
 /*
- * KVM looks through all of a memory slot when something else is mapped there, and the guest need not wait for that. Nobody
- * writes to its RAM while QEMU waits for the device state; to memory of devices (aux-ram-share=on) they might.
+ * KVM scans a whole memory slot when its mapping is replaced, which must not be downtime. QEMU does not write to the
+ * guest's RAM while it waits for the device state; to memory of devices (aux-ram-share=on) it might.
  */
 int memory_share_ahead(void)
 {
@@ -510,7 +513,7 @@ int memory_share_ahead(void)
     return result;
 }
 
-/* A failure in the middle leaves the state private: the guard holds, and the call may be repeated. */
+/* After a failure the state is still private: the guest cannot run, and the call may be repeated. */
 int memory_share(void)
 {
     int result = 0;
@@ -554,7 +557,7 @@ void memory_each(void (*visit)(void *opaque, const char *name, int64_t size, uin
     pthread_mutex_unlock(&adopt_lock);
 }
 
-/* ---- each under the two names that the C library has for it ---- */
+/* ---- the interposed functions, each under both names of the C library ---- */
 
 EXPORT void *mmap64(void *address, size_t length, int prot, int flags, int fd, off64_t offset)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The few functions of QEMU that the library uses, as QEMU 7.2 to 11.1 declare them. Every stock build exports them for its
- * own modules. Weak, because the library is also loaded into what is not QEMU (a wrapper script's shell).
+ * The few functions of QEMU that the library uses, as QEMU 7.2 to 11.1 declare them. Every stock build exports them for
+ * its own modules. Weak, because the library is also loaded into other programs (a wrapper script's shell).
  */
 #ifndef SEVHOP_QEMU_H
 #define SEVHOP_QEMU_H

@@ -2,10 +2,10 @@
 /*
  * vCPU registers that the kernel accepts only after the move.
  *
- * An encrypted guest has the C-bit set in CR3. To KVM that is a reserved address bit until KVM_SET_CPUID2 is called on a VM
- * that is an SEV guest; the destination becomes one only by the move, long after its CPUID was set. So the device state,
- * which is loaded before the move, would be refused. The registers are checked without the C-bit and held back; after the
- * move CPUID is set again, and then they are.
+ * An encrypted guest has the C-bit set in CR3. To KVM that is a reserved address bit until KVM_SET_CPUID2 is called on
+ * a VM that is an SEV guest; the destination becomes one only by the move, long after its CPUID was set. So the device
+ * state, which is loaded before the move, would be refused. The registers are checked without the C-bit and deferred:
+ * after the move CPUID is set again, and then the registers.
  */
 #include "adopt.h"
 
@@ -27,8 +27,8 @@ struct vcpu {
     int fd;
     unsigned long cpuid_request;
     struct kvm_cpuid2 *cpuid;
-    unsigned long held_request; /* 0: nothing is held back */
-    union registers held;
+    unsigned long deferred_request; /* 0: nothing is deferred */
+    union registers deferred;
 };
 
 static struct vcpu *vcpus;
@@ -50,7 +50,7 @@ static void *allocate(size_t size)
     void *memory = calloc(1, size);
 
     if (!memory)
-        die("out of memory");
+        fatal("out of memory");
     return memory;
 }
 
@@ -72,7 +72,7 @@ static bool before_move(void)
 
 int vcpu_set_cpuid(int fd, unsigned long request, struct kvm_cpuid2 *cpuid)
 {
-    int result = next()->ioctl(fd, request, cpuid);
+    int result = libc()->ioctl(fd, request, cpuid);
     struct vcpu *vcpu = before_move() && !result ? find(fd) : NULL;
 
     if (vcpu) {
@@ -98,11 +98,11 @@ static uint64_t encryption_bit(const struct vcpu *vcpu)
 
 static void report(const struct kvm_sregs *registers, int error)
 {
-    say("the kernel refuses vCPU registers: %s (cr0 %#llx cr3 %#llx cr4 %#llx efer %#llx apic_base %#llx)", strerror(error),
+    warn("the kernel refuses vCPU registers: %s (cr0 %#llx cr3 %#llx cr4 %#llx efer %#llx apic_base %#llx)", strerror(error),
         registers->cr0, registers->cr3, registers->cr4, registers->efer, registers->apic_base);
 }
 
-static int hold_back(struct vcpu *vcpu, unsigned long request, void *registers, uint64_t bit)
+static int defer(struct vcpu *vcpu, unsigned long request, void *registers, uint64_t bit)
 {
     const bool first = (unsigned int)request == KVM_SET_SREGS;
     const size_t size = first ? sizeof(struct kvm_sregs) : sizeof(struct kvm_sregs2);
@@ -111,11 +111,11 @@ static int hold_back(struct vcpu *vcpu, unsigned long request, void *registers, 
 
     memcpy(&without, registers, size);
     without.first.cr3 &= ~bit;
-    result = next()->ioctl(vcpu->fd, request, &without);
+    result = libc()->ioctl(vcpu->fd, request, &without);
     if (!result) {
         pthread_mutex_lock(&adopt_lock);
-        memcpy(&vcpu->held, registers, size);
-        vcpu->held_request = request;
+        memcpy(&vcpu->deferred, registers, size);
+        vcpu->deferred_request = request;
         pthread_mutex_unlock(&adopt_lock);
     }
     return result;
@@ -124,57 +124,57 @@ static int hold_back(struct vcpu *vcpu, unsigned long request, void *registers, 
 int vcpu_set_registers(int fd, unsigned long request, void *registers)
 {
     const struct kvm_sregs *common = registers;
-    int result = next()->ioctl(fd, request, registers);
+    int result = libc()->ioctl(fd, request, registers);
     struct vcpu *vcpu = before_move() ? find(fd) : NULL;
     uint64_t bit;
 
     if (vcpu && !result)
-        vcpu->held_request = 0; /* newer ones, and they are in place */
+        vcpu->deferred_request = 0; /* newer ones are set */
     if (!result)
         return result;
     if (vcpu && errno == EINVAL && (bit = encryption_bit(vcpu)) && common->cr3 & bit)
-        result = hold_back(vcpu, request, registers, bit);
-    /* QEMU 7.2 does not look at the result: this line is the only sign of a guest that cannot go on. */
+        result = defer(vcpu, request, registers, bit);
+    /* QEMU 7.2 ignores the result: this line is the only sign that the guest cannot run. */
     if (result)
         report(common, errno);
     return result;
 }
 
-/* QEMU may read the registers back before the move, and set what it has read: the C-bit must not be lost on the way. */
+/* QEMU may read the registers before the move, and set what it has read: the C-bit must not get lost. */
 int vcpu_get_registers(int fd, unsigned long request, void *registers)
 {
-    int result = next()->ioctl(fd, request, registers);
+    int result = libc()->ioctl(fd, request, registers);
     struct vcpu *vcpu = before_move() && !result ? find(fd) : NULL;
     struct kvm_sregs *common = registers;
 
-    if (vcpu && vcpu->held_request && common->cr3 == (vcpu->held.first.cr3 & ~encryption_bit(vcpu)))
-        common->cr3 = vcpu->held.first.cr3;
+    if (vcpu && vcpu->deferred_request && common->cr3 == (vcpu->deferred.first.cr3 & ~encryption_bit(vcpu)))
+        common->cr3 = vcpu->deferred.first.cr3;
     return result;
 }
 
-/* After the move, for all vCPUs: CPUID makes the C-bit a part of an address, then the registers fit. */
+/* After the move, for all vCPUs: first CPUID, which makes the C-bit valid in addresses, then the registers. */
 void vcpus_restore(struct move *move)
 {
     pthread_mutex_lock(&adopt_lock);
     for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next) {
         if (!vcpu->cpuid)
             continue;
-        if (next()->ioctl(vcpu->fd, vcpu->cpuid_request, vcpu->cpuid) < 0) {
+        if (libc()->ioctl(vcpu->fd, vcpu->cpuid_request, vcpu->cpuid) < 0) {
             move->restore_error = errno;
-            say("CPUID cannot be set again after the move: %s", strerror(errno));
+            warn("cannot set CPUID again after the move: %s", strerror(errno));
             continue;
         }
         move->vcpus++;
     }
     for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next) {
-        if (!vcpu->held_request)
+        if (!vcpu->deferred_request)
             continue;
-        if (next()->ioctl(vcpu->fd, vcpu->held_request, &vcpu->held) < 0) {
+        if (libc()->ioctl(vcpu->fd, vcpu->deferred_request, &vcpu->deferred) < 0) {
             move->restore_error = errno;
-            report(&vcpu->held.first, errno);
+            report(&vcpu->deferred.first, errno);
             continue;
         }
-        vcpu->held_request = 0;
+        vcpu->deferred_request = 0;
         move->registers++;
     }
     pthread_mutex_unlock(&adopt_lock);
@@ -191,13 +191,13 @@ int vcpus_count(void)
     return count;
 }
 
-int vcpus_held(void)
+int vcpus_deferred(void)
 {
     int count = 0;
 
     pthread_mutex_lock(&adopt_lock);
     for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next)
-        count += vcpu->held_request != 0;
+        count += vcpu->deferred_request != 0;
     pthread_mutex_unlock(&adopt_lock);
     return count;
 }

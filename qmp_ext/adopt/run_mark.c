@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The run mark: one byte that tells whether the guest has run in this process. It is in a memfd that the keeper has made
- * and that others hold as well, so it can still be read when this process and the command have ended.
+ * The run mark: one byte that records whether the guest has run in this process. It is in a memfd that the keeper has
+ * created and that other processes have open as well, so it can still be read when this process and the command have
+ * exited.
  */
 #include "adopt.h"
 

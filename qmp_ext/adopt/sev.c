@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * SEV: the guest has been launched long ago, in the source. The launch commands that QEMU issues for the same sev-guest
- * object are answered here; then the context is moved into this VM, and from then on the kernel answers everything.
+ * SEV: the guest was launched in the source. The launch commands that QEMU issues for the same sev-guest object are
+ * emulated here; then the context is moved into this VM, and from then on the kernel executes everything.
  */
 #include "adopt.h"
 
@@ -18,7 +18,7 @@
 #endif
 #define SEV_INIT2 22 /* KVM_SEV_INIT2, Linux 6.10 */
 
-/* A range that was registered before there was anything to register it with. */
+/* A range that was registered before there was a context. */
 struct region {
     struct region *next;
     uint64_t address, size;
@@ -26,17 +26,17 @@ struct region {
 
 static struct region *regions;
 static atomic_bool moved;
-static bool launched; /* QEMU has initialised the guest that it believes to launch */
+static bool launched; /* QEMU has issued the first launch command */
 static bool finished_launch;
 static int sev_fd = -1;
-static int answered;
+static int emulated;
 
 bool sev_moved(void)
 {
     return atomic_load_explicit(&moved, memory_order_relaxed);
 }
 
-static bool kernel_is_asked(int vm)
+static bool passed_to_kernel(int vm)
 {
     return vm != kvm_vm_fd() || !hop.keeper;
 }
@@ -44,7 +44,7 @@ static bool kernel_is_asked(int vm)
 static int initialise(enum guest_context wanted)
 {
     if (wanted != hop.context)
-        die("this QEMU starts a guest of context %s, the source's is %s: use the same sev-guest object",
+        fatal("this QEMU starts a guest of context %s, the source's is %s: use the same sev-guest object",
             context_name(wanted), context_name(hop.context));
     launched = true;
     return 0;
@@ -56,7 +56,7 @@ static int launch_start(struct kvm_sev_launch_start *start)
     return 0;
 }
 
-/* QEMU asks for the length first. All zeros, which no verifier accepts, if the keeper did not know the measurement. */
+/* QEMU queries the length first. All zeros, which no verifier accepts, if the keeper did not know the measurement. */
 static int launch_measure(struct kvm_sev_launch_measure *measure)
 {
     bool fits = measure->uaddr && measure->len >= MEASUREMENT_SIZE;
@@ -71,7 +71,7 @@ static int launch_measure(struct kvm_sev_launch_measure *measure)
 static int launch_finish(void)
 {
     if (!sev_moved()) {
-        say("this QEMU has not adopted the guest yet: it must not run");
+        warn("this QEMU has not adopted the guest yet: it must not run");
         errno = EPERM;
         return -1;
     }
@@ -97,7 +97,7 @@ static bool is_launch_command(uint32_t id)
     }
 }
 
-static int answer(const struct kvm_sev_cmd *command)
+static int emulate(const struct kvm_sev_cmd *command)
 {
     void *data = (void *)(uintptr_t)command->data;
 
@@ -107,14 +107,14 @@ static int answer(const struct kvm_sev_cmd *command)
     case KVM_SEV_ES_INIT:
         return initialise(CONTEXT_SEV_ES);
     case SEV_INIT2:
-        die("this QEMU uses KVM_SEV_INIT2, after which a moved guest cannot run: use legacy-vm-type=on");
+        fatal("this QEMU uses KVM_SEV_INIT2, after which a moved guest cannot run: use legacy-vm-type=on");
     case KVM_SEV_LAUNCH_START:
         return launch_start(data);
     case KVM_SEV_LAUNCH_MEASURE:
         return launch_measure(data);
     case KVM_SEV_LAUNCH_FINISH:
         return launch_finish();
-    case KVM_SEV_LAUNCH_SECRET: /* somebody's own wish, not a part of every launch: it would be lost */
+    case KVM_SEV_LAUNCH_SECRET: /* requested by the owner, not a part of every launch: it would be lost */
         errno = EPERM;
         return -1;
     default: /* LAUNCH_UPDATE_DATA, LAUNCH_UPDATE_VMSA: the source's pages are encrypted already */
@@ -126,18 +126,18 @@ int sev_command(int vm, unsigned long request, struct kvm_sev_cmd *command)
 {
     int result;
 
-    if (kernel_is_asked(vm))
-        return next()->ioctl(vm, request, command);
+    if (passed_to_kernel(vm))
+        return libc()->ioctl(vm, request, command);
     if (!sev_moved() && (int)command->sev_fd > 0)
         sev_fd = (int)command->sev_fd;
-    /* After the move only the end of the launch is left to answer: the firmware runs the guest already, and would refuse. */
+    /* After the move only LAUNCH_FINISH is emulated: the firmware runs the guest already, and would refuse it. */
     if (!is_launch_command(command->id) ||
         (sev_moved() && (command->id != KVM_SEV_LAUNCH_FINISH || finished_launch)))
-        return next()->ioctl(vm, request, command);
-    result = answer(command);
+        return libc()->ioctl(vm, request, command);
+    result = emulate(command);
     command->error = 0;
     if (!result)
-        answered++;
+        emulated++;
     return result;
 }
 
@@ -147,11 +147,11 @@ int sev_register_region(int vm, unsigned long request, struct kvm_enc_region *ra
 {
     struct region *region;
 
-    if (kernel_is_asked(vm) || hop.context == CONTEXT_NONE || sev_moved())
-        return next()->ioctl(vm, request, range);
+    if (passed_to_kernel(vm) || hop.context == CONTEXT_NONE || sev_moved())
+        return libc()->ioctl(vm, request, range);
     region = calloc(1, sizeof *region);
     if (!region)
-        die("out of memory");
+        fatal("out of memory");
     *region = (struct region){.address = range->addr, .size = range->size};
     pthread_mutex_lock(&adopt_lock);
     region->next = regions;
@@ -175,20 +175,20 @@ static bool forget_region(const struct kvm_enc_region *range)
     return found;
 }
 
-/* The kernel does not know a region that was only answered: it has the source's, at the source's address. */
+/* The kernel does not know a region that was only emulated: it has the source's, at the source's address. */
 int sev_unregister_region(int vm, unsigned long request, struct kvm_enc_region *range)
 {
     int result;
 
-    if (kernel_is_asked(vm) || hop.context == CONTEXT_NONE)
-        return next()->ioctl(vm, request, range);
+    if (passed_to_kernel(vm) || hop.context == CONTEXT_NONE)
+        return libc()->ioctl(vm, request, range);
     if (!sev_moved()) {
         if (forget_region(range))
             return 0;
         errno = EINVAL;
         return -1;
     }
-    result = next()->ioctl(vm, request, range);
+    result = libc()->ioctl(vm, request, range);
     if (result < 0 && errno == EINVAL && forget_region(range))
         return 0;
     return result;
@@ -197,7 +197,7 @@ int sev_unregister_region(int vm, unsigned long request, struct kvm_enc_region *
 void sev_check_launch(void)
 {
     if (hop.context != CONTEXT_NONE && !launched)
-        die("the source runs a guest of context %s, this QEMU none: use the same sev-guest object",
+        fatal("the source runs a guest of context %s, this QEMU none: use the same sev-guest object",
             context_name(hop.context));
 }
 
@@ -211,19 +211,19 @@ static bool is_vm(int fd)
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     length = readlink(link, target, sizeof target - 1);
     if (length < 0)
-        return true; /* no /proc here: the kernel will say */
+        return true; /* no /proc here: the kernel checks it as well */
     target[length] = '\0';
     return !strcmp(target, "anon_inode:kvm-vm");
 }
 
 /*
- * The kernel moves the context but not the descriptor of /dev/sev that the source had given: that is 0 in the destination
- * for ever. So descriptor 0 has to be /dev/sev, for GUEST_STATUS and attestation.
+ * The kernel moves the context but not the descriptor of /dev/sev that the source had given: that is 0 in the
+ * destination for ever. So descriptor 0 has to be /dev/sev, for GUEST_STATUS and attestation.
  */
 static void provide_sev_descriptor(void)
 {
     if (sev_fd > 0 && dup3(sev_fd, 0, O_CLOEXEC) < 0)
-        say("descriptor 0 cannot become /dev/sev, query-sev will fail: %s", strerror(errno));
+        warn("descriptor 0 cannot become /dev/sev, query-sev will fail: %s", strerror(errno));
 }
 
 struct move sev_move_from(int source_vm)
@@ -233,9 +233,9 @@ struct move sev_move_from(int source_vm)
 
     if (kvm_vm_type() != 0)
         move.error = EOPNOTSUPP;
-    else if (!is_vm(source_vm)) /* where KVM has no SEV at all, the kernel would say EINVAL to anything */
+    else if (!is_vm(source_vm)) /* without SEV in KVM, the kernel returns EINVAL for any descriptor */
         move.error = EBADF;
-    else if (next()->ioctl(kvm_vm_fd(), KVM_ENABLE_CAP, &capability) < 0)
+    else if (libc()->ioctl(kvm_vm_fd(), KVM_ENABLE_CAP, &capability) < 0)
         move.error = errno;
     if (move.error)
         return move;
@@ -245,12 +245,12 @@ struct move sev_move_from(int source_vm)
     return move;
 }
 
-int sev_commands_answered(void)
+int sev_emulated_commands(void)
 {
-    return answered;
+    return emulated;
 }
 
-int sev_regions_answered(void)
+int sev_deferred_regions(void)
 {
     int count = 0;
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The stream that brings the device state. Its head is known before, and comes early; what is behind it is written when
- * the source has stopped. So the first byte of that is the hand-over: the guest's pages are mapped then, and nobody need
- * order it while the guest waits. At its end QEMU starts the guest by itself, if it was started without -S; commands.c
- * tells the keeper before.
+ * The stream of the device state. Its header is known before, and comes early; the rest is written when the source has
+ * stopped. So the first byte after the header is the hand-over: the guest's pages are mapped then, without a command
+ * while the guest waits. At the end of the stream QEMU starts the guest if it was started without -S; commands.c
+ * notifies the keeper before.
  */
 #include "adopt.h"
 
@@ -13,11 +13,11 @@
 #include <sys/uio.h>
 
 static atomic_bool awaited;
-static uint64_t head_left; /* bytes */
+static uint64_t header_left; /* bytes */
 static dev_t device;
 static ino_t inode;
 
-int stream_await(int fd, uint64_t head)
+int stream_await(int fd, uint64_t header_size)
 {
     struct stat file;
 
@@ -25,7 +25,7 @@ int stream_await(int fd, uint64_t head)
         return -errno;
     device = file.st_dev;
     inode = file.st_ino;
-    head_left = head;
+    header_left = header_size;
     atomic_store(&awaited, true);
     return 0;
 }
@@ -47,20 +47,20 @@ static void arrived(size_t count)
 {
     int failure;
 
-    if (count <= head_left) {
-        head_left -= count;
+    if (count <= header_left) {
+        header_left -= count;
         return;
     }
     stream_forget();
     failure = memory_share();
     if (failure)
-        die("guest memory cannot be mapped: %s", strerror(-failure));
+        fatal("guest memory cannot be mapped: %s", strerror(-failure));
 }
 
-/* What QEMU reads a stream from a pipe with. */
+/* QEMU reads a stream from a pipe by readv(). */
 EXPORT ssize_t readv(int fd, const struct iovec *vector, int count)
 {
-    ssize_t result = next()->readv(fd, vector, count);
+    ssize_t result = libc()->readv(fd, vector, count);
 
     if (result > 0 && atomic_load_explicit(&awaited, memory_order_relaxed)) {
         int saved = errno;

@@ -1,17 +1,17 @@
 """
 QMP as the hop of a running guest needs it.
 
-This package speaks to QEMU processes and looks at them from outside. It knows nothing of libvirt, of the
-order of a hop, or of what is allowed: that is :mod:`sevhop`, which imports this package and never the
-other way round.
+This package talks to QEMU processes and inspects them from outside. It knows nothing of libvirt, of the order
+of a hop, or of what is allowed: that is :mod:`sevhop`, which imports this package and never the other way
+round.
 
 =====================  ==================================================================
 :mod:`.monitor`        a QMP connection: commands, descriptors, events, deadlines
 :mod:`.adopt`          the commands that adopt.so adds to a destination
 :mod:`.move`           the call that moves the SEV context, its errnos and when to retry
-:mod:`.misc_cgroup`    why the kernel says EBUSY when no SEV ASID is left
-:mod:`.process`        a QEMU process seen from outside: descriptors, mappings, identity
-:mod:`.ram_blocks`     the guest memory that is not shared, carried from one process to the other
+:mod:`.misc_cgroup`    whether EBUSY means that no SEV ASID is left
+:mod:`.process`        a QEMU process, read from /proc: descriptors, mappings, identity
+:mod:`.ram_blocks`     private RAM blocks, synced from one process to the other
 :mod:`.device_state`   saving the device state, completing the stream, loading it
 :mod:`.errors`         what can go wrong, under one root
 =====================  ==================================================================

@@ -1,12 +1,12 @@
 """
-The memory mappings of a process, kept beyond its end.
+The address space of a process, kept alive after its exit.
 
-The kernel takes the mappings of a process that ends down before it closes its descriptors and tells its parent, page by
-page: 0.1 s for 4 GB. Whoever waits for the end waits for that. Unless somebody else uses the address space at the time:
-then the process ends at once, and the mappings go when that use is over.
+When a process exits, the kernel unmaps its memory page by page, 0.1 s for 4 GB, before it closes its descriptors and
+notifies its parent. Whoever waits for the exit waits for that. Unless something else has a reference to the address
+space: then the process exits at once, and the memory is unmapped when that reference is dropped.
 
-The only such use without code in the process is one of its files in ``/proc`` being read (``pagemap``, proc(5)), for as
-long as the read has not come to its end. This one is held up by userfaultfd(2): it reads into a page that nobody
+The only such reference without code in the process is a read of one of its files in ``/proc`` (``pagemap``, proc(5)),
+for as long as the read is in progress. This one is blocked by userfaultfd(2): it reads into a page that nobody
 provides.
 """
 
@@ -34,9 +34,9 @@ _UFFD_API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_REGISTER_MODE_MISSING = 1
-#: Bytes that tell of one page.
+#: Bytes of the entry of one page.
 _ENTRY_SIZE = 8
-#: Seconds in which the read should have begun. It waits while the process changes its mappings.
+#: Seconds in which the read must begin. It waits while the process changes its mappings.
 _PATIENCE = 0.2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,13 +44,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 class AddressSpace:
     """
-    The address space of a process, which is not taken down until this is closed.
+    The address space of a process, which is not destroyed until this is closed.
 
-    That costs no time then either: it is done by a thread, which the end of our process does not wait for.
+    Closing costs no time either: the memory is unmapped in a thread that the exit of our process does not wait for.
     """
 
     def __init__(self, pid: int) -> None:
-        """:raises ProcessError: there is no such process, or this kernel or its administrator does not let us."""
+        """:raises ProcessError: there is no such process, or the kernel does not permit it."""
         try:
             self._faults = _userfaultfd()
             try:
@@ -59,7 +59,7 @@ class AddressSpace:
                 self.close()
                 raise
         except OSError as err:
-            raise ProcessError(f"the address space of process {pid} cannot be kept: {err.strerror}") from err
+            raise ProcessError(f"cannot keep the address space of process {pid}: {err.strerror}") from err
 
     def __enter__(self) -> Self:
         return self
@@ -70,8 +70,8 @@ class AddressSpace:
         self.close()
 
     def close(self) -> None:
-        """Let the mappings go."""
-        # The page becomes an ordinary one, and the read goes on.
+        """Drop the reference."""
+        # The page becomes an ordinary one, and the read completes.
         os.close(self._faults)
 
 

@@ -3,7 +3,7 @@ The destination's side of a hop: the library that is preloaded into it, and the 
 
 The commands are documented, with units and errors, in ``qmp_ext/adopt/adopt.json``. Each has one function here. They
 raise what :meth:`sevhop_qmp.monitor.Monitor.execute` raises: :class:`~sevhop_qmp.errors.CommandError` when the
-destination refuses (its words say why), :class:`~sevhop_qmp.errors.MonitorError` when it is gone or silent.
+destination refuses (with its reason), :class:`~sevhop_qmp.errors.MonitorError` when it has exited or does not answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .monitor import Monitor, understood
+from .monitor import Monitor, protocol_errors
 
 #: The commands that the library adds, as ``query-commands`` lists them.
 COMMANDS = ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status", "x-sev-adopt-finish")
@@ -25,7 +25,7 @@ _STDERR = "SEVHOP_STDERR"
 
 def library_path() -> Path:
     """
-    Where adopt.so is: inside this package, or where a link in there leads.
+    Path of adopt.so: in this package, or the target of a link there.
 
     :raises FileNotFoundError: the package was not built (``pip install .`` builds it).
     """
@@ -39,11 +39,11 @@ def environment(
     keeper: Path | str, stderr: int | None = None, inherited: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """
-    What the environment of a destination must have, and of nothing else: the library takes it away again at once.
+    What the environment of a destination, and only of a destination, must have: the library removes it at once.
 
     :param keeper: path of the keeper's listening socket, or ``fd:N`` for a connected one that is inherited.
     :param stderr: inherited descriptor that becomes the destination's stderr when the hop is over.
-    :param inherited: the environment that this will be added to. Other libraries that it preloads stay preloaded.
+    :param inherited: the environment that this is added to. Other libraries that it preloads stay preloaded.
     """
     added = {**library_environment(inherited or {}), _KEEPER: str(keeper)}
     if stderr is not None:
@@ -52,7 +52,7 @@ def environment(
 
 
 def library_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What loads the library into a program and does no more: without a keeper it adds commands, and adopts nothing."""
+    """What only loads the library into a program: without a keeper it adds its commands, and adopts nothing."""
     others = inherited.get(_PRELOAD, "")
     return {_PRELOAD: f"{library_path()}:{others}" if others else str(library_path())}
 
@@ -71,14 +71,14 @@ class AdoptedRam:
 
 
 @dataclass(frozen=True)
-class MigrateResult:
+class MoveResult:
     """
-    What became of a move.
+    The result of a move.
 
-    :ivar errno: the kernel's verdict; 0: the context was moved, and the source VM is dead.
+    :ivar errno: the kernel's; 0: the context was moved, and the source VM is dead.
     :ivar name: symbolic name of ``errno``, ``OK`` for 0.
     :ivar vcpus: vCPUs whose CPUID was set again after the move.
-    :ivar registers: vCPUs whose registers had been held back and are set now.
+    :ivar registers: vCPUs whose deferred registers are set now.
     :ivar restore_errno: not 0 when one of these could not be set: the context is here, the guest cannot run.
     """
 
@@ -101,20 +101,20 @@ class AdoptedMemfd:
 @dataclass(frozen=True)
 class AdoptStatus:
     """
-    How far a destination has come.
+    What a destination has adopted so far.
 
-    :ivar context: ``none``, ``sev`` or ``sev-es``, as the keeper said.
-    :ivar source: ``running`` or ``ended``, as the keeper said; ``none`` without a keeper.
+    :ivar context: ``none``, ``sev`` or ``sev-es``, as the keeper reported.
+    :ivar source: ``running`` or ``ended``, as the keeper reported; ``none`` without a keeper.
     :ivar ram: ``none`` (nothing adopted), ``private`` (copies), ``shared`` (the guest's own pages).
     :ivar moved: the SEV context is here.
     :ivar ran: the guest runs here, or has; see :mod:`.run_mark`.
     :ivar finished: the hop is over.
-    :ivar answered: launch commands answered in the kernel's place.
-    :ivar regions: encrypted regions that were registered before there was a context.
-    :ivar runs_refused: times that the VM was about to run too early.
+    :ivar emulated_launch_commands: launch commands emulated in the kernel's place.
+    :ivar deferred_regions: encrypted regions that were registered before there was a context.
+    :ivar refused_starts: how often the VM was about to run too early.
     :ivar vm_type: as given to KVM_CREATE_VM; 0 is the only one that a destination may have.
     :ivar vcpus: vCPUs that QEMU has created.
-    :ivar registers_held: vCPUs whose registers wait for the move.
+    :ivar deferred_registers: vCPUs whose registers are set after the move.
     :ivar listeners: listening sockets taken over.
     :ivar memfds: memory taken over, in the order in which QEMU asked for it.
     """
@@ -125,41 +125,41 @@ class AdoptStatus:
     moved: bool
     ran: bool
     finished: bool
-    answered: int
-    regions: int
-    runs_refused: int
+    emulated_launch_commands: int
+    deferred_regions: int
+    refused_starts: int
     vm_type: int
     vcpus: int
-    registers_held: int
+    deferred_registers: int
     listeners: int
     memfds: tuple[AdoptedMemfd, ...]
 
 
-async def adopt_ram(monitor: Monitor, stream: str | None = None, head: int = 0) -> AdoptedRam:
+async def adopt_ram(monitor: Monitor, stream: str | None = None, header_size: int = 0) -> AdoptedRam:
     """
     Map the guest's own pages instead of the copies. The source must have stopped: from then on the destination's writes
     are the guest's. May be repeated.
 
-    :param stream: name of a descriptor of the stream's pipe, which is consumed: do it when what is behind the head
-        arrives there, and tell the keeper before the guest runs. Otherwise do it now, and tell nobody.
-    :param head: size of the head, bytes.
+    :param stream: name of a descriptor of the stream's pipe, which is consumed: map when the first byte after the
+        header arrives there, and notify the keeper before the guest runs. Otherwise map now, and notify nobody.
+    :param header_size: bytes.
     """
-    arguments = {"stream": stream, "head": head} if stream else None
+    arguments = {"stream": stream, "header-size": header_size} if stream else None
     answer: dict[str, Any] = await monitor.execute("x-sev-adopt-ram", arguments)
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         return AdoptedRam(int(answer["mappings"]), int(answer["bytes"]))
 
 
-async def migrate_from(monitor: Monitor, name: str) -> MigrateResult:
+async def move_from(monitor: Monitor, name: str) -> MoveResult:
     """
     Move the SEV context of a source VM into the destination. One attempt; see :mod:`sevhop_qmp.move` for the retries.
 
     :param name: under which the source's VM descriptor was sent over this monitor. The call consumes it unless it
-        raises before it has looked for it: send the descriptor again before every attempt.
+        raises before it has used it: send the descriptor again before every attempt.
     """
     answer: dict[str, Any] = await monitor.execute("x-sev-migrate-from", {"fd": name})
-    with understood(monitor.name):
-        return MigrateResult(
+    with protocol_errors(monitor.name):
+        return MoveResult(
             errno=int(answer["errno"]),
             name=str(answer["name"]),
             vcpus=int(answer["vcpus"]),
@@ -171,7 +171,7 @@ async def migrate_from(monitor: Monitor, name: str) -> MigrateResult:
 async def adopt_status(monitor: Monitor) -> AdoptStatus:
     """What the library has done so far."""
     answer: dict[str, Any] = await monitor.execute("x-sev-adopt-status")
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         memfds = tuple(AdoptedMemfd(memfd["name"], memfd["size"], memfd["inode"]) for memfd in answer.pop("memfds"))
         return AdoptStatus(memfds=memfds, **{name.replace("-", "_"): value for name, value in answer.items()})
 
@@ -179,6 +179,6 @@ async def adopt_status(monitor: Monitor) -> AdoptStatus:
 async def finish(monitor: Monitor) -> None:
     """
     The hop is over: the destination accepts clients on the sockets it has taken over, its stderr goes where the
-    source's went, and the keeper is not asked any more. May be repeated.
+    source's went, and the keeper is disconnected. May be repeated.
     """
     await monitor.execute("x-sev-adopt-finish")

@@ -1,9 +1,9 @@
 """
 The device state, on its way from source to destination.
 
-The source writes it by ``xen-save-devices-state``, which exists in every build, looks at no migration blocker and,
-with ``live`` on a stopped VM, also gives up its disk images. The destination loads it as an incoming migration. In
-between two things are missing from the stream, and this module puts them in: the configuration section after the
+The source writes it by ``xen-save-devices-state``, which exists in every build, ignores migration blockers and,
+with ``live`` on a stopped VM, also gives up its disk images. The destination loads it as an incoming migration. Two
+things are missing in the stream, and this module inserts them: the configuration section after the
 8 byte header, and an empty description at the end (migration/savevm.c: ``qemu_savevm_state_header``,
 ``QEMU_VM_CONFIGURATION``, ``QEMU_VM_VMDESCRIPTION``). What comes between is sections of devices, each with a
 ``QEMU_VM_SECTION_FULL`` in front.
@@ -40,7 +40,7 @@ STATE_TIMEOUT = 10.0
 
 def configuration_section(machine_type: str) -> bytes:
     """
-    The section that tells the destination which machine type the stream is for.
+    The section with the machine type of the stream.
 
     :raises StateError: there is no such machine type.
     """
@@ -51,9 +51,9 @@ def configuration_section(machine_type: str) -> bytes:
     return struct.pack(">BI", _CONFIGURATION, len(name)) + name
 
 
-def head(machine_type: str) -> bytes:
+def header(machine_type: str) -> bytes:
     """
-    What a stream begins with, whatever the state of the guest.
+    The beginning of a stream, which does not depend on the state of the guest.
 
     :raises StateError: there is no such machine type.
     """
@@ -61,7 +61,7 @@ def head(machine_type: str) -> bytes:
 
 
 def no_state(written: bytes | bytearray) -> StateError:
-    """What is to be said of a stream that does not begin as every device state does, with :data:`MAGIC`."""
+    """The error for a stream that does not begin as every device state does, with :data:`MAGIC`."""
     found = f", its stream begins with {written[: len(_BEGINNING)].hex()}" if written else ""
     return StateError(f"the source wrote no device state{found}")
 
@@ -73,9 +73,9 @@ EMPTY_DESCRIPTION = struct.pack(">BI", _DESCRIPTION, 0)
 
 class IncomingState:
     """
-    The destination's side: it is told to listen, given the stream, and waited for.
+    The destination's side: :meth:`arm` it, :meth:`feed` the stream, and wait until it is :meth:`loaded`.
 
-    :ivar image: the stream so far, without its head, for whoever has to load it once more into another destination.
+    :ivar image: the stream so far, without its header, to be loaded again into another destination.
     """
 
     def __init__(self, destination: Monitor) -> None:
@@ -83,8 +83,8 @@ class IncomingState:
         self._exit = contextlib.ExitStack()
         self._pipe: FileIO | None = None
         self._migration: EventListener | None = None
-        self._untaken = bytearray()
-        self._taken = asyncio.Event()
+        self._pending = bytearray()
+        self._drained = asyncio.Event()
         self._broken = False
         self.image = bytearray()
 
@@ -95,23 +95,23 @@ class IncomingState:
         self._stop_writing()
         self._exit.close()
 
-    async def arm(self, head: bytes = b"") -> None:
+    async def arm(self, header: bytes = b"") -> None:
         """
-        Let the destination listen.
+        Have the destination wait for the stream.
 
-        :param head: of the stream, given to it at once. It maps the guest's own pages when it gets what is behind that;
-            see :func:`.adopt.adopt_ram`. If there is none, it does not map them.
+        :param header: of the stream, fed at once. The destination maps the guest's own pages when it gets the first
+            byte after that; see :func:`.adopt.adopt_ram`. Without a header, it does not map them.
         :raises CommandError: it is not in a state to do so.
-        :raises MonitorError: it is gone or silent.
+        :raises MonitorError: it has exited, or does not answer.
         """
         read_end, self._pipe = _pipe(self._exit)
         os.set_blocking(self._pipe.fileno(), False)
-        if head:
+        if header:
             await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
-            await adopt.adopt_ram(self._destination, _STREAM_NAME, len(head))
+            await adopt.adopt_ram(self._destination, _STREAM_NAME, len(header))
         capabilities = [
             {"capability": "events", "state": True},
-            # The images stay closed until the guest runs; otherwise the source could not take them back.
+            # The images stay inactive until the guest runs; otherwise the source could not activate them again.
             {"capability": "late-block-activate", "state": True},
         ]
         await self._destination.execute("migrate-set-capabilities", {"capabilities": capabilities})
@@ -119,52 +119,52 @@ class IncomingState:
         await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
         read_end.close()
         await self._destination.execute("migrate-incoming", {"uri": f"fd:{_STREAM_NAME}"})
-        if head:
-            await self.write(head)
+        if header:
+            await self.write(header)
             self.image.clear()
 
-    def give(self, data: bytes) -> None:
-        """Give it the next part of the stream. What does not fit into the pipe follows by itself."""
+    def feed(self, data: bytes) -> None:
+        """Feed the next part of the stream. What does not fit into the pipe is written by the event loop."""
         self.image += data
-        self._untaken += data
-        self._taken.clear()
+        self._pending += data
+        self._drained.clear()
         self._write()
 
-    async def taken(self) -> None:
+    async def drained(self) -> None:
         """
-        Wait until all that was given is in the pipe.
+        Wait until all that was fed is in the pipe.
 
-        :raises StateError: it does not read any more.
+        :raises StateError: the destination does not read any more.
         """
-        await self._taken.wait()
+        await self._drained.wait()
         if self._broken:
             raise StateError("the destination stopped reading the device state")
 
     async def write(self, data: bytes) -> None:
-        """Give it the next part of the stream, and wait until it is :meth:`taken`."""
-        self.give(data)
-        await self.taken()
+        """Feed the next part of the stream, and wait until it is :meth:`drained`."""
+        self.feed(data)
+        await self.drained()
 
     def _write(self) -> None:
         assert self._pipe is not None
         self._stop_writing()
         try:
-            count: int | None = self._pipe.write(self._untaken)
+            count: int | None = self._pipe.write(self._pending)
         except BrokenPipeError:
             self._broken = True
-            count = len(self._untaken)
-        del self._untaken[: count or 0]
-        if self._untaken:
+            count = len(self._pending)
+        del self._pending[: count or 0]
+        if self._pending:
             asyncio.get_running_loop().add_writer(self._pipe, self._write)
         else:
-            self._taken.set()
+            self._drained.set()
 
     def _stop_writing(self) -> None:
         if self._pipe is not None and not self._pipe.closed:
             asyncio.get_running_loop().remove_writer(self._pipe)
 
     def end(self) -> None:
-        """That was all."""
+        """End the stream."""
         assert self._pipe is not None
         self._pipe.close()
 
@@ -173,7 +173,7 @@ class IncomingState:
         Wait until the destination has loaded it all.
 
         :raises StateError: it could not; QEMU's reason is in its log more often than in the message.
-        :raises MonitorError: the destination ended, which is how QEMU usually reports a state it cannot load.
+        :raises MonitorError: the destination exited, as QEMU usually does when it cannot load a state.
         """
         assert self._migration is not None
         while True:
@@ -191,8 +191,8 @@ class IncomingState:
 class OutgoingState:
     """
     The source's side, connected to a destination's: everything is armed while the guest runs. :meth:`begin` is called
-    with the order to stop it, :meth:`announce` and :meth:`pass_on` once it has stopped, and :meth:`end` when the
-    destination may have all.
+    with the order to stop it, :meth:`send_first_byte` and :meth:`forward` once it has stopped, and :meth:`end` when the
+    destination may have everything.
     """
 
     def __init__(self, source: Monitor, incoming: IncomingState) -> None:
@@ -204,7 +204,7 @@ class OutgoingState:
         self._saving: asyncio.Task[Any] | None = None
         self._received = bytearray()
         self._begun = False
-        self._wanted = False
+        self._forwarding = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -220,13 +220,13 @@ class OutgoingState:
         """
         Give the source a pipe to write to.
 
-        :param uid: user (and group) that the source runs as, who must be able to open the pipe.
-        :raises CommandError, MonitorError: it does not play along.
+        :param uid: user (and group) that the source runs as; it must be able to open the pipe.
+        :raises CommandError, MonitorError: it refuses, or does not answer.
         """
         self._pipe, write_end = _pipe(self._exit)
         os.set_blocking(self._pipe.fileno(), False)
-        # As /dev/fdset/N the source would truncate it, which pipes do not allow. It opens the pipe anew through /proc,
-        # which asks for the permissions of its inode.
+        # As /dev/fdset/N the source would truncate it, which pipes do not allow. It opens the pipe again through /proc,
+        # which checks the permissions of its inode.
         if (uid, gid) != (os.getuid(), os.getgid()):
             os.fchown(write_end.fileno(), uid, gid)
         fdset, number = await self._source.add_fd(write_end.fileno())
@@ -240,104 +240,103 @@ class OutgoingState:
 
     def begin(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
-        Order the source to save its state, and do not wait for it. The order is behind everything that the source was
-        told before, and there is room for the whole state, so it may be given together with the one to stop.
+        Order the source to save its state, and do not wait for it. Commands are executed in their order, and the pipe
+        has room for the whole state, so this may be sent together with ``stop``.
 
-        :param timeout: seconds until the source must have done it.
+        :param timeout: seconds in which the source must have saved.
         """
         assert self._pipe is not None
-        # Nothing that goes without saying (``live`` is true): QEMU reads its monitor byte by byte, and the guest waits.
+        # No defaults (``live`` is true): QEMU reads its monitor byte by byte, and the guest waits.
         arguments = {"filename": self._path}
         self._saving = asyncio.ensure_future(self._source.execute("xen-save-devices-state", arguments, timeout=timeout))
         asyncio.get_running_loop().add_reader(self._pipe, self._receive)
 
-    def announce(self) -> None:
+    def send_first_byte(self) -> None:
         """
-        Give the destination the byte that the state begins with, which is the same for all. It maps the guest's pages
-        then, while the source saves.
+        Feed the first byte of the state, which is always the same. The destination maps the guest's pages then, while
+        the source saves.
         """
-        self._incoming.give(_SECTION)
+        self._incoming.feed(_SECTION)
 
-    async def pass_on(self, *, timeout: float = STATE_TIMEOUT) -> None:
+    async def forward(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
-        Give what the source writes, but for what was announced, to the destination, which begins to load it.
-        Afterwards the source has given up its disk images; ``cont`` takes them back. What is missing is the
-        :meth:`end`.
+        Feed what the source writes, without the first byte, to the destination, which begins to load it. Afterwards the
+        source has given up its disk images; ``cont`` activates them again. Only the :meth:`end` is missing.
 
         :raises StateError: the source could not save, or what it wrote is not a device state.
-        :raises MonitorError: the source is gone or silent.
+        :raises MonitorError: the source has exited, or does not answer.
         """
         assert self._saving is not None
-        self._wanted = True
-        self._hand_on()
-        await asyncio.wait({self._saving})  # whoever cancels us does not cancel that
+        self._forwarding = True
+        self._forward_received()
+        await asyncio.wait({self._saving})  # cancelling us does not cancel the command
         try:
             self._saving.result()
         except CommandError as err:
             raise StateError(f"the source cannot save its device state: {err.desc}") from err
-        # Its fd set keeps the pipe open, so no end of file tells that this is all: its answer does.
+        # Its fd set keeps the pipe open, so there is no end of file: its answer means that this is all.
         self._receive()
         self._stop_receiving()
         if not self._begun:
             raise no_state(self._received)
-        await self._taken(timeout)
+        await self._wait_drained(timeout)
 
     async def end(self, *, timeout: float = STATE_TIMEOUT) -> None:
         """
-        Tell the destination that this was all. Before, it cannot have taken anything for all: a hop that is killed
-        closes the pipe, and QEMU does without the description.
+        Feed the last byte. Without it the destination cannot load the state, which matters if a hop is killed: that
+        closes the pipe, and QEMU accepts a stream without the description.
 
-        :raises StateError: it does not take it.
+        :raises StateError: the destination does not read it.
         """
-        self._incoming.give(bytes(self._received) + EMPTY_DESCRIPTION)
+        self._incoming.feed(bytes(self._received) + EMPTY_DESCRIPTION)
         self._received.clear()
-        await self._taken(timeout)
+        await self._wait_drained(timeout)
         self._incoming.end()
 
-    async def _taken(self, timeout: float) -> None:
+    async def _wait_drained(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
-                await self._incoming.taken()
+                await self._incoming.drained()
         except TimeoutError as err:
-            raise StateError(f"the destination did not take the device state within {timeout:g} s") from err
+            raise StateError(f"the destination did not read the device state within {timeout:g} s") from err
 
     async def abandon(self) -> bool:
         """
-        Nobody wants the state any more. Afterwards the source has done with it, one way or the other.
+        The state is not needed any more. Wait until the source has saved it, or failed.
 
-        :return: whether it was told to save it.
+        :return: whether it was ordered to save it.
         """
         if self._saving is None:
             return False
         assert self._pipe is not None
-        # It is taken all the same. A source that cannot write forgets to close what it has opened (migration/savevm.c:
-        # ``qmp_xen_save_devices_state``), and one that waits for room does nothing else that it is told.
-        self._wanted = False
+        # It is read all the same. A source that cannot write leaks what it has opened (migration/savevm.c:
+        # ``qmp_xen_save_devices_state``), and one that waits for room executes no other command.
+        self._forwarding = False
         await asyncio.gather(self._saving, return_exceptions=True)
         self._stop_receiving()
         self._pipe.close()
         return True
 
     def _receive(self) -> None:
-        """Take what there is. The event loop calls this: between the source and the destination no task is woken."""
+        """Read what there is. The event loop calls this: between the source and the destination no task is woken."""
         assert self._pipe is not None
         while data := self._pipe.read(_PIPE_SIZE):
             self._received += data
         if data is not None:
-            self._stop_receiving()  # nobody has the other end any more
-        self._hand_on()
+            self._stop_receiving()  # the other end is closed
+        self._forward_received()
 
-    def _hand_on(self) -> None:
-        if not self._wanted or not self._received:
+    def _forward_received(self) -> None:
+        if not self._forwarding or not self._received:
             return
         if not self._begun:
             if not self._received.startswith(_BEGINNING):
                 return
-            del self._received[: len(_BEGINNING)]  # the destination has a head already
+            del self._received[: len(_BEGINNING)]  # the destination has its header and first byte already
             self._begun = True
-        # The last byte, which ends the state, is kept back.
+        # The last byte, which ends the state, is left for end().
         if len(self._received) > 1:
-            self._incoming.give(bytes(self._received[:-1]))
+            self._incoming.feed(bytes(self._received[:-1]))
             del self._received[:-1]
 
     def _stop_receiving(self) -> None:
@@ -351,7 +350,7 @@ def _pipe(exit_stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> tuple
     ends = FileIO(read_fd, "rb"), FileIO(write_fd, "wb")
     for end in ends:
         exit_stack.callback(end.close)
-    # Room for the whole state means that neither side waits for the other. Less is slower, not wrong.
+    # Room for the whole state means that neither side waits for the other. Less is only slower.
     with contextlib.suppress(OSError):
         fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     return ends

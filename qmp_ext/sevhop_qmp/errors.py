@@ -5,11 +5,11 @@ Everything that sevhop raises on purpose, under one root.
 
     SevhopError                 has a message, and a hint: what to do next
     ├── MonitorError            the monitor cannot be used: no socket, not QMP, in use by somebody else
-    │   ├── MonitorClosed       QEMU ended, or hung up, in the middle of the conversation
+    │   ├── MonitorClosed       QEMU exited, or closed the connection, in the middle of the conversation
     │   ├── MonitorTimeout      QEMU did not answer within the time allowed
-    │   └── MoveUncertain       it did so when it was to move the SEV context: it may have, or not
+    │   └── MoveUncertain       there was no answer to the move of the SEV context: it may have been moved, or not
     ├── CommandError            QEMU answered with an error; its own words are the message
-    ├── ProcessError            a QEMU process cannot be looked at, or is not what it was
+    ├── ProcessError            a QEMU process has exited, or cannot be inspected
     ├── RamError                guest memory is not laid out as a hop needs it
     ├── StateError              device state could not be saved or loaded
     └── MoveError               the kernel did not move the SEV context; has the errno
@@ -42,15 +42,15 @@ class MonitorError(SevhopError):
 
 
 class MonitorClosed(MonitorError):
-    """The QEMU behind the monitor ended or hung up."""
+    """The QEMU behind the monitor exited, or closed the connection."""
 
 
 class MonitorTimeout(MonitorError):
-    """QEMU did not answer in time; what it will still do is unknown."""
+    """QEMU did not answer in time; it may still execute the command."""
 
 
 class MoveUncertain(MonitorError):
-    """The destination fell silent when it was to move the SEV context. Whether it has is not known."""
+    """The destination did not answer the move of the SEV context. Whether it was moved is unknown."""
 
 
 class CommandError(SevhopError):
@@ -70,7 +70,7 @@ class CommandError(SevhopError):
 
 
 class ProcessError(SevhopError):
-    """A process has ended, cannot be looked at, or is not the QEMU that it should be."""
+    """A process has exited, cannot be inspected, or is not the QEMU that it should be."""
 
 
 class RamError(SevhopError):

@@ -1,8 +1,8 @@
 """
-Variables that a QEMU exports, read from outside: for the little that it tells by no monitor.
+Variables that a QEMU exports, read from its memory: for the few that no monitor command reports.
 
 QEMU exports its global symbols to its modules, so they are in the dynamic symbol table of the program, which is mapped
-at an address that ``/proc/PID/maps`` tells.
+at an address in ``/proc/PID/maps``.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _ELF64_LITTLE = b"\x7fELF\x02\x01"
 _HEADER = struct.Struct("<16xH22xQ10xHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
-#: A program that may be anywhere in memory; its symbols are counted from where it begins.
+#: ET_DYN: a position-independent program; its symbols are offsets from where it is mapped.
 _SHARED = 3
 _DYNSYM = 11
 #: endbr64, mov DISTANCE(%rip),%eax, ret: what a compiler makes of ``return variable``.
 _RETURNS_VARIABLE = re.compile(rb"(?:\xf3\x0f\x1e\xfa)?\x8b\x05(?P<distance>.{4})\xc3", re.DOTALL)
 _CODE = 16
 _FUNCTION = 2
-#: Bytes of the longest name that is sought.
+#: Bytes of the longest name that is looked up.
 _NAME = 64
 _INT = struct.Struct("<i")
 
 
 def read_ints(process: QemuProcess, variables: Mapping[str, str]) -> dict[str, int]:
     """
-    The values of variables of type ``int``. One that cannot be found in this QEMU is left out.
+    The values of variables of type ``int``. Those that cannot be found in this QEMU are omitted.
 
     :param variables: for each, the exported symbol: the variable, or a function that does nothing but return it.
-    :raises ProcessError: the process has ended, or we may not look.
+    :raises ProcessError: the process has exited, or permission is denied.
     """
     wanted = {symbol.encode() for symbol in variables.values()}
     for mapping in _programs(process):
@@ -71,7 +71,7 @@ def _returned(code: bytes, address: int) -> int:
 
 
 def _programs(process: QemuProcess) -> Iterator[MemoryMapping]:
-    """Where programs begin in its memory: that of its executable, unless that is a loader; then what it has loaded."""
+    """Where programs are mapped: its executable, or what that has loaded if it is a loader."""
     for mapping in process.mappings():
         name = mapping.path.rpartition("/")[2]
         if mapping.offset == 0 and (mapping.path == process.executable or name.startswith("qemu")):
@@ -80,7 +80,7 @@ def _programs(process: QemuProcess) -> Iterator[MemoryMapping]:
 
 def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) -> dict[bytes, tuple[int, bool]]:
     """Offsets of symbols from the beginning of a mapped program, and whether they are functions."""
-    path = Path(f"/proc/{process.pid}/exe")  # which its user may open, too
+    path = Path(f"/proc/{process.pid}/exe")  # which its own user may open as well
     if mapping.path != process.executable:
         path = Path(f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}")
     try:
@@ -90,7 +90,7 @@ def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) 
         return {}  # this is no program
     except (OSError, ValueError) as err:
         if not process.alive:
-            raise ProcessError(f"process {process.pid} has ended") from err
+            raise ProcessError(f"process {process.pid} has exited") from err
     return {}
 
 

@@ -1,9 +1,9 @@
 """
-The locks that a QEMU has on its disk images, seen from outside.
+The locks that a QEMU has on its disk images, read from outside.
 
-QEMU locks a byte of an image file for each permission that it makes use of (``block/file-posix.c``). It gives these
-locks up together with its images, when it has saved its state; ``cont`` takes them back before any vCPU runs, and a
-``stop`` after that does not give them up again. So a source without locks has not run since its state was saved.
+QEMU locks a byte of an image file for each permission that it uses (``block/file-posix.c``). It releases these locks
+together with its images, when it has saved its state; ``cont`` acquires them again before any vCPU runs, and a
+``stop`` after that does not release them. So a source without locks has not run since its state was saved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ImageLocks:
     """
     Those images of a source that it has locked for writing. Take them while the source has its images.
 
-    :ivar locked: which files they are.
+    :ivar locked: the files.
     """
 
     def __init__(self, images: list[int], pid: int) -> None:
@@ -39,10 +39,10 @@ class ImageLocks:
 
     @classmethod
     def of(cls, process: QemuProcess) -> Self:
-        """:raises ProcessError: it has ended."""
+        """:raises ProcessError: it has exited."""
         images = []
         for descriptor in process.descriptors():
-            # Opened anew: what a duplicate has locked is not seen through it.
+            # Opened again: F_OFD_GETLK does not report the locks of its own open file description.
             path = f"/proc/{process.pid}/fd/{descriptor.number}"
             with contextlib.suppress(OSError):
                 mode = os.stat(path).st_mode
@@ -56,18 +56,18 @@ class ImageLocks:
 
     @property
     def known(self) -> bool:
-        """Whether there are any, so that they tell something."""
+        """Whether there are any, so that :attr:`given_up` means something."""
         return bool(self._images)
 
     @property
     def given_up(self) -> bool:
-        """Whether the source has not got its images. One is enough: others may be shared with other QEMUs."""
+        """Whether the source has released a lock. One is enough: other images may be locked by other QEMUs."""
         return not all(_locked(image) for image in self._images)
 
     def kept(self) -> set[Identity]:
         """Those images that the source still has locked for writing."""
         locked = [file_identity(os.fstat(image)) for image in self._images if _locked(image)]
-        # Others may share an image. Whose locks these are is looked up only then.
+        # An image may be shared with other QEMUs. The owner of a lock is looked up only then.
         return {found for found in locked if found is not None and found in self._own()} if locked else set()
 
     def _own(self) -> set[Identity]:
@@ -77,7 +77,7 @@ class ImageLocks:
             for name in os.listdir(f"/proc/{self._pid}/fdinfo"):
                 with contextlib.suppress(OSError):
                     lines = Path(f"/proc/{self._pid}/fdinfo/{name}").read_text().splitlines()
-                    # Its pid file has a lock, too, but of another kind.
+                    # Its pid file is locked as well, but by a lock of another kind.
                     if any("OFDLCK" in line and _covers(line) for line in lines if line.startswith("lock:")):
                         found = file_identity(os.stat(f"/proc/{self._pid}/fd/{name}"))
                         if found is not None:
@@ -85,7 +85,7 @@ class ImageLocks:
         return own
 
     def close(self) -> None:
-        """Let go of the images."""
+        """Close the images."""
         while self._images:
             os.close(self._images.pop())
 

@@ -41,9 +41,8 @@ def find_full(
     """
     The innermost cgroup of a process, or of its ancestors, that has no SEV (or SEV-ES) ASID left.
 
-    :param resources: what is looked at.
-    :param above: leave out a cgroup with such a name, and those below it; without such a cgroup there is nothing to
-        look at.
+    :param resources: what is checked.
+    :param above: skip a cgroup with such a name, and those below it; without such a cgroup nothing is checked.
     :return: None when none is full, or when the host has no misc controller.
     """
     for mount, path in _misc_paths(pid, root, proc):
@@ -81,7 +80,7 @@ def _misc_paths(pid: int, root: Path, proc: Path) -> list[tuple[Path, Path]]:
 
 
 def _table(file: Path) -> dict[str, int]:
-    """``sev 5`` lines as a dictionary; ``max`` means no limit and is left out."""
+    """``sev 5`` lines as a dictionary; ``max`` means no limit and is omitted."""
     try:
         rows = [line.split() for line in file.read_text().splitlines()]
     except OSError:

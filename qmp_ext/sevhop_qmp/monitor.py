@@ -1,8 +1,8 @@
 """
-A QMP connection as a hop needs it: every step has a deadline, descriptors can be handed over, events can be
-awaited without missing one, and it is known *which process* is at the other end.
+A QMP connection as a hop needs it: every step has a deadline, descriptors can be passed, events can be awaited
+without missing one, and it is known *which process* is at the other end.
 
-The protocol itself is qemu.qmp's; its exceptions end here.
+The protocol itself is qemu.qmp's; its exceptions are translated here.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 #: Seconds that an ordinary command may take.
 COMMAND_TIMEOUT = 10.0
-#: Seconds in which a monitor must greet. A monitor that serves another client accepts and stays silent.
+#: Seconds in which a monitor must greet. A monitor to which another client is connected accepts, and does not.
 GREETING_TIMEOUT = 5.0
-#: Turns of the event loop in which qemu.qmp has passed on what had arrived, and then some.
+#: Turns of the event loop in which qemu.qmp delivers what has arrived, and then some.
 _TURNS = 8
-#: What fd sets of ours are marked with.
+#: The ``opaque`` of our fd sets.
 FD_MARK = "sevhop"
 
 
 class Commands(Protocol):
     """
-    Somebody who passes commands to a QEMU: a :class:`Monitor`, or whoever else holds its connection.
+    Passes commands to a QEMU: a :class:`Monitor`, or libvirt, which has the connection to its monitor.
 
     :ivar name: for messages.
     """
@@ -55,41 +55,46 @@ class Commands(Protocol):
         """Run a QMP command; see :meth:`Monitor.execute` for what is raised."""
 
     async def add_fd(self, fd: int) -> tuple[int, int]:
-        """Hand a descriptor over into a new fd set; its number, and the descriptor's number inside QEMU."""
+        """Add a descriptor to a new fd set; its number, and the descriptor's number inside QEMU."""
 
     async def remove_fds(self) -> None:
         """
-        Remove the fd sets that commands of ours have left in a QEMU which runs on, since they were killed.
+        Remove the fd sets that commands of ours have left in a QEMU, because they were killed.
 
-        :raises CommandError, MonitorError: QEMU does not play along.
+        :raises CommandError, MonitorError: QEMU refuses, or does not answer.
         """
-        with understood(self.name):
+        with protocol_errors(self.name):
             for fdset in await self.execute("query-fdsets"):
                 if any(fd.get("opaque") == FD_MARK for fd in fdset["fds"]):
                     await self.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
     async def hmp(self, line: str) -> str:
-        """Run a command of the human monitor; for what QMP does not tell in the QEMUs that we support."""
+        """Run a command of the human monitor; for what QMP does not report in the QEMUs that we support."""
         text: str = await self.execute("human-monitor-command", {"command-line": line})
         return text
 
 
 class _Client(QMPClient):
-    """qemu.qmp's, which takes an event for the answer to ``qmp_capabilities`` if the event comes before it."""
+    """
+    qemu.qmp's client, which takes an event that comes first for the greeting, or for the answer to the negotiation.
 
-    _negotiating = False
+    QEMU sends events to a monitor as soon as a client is there, if the one before had negotiated; its greeting follows
+    (``monitor_qmp_event`` in monitor/qmp.c).
+    """
 
-    async def _negotiate(self) -> None:
-        self._negotiating = True
+    _establishing = False
+
+    async def _establish_session(self) -> None:
+        self._establishing = True
         try:
-            await super()._negotiate()
+            await super()._establish_session()
         finally:
-            self._negotiating = False
+            self._establishing = False
 
     async def _recv(self) -> Message:
         message = await super()._recv()
-        # Nobody can have a listener yet: what happened before a client came is not told to it.
-        while self._negotiating and "event" in message:
+        # There is no listener yet, so no event is lost.
+        while self._establishing and "event" in message:
             message = await super()._recv()
         return message
 
@@ -141,7 +146,7 @@ class Monitor(Commands):
             sock.close()
             raise MonitorError(
                 f"{name}: no QMP greeting within {greeting_timeout:g} s",
-                "another client holds this monitor, or it is not a QMP monitor; give the guest a second one for sevhop",
+                "another client is connected, or it is not a QMP monitor; give the guest a second one for sevhop",
             ) from err
         except QMPError as err:
             sock.close()
@@ -157,14 +162,14 @@ class Monitor(Commands):
         await self.close()
 
     async def close(self) -> None:
-        """Hang up. What the other side did before does not matter any more, so nothing is raised."""
+        """Disconnect. Errors do not matter any more, so nothing is raised."""
         with contextlib.suppress(Exception):
             async with asyncio.timeout(self.timeout):
                 await self._client.disconnect()
 
     @property
     def closed(self) -> bool:
-        """Whether QEMU has hung up (or we have)."""
+        """Whether the connection is closed, by QEMU or by us."""
         return self._client.runstate != Runstate.RUNNING
 
     @property
@@ -173,7 +178,7 @@ class Monitor(Commands):
         greeting = self._client.greeting
         if greeting is None:
             raise MonitorClosed(f"{self.name}: not connected")
-        with understood(self.name):
+        with protocol_errors(self.name):
             return readable_version(greeting.QMP.version)
 
     async def execute(
@@ -184,7 +189,7 @@ class Monitor(Commands):
 
         :param timeout: seconds; the connection's own when not given.
         :raises CommandError: QEMU refused.
-        :raises MonitorClosed: QEMU is gone.
+        :raises MonitorClosed: QEMU has exited, or closed the connection.
         :raises MonitorTimeout: no answer in time.
         """
         limit = self.timeout if timeout is None else timeout
@@ -200,17 +205,17 @@ class Monitor(Commands):
 
     async def send_fd(self, name: str, fd: int) -> None:
         """
-        Hand a descriptor over under a name (QMP ``getfd``). The name belongs to this monitor; a command that
+        Pass a descriptor under a name (QMP ``getfd``). The name belongs to this monitor; a command that
         takes the name consumes it. The caller keeps its own copy.
         """
-        # The descriptor travels in front of the command that claims it, so the two must not be parted.
+        # QEMU gives the descriptor to the next command, so nothing may be sent in between.
         async with self._fd_lock:
             self._send(fd)
             await self.execute("getfd", {"fdname": name})
 
     async def add_fd(self, fd: int) -> tuple[int, int]:
         """
-        Hand a descriptor over into a new fd set (QMP ``add-fd``).
+        Add a descriptor to a new fd set (QMP ``add-fd``).
 
         :return: number of the fd set, and the descriptor's number inside QEMU.
         """
@@ -223,7 +228,7 @@ class Monitor(Commands):
         try:
             self._client.send_fd_scm(fd)
         except (OSError, QMPError, AttributeError, AssertionError) as err:
-            raise MonitorClosed(f"{self.name}: a descriptor could not be handed over") from err
+            raise MonitorClosed(f"{self.name}: cannot pass a descriptor") from err
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventListener]:
@@ -254,33 +259,33 @@ class Monitor(Commands):
             event.cancel()
             hangup.cancel()
 
-    async def seen(self, listener: EventListener) -> bool:
-        """Whether a listener has collected anything of all that QEMU has told us until now."""
-        # What has arrived is taken from the socket in one turn of the loop, and given to listeners in the next ones.
+    async def has_events(self, listener: EventListener) -> bool:
+        """Whether a listener has collected any event, of all that QEMU has sent until now."""
+        # What has arrived is read from the socket in one turn of the loop, and delivered to listeners in the next ones.
         for _ in range(_TURNS):
             await asyncio.sleep(0)
         return not listener.empty()
 
     @contextlib.contextmanager
-    def at_the_first_word(self, act: Callable[[], None]) -> Iterator[None]:
+    def on_first_data(self, act: Callable[[], None]) -> Iterator[None]:
         """
-        Have the event loop call something once, as soon as QEMU says anything: before it is known what, and before
-        whoever waits for an answer has it.
+        Have the event loop call something once, as soon as QEMU sends anything: before it is parsed, and before an
+        awaited answer is delivered.
 
         :raises MonitorClosed: QEMU has hung up.
         """
         loop = asyncio.get_running_loop()
         try:
-            # qemu.qmp's own descriptor cannot be watched by somebody else.
+            # The event loop watches qemu.qmp's own descriptor already, and only once.
             descriptor = os.dup(self._socket.fileno())
         except OSError as err:
             raise MonitorClosed(f"{self.name}: QEMU has hung up") from err
 
-        def heard() -> None:
+        def on_readable() -> None:
             loop.remove_reader(descriptor)
             act()
 
-        loop.add_reader(descriptor, heard)
+        loop.add_reader(descriptor, on_readable)
         try:
             yield
         finally:
@@ -300,7 +305,7 @@ async def _connect_unix(path: str, timeout: float) -> socket.socket:
             await asyncio.get_running_loop().sock_connect(sock, path)
     except TimeoutError as err:
         sock.close()
-        raise MonitorError(f"{path}: nobody accepts the connection") from err
+        raise MonitorError(f"{path}: the connection was not accepted within {timeout:g} s") from err
     except OSError as err:
         sock.close()
         raise MonitorError(f"{path}: {err.strerror or err}") from err
@@ -308,20 +313,20 @@ async def _connect_unix(path: str, timeout: float) -> socket.socket:
 
 
 @contextlib.contextmanager
-def understood(name: str) -> Iterator[None]:
+def protocol_errors(name: str) -> Iterator[None]:
     """
-    Around what reads an answer: a QEMU that is not what it seems may answer anything.
+    Around code that parses an answer: a compromised QEMU may answer anything.
 
-    :raises MonitorError: it did.
+    :raises MonitorError: the answer is invalid.
     """
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as err:
-        raise MonitorError(f"{name}: QEMU's answers are not understood ({err!r})") from err
+        raise MonitorError(f"{name}: invalid answer from QEMU ({err!r})") from err
 
 
 def readable_version(version: Mapping[str, Any]) -> str:
-    """What QEMU says of its version, as people write it."""
+    """QEMU's version, as people write it."""
     qemu = version["qemu"]
     return ".".join(str(int(qemu[part])) for part in ("major", "minor", "micro"))
 

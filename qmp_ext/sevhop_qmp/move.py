@@ -1,5 +1,5 @@
 """
-The move of the SEV context: one call, the kernel's verdict by number, and what each number means.
+The move of the SEV context: one call, the errno that it returns, and what each errno means.
 
 ``x-sev-migrate-from`` performs ``KVM_ENABLE_CAP(KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM)`` inside the destination and
 returns the errno. **Success is the point of no return of a hop**: the source VM is dead from then on.
@@ -25,7 +25,7 @@ from .monitor import Monitor
 
 log = logging.getLogger(__name__)
 
-#: Name under which the source's VM descriptor is handed over. It belongs to the one monitor used.
+#: Name under which the source's VM descriptor is passed. It belongs to the one monitor used.
 FD_NAME = "sevhop-source-vm"
 
 
@@ -35,13 +35,13 @@ class MoveErrno:
     What one errno of the move means.
 
     :ivar retry: whether the same call may succeed a moment later.
-    :ivar remedy: what an administrator can do.
+    :ivar hint: what an administrator can do.
     """
 
     number: int
     meaning: str
     retry: bool
-    remedy: str = ""
+    hint: str = ""
 
     @property
     def name(self) -> str:
@@ -49,6 +49,7 @@ class MoveErrno:
         return errno.errorcode.get(self.number, str(self.number))
 
 
+#: What each errno of KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM means, and whether it passes.
 ERRNOS: Mapping[int, MoveErrno] = {
     row.number: row
     for row in (
@@ -56,7 +57,7 @@ ERRNOS: Mapping[int, MoveErrno] = {
             errno.EBUSY,
             "one of the two VMs is in another migration, has a vCPU being created, or no SEV ASID is left",
             retry=True,
-            remedy="see what else migrates this guest; look at misc.max and misc.current of its cgroup",
+            hint="find out what else migrates this guest; see misc.max and misc.current of its cgroup",
         ),
         MoveErrno(errno.EINTR, "the wait for a lock of the VM was interrupted", retry=True),
         MoveErrno(
@@ -64,9 +65,9 @@ ERRNOS: Mapping[int, MoveErrno] = {
             "the source has no SEV context (any more), the destination has one already, or the two VMs do not "
             "match (VM type, number of SEV-ES vCPUs, VMSA)",
             retry=False,
-            remedy="compare the sev-guest objects and the vCPU counts of both QEMUs",
+            hint="compare the sev-guest objects and the vCPU counts of both QEMUs",
         ),
-        MoveErrno(errno.EBADF, "the descriptor handed over is not that of a KVM VM", retry=False),
+        MoveErrno(errno.EBADF, "the descriptor that was passed is not that of a KVM VM", retry=False),
         MoveErrno(
             errno.EIO,
             "the destination VM is dead because its own context was moved away, or the wrong process called",
@@ -74,13 +75,13 @@ ERRNOS: Mapping[int, MoveErrno] = {
         ),
         MoveErrno(errno.ENOMEM, "the kernel is out of memory", retry=False),
         MoveErrno(
-            errno.ENOTTY, "this kernel cannot move a SEV context", retry=False, remedy="Linux 5.16 or later is needed"
+            errno.ENOTTY, "this kernel cannot move a SEV context", retry=False, hint="Linux 5.16 or later is needed"
         ),
         MoveErrno(
             errno.EOPNOTSUPP,
             "a VM made by KVM_SEV_INIT2 cannot run after a move",
             retry=False,
-            remedy="start the guest with legacy-vm-type=on on its sev-guest object",
+            hint="start the guest with legacy-vm-type=on on its sev-guest object",
         ),
     )
 }
@@ -108,7 +109,7 @@ class MoveReport:
     restore_errno: int = 0
 
 
-def _is_transient(result: adopt.MigrateResult) -> bool:
+def _is_transient(result: adopt.MoveResult) -> bool:
     return result.errno != 0 and explain(result.errno).retry
 
 
@@ -126,21 +127,21 @@ async def move(
     EBUSY and EINTR are retried, with exponential backoff and jitter from 1 ms on, until ``deadline`` seconds have
     passed: the guest is paused meanwhile. Everything else is final at once.
 
-    :param tried: told of each attempt, counted from 1, and its errno.
+    :param tried: called with the number of each attempt, counted from 1, and its errno.
     :raises MoveError: the context was not moved; the source still owns it.
-    :raises CommandError: the destination is not in a state in which it may be asked.
-    :raises MoveUncertain: the destination fell silent during the call. Whether the context was moved is *not known*.
-    :raises MonitorError: it was gone before; the context was not moved.
+    :raises CommandError: the destination is not in a state to do this.
+    :raises MoveUncertain: the destination did not answer the call. Whether the context was moved is *unknown*.
+    :raises MonitorError: it had exited before; the context was not moved.
     """
     began = time.monotonic()
     attempts = 0
 
-    async def attempt() -> adopt.MigrateResult:
+    async def attempt() -> adopt.MoveResult:
         nonlocal attempts
         attempts += 1
         await destination.send_fd(FD_NAME, source_vm_fd)
         try:
-            result = await adopt.migrate_from(destination, FD_NAME)
+            result = await adopt.move_from(destination, FD_NAME)
         except MonitorError as err:
             raise MoveUncertain(err.message) from err
         log.info("move attempt %d: %s", attempts, explain(result.errno).name if result.errno else "moved")
@@ -151,10 +152,10 @@ async def move(
         retry=tenacity.retry_if_result(_is_transient),
         wait=tenacity.wait_exponential(multiplier=0.001, max=0.1) + tenacity.wait_random(0, 0.001),
         stop=tenacity.stop_after_delay(deadline),
-        # Out of time: the last verdict is the answer.
+        # Out of time: return the last result.
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
     )
-    result: adopt.MigrateResult = await retrying(attempt)
+    result: adopt.MoveResult = await retrying(attempt)
     report = MoveReport(attempts, result.errno, (time.monotonic() - began) * 1e3, result.restore_errno)
     if result.errno:
         raise _failure(report, destination_pid)
@@ -166,7 +167,7 @@ def _failure(report: MoveReport, destination_pid: int) -> MoveError:
     message = f"the kernel did not move the SEV context: {row.name}, {row.meaning}"
     if row.retry:
         message += f"; given up after {report.attempts} attempts in {report.ms / 1e3:.1f} s"
-    hint = row.remedy
+    hint = row.hint
     if report.errno == errno.EBUSY and (full := misc_cgroup.find_full(destination_pid)):
         hint = f"no SEV ASID is left: {full}; raise misc.max"
     return MoveError(message, report.errno, hint)

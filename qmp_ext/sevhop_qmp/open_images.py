@@ -1,5 +1,5 @@
 """
-The files that a QEMU has open, seen from outside: which ones they really are, whatever their names lead to by now.
+The files that a QEMU has open, read from outside: which ones they really are, whatever their paths lead to now.
 
 A disk image is identified by device and inode, a disk of the host by its device number. QEMU does not report which
 descriptor belongs to which block node, so a node's image is looked up by its path, and then among the descriptors: a
@@ -12,9 +12,9 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable
-from typing import Self
 
 from .errors import ProcessError
+from .proc_directory import ProcDirectory
 from .process import QemuProcess
 
 #: Bytes of a block in ``st_blocks``, whatever the file system has (stat(2)).
@@ -24,20 +24,20 @@ _SECTOR = 512
 Identity = tuple[int, int, int]
 
 
-class OpenFiles:
+class OpenFiles(ProcDirectory):
     """
     The regular files and block devices that a process has open, without its memory (memfds).
 
-    :meth:`changed` is called while the guest is stopped, so it looks again at as little as possible.
+    :meth:`changed` is called while the guest is stopped, so it reads as little as possible.
     """
 
     def __init__(self, process: QemuProcess) -> None:
         """
-        :raises ProcessError: it has ended, or we may not look.
+        :raises ProcessError: it has exited, or permission is denied.
         """
         self._process = process
         try:
-            self._directory = os.open(f"/proc/{process.pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            super().__init__(process.pid, "fd")
         except OSError as err:
             raise ProcessError(f"/proc/{process.pid}/fd: {err.strerror}") from err
         self._names: frozenset[str] = frozenset()
@@ -48,23 +48,11 @@ class OpenFiles:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the process."""
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
-
     def refresh(self) -> None:
         """
-        Look at all descriptors again.
+        Read all descriptors again.
 
-        :raises ProcessError: the process has ended.
+        :raises ProcessError: the process has exited.
         """
         names = self._list()
         self._files = {name: found for name in names if (found := self._identity(name)) is not None}
@@ -72,16 +60,16 @@ class OpenFiles:
 
     @property
     def identities(self) -> frozenset[Identity]:
-        """Of all files, as they were when they were last looked at."""
+        """Of all files, at the last :meth:`refresh`."""
         return frozenset(self._files.values())
 
     def changed(self, *, quick: bool = False) -> set[Identity]:
         """
         The files that have been opened, or closed for good, since :meth:`refresh`.
 
-        :param quick: do not look again at numbers that were no file then, unless something seems to have changed: an
-            image that was opened again may have got one of them.
-        :raises ProcessError: the process has ended.
+        :param quick: do not read numbers again that were no file then, unless something seems to have changed: an image
+            that was opened again may have got one of them.
+        :raises ProcessError: the process has exited.
         """
         names = self._list()
         if quick and not self._among((names - self._names) | (self._files.keys() & names)) ^ self.identities:
@@ -92,7 +80,7 @@ class OpenFiles:
         return {found for name in names if (found := self._identity(name)) is not None}
 
     def path(self, identity: Identity) -> str:
-        """What the kernel calls a file by now; empty when it is not open any more."""
+        """The kernel's current path of a file; empty when it is not open any more."""
         for name in self._list():
             if self._identity(name) == identity:
                 with contextlib.suppress(OSError):
@@ -113,7 +101,7 @@ class OpenFiles:
         try:
             return frozenset(os.listdir(self._directory))
         except OSError as err:
-            raise ProcessError(f"process {self._process.pid} has ended") from err
+            raise ProcessError(f"process {self._process.pid} has exited") from err
 
     def _identity(self, name: str) -> Identity | None:
         try:

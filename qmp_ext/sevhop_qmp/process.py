@@ -1,8 +1,8 @@
 """
-A QEMU process seen from outside: what it was started with, what it holds, what it has mapped.
+A QEMU process, read from outside: what it was started with, what it has open, what it has mapped.
 
 Everything is read from ``/proc/PID`` (proc(5)); descriptors are duplicated by ``pidfd_getfd(2)``, which needs the
-right to ptrace the process. The process is held by a pidfd, so a reused pid is never mistaken for it.
+right to ptrace the process. The process is identified by a pidfd, so a reused pid is never mistaken for it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 #: ``/proc/PID/fd`` link of a KVM VM descriptor.
 KVM_VM_LINK = "anon_inode:kvm-vm"
 
-#: Seconds between two looks at a process that has ended but is not reaped: nobody tells when it is.
+#: Seconds between two polls of a process that has exited but is not reaped: there is no notification for that.
 _REAPED_POLL = 0.001
-#: Seconds between two looks at the state of its threads, once they have been looked at for a while without a pause.
+#: Seconds between two polls of the state of its threads, after as many polls without a pause.
 _STATE_POLL = 0.001
-_LOOKS = 50
+_BUSY_POLLS = 50
 
 #: From the last byte of an entry of pagemap: 1 if the page is present or swapped (bits 63 and 62), otherwise 0.
 _PAGE_THERE = bytes(flags >= 1 << 6 for flags in range(256))
@@ -69,7 +69,7 @@ Address = tuple[int, str] | tuple[int, str, int]
 
 @dataclass(frozen=True)
 class Descriptor:
-    """An open descriptor of another process: its number there, and what /proc says it refers to."""
+    """An open descriptor of another process: its number there, and the target of its link in /proc."""
 
     number: int
     target: str
@@ -105,19 +105,19 @@ class Credentials:
 
     @property
     def may_lock_memory(self) -> bool:
-        """Whether no limit of locked memory holds for it."""
+        """Whether it is exempt from the limit of locked memory."""
         return bool(self.capabilities >> _CAP_IPC_LOCK & 1)
 
     def may(self, access: str, path: Path) -> bool:
         """
-        Whether this user can open or run a file; asked by becoming that user, since directories count as well.
+        Whether this user can open or run a file; tested as that user, since directories count as well.
 
         :param access: letters of ``rwx``.
         """
         other = (self.uid, self.gid) != (os.geteuid(), os.getegid())
-        questions = " -a ".join(f"-{letter} {{0}}" for letter in access).split()
+        tests = " -a ".join(f"-{letter} {{0}}" for letter in access).split()
         done = subprocess.run(
-            [shutil.which("test") or "/usr/bin/test", *(word.format(path) for word in questions)],
+            [shutil.which("test") or "/usr/bin/test", *(word.format(path) for word in tests)],
             user=self.uid if other else None,
             group=self.gid if other else None,
             extra_groups=self.groups if other else None,
@@ -155,86 +155,86 @@ class QemuProcess:
             raise ProcessError(f"process {pid}: {err.strerror}") from err
 
     def close(self) -> None:
-        """Let go of the pidfd. The process is not affected."""
+        """Close the pidfd. The process is not affected."""
         os.close(self._pidfd)
 
     def fileno(self) -> int:
         """The pidfd, which stays ours."""
         return self._pidfd
 
-    # -- life ------------------------------------------------------------------------------------
+    # -- life cycle ------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
-        """Whether a thread of it is left. A zombie has none, unless only the thread that was the first has ended."""
+        """Whether it has a thread left. A zombie has none, unless only its first thread has exited."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        return not poll.poll(0)  # pidfd_open(2): it polls as readable when the whole process has ended
+        return not poll.poll(0)  # pidfd_open(2): it polls as readable when all threads have exited
 
     @property
     def threads(self) -> list[int]:
-        """The ids of its threads; none when it has ended."""
+        """The ids of its threads; none when it has exited."""
         with contextlib.suppress(OSError):
             return [int(task.name) for task in (self._proc / "task").iterdir()]
         return []
 
     def kill(self) -> None:
-        """SIGKILL; nothing happens when it has ended already."""
+        """SIGKILL; nothing happens when it has exited already."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def halt(self) -> None:
-        """Tell all its threads to halt, until :meth:`thaw` or :meth:`kill`. They do within a moment."""
+        """SIGSTOP: all its threads halt within a moment, until :meth:`thaw` or :meth:`kill`."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
 
     async def freeze(self, timeout: float, states: ThreadStates | None = None) -> bool:
         """
-        :meth:`halt`, and wait until they have. Its monitors fall silent.
+        :meth:`halt`, and wait until they have. Its monitors do not answer any more.
 
-        :param states: of its threads, from whoever has looked at them before, since it is quicker the second time.
-        :return: False when that took too long, or it has ended.
+        :param states: of its threads, opened before, which is quicker.
+        :return: False when that took too long, or it has exited.
         """
         deadline = asyncio.get_running_loop().time() + timeout
-        looks = 0
+        polls = 0
         self.halt()
         with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
             states = states or opened.enter_context(ThreadStates(self.pid))
-            while not (seen := states.look()) <= HALTED:
+            while not (seen := states.read()) <= HALTED:
                 if asyncio.get_running_loop().time() > deadline:
                     return False
                 # It takes some hundredths of a millisecond, and a guest may be waiting.
-                looks += 1
-                await asyncio.sleep(0 if looks < _LOOKS else _STATE_POLL)
+                polls += 1
+                await asyncio.sleep(0 if polls < _BUSY_POLLS else _STATE_POLL)
             return not seen <= ENDED
         return False
 
     def thread_states(self) -> ThreadStates:
         """
-        For :meth:`freeze`, later.
+        Open them for :meth:`freeze`.
 
-        :raises ProcessError: it has ended.
+        :raises ProcessError: it has exited.
         """
         try:
             return ThreadStates(self.pid)
         except OSError as err:
-            raise ProcessError(f"process {self.pid} has ended") from err
+            raise ProcessError(f"process {self.pid} has exited") from err
 
     @property
     def frozen(self) -> bool:
         """Whether it is halted, by :meth:`freeze` or by somebody else."""
         with contextlib.suppress(OSError), ThreadStates(self.pid) as states:
-            seen = states.look()
+            seen = states.read()
             return seen <= HALTED and not seen <= ENDED and self.alive
         return False
 
     def thaw(self) -> None:
-        """Let its threads go on. Nothing happens when they do, or it has ended."""
+        """SIGCONT; nothing happens when it is not halted, or has exited."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     async def wait(self, timeout: float) -> bool:
-        """Wait until the process has ended. :return: False when it has not within ``timeout`` seconds."""
+        """Wait until the process has exited. :return: False when it has not within ``timeout`` seconds."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         loop.add_reader(self._pidfd, ended.set)
@@ -252,7 +252,7 @@ class QemuProcess:
         """
         When it was started, in clock ticks since boot. No two processes have the same pid and start time.
 
-        :raises ProcessError: it has ended.
+        :raises ProcessError: it has exited.
         """
         try:
             return int(self._stat()[19])
@@ -273,9 +273,9 @@ class QemuProcess:
     @property
     def on_disk(self) -> OnDisk:
         """
-        What has become of that file. Its content matters as little as its version: another file is another QEMU.
+        What has become of that file. Neither content nor version is compared: another file is another QEMU.
 
-        :raises ProcessError: the process has ended.
+        :raises ProcessError: the process has exited.
         """
         path = path_on_disk(self.executable)
         try:
@@ -305,9 +305,9 @@ class QemuProcess:
 
     def open_working_directory(self) -> int:
         """
-        A descriptor of it (O_PATH), which no renaming leads astray. The caller closes it.
+        A descriptor of it (O_PATH), which stays valid when it is renamed. The caller closes it.
 
-        :raises ProcessError: the process has ended, or we may not.
+        :raises ProcessError: the process has exited, or permission is denied.
         """
         try:
             return os.open(self._proc / "cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -356,7 +356,7 @@ class QemuProcess:
 
     @property
     def private_memory(self) -> int:
-        """Bytes that it has for itself, and that are in memory."""
+        """Bytes of its resident anonymous memory."""
         return int(self.status.get("RssAnon", "0 kB").split()[0]) << 10
 
     def fact(self, name: str) -> str:
@@ -366,7 +366,7 @@ class QemuProcess:
         except FileNotFoundError:
             if self.alive:
                 return ""
-            raise ProcessError(f"process {self.pid} has ended") from None
+            raise ProcessError(f"process {self.pid} has exited") from None
         except OSError as err:
             raise self._unreadable(name, err) from err
 
@@ -377,12 +377,12 @@ class QemuProcess:
 
     @property
     def status(self) -> dict[str, str]:
-        """What ``/proc/PID/status`` says, by name."""
-        # The name in it is QEMU's to choose, and may be any bytes; the kernel escapes line feeds, and nothing else.
+        """The fields of ``/proc/PID/status``, by name."""
+        # QEMU can set the name in it to any bytes; the kernel escapes line feeds, and nothing else.
         lines = os.fsdecode(self._read("status")).split("\n")
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
-    # -- what it holds ---------------------------------------------------------------------------
+    # -- what it has open ------------------------------------------------------------------------
 
     def descriptors(self) -> list[Descriptor]:
         """Open descriptors, by number."""
@@ -405,12 +405,12 @@ class QemuProcess:
         """
         A duplicate of one of its descriptors, close-on-exec (pidfd_getfd(2)).
 
-        :raises ProcessError: it has ended, has no such descriptor, or we may not.
+        :raises ProcessError: it has exited, has no such descriptor, or permission is denied.
         """
         fd = int(_libc.syscall(_SYS_PIDFD_GETFD, self._pidfd, number, 0))
         if fd < 0:
             reason = os.strerror(ctypes.get_errno())
-            raise ProcessError(f"descriptor {number} of process {self.pid} cannot be duplicated: {reason}")
+            raise ProcessError(f"cannot duplicate descriptor {number} of process {self.pid}: {reason}")
         return fd
 
     def listeners(self) -> dict[Address, int]:
@@ -430,7 +430,7 @@ class QemuProcess:
         """
         Duplicates of its connected UNIX sockets whose own path ends in a file name. The caller closes them.
 
-        Whoever is connected to them does not see the process end for as long as they are open.
+        Their peers do not notice the exit of the process for as long as the duplicates are open.
         """
         found = []
         for descriptor in self.descriptors():
@@ -445,7 +445,7 @@ class QemuProcess:
         return found
 
     async def wait_reaped(self, timeout: float) -> bool:
-        """Wait until it has ended and its parent knows. :return: False when that took too long."""
+        """Wait until it has exited and was reaped by its parent. :return: False when that took too long."""
         deadline = asyncio.get_running_loop().time() + timeout
         if not await self.wait(timeout):
             return False
@@ -487,7 +487,7 @@ class QemuProcess:
     def populated(self, start: int, length: int) -> list[tuple[int, int]]:
         """
         Those parts of a mapped range that have pages (Documentation/admin-guide/mm/pagemap.rst), as (first, end)
-        offsets from ``start``. What is left out has never been touched.
+        offsets from ``start``. The rest has never been touched.
         """
         page = resource.getpagesize()
         try:
@@ -498,7 +498,7 @@ class QemuProcess:
                 os.close(fd)
         except OSError as err:
             raise self._unreadable("pagemap", err) from err
-        # The flags are in the last of the 8 bytes of each entry. A guest may have to wait for this: no loop over pages.
+        # The flags are in the last of the 8 bytes of each entry. A guest may wait for this: no loop over pages.
         there = table[7::8].translate(_PAGE_THERE)
         areas: list[tuple[int, int]] = []
         end = 0
@@ -525,7 +525,7 @@ class QemuProcess:
 
     def _unreadable(self, name: str, err: OSError) -> ProcessError:
         if not self.alive:
-            return ProcessError(f"process {self.pid} has ended")
+            return ProcessError(f"process {self.pid} has exited")
         hint = "run sevhop as root" if isinstance(err, PermissionError) else ""
         return ProcessError(f"/proc/{self.pid}/{name}: {err.strerror}", hint)
 
@@ -550,7 +550,7 @@ def address_from_sockaddr(raw: bytes) -> Address | None:
     """
     The same form from a raw ``struct sockaddr`` (unix(7), ip(7), ipv6(7)).
 
-    :return: None for a family that is never handed over, or for bytes that are no such address.
+    :return: None for a family that is not supported, or for bytes that are no such address.
     """
     if len(raw) < 2:
         return None

@@ -1,12 +1,12 @@
 """
-The RAM blocks of a QEMU process: which are shared memory and so need no copying, and the others.
+The RAM blocks of a QEMU process: which are shared memory and need no copying, and which are private.
 
 ``xen-save-devices-state`` writes no RAM at all. The guest's main memory is shared between the two processes; what
 is private to each (firmware, option ROMs, video memory, ACPI tables, UEFI variables in pflash) would be stale or
 empty in the destination: a reset would hang, and pflash would overwrite newer UEFI variables in its file. So these
-blocks are carried: once before the source stops, and after the stop whatever has changed since.
+blocks are synced: once before the source stops, and after the stop whatever has changed since.
 
-Blocks are found by ``info ramblock``. It tells host addresses since QEMU 8; for older ones they are found in
+Blocks are found by ``info ramblock``. It prints host addresses since QEMU 8; for older ones they are found in
 QEMU's own ``RAMBlock`` structures, which are verified field by field and never guessed.
 """
 
@@ -32,7 +32,7 @@ _STRUCTURE = struct.Struct("<Q8xQQQ12x256s4xQQ")
 _STRUCTURE_AT = 24
 _NAME_AT = 76
 _NEXT_AT = 336
-#: Bytes of a heap that are looked through at a time.
+#: Bytes of a heap that are searched at a time.
 _PIECE = 1 << 20
 #: Blocks that a QEMU has at most, with those that have no name.
 _MOST_BLOCKS = 4096
@@ -67,7 +67,7 @@ async def read(monitor: Commands, process: QemuProcess) -> dict[str, RamBlock]:
     """
     The RAM blocks of a QEMU process, by name.
 
-    :raises RamError: their addresses cannot be told for certain.
+    :raises RamError: their addresses cannot be determined for certain.
     """
     rows = parse_ramblock_table(await monitor.hmp("info ramblock"))
     if any(row.host is None for row in rows):
@@ -127,17 +127,17 @@ def _locate(rows: list[Row], process: QemuProcess) -> list[Row]:
                 hosts = _hosts(mem, block, rows)
                 if hosts is not None:
                     return [replace(row, host=host) for row, host in zip(rows, hosts, strict=True)]
-    raise RamError(f"RAM block {rows[0].name}, and those behind it, were not found in QEMU's memory")
+    raise RamError(f"RAM block {rows[0].name}, and those after it, were not found in QEMU's memory")
 
 
 def _candidates(mem: int, heap: MemoryMapping, name: bytes) -> Iterator[int]:
-    """Addresses of what may be a RAMBlock of this name."""
+    """Addresses of possible RAMBlocks of this name."""
     for start in range(heap.start, heap.end, _PIECE):
         try:
             # What begins in this piece may end in the next one.
             piece = os.pread(mem, _PIECE + len(name) - 1, start)
         except OSError:
-            return  # the heap has become smaller, or its process has ended
+            return  # the heap has shrunk, or its process has exited
         at = piece.find(name)
         while at >= 0:
             yield start + at - _NAME_AT
@@ -170,20 +170,20 @@ def _hosts(mem: int, block: int, rows: list[Row]) -> list[int] | None:
 
 
 def _describe(row: Row, mappings: list[MemoryMapping]) -> RamBlock:
-    """:raises RamError: what is mapped there is not such a block. QEMU's word alone is not taken for it."""
+    """:raises RamError: what is mapped there is not such a block. QEMU's answer alone is not trusted."""
     assert row.host is not None
     behind = next((m for m in mappings if m.start <= row.host < m.end), None)
     if behind is None:
-        raise RamError(f"RAM block {row.name} is not mapped where QEMU says it is")
+        raise RamError(f"RAM block {row.name} is not mapped where QEMU reports it")
     mapped = _mapped(row.host, behind, mappings)
     if mapped < row.size:
-        raise RamError(f"QEMU says that RAM block {row.name} has {row.size} bytes, but {mapped} are mapped there")
+        raise RamError(f"QEMU reports that RAM block {row.name} has {row.size} bytes, but {mapped} are mapped there")
     file = (behind.device, behind.inode) if behind.inode else None
     return RamBlock(row.name, row.host, row.used, row.size, file, behind.shared and file is not None)
 
 
 def _mapped(start: int, first: MemoryMapping, mappings: list[MemoryMapping]) -> int:
-    """Bytes from an address on, inside one mapping or several that go on in each other, of the same file."""
+    """Bytes from an address on, inside one mapping or several contiguous ones of the same file."""
     end = first.end
     offset = first.offset + end - first.start
     for mapping in mappings:
@@ -193,13 +193,13 @@ def _mapped(start: int, first: MemoryMapping, mappings: list[MemoryMapping]) -> 
     return end - start
 
 
-def not_shared(
+def private_pairs(
     source: dict[str, RamBlock], destination: dict[str, RamBlock], *, encrypted: frozenset[str] = frozenset()
 ) -> list[tuple[RamBlock, RamBlock]]:
     """
-    Pair the blocks that must be carried, (source's, destination's).
+    Pair the blocks that must be copied, (source's, destination's).
 
-    :param encrypted: names of blocks whose content is tied to its physical page by SEV; they cannot be carried.
+    :param encrypted: names of blocks whose content is tied to its physical page by SEV; they cannot be copied.
     :raises RamError: the two processes do not have the same blocks.
     """
     pairs = []
@@ -225,11 +225,11 @@ def not_shared(
     return pairs
 
 
-class Carrier:
+class RamBlockSync:
     """
-    Carries blocks from a source to a destination: everything once, then only what has changed.
+    Syncs private blocks from a source to a destination: everything once, then only what has changed.
 
-    The first call of :meth:`carry` may run beside the running guest; the last one must come after the source has
+    The first call of :meth:`sync` may run beside the running guest; the last one must come after the source has
     stopped and before the destination runs.
     """
 
@@ -239,9 +239,9 @@ class Carrier:
         self._source = source
         self._destination = destination
         self._pairs = list(pairs)
-        self._carried: dict[str, bytearray] = {}
+        self._synced: dict[str, bytearray] = {}
 
-    def carry(self) -> int:
+    def sync(self) -> int:
         """
         Bring the destination's blocks up to date.
 
@@ -253,12 +253,12 @@ class Carrier:
             for ours, theirs in self._pairs:
                 try:
                     # Most of a large block is often untouched, video memory above all. A page that neither process
-                    # has ever touched is zero in both, and looking at it would make it a page.
+                    # has ever touched is zero in both, and reading it would allocate it.
                     areas = self._source.populated(ours.host, ours.used)
-                    image = self._carried.get(ours.name)
+                    image = self._synced.get(ours.name)
                     if image is None:
                         own = self._destination.populated(theirs.host, theirs.used)
-                        image = self._carried[ours.name] = bytearray(theirs.used)
+                        image = self._synced[ours.name] = bytearray(theirs.used)
                         for start, end in own:
                             image[start:end] = _read(write_fd, theirs.host + start, end - start)
                         areas += own
@@ -268,12 +268,12 @@ class Carrier:
                             written += _write_changes(write_fd, theirs.host + start, image[start:end], now)
                             image[start:end] = now
                 except OSError as err:
-                    raise RamError(f"RAM block {ours.name} cannot be carried over: {err.strerror}") from err
+                    raise RamError(f"cannot copy RAM block {ours.name}: {err.strerror}") from err
         return written
 
-    def kept(self) -> list[KeptBlock]:
-        """What has been carried so far, for another destination: the source may be gone by then."""
-        return [KeptBlock(ours, ((0, bytes(self._carried[ours.name])),)) for ours, _ in self._pairs]
+    def copies(self) -> list[RamBlockCopy]:
+        """What was synced so far, for another destination: the source may have exited by then."""
+        return [RamBlockCopy(ours, ((0, bytes(self._synced[ours.name])),)) for ours, _ in self._pairs]
 
 
 def _read(fd: int, address: int, count: int) -> bytes:
@@ -294,20 +294,20 @@ def _write_changes(fd: int, address: int, before: bytearray, now: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class KeptBlock:
-    """A block of a process that ends: (offset, content) of each part that has pages. The rest is zero."""
+class RamBlockCopy:
+    """A copy of a block: (offset, content) of each part that has pages. The rest is zero."""
 
     block: RamBlock
     parts: tuple[tuple[int, bytes], ...]
 
 
-def keep(process: QemuProcess, blocks: Iterable[RamBlock]) -> dict[str, KeptBlock]:
+def copy(process: QemuProcess, blocks: Iterable[RamBlock]) -> dict[str, RamBlockCopy]:
     """
-    Copy the blocks of a stopped process that are not shared memory, by name.
+    Copy the private blocks of a stopped process, by name.
 
     :raises RamError: a block could not be read in full.
     """
-    kept = {}
+    copies = {}
     with process.memory() as fd:
         for block in blocks:
             if block.inode is None:
@@ -315,51 +315,51 @@ def keep(process: QemuProcess, blocks: Iterable[RamBlock]) -> dict[str, KeptBloc
                     areas = process.populated(block.host, block.used)
                     parts = tuple((start, _read(fd, block.host + start, end - start)) for start, end in areas)
                 except OSError as err:
-                    raise RamError(f"RAM block {block.name} cannot be kept: {err.strerror}") from err
-                kept[block.name] = KeptBlock(block, parts)
-    return kept
+                    raise RamError(f"cannot copy RAM block {block.name}: {err.strerror}") from err
+                copies[block.name] = RamBlockCopy(block, parts)
+    return copies
 
 
-def pack(kept: Iterable[KeptBlock]) -> int:
+def pack(copies: Iterable[RamBlockCopy]) -> int:
     """
-    Put kept blocks into a memfd, one behind the other in their order. What is zero takes no memory.
+    Write copies into a memfd, one after the other in their order. What is zero takes no memory.
 
     :return: its descriptor, which is the caller's.
     :raises RamError: there is no memory for it.
     """
-    fd = os.memfd_create("sevhop-kept-blocks", os.MFD_CLOEXEC)
+    fd = os.memfd_create("sevhop-ram-blocks", os.MFD_CLOEXEC)
     try:
         at = 0
-        for item in kept:
+        for item in copies:
             os.ftruncate(fd, at + _pages(item.block))
             for start, content in item.parts:
                 if os.pwrite(fd, content, at + start) != len(content):
-                    raise RamError(f"RAM block {item.block.name} cannot be kept as a whole")
+                    raise RamError(f"cannot copy RAM block {item.block.name}: short write")
             at += _pages(item.block)
     except OSError as err:
         os.close(fd)
-        raise RamError(f"RAM blocks cannot be kept: {err.strerror}") from err
+        raise RamError(f"cannot copy RAM blocks: {err.strerror}") from err
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def unpack(fd: int, blocks: Iterable[RamBlock]) -> dict[str, KeptBlock]:
+def unpack(fd: int, blocks: Iterable[RamBlock]) -> dict[str, RamBlockCopy]:
     """
-    Kept blocks from such a memfd, by name.
+    Copies from such a memfd, by name.
 
-    :param blocks: those that :func:`keep` was given, in the same order.
+    :param blocks: those that :func:`copy` was given, in the same order.
     :raises RamError: something is missing.
     """
-    kept = {}
+    copies = {}
     at = 0
     for block in blocks:
         if block.inode is None:
             parts = tuple((start - at, _read(fd, start, end - start)) for start, end in _data(fd, at, at + block.used))
-            kept[block.name] = KeptBlock(block, parts)
+            copies[block.name] = RamBlockCopy(block, parts)
             at += _pages(block)
-    return kept
+    return copies
 
 
 def _pages(block: RamBlock) -> int:
@@ -382,16 +382,16 @@ def _data(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             start = hole
 
 
-def put(kept: Iterable[tuple[KeptBlock, RamBlock]], destination: QemuProcess) -> int:
+def write(copies: Iterable[tuple[RamBlockCopy, RamBlock]], destination: QemuProcess) -> int:
     """
-    Bring blocks of a destination that does not run to what was kept of the source.
+    Write copies of the source's blocks into those of a destination that does not run.
 
     :return: bytes written.
     :raises RamError: a block could not be written in full.
     """
     written = 0
     with destination.memory(write=True) as fd:
-        for theirs, ours in kept:
+        for theirs, ours in copies:
             wanted, found = bytearray(ours.used), bytearray(ours.used)
             for start, content in theirs.parts:
                 wanted[start : start + len(content)] = content
@@ -404,5 +404,5 @@ def put(kept: Iterable[tuple[KeptBlock, RamBlock]], destination: QemuProcess) ->
                     written += _write_changes(fd, ours.host + start, found[start:end], now)
                     found[start:end] = now
             except OSError as err:
-                raise RamError(f"RAM block {ours.name} cannot be carried over: {err.strerror}") from err
+                raise RamError(f"cannot copy RAM block {ours.name}: {err.strerror}") from err
     return written

@@ -1,10 +1,10 @@
 """
-The run mark: whether the guest has run in the destination, for whoever must know it although that one has ended.
+The run mark: records whether the guest has run in the destination, for when that one has exited.
 
 It is the first byte of a memfd. The library in the destination writes it right before the guest runs there for the
-first time, and before it tells the keeper. The memfd lives for as long as any process has it open. So a hop gives it to
-the *source* as well: for as long as there is a source that could be continued, there is the mark that tells whether it
-may be. It cannot grow, and nothing else is read from it: a QEMU is not trusted with more.
+first time, and before it notifies the keeper. The memfd exists for as long as any process has it open. So a hop gives
+it to the *source* as well: for as long as there is a source that could be resumed, there is the mark that records
+whether it may be. It cannot grow, and nothing else is read from it: a QEMU is not trusted with more.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LINK = f"/memfd:{_NAME} (deleted)"
 
 class RunState(enum.IntEnum):
     """
-    What the mark tells.
+    The value of the mark.
 
     ``NOT``
         the guest has not run there
     ``STARTING``
-        it runs there if the keeper has been told; the next moment decides. So it was when the destination was killed
-        just then, and what became of the guest cannot be told
+        the destination is about to notify the keeper, and the guest runs there if that succeeds. It stays so if the
+        destination was killed just then: what became of the guest is unknown
     ``RAN``
         it runs there, or has
     """
@@ -43,7 +43,7 @@ class RunMark:
     """
     One mark. :meth:`create` it, or :meth:`find` it where a command has left it; then :meth:`close`.
 
-    :ivar inode: what tells it from the marks of other hops.
+    :ivar inode: distinguishes it from the marks of other hops.
     """
 
     def __init__(self, fd: int) -> None:
@@ -63,7 +63,7 @@ class RunMark:
         """
         The mark of a hop in a process that was given it; None if it is not there.
 
-        :raises ProcessError: the process has ended, or we may not look.
+        :raises ProcessError: the process has exited, or permission is denied.
         """
         for descriptor in process.descriptors():
             if descriptor.target != _LINK:
@@ -71,7 +71,7 @@ class RunMark:
             try:
                 found = cls(process.duplicate(descriptor.number))
             except ProcessError:
-                continue  # closed meanwhile, or the process has ended, which the next look tells
+                continue  # closed meanwhile, or the process has exited
             if found.inode == inode:
                 return found
             found.close()
@@ -82,10 +82,10 @@ class RunMark:
         return self._fd
 
     def read(self) -> RunState:
-        """What it tells now. A byte that means nothing is no proof of anything."""
+        """Its value now; an invalid byte proves nothing, and is read as ``STARTING``."""
         byte = os.pread(self._fd, 1, 0)
         return RunState(byte[0]) if byte and byte[0] in (*RunState,) else RunState.STARTING
 
     def close(self) -> None:
-        """Let go of it. It stays with whoever else has it."""
+        """Close our descriptor. Other processes keep theirs."""
         os.close(self._fd)

@@ -1,16 +1,17 @@
 """
 The states of the threads of a process (proc_pid_stat(5)): whether it executes anything.
 
-A guest may be waiting when they are looked at, so the files stay open between two looks: one system call for each
-thread, and one for those that have come.
+A guest may wait while they are read, so the files stay open between two reads: one system call for each thread, and
+one more for each new thread.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Self
 
-#: States of threads that do not run, nor will unless they are told to; and of those that never will.
+from .proc_directory import ProcDirectory
+
+#: States of threads that do not run until they are continued or killed; and of those that never will.
 HALTED = frozenset("TZX")
 ENDED = frozenset("ZX")
 
@@ -18,38 +19,30 @@ ENDED = frozenset("ZX")
 _HEAD = 256
 
 
-class ThreadStates:
+class ThreadStates(ProcDirectory):
     """The states of all threads of one process."""
 
     def __init__(self, pid: int) -> None:
-        """:raises OSError: it has ended, and is not even a zombie."""
-        self._directory = os.open(f"/proc/{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """:raises OSError: it has exited, and was reaped."""
+        super().__init__(pid, "task")
         self._files: dict[str, int] = {}
         try:
-            self.look()
+            self.read()
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Let go of the process."""
+        """Close the files as well."""
         while self._files:
             os.close(self._files.popitem()[1])
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
+        super().close()
 
-    def look(self) -> set[str]:
+    def read(self) -> set[str]:
         """
-        Their states, now: a letter for each that occurs, ``X`` for one that has just ended.
+        Their states, now: a letter for each that occurs, ``X`` for one that has just exited.
 
-        :raises OSError: the process has ended, and is not even a zombie.
+        :raises OSError: the process has exited, and was reaped.
         """
         return {self._state(thread) for thread in os.listdir(self._directory)}
 

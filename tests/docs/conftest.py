@@ -1,6 +1,6 @@
 """
-A host for those who follow the documentation: a libvirt daemon of one's own, and the two QEMUs, of which the newer one
-comes when a page upgrades the package.
+A host on which the commands of the documentation are run: a private libvirt daemon, and two QEMUs, of which the newer
+one is installed when a page upgrades the package.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tests.support.guests.running import wait_until
 from .console import Shell
 from .pages import Block
 
-#: What pages call the host's QEMU, and what takes its place here: a link, which leads to one or the other.
+#: The path of QEMU in the pages, and its replacement here: a symbolic link to one of the two QEMUs.
 _EMULATOR = "/usr/bin/qemu-system-x86_64"
 _LINK = PROGRAMS / "qemu-system-x86_64"
-#: Where the reader is when he begins.
+#: The working directory at the beginning of a page.
 _HOME = "/run/home"
 
 
 class Host:
     """
-    A host with one daemon, as a page finds it: nothing is defined, nothing of sevhop is installed.
+    A host with one daemon, at the beginning of a page: no domain is defined, sevhop is not installed.
 
-    :ivar shell: root's.
+    :ivar shell: of root.
     """
 
     def __init__(self, daemon: Daemon, shell: Shell, accelerator: Accelerator) -> None:
@@ -42,21 +42,21 @@ class Host:
         self._accelerator = accelerator
 
     def write(self, block: Block) -> None:
-        """Put a block that has a name into a file of that name."""
+        """Write a block that has a name to a file of that name."""
         text = self.shell.here(block.text)
         if self._accelerator == "tcg":
             text = text.replace("type='kvm'", "type='qemu'")
         (self.daemon.root / _HOME.lstrip("/") / block.file).write_text(text)
 
     def install(self, emulator: Path) -> None:
-        """Do what the update of QEMU's package does."""
+        """Replace QEMU, as an update of its package does."""
         done = self.daemon.run("ln", "--symbolic", "--force", "--no-dereference", emulator, _LINK)
         assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def daemon(libvirt_of_ones_own: None) -> Iterator[Daemon]:
-    """A daemon that knows nothing of sevhop."""
+    """A daemon without sevhop's hook."""
     daemon = Daemon.start()
     try:
         yield daemon
@@ -66,7 +66,7 @@ def daemon(libvirt_of_ones_own: None) -> Iterator[Daemon]:
 
 @pytest.fixture
 def host(daemon: Daemon, old: Path, accelerator: Accelerator) -> Iterator[Host]:
-    """A host; nothing of what a page has made is left afterwards."""
+    """A host; whatever a page has created is removed afterwards."""
     before = set(daemon.processes())
     done = daemon.run("mkdir", "-p", _HOME, "/run/vm", "/var/lib/libvirt/images")
     assert done.returncode == 0, done.stderr

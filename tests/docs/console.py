@@ -1,17 +1,17 @@
 """
-Blocks of the language ``console``: what is typed into a root's shell, and what it answers.
+Blocks of the language ``console``: commands in root's shell, and their output.
 
-A line that begins with ``# `` is a command; one that ends with a backslash goes on in the next line. All else is output
-and errors, as they come. Every command succeeds, unless ``echo $?`` follows and shows that it does not.
+A line that begins with ``# `` is a command; one that ends with a backslash continues in the next line. All other lines
+are output, standard error included. Every command succeeds, unless ``echo $?`` follows and shows that it does not.
 
-Output is compared word by word, but for what is another thing each time:
+Output is compared literally, except for what varies:
 
 ========================  ============================================================
-a number, a version       stands for any, except in what ``echo`` says
-``...`` in a line         stands for any text in this line
+a number, a version       matches any other, except in the output of ``echo``
+``...`` in a line         matches any text in this line
 ========================  ============================================================
 
-QEMU's warnings about the processor are left out: they depend on the machine.
+QEMU's warnings about the processor are ignored: they depend on the machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NUMBER = r"\d+(?:\.\d+)*"
 _VARIES = re.compile(rf"({_NUMBER}|\.\.\.)")
 _WARNING = re.compile(r"^qemu-system-\w+: warning: (host|TCG) doesn't support requested feature")
 _STATUS = "echo $?"
-#: A command that hangs ends after so many seconds.
+#: A command that hangs is terminated after so many seconds.
 _LIMITED = ("timeout", "300")
 _END = "this-was-the-output"
 
@@ -50,11 +50,11 @@ class Command:
 
 
 def commands(block: Block) -> list[Command]:
-    """What is typed in a block, with what each command is said to answer."""
+    """The commands of a block, with their expected output."""
     found: list[Command] = []
-    goes_on = False
+    continued = False
     for number, line in enumerate(block.text.splitlines(), block.line + 1):
-        if goes_on:
+        if continued:
             found[-1].text += "\n" + line
         elif line.startswith(_PROMPT):
             found.append(Command(line.removeprefix(_PROMPT), number))
@@ -62,22 +62,22 @@ def commands(block: Block) -> list[Command]:
             found[-1].output.append(line)
         else:
             raise ValueError(f"line {number}: output before the first command")
-        goes_on = (goes_on or line.startswith(_PROMPT)) and line.endswith("\\")
+        continued = (continued or line.startswith(_PROMPT)) and line.endswith("\\")
     for command in found:
         while command.output and not command.output[-1]:
             command.output.pop()
     return found
 
 
-def difference(command: Command, said: str) -> str:
-    """How a command's output differs from what the page says; empty if it does not."""
-    lines = [line.rstrip() for line in said.splitlines() if not _WARNING.match(line)]
+def difference(command: Command, output: str) -> str:
+    """How a command's output differs from that in the page; empty if it does not."""
+    lines = [line.rstrip() for line in output.splitlines() if not _WARNING.match(line)]
     while lines and not lines[-1]:
         lines.pop()
     exactly = command.text.startswith("echo ")
     for expected, line in zip_longest(command.output, lines):
         if expected is None or line is None or not _matches(expected, line, exactly):
-            return f"the page says: {expected!r}\nthe command:   {line!r}"
+            return f"in the page: {expected!r}\nthe command: {line!r}"
     return ""
 
 
@@ -94,10 +94,10 @@ def _matches(expected: str, line: str, exactly: bool) -> bool:
 
 class Shell:
     """
-    One bash that commands are typed into, so that each finds what the one before has left: files, ``$?``.
+    One bash that runs all commands, so that each sees the state that earlier ones have left: files, ``$?``.
 
-    :param entered: what runs a program where the shell is to be.
-    :param paths: what a page calls a file, and what it is called here.
+    :param entered: the command that enters the namespaces of the shell.
+    :param paths: the path of a file in the pages, and its path here.
     """
 
     def __init__(
@@ -111,24 +111,24 @@ class Shell:
         )
 
     def run(self, text: str) -> tuple[int, str]:
-        """Type a command. :return: its exit status and its output."""
+        """Run a command. :return: its exit status and its output."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
-        # $? is afterwards what the command has left.
+        # $? must be that of the command for the next one.
         stdin.write(f"{{ {self.here(text)}\n}} </dev/null; s=$?; printf '\\n%s %d\\n' {_END} $s; (exit $s)\n")
         stdin.flush()
         lines: list[str] = []
         for line in stdout:
             if line.startswith(f"{_END} "):
-                said = "".join(lines).removesuffix("\n")
+                output = "".join(lines).removesuffix("\n")
                 for name, path in self._paths.items():
-                    said = said.replace(path, name)
-                return int(line.split()[1]), said
+                    output = output.replace(path, name)
+                return int(line.split()[1]), output
             lines.append(line)
-        raise EOFError(f"the shell has ended: {''.join(lines)}")
+        raise EOFError(f"the shell has exited: {''.join(lines)}")
 
     def here(self, text: str) -> str:
-        """What stands in a page, with the paths of this machine."""
+        """Text of a page, with the paths of this machine."""
         for name, path in self._paths.items():
             text = re.sub(rf"(?<![\w/]){re.escape(name)}", path, text)
         return text
@@ -143,5 +143,5 @@ class Shell:
 
 
 def is_status(command: Command) -> bool:
-    """Whether it shows how the command before has ended."""
+    """Whether it prints the exit status of the command before."""
     return command.text == _STATUS

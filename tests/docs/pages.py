@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what tests want to know of them: blocks, inline code, tables, links, anchors."""
+"""The pages of the documentation, and their parts: blocks, inline code, tables, links, anchors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Not written for readers: what is fetched or made here.
+#: Directories of files that are downloaded or built.
 _OTHERS = (".venv", ".cache", "build", "dist", "node_modules")
 _PARSER = MarkdownIt("commonmark").enable("table")
-#: The end of a paragraph that gives the block behind it to the reader as a file.
+#: The end of a paragraph that names the file of the block after it.
 _FILE = re.compile(r"`(?P<name>[\w.-]+)`[^`]*:$")
 _NOT_IN_ANCHOR = re.compile(r"[^\w\- ]")
 
@@ -26,9 +26,9 @@ class Block:
     """
     A fenced block.
 
-    :ivar language: the word behind the fence; empty if there is none.
+    :ivar language: the info string of the fence; may be empty.
     :ivar line: of the fence in its page, counted from 1.
-    :ivar file: the name that the paragraph before it gives to it; empty if it does not.
+    :ivar file: the file name in the paragraph before it; empty if there is none.
     """
 
     language: str
@@ -75,17 +75,17 @@ class Page:
             yield from token.children or ()
 
     def code(self) -> list[str]:
-        """What stands in the text as code."""
+        """All inline code."""
         return [token.content for token in self._inline() if token.type == "code_inline"]
 
     def links(self) -> list[str]:
-        """Where links and pictures lead."""
+        """The targets of links and images."""
         attributes = [token.attrs.get("href") or token.attrs.get("src") for token in self._inline()]
         return [str(target) for target in attributes if target]
 
     @cached_property
     def anchors(self) -> set[str]:
-        """What a link can name behind a ``#``: the headings, in the form that forges make of them."""
+        """The fragments of links: the headings, in the form that forges generate."""
         found: set[str] = set()
         for heading, inline in zip(self._tokens, self._tokens[1:], strict=False):
             if heading.type == "heading_open":
@@ -99,7 +99,7 @@ class Page:
         return found
 
     def tables(self) -> list[list[list[str]]]:
-        """All tables: rows of cells, as they are written. The first row is the heads."""
+        """All tables: rows of cells, as they are written. The first row has the column heads."""
         tables: list[list[list[str]]] = []
         for token in self._tokens:
             if token.type == "table_open":
@@ -111,7 +111,7 @@ class Page:
         return tables
 
 
-#: The level of what stands in a cell.
+#: The nesting level of the content of a cell.
 _CELL = 4
 
 

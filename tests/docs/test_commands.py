@@ -1,7 +1,7 @@
 """
-Every command in the documentation is run, and answers what is said there; or it is in a list here, with the reason.
+Every command in the documentation is run, and its output compared; or it is in a list here, with the reason.
 
-XML that a page gives a name is what the commands of that page find under this name.
+XML that a page gives a name is written to a file of that name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .pages import Page, page, pages
 
 _ALL_OF_IT = "it takes many minutes; what it runs is run by the tests themselves"
 _LAB = "boots the SEV lab, which tests/lab does"
-_BENCH = "measures for minutes; tests/qemu/test_bench.py runs a small part"
+_BENCH = "measures for minutes; tests/libvirt/test_bench.py runs a small part"
 _PACKAGE = "tests/packaging builds the package, and installs it in clean Debian releases"
-_INSTALLS = "changes the machine and wants the network; tools/environment installs the tree in the same way"
+_INSTALLS = "changes the machine and needs the network; tools/environment installs the tree in the same way"
 #: Commands that cannot be run here, or that other tests run.
 NOT_RUN: dict[str, str] = {
     "tools/demo": "takes a minute, and hops as tests/qemu do, with the same guests",
@@ -29,7 +29,7 @@ NOT_RUN: dict[str, str] = {
     "tools/bench/run": _BENCH,
     "tools/bench/run --quick": _BENCH,
     "tools/bench/run --only domains --sizes 256,4096": _BENCH,
-    "tools/bench/run --only bare --output DIRECTORY": _BENCH,
+    "tools/bench/run --only standalone --output DIRECTORY": _BENCH,
     "tools/lab/run cat /sys/module/kvm_amd/parameters/sev": _LAB,
     "tools/lab/run --kernel 6.12 .venv/bin/python -m pytest tests/lab/contract": _LAB,
     ".venv/bin/python -m pytest tests/lab": _LAB,
@@ -41,23 +41,23 @@ NOT_RUN: dict[str, str] = {
     "/opt/sevhop/bin/pip install '.[libvirt]'": _INSTALLS,
     "ln -s /opt/sevhop/bin/sevhop /usr/local/bin/": _INSTALLS,
 }
-#: What the update of QEMU's package is to a page; here a link leads to another QEMU afterwards.
+#: The update of QEMU's package in the pages; here it changes the link to QEMU.
 _UPDATE = "apt-get install --only-upgrade qemu-system-x86"
-#: The guide has the commands that make the guests which other pages speak of.
+#: The guide has the commands that create the guests of the other pages.
 _GUIDE = "docs/administrator.md"
 _MAKES_GUESTS = ("qemu-img create", "virsh --quiet define web1", "virsh --quiet start web1", "qemu-system-x86_64 ")
 
 
-def typed(one: Page) -> list[Command]:
+def page_commands(one: Page) -> list[Command]:
     """All commands of a page."""
     return [command for block in one.of("console") for command in commands(block)]
 
 
-TO_FOLLOW = [one for one in pages() if any(command.text not in NOT_RUN for command in typed(one))]
+RUN = [one for one in pages() if any(command.text not in NOT_RUN for command in page_commands(one))]
 
 
-def follow(host: Host, one: Page, todo: list[Command], new: Path) -> list[str]:
-    """Type the commands of a page. :return: what was not as the page says."""
+def run_page(host: Host, one: Page, todo: list[Command], new: Path) -> list[str]:
+    """Run the commands of a page. :return: the differences."""
     for block in one.of("xml"):
         if block.file:
             host.write(block)
@@ -68,28 +68,28 @@ def follow(host: Host, one: Page, todo: list[Command], new: Path) -> list[str]:
         if command.text == _UPDATE:
             host.install(new)
             continue
-        status, said = host.shell.run(command.text)
-        differs = difference(command, said)
+        status, output = host.shell.run(command.text)
+        differs = difference(command, output)
         if status and not (following and is_status(following)):
             differs = f"exit status {status}"
         if differs:
-            wrong.append(f"{one.name}:{command.line}: {command.text}\n{differs}\n\nall of it:\n{said}")
+            wrong.append(f"{one.name}:{command.line}: {command.text}\n{differs}\n\nall output:\n{output}")
     return wrong
 
 
-@pytest.mark.parametrize("one", TO_FOLLOW, ids=lambda one: one.name)
-def test_commands(one: Page, host: Host, new: Path) -> None:
+@pytest.mark.parametrize("one", RUN, ids=lambda one: one.name)
+def test_commands_print_what_the_page_says(one: Page, host: Host, new: Path) -> None:
     if one.name != _GUIDE:
         guide = page(_GUIDE)
-        given = [command for command in typed(guide) if command.text.startswith(_MAKES_GUESTS)]
+        given = [command for command in page_commands(guide) if command.text.startswith(_MAKES_GUESTS)]
         for command in given:
             command.output.clear()
-        assert not follow(host, guide, given, new)
+        assert not run_page(host, guide, given, new)
         host.install(new)
-    wrong = follow(host, one, typed(one), new)
+    wrong = run_page(host, one, page_commands(one), new)
     assert not wrong, "\n\n".join(wrong)
 
 
-def test_what_is_not_run_is_still_there() -> None:
-    everywhere = {command.text for one in pages() for command in typed(one)}
+def test_commands_not_run_are_in_a_page() -> None:
+    everywhere = {command.text for one in pages() for command in page_commands(one)}
     assert set(NOT_RUN) <= everywhere

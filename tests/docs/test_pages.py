@@ -1,4 +1,4 @@
-"""What can be seen by reading: links lead somewhere, blocks are what they say they are."""
+"""Static tests of the pages: links have targets, blocks are valid in their language."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from .console import commands
 from .pages import ROOT, Block, Page, page, pages
 
-#: What a block may be. ``console`` is run, ``xml``, ``json`` and ``python`` are parsed, forges draw ``mermaid``.
+#: Languages of blocks. ``console`` is run, ``xml``, ``json`` and ``python`` are parsed, forges draw ``mermaid``.
 _LANGUAGES = {"console", "json", "mermaid", "python", "text", "xml"}
 #: A path in the tree.
 _IN_TREE = re.compile(r"(debian|docs|plugin|qmp_ext|tests|tools)/[\w./-]*")
@@ -32,8 +32,8 @@ def blocks(language: str) -> list[tuple[str, Block]]:
 
 
 @pytest.mark.parametrize(("one", "target"), LINKS, ids=[f"{one.name}-{target}" for one, target in LINKS])
-def test_links(one: Page, target: str) -> None:
-    """One into the tree leads to a file, and to a heading in it if it names one. What is elsewhere is not looked up."""
+def test_links_have_targets(one: Page, target: str) -> None:
+    """A file in the tree, and a heading in it if the link names one. Links to other sites are not resolved."""
     parts = urlsplit(target)
     if parts.scheme:
         assert parts.scheme == "https"
@@ -52,13 +52,13 @@ def test_files_of_the_tree_exist(one: Page) -> None:
 
 
 @ALL
-def test_blocks_say_what_they_are(one: Page) -> None:
+def test_blocks_have_known_languages(one: Page) -> None:
     assert {block.language for block in one.blocks} <= _LANGUAGES
 
 
 @pytest.mark.parametrize(("where", "block"), blocks("xml"), ids=[where for where, _ in blocks("xml")])
-def test_xml(where: str, block: Block, tmp_path: Path) -> None:
-    """A whole domain is valid, a part of one at least well-formed."""
+def test_xml_is_valid(where: str, block: Block, tmp_path: Path) -> None:
+    """A whole domain is valid, a part of one is well-formed."""
     root = ElementTree.fromstring(block.text)
     if root.tag != "domain":
         return
@@ -71,17 +71,17 @@ def test_xml(where: str, block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("where", "block"), blocks("json"), ids=[where for where, _ in blocks("json")])
-def test_json(where: str, block: Block) -> None:
+def test_json_is_valid(where: str, block: Block) -> None:
     json.loads(block.text)
 
 
-def test_python() -> None:
+def test_python_is_valid() -> None:
     for where, block in blocks("python"):
         ast.parse(block.text, where)
 
 
 @pytest.mark.parametrize(("where", "block"), blocks("mermaid"), ids=[where for where, _ in blocks("mermaid")])
-def test_diagrams(where: str, block: Block) -> None:
+def test_diagrams_have_known_types(where: str, block: Block) -> None:
     assert _DIAGRAM.match(block.text)
 
 
@@ -90,7 +90,7 @@ def test_consoles_have_commands(where: str, block: Block) -> None:
     assert commands(block)
 
 
-def test_the_index_names_every_page() -> None:
+def test_index_names_every_page() -> None:
     index = page("docs/README.md")
     named = {(index.path.parent / urlsplit(target).path).resolve() for target in index.links()}
     assert {one.path for one in pages() if one.path.parent == index.path.parent} - {index.path} <= named

@@ -1,4 +1,4 @@
-"""What the pages list is what the code has: tests of ``sevhop check``, phases, exit codes, outcomes, options."""
+"""Tables in the pages agree with the code: tests of ``sevhop check``, phases, exit codes, states, messages, options."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import qmp_reference
+import sevhop
+import sevhop_qmp
 from sevhop.checks import domain as domain_checks
 from sevhop.checks import guest as guest_checks
 from sevhop.checks import sev_host
 from sevhop.cli import commands as cli_commands
-from sevhop.cli import exit_codes, output
+from sevhop.cli import exit_codes
 from sevhop.cli.parser import parser as whole_parser
-from sevhop.engine import hop, upgrade
-from sevhop.install import apparmor, host, units
-from sevhop.keeper.client import State
+from sevhop.engine import hop, recovery_result, upgrade
+from sevhop.errors import GuestState
+from sevhop.install import apparmor, units, verification
+from sevhop.keeper.state import State
 from sevhop.records import journal, run_directory
 
 from .pages import page, pages
@@ -28,18 +32,18 @@ GUIDE = page("docs/administrator.md")
 
 
 def tables(head: str) -> list[list[list[str]]]:
-    """The rows of the tables in the guide whose first head this is."""
+    """The rows of the tables in the guide with this first column head."""
     return [rows for heads, *rows in GUIDE.tables() if heads[0] == head]
 
 
 def table(head: str) -> list[list[str]]:
-    """The same if there is one."""
+    """The rows of the only such table."""
     (found,) = tables(head)
     return found
 
 
-def findings(module: ModuleType) -> Iterator[str]:
-    """The names of the findings that a module can make: what ``passed`` and ``failed`` are called with."""
+def check_names(module: ModuleType) -> Iterator[str]:
+    """The names of the check results of a module: the first argument of ``passed`` and ``failed``."""
     for function in ast.walk(ast.parse(inspect.getsource(module))):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -58,43 +62,70 @@ def findings(module: ModuleType) -> Iterator[str]:
                 yield name
 
 
-def test_every_test_of_check_is_explained() -> None:
+def test_tests_of_check_are_explained() -> None:
     modules = (guest_checks, domain_checks, sev_host, cli_commands)
-    made = {name for module in modules for name in findings(module)} | set(sev_host.NAMES)
+    made = {name for module in modules for name in check_names(module)} | set(sev_host.NAMES)
     assert {cells[0].strip("`") for cells in table("test")} == made
 
 
-def test_exit_codes() -> None:
+def test_exit_codes_are_those_of_the_command() -> None:
     usage = 2  # argparse's
-    numbers = {name: value for name, value in vars(exit_codes).items() if isinstance(value, int)}
-    codes = {value for name, value in numbers.items() if name.startswith("EXIT_")} | {usage}
-    rows = {int(cells[0]): cells[1] for cells in table("exit code")}
-    assert set(rows) == codes
-    assert {code: state for code, state in rows.items() if state} == output.STATE_OF_GUEST
+    codes = {outcome: str(code) for outcome, code in exit_codes.EXIT_OF.items()}
+    codes |= {"done": str(exit_codes.EXIT_DONE), "": str(usage)}
+    assert {cells[1].strip("`"): cells[0] for cells in table("exit code")} == codes
 
 
-def test_phases() -> None:
+def test_guest_states_are_explained() -> None:
+    assert [cells[0] for cells in table("the guest is")] == [state.value for state in GuestState]
+
+
+def test_phases_are_those_of_the_engines() -> None:
     for module, rows in zip((upgrade, hop), tables("phase"), strict=True):
-        phases = re.findall(r'self\._do\("(\w+)"', inspect.getsource(module))
+        phases = re.findall(r'self\.run_phase\(\s*"(\w+)"', inspect.getsource(module))
         assert [cells[0] for cells in rows] == phases
 
 
-def test_outcomes() -> None:
+def test_outcomes_are_mentioned() -> None:
     outcomes = {*exit_codes.EXIT_OF, "done", "checked", "prepared"}
     assert {f"`{outcome}`" for outcome in outcomes} <= set(re.findall(r"`[\w-]+`", GUIDE.path.read_text()))
 
 
-def test_ends_of_a_recovery() -> None:
-    assert {cells[0] for cells in table("it says")} == {end.value for end in recovery_result.End}
+def texts() -> Iterator[str]:
+    """All string literals of the packages, as far as they are constant."""
+    for package in (sevhop, sevhop_qmp):
+        for path in Path(package.__path__[0]).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
 
 
-def test_states_of_a_keeper() -> None:
+#: What the messages in the guide have in the place of a value.
+_VALUE = re.compile(r"\b(?:COMMAND|DISK|GUEST|IMAGE|NAME|PATH|PHASE|PID|REASON|SECONDS|STATE|TYPE|VERSION)\b|\.\.\.")
+
+
+def constant_parts(message: str) -> list[str]:
+    """The parts of a message in the guide between the values."""
+    return [part for part in _VALUE.split(message) if part.strip(" :;,()")]
+
+
+def test_messages_are_those_of_the_code() -> None:
+    found = "\n".join(texts())
+    messages = [cells[0].strip("`") for rows in tables("message") for cells in rows]
+    assert messages
+    assert [part for message in messages for part in constant_parts(message) if part not in found] == []
+
+
+def test_results_of_a_recovery_are_explained() -> None:
+    assert {cells[0] for cells in table("result")} == {end.value for end in recovery_result.RecoveryOutcome}
+
+
+def test_states_of_the_keeper_are_in_the_diagram() -> None:
     (diagram,) = (block for block in page("docs/how-it-works.md").of("mermaid") if block.text.startswith("state"))
     assert set(re.findall(r"--> (\w+):", diagram.text)) == {state.value for state in State}
 
 
-def test_files() -> None:
-    installed = [host._SCRIPT, apparmor._QEMU.path, apparmor._DAEMONS[0].path, units.DIRECTORY / units.NAMES[0]]
+def test_installed_files_are_listed() -> None:
+    installed = [verification.SCRIPT, apparmor._QEMU.path, apparmor._DAEMONS[0].path, units.DIRECTORY / units.NAMES[0]]
     named = " ".join(cells[0] for cells in table("path"))
     assert [path for path in (*installed, run_directory.RUN, journal.DIRECTORY) if f"`{path}`" not in named] == []
 
@@ -109,8 +140,8 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
-def test_every_option_is_mentioned() -> None:
-    """In some page, as code or in a block of commands."""
+def test_options_are_mentioned() -> None:
+    """In any page, as code or in a block of commands."""
     words = {word for one in pages() for text in one.code() for word in text.split()}
     words |= {word for one in pages() for block in one.of("console") for word in block.text.split()}
     wanted = {name for parser in (whole_parser(), *commands().values()) for name in options(parser)}
@@ -121,13 +152,13 @@ CALLS = [(one.name, text) for one in pages() for text in one.code() if re.match(
 
 
 @pytest.mark.parametrize(("name", "text"), CALLS)
-def test_what_is_mentioned_exists(name: str, text: str) -> None:
-    """A command of sevhop in the text, and each option that it is mentioned with."""
-    _, command, *words = text.split()
+def test_mentioned_options_exist(name: str, text: str) -> None:
+    """A command of sevhop in the text, and its options there."""
+    _, command, *arguments = text.split()
     parser = commands()[command]
-    assert {word for word in words if word.startswith("--") and word != "--"} <= options(parser), name
+    assert {word for word in arguments if word.startswith("--") and word != "--"} <= options(parser), name
 
 
-def test_qmp_reference() -> None:
-    """To make it anew: python3 tools/qmp_reference.py"""
+def test_qmp_reference_is_current() -> None:
+    """To generate it: python3 tools/qmp_reference.py"""
     assert qmp_reference.PAGE.read_text() == qmp_reference.page(qmp_reference.SCHEMA.read_text())

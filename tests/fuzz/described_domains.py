@@ -1,4 +1,4 @@
-"""Domain XML in any shape, with whatever in it."""
+"""Domain XML in any shape, with any content."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from sevhop.libvirt import domain_xml
 
 from .inputs import clean_texts, texts
 
-#: Text that XML can have. White space at the ends means nothing in a path or a name.
+#: The emulator of every domain.
+OLD = "/usr/bin/qemu"
+
+#: Text that XML allows. Leading and trailing white space is ignored in a path or a name.
 xml_texts = clean_texts.map(
     lambda text: "".join(c for c in text if c.isprintable() and c not in "\ufffe\uffff").strip()
 )
-words = st.one_of(
+arguments = st.one_of(
     st.sampled_from(
         [
             "-chardev",
@@ -41,20 +44,20 @@ def commandlines(draw: st.DrawFn) -> str:
     gap = draw(st.sampled_from(["", " ", "\n    ", "<!-- > -->"]))
     declared = f"xmlns:{prefix}" if prefix else "xmlns"
     parts = []
-    for entry in draw(st.lists(st.one_of(words, variables), max_size=6)):
+    for passed in draw(st.lists(st.one_of(arguments, variables), max_size=6)):
         end = draw(st.sampled_from(["/>", " />", f"></{tag}%s>", f"\n></{tag}%s >"]))
-        if isinstance(entry, tuple):
+        if isinstance(passed, tuple):
             parts.append(
-                f"<{tag}env name={quoteattr(entry[0])}\tvalue={quoteattr(entry[1])}" + end.replace("%s", "env")
+                f"<{tag}env name={quoteattr(passed[0])}\tvalue={quoteattr(passed[1])}" + end.replace("%s", "env")
             )
         else:
-            parts.append(f"<{tag}arg value={quoteattr(entry)}" + end.replace("%s", "arg"))
+            parts.append(f"<{tag}arg value={quoteattr(passed)}" + end.replace("%s", "arg"))
     return f"{gap}<{tag}commandline {declared}='{domain_xml.NAMESPACE}'>{gap}{gap.join(parts)}</{tag}commandline>"
 
 
 @st.composite
 def domains(draw: st.DrawFn) -> str:
-    """A domain as libvirt could describe one, with whatever in it."""
+    """A domain as libvirt could describe one, with any content."""
     name, note = draw(xml_texts), draw(xml_texts)
     extra = "".join(draw(st.lists(commandlines(), max_size=2)))
     return (

@@ -50,12 +50,12 @@ def run(program: Path, *words: str | Path) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_made_up_inputs(programs: dict[str, Path], target: str) -> None:
+def test_adopt_is_robust_against_any_input(programs: dict[str, Path], target: str) -> None:
     run(programs[target], "1", str(_COUNT))
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
-def test_regression(programs: dict[str, Path], name: str, tmp_path: Path) -> None:
+def test_adopt_is_robust_against_inputs_that_once_failed(programs: dict[str, Path], name: str, tmp_path: Path) -> None:
     target, content = REGRESSIONS[name]
     path = tmp_path / "input"
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Domain XML: whatever it says, it is changed where a hop is about, or refused."""
+"""Domain XML: whatever it contains, it is changed only where a hop needs it, or refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from sevhop.libvirt import domain_xml
 from sevhop.libvirt.domain_xml import DomainXmlError
 
-from .described_domains import domains
+from .described_domains import OLD, domains
 from .inputs import fuzzed, texts
 
 QEMU = f"{{{domain_xml.NAMESPACE}}}"
 ENVIRONMENT = {"LD_PRELOAD": "/lib/adopt.so", "SEVHOP_KEEPER": "/run/sevhop/a/keeper"}
-OLD, NEW = "/usr/bin/qemu", "/opt/qemu"
+NEW = "/opt/qemu"
+
 
 def passed_through(xml: str) -> list[tuple[str, dict[str, str]]]:
     """Tag and attributes of all that is passed through to QEMU, in order."""
@@ -24,7 +25,7 @@ def passed_through(xml: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def without_ours(xml: str) -> list[tuple[str, dict[str, str]]]:
-    """The same without what a hop passes through, or somebody who does as if."""
+    """The same without the additions of a hop, or what looks like them."""
     kept: list[tuple[str, dict[str, str]]] = []
     pairs = (("-chardev", "socket,id=sevhop-monitor,"), ("-mon", "chardev=sevhop-monitor,"))
     for line in ElementTree.fromstring(xml.encode()).findall(f"{QEMU}commandline"):
@@ -45,7 +46,7 @@ def without_ours(xml: str) -> list[tuple[str, dict[str, str]]]:
 
 
 @fuzzed(xml=domains())
-def test_what_is_not_ours_survives(xml: str) -> None:
+def test_without_additions_keeps_all_else(xml: str) -> None:
     back = domain_xml.without_additions(xml)
     assert passed_through(back) == without_ours(xml)
     before, after = ElementTree.fromstring(xml.encode()), ElementTree.fromstring(back.encode())
@@ -53,23 +54,23 @@ def test_what_is_not_ours_survives(xml: str) -> None:
 
 
 @fuzzed(xml=domains())
-def test_additions_go_as_they_came(xml: str) -> None:
+def test_additions_are_removed(xml: str) -> None:
     plain = domain_xml.without_additions(xml)
     assert domain_xml.without_additions(plain) == plain
     added = domain_xml.for_destination(xml, NEW, ENVIRONMENT, "/run/sevhop/a/monitor/qmp")
     assert domain_xml.describe(added).emulator == NEW
     again = domain_xml.for_destination(added, NEW, ENVIRONMENT, "/run/sevhop/a/monitor/qmp")
     assert passed_through(again) == passed_through(added)
-    preloads = [entry[1]["value"] for entry in passed_through(added) if entry[1].get("name") == "LD_PRELOAD"]
+    preloads = [child[1]["value"] for child in passed_through(added) if child[1].get("name") == "LD_PRELOAD"]
     assert len(preloads) == 1
     assert preloads[0].split(":").count("/lib/adopt.so") == 1
     back = domain_xml.without_additions(added)
-    own = [entry for entry in passed_through(plain) if entry[1].get("name") != "LD_PRELOAD"]
-    assert [entry for entry in passed_through(back) if entry[1].get("name") != "LD_PRELOAD"] == own
+    own = [child for child in passed_through(plain) if child[1].get("name") != "LD_PRELOAD"]
+    assert [child for child in passed_through(back) if child[1].get("name") != "LD_PRELOAD"] == own
 
 
 @fuzzed(xml=domains())
-def test_description_is_that_of_a_real_parser(xml: str) -> None:
+def test_describe_agrees_with_a_real_parser(xml: str) -> None:
     found, root = domain_xml.describe(xml), ElementTree.fromstring(xml.encode())
     assert found.name == (root.findtext("name") or "").strip()
     kind = root.find("os/type")
@@ -79,7 +80,7 @@ def test_description_is_that_of_a_real_parser(xml: str) -> None:
 
 
 @fuzzed(emulator=texts, monitor=texts, value=texts)
-def test_any_value_is_written_as_it_is_or_refused(emulator: str, monitor: str, value: str) -> None:
+def test_values_are_written_unchanged_or_refused(emulator: str, monitor: str, value: str) -> None:
     xml = f"<domain type='kvm'><devices><emulator>{OLD}</emulator></devices></domain>"
     try:
         added = domain_xml.for_destination(xml, emulator, {"SEVHOP_X": value}, monitor)
@@ -127,7 +128,7 @@ def test_garbage_is_refused_in_one_way(xml: str) -> None:
             function(xml)
 
 
-def test_no_entity_is_expanded() -> None:
+def test_entities_are_not_expanded() -> None:
     xml = "<!DOCTYPE d [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;&a;'>]><domain><name>&b;</name></domain>"
     with pytest.raises(DomainXmlError, match="document type"):
         domain_xml.without_additions(xml)
@@ -139,7 +140,7 @@ def test_deep_nesting_is_refused() -> None:
         domain_xml.describe("<domain>" + "<a>" * 100_000 + "</a>" * 100_000 + "</domain>")
 
 
-def test_no_pair_is_left_when_another_is_gone() -> None:
+def test_without_additions_removes_nested_pairs() -> None:
     ours = "<q:arg value='socket,id=sevhop-monitor,path=/x'/>"
     added = "<q:arg value='-chardev'/><q:arg value='-chardev'/><q:env name='A' value='b'/>" + ours + ours
     xml = f"<domain><q:commandline xmlns:q='{domain_xml.NAMESPACE}'>{added}</q:commandline></domain>"
@@ -147,22 +148,22 @@ def test_no_pair_is_left_when_another_is_gone() -> None:
     assert passed_through(back) == [(f"{QEMU}env", {"name": "A", "value": "b"})]
 
 
-def test_only_whole_pairs_are_ours() -> None:
-    """Marks side by side were cut twice, and half of what stood behind them with it."""
+def test_without_additions_removes_whole_pairs_only() -> None:
+    """Adjacent marks were cut twice, and with them half of what follows."""
     ours = "<q:arg value='-chardev'/><q:arg value='socket,id=sevhop-monitor,path=/x'/>"
     own = "<q:arg value='socket,id=sevhop-monitor,path=/x'/><q:arg value='-device'/><q:arg value='edu'/>"
     xml = f"<domain><q:commandline xmlns:q='{domain_xml.NAMESPACE}'>{ours}{own}</q:commandline></domain>"
     assert domain_xml.without_additions(xml) == xml.replace(ours, "")
 
 
-def test_a_namespace_may_have_blanks() -> None:
+def test_namespace_may_have_blanks() -> None:
     """They are the administrator's, in <metadata>."""
     xml = f"<domain><metadata><n:a xmlns:n='a b'/></metadata><devices><emulator>{OLD}</emulator></devices></domain>"
     assert domain_xml.with_emulator(xml, NEW) == xml.replace(OLD, NEW)
 
 
 @pytest.mark.parametrize("emulator", ["/opt/\x01qemu", "/opt/\udcffqemu", "/opt/\uffffqemu", "/opt/\0"])
-def test_a_path_that_xml_cannot_have_is_refused(emulator: str) -> None:
+def test_path_that_xml_does_not_allow_is_refused(emulator: str) -> None:
     with pytest.raises(DomainXmlError, match="XML"):
         domain_xml.with_emulator(f"<domain><devices><emulator>{OLD}</emulator></devices></domain>", emulator)
 

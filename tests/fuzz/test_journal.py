@@ -1,4 +1,4 @@
-"""The journal: one that is damaged is refused in one way, and what is read of another is what it should be."""
+"""The journal: one that is damaged is refused in one way, and a record that is read has valid fields."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from sevhop.engine.guest_paths import NamePlates
+from sevhop.engine.guest_paths import GuestPaths
 from sevhop.records import journal
-from sevhop.records.journal import Entry, JournalError, Process
+from sevhop.records.journal import HopRecord, JournalError, Process
 
 from .inputs import fuzzed, json_values, raw, texts
 
-ENTRY = asdict(Entry("bare", "gäst", "none", True, Process(1, 2), destination=Process(3, 4), monitor="/run/qmp"))
-FACTS: dict[str, Any] = {"phase": "commit", "committed": True, "destination": {"pid": 5, "started": 6}}
-WHOLE = b"".join(json.dumps(line).encode() + b"\n" for line in (ENTRY, FACTS)) + bytes(64)
-names = st.one_of(st.sampled_from(sorted(ENTRY)), texts)
+RECORD = asdict(
+    HopRecord("standalone", "gäst", "none", True, Process(1, 2), destination=Process(3, 4), monitor="/run/qmp")
+)
+FIELDS: dict[str, Any] = {"phase": "commit", "committed": True, "destination": {"pid": 5, "started": 6}}
+WHOLE = b"".join(json.dumps(line).encode() + b"\n" for line in (RECORD, FIELDS)) + bytes(64)
+names = st.one_of(st.sampled_from(sorted(RECORD)), texts)
 
 
-def read(content: bytes) -> Entry | None:
-    """What is read of it, if it is not refused."""
+def read(content: bytes) -> HopRecord | None:
+    """The record; None if it is refused."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
@@ -33,21 +35,21 @@ def read(content: bytes) -> Entry | None:
             return None
 
 
-def assert_usable(entry: Entry) -> None:
-    """What ``sevhop recover`` does with one whose processes have ended."""
-    assert isinstance(entry.this_boot, bool)
-    assert entry.key
-    for process in (entry.source, entry.destination):
+def assert_usable(record: HopRecord) -> None:
+    """What ``sevhop recover`` does with one whose processes have exited."""
+    assert isinstance(record.this_boot, bool)
+    assert record.key
+    for process in (record.source, record.destination):
         if process is not None and (opened := process.open()) is not None:
             opened.close()
-    Path(entry.directory).exists()
-    json.dumps(asdict(entry))
+    Path(record.directory).exists()
+    json.dumps(asdict(record))
 
 
-def test_a_whole_one_is_read() -> None:
-    entry = read(WHOLE)
-    assert entry is not None
-    assert (entry.guest, entry.phase, entry.destination) == ("gäst", "commit", Process(5, 6))
+def test_read_returns_the_record_of_a_whole_journal() -> None:
+    record = read(WHOLE)
+    assert record is not None
+    assert (record.guest, record.phase, record.destination) == ("gäst", "commit", Process(5, 6))
 
 
 @fuzzed(
@@ -58,30 +60,30 @@ def test_a_whole_one_is_read() -> None:
         ),
     )
 )
-def test_any_bytes(content: bytes) -> None:
-    if (entry := read(content)) is not None:
-        assert_usable(entry)
+def test_read_is_robust_against_any_bytes(content: bytes) -> None:
+    if (record := read(content)) is not None:
+        assert_usable(record)
 
 
-facts = st.dictionaries(names, json_values, max_size=3)
+any_fields = st.dictionaries(names, json_values, max_size=3)
 
 
-@fuzzed(first=facts, then=st.lists(facts, max_size=2))
-def test_any_facts(first: dict[str, Any], then: list[dict[str, Any]]) -> None:
-    lines = [ENTRY | first, *then]
-    if (entry := read(b"".join(json.dumps(line).encode() + b"\n" for line in lines))) is not None:
-        assert_usable(entry)
+@fuzzed(first=any_fields, then=st.lists(any_fields, max_size=2))
+def test_read_is_robust_against_any_fields(first: dict[str, Any], then: list[dict[str, Any]]) -> None:
+    lines = [RECORD | first, *then]
+    if (record := read(b"".join(json.dumps(line).encode() + b"\n" for line in lines))) is not None:
+        assert_usable(record)
 
 
-@fuzzed(plates=json_values)
-def test_any_name_plates(plates: Any) -> None:
+@fuzzed(guest_paths=json_values)
+def test_guest_paths_are_robust_against_any_json(guest_paths: Any) -> None:
     try:
-        NamePlates.from_facts(plates)
+        GuestPaths.from_fields(guest_paths)
     except (ValueError, TypeError, KeyError):
         return
 
 
 @pytest.mark.parametrize("pid", [0, -1, 1 << 70, "1", None, 1.5])
-def test_a_pid_that_is_none(pid: object) -> None:
-    """It was taken, and made a traceback of sevhop recover."""
-    assert read(json.dumps(ENTRY | {"source": {"pid": pid, "started": 1}}).encode() + b"\n") is None
+def test_read_refuses_an_invalid_pid(pid: object) -> None:
+    """It was accepted, and sevhop recover ended with a traceback."""
+    assert read(json.dumps(RECORD | {"source": {"pid": pid, "started": 1}}).encode() + b"\n") is None

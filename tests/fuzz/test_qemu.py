@@ -14,14 +14,14 @@ import pytest
 from hypothesis import strategies as st
 from sevhop.guest import command_line, cpu_features, runtime_settings
 from sevhop.guest.inspection import SevContext, inspect
-from sevhop.keeper.handover import Answers, Held
+from sevhop.keeper.handover import HandoverProtocol, SourceHandles
 from sevhop_qmp import adopt
-from sevhop_qmp.device_state import configuration_section, head
+from sevhop_qmp.device_state import configuration_section, header
 from sevhop_qmp.errors import ProcessError, SevhopError
-from sevhop_qmp.kept_state import complete
 from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import parse_ramblock_table
+from sevhop_qmp.saved_device_state import complete
 
 from .inputs import clean_texts, fuzzed, json_values, raw, texts
 
@@ -78,7 +78,7 @@ def test_settings_take_any_answer(told: list[Any]) -> None:
     liars: list[Any] = [Liar(told) for _ in range(4)]
     try:
         ask(runtime_settings.read(liars[0], process))
-        ask(cpu_features.words(liars[1]))
+        ask(cpu_features.feature_words(liars[1]))
         ask(cpu_features.compare(liars[2], {"1 ECX": 1 << 5}, liars[2]))
         ask(runtime_settings.pinned(["-device", "vmgenid"], liars[3]))
     finally:
@@ -86,11 +86,11 @@ def test_settings_take_any_answer(told: list[Any]) -> None:
 
 
 @fuzzed(told=answers)
-def test_the_librarys_commands_take_any_answer(told: Any) -> None:
+def test_library_commands_take_any_answer(told: Any) -> None:
     liars: list[Any] = [Liar([told]) for _ in range(3)]
     ask(adopt.adopt_ram(liars[0]))
     ask(adopt.adopt_status(liars[1]))
-    ask(adopt.migrate_from(liars[2], "fd"))
+    ask(adopt.move_from(liars[2], "fd"))
 
 
 HEADER = "              Block Name    PSize              Offset               Used              Total"
@@ -103,7 +103,7 @@ cells = st.one_of(texts, st.sampled_from(["ram0", "4 KiB", "0x0", "-1", "0x" + "
         st.lists(st.lists(cells, max_size=9).map(" ".join), max_size=4).map(lambda lines: "\n".join([HEADER, *lines])),
     )
 )
-def test_any_table_of_ram_blocks(text: str) -> None:
+def test_ram_blocks_are_robust_against_any_table(text: str) -> None:
     with contextlib.suppress(SevhopError):
         for row in parse_ramblock_table(text):
             assert 0 <= row.used <= row.size < 1 << 64
@@ -111,10 +111,10 @@ def test_any_table_of_ram_blocks(text: str) -> None:
 
 
 @fuzzed(stream=st.one_of(raw, raw.map(lambda rest: b"QEVM\0\0\0\3" + rest)), machine=texts)
-def test_any_device_state(stream: bytes, machine: str) -> None:
+def test_device_state_is_robust_against_any_stream(stream: bytes, machine: str) -> None:
     with contextlib.suppress(SevhopError):
         section = configuration_section(machine)
-        assert section in complete(stream, head(machine))
+        assert section in complete(stream, header(machine))
 
 
 @fuzzed(
@@ -130,7 +130,7 @@ def test_any_device_state(stream: bytes, machine: str) -> None:
         max_size=8,
     )
 )
-def test_any_command_line(words: list[str]) -> None:
+def test_command_line_is_robust_against_any_options(words: list[str]) -> None:
     derived = command_line.derive("/q", words, "0123abcd")
     assert all(isinstance(name, str) for name in command_line.memory_backends(words))
     assert all(isinstance(word, str) for word in derived.arguments)
@@ -142,10 +142,10 @@ def test_any_command_line(words: list[str]) -> None:
 
 
 @fuzzed(request=st.one_of(raw, raw.map(lambda rest: b"memfd 0 ram" + rest), raw.map(lambda rest: b"listener " + rest)))
-def test_any_request_to_a_keeper(request: bytes) -> None:
+def test_keeper_is_robust_against_any_request(request: bytes) -> None:
     fd = os.memfd_create("ram")
     try:
-        text, given = Answers(Held(None, {"ram": [fd]}), SevContext("none")).answer(request)
+        text, given = HandoverProtocol(SourceHandles(None, {"ram": [fd]}), SevContext("none")).answer(request)
     finally:
         os.close(fd)
     assert text.isascii()
@@ -171,7 +171,7 @@ names = st.one_of(st.binary(max_size=8), texts.map(lambda text: text.encode("utf
 
 
 @fuzzed(name=names)
-def test_names_that_qemu_chooses(name: bytes) -> None:
+def test_process_is_robust_against_any_name(name: bytes) -> None:
     """The kernel escapes line feeds in names, and nothing else."""
     name = name.replace(b"\n", b"\\012").replace(b"\0", b"")
     status = (
@@ -194,11 +194,11 @@ def test_names_that_qemu_chooses(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe", b"a\x0cb", "a\u2028b".encode(), b"a\x85b", b") Z 1 ("])
-def test_a_name_that_once_broke_the_lines(name: bytes) -> None:
-    test_names_that_qemu_chooses.hypothesis.inner_test(name)  # type: ignore[attr-defined]
+def test_process_is_robust_against_names_that_once_failed(name: bytes) -> None:
+    test_process_is_robust_against_any_name.hypothesis.inner_test(name)  # type: ignore[attr-defined]
 
 
-def test_a_process_that_has_ended_is_no_traceback() -> None:
+def test_process_that_has_exited_is_an_error() -> None:
     process = looked_at({})
     with pytest.raises(ProcessError):
         _ = process.credentials

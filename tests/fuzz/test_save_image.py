@@ -30,7 +30,7 @@ def written(image: SaveImage) -> bytes:
 
 
 @fuzzed(xml=texts, running=st.booleans(), stream=raw, piped=st.booleans())
-def test_what_was_written_is_read(xml: str, running: bool, stream: bytes, piped: bool) -> None:
+def test_read_returns_what_was_written(xml: str, running: bool, stream: bytes, piped: bool) -> None:
     image = SaveImage(xml, running, stream, piped)
     try:
         content = written(image)
@@ -55,11 +55,11 @@ WHOLE = [written(SaveImage(XML, True, b"QEVM\0\0\0\3state", piped)) for piped in
         ),
     )
 )
-def test_damage_is_refused_in_one_way(content: bytes) -> None:
+def test_read_refuses_damage_in_one_way(content: bytes) -> None:
     with file_with(content) as file, contextlib.suppress(SaveImageError):
         SaveImage.read(file)
 
 
-def test_xml_that_is_not_unicode_is_not_written() -> None:
+def test_write_refuses_xml_that_is_not_unicode() -> None:
     with pytest.raises(SaveImageError, match="UTF-8"):
         written(SaveImage("<domain>\udcff</domain>", True, b""))

@@ -31,7 +31,7 @@ class Remote:
         self._kernel = kernel
         self._kept: dict[str, list[pytest.TestReport]] = {}
         self._finished: set[str] = set()
-        self._said: deque[str] = deque(maxlen=100)
+        self._output: deque[str] = deque(maxlen=100)
         inner = ["env", f"{self.REPORTS}=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         # Tests that run only if their marker is asked for.
         inner += [f"-m={config.option.markexpr}", *tests]
@@ -46,7 +46,7 @@ class Remote:
         )
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        """The reports of a test, waiting until it has run. If the lab ends before, a report that says so."""
+        """The reports of a test, waiting until it has run. If the lab exits before, a report of that."""
         if item.nodeid not in self._finished:
             for report in self._arriving():
                 self._kept.setdefault(report.nodeid, []).append(report)
@@ -61,8 +61,8 @@ class Remote:
     def _arriving(self) -> Iterator[pytest.TestReport]:
         assert self._process.stdout
         for line in self._process.stdout:
-            said, mark, data = line.partition(self.MARK)
-            self._said.append(said)
+            text, mark, data = line.partition(self.MARK)
+            self._output.append(text)
             if mark:
                 yield self._report(json.loads(data))
 
@@ -81,7 +81,7 @@ class Remote:
             location=item.location,
             keywords={},
             outcome="failed",
-            longrepr=text + "".join(self._said),
+            longrepr=text + "".join(self._output),
             when="call",
         )
 

@@ -1,4 +1,4 @@
-"""``tools/lab/run`` itself: what goes in, what comes out, and that nothing stays behind."""
+"""``tools/lab/run`` itself: what goes in, what comes out, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_command_goes_in_and_output_comes_out_as_they_are() -> None:
     assert not Path("/etc/written").exists()
 
 
-def test_what_the_lab_is() -> None:
+def test_lab_is_a_clean_host_with_sev() -> None:
     done = _run(
         *("--processors", "1", "--memory", "512", "sh", "-ec"),
         """
@@ -60,13 +60,13 @@ def test_what_the_lab_is() -> None:
     assert done.returncode == 0
 
 
-def test_program_that_cannot_be_executed() -> None:
+def test_lab_reports_a_program_that_cannot_be_executed() -> None:
     programs = {"no-such-program": 127, "/etc/passwd": 126}
     labs = [subprocess.Popen([RUN, program], cwd=ROOT, stderr=subprocess.PIPE) for program in programs]
     for lab, (program, status) in zip(labs, programs.items(), strict=True):
-        _, said = lab.communicate(timeout=LIMIT)
+        _, output = lab.communicate(timeout=LIMIT)
         assert lab.returncode == status
-        assert program.encode() in said
+        assert program.encode() in output
 
 
 def test_wrong_use_boots_nothing() -> None:
@@ -84,7 +84,7 @@ def test_lab_that_dies_is_not_the_command_s_failure() -> None:
 
 @contextmanager
 def _started(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A lab that is booting or runs its command, and the pid of its emulator, which must have ended afterwards."""
+    """A lab that is booting or runs its command, and the pid of its emulator, which must have exited afterwards."""
     process = subprocess.Popen([RUN, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
@@ -100,13 +100,13 @@ def _started(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         wait_until(lambda: bool(emulators()), LIMIT, "the lab starts")
         (emulator,) = emulators()
         yield process, emulator
-        assert wait_ended(emulator, 20), "the emulator is left behind"
+        assert wait_ended(emulator, 20), "the emulator is still running"
     finally:
         process.kill()
         process.wait()
 
 
-def test_time_limit() -> None:
+def test_lab_is_terminated_at_the_time_limit() -> None:
     with _started("--timeout", "9", "sleep", "1000") as (process, _):
         assert process.wait(LIMIT) == 124
         assert process.stderr
@@ -114,19 +114,19 @@ def test_time_limit() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted(number: signal.Signals) -> None:
+def test_lab_exits_with_the_signal_if_interrupted(number: signal.Signals) -> None:
     with _started("sleep", "1000") as (process, _):
         process.send_signal(number)
         assert process.wait(20) == 128 + number
 
 
-def test_killed() -> None:
+def test_lab_leaves_no_emulator_if_killed() -> None:
     with _started("sleep", "1000") as (process, _):
         process.kill()
         assert process.wait(20) == -signal.SIGKILL
 
 
-def test_two_labs_at_once() -> None:
+def test_labs_of_two_kernels_run_at_once() -> None:
     processes = [
         subprocess.Popen([RUN, "--kernel", kernel, "uname", "-r"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for kernel in ("6.1", "6.12")
@@ -140,7 +140,7 @@ def test_two_labs_at_once() -> None:
 REAL = "0x1\tsev_do_cmd\tdrivers/crypto/ccp/ccp\tEXPORT_SYMBOL_GPL\t\n0x2\tother\tvmlinux\tEXPORT_SYMBOL\t\n"
 
 
-def test_nothing_of_the_hosts_sevhop_libvirt_and_temporary_files_is_seen(tmp_path: Path) -> None:
+def test_lab_sees_no_sevhop_libvirt_or_temporary_files_of_host(tmp_path: Path) -> None:
     """/var/lib/sevhop is the one that the tests have for themselves, but the lab does not know that."""
     there = [Path("/var/lib/sevhop/seen"), Path("/dev/shm/seen"), tmp_path / "seen"]
     for path in there:
@@ -175,7 +175,7 @@ def test_symbols_are_compared(ours: str, wrong: str, tmp_path: Path) -> None:
         compare_symbols(tmp_path / "ours", tmp_path / "real")
 
 
-def test_nothing_is_left_in_the_cache() -> None:
+def test_cache_has_no_leftovers() -> None:
     names = {path.name for path in CACHE.iterdir()}
     assert names <= {"6.1", "6.1.lock", "6.12", "6.12.lock"}
     for directory in ("6.1", "6.12"):

@@ -4,7 +4,7 @@ Kills a process of a keeper at an exact moment. Run inside a daemon's mount name
     dying.py VICTIM MOMENT ARGUMENT...     runs sevhop with these arguments; the victim dies at the moment
     dying.py VICTIM                        kills at once
 
-The state in which the guest was is appended to :data:`STATES`. Whoever comes later must find that file missing.
+The state of the keeper is appended to :data:`STATES`. That file must not exist before.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from sevhop.records.run_directory import DOMAINS
 
 STATES = Path("/run/killed-in")
 
-#: Moments of the command: behind which call of which class.
+#: Moments of the command: after which call of which class.
 CALLS = {
-    "held": ("sevhop.domain", "Connection", "learn"),
-    "held with its blocks": ("sevhop.keeper_process", "KeeperProcess", "keep_blocks"),
-    "waiting": ("sevhop.keeper_process", "KeeperProcess", "retire"),
-    "over": ("sevhop.domain", "Connection", "restore"),
+    "held": ("sevhop.libvirt.connection", "Connection", "probe_capabilities"),
+    "held with its blocks": ("sevhop.keeper.client", "KeeperClient", "keep_blocks"),
+    "waiting": ("sevhop.keeper.client", "KeeperClient", "retire"),
+    "over": ("sevhop.libvirt.connection", "Connection", "restore"),
 }
 
 
@@ -50,14 +50,14 @@ async def dying(*arguments, **options):
 
 
 def in_a_keeper(directory: Path, module: str, call: str) -> str:
-    """What must be in the environment for the first keeper that makes this call to die of it before it has a result."""
+    """The environment in which the first keeper that makes this call is killed before it has a result."""
     text = _IN_A_KEEPER.format(module=module, call=call, states=str(STATES))
     (directory / "sitecustomize.py").write_text(text)
     return f"PYTHONPATH={directory}"
 
 
 def state() -> str:
-    """Of the only guest that is in a hop."""
+    """The state of the only keeper."""
     (link,) = DOMAINS.iterdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
         control.connect(str(link / "control"))
@@ -67,7 +67,7 @@ def state() -> str:
 
 
 def kill(victim: str, wanted: str = "") -> None:
-    """Kill the process of this name, and see it end. If a state is wanted, not before that."""
+    """Kill the process of this name, and wait for its exit; if a state is wanted, not before that."""
     while (now := state()) != wanted and wanted:
         pass
     with STATES.open("a") as file:
@@ -97,7 +97,7 @@ def _namespace(entry: Path) -> str:
         return ""
 
 
-def _kill_behind(victim: str, moment: str) -> None:
+def _kill_after(victim: str, moment: str) -> None:
     module, name, call = CALLS[moment]
     owner = getattr(__import__(module, fromlist=[name]), name)
     original = getattr(owner, call)
@@ -117,7 +117,7 @@ def main(victim: str, moment: str = "", *arguments: str) -> int:
         return 0
     from sevhop.cli import commands
 
-    _kill_behind(victim, moment)
+    _kill_after(victim, moment)
     return commands.main(list(arguments))
 
 

@@ -1,4 +1,4 @@
-"""Emulators that fail, and what is true of a guest whose upgrade was undone."""
+"""Emulators that fail, and what is true of a guest whose upgrade was rolled back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.guests.enclosure import PROGRAMS
 
 
 def wrapper(daemon: Daemon, name: str, emulator: Path, text: str, directory: Path = PROGRAMS) -> Path:
-    """A program that libvirt takes for an emulator: a shell script that ends up in one."""
+    """A program that libvirt takes for an emulator: a shell script that executes one."""
     path = directory / name
     inside = daemon.root / str(path).lstrip("/")
     inside.write_text(f'#!/bin/sh\n{text}\nexec {emulator} "$@"\n')

@@ -11,20 +11,20 @@ import sys
 from typing import Any
 
 from sevhop.cli import commands
-from sevhop.engine.transaction import Procedure
+from sevhop.engine.transaction import Transaction
 
-_do = Procedure._do
+run_phase = Transaction.run_phase
 
 
 def main(wanted: str, *arguments: str) -> int:
     """The program."""
 
-    async def halting(procedure: Procedure, name: str, *rest: Any) -> None:
+    async def halting(transaction: Transaction, name: str, *rest: Any) -> Any:
         if name == wanted:
             os.kill(os.getpid(), signal.SIGSTOP)
-        await _do(procedure, name, *rest)
+        return await run_phase(transaction, name, *rest)
 
-    setattr(Procedure, "_do", halting)  # noqa: B010
+    setattr(Transaction, "run_phase", halting)  # noqa: B010
     return commands.main(list(arguments))
 
 

@@ -1,4 +1,4 @@
-"""Holding an upgrade, or libvirt, at a known point, so that something can be done meanwhile."""
+"""Pausing an upgrade, or libvirt, at a known point, so that something can be done meanwhile."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _PATIENCE = 120
 _PROGRAM = Path(__file__).with_name("halting.py")
 
 
-def _halts(pid: int) -> bool:
-    """Wait until a child of ours halts, or ends. :return: whether it has halted."""
+def _stops(pid: int) -> bool:
+    """Wait until a child stops (SIGSTOP), or exits. :return: whether it has stopped."""
     found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     return found is not None and found.si_code == os.CLD_STOPPED
 
 
-class HeldUpgrade:
-    """An upgrade that is halted when a phase is to begin."""
+class PausedUpgrade:
+    """An upgrade that is stopped before a phase."""
 
     def __init__(self, command: subprocess.Popen[str]) -> None:
         self._command = command
 
     @classmethod
     @contextmanager
-    def at(cls, phase: str, guest: DomainGuest, emulator: Path) -> Iterator[HeldUpgrade]:
-        """Start one, and halt it."""
+    def at(cls, phase: str, guest: DomainGuest, emulator: Path) -> Iterator[PausedUpgrade]:
+        """Start one, and stop it."""
         command = guest.daemon.start_command(
             sys.executable, _PROGRAM, phase, "upgrade", guest.name, "--json", "--emulator", emulator
         )
         try:
-            if not _halts(command.pid):
-                raise GuestFailed(f"the upgrade did not come to its phase {phase}: {command.communicate()}")
+            if not _stops(command.pid):
+                raise GuestFailed(f"the upgrade did not reach phase {phase}: {command.communicate()}")
             yield cls(command)
         finally:
             if command.poll() is None:
@@ -48,15 +48,15 @@ class HeldUpgrade:
                 command.communicate(timeout=_PATIENCE)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue it."""
         self._command.send_signal(signal.SIGCONT)
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
-        """What Ctrl-C does, or another signal, as soon as it goes on."""
+        """As Ctrl-C, or with another signal, which is delivered when it continues."""
         self._command.send_signal(number)
 
-    def go_on(self) -> dict[str, Any]:
-        """Let it go on to its end; what it reports."""
+    def finish(self) -> dict[str, Any]:
+        """Continue it, and wait for its exit. :return: its report."""
         self.resume()
         out, _ = self._command.communicate(timeout=_PATIENCE)
         report: dict[str, Any] = json.loads(out)["domains"][0]
@@ -65,7 +65,7 @@ class HeldUpgrade:
 
 class Checkpoint:
     """
-    A hook that holds libvirt the first time that it comes to a step of a domain.
+    A hook that blocks libvirt the first time that it reaches a step of a domain.
 
     :ivar directory: in the daemon's file system.
     """
@@ -75,16 +75,16 @@ class Checkpoint:
 
     @classmethod
     @contextmanager
-    def at(cls, daemon: Daemon, guest: DomainGuest, step: str, *, behind: bool = False) -> Iterator[Checkpoint]:
+    def at(cls, daemon: Daemon, guest: DomainGuest, step: str, *, after: bool = False) -> Iterator[Checkpoint]:
         """
-        Put the hook in place.
+        Install the hook.
 
         :param step: such as ``started/begin``.
-        :param behind: when sevhop's own hook has been called, instead of before.
+        :param after: after sevhop's own hook, instead of before.
         """
         own = Path("/run/checkpoint")
         directory = daemon.root / str(own).lstrip("/")
-        script = daemon.root / "etc/libvirt/hooks/qemu.d" / ("zz-checkpoint" if behind else "aa-checkpoint")
+        script = daemon.root / "etc/libvirt/hooks/qemu.d" / ("zz-checkpoint" if after else "aa-checkpoint")
         directory.mkdir()
         os.mkfifo(directory / "go")
         (directory / "armed").touch()
@@ -105,11 +105,11 @@ class Checkpoint:
             directory.rmdir()
 
     def wait(self) -> None:
-        """Wait until libvirt is there."""
-        wait_until((self._directory / "reached").exists, _PATIENCE, "libvirt comes to the step")
+        """Wait until libvirt has reached it."""
+        wait_until((self._directory / "reached").exists, _PATIENCE, "libvirt reaches the step")
 
     def release(self) -> None:
-        """Let libvirt go on, if it is held."""
+        """Unblock libvirt, if it is blocked."""
         try:
             fd = os.open(self._directory / "go", os.O_WRONLY | os.O_NONBLOCK)
         except OSError:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bench.pause import memory_of
+from bench.downtime import memory_of
 
 from tests.support.guests import counter, host_memory, linux
 from tests.support.guests.build import Unavailable
@@ -80,10 +80,10 @@ def agent_answers(guest: DomainGuest) -> bool:
     return done.returncode == 0
 
 
-def test_everything(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_guest_with_every_device_survives_upgrades(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """
     Linux by UEFI, on two NUMA nodes, with a bridged card of two queues, there and back: it writes, pings and counts on,
-    and says back what it is told on each line. Memory is plugged in. Its TPM has what the guest has put there.
+    and echoes each line. Memory is plugged in. Its TPM has what the guest has put there.
     Its watchdog waits, however long it is paused.
     """
     try:
@@ -132,7 +132,7 @@ def test_everything(daemon: Daemon, start: StartDomain, old: Path, new: Path) ->
         paused = time.monotonic()
         daemon.virsh("suspend", guest.name)
         assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
-        wait_until(lambda: time.monotonic() > paused + WATCHDOG + 1, 2 * WATCHDOG, "a dog's patience ends")
+        wait_until(lambda: time.monotonic() > paused + WATCHDOG + 1, 2 * WATCHDOG, "the watchdog's timeout has passed")
         daemon.virsh("resume", guest.name)
         guest.wait_for_ticks()
 
@@ -154,7 +154,9 @@ def card(guest: DomainGuest) -> str:
     return guest.daemon.virsh("domiflist", guest.name).split()[0]
 
 
-def test_numa_nodes_and_memory_that_was_plugged_in(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_numa_nodes_and_plugged_memory_survive_upgrades(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
     """All of it is in the rehearsal, too."""
     guest = start(memory_mib=256, vcpus=2, cpu=CPU, elements=ROOM)
     guest.wait_for_ticks()
@@ -167,8 +169,8 @@ def test_numa_nodes_and_memory_that_was_plugged_in(daemon: Daemon, start: StartD
         guest.wait_for_ticks()
 
 
-def test_huge_pages(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """As many as the guest has are enough, also for the trial of the rehearsal."""
+def test_upgrade_needs_no_additional_huge_pages(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """As many as the guest has are enough, also for the rehearsal."""
     try:
         with host_memory.huge_pages(32):
             guest = start(memory="huge")
@@ -183,7 +185,7 @@ def test_huge_pages(daemon: Daemon, start: StartDomain, old: Path, new: Path) ->
         pytest.skip(str(err))
 
 
-def test_transparent_huge_pages(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_upgrade_keeps_transparent_huge_pages(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """An upgrade leaves them whole."""
     try:
         with host_memory.transparent_huge_pages():
@@ -209,7 +211,7 @@ def test_transparent_huge_pages(daemon: Daemon, start: StartDomain, old: Path, n
         pytest.skip(str(err))
 
 
-def test_a_large_memory_that_is_hardly_touched(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgrade_allocates_no_pages_of_large_sparse_memory(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """64 GiB, with 36 vCPUs: no page of it comes into being."""
 
     def touched() -> int:
@@ -222,13 +224,13 @@ def test_a_large_memory_that_is_hardly_touched(daemon: Daemon, start: StartDomai
     before = touched()
     report = daemon.upgrade(guest.name, "--emulator", new)
     assert (report["outcome"], report["notes"]) == ("done", []), report
-    print(f"blackout {report['blackout_ms']:.0f} ms")
+    print(f"downtime {report['downtime_ms']:.0f} ms")
     assert touched() == before
     assert len(guest.monitor("query-cpus-fast")["return"]) == 36
     guest.wait_for_ticks()
 
 
-def test_qxl_and_spice(daemon: Daemon, start: StartDomain, old: Path) -> None:
+def test_guest_with_qxl_and_spice_hops_without_rehearsal(daemon: Daemon, start: StartDomain, old: Path) -> None:
     """Its video memory cannot be rehearsed. Debian 12's QEMU has it, later ones have it in a package of their own."""
     spice = f"<graphics type='spice'><listen type='socket' socket='{GUESTS}/spice'/></graphics>"
     guest = start(more=f"{spice}<video><model type='qxl'/></video><channel type='spicevmc'>{AGENT}</channel>")
@@ -255,8 +257,10 @@ REFUSED = {
 }
 
 
-def test_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """Each by its name, and the guest goes on."""
+def test_devices_that_cannot_be_handed_over_are_refused(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    """Each by its name, and the guest keeps running."""
     assert daemon.run("qemu-img", "create", "-q", "-f", "qcow2", GUESTS / "passing.qcow2", "1M").returncode == 0
     inside(daemon, "nvdimm").write_bytes(b"")
     guest = start(more="".join(REFUSED), cpu=ONE_NODE, elements=ROOM)

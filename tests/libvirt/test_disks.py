@@ -1,4 +1,4 @@
-"""Disks of a domain that has lived: what is in them now is what it has after an upgrade, or there is no upgrade."""
+"""Disks of a domain that were changed while it ran: an upgrade keeps them, or is refused."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
-from .holding import HeldUpgrade
+from .holding import PausedUpgrade
 
 IMAGES = Path("/var/lib/libvirt/guests")
 
 
 def io(guest: DomainGuest, device: str, command: str) -> str:
-    """Read or write as the guest does; what QEMU says of it in its log."""
+    """Read or write as the guest does. :return: QEMU's output in its log."""
     log = guest.daemon.root / f"var/log/libvirt/qemu/{guest.name}.log"
     before = len(log.read_text())
     of_device = "-d " if device.startswith("/") else ""
     guest.daemon.virsh("qemu-monitor-command", guest.name, "--hmp", f'qemu-io {of_device}{device} "{command}"')
-    wait_until(lambda: " ops; " in log.read_text()[before:], 30, "QEMU says what it has read")
+    wait_until(lambda: " ops; " in log.read_text()[before:], 30, "QEMU logs what it has read")
     return log.read_text()[before:]
 
 
 def execute(guest: DomainGuest, command: str, **arguments: object) -> Any:
-    """Run a QMP command behind libvirt's back."""
+    """Run a QMP command that libvirt does not know of."""
     named = {key.replace("_", "-"): value for key, value in arguments.items()}
     text = json.dumps({"execute": command, "arguments": named})
     answer = json.loads(guest.daemon.virsh("qemu-monitor-command", guest.name, text))
@@ -37,15 +37,13 @@ def execute(guest: DomainGuest, command: str, **arguments: object) -> Any:
 
 
 def drive(guest: DomainGuest, alias: str = "virtio-disk0") -> dict[str, Any]:
-    """What QEMU tells of a drive."""
+    """The row of a drive in query-block."""
     (row,) = (row for row in execute(guest, "query-block") if alias in row["qdev"])
     assert isinstance(row, dict)
     return row
 
 
-def test_disk_keeps_its_content_after_a_live_snapshot(
-    daemon: Daemon, start: StartDomain, old: Path, new: Path
-) -> None:
+def test_disk_keeps_its_content_after_a_live_snapshot(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     overlay = IMAGES / f"{guest.name}.overlay"
@@ -57,8 +55,8 @@ def test_disk_keeps_its_content_after_a_live_snapshot(
         report = daemon.upgrade(guest.name, "--emulator", emulator)
         assert report["outcome"] == "done", report
         assert drive(guest)["inserted"]["file"] == str(overlay)
-        said = io(guest, device, "read -P 0xaa 0 64k")
-        assert "verification failed" not in said, said
+        output = io(guest, device, "read -P 0xaa 0 64k")
+        assert "verification failed" not in output, output
     guest.wait_for_ticks()
 
 
@@ -69,8 +67,8 @@ def test_temporary_snapshot_on_the_command_line_is_refused(
     daemon.run("truncate", "-s", "4M", raw)
     daemon.run("chmod", "666", raw)
     disk = f"file={raw},format=raw,if=none,id=dx,snapshot=on"
-    words = ("-drive", disk, "-device", "virtio-blk-pci,drive=dx,addr=0x10")
-    arguments = "".join(f"<q:arg value='{word}'/>" for word in words)
+    argv = ("-drive", disk, "-device", "virtio-blk-pci,drive=dx,addr=0x10")
+    arguments = "".join(f"<q:arg value='{argument}'/>" for argument in argv)
     namespace = "http://libvirt.org/schemas/domain/qemu/1.0"
     guest = start(elements=f"<q:commandline xmlns:q='{namespace}'>{arguments}</q:commandline>")
     assert "wrote" in io(guest, "dx", "write -P 0x5a 0 64k")
@@ -82,14 +80,12 @@ def test_temporary_snapshot_on_the_command_line_is_refused(
     assert "verification failed" not in io(guest, "dx", "read -P 0x5a 0 64k")
 
 
-def test_disk_that_was_changed_behind_libvirts_back_is_refused(
-    daemon: Daemon, start: StartDomain, new: Path
-) -> None:
-    """libvirt would give the new QEMU the disk that it knows of, and the old emulator as well."""
+def test_disk_that_was_changed_without_libvirt_is_refused(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """libvirt would start both emulators with the disk that is in its XML."""
     guest = start()
     guest.wait_for_ticks()
     node = drive(guest)["inserted"]["node-name"]
-    overlay = IMAGES / f"{guest.name}.behind"
+    overlay = IMAGES / f"{guest.name}.unknown"
     daemon.run("qemu-img", "create", "-q", "-f", "qcow2", overlay, "16M")
     daemon.run("chmod", "666", overlay)
     execute(guest, "blockdev-add", driver="file", node_name="over-file", filename=str(overlay))
@@ -102,15 +98,17 @@ def test_disk_that_was_changed_behind_libvirts_back_is_refused(
     guest.wait_for_ticks()
 
 
-def test_snapshot_while_an_upgrade_is_prepared(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_snapshot_while_an_upgrade_is_prepared_rolls_back(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
     guest = start()
     guest.wait_for_ticks()
     overlay = IMAGES / f"{guest.name}.overlay"
-    with HeldUpgrade.at("freeze", guest, new) as upgrade:
+    with PausedUpgrade.at("stop", guest, new) as upgrade:
         spec = f"vda,file={overlay}"
         daemon.virsh("snapshot-create-as", guest.name, "--disk-only", "--no-metadata", "--diskspec", spec)
-        report = upgrade.go_on()
-    assert (report["status"], report["outcome"]) == (3, "undone"), report
+        report = upgrade.finish()
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert "was changed by somebody else" in report["reason"]
     guest.wait_for_ticks()
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
@@ -119,18 +117,18 @@ def test_snapshot_while_an_upgrade_is_prepared(daemon: Daemon, start: StartDomai
 
 @pytest.mark.parametrize("how", ["interrupted", "killed"])
 @pytest.mark.parametrize("version", ["old", "new"])
-def test_paused_guest_has_its_disks_when_its_upgrade_was_undone(
+def test_paused_guest_has_its_disks_after_a_rollback(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str, version: str
 ) -> None:
-    """Its images are given up when its state is saved, and nobody resumes it."""
+    """Its images are given up when its state is saved, and it is not resumed."""
     ours, other = (old, new) if version == "old" else (new, old)
     guest = start(emulator=ours)
     guest.wait_for_ticks()
     daemon.virsh("suspend", guest.name)
-    with HeldUpgrade.at("retire", guest, other) as upgrade:
+    with PausedUpgrade.at("terminate", guest, other) as upgrade:
         if how == "interrupted":
             upgrade.interrupt()
-            assert upgrade.go_on()["outcome"] == "undone"
+            assert upgrade.finish()["outcome"] == "rolled-back"
     if how == "killed":
         assert "runs in the old QEMU" in daemon.sevhop("recover").stdout
     assert guest.state == "paused"

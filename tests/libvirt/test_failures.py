@@ -22,14 +22,16 @@ from .failing import DYING, assert_as_before, wrapper
 
 
 @pytest.mark.parametrize("how", DYING)
-def test_the_destination_fails(daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str) -> None:
+def test_upgrade_rolls_back_if_destination_fails(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str
+) -> None:
     guest = start()
     guest.wait_for_ticks()
     emulator = wrapper(daemon, how.replace(" ", "-"), new, DYING[how])
     pid = guest.pid
     report = daemon.upgrade(guest.name, "--emulator", emulator, "--no-rehearsal")
     assert report["status"] == 3, report
-    assert report["outcome"] == "undone"
+    assert report["outcome"] == "rolled-back"
     assert report["reason"].startswith("restore: ")
     assert guest.pid != pid
     assert_as_before(daemon, guest, old)
@@ -37,8 +39,10 @@ def test_the_destination_fails(daemon: Daemon, start: StartDomain, old: Path, ne
     guest.wait_for_ticks()
 
 
-@pytest.mark.parametrize("phase", ["hold", "rehearse", "prepare", "freeze", "save"])
-def test_interrupted(daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str) -> None:
+@pytest.mark.parametrize("phase", ["acquire", "rehearse", "prepare", "stop", "save"])
+def test_upgrade_rolls_back_or_completes_when_interrupted(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
+) -> None:
     guest = start()
     guest.wait_for_ticks()
     command = daemon.start_command(
@@ -57,13 +61,13 @@ def test_interrupted(daemon: Daemon, start: StartDomain, old: Path, new: Path, p
         assert guest.emulator() == str(new)
         guest.wait_for_ticks()
     else:
-        assert (command.returncode, report["outcome"], report["reason"]) == (3, "undone", "interrupted")
+        assert (command.returncode, report["outcome"], report["reason"]) == (3, "rolled-back", "interrupted")
         assert_as_before(daemon, guest, old)
 
 
-@pytest.mark.parametrize("phase", ["hold", "rehearse", "prepare", "freeze", "save", "retire", "restore"])
-def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, new: Path) -> None:
-    """Whatever was under way: ``recover`` lets the guest run, in the old emulator or the new one."""
+@pytest.mark.parametrize("phase", ["acquire", "rehearse", "prepare", "stop", "save", "terminate", "restore"])
+def test_recover_resumes_guest_after_command_killed(daemon: Daemon, start: StartDomain, phase: str, new: Path) -> None:
+    """Whatever was in progress: ``recover`` resumes the guest, in the old emulator or the new one."""
     guest = start()
     guest.wait_for_ticks()
     command = daemon.start_command(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name)
@@ -79,7 +83,7 @@ def test_the_command_is_killed(daemon: Daemon, start: StartDomain, phase: str, n
     assert done.returncode == 0, done
     assert guest.state == "running"
     guest.wait_for_ticks()
-    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
 
@@ -93,20 +97,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refused(daemon: Daemon, start: StartDomain, old: Path, what: str) -> None:
+def test_upgrade_refuses_unknown_domain_or_bad_emulator(
+    daemon: Daemon, start: StartDomain, old: Path, what: str
+) -> None:
     guest = start()
     guest.wait_for_ticks()
-    words, reason = REFUSED[what]
+    argv, reason = REFUSED[what]
     pid = guest.pid
-    report = daemon.upgrade(*words, *([] if what == "missing" else [guest.name]))
+    report = daemon.upgrade(*argv, *([] if what == "missing" else [guest.name]))
     assert (report["status"], report["outcome"]) == (1, "refused")
     assert reason in report["reason"]
-    assert report["blackout_ms"] is None
+    assert report["downtime_ms"] is None
     assert guest.pid == pid
     assert_as_before(daemon, guest, old)
 
 
-def test_an_emulator_that_others_may_change(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_emulator_that_others_may_change_is_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     emulator = wrapper(daemon, "touched", new, "touch /run/touched", GUESTS)
@@ -119,7 +125,9 @@ def test_an_emulator_that_others_may_change(daemon: Daemon, start: StartDomain, 
     assert_as_before(daemon, guest, old)
 
 
-def test_an_emulator_that_qemus_user_cannot_reach(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_emulator_that_qemus_user_cannot_reach_is_refused(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
     guest = start()
     guest.wait_for_ticks()
     closed = PROGRAMS / "closed"
@@ -131,7 +139,7 @@ def test_an_emulator_that_qemus_user_cannot_reach(daemon: Daemon, start: StartDo
 
 
 @pytest.mark.parametrize("memory", ["private", "file"])
-def test_memory_that_is_no_shared_memfd(daemon: Daemon, start: StartDomain, old: Path, memory: str) -> None:
+def test_memory_that_is_no_shared_memfd_is_refused(daemon: Daemon, start: StartDomain, old: Path, memory: str) -> None:
     guest = start(memory=memory)
     guest.wait_for_ticks()
     report = daemon.upgrade(guest.name)
@@ -143,7 +151,7 @@ def test_memory_that_is_no_shared_memfd(daemon: Daemon, start: StartDomain, old:
     assert_as_before(daemon, guest, old)
 
 
-def test_a_device_that_cannot_be_had_again(daemon: Daemon, start: StartDomain, old: Path) -> None:
+def test_device_that_cannot_be_recreated_is_refused(daemon: Daemon, start: StartDomain, old: Path) -> None:
     directories = "<source dir='/usr'/><target dir='x'/>"
     guest = start(more=f"<filesystem type='mount' accessmode='mapped'>{directories}<readonly/></filesystem>")
     guest.wait_for_ticks()
@@ -153,7 +161,7 @@ def test_a_device_that_cannot_be_had_again(daemon: Daemon, start: StartDomain, o
     assert_as_before(daemon, guest, old)
 
 
-def test_a_copy_of_the_disk_is_under_way(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_upgrade_is_refused_during_a_block_job(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     daemon.virsh("blockcopy", guest.name, "vda", "--dest", GUESTS / f"{guest.name}.copy", "--transient-job")
@@ -168,7 +176,7 @@ def test_a_copy_of_the_disk_is_under_way(daemon: Daemon, start: StartDomain, old
     guest.wait_for_ticks()
 
 
-def test_a_domain_that_is_off(daemon: Daemon, start: StartDomain) -> None:
+def test_domain_that_is_off_is_refused(daemon: Daemon, start: StartDomain) -> None:
     guest = start()
     daemon.virsh("destroy", guest.name)
     report = daemon.upgrade(guest.name)
@@ -176,7 +184,7 @@ def test_a_domain_that_is_off(daemon: Daemon, start: StartDomain) -> None:
     assert "is not running" in report["reason"]
 
 
-def test_without_the_hook(daemon: Daemon, start: StartDomain, old: Path) -> None:
+def test_upgrade_is_refused_without_the_hook(daemon: Daemon, start: StartDomain, old: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     assert daemon.sevhop("uninstall").returncode == 0
@@ -194,13 +202,13 @@ def test_dry_run_touches_nothing(daemon: Daemon, start: StartDomain, old: Path, 
     guest.wait_for_ticks()
     pid = guest.pid
     report = daemon.upgrade(guest.name, "--dry-run", "--emulator", new)
-    assert (report["status"], report["outcome"], report["blackout_ms"]) == (0, "checked", None)
+    assert (report["status"], report["outcome"], report["downtime_ms"]) == (0, "checked", None)
     assert guest.pid == pid
     assert_as_before(daemon, guest, old)
 
 
 @pytest.mark.parametrize("destination", ["new", "newest"])
-def test_the_hook_refuses(
+def test_upgrade_rolls_back_if_other_hook_refuses(
     daemon: Daemon, start: StartDomain, old: Path, destination: str, request: pytest.FixtureRequest
 ) -> None:
     """Another hook of the administrator's says no, after ours has committed: the guest comes back all the same."""
@@ -215,12 +223,12 @@ def test_the_hook_refuses(
         report = daemon.upgrade(guest.name, "--emulator", new)
     finally:
         other.unlink()
-    assert (report["status"], report["outcome"]) == (3, "undone")
+    assert (report["status"], report["outcome"]) == (3, "rolled-back")
     assert_as_before(daemon, guest, old)
 
 
-def test_another_job(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """Somebody saves the domain, to a target that takes its time, and fails in the end."""
+def test_upgrade_is_refused_during_a_save_job(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """Somebody saves the domain, to a slow target, and fails in the end."""
     guest = start()
     guest.wait_for_ticks()
     fifo = GUESTS / f"{guest.name}.fifo"
@@ -232,7 +240,7 @@ def test_another_job(daemon: Daemon, start: StartDomain, old: Path, new: Path) -
         wait_until(lambda: "Save" in daemon.run("virsh", "domjobinfo", guest.name).stdout, 30, "the job begins")
         report = daemon.upgrade(guest.name, "--emulator", new)
         assert (report["status"], report["outcome"]) == (1, "refused"), report["reason"]
-        assert f"a job of domain {guest.name} is under way" in report["reason"]
+        assert f"a job of domain {guest.name} is in progress" in report["reason"]
     finally:
         os.close(reader)
     saving.communicate(timeout=60)
@@ -240,7 +248,7 @@ def test_another_job(daemon: Daemon, start: StartDomain, old: Path, new: Path) -
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
 
 
-def test_managed_save_image(daemon: Daemon, start: StartDomain, old: Path) -> None:
+def test_domain_with_managed_save_image_is_refused(daemon: Daemon, start: StartDomain, old: Path) -> None:
     """libvirt would start the domain from it the next time, in whatever state that was."""
     guest = start()
     guest.wait_for_ticks()
@@ -253,7 +261,7 @@ def test_managed_save_image(daemon: Daemon, start: StartDomain, old: Path) -> No
     assert_as_before(daemon, guest, old)
 
 
-def test_left_overs_of_an_earlier_hop(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgrade_removes_leftovers_of_earlier_hop(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """A link that leads nowhere, and a directory without a keeper."""
     guest = start()
     guest.wait_for_ticks()
@@ -271,7 +279,7 @@ def test_left_overs_of_an_earlier_hop(daemon: Daemon, start: StartDomain, new: P
     assert daemon.left_over() == []
 
 
-def test_a_paused_guest_hops_again(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_paused_guest_hops_again(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """It has not taken its disks from the QEMU before, and must not give up what it has not got."""
     guest = start()
     guest.wait_for_ticks()
@@ -304,12 +312,12 @@ from pathlib import Path
 from sevhop_qmp import adopt
 path = Path(sys.argv[1])
 adopt.library_path = lambda: path
-from sevhop import cli
-sys.exit(cli.main(sys.argv[2:]))
+from sevhop.cli import commands
+sys.exit(commands.main(sys.argv[2:]))
 """
 
 
-def test_library_that_qemus_user_cannot_read_is_told_by_install_and_check(
+def test_library_that_qemus_user_cannot_read_is_reported_by_install_and_check(
     daemon: Daemon, start: StartDomain, tmp_path: Path, new: Path
 ) -> None:
     """As in a clone below /root. QEMU would start without it."""
@@ -319,16 +327,16 @@ def test_library_that_qemus_user_cannot_read_is_told_by_install_and_check(
     closed.mkdir(mode=0o700)
     library = closed / "adopt.so"
     shutil.copyfile(adopt.library_path(), library)
-    words = (sys.executable, "-c", _WITH_A_CLOSED_LIBRARY, library)
+    argv = (sys.executable, "-c", _WITH_A_CLOSED_LIBRARY, library)
     process = QemuProcess.open(guest.pid)
     uid = process.credentials.uid
     process.close()
     reason = f"the user of QEMU ({uid}) cannot read {library} because of "
-    installed = daemon.run(*words, "install")
+    installed = daemon.run(*argv, "install")
     assert installed.returncode == 1
     assert f"the hook is in place, but {reason}" in installed.stderr
     assert "install sevhop where all users may read it" in installed.stderr
-    checked = daemon.run(*words, "check", guest.name, "--emulator", new)
+    checked = daemon.run(*argv, "check", guest.name, "--emulator", new)
     assert checked.returncode == 1
     assert f"FAIL library: {reason}" in checked.stdout
     guest.wait_for_ticks()

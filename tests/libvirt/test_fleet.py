@@ -1,4 +1,4 @@
-"""Several domains at a time, and what others see of it: systemd's journal, Prometheus, Ansible."""
+"""Several domains at a time, and the records of it: systemd's journal, Prometheus, Ansible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAYBOOK = Path(__file__).parents[2] / "docs" / "examples" / "upgrade-qemu.yml"
 
 @contextmanager
 def journal(daemon: Daemon) -> Iterator[list[str]]:
-    """What is in the place of systemd-journald in there. :return: the records, complete when this has ended."""
+    """A socket in the place of systemd-journald. :return: the records, complete after the context."""
     path = daemon.root / str(journald.SOCKET).lstrip("/")
     path.parent.mkdir(parents=True)
     records: list[str] = []
@@ -54,14 +54,14 @@ def journal(daemon: Daemon) -> Iterator[list[str]]:
             path.parent.rmdir()
 
 
-def test_several_at_a_time(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_fleet_rolls_back_on_sigterm_and_records_upgrades(daemon: Daemon, start: StartDomain, new: Path) -> None:
     start(name=UNABLE, memory="private")
     guests = [start(name=name) for name in NAMES]
     pids = [guest.pid for guest in guests]
     for guest in guests:
         guest.wait_for_ticks()
 
-    # All that are under way are undone; none gets further than its rehearsal, in which the new QEMU does not come up.
+    # All in progress are rolled back; none gets further than its rehearsal, in which the new QEMU does not start.
     silent = wrapper(daemon, "silent", new, 'case "$*" in *-incoming*) exec sleep 600;; esac')
     command = daemon.start_command(
         *(sys.executable, "-m", "sevhop.cli", "--verbose"),
@@ -71,17 +71,17 @@ def test_several_at_a_time(daemon: Daemon, start: StartDomain, new: Path) -> Non
     begun = [line.split(":", 1)[1].strip() for line, _ in zip(command.stderr, NAMES, strict=False)]
     assert begun == [f"{name}: check" for name in NAMES]
     for line in command.stderr:
-        if line.strip().endswith(": hold"):
+        if line.strip().endswith(": acquire"):
             command.send_signal(signal.SIGTERM)
             break
     out, _ = command.communicate(timeout=120)
-    ends = {one["guest"]: one["outcome"] for one in json.loads(out)["domains"]}
-    assert (command.returncode, ends) == (3, dict.fromkeys(NAMES, "undone"))
+    outcomes = {one["guest"]: one["outcome"] for one in json.loads(out)["domains"]}
+    assert (command.returncode, outcomes) == (3, dict.fromkeys(NAMES, "rolled-back"))
     assert [guest.pid for guest in guests] == pids
     for guest in guests:
         guest.wait_for_ticks()
 
-    # One that cannot hop stops none.
+    # One that cannot hop is skipped.
     metrics = daemon.root / "run" / "metrics"
     metrics.mkdir()
     with journal(daemon) as records:
@@ -98,10 +98,10 @@ def test_several_at_a_time(daemon: Daemon, start: StartDomain, new: Path) -> Non
         assert guest.emulator() == str(new)
         guest.wait_for_ticks()
     for name in NAMES:
-        of_it = [record for record in records if f"SEVHOP_DOMAIN={name}\n" in record]
+        of_it = [record for record in records if f"SEVHOP_GUEST={name}\n" in record]
         phases = [record for record in of_it if f"MESSAGE_ID={journald.PHASE}\n" in record]
         assert [record.partition("SEVHOP_PHASE=")[2].split("\n")[0] for record in phases] == [
-            *("check", "hold", "rehearse", "prepare", "freeze", "save", "retire", "restore", "define")
+            *("check", "acquire", "rehearse", "prepare", "stop", "save", "terminate", "restore", "define")
         ]
         (end,) = (record for record in of_it if f"MESSAGE_ID={journald.OUTCOME}\n" in record)
         assert "SEVHOP_OUTCOME=done\n" in end
@@ -109,17 +109,17 @@ def test_several_at_a_time(daemon: Daemon, start: StartDomain, new: Path) -> Non
     families = text_string_to_metric_families((metrics / "sevhop.prom").read_text())
     samples = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
     assert samples["sevhop_hops_total", "refused"] == 1
-    assert samples["sevhop_hops_total", "done"] == samples["sevhop_blackout_seconds_count",] == 3
-    assert samples["sevhop_outdated_guests",] == 0
+    assert samples["sevhop_hops_total", "done"] == samples["sevhop_downtime_seconds_count",] == 3
+    assert samples["sevhop_outdated_domains",] == 0
 
 
 def setting(name: str) -> list[str]:
-    """The words of a setting of the service."""
+    """The values of a setting of the service."""
     lines = units.text("sevhop-upgrade.service").splitlines()
     return [word for line in lines if line.startswith(f"{name}=") for word in line.partition("=")[2].split()]
 
 
-def system_calls(words: Iterable[str]) -> set[str]:
+def system_calls(names: Iterable[str]) -> set[str]:
     """The calls that a ``SystemCallFilter`` allows, as systemd knows its groups."""
     done = subprocess.run(["systemd-analyze", "syscall-filter"], capture_output=True, text=True, check=True)
     groups: dict[str, set[str]] = {}
@@ -129,18 +129,18 @@ def system_calls(words: Iterable[str]) -> set[str]:
         elif line.startswith("    ") and not line.strip().startswith("#"):
             group.add(line.strip())
     allowed: set[str] = set()
-    todo = ["@default", *words]
+    todo = ["@default", *names]
     while todo:
-        word = todo.pop()
-        if word.startswith("@"):
-            todo += groups.pop(word, ())
+        name = todo.pop()
+        if name.startswith("@"):
+            todo += groups.pop(name, ())
         else:
-            allowed.add(word)
+            allowed.add(name)
     return allowed
 
 
-def test_the_service_may_do_what_an_upgrade_does(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """Without a systemd that applies them its limits are compared with what is done; capabilities are really taken."""
+def test_service_allows_what_an_upgrade_needs(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Its limits are compared with the calls, as no systemd applies them here; capabilities are really dropped."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("not installed: systemd")
     guest = start(name="served")
@@ -165,7 +165,9 @@ def test_the_service_may_do_what_an_upgrade_does(daemon: Daemon, start: StartDom
     guest.wait_for_ticks()
 
 
-def test_the_playbook(daemon: Daemon, start: StartDomain, new: Path, tmp_path: Path) -> None:
+def test_playbook_upgrades_domain_unless_in_check_mode(
+    daemon: Daemon, start: StartDomain, new: Path, tmp_path: Path
+) -> None:
     guest = start(name="playbook")
     guest.wait_for_ticks()
     variables = {

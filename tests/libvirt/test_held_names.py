@@ -1,4 +1,4 @@
-"""Whose guest is held is told by its UUID and its process: not by its name, which others may get meanwhile."""
+"""A guest that is suspended in the keeper is identified by UUID and process, not by its name: another may get that."""
 
 from __future__ import annotations
 
@@ -18,32 +18,30 @@ _SCRIPT = "etc/libvirt/hooks/qemu.d/sevhop"
 
 
 def recover(daemon: Daemon, *names: str) -> dict[str, Any]:
-    """Run ``sevhop recover``; what it says of the only hop, and its exit status."""
+    """Run ``sevhop recover``; its report of the only hop, and its exit status."""
     done = daemon.sevhop("recover", "--json", *names)
     (one,) = json.loads(done.stdout)["guests"]
     return {**one, "status": done.returncode}
 
 
 def prepared(daemon: Daemon, guest: DomainGuest, new: Path) -> str:
-    """Have the keeper hold it; the image."""
+    """Suspend it in the keeper. :return: the save image."""
     guest.wait_for_ticks(3)
     report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
     assert report["outcome"] == "prepared", report
     return str(report["image"])
 
 
-def assert_goes_on(daemon: Daemon, guest: DomainGuest) -> None:
-    """It was held, and nothing of it is lost."""
+def assert_keeps_running(daemon: Daemon, guest: DomainGuest) -> None:
+    """It resumes, and nothing of it is lost."""
     assert recover(daemon, guest.name)["status"] == 0
     assert guest.state == "running"
     guest.wait_for_ticks()
-    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
 
 
 @pytest.mark.parametrize("transient", [True, False], ids=["created again", "defined again"])
-def test_another_domain_of_the_name_is_not_started(
-    daemon: Daemon, start: StartDomain, new: Path, transient: bool
-) -> None:
+def test_domain_of_the_same_name_is_not_started(daemon: Daemon, start: StartDomain, new: Path, transient: bool) -> None:
     """The same file without a UUID, as cluster managers and playbooks have it: libvirt makes another UUID."""
     guest = start(transient=transient)
     uuid, image = daemon.virsh("domuuid", guest.name), prepared(daemon, guest, new)
@@ -54,18 +52,18 @@ def test_another_domain_of_the_name_is_not_started(
     start_it = ["create", f"{GUESTS}/{guest.name}.xml"] if transient else ["start", guest.name]
     refused = daemon.run("virsh", *start_it)
     assert refused.returncode == 1
-    assert f"holds this name for the domain with UUID {uuid}" in refused.stderr
+    assert f"has reserved its name for the domain with UUID {uuid}" in refused.stderr
     assert f"virsh restore {image}" in refused.stderr
     if not transient:
         # libvirt has no room for both. The guest stays where it is.
         stuck = recover(daemon, guest.name)
-        assert (stuck["status"], stuck["end"]) == (4, "stuck"), stuck
+        assert (stuck["status"], stuck["result"]) == (4, "manual"), stuck
         daemon.virsh("undefine", guest.name)
-    assert_goes_on(daemon, guest)
+    assert_keeps_running(daemon, guest)
     assert daemon.virsh("domuuid", guest.name) == uuid
 
 
-def test_a_held_domain_that_is_renamed_is_not_started(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_renamed_domain_is_not_started(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     image = prepared(daemon, guest, new)
     daemon.virsh("domrename", guest.name, "renamed")
@@ -76,14 +74,12 @@ def test_a_held_domain_that_is_renamed_is_not_started(daemon: Daemon, start: Sta
     finally:
         daemon.run("virsh", "destroy", "renamed")
         daemon.virsh("domrename", "renamed", guest.name)
-    assert_goes_on(daemon, guest)
+    assert_keeps_running(daemon, guest)
 
 
 @pytest.mark.parametrize("uuid", ["the same", "another"])
-def test_recover_ends_no_guest_that_it_did_not_start(
-    daemon: Daemon, start: StartDomain, new: Path, uuid: str
-) -> None:
-    """The hook was away for a moment: somebody has tidied up its directory."""
+def test_recover_terminates_no_guest_of_others(daemon: Daemon, start: StartDomain, new: Path, uuid: str) -> None:
+    """The hook was missing for a moment: somebody has cleaned up its directory."""
     guest = start()
     prepared(daemon, guest, new)
     if uuid == "another":
@@ -96,9 +92,9 @@ def test_recover_ends_no_guest_that_it_did_not_start(
     script.write_text(text)
     pid = guest.pid
     stuck = recover(daemon, guest.name)
-    assert (stuck["status"], stuck["end"]) == (4, "stuck"), stuck
+    assert (stuck["status"], stuck["result"]) == (4, "manual"), stuck
     if uuid == "the same":
-        assert f"process {pid} is not of this hop" in stuck["text"]
+        assert f"(process {pid}) while its guest is suspended in the keeper" in stuck["detail"]
     assert Path(f"/proc/{pid}").exists()
     assert guest.pid == pid
     daemon.virsh("destroy", guest.name)
@@ -108,4 +104,4 @@ def test_recover_ends_no_guest_that_it_did_not_start(
     assert guest.state == "running"
     ticks = guest.seen().ticks
     wait_until(lambda: guest.seen().ticks > ticks, 30, "it counts on")
-    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")

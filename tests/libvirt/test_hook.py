@@ -1,4 +1,4 @@
-"""What happens to libvirt's hook while a domain is restored."""
+"""Faults of libvirt's hook during a restore."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
-from .holding import Checkpoint, HeldUpgrade
+from .holding import Checkpoint, PausedUpgrade
 
 _SCRIPT = Path("/etc/libvirt/hooks/qemu.d/sevhop")
 
 
-def assert_came_back(daemon: Daemon, guest: DomainGuest, old: Path, new: Path) -> None:
-    """The guest runs in the old emulator and lost nothing, nothing is left behind, and another upgrade works."""
+def assert_rolled_back(daemon: Daemon, guest: DomainGuest, old: Path, new: Path) -> None:
+    """The guest runs in the old emulator, nothing of it is lost, nothing is left behind, and another upgrade works."""
     assert guest.emulator() == guest.emulator("--inactive") == str(old)
     guest.wait_for_ticks()
     assert daemon.left_over() == []
@@ -25,27 +25,29 @@ def assert_came_back(daemon: Daemon, guest: DomainGuest, old: Path, new: Path) -
 
 
 def name_of(pid: int) -> str:
-    """As the process calls itself."""
+    """The name of a process, from /proc."""
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def with_words(daemon: Daemon, *words: str) -> list[int]:
+def with_arguments(daemon: Daemon, *arguments: str) -> list[int]:
     """The processes in there that have all of these on their command line."""
     found = []
     for pid in daemon.processes():
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if all(word.encode() in line for word in words):
+        if all(argument.encode() in line for argument in arguments):
             found.append(pid)
     return found
 
 
-def test_killed_while_the_keeper_commits(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """libvirt takes that for a refusal, whatever the keeper has done meanwhile."""
+def test_upgrade_rolls_back_if_hook_is_killed_in_commit(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    """To libvirt that is a refusal, whatever the keeper has done meanwhile."""
     guest = start()
     guest.wait_for_ticks()
     with (
         Checkpoint.at(daemon, guest, "started/begin") as checkpoint,
-        HeldUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new) as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
@@ -53,25 +55,27 @@ def test_killed_while_the_keeper_commits(daemon: Daemon, start: StartDomain, old
         os.kill(keeper, signal.SIGSTOP)
         try:
             checkpoint.release()
-            wait_until(lambda: bool(with_words(daemon, guest.name, "started", "sevhop")), 60, "the hook runs")
-            for pid in with_words(daemon, guest.name, "started", "sevhop"):
+            wait_until(lambda: bool(with_arguments(daemon, guest.name, "started", "sevhop")), 60, "the hook runs")
+            for pid in with_arguments(daemon, guest.name, "started", "sevhop"):
                 kill(pid)
         finally:
             os.kill(keeper, signal.SIGCONT)
-        report = upgrade.go_on()
-    assert (report["status"], report["outcome"]) == (3, "undone"), report
-    assert_came_back(daemon, guest, old, new)
+        report = upgrade.finish()
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
+    assert_rolled_back(daemon, guest, old, new)
 
 
-def test_called_by_somebody_else_at_once(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """It is answered once. Should libvirt's own call come too late, libvirt drops the destination."""
+def test_hook_succeeds_only_for_first_of_concurrent_calls(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    """Only the first call succeeds. If that is not libvirt's own, libvirt terminates the destination."""
     guest = start()
     guest.wait_for_ticks()
     xml = f"<domain><uuid>{daemon.virsh('domuuid', guest.name)}</uuid></domain>"
     call = f"echo '{xml}' | {_SCRIPT} {guest.name} started begin -"
     with (
         Checkpoint.at(daemon, guest, "started/begin") as checkpoint,
-        HeldUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new) as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
@@ -79,19 +83,19 @@ def test_called_by_somebody_else_at_once(daemon: Daemon, start: StartDomain, old
         for one in calls:
             one.communicate(timeout=60)
         checkpoint.release()
-        report = upgrade.go_on()
+        report = upgrade.finish()
     assert sorted(one.returncode for one in calls) == [0, 1, 1, 1]
-    assert (report["status"], report["outcome"]) == (3, "undone"), report
-    assert_came_back(daemon, guest, old, new)
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
+    assert_rolled_back(daemon, guest, old, new)
 
 
-def test_a_domain_in_no_hop_costs_no_python(daemon: Daemon, start: StartDomain) -> None:
+def test_hook_runs_no_python_for_a_domain_in_no_hop(daemon: Daemon, start: StartDomain) -> None:
     """Its hook works without a Python, even while another domain is in a hop."""
     guest = start()
     guest.wait_for_ticks()
-    held = start(name="held")
-    held.wait_for_ticks()
-    image = daemon.upgrade(held.name, "--prepare")["image"]
+    suspended = start(name="suspended")
+    suspended.wait_for_ticks()
+    image = daemon.upgrade(suspended.name, "--prepare")["image"]
     inside = daemon.root / str(_SCRIPT).lstrip("/")
     script = inside.read_text()
     inside.write_text(script.replace("python", "no-such-python"))
@@ -103,5 +107,5 @@ def test_a_domain_in_no_hop_costs_no_python(daemon: Daemon, start: StartDomain) 
     finally:
         inside.write_text(script)
     daemon.virsh("restore", image)
-    held.wait_for_ticks()
+    suspended.wait_for_ticks()
     assert daemon.sevhop("recover").returncode == 0

@@ -1,4 +1,4 @@
-"""The keeper or its guardian is killed in every state of an upgrade: the guest does not notice."""
+"""The keeper or its supervisor is killed in every state of an upgrade: the guest is not affected."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from . import dying
 from .conftest import StartDomain
 
 _PROGRAM = Path(dying.__file__)
-KEEPER, GUARDIAN = "sevhop-keeper", "sevhop-guardian"
+#: Process names; the kernel truncates them to 15 characters.
+KEEPER, SUPERVISOR = "sevhop-keeper", "sevhop-supervisor"[:15]
 
-#: Moments inside libvirt's restore: the state, the hook's step, and whether that is before our own hook or behind it.
+#: Moments inside libvirt's restore: the state, the hook's step, and whether that is before our own hook or after it.
 STEPS = {
     "restore has begun": ("restoring", "prepare/begin", "zz"),
     "destination is complete": ("restoring", "started/begin", "aa"),
@@ -30,7 +31,7 @@ MOMENTS = [*dying.CALLS, *STEPS]
 
 @pytest.fixture(autouse=True)
 def states(daemon: Daemon) -> Iterator[Path]:
-    """Where the states are noted in which somebody was killed."""
+    """The file with the states in which a process was killed."""
     path = daemon.root / str(dying.STATES).lstrip("/")
     yield path
     path.unlink(missing_ok=True)
@@ -39,7 +40,7 @@ def states(daemon: Daemon) -> Iterator[Path]:
 
 
 def upgrade_with(daemon: Daemon, victim: str, moment: str, name: str, emulator: Path) -> dict[str, Any]:
-    """An upgrade in which somebody dies; what is reported."""
+    """An upgrade in which a process is killed. :return: its report."""
     program = [sys.executable, str(_PROGRAM), victim]
     arguments = ["upgrade", "--json", name, "--emulator", str(emulator)]
     if moment in dying.CALLS:
@@ -57,30 +58,30 @@ def upgrade_with(daemon: Daemon, victim: str, moment: str, name: str, emulator: 
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_one_of_the_two_is_killed(
+def test_upgrade_survives_the_death_of_one_process(
     daemon: Daemon, start: StartDomain, states: Path, old: Path, new: Path, moment: str
 ) -> None:
     guest = start()
     guest.wait_for_ticks()
     wanted = STEPS[moment][0] if moment in STEPS else moment.split(" ")[0]
-    for victim, here, there in ((KEEPER, old, new), (GUARDIAN, new, old)):
+    for victim, here, there in ((KEEPER, old, new), (SUPERVISOR, new, old)):
         report = upgrade_with(daemon, victim, moment, guest.name, there)
         assert states.read_text() == wanted
         states.unlink()
-        # A keeper that dies while a destination starts takes that one along.
-        undone = victim == KEEPER and wanted == "restoring"
-        assert report["outcome"] in (("done", "undone") if undone else ("done",)), report
+        # When a keeper dies while a destination starts, that one fails.
+        may_fail = victim == KEEPER and wanted == "restoring"
+        assert report["outcome"] in (("done", "rolled-back") if may_fail else ("done",)), report
         assert guest.emulator() == str(there if report["outcome"] == "done" else here)
         guest.wait_for_ticks()
         assert daemon.left_over() == []
-        if report["outcome"] == "undone":
+        if report["outcome"] == "rolled-back":
             assert daemon.upgrade(guest.name, "--emulator", there)["outcome"] == "done"
 
 
-def test_the_keeper_dies_in_the_commit(
+def test_keeper_that_dies_in_the_commit_rolls_back(
     daemon: Daemon, start: StartDomain, states: Path, old: Path, new: Path, tmp_path: Path
 ) -> None:
-    """The hook was asking, and refuses: libvirt ends the destination, and the guest comes back in the old emulator."""
+    """The hook gets no reply, and refuses: libvirt terminates the destination, and the old emulator is restored."""
     guest = start()
     guest.wait_for_ticks()
     environment = dying.in_a_keeper(tmp_path, "sevhop_qmp.adopt", "finish")
@@ -88,41 +89,43 @@ def test_the_keeper_dies_in_the_commit(
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     report = json.loads(done.stdout)["domains"][0]
     assert states.exists()
-    assert (done.returncode, report["outcome"]) == (3, "undone"), report
+    assert (done.returncode, report["outcome"]) == (3, "rolled-back"), report
     assert guest.emulator() == str(old)
     guest.wait_for_ticks()
     assert daemon.left_over() == []
 
 
-def held(daemon: Daemon, guest: DomainGuest, emulator: Path) -> str:
-    """Have the guest in nobody's hands but the keeper's. :return: the save image."""
+def suspend(daemon: Daemon, guest: DomainGuest, emulator: Path) -> str:
+    """Suspend the guest in the keeper. :return: the save image."""
     guest.wait_for_ticks()
     return str(daemon.upgrade(guest.name, "--emulator", emulator, "--prepare")["image"])
 
 
-def go_on(daemon: Daemon, guest: DomainGuest, image: str) -> None:
-    """Finish what was prepared."""
+def finish(daemon: Daemon, guest: DomainGuest, image: str) -> None:
+    """Finish the upgrade."""
     daemon.virsh("restore", image)
     guest.wait_for_ticks()
     assert daemon.sevhop("recover").returncode == 0
 
 
-def test_keepers_are_killed_one_after_the_other(daemon: Daemon, start: StartDomain, states: Path, new: Path) -> None:
-    guest = start()
-    image = held(daemon, guest, new)
-    for _ in range(3):
-        assert daemon.run(sys.executable, _PROGRAM, KEEPER).returncode == 0
-    assert daemon.run(sys.executable, _PROGRAM, GUARDIAN).returncode == 0
-    assert states.read_text() == 4 * "waiting"
-    go_on(daemon, guest, image)
-
-
-def test_the_destination_is_killed_with_the_keeper(
+def test_guest_survives_the_death_of_several_keepers(
     daemon: Daemon, start: StartDomain, states: Path, new: Path
 ) -> None:
-    """Behind the commit and before the guest runs: the next keeper knows that it has the guest again."""
     guest = start()
-    image = held(daemon, guest, new)
+    image = suspend(daemon, guest, new)
+    for _ in range(3):
+        assert daemon.run(sys.executable, _PROGRAM, KEEPER).returncode == 0
+    assert daemon.run(sys.executable, _PROGRAM, SUPERVISOR).returncode == 0
+    assert states.read_text() == 4 * "waiting"
+    finish(daemon, guest, image)
+
+
+def test_guest_survives_the_death_of_destination_and_keeper(
+    daemon: Daemon, start: StartDomain, states: Path, new: Path
+) -> None:
+    """After the commit and before the guest runs: the next keeper knows that it has the guest again."""
+    guest = start()
+    image = suspend(daemon, guest, new)
     hook = daemon.root / "etc/libvirt/hooks/qemu.d/zz-dying"
     program = shlex.join([sys.executable, str(_PROGRAM), KEEPER])
     hook.write_text(f'#!/bin/sh\n[ "$2/$3" = started/begin ] || exit 0\n{program}\nexit 1\n')
@@ -130,12 +133,12 @@ def test_the_destination_is_killed_with_the_keeper(
     assert daemon.run("virsh", "restore", image).returncode == 1
     hook.unlink()
     assert states.read_text() == "committed"
-    go_on(daemon, guest, image)
+    finish(daemon, guest, image)
 
 
-def test_a_keeper_ignores_what_ends_others_by_accident(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_keeper_ignores_signals(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
-    image = held(daemon, guest, new)
+    image = suspend(daemon, guest, new)
     for name in ("HUP", "INT", "TERM"):
         for pid in keepers(daemon):
             daemon.run("kill", f"-{name}", str(pid))
@@ -143,20 +146,20 @@ def test_a_keeper_ignores_what_ends_others_by_accident(daemon: Daemon, start: St
     assert len(keepers(daemon)) == 2
     for pid in keepers(daemon):
         assert Path(f"/proc/{pid}/cwd").resolve() == Path("/")
-    go_on(daemon, guest, image)
+    finish(daemon, guest, image)
 
 
 def keepers(daemon: Daemon) -> list[int]:
     """Both processes."""
     names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in daemon.processes()}
-    return [pid for pid, name in names.items() if name in (KEEPER, GUARDIAN)]
+    return [pid for pid, name in names.items() if name in (KEEPER, SUPERVISOR)]
 
 
-def test_both_are_killed(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """Then a guest that is nowhere else is lost; but nothing wrong runs, and the domain is free again."""
+def test_guest_is_lost_when_both_are_killed(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Then a guest that is nowhere else is lost; but no second copy runs, and the domain can be started again."""
     guest = start()
-    image = held(daemon, guest, new)
-    for victim in (GUARDIAN, KEEPER):
+    image = suspend(daemon, guest, new)
+    for victim in (SUPERVISOR, KEEPER):
         assert daemon.run(sys.executable, _PROGRAM, victim).returncode == 0
     refused = daemon.run("virsh", "restore", image)
     assert refused.returncode == 1
@@ -165,7 +168,7 @@ def test_both_are_killed(daemon: Daemon, start: StartDomain, new: Path) -> None:
     daemon.virsh("start", guest.name)
     status = daemon.sevhop("status", guest.name).stdout
     assert "QEMU 7.2" in status
-    assert "can hop; hop: broken off: its keeper is gone" in status
+    assert "can hop; hop interrupted: its keeper is gone" in status
     daemon.virsh("destroy", guest.name)
     done = daemon.sevhop("recover")
     assert (done.returncode, daemon.left_over()) == (5, [])

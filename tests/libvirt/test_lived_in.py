@@ -19,7 +19,7 @@ def guest(daemon: Daemon, start: StartDomain, tmp_path: Path) -> LivedInDomain:
     return LivedInDomain.started(daemon, start, f"lived-{tmp_path.name[-20:]}")
 
 
-def test_it_is_what_it_was(daemon: Daemon, guest: LivedInDomain, old: Path, new: Path) -> None:
+def test_lived_in_guest_is_unchanged_after_upgrades(daemon: Daemon, guest: LivedInDomain, old: Path, new: Path) -> None:
     for emulator in (new, old):
         report = daemon.upgrade(guest.name, "--emulator", emulator)
         assert report["outcome"] == "done", str(report)
@@ -30,7 +30,9 @@ def test_it_is_what_it_was(daemon: Daemon, guest: LivedInDomain, old: Path, new:
         guest.remember()
 
 
-def test_paused_it_is_what_it_was(daemon: Daemon, guest: LivedInDomain, old: Path, new: Path) -> None:
+def test_paused_lived_in_guest_is_unchanged_after_upgrades(
+    daemon: Daemon, guest: LivedInDomain, old: Path, new: Path
+) -> None:
     guest.life.do("stop")
     guest.remember()
     for emulator in (new, old):
@@ -48,8 +50,10 @@ CARDS = {
 
 
 @pytest.mark.parametrize("kind", CARDS)
-def test_cards_that_were_plugged(kind: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path) -> None:
-    """libvirt gives it the name of the card that was unplugged, of which the command line still tells."""
+def test_plugged_cards_are_unchanged_after_upgrades(
+    kind: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path
+) -> None:
+    """libvirt gives it the name of the card that was unplugged, which is still on the command line."""
     file = f"{GUESTS}/{guest.name}-card.xml"
     try:
         with daemon.bridge() as bridge:

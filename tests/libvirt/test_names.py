@@ -9,7 +9,7 @@ from tests.support.guests.daemon import Daemon
 from .conftest import StartDomain
 
 
-def test_metacharacters(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgrade_takes_metacharacters_in_names_literally(daemon: Daemon, start: StartDomain, new: Path) -> None:
     name = "a b;$(touch sevhop-x)`touch sevhop-y`\\*|#"
     guest = start(name=name)
     guest.wait_for_ticks()

@@ -12,7 +12,7 @@ from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
-from .holding import Checkpoint, HeldUpgrade
+from .holding import Checkpoint, PausedUpgrade
 
 
 def image(daemon: Daemon) -> Path:
@@ -22,11 +22,11 @@ def image(daemon: Daemon) -> Path:
 
 
 def assert_unharmed(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
-    """The guest runs there and lost nothing, and nothing is left behind."""
+    """The guest runs there and lost nothing, and nothing is left."""
     assert guest.state == "running"
     assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
     guest.wait_for_ticks()
-    wait_until(lambda: daemon.left_over() == [], 30, "the keeper ends")
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
 
 
 def open_files(pid: int) -> list[str]:
@@ -39,30 +39,32 @@ def open_files(pid: int) -> list[str]:
 RESUMES = {
     "before it is saved": ("save", ["resume"]),
     "and pauses it before it is saved": ("save", ["resume", "suspend"]),
-    "when it is saved": ("retire", ["resume"]),
-    "and pauses it when it is saved": ("retire", ["resume", "suspend"]),
+    "when it is saved": ("terminate", ["resume"]),
+    "and pauses it when it is saved": ("terminate", ["resume", "suspend"]),
 }
 
 
 @pytest.mark.parametrize("when", RESUMES)
-def test_resumes_the_guest(daemon: Daemon, start: StartDomain, old: Path, new: Path, when: str) -> None:
+def test_guest_survives_being_resumed_by_others(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, when: str
+) -> None:
     """Then what was saved is not the guest any more."""
     guest = start()
     guest.wait_for_ticks()
     pid = guest.pid
     phase, commands = RESUMES[when]
-    with HeldUpgrade.at(phase, guest, new) as upgrade:
+    with PausedUpgrade.at(phase, guest, new) as upgrade:
         for command in commands:
             daemon.virsh(command, guest.name)
             if command == "resume":
                 guest.wait_for_ticks()
-        report = upgrade.go_on()
+        report = upgrade.finish()
     if when == "and pauses it before it is saved":
         # What is saved is the guest as it is then.
         assert (report["status"], report["outcome"]) == (0, "done"), report
         assert_unharmed(daemon, guest, new)
         return
-    assert (report["status"], report["outcome"]) == (3, "undone"), report
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert "somebody else has resumed the guest" in report["reason"]
     assert guest.pid == pid
     assert_unharmed(daemon, guest, old)
@@ -70,13 +72,13 @@ def test_resumes_the_guest(daemon: Daemon, start: StartDomain, old: Path, new: P
     assert_unharmed(daemon, guest, new)
 
 
-def test_pauses_the_guest(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_guest_paused_by_others_stays_paused(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """It stays paused."""
     guest = start()
     guest.wait_for_ticks()
-    with HeldUpgrade.at("prepare", guest, new) as upgrade:
+    with PausedUpgrade.at("prepare", guest, new) as upgrade:
         daemon.virsh("suspend", guest.name)
-        report = upgrade.go_on()
+        report = upgrade.finish()
     assert report["outcome"] == "done", report
     assert guest.state == "paused"
     daemon.virsh("resume", guest.name)
@@ -84,28 +86,30 @@ def test_pauses_the_guest(daemon: Daemon, start: StartDomain, new: Path) -> None
 
 
 @pytest.mark.parametrize("phase", ["prepare", "save"])
-def test_dumps_the_memory(daemon: Daemon, start: StartDomain, new: Path, phase: str) -> None:
+def test_upgrade_completes_if_others_dump_the_memory(daemon: Daemon, start: StartDomain, new: Path, phase: str) -> None:
     """That stops the guest, unless it has been, and leaves it as it was."""
     guest = start()
     guest.wait_for_ticks()
-    with HeldUpgrade.at(phase, guest, new) as upgrade:
+    with PausedUpgrade.at(phase, guest, new) as upgrade:
         daemon.virsh("dump", "--memory-only", guest.name, f"/run/{guest.name}.core")
-        report = upgrade.go_on()
+        report = upgrade.finish()
     (daemon.root / f"run/{guest.name}.core").unlink()
     assert (report["status"], report["outcome"]) == (0, "done"), report
     assert_unharmed(daemon, guest, new)
 
 
-@pytest.mark.parametrize("phase", ["prepare", "save", "retire"])
-def test_saves_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str) -> None:
-    """Then the guest is in that image, and nowhere else. (QEMU 7.2 ends when it is to save its state a second time.)"""
+@pytest.mark.parametrize("phase", ["prepare", "save", "terminate"])
+def test_upgrade_reports_guest_lost_if_others_save_the_domain(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
+) -> None:
+    """Then the guest is in that image, and nowhere else. (QEMU 7.2 exits when it saves its state a second time.)"""
     guest = start(emulator=new)
     guest.wait_for_ticks()
     saved = f"/run/{guest.name}.saved"
-    with HeldUpgrade.at(phase, guest, old) as upgrade:
+    with PausedUpgrade.at(phase, guest, old) as upgrade:
         daemon.virsh("save", guest.name, saved)
-        report = upgrade.go_on()
-    assert (report["status"], report["outcome"]) == (5, "lost"), report
+        report = upgrade.finish()
+    assert (report["status"], report["outcome"]) == (5, "guest-lost"), report
     assert "somebody else has saved the domain" in report["reason"]
     assert guest.state == "shut off"
     daemon.virsh("restore", "--running", saved)
@@ -113,14 +117,16 @@ def test_saves_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: Pa
     assert_unharmed(daemon, guest, new)
 
 
-def test_changes_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """The destination would go on with a disk that is not the guest's any more."""
+def test_upgrade_rolls_back_if_others_change_the_domain(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    """The destination would use a disk that is not the guest's any more."""
     guest = start()
     guest.wait_for_ticks()
-    with HeldUpgrade.at("prepare", guest, new) as upgrade:
+    with PausedUpgrade.at("prepare", guest, new) as upgrade:
         daemon.virsh("snapshot-create-as", guest.name, "snapshot", "--disk-only", "--no-metadata")
-        report = upgrade.go_on()
-    assert (report["status"], report["outcome"]) == (3, "undone"), report
+        report = upgrade.finish()
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert "somebody else has changed the domain" in report["reason"]
     assert_unharmed(daemon, guest, old)
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
@@ -128,21 +134,21 @@ def test_changes_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: 
 
 
 @pytest.mark.parametrize(
-    ("phase", "how"), [("prepare", "destroys it"), ("freeze", "kills its QEMU"), ("save", "kills its QEMU")]
+    ("phase", "how"), [("prepare", "destroys it"), ("stop", "kills its QEMU"), ("save", "kills its QEMU")]
 )
-def test_ends_the_source_before_it_is_saved(
+def test_guest_is_lost_if_others_terminate_unsaved_source(
     daemon: Daemon, start: StartDomain, new: Path, phase: str, how: str
 ) -> None:
     """Then the guest is lost, as it would have been without an upgrade."""
     guest = start()
     guest.wait_for_ticks()
-    with HeldUpgrade.at(phase, guest, new) as upgrade:
+    with PausedUpgrade.at(phase, guest, new) as upgrade:
         if how == "destroys it":
             daemon.virsh("destroy", guest.name)
         else:
             kill(guest.pid)
-        report = upgrade.go_on()
-    assert (report["status"], report["outcome"]) == (5, "lost"), report
+        report = upgrade.finish()
+    assert (report["status"], report["outcome"]) == (5, "guest-lost"), report
     assert guest.state == "shut off"
     assert daemon.left_over() == []
     daemon.virsh("start", guest.name)
@@ -150,82 +156,86 @@ def test_ends_the_source_before_it_is_saved(
 
 
 @pytest.mark.parametrize("how", ["destroys it", "kills its QEMU", "tries to save it"])
-def test_ends_the_source_when_it_is_saved(daemon: Daemon, start: StartDomain, new: Path, how: str) -> None:
+def test_upgrade_completes_if_others_terminate_saved_source(
+    daemon: Daemon, start: StartDomain, new: Path, how: str
+) -> None:
     """Then it is not needed any more."""
     guest = start()
     guest.wait_for_ticks()
-    with HeldUpgrade.at("retire", guest, new) as upgrade:
+    with PausedUpgrade.at("terminate", guest, new) as upgrade:
         if how == "destroys it":
             daemon.virsh("destroy", guest.name)
         elif how == "kills its QEMU":
             kill(guest.pid)
         else:
             assert daemon.run("virsh", "save", guest.name, "/run/saved").returncode == 1
-        report = upgrade.go_on()
+        report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (0, "done"), report
     assert_unharmed(daemon, guest, new)
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["before the commit", "behind the commit"])
-def test_kills_the_destination(daemon: Daemon, start: StartDomain, old: Path, new: Path, behind: bool) -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["before the commit", "after the commit"])
+def test_upgrade_rolls_back_if_others_kill_the_destination(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, behind: bool
+) -> None:
     """The keeper has the guest until it runs: it comes back."""
     guest = start()
     guest.wait_for_ticks()
     with (
-        Checkpoint.at(daemon, guest, "started/begin", behind=behind) as checkpoint,
-        HeldUpgrade.at("restore", guest, new) as upgrade,
+        Checkpoint.at(daemon, guest, "started/begin", after=behind) as checkpoint,
+        PausedUpgrade.at("restore", guest, new) as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
         kill(guest.pid)
         checkpoint.release()
-        report = upgrade.go_on()
-    assert (report["status"], report["outcome"]) == (3, "undone"), report
+        report = upgrade.finish()
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert_unharmed(daemon, guest, old)
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     assert_unharmed(daemon, guest, new)
 
 
-def test_starts_and_restores_the_domain_first(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """It cannot be started while it is held; it can be restored, which is as good as our own restore."""
+def test_upgrade_completes_if_others_restore_the_domain_first(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """It cannot be started while it is suspended in the keeper; a restore is as good as our own."""
     guest = start()
     guest.wait_for_ticks()
-    with HeldUpgrade.at("restore", guest, new) as upgrade:
+    with PausedUpgrade.at("restore", guest, new) as upgrade:
         refused = daemon.run("virsh", "start", guest.name)
         assert refused.returncode == 1
         assert "virsh restore" in refused.stderr
         daemon.virsh("restore", image(daemon))
-        report = upgrade.go_on()
+        report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (0, "done"), report
     assert_unharmed(daemon, guest, new)
 
 
-def test_starts_the_domain_while_it_is_restored(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_start_by_others_is_refused_during_restore(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """The domain is not active yet then: only the hook can tell."""
     guest = start()
     guest.wait_for_ticks()
     with (
-        Checkpoint.at(daemon, guest, "restore/begin", behind=True) as checkpoint,
-        HeldUpgrade.at("restore", guest, new) as upgrade,
+        Checkpoint.at(daemon, guest, "restore/begin", after=True) as checkpoint,
+        PausedUpgrade.at("restore", guest, new) as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
         refused = daemon.run("virsh", "start", guest.name)
         checkpoint.release()
-        report = upgrade.go_on()
+        report = upgrade.finish()
     assert refused.returncode == 1
     assert "virsh restore" in refused.stderr
     assert (report["status"], report["outcome"]) == (0, "done"), report
     assert_unharmed(daemon, guest, new)
 
 
-def test_restores_the_domain_while_it_is_restored(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_second_restore_is_refused_during_restore(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """Whoever is first gets it; the other one sees that."""
     guest = start()
     guest.wait_for_ticks()
     with (
         Checkpoint.at(daemon, guest, "started/begin") as checkpoint,
-        HeldUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new) as upgrade,
     ):
         theirs = daemon.start_command("virsh", "restore", image(daemon))
         checkpoint.wait()
@@ -233,7 +243,7 @@ def test_restores_the_domain_while_it_is_restored(daemon: Daemon, start: StartDo
         upgrade.resume()
         checkpoint.release()
         _, err = theirs.communicate(timeout=60)
-        report = upgrade.go_on()
+        report = upgrade.finish()
     assert refused.returncode == 1
     assert "is being restored already" in refused.stderr
     assert theirs.returncode == 0, err
@@ -246,9 +256,9 @@ def test_mappings_outlive_the_source(daemon: Daemon, start: StartDomain, new: Pa
     guest = start()
     guest.wait_for_ticks()
     pagemap = f"/proc/{guest.pid}/pagemap"
-    with HeldUpgrade.at("restore", guest, new) as upgrade:
+    with PausedUpgrade.at("restore", guest, new) as upgrade:
         keepers = [pid for pid in daemon.processes() if pagemap in open_files(pid)]
         assert [Path(f"/proc/{pid}/comm").read_text() for pid in keepers] == ["sevhop-keeper\n"]
-        report = upgrade.go_on()
+        report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (0, "done"), report
     assert_unharmed(daemon, guest, new)

@@ -1,7 +1,7 @@
 """
-Upgrades that are broken off at every step, and what ``sevhop recover`` makes of them.
+Upgrades that are interrupted at every step, and the result of ``sevhop recover``.
 
-After each the guest is counted: it goes on, under its name, in one QEMU, and has lost nothing.
+After each the guest is checked: it runs, under its name, in one QEMU, and has lost nothing.
 """
 
 from __future__ import annotations
@@ -78,23 +78,21 @@ def guest(daemon: Daemon, start: StartDomain, tmp_path: Path) -> LivedInDomain:
 
 
 @pytest.mark.parametrize("point", some_of(IN_THE_SOURCE) + some_of((*HELD, *RUNNING)))
-def test_the_command_is_killed(
+def test_recover_resumes_guest_after_command_killed(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     assert break_off(daemon, guest, new, point, "command") in (-signal.SIGKILL, 128 + signal.SIGKILL)
     answer = recover(daemon)
     assert answer["status"] == 0, answer
     (one,) = answer["guests"]
-    assert one["end"] == ("source" if point in IN_THE_SOURCE else "destination")
+    assert one["result"] == ("source" if point in IN_THE_SOURCE else "destination")
     note(note_fault, daemon, guest, point, "command", old)
     assert recover(daemon) == {"guests": [], "status": 0}
 
 
 @pytest.mark.parametrize("fault", ["daemon", "error", "silence"])
-@pytest.mark.parametrize(
-    "point", some_of([point for point in (*IN_THE_SOURCE, *HELD, *RUNNING) if "before" in point])
-)
-def test_a_step_fails(
+@pytest.mark.parametrize("point", some_of([point for point in (*IN_THE_SOURCE, *HELD, *RUNNING) if "before" in point]))
+def test_guest_survives_failed_step(
     point: str, fault: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     status = break_off(daemon, guest, new, point, fault)
@@ -104,13 +102,13 @@ def test_a_step_fails(
     answer = recover(daemon)
     assert answer["status"] == 0, answer
     assert status == 4 or not answer["guests"]
-    # A definition that libvirt does not take is told of, and nothing else.
+    # A definition that libvirt refuses is only reported.
     refused = "defineXML" in point and fault != "daemon"
     note(note_fault, daemon, guest, point, fault, old, defined=not refused)
 
 
 @pytest.mark.parametrize("point", some_of((*HELD, *RUNNING)))
-def test_the_source_is_killed(
+def test_upgrade_completes_if_source_is_killed_once_saved(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """Once its state is saved it is not needed any more."""
@@ -119,10 +117,10 @@ def test_the_source_is_killed(
 
 
 @pytest.mark.parametrize("point", some_of((*IN_THE_SOURCE[1:], *HELD, *RUNNING[:-1])))
-def test_the_keeper_is_killed(
+def test_upgrade_completes_if_keeper_is_killed(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
-    """Its guardian starts the next one, and nobody notices."""
+    """Its supervisor restarts it, and nobody notices."""
     assert break_off(daemon, guest, new, point, "keeper") == 0
     note(note_fault, daemon, guest, point, "keeper", old)
 
@@ -135,10 +133,10 @@ HOOK = [
 
 
 @pytest.mark.parametrize("point", some_of(HOOK))
-def test_the_hook_is_killed(
+def test_upgrade_rolls_back_only_if_killed_hook_may_refuse(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
-    """Once, before it has done its work or behind. libvirt takes that for a refusal where it listens to the hook."""
+    """Once, before it has done its work or after. libvirt takes that for a refusal where the hook may refuse."""
     when, _, operation, sub = point.split()
     script, original = daemon.root / "etc/libvirt/hooks/qemu.d/sevhop", daemon.root / "run/original"
     original.write_text(script.read_text())
@@ -156,8 +154,8 @@ def test_the_hook_is_killed(
         script.write_text(text)
         original.unlink()
     assert not (daemon.root / "run/armed").exists()
-    heard = operation not in ("stopped", "release")
-    assert (report["status"], report["outcome"]) == ((3, "undone") if heard else (0, "done")), report
+    may_refuse = operation not in ("stopped", "release")
+    assert (report["status"], report["outcome"]) == ((3, "rolled-back") if may_refuse else (0, "done")), report
     assert recover(daemon) == {"guests": [], "status": 0}
     note(note_fault, daemon, guest, point, "hook", old)
 
@@ -166,10 +164,10 @@ def test_the_hook_is_killed(
     ("point", "directory", "reason"),
     [
         ("phase check", "/var/lib/sevhop", "No space left on device"),
-        ("phase save", "/run/sevhop", "save: the save image cannot be written: No space left on device"),
+        ("phase save", "/run/sevhop", "save: cannot write the save image: No space left on device"),
     ],
 )
-def test_the_disk_is_full(
+def test_guest_stays_in_source_if_disk_is_full(
     point: str,
     directory: str,
     reason: str,
@@ -197,7 +195,7 @@ def test_the_disk_is_full(
 
 
 @pytest.mark.parametrize("point", some_of(IN_THE_SOURCE) + some_of((*HELD, *RUNNING)))
-def test_time_passes_before_recover(
+def test_recover_loses_nothing_when_run_late(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """A guest that runs has run on by then, and one that waits for somebody waits."""
@@ -211,16 +209,16 @@ def test_time_passes_before_recover(
 
 
 @pytest.mark.parametrize("point", some_of(RUNNING))
-def test_the_new_qemu_ends_before_recover(
+def test_recover_restores_no_outdated_state_if_new_qemu_exited(
     point: str, daemon: Daemon, guest: LivedInDomain, new: Path, note_fault: NoteFault
 ) -> None:
-    """The guest has run in there, so it has ended with it; nobody brings back what it was before."""
+    """The guest has run there, so it is lost with it; its outdated state is not restored."""
     break_off(daemon, guest, new, point, "command")
     kill(guest.pid)
     wait_until(lambda: guest.state == "shut off", 60, "libvirt has noticed")
     ticks = guest.seen().ticks
     answer = recover(daemon)
-    assert all(one["end"] in ("gone", "destination") for one in answer["guests"]), answer
+    assert all(one["result"] in ("gone", "destination") for one in answer["guests"]), answer
     assert guest.state == "shut off"
     assert guest.seen().ticks == ticks
     assert daemon.left_over() == []
@@ -228,7 +226,7 @@ def test_the_new_qemu_ends_before_recover(
 
 
 @pytest.mark.parametrize("point", some_of(RUNNING))
-def test_the_guest_is_paused_before_recover(
+def test_recover_leaves_paused_guest_paused(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     """It is not let run by recover."""
@@ -241,7 +239,7 @@ def test_the_guest_is_paused_before_recover(
     note(note_fault, daemon, guest, point, "command", old)
 
 
-@pytest.mark.parametrize("point", ["phase prepare", "phase freeze"])
+@pytest.mark.parametrize("point", ["phase prepare", "phase stop"])
 def test_guest_that_was_paused_while_an_upgrade_was_prepared_stays_paused(
     point: str, daemon: Daemon, guest: LivedInDomain, new: Path
 ) -> None:
@@ -249,7 +247,7 @@ def test_guest_that_was_paused_while_an_upgrade_was_prepared_stays_paused(
     paused = Operator("phase prepare", "stop", 0, guest.name, f"{GUESTS}/{guest.name}.answer")
     break_off(daemon, guest, new, point, "command", paused)
     (one,) = recover(daemon)["guests"]
-    assert one["end"] == "source"
+    assert one["result"] == "source"
     assert guest.state == "paused"
     guest.life.do("cont")
     guest.see_unchanged()

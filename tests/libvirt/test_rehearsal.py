@@ -73,8 +73,8 @@ def locked(pid: int) -> set[str]:
     return {os.readlink(f"/proc/{pid}/fd/{row.name}").rsplit("/")[-1] for row in rows if "OFDLCK" in row.read_text()}
 
 
-def trials(guest: DomainGuest) -> list[int]:
-    """Trials of a guest that are there."""
+def rehearsing(guest: DomainGuest) -> list[int]:
+    """The rehearsal QEMUs of a guest."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -86,14 +86,14 @@ def trials(guest: DomainGuest) -> list[int]:
 
 def traced(daemon: Daemon, guest: DomainGuest, fault: str, *words: str | Path) -> tuple[int, dict[str, Any]]:
     """
-    Upgrade, and have something happen in the middle of the pause.
+    Upgrade, and have something happen during the downtime of the rehearsal.
 
-    :param fault: statements; ``trial`` is the trial's pid, ``name`` the domain's.
+    :param fault: statements; ``qemu`` is the pid of the rehearsal QEMU, ``name`` the domain's name.
     """
     script = f"""
 import os, signal, subprocess, sys
 from pathlib import Path
-from sevhop import cli
+from sevhop.cli import commands
 from sevhop_qmp import device_state
 
 write = device_state.IncomingState.write
@@ -101,12 +101,12 @@ write = device_state.IncomingState.write
 async def then(self, data):
     name = {guest.name!r}
     children = Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()
-    [trial] = [int(pid) for pid in children if b"-incoming" in Path("/proc", pid, "cmdline").read_bytes()]
+    [qemu] = [int(pid) for pid in children if b"-incoming" in Path("/proc", pid, "cmdline").read_bytes()]
     {fault}
     await write(self, data)
 
 device_state.IncomingState.write = then
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(commands.main(sys.argv[1:]))
 """
     done = daemon.run(sys.executable, "-c", script, "upgrade", guest.name, "--json", *words)
     report = json.loads(done.stdout)["domains"][0] if done.stdout else {}
@@ -116,7 +116,7 @@ sys.exit(cli.main(sys.argv[1:]))
 REFUSED = {
     "cannot load": (CANNOT_LOAD, "Unknown savevm section type"),
     "dies at once": (DYING["dies at once"], "no, thanks"),
-    "is killed": (DYING["is killed"], "does not start with this domain"),
+    "is killed": (DYING["is killed"], "cannot start this domain"),
     "hangs": ('case "$*" in *-incoming*) exec sleep 300;; esac', "no QMP greeting"),
     "starts without the library": (DYING["starts without the library"], "x-sev-adopt-status"),
     "starts without the keeper": (DYING["starts without the keeper"], "has not adopted the guest's memory"),
@@ -128,7 +128,9 @@ LONG = pytest.mark.faults
 
 
 @pytest.mark.parametrize("how", [pytest.param(how, marks=LONG if how == "hangs" else []) for how in REFUSED])
-def test_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str) -> None:
+def test_upgrade_is_refused_if_rehearsal_fails(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str
+) -> None:
     text, reason = REFUSED[how]
     guest = start()
     guest.wait_for_ticks()
@@ -146,7 +148,9 @@ def test_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path, how: 
     assert_as_before(daemon, guest, old)
 
 
-def test_a_real_pair(daemon: Daemon, start: StartDomain, new: Path, newest: Path) -> None:
+def test_rehearsal_refuses_newest_qemu_if_it_cannot_load(
+    daemon: Daemon, start: StartDomain, new: Path, newest: Path
+) -> None:
     """QEMU 11.1 cannot load virtio devices of 10.0. Others may, and then do; never is it found out too late."""
     guest = start(emulator=new)
     guest.wait_for_ticks()
@@ -157,14 +161,14 @@ def test_a_real_pair(daemon: Daemon, start: StartDomain, new: Path, newest: Path
         assert "vring.num" in report["reason"]
     if report["outcome"] == "refused":
         assert guest.pid == pid
-        assert trials(guest) == []
+        assert rehearsing(guest) == []
         assert_as_before(daemon, guest, new)
     else:
         assert report["outcome"] == "done", report
         guest.wait_for_ticks()
 
 
-def test_nothing_of_the_domain_is_disturbed(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_rehearsal_disturbs_nothing_of_the_domain(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     if not Path("/dev/net/tun").exists():
         pytest.skip("no tap devices here")
     assert daemon.run("qemu-img", "create", "-q", "-f", "raw", GUESTS / "second.raw", "4M").returncode == 0
@@ -193,7 +197,7 @@ def test_nothing_of_the_domain_is_disturbed(daemon: Daemon, start: StartDomain, 
         vnc.send(b"RFB 003.008\n")
         assert vnc.recv(1) == b"\1"  # served by the source
     assert guest.pid == pid
-    assert trials(guest) == []
+    assert rehearsing(guest) == []
     assert_as_before(daemon, guest, old)
 
     report = daemon.upgrade(guest.name, "--emulator", new)
@@ -203,7 +207,7 @@ def test_nothing_of_the_domain_is_disturbed(daemon: Daemon, start: StartDomain, 
     guest.wait_for_ticks()
 
 
-def test_without_kvm(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_rehearsal_succeeds_without_kvm(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start(accelerator="tcg")
     guest.wait_for_ticks()
     report = daemon.upgrade(guest.name, "--emulator", new)
@@ -213,21 +217,23 @@ def test_without_kvm(daemon: Daemon, start: StartDomain, new: Path) -> None:
 
 
 FAULTS = {
-    "hangs": ("os.kill(trial, signal.SIGSTOP)", (1, "refused"), "has not loaded the device state"),
-    "dies": ("os.kill(trial, signal.SIGKILL)", (1, "refused"), "cannot take this guest over"),
-    "interrupted": ("os.kill(os.getpid(), signal.SIGINT)", (3, "undone"), "interrupted"),
-    "continued": ("subprocess.run(['virsh', '-q', 'resume', name])", (1, "refused"), "somebody else continued"),
+    "hangs": ("os.kill(qemu, signal.SIGSTOP)", (1, "refused"), "has not loaded the device state"),
+    "dies": ("os.kill(qemu, signal.SIGKILL)", (1, "refused"), "cannot take this guest over"),
+    "interrupted": ("os.kill(os.getpid(), signal.SIGINT)", (3, "rolled-back"), "interrupted"),
+    "resumed": ("subprocess.run(['virsh', '-q', 'resume', name])", (1, "refused"), "somebody else resumed"),
     "libvirt dies": (
         "os.kill(int(Path('/run/libvirtd.pid').read_text()), signal.SIGKILL)",
-        (3, "undone"),
-        "rehearse: QEMU cannot be asked",
+        (3, "rolled-back"),
+        "rehearse: libvirt cannot send ",
     ),
-    "a bug": ("raise ValueError('wrong')", (3, "undone"), "unexpected ValueError"),
+    "a bug": ("raise ValueError('wrong')", (3, "rolled-back"), "unexpected ValueError"),
 }
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_in_the_pause(daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str) -> None:
+def test_guest_survives_fault_during_rehearsal_downtime(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str
+) -> None:
     guest = start()
     guest.wait_for_ticks()
     pid = guest.pid
@@ -236,13 +242,14 @@ def test_in_the_pause(daemon: Daemon, start: StartDomain, old: Path, new: Path, 
     assert (status, report["outcome"]) == outcome, report
     assert reason in report["reason"]
     assert guest.pid == pid
-    assert trials(guest) == []
+    # It is a grandchild, which ends with its parent.
+    wait_until(lambda: rehearsing(guest) == [], 10, "the QEMU of the rehearsal has exited")
     assert_as_before(daemon, guest, old)
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
 
 
-def test_disks_stay_locked_in_the_pause(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_disks_stay_locked_during_the_downtime(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     rows = f"[row.read_text() for row in Path('/proc/{guest.pid}/fdinfo').iterdir()]"
@@ -253,20 +260,22 @@ def test_disks_stay_locked_in_the_pause(daemon: Daemon, start: StartDomain, new:
     assert int((daemon.root / "run/locks").read_text()) == before > 0
 
 
-def test_killed_in_the_pause(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """Then nobody continues the guest until ``recover`` does; but the trial ends with the command."""
+def test_recover_resumes_guest_after_command_killed_in_rehearsal(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    """Then nobody resumes the guest until ``recover`` does; but the rehearsal QEMU is killed with the command."""
     guest = start()
     guest.wait_for_ticks()
     traced(daemon, guest, "os.kill(os.getpid(), signal.SIGKILL)", "--emulator", new)
     assert guest.state == "paused"
-    wait_until(lambda: not trials(guest), 15, "the trial ends")
+    wait_until(lambda: not rehearsing(guest), 15, "the rehearsal QEMU exits")
     done = daemon.sevhop("recover")
     assert done.returncode == 0, done
-    wait_until(lambda: daemon.left_over() == [], 15, "the keeper ends")
+    wait_until(lambda: daemon.left_over() == [], 15, "the keeper exits")
     assert_as_before(daemon, guest, old)
 
 
-def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     daemon.virsh("suspend", guest.name)
@@ -277,7 +286,7 @@ def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, old: Pa
     assert_as_before(daemon, guest, old)
 
 
-def test_a_trial_that_is_another_machine_is_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_rehearsal_of_other_machine_is_refused(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     pid = guest.pid
@@ -290,14 +299,14 @@ def test_a_trial_that_is_another_machine_is_refused(daemon: Daemon, start: Start
     assert_as_before(daemon, guest, old)
 
 
-def test_going_without_is_suggested_only_if_nothing_else_is_impossible(
+def test_no_rehearsal_is_suggested_only_if_nothing_else_fails(
     daemon: Daemon, start: StartDomain, old: Path, new: Path
 ) -> None:
     guest = start()
     guest.wait_for_ticks()
     done = daemon.sevhop("upgrade", guest.name, "--emulator", str(wrapper(daemon, "dies", new, DYING["dies at once"])))
     assert done.returncode == 1
-    assert "does not start with this domain" in done.stderr
+    assert "cannot start this domain" in done.stderr
     assert "--no-rehearsal" not in done.stderr
     tools = Path("/run/tools")
     assert daemon.run("sh", "-c", f"mkdir {tools} && ln -s /usr/bin/* {tools} && rm {tools}/setpriv").returncode == 0
@@ -310,14 +319,14 @@ def test_going_without_is_suggested_only_if_nothing_else_is_impossible(
 
 
 def leases(guest: DomainGuest, virtlockd: int) -> list[str]:
-    """virtlockd's locks on the guest's disk, as the kernel tells."""
+    """virtlockd's locks on the guest's disk, as the kernel reports them."""
     found = guest.file("qcow2").stat()
     name = f" {virtlockd} {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino} "
     return [line for line in Path("/proc/locks").read_text().splitlines() if name in line]
 
 
 @pytest.mark.parametrize("what", ["refuses", "is interrupted", "is done"])
-def test_a_lease_is_held_afterwards(daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str) -> None:
+def test_lease_is_acquired_afterwards(daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str) -> None:
     """libvirt gives it up when the guest stops, and takes it again only in its own resume."""
     configuration = daemon.root / "etc/libvirt/qemu.conf"
     before = configuration.read_text()
@@ -334,7 +343,7 @@ def test_a_lease_is_held_afterwards(daemon: Daemon, start: StartDomain, old: Pat
             assert (report["outcome"], report["rehearsal_ms"] > 0) == ("refused", True), report
         elif what == "is interrupted":
             _, report = traced(daemon, guest, "os.kill(os.getpid(), signal.SIGINT)", "--emulator", new)
-            assert report["outcome"] == "undone", report
+            assert report["outcome"] == "rolled-back", report
         else:
             assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
         assert leases(guest, program.pid)
@@ -347,7 +356,7 @@ def test_a_lease_is_held_afterwards(daemon: Daemon, start: StartDomain, old: Pat
         daemon.restart()
 
 
-def test_without_a_rehearsal_there_must_be_a_way_back(daemon: Daemon, start: StartDomain, old: Path) -> None:
+def test_rollback_must_be_possible_without_a_rehearsal(daemon: Daemon, start: StartDomain, old: Path) -> None:
     """A QEMU that a package update has replaced is not there any more, and what is there may not load the state."""
     guest = start(more="<video><model type='qxl'/></video>")
     copy = Path("/run/copy")
@@ -359,15 +368,21 @@ def test_without_a_rehearsal_there_must_be_a_way_back(daemon: Daemon, start: Sta
         report = daemon.upgrade(guest.name)
         assert (report["status"], report["outcome"]) == (1, "refused"), report
         reason = report["reason"]
-        assert "it cannot be rehearsed (qxl" in reason
-        assert "there is no way back: the QEMU that it runs in was replaced on disk (sevhop upgrade --no-reh" in reason
+        assert "cannot rehearse the upgrade (qxl" in reason
+        assert (
+            "cannot roll back to the old emulator: the QEMU that it runs in was replaced on disk (sevhop upgrade --no"
+            in reason
+        )
         assert guest.pid == pid
         guest.wait_for_ticks()
-        # Whoever knows that may have it.
+        # It is done on explicit request.
         report = daemon.upgrade(guest.name, "--no-rehearsal")
         assert report["outcome"] == "done", report
         (note,) = report["notes"]
-        assert note == "not rehearsed, and without a way back: the QEMU that it runs in was replaced on disk"
+        assert (
+            note
+            == "not rehearsed, and cannot roll back to the old emulator: the QEMU that it runs in was replaced on disk"
+        )
         guest.wait_for_ticks()
         # Now there is one.
         report = daemon.upgrade(guest.name)
@@ -380,7 +395,7 @@ def test_without_a_rehearsal_there_must_be_a_way_back(daemon: Daemon, start: Sta
         daemon.run("rm", copy)
 
 
-def test_without_a_rehearsal(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgrade_skips_rehearsal_on_request(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
     report = daemon.upgrade(guest.name, "--emulator", new, "--no-rehearsal")

@@ -1,4 +1,4 @@
-"""What was set in a domain's QEMU past its XML, or is chosen at each start: there afterwards, refused, or told of."""
+"""What was set in a domain's QEMU besides its XML, or is generated at each start: kept, refused, or noted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
-from .holding import HeldUpgrade
+from .holding import PausedUpgrade
 
 VNC = "<graphics type='vnc' autoport='yes'/><video><model type='vga'/></video>"
 LIMITS = {"bps": 1 << 20, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 200, "iops_wr": 0, "iops_rd_max": 300}
 
 
 def monitor(guest: DomainGuest, command: str, **arguments: object) -> Any:
-    """Run a QMP command past libvirt."""
+    """Run a QMP command that libvirt does not know of."""
     request = json.dumps({"execute": command, "arguments": arguments})
     answer = json.loads(guest.daemon.virsh("qemu-monitor-command", guest.name, request))
     assert "return" in answer, answer
@@ -29,7 +29,7 @@ def monitor(guest: DomainGuest, command: str, **arguments: object) -> Any:
 
 
 def settings(guest: DomainGuest) -> dict[str, Any]:
-    """What is set."""
+    """The settings, by QMP."""
     (disk,) = (row for row in monitor(guest, "query-block") if "virtio" in row["qdev"])
     nodes = monitor(guest, "query-named-block-nodes", flat=True)
     return {
@@ -40,19 +40,19 @@ def settings(guest: DomainGuest) -> dict[str, Any]:
 
 
 def display(guest: DomainGuest) -> str:
-    """Where its display is."""
+    """The address of its display."""
     return guest.daemon.virsh("domdisplay", guest.name)
 
 
 def autoport(guest: DomainGuest, *options: str) -> str:
-    """What its XML says."""
+    """The attribute in its XML."""
     found = ElementTree.fromstring(guest.xml(*options)).find("devices/graphics")
     assert found is not None
     return found.get("autoport", "")
 
 
 @pytest.mark.parametrize("way", ["upgrade", "prepare and recover"])
-def test_is_set_in_the_new_qemu(daemon: Daemon, start: StartDomain, old: Path, new: Path, way: str) -> None:
+def test_settings_are_set_in_the_new_qemu(daemon: Daemon, start: StartDomain, old: Path, new: Path, way: str) -> None:
     guest = start(elements="<iothreads>1</iothreads>")
     guest.wait_for_ticks(3)
     daemon.virsh("domblkthreshold", guest.name, "vda", "1M")
@@ -73,8 +73,8 @@ def test_is_set_in_the_new_qemu(daemon: Daemon, start: StartDomain, old: Path, n
         guest.wait_for_ticks(3)
 
 
-def test_a_display_keeps_its_port(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """Whoever connects to it again is to find the same guest, and not the one that has got the port meanwhile."""
+def test_display_keeps_its_port(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """A client that reconnects must find the same guest, and not one that has got the port meanwhile."""
     first = start(name="first", more=VNC)
     guest = start(name="second", more=VNC)
     guest.wait_for_ticks(3)
@@ -86,7 +86,7 @@ def test_a_display_keeps_its_port(daemon: Daemon, start: StartDomain, old: Path,
         assert (report["outcome"], report["notes"]) == ("done", []), report
         assert display(guest) == before
         assert (autoport(guest), autoport(guest, "--inactive")) == ("no", "yes")
-    # It is a choice of libvirt's again when somebody else has to do with the domain.
+    # libvirt chooses it again when the domain is saved and restored without sevhop.
     daemon.virsh("save", guest.name, "/run/saved")
     daemon.virsh("restore", "/run/saved")
     assert display(guest) != before
@@ -94,17 +94,15 @@ def test_a_display_keeps_its_port(daemon: Daemon, start: StartDomain, old: Path,
     guest.wait_for_ticks(3)
 
 
-def test_a_port_that_was_taken_does_not_keep_the_guest(
-    daemon: Daemon, start: StartDomain, old: Path, new: Path
-) -> None:
+def test_port_that_was_taken_rolls_back(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     guest = start(name="guest", more=VNC)
     guest.wait_for_ticks(3)
     before = display(guest)
-    with HeldUpgrade.at("restore", guest, new) as upgrade:
+    with PausedUpgrade.at("restore", guest, new) as upgrade:
         other = start(name="other", more=VNC)
         assert display(other) == before
-        report = upgrade.go_on()
-    assert (report["status"], report["outcome"]) == (3, "undone"), report
+        report = upgrade.finish()
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     (note,) = report["notes"]
     assert note.startswith("VNC display default listens at")
     assert guest.emulator() == str(old)
@@ -115,7 +113,7 @@ def test_a_port_that_was_taken_does_not_keep_the_guest(
 
 
 @pytest.mark.parametrize("what", ["snapshot", "checkpoint"])
-def test_what_libvirt_would_forget_is_refused(daemon: Daemon, start: StartDomain, new: Path, what: str) -> None:
+def test_transient_domain_with_snapshots_is_refused(daemon: Daemon, start: StartDomain, new: Path, what: str) -> None:
     guest = start(transient=True)
     guest.wait_for_ticks(3)
     if what == "snapshot":
@@ -131,25 +129,25 @@ def test_what_libvirt_would_forget_is_refused(daemon: Daemon, start: StartDomain
     guest.wait_for_ticks(3)
 
 
-def test_a_domain_that_ends_with_its_client_is_refused(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_autodestroy_domain_is_refused(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     daemon.virsh("destroy", guest.name)
-    words = ["nsenter", "--mount", "--net", "--target", str(daemon.pid), "--", "virsh", "--connect", "qemu:///system"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as client:
+    command = ["nsenter", "--mount", "--net", "--target", str(daemon.pid), "--", "virsh", "--connect", "qemu:///system"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as client:
         assert client.stdin is not None
         client.stdin.write(f"start --autodestroy {guest.name}\n")
         client.stdin.flush()
         wait_until(lambda: guest.state == "running", 60, "it runs")
         report = daemon.upgrade(guest.name, "--emulator", new)
         assert (report["status"], report["outcome"]) == (1, "refused"), report
-        assert "destroyed when the client that has started it hangs up" in report["reason"]
+        assert "destroys it when the client that started it disconnects" in report["reason"]
         assert "destroyed when the client" in daemon.sevhop("check", guest.name).stdout
         assert guest.state == "running"
-    wait_until(lambda: guest.state == "shut off", 60, "it ends with its client")
+    wait_until(lambda: guest.state == "shut off", 60, "libvirt destroys it with its client")
 
 
-def test_another_identity_is_told_of(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """libvirt gives one to whatever it restores."""
+def test_new_vm_generation_id_is_noted(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """libvirt sets a new one whenever it restores a domain."""
     guest = start(elements="<genid/>")
     guest.wait_for_ticks(3)
     before = monitor(guest, "query-vm-generation-id")["guid"]
@@ -162,14 +160,14 @@ def test_another_identity_is_told_of(daemon: Daemon, start: StartDomain, new: Pa
 
 
 @pytest.mark.parametrize("rehearsed", [True, False])
-def test_processors_that_would_lose_a_feature(
+def test_lost_cpu_feature_is_refused_or_rolls_back(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, rehearsed: bool
 ) -> None:
     """TCG's ``max`` has pcommit in QEMU 7.2, and not in 10.0."""
     guest = start(accelerator="tcg", cpu="<cpu mode='maximum'/>")
     guest.wait_for_ticks(3)
     report = daemon.upgrade(guest.name, "--emulator", new, *["--no-rehearsal"] * (not rehearsed))
-    assert report["outcome"] == ("refused" if rehearsed else "undone"), report
+    assert report["outcome"] == ("refused" if rehearsed else "rolled-back"), report
     assert "the guest's processors would lose CPUID 7.0 EBX bit 22" in report["reason"]
     assert guest.emulator() == str(old)
     guest.wait_for_ticks(3)

@@ -23,7 +23,9 @@ def without_emulator(guest: DomainGuest, *options: str) -> str:
     return guest.xml(*options).replace(guest.emulator(*options), "EMULATOR")
 
 
-def test_there_and_back(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_upgrade_changes_only_the_emulator_there_and_back(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
     guest = start()
     guest.wait_for_ticks()
     uuid, inactive = daemon.virsh("domuuid", guest.name), without_emulator(guest, "--inactive")
@@ -44,7 +46,7 @@ def test_there_and_back(daemon: Daemon, start: StartDomain, old: Path, new: Path
     assert guest.xml().count("sevhop-monitor") == 2  # what the last hop added, and nothing of those before
 
 
-def test_qemu_that_reads_no_stream_from_a_file(
+def test_qemu_that_reads_no_stream_from_a_file_is_supported(
     daemon: Daemon, start: StartDomain, old: Path, newest: Path
 ) -> None:
     """QEMU 11 and later. It refuses the descriptor that libvirt passes for an ordinary image."""
@@ -57,7 +59,7 @@ def test_qemu_that_reads_no_stream_from_a_file(
         guest.wait_for_ticks()
 
 
-def test_a_prepared_upgrade_to_such_a_qemu_is_completed_by_virsh(
+def test_prepared_upgrade_to_newest_qemu_is_completed_by_virsh(
     daemon: Daemon, start: StartDomain, newest: Path
 ) -> None:
     guest = start()
@@ -70,8 +72,8 @@ def test_a_prepared_upgrade_to_such_a_qemu_is_completed_by_virsh(
     assert daemon.sevhop("recover").returncode == 0
 
 
-def test_the_cpu_is_still_what_libvirt_found_it_to_be(daemon: Daemon, start: StartDomain, old: Path) -> None:
-    """libvirt works it out at each start, and a destination tells it only what matters (cpu_properties.c)."""
+def test_cpu_is_still_what_libvirt_found_it_to_be(daemon: Daemon, start: StartDomain, old: Path) -> None:
+    """libvirt computes it at each start, and a destination reports only what matters (cpu_properties.c)."""
 
     def cpu() -> str:
         found = ElementTree.fromstring(guest.xml()).find("cpu")
@@ -90,13 +92,13 @@ def test_the_cpu_is_still_what_libvirt_found_it_to_be(daemon: Daemon, start: Sta
     guest.wait_for_ticks()
 
 
-def test_a_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start(balloon="virtio")
     guest.wait_for_ticks()
     daemon.virsh("suspend", guest.name)
     report = daemon.upgrade(guest.name, "--emulator", new)
     assert report["outcome"] == "done", report
-    assert report["blackout_ms"] is None
+    assert report["downtime_ms"] is None
     assert guest.state == "paused"
     assert guest.emulator() == str(new)
     daemon.virsh("resume", guest.name)
@@ -113,11 +115,11 @@ def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDoma
     assert refused.returncode == 1
     assert "virsh restore" in refused.stderr
     assert "waiting" in daemon.sevhop("status").stdout
-    assert "not finished, it stands at prepared" in daemon.upgrade(guest.name)["reason"]
+    assert 'was interrupted in phase "prepared"' in daemon.upgrade(guest.name)["reason"]
     assert daemon.sevhop("uninstall").returncode == 1
     done = daemon.sevhop("recover")
     assert (done.returncode, guest.state) == (0, "shut off")
-    assert f"held; go on with virsh restore {report['image']}" in done.stdout
+    assert f"suspended in the keeper; resume it with: virsh restore {report['image']}" in done.stdout
     daemon.virsh("restore", report["image"])
     assert guest.state == "running"
     assert guest.emulator() == str(new)
@@ -128,7 +130,7 @@ def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDoma
     assert guest.emulator("--inactive") == str(new)
 
 
-def test_a_tap_is_made_anew(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_tap_is_created_again(daemon: Daemon, start: StartDomain, new: Path) -> None:
     if not Path("/dev/net/tun").exists():
         pytest.skip("this host has no taps")
     name = "sevhop-test-tap"
@@ -143,7 +145,7 @@ def test_a_tap_is_made_anew(daemon: Daemon, start: StartDomain, new: Path) -> No
     assert not Path(daemon.root, f"sys/class/net/{name}").exists()
 
 
-def test_all_domains_but_those_that_cannot_hop(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgrade_all_skips_domains_that_cannot_hop(daemon: Daemon, start: StartDomain, new: Path) -> None:
     private, *others = [start(name="a", memory="private"), start(name="b"), start(name="c")]
     for guest in others:
         guest.wait_for_ticks()
@@ -165,7 +167,9 @@ def test_all_domains_but_those_that_cannot_hop(daemon: Daemon, start: StartDomai
         guest.wait_for_ticks()
 
 
-def test_only_outdated_domains(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_upgrade_outdated_selects_only_outdated_domains(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
     """One of them was started from a file that is another one now, though of the same version."""
     replaced, other = start(name="replaced", emulator=old), start(name="other", emulator=new)
     replaced.wait_for_ticks()
@@ -177,8 +181,8 @@ def test_only_outdated_domains(daemon: Daemon, start: StartDomain, old: Path, ne
     assert daemon.run("mount", "--bind", copy, old).returncode == 0
     try:
         rows = {row["name"]: row for row in json.loads(daemon.sevhop("status", "--json").stdout)["domains"]}
-        assert (rows["replaced"]["binary"], rows["replaced"]["outdated"]) == ("replaced", True)
-        assert (rows["other"]["binary"], rows["other"]["outdated"]) == ("unchanged", False)
+        assert (rows["replaced"]["binary_state"], rows["replaced"]["outdated"]) == ("replaced", True)
+        assert (rows["other"]["binary_state"], rows["other"]["outdated"]) == ("unchanged", False)
         assert "binary was replaced on disk" in daemon.sevhop("check", "replaced").stdout
 
         done = daemon.sevhop("upgrade", "--outdated", "--json")
@@ -196,7 +200,7 @@ def test_only_outdated_domains(daemon: Daemon, start: StartDomain, old: Path, ne
         daemon.run("umount", "--lazy", old)
 
 
-def test_an_interrupted_series(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgrade_all_tries_no_further_domain_when_interrupted(daemon: Daemon, start: StartDomain, new: Path) -> None:
     first, second = start(name="one"), start(name="two")
     first.wait_for_ticks()
     pid = second.pid
@@ -206,12 +210,12 @@ def test_an_interrupted_series(daemon: Daemon, start: StartDomain, new: Path) ->
     )
     assert command.stderr is not None
     for line in command.stderr:
-        if line.strip().endswith("one: hold"):
+        if line.strip().endswith("one: acquire"):
             command.send_signal(signal.SIGINT)
             break
     out, _ = command.communicate(timeout=120)
     # If the signal came too late the first domain has arrived; the second one is not tried all the same.
     (report,) = json.loads(out)["domains"]
-    assert (report["outcome"], command.returncode) in (("undone", 3), ("done", 0))
+    assert (report["outcome"], command.returncode) in (("rolled-back", 3), ("done", 0))
     assert second.pid == pid
     first.wait_for_ticks()

@@ -40,7 +40,7 @@ def test_virsh_works_afterwards(daemon: Daemon, start: StartDomain, new: Path) -
     assert guest.monitor("query-version")["return"]["qemu"]["major"] == 10
 
 
-def test_a_plain_save_and_restore_of_an_upgraded_domain(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgraded_domain_can_be_saved_and_restored(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """What a hop has added to the domain must not matter to libvirt's own business."""
     guest = start()
     guest.wait_for_ticks()
@@ -61,7 +61,7 @@ def console_counts(daemon: Daemon, guest: DomainGuest, wanted: int) -> list[int]
     seen = b""
     try:
         while len(_COUNT.findall(seen)) < wanted:
-            seen += os.read(ours, 4096)  # EIO when virsh ends
+            seen += os.read(ours, 4096)  # EIO when virsh exits
         os.write(ours, b"\x1d")
         console.wait(30)
     finally:
@@ -71,7 +71,7 @@ def console_counts(daemon: Daemon, guest: DomainGuest, wanted: int) -> list[int]
     return [int(number, 16) for number in _COUNT.findall(seen)]
 
 
-def test_console(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_console_shows_guest_output_after_upgrade(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start(serial="pty")
     ticks = guest.wait_for_ticks().ticks
     report = daemon.upgrade(guest.name, "--emulator", new)
@@ -82,18 +82,18 @@ def test_console(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest.wait_for_ticks()
 
 
-def test_reset(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_upgraded_guest_can_be_reset(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """The guest starts again, from firmware that the new QEMU has in its place."""
     guest = start()
     guest.wait_for_ticks()
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     pid = guest.pid
     daemon.virsh("reset", guest.name)
-    wait_until(lambda: guest.seen().restarts == 1 and guest.seen().last > 20, 60, "the guest counts anew")
+    wait_until(lambda: guest.seen().restarts == 1 and guest.seen().last > 20, 60, "the guest counts from 0 again")
     assert guest.pid == pid
 
 
-def test_what_libvirt_keeps(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_domain_keeps_its_metadata_and_snapshots(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """Title, description, metadata, autostart and snapshots are the domain's, whatever QEMU it has."""
     guest = start()
     guest.wait_for_ticks()
@@ -110,8 +110,8 @@ def test_what_libvirt_keeps(daemon: Daemon, start: StartDomain, new: Path) -> No
     daemon.virsh("snapshot-delete", guest.name, "first", "--metadata")
 
 
-def test_transient_domain(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
-    """libvirt forgets it when its QEMU ends; it is known again when the guest goes on."""
+def test_transient_domain_survives_upgrades(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """libvirt forgets it when its QEMU exits; it is known again when the guest is restored."""
     guest = start(transient=True)
     guest.wait_for_ticks()
     uuid = daemon.virsh("domuuid", guest.name)
@@ -124,7 +124,7 @@ def test_transient_domain(daemon: Daemon, start: StartDomain, old: Path, new: Pa
         guest.wait_for_ticks()
 
 
-def test_linux_to_its_shutdown(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_linux_guest_is_unharmed_until_its_shutdown(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """There, back and there again; then the guest obeys a shutdown, and its memory, network and disk are judged."""
     try:
         images = linux.images()

@@ -69,7 +69,7 @@ def shell(daemon: Daemon, name: str) -> Iterator[Terminal]:
 
 
 @pytest.mark.parametrize("name", sorted(_SET_UP))
-def test_a_domain_is_completed(daemon: Daemon, guest: DomainGuest, host: Release, name: str) -> None:
+def test_shell_completes_a_domain(daemon: Daemon, guest: DomainGuest, host: Release, name: str) -> None:
     with shell(daemon, name) as terminal:
         terminal.type("sevhop upgrade --dry-run gu\t")
         terminal.wait_for(_QUOTED)
@@ -88,6 +88,6 @@ def test_fish_completes_a_domain(daemon: Daemon, guest: DomainGuest, host: Relea
     assert host.must("find", "/", "-xdev", "-name", "pwned") == ""
 
 
-def test_without_libvirt_nothing_is_offered(host: Release) -> None:
+def test_completion_offers_nothing_without_libvirt(host: Release) -> None:
     done = host.run("fish", "--command", "complete --do-complete 'sevhop upgrade gu'")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -20,18 +20,18 @@ def left(release: Release) -> list[str]:
     return files + release.run("grep", "--recursive", "--files-with-matches", "sevhop", "/etc").stdout.splitlines()
 
 
-def test_the_command(host: Release) -> None:
+def test_command_runs_after_installation(host: Release) -> None:
     assert host.must("sevhop", "--version").startswith("sevhop ")
     assert "usage: sevhop" in host.must("sevhop", "--help")
-    assert host.must("sevhop", "recover") == "nothing was broken off\n"
+    assert host.must("sevhop", "recover") == "no interrupted hop was found\n"
 
 
-def test_what_recovers_is_enabled(host: Release) -> None:
+def test_recover_units_alone_are_enabled(host: Release) -> None:
     links = host.must("find", "/etc/systemd/system", "-name", "sevhop*", "-printf", "%f\\n").splitlines()
     assert sorted(links) == sorted(units.RECOVER)
 
 
-def test_nobodys_modules_are_loaded(host: Release) -> None:
+def test_command_loads_no_planted_modules(host: Release) -> None:
     """Root may be anywhere when it calls the command."""
     planted = host.root / "tmp/planted"
     planted.mkdir()
@@ -39,7 +39,7 @@ def test_nobodys_modules_are_loaded(host: Release) -> None:
     host.must("env", "--chdir=/tmp/planted", "PYTHONPATH=/tmp/planted", "sevhop", "--version")
 
 
-def test_a_domain_hops(daemon: Daemon, guest: DomainGuest) -> None:
+def test_domain_hops_with_installed_package(daemon: Daemon, guest: DomainGuest) -> None:
     guest.wait_for_ticks()
     before = guest.pid
     checked = daemon.sevhop("check", NAME)
@@ -51,13 +51,13 @@ def test_a_domain_hops(daemon: Daemon, guest: DomainGuest) -> None:
     assert NAME in daemon.sevhop("status").stdout
 
 
-def test_the_package_stays_in_the_middle_of_a_hop(daemon: Daemon, guest: DomainGuest) -> None:
+def test_package_cannot_be_purged_during_a_hop(daemon: Daemon, guest: DomainGuest) -> None:
     guest.wait_for_ticks()
     report = daemon.upgrade(NAME, "--prepare")
     assert (report["outcome"], report["reason"]) == ("prepared", "")
     done = daemon.run("apt-get", "--yes", "purge", "sevhop")
     assert done.returncode != 0
-    assert f"sevhop: hops are under way: {NAME} (see sevhop status)\n" in done.stdout + done.stderr
+    assert f"sevhop: hops are in progress: {NAME} (see sevhop status)\n" in done.stdout + done.stderr
     assert daemon.run("dpkg-query", "--show", "--showformat=${db:Status-Abbrev}", "sevhop").stdout == "ii "
     assert daemon.sevhop("recover").returncode == 0
     daemon.virsh("restore", report["image"])
@@ -65,7 +65,7 @@ def test_the_package_stays_in_the_middle_of_a_hop(daemon: Daemon, guest: DomainG
     assert daemon.sevhop("recover").returncode == 0
 
 
-def test_an_upgrade_of_the_package_renews_the_hook(daemon: Daemon) -> None:
+def test_package_upgrade_renews_the_hook(daemon: Daemon) -> None:
     hook = daemon.root / _HOOK.relative_to("/")
     now = hook.read_text()
     hook.write_text("#!/bin/sh\nexec /usr/lib/sevhop/older\n")
@@ -74,7 +74,7 @@ def test_an_upgrade_of_the_package_renews_the_hook(daemon: Daemon) -> None:
     assert hook.read_text() == now
 
 
-def test_purged_without_a_trace(host: Release) -> None:
+def test_purge_leaves_no_trace(host: Release) -> None:
     # There is no daemon in sight, so the hook is put in place and not seen to work.
     assert host.run("sevhop", "install").returncode == 1
     assert str(_HOOK) in left(host)

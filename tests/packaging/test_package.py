@@ -32,7 +32,7 @@ def test_lintian_has_nothing_to_say(built: Path) -> None:
     assert said("lintian", "--allow-root", "--display-info", "--fail-on", "none", changes) == ""
 
 
-def test_the_version_is_that_of_the_project(package: Path) -> None:
+def test_version_is_that_of_the_project(package: Path) -> None:
     project = configparser.ConfigParser()
     project.read(ROOT / "setup.cfg")
     version = said("dpkg-deb", "--field", package, "Version").strip()
@@ -48,7 +48,7 @@ def test_manual_pages_are_without_fault(unpacked: Path, tmp_path: Path, page: st
     assert done.stderr == ""
 
 
-def test_the_manual_has_every_command(unpacked: Path) -> None:
+def test_manual_has_every_command(unpacked: Path) -> None:
     text = said("man", "--local-file", unpacked / "usr/share/man/man1/sevhop.1.gz")
     words = " ".join(text.split())
     for command in ("hop", "upgrade", "check", "status", "recover", "install", "uninstall"):
@@ -76,12 +76,12 @@ def test_units_that_upgrade_are_not_enabled(package: Path) -> None:
     assert "deb-systemd-helper debian-installed 'sevhop-recover.timer'" not in script
 
 
-def test_it_is_for_any_python_of_debian(package: Path) -> None:
+def test_package_is_for_any_python_of_debian(package: Path) -> None:
     depends = said("dpkg-deb", "--field", package, "Depends")
     assert "python3:any" in depends
     assert "python3.1" not in depends
 
 
-def test_nothing_is_in_the_path_of_debians_python(unpacked: Path) -> None:
+def test_package_puts_nothing_in_debians_python_path(unpacked: Path) -> None:
     assert list(unpacked.glob("usr/lib/python3*")) == []
     assert (unpacked / "usr/lib/sevhop/qemu/qmp/qmp_client.py").exists()

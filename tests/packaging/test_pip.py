@@ -15,7 +15,7 @@ from .conftest import VENV
 _PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
-def test_source_distribution(host: Release, tmp_path: Path) -> None:
+def test_source_distribution_is_installed_by_pip(host: Release, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns(".git", ".cache", ".venv", "*.so", "hook_client", "*.egg-info")
     shutil.copytree(ROOT, tree, ignore=ignored)
@@ -29,7 +29,8 @@ def test_source_distribution(host: Release, tmp_path: Path) -> None:
     host.must("python3", "-m", "venv", "/root/venv")
     host.must("/root/venv/bin/pip", "install", "--no-index", "--find-links", "/root/wheels", "sevhop")
     assert host.must("/root/venv/bin/sevhop", "--version") == host.must("sevhop", "--version")
-    script = "from sevhop.hook_calls import CLIENT; from sevhop_qmp import adopt; print(adopt.library_path(), CLIENT)"
+    imports = "from sevhop.libvirt.hook_server import CLIENT; from sevhop_qmp import adopt"
+    script = f"{imports}; print(adopt.library_path(), CLIENT)"
     library, client = host.must("/root/venv/bin/python3", "-c", script).split()
     assert library.startswith("/root/venv/")
     # It was compiled, and loads.

@@ -32,7 +32,7 @@ from tests.support.guests.machine import Q35, Accelerator
 RAM = 32 << 20
 #: The name of every memfd that a memory-backend-memfd makes.
 BACKEND = "memory-backend-memfd"
-#: Seconds until QEMU must be up, or must have ended.
+#: Seconds until QEMU must be up, or must have exited.
 TIMEOUT = 60.0
 
 
@@ -71,13 +71,13 @@ class Memory:
 @dataclass
 class Keeper:
     """
-    The other end of SEVHOP_KEEPER. Answers as a source with these parts would be answered for.
+    The other end of SEVHOP_KEEPER. Replies for a source with these parts.
 
     :ivar memory: what a ``memfd`` request for the N-th memory backend gets.
     :ivar listeners: what a ``listener`` request gets.
     :ivar run_mark: what a ``run-mark`` request gets.
-    :ivar override: asked first; its answer counts unless it is None. ``b""`` hangs up.
-    :ivar requests: what was asked.
+    :ivar override: called first; its reply is sent unless it is None. ``b""`` closes the connection.
+    :ivar requests: what was requested.
     """
 
     memory: Sequence[Memory] = ()
@@ -97,8 +97,8 @@ class Keeper:
         self._thread.start()
         return self
 
-    def forbid(self) -> None:
-        """Be told nothing any more."""
+    def revoke_start(self) -> None:
+        """Accept no notification any more."""
         self._ours.shutdown(socket.SHUT_RD)
 
     def __exit__(self, *_: object) -> None:
@@ -199,7 +199,7 @@ class Destination:
             ours.close()
             self._runner.close()
             self.process.kill()
-            raise AssertionError(f"QEMU did not start: {said(self.process.communicate()[1])}") from err
+            raise AssertionError(f"QEMU did not start: {log_lines(self.process.communicate()[1])}") from err
 
     @classmethod
     def adopting(cls, emulator: Path | str, arguments: Sequence[str], keeper: Keeper, more: str = "") -> Self:
@@ -230,10 +230,10 @@ class Destination:
             self.process.stderr.close()
         self._runner.close()
 
-    def ended(self) -> tuple[int, list[str]]:
-        """Wait for the end: the exit status, and what was said (see :func:`said`)."""
+    def exited(self) -> tuple[int, list[str]]:
+        """Wait for the exit: the exit status, and the :func:`log_lines`."""
         _, stderr = self.process.communicate(timeout=TIMEOUT)
-        return self.process.returncode, said(stderr)
+        return self.process.returncode, log_lines(stderr)
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         return self._runner.run(self.monitor.execute(command, arguments))
@@ -250,17 +250,17 @@ class Destination:
     def adopt_ram(self) -> adopt.AdoptedRam:
         return self._runner.run(adopt.adopt_ram(self.monitor))
 
-    def adopt_ram_with(self, stream: int, head: int) -> adopt.AdoptedRam:
-        """... when what is behind the head arrives in a pipe."""
+    def adopt_ram_with(self, stream: int, header_size: int) -> adopt.AdoptedRam:
+        """... when the first byte after the header arrives in a pipe."""
         self.send_fd("stream", stream)
-        return self._runner.run(adopt.adopt_ram(self.monitor, "stream", head))
+        return self._runner.run(adopt.adopt_ram(self.monitor, "stream", header_size))
 
     def finish(self) -> None:
         self._runner.run(adopt.finish(self.monitor))
 
-    def migrate_from(self, fd: int) -> adopt.MigrateResult:
+    def move_from(self, fd: int) -> adopt.MoveResult:
         self.send_fd("source", fd)
-        return self._runner.run(adopt.migrate_from(self.monitor, "source"))
+        return self._runner.run(adopt.move_from(self.monitor, "source"))
 
     def mapping(self, memory: Memory) -> list[str]:
         """How a memory is mapped: the permission column of /proc/PID/maps, for each mapping."""
@@ -288,15 +288,15 @@ class Destination:
         return found
 
 
-def said(stderr: bytes) -> list[str]:
-    """The lines that QEMU and adopt.so wrote, without QEMU's warnings."""
+def log_lines(stderr: bytes) -> list[str]:
+    """The lines that QEMU and adopt.so have written, without QEMU's warnings."""
     return [line for line in stderr.decode(errors="replace").splitlines() if "warning:" not in line]
 
 
 def fails_to_start(
     emulator: Path | str, arguments: Sequence[str], environment: Mapping[str, str], keep: Sequence[int] = ()
 ) -> tuple[int, list[str]]:
-    """Start a QEMU that is expected to end by itself: exit status, and what it said."""
+    """Start a QEMU that is expected to exit: the exit status, and the :func:`log_lines`."""
     done = subprocess.run(
         [emulator, *arguments],
         env=environment,
@@ -306,7 +306,7 @@ def fails_to_start(
         timeout=TIMEOUT,
         check=False,
     )
-    return done.returncode, said(done.stderr)
+    return done.returncode, log_lines(done.stderr)
 
 
 def refused(emulator: Path | str, arguments: Sequence[str], keeper: Keeper, more: str = "") -> str:

@@ -1,7 +1,7 @@
 """
 Tests that run real QEMU processes.
 
-Every guest lives in the test's own temporary directory and is ended by pid when the test ends. After each test
+Every guest lives in the test's own temporary directory and is killed by pid when the test ends. After each test
 nothing may be left: no process with that directory on its command line, no child, no file in /dev/shm, no entry in
 the product's run directory.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.support.guests.build import Unavailable
 from tests.support.guests.machine import Accelerator, Machine
 from tests.support.guests.running import Guest, processes_of
 
-#: Starts a guest in an emulator; the guest is ended with the test.
+#: Starts a guest in an emulator; the guest is killed when the test ends.
 StartGuest = Callable[[Machine, Path], Guest]
 #: Describes a bare-metal counter; keywords are fields of :class:`tests.support.guests.machine.Machine`.
 DescribeCounter = Callable[..., Machine]
@@ -32,7 +33,7 @@ DescribeLinux = Callable[..., Machine]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[StartGuest]:
-    """Start guests that end with the test, at the latest."""
+    """Start guests that are killed when the test ends, at the latest."""
     with ExitStack() as guests:
         yield lambda machine, emulator: guests.enter_context(Guest.start(machine, emulator))
 
@@ -72,7 +73,7 @@ def linux_machine(tmp_path: Path, _linux_images: None) -> DescribeLinux:
 
 def _children() -> set[int]:
     while True:
-        # A thread that ends meanwhile leaves its children to another one, which may have been read already.
+        # A thread that exits meanwhile leaves its children to another one, which may have been read already.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             return {
                 int(pid)
@@ -103,4 +104,9 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
             pass
     after = _left_over(tmp_path)
     left = {kind: names - before[kind] for kind, names in after.items() if names - before[kind]}
+    # So that the next test does not find it.
+    for path in left.get("journals", set()):
+        Path(path).unlink(missing_ok=True)
+    for name in left.get("/run/sevhop", set()):
+        shutil.rmtree(Path("/run/sevhop", name), ignore_errors=True)
     assert not left, f"left behind: {left}"

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A KVM with SEV, for a machine without: preloaded into QEMU behind adopt.so, it plays those rules of the kernel that
+ * A KVM with SEV, for a machine without: preloaded into QEMU after adopt.so, it emulates those rules of the kernel that
  * adopt.so exists for. Nothing is encrypted. What it answers goes, a line each, to the file $FAKE_SEV_LOG.
  *
- *   /dev/sev opens and says that the firmware is there
+ *   /dev/sev opens and reports that the firmware is there
  *   SEV commands and regions: ENOTTY until a context was moved here (KVM_ENABLE_CAP 206), accepted afterwards
  *   SET_SREGS with bit $FAKE_SEV_BIT in CR3: EINVAL, unless CPUID was set since the context is here
- *   GET_SREGS says that CR3 is $FAKE_SEV_CR3, if that is given: an encrypted guest's
+ *   GET_SREGS reports CR3 as $FAKE_SEV_CR3, if that is given: an encrypted guest's
  *   VMs of all SEV types are offered
  *   $FAKE_SEV_MOVE_ERRNO: what the move gives
  */
@@ -103,7 +103,7 @@ static int get_registers(int fd, unsigned long request, struct kvm_sregs *regist
 static int sev_command(int fd, unsigned long request, struct kvm_sev_cmd *command)
 {
     if (!command)
-        return fail(EFAULT); /* how the kernel says that it knows SEV */
+        return fail(EFAULT); /* so the kernel reports that it supports SEV */
     if (fd != vm || !has_context)
         return fail(ENOTTY);
     (void)request;

@@ -8,24 +8,30 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
-from sevhop.engine.hop import Hop, Options
+from sevhop.engine.check import Acquired, Checked
+from sevhop.engine.hop import Hop
+from sevhop.engine.prepare import Prepared
 from sevhop.events import Event, PhaseBegan
+from sevhop.options import HopOptions
 from sevhop.report import Report
 
 from tests.support.guests.running import Guest
 
 #: Phases of a hop between the start of the destination and the commit; that of a guest without SEV ends "load".
-BEFORE_COMMIT = ("freeze", "share", "save", "load")
+BEFORE_COMMIT = ("stop", "map", "save", "load")
 
 #: What strace prints of the order to stop, and of the end of the stream: of the state, and an empty section of type 6.
-STOP = r'\"stop\"'
+STOP = r"{\"execute\":\"stop\""
 STREAM_END = r'"\0\6\0\0\0\0", 6)'
 
+Answer = TypeVar("Answer")
+
 #: Called when a phase begins.
-Mischief = Callable[[Hop], None]
+Fault = Callable[["ObservedHop"], None]
 
 
 def sevhop(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,11 +45,41 @@ def sevhop(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-class Meddler:
-    """Hops guests, and meddles when one phase begins."""
+class ObservedHop(Hop):
+    """A hop whose results a test can reach."""
+
+    checked: Checked
+    acquired: Acquired
+    prepared: Prepared
+
+    async def run_phase(self, name: str, work: Coroutine[Any, Any, Answer]) -> Answer:
+        result = await super().run_phase(name, work)
+        match result:
+            case Checked():
+                self.checked = result
+            case Acquired():
+                self.acquired = result
+            case Prepared():
+                self.prepared = result
+        return result
+
+
+def followed_by(step: Callable[..., Awaitable[Answer]], act: Callable[[], object]) -> Callable[..., Awaitable[Answer]]:
+    """A step of the engine, to be put in its place, after which something happens."""
+
+    async def both(*arguments: Any, **options: Any) -> Answer:
+        result = await step(*arguments, **options)
+        act()
+        return result
+
+    return both
+
+
+class HopDriver:
+    """Hops guests, and injects a fault when one phase begins."""
 
     def __init__(self) -> None:
-        self.hop: Hop
+        self.hop: ObservedHop
         self.phases: list[str] = []
 
     def run(
@@ -52,7 +88,7 @@ class Meddler:
         emulator: Path | None,
         *,
         at: str = "",
-        mischief: Mischief = lambda _: None,
+        fault: Fault = lambda _: None,
         command: list[str] | None = None,
         timeout: float = 10.0,
         start_timeout: float = 60.0,
@@ -61,7 +97,7 @@ class Meddler:
         """
         Hop a guest.
 
-        :param at: the phase at whose beginning ``mischief`` is called.
+        :param at: the phase at whose beginning ``fault`` is called.
         :param timeout: seconds for each step.
         """
 
@@ -69,23 +105,22 @@ class Meddler:
             if isinstance(event, PhaseBegan):
                 self.phases.append(event.phase)
                 if event.phase == at:
-                    mischief(self.hop)
+                    fault(self.hop)
 
-        options = Options(
-            guest.machine.monitor,
+        options = HopOptions(
             emulator=str(emulator) if emulator else None,
             command=command,
             step_timeout=timeout,
             start_timeout=start_timeout,
             move_deadline=move_deadline,
         )
-        self.hop = Hop(options, listener)
+        self.hop = ObservedHop(guest.machine.monitor, options, listener)
         return asyncio.run(self.hop.run())
 
 
 def hop(guest: Guest, emulator: Path) -> Report:
     """Hop a guest that is expected to arrive."""
-    report = Meddler().run(guest, emulator)
+    report = HopDriver().run(guest, emulator)
     assert report.outcome == "done"
     assert not report.notes
     return report
@@ -115,7 +150,7 @@ def _kill(pid: int) -> None:
     handle = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(handle, signal.SIGKILL)
-        # Readable when it has ended; whether anybody has waited for it does not matter.
+        # Readable when it has exited, reaped or not.
         assert select.select([handle], [], [], 10)[0]
     finally:
         os.close(handle)

@@ -14,7 +14,7 @@ class Launched(Machine):
     """
     A machine like another one.
 
-    :ivar by: words in front of the emulator's.
+    :ivar by: argv in front of the emulator's.
     """
 
     by: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.engine.realtime import urgent
+from sevhop.engine.realtime import boosted
 from sevhop_qmp import adopt, device_state
 from sevhop_qmp.errors import CommandError, MonitorError
 from sevhop_qmp.monitor import peer_credentials
@@ -157,14 +157,14 @@ def test_other_programs_are_left_alone(tmp_path: Path) -> None:
 
 
 @EVERY_EMULATOR
-def test_commands_are_there(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_qemu_lists_the_adopt_commands(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
         listed = {command["name"] for command in destination.execute("query-commands")}
         assert listed >= set(adopt.COMMANDS)
 
 
 @EVERY_EMULATOR
-def test_without_a_keeper_nothing_is_adopted(qemu: Path, accelerator: Accelerator) -> None:
+def test_memory_is_not_adopted_without_a_keeper(qemu: Path, accelerator: Accelerator) -> None:
     environment = {**os.environ, "LD_PRELOAD": str(adopt.library_path())}
     with Destination([qemu, *machine(accelerator, incoming=False)], environment) as plain:
         status = plain.status()
@@ -207,7 +207,7 @@ def test_start_leaves_the_guest_alone(
 
 
 @EVERY_EMULATOR
-def test_after_the_source_has_ended_memory_is_mapped_at_once(
+def test_memory_is_mapped_at_once_after_the_source_has_ended(
     qemu: Path, accelerator: Accelerator, memory: Memory
 ) -> None:
     """... but not before start-up has written what it writes."""
@@ -231,7 +231,7 @@ def test_memory_is_mapped_when_the_device_state_arrives(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper
 ) -> None:
     """The head of the stream says nothing of the guest, and may be read while the source runs."""
-    head = device_state.head(Q35)
+    head = device_state.header(Q35)
     reader, writer = os.pipe()
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
         assert destination.adopt_ram_with(reader, len(head)) == adopt.AdoptedRam(mappings=1, size=RAM)
@@ -255,17 +255,17 @@ def unread(pipe: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
-def test_a_stream_that_cannot_be_awaited(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_stream_that_cannot_be_used_is_refused(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination, open(os.devnull) as file:
         command = "x-sev-adopt-ram"
         for arguments, reason in (
-            ({"stream": "none", "head": 1}, "File descriptor named 'none' has not been found"),
-            ({"stream": 3, "head": -1}, "Invalid parameter type for 'stream', expected: string"),
-            ({"stream": 3, "head": 1}, "Invalid parameter type for 'stream', expected: string"),
-            ({"stream": "given"}, "Parameter 'head' is missing, or no size"),
-            ({"stream": "given", "head": -1}, "Parameter 'head' is missing, or no size"),
-            ({"stream": "given", "head": 1, "more": 1}, "Parameter is unexpected"),
-            ({"head": 1}, "Parameter is unexpected"),
+            ({"stream": "none", "header-size": 1}, "File descriptor named 'none' has not been found"),
+            ({"stream": 3, "header-size": -1}, "Invalid parameter type for 'stream', expected: string"),
+            ({"stream": 3, "header-size": 1}, "Invalid parameter type for 'stream', expected: string"),
+            ({"stream": "given"}, "Parameter 'header-size' is missing, or no size"),
+            ({"stream": "given", "header-size": -1}, "Parameter 'header-size' is missing, or no size"),
+            ({"stream": "given", "header-size": 1, "more": 1}, "Parameter is unexpected"),
+            ({"header-size": 1}, "Parameter is unexpected"),
         ):
             destination.send_fd("given", file.fileno())
             with pytest.raises(CommandError, match=reason):
@@ -274,10 +274,8 @@ def test_a_stream_that_cannot_be_awaited(qemu: Path, accelerator: Accelerator, k
 
 
 @EVERY_EMULATOR
-def test_while_libvirt_waits_a_cpu_has_only_properties_that_are_true(
-    qemu: Path, accelerator: Accelerator, memory: Memory
-) -> None:
-    """libvirt asks for each boolean by itself, while the guest is stopped, and counts those that are true."""
+def test_cpu_hides_false_properties_while_libvirt_waits(qemu: Path, accelerator: Accelerator, memory: Memory) -> None:
+    """libvirt queries each boolean while the guest is stopped, and uses those that are true."""
     cpu = "/machine/unattached/device[0]"
 
     def matters(destination: Destination, entry: dict[str, str]) -> bool:
@@ -301,7 +299,7 @@ def test_while_libvirt_waits_a_cpu_has_only_properties_that_are_true(
 
 
 @EVERY_EMULATOR
-def test_mapping_is_what_it_would_have_been(
+def test_mapping_keeps_its_madvise_settings_after_adoption(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper
 ) -> None:
     """madvise() settings (huge pages, not in core dumps, not for children) are there again after the hand-over."""
@@ -367,9 +365,7 @@ def test_every_memory_block_is_adopted_with_aux_ram_share(
             assert video.digest() == before
 
 
-def test_memory_is_locked_only_when_the_hop_is_over(
-    qemu: Path, accelerator: Accelerator, keeper: Keeper
-) -> None:
+def test_memory_is_locked_only_when_the_hop_is_over(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     def locked() -> int:
         status = Path(f"/proc/{destination.pid}/status").read_text()
         return int(re.findall(r"VmLck:\s+(\d+) kB", status)[0]) << 10
@@ -383,7 +379,9 @@ def test_memory_is_locked_only_when_the_hop_is_over(
 
 
 @EVERY_EMULATOR
-def test_memory_of_another_size(qemu: Path, accelerator: Accelerator, keeper: Keeper, memory: Memory) -> None:
+def test_memory_of_another_size_is_refused(
+    qemu: Path, accelerator: Accelerator, keeper: Keeper, memory: Memory
+) -> None:
     before = memory.digest()
     line = refused(qemu, machine(accelerator, size=2 * RAM), keeper)
     assert line == (
@@ -393,12 +391,12 @@ def test_memory_of_another_size(qemu: Path, accelerator: Accelerator, keeper: Ke
     assert memory.digest() == before
 
 
-def test_memory_that_is_not_shared(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_private_memory_is_refused(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     line = refused(qemu, machine(accelerator, backend=",share=off"), keeper)
     assert line == f"guest memory '{BACKEND}' is to be private here: it needs share=on"
 
 
-def test_more_backends_than_the_source_has(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_backends_that_the_source_lacks_are_refused(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     line = refused(
         qemu,
         machine(accelerator, "-object", "memory-backend-memfd,id=more,size=2M,share=on"),
@@ -407,7 +405,7 @@ def test_more_backends_than_the_source_has(qemu: Path, accelerator: Accelerator,
     assert line == "the source has fewer memory-backend-memfd objects: use the same memory backends"
 
 
-def test_more_is_mapped_than_there_is(
+def test_mapping_beyond_the_memory_is_refused(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper, tmp_path: Path
 ) -> None:
     """A QEMU that has asked for the right size, and then takes more."""
@@ -426,76 +424,82 @@ def test_more_is_mapped_than_there_is(
     environment = preloaded(f"fd:{keeper.theirs.fileno()}")
     environment["LD_PRELOAD"] = f"{build(code, tmp_path / 'greedy.so')}:{environment['LD_PRELOAD']}"
     status, lines = fails_to_start(qemu, machine(accelerator), environment, [keeper.theirs.fileno()])
-    told = f"guest memory '{BACKEND}' has {RAM} bytes in the source, and {2 * RAM} from 0 on are mapped here"
-    assert (status, lines) == (1, [f"sevhop adopt: {told}"])
+    line = f"guest memory '{BACKEND}' has {RAM} bytes in the source, and {2 * RAM} from 0 on are mapped here"
+    assert (status, lines) == (1, [f"sevhop adopt: {line}"])
 
 
-def test_keeper_lies_about_the_size(qemu: Path, accelerator: Accelerator, memory: Memory) -> None:
+def test_keeper_is_refused_if_it_reports_a_wrong_size(qemu: Path, accelerator: Accelerator, memory: Memory) -> None:
     lie = Memory()
     lie.size = RAM * 2
     with lie, Keeper([lie]) as keeper:
         line = refused(qemu, machine(accelerator, size=2 * RAM), keeper)
-    assert line == f"guest memory '{BACKEND}' has {RAM} bytes, the keeper says {2 * RAM}"
+    assert line == f"guest memory '{BACKEND}' has {RAM} bytes, the keeper reports {2 * RAM}"
 
 
-def test_keeper_gives_the_same_memory_twice(qemu: Path, accelerator: Accelerator, memory: Memory) -> None:
+def test_keeper_is_refused_if_it_sends_the_same_memory_twice(
+    qemu: Path, accelerator: Accelerator, memory: Memory
+) -> None:
     with Keeper([memory, memory]) as keeper:
         more = machine(accelerator, "-object", f"memory-backend-memfd,id=more,size={RAM >> 20}M,share=on")
-        assert refused(qemu, more, keeper) == f"the keeper gives the same guest memory '{BACKEND}' twice"
+        assert refused(qemu, more, keeper) == f"invalid reply of the keeper: the same guest memory '{BACKEND}' twice"
 
 
 # ---- the keeper ----
 
 
 @EVERY_EMULATOR
-def test_keeper_is_missing(qemu: Path, accelerator: Accelerator, tmp_path: Path) -> None:
+def test_destination_exits_if_the_keeper_is_missing(qemu: Path, accelerator: Accelerator, tmp_path: Path) -> None:
     path = tmp_path / "keeper"
     status, lines = fails_to_start(qemu, machine(accelerator), preloaded(str(path)))
     assert (status, lines) == (
         1,
-        [f"sevhop adopt: the keeper cannot be reached at {path}: No such file or directory"],
+        [f"sevhop adopt: cannot connect to the keeper at {path}: No such file or directory"],
     )
 
 
 @EVERY_EMULATOR
-def test_keeper_says_no(qemu: Path, accelerator: Accelerator) -> None:
-    with Keeper(override=lambda request: b"no the guest is elsewhere") as keeper:
-        assert refused(qemu, machine(accelerator), keeper) == "the keeper refuses: the guest is elsewhere"
+def test_destination_exits_if_the_keeper_replies_an_error(qemu: Path, accelerator: Accelerator) -> None:
+    with Keeper(override=lambda request: b"error the guest is elsewhere") as keeper:
+        assert refused(qemu, machine(accelerator), keeper) == "cannot connect to the keeper: the guest is elsewhere"
 
 
 @pytest.mark.parametrize(
     ("hello", "line"),
     [
-        (b"what", "the keeper says nonsense: what"),
-        (b"ok context=odd source=running", "the keeper says nonsense: ok context=odd source=running"),
-        (b"ok context=none", "the keeper does not say what the guest is: ok context=none"),
-        (b"ok source=ended", "the keeper does not say what the guest is: ok source=ended"),
+        (b"what", "invalid reply of the keeper: what"),
+        (b"ok context=odd source=running", "invalid reply of the keeper: ok context=odd source=running"),
+        (b"ok context=none", "invalid reply of the keeper: ok context=none"),
+        (b"ok source=ended", "invalid reply of the keeper: ok source=ended"),
         (
             b"ok context=sev source=ended measurement=5e",
-            "the keeper says nonsense: ok context=sev source=ended measurement=5e",
+            "invalid reply of the keeper: ok context=sev source=ended measurement=5e",
         ),
         (
             b"ok context=sev source=ended handle=-1",
-            "the keeper says nonsense: ok context=sev source=ended handle=-1",
+            "invalid reply of the keeper: ok context=sev source=ended handle=-1",
         ),
         (b"x" * 5000, "the keeper does not answer: Protocol error"),
         (b"", "the keeper does not answer: Connection reset by peer"),
     ],
 )
-def test_keeper_says_nonsense(qemu: Path, accelerator: Accelerator, hello: bytes, line: str) -> None:
+def test_destination_exits_after_an_invalid_hello(
+    qemu: Path, accelerator: Accelerator, hello: bytes, line: str
+) -> None:
     with Keeper(override=lambda request: hello) as keeper:
         assert refused(qemu, machine(accelerator), keeper) == line
 
 
-def test_keeper_says_nonsense_about_memory(qemu: Path, accelerator: Accelerator) -> None:
+def test_destination_exits_if_a_reply_lacks_its_descriptor(qemu: Path, accelerator: Accelerator) -> None:
     def no_descriptor(request: str) -> bytes | None:
         return b"fd 1000" if request.startswith("memfd") else None
 
     with Keeper(override=no_descriptor) as keeper:
-        assert refused(qemu, machine(accelerator), keeper) == f"the keeper says nonsense about guest memory '{BACKEND}'"
+        assert (
+            refused(qemu, machine(accelerator), keeper) == f"invalid reply of the keeper about guest memory '{BACKEND}'"
+        )
 
 
-def test_keeper_hangs_up(qemu: Path, accelerator: Accelerator) -> None:
+def test_destination_exits_if_the_keeper_hangs_up(qemu: Path, accelerator: Accelerator) -> None:
     def hang_up(request: str) -> bytes | None:
         return b"" if request.startswith("memfd") else None
 
@@ -503,7 +507,7 @@ def test_keeper_hangs_up(qemu: Path, accelerator: Accelerator) -> None:
         assert refused(qemu, machine(accelerator), keeper) == "the keeper does not answer: Connection reset by peer"
 
 
-def test_keeper_hangs(qemu: Path, accelerator: Accelerator) -> None:
+def test_destination_exits_if_the_keeper_does_not_answer(qemu: Path, accelerator: Accelerator) -> None:
     over = threading.Event()
 
     def hang(request: str) -> bytes | None:
@@ -517,7 +521,7 @@ def test_keeper_hangs(qemu: Path, accelerator: Accelerator) -> None:
             over.set()
 
 
-def test_keeper_is_no_socket(qemu: Path, accelerator: Accelerator) -> None:
+def test_destination_exits_if_the_keeper_is_no_socket(qemu: Path, accelerator: Accelerator) -> None:
     with open(os.devnull) as file:
         fd = file.fileno()
         status, lines = fails_to_start(qemu, machine(accelerator), preloaded(f"fd:{fd}"), [fd])
@@ -545,7 +549,7 @@ def keeper_at(path: Path, keeper: Keeper) -> Iterator[None]:
         thread.join()
 
 
-def test_keeper_at_a_path(qemu: Path, accelerator: Accelerator, memory: Memory, tmp_path: Path) -> None:
+def test_keeper_is_found_at_a_path(qemu: Path, accelerator: Accelerator, memory: Memory, tmp_path: Path) -> None:
     path = tmp_path / "keeper"
     with (
         keeper_at(path, Keeper([memory])),
@@ -555,8 +559,8 @@ def test_keeper_at_a_path(qemu: Path, accelerator: Accelerator, memory: Memory, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
-def test_keeper_of_somebody_else(qemu: Path, accelerator: Accelerator, tmp_path: Path) -> None:
-    """SO_PEERCRED tells who called listen()."""
+def test_keeper_of_another_user_is_refused(qemu: Path, accelerator: Accelerator, tmp_path: Path) -> None:
+    """SO_PEERCRED returns the process that called listen()."""
     path = tmp_path / "keeper"
     nobody = 65534
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -592,28 +596,28 @@ def test_move_needs_a_source(qemu: Path, kvm: Accelerator, keeper: Keeper) -> No
         with pytest.raises(CommandError, match="File descriptor named 'source' has not been found"):
             destination.execute(move, {"fd": "source"})
         with open(os.devnull) as file:
-            result = destination.migrate_from(file.fileno())
-        assert result == adopt.MigrateResult(errno=9, name="EBADF", vcpus=0, registers=0, restore_errno=0)
+            result = destination.move_from(file.fileno())
+        assert result == adopt.MoveResult(errno=9, name="EBADF", vcpus=0, registers=0, restore_errno=0)
         with pytest.raises(CommandError, match="File descriptor named 'source' has not been found"):
             destination.execute(move, {"fd": "source"})
         assert not destination.status().moved
 
 
 @EVERY_EMULATOR
-def test_move_of_a_guest_without_sev(qemu: Path, kvm: Accelerator, keeper: Keeper, vm: int) -> None:
+def test_move_returns_einval_for_a_guest_without_sev(qemu: Path, kvm: Accelerator, keeper: Keeper, vm: int) -> None:
     """The kernel's own answer, and the guest is none the worse."""
     with Destination.adopting(qemu, machine(kvm, incoming=False), keeper) as destination:
         destination.adopt_ram()
-        assert destination.migrate_from(vm) == adopt.MigrateResult(errno.EINVAL, "EINVAL", 0, 0, 0)
+        assert destination.move_from(vm) == adopt.MoveResult(errno.EINVAL, "EINVAL", 0, 0, 0)
         assert not destination.status().moved
         destination.execute("cont")
 
 
-def test_move_without_kvm(qemu: Path, keeper: Keeper) -> None:
+def test_move_is_refused_without_kvm(qemu: Path, keeper: Keeper) -> None:
     with Destination.adopting(qemu, machine("tcg"), keeper) as destination:
         destination.adopt_ram()
         with open(os.devnull) as file, pytest.raises(CommandError, match="This QEMU has no KVM VM"):
-            destination.migrate_from(file.fileno())
+            destination.move_from(file.fileno())
 
 
 @EVERY_EMULATOR
@@ -625,7 +629,7 @@ def test_running_guest_is_not_touched(qemu: Path, kvm: Accelerator, keeper: Keep
         with pytest.raises(CommandError, match="This VM is running"):
             destination.adopt_ram()
         with open(os.devnull) as file, pytest.raises(CommandError, match="This VM is running"):
-            destination.migrate_from(file.fileno())
+            destination.move_from(file.fileno())
 
 
 @pytest.mark.parametrize("command", ["x-sev-adopt-ram", "x-sev-adopt-status", "x-sev-adopt-finish"])
@@ -670,8 +674,8 @@ def test_commands_are_as_documented(qemu: Path, kvm: Accelerator, keeper: Keeper
 
 
 @EVERY_EMULATOR
-def test_the_keeper_is_told_before_the_guest_runs(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
-    """... and only by who was told of a stream: who orders it to run himself knows."""
+def test_keeper_is_notified_before_the_guest_runs(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+    """... and only if there is a stream: otherwise the caller has sent cont, and knows."""
     with (
         Destination.adopting(qemu, machine(accelerator, incoming=False), keeper) as destination,
         open(os.devnull) as file,
@@ -682,60 +686,58 @@ def test_the_keeper_is_told_before_the_guest_runs(qemu: Path, accelerator: Accel
         assert "run" not in keeper.requests
         destination.adopt_ram_with(file.fileno(), 0)
         destination.execute("cont")
-        wait_until(lambda: keeper.requests.count("run") == 1, TIMEOUT, "the keeper is told")
+        wait_until(lambda: keeper.requests.count("run") == 1, TIMEOUT, "the keeper is notified")
         destination.execute("stop")
         destination.execute("cont")
         assert keeper.requests.count("run") == 1
 
 
 @EVERY_EMULATOR
-@pytest.mark.parametrize("hop", ["undone", "broken off"])
-def test_a_destination_whose_hop_is_undone_does_not_run(
+@pytest.mark.parametrize("hop", ["rolled back", "command killed"])
+def test_destination_of_a_rolled_back_hop_does_not_run(
     hop: str, qemu: Path, accelerator: Accelerator, memory: Memory, run_mark: RunMark
 ) -> None:
     with contextlib.ExitStack() as resources:
         keeper = resources.enter_context(Keeper([memory], run_mark=run_mark))
-        destination = resources.enter_context(
-            Destination.adopting(qemu, machine(accelerator, incoming=False), keeper)
-        )
+        destination = resources.enter_context(Destination.adopting(qemu, machine(accelerator, incoming=False), keeper))
         file = resources.enter_context(open(os.devnull))
         destination.adopt_ram()
         destination.adopt_ram_with(file.fileno(), 0)
-        keeper.forbid() if hop == "undone" else keeper.__exit__()
+        keeper.revoke_start() if hop == "rolled back" else keeper.__exit__()
         with pytest.raises(MonitorError):
             destination.execute("cont")
-        assert destination.ended() == (1, ["sevhop adopt: this QEMU must not run: the hop was broken off"])
+        assert destination.exited() == (1, ["sevhop adopt: this QEMU must not run: the hop was interrupted"])
         assert "run" not in keeper.requests
         assert run_mark.read() is RunState.NOT
 
 
 @EVERY_EMULATOR
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("notified", [False, True])
 def test_run_mark_outlives_the_destination(
-    told: bool, qemu: Path, accelerator: Accelerator, memory: Memory, run_mark: RunMark
+    notified: bool, qemu: Path, accelerator: Accelerator, memory: Memory, run_mark: RunMark
 ) -> None:
-    when_told: list[RunState] = []
+    when_notified: list[RunState] = []
 
     def override(request: str) -> None:
         if request == "run":
-            when_told.append(run_mark.read())
+            when_notified.append(run_mark.read())
 
     keeper = Keeper([memory], run_mark=run_mark, override=override)
     command = machine(accelerator, incoming=False)
     with keeper, Destination.adopting(qemu, command, keeper) as destination, open(os.devnull) as file:
         destination.adopt_ram()
-        if told:
+        if notified:
             destination.adopt_ram_with(file.fileno(), 0)
         assert not destination.status().ran
         assert run_mark.read() is RunState.NOT
         destination.execute("cont")
         destination.execute("stop")
         assert destination.status().ran
-        wait_until(lambda: len(when_told) == told, TIMEOUT, "the keeper is told")
+        wait_until(lambda: len(when_notified) == notified, TIMEOUT, "the keeper is notified")
         destination.execute("quit")
-        destination.ended()
+        destination.exited()
     assert run_mark.read() is RunState.RAN
-    assert RunState.NOT not in when_told
+    assert RunState.NOT not in when_notified
 
 
 def test_destination_does_not_run_without_leaving_its_mark(
@@ -747,21 +749,19 @@ def test_destination_does_not_run_without_leaving_its_mark(
             destination.adopt_ram()
             with pytest.raises(MonitorError):
                 destination.execute("cont")
-            assert destination.ended() == (
+            assert destination.exited() == (
                 1,
                 ["sevhop adopt: this QEMU must not run: the run mark cannot be written"],
             )
 
 
 @EVERY_EMULATOR
-def test_the_guest_does_not_run_with_a_priority_that_was_lent(
-    qemu: Path, accelerator: Accelerator, keeper: Keeper
-) -> None:
+def test_boosted_vcpus_are_reset_before_the_guest_runs(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     with Destination.adopting(qemu, machine(accelerator, incoming=False), keeper) as destination:
         destination.adopt_ram()
         threads = [int(name) for name in os.listdir(f"/proc/{destination.pid}/task")]
         assert len(threads) > 1
-        with urgent(*threads):
+        with boosted(*threads):
             destination.execute("cont")
             others = [thread for thread in threads if thread != destination.pid]
             assert {os.sched_getscheduler(thread) for thread in others} == {os.SCHED_OTHER}
@@ -772,13 +772,13 @@ def test_destination_does_not_run_on_copies(qemu: Path, accelerator: Accelerator
     with Destination.adopting(qemu, machine(accelerator, incoming=False), keeper) as destination:
         with pytest.raises(MonitorError):
             destination.execute("cont")
-        assert destination.ended() == (
+        assert destination.exited() == (
             1,
             ["sevhop adopt: this QEMU must not run: the guest's memory is still the source's"],
         )
 
 
-def test_destination_does_not_run_by_itself(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_destination_does_not_run_at_start(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     command = [word for word in machine(accelerator, incoming=False) if word != "-S"]
     assert refused(qemu, command, keeper) == "this QEMU must not run: the guest's memory is still the source's"
 
@@ -817,9 +817,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 @EVERY_EMULATOR
-def test_listening_sockets_are_taken_over(
-    qemu: Path, accelerator: Accelerator, memory: Memory, tmp_path: Path
-) -> None:
+def test_listening_sockets_are_taken_over(qemu: Path, accelerator: Accelerator, memory: Memory, tmp_path: Path) -> None:
     path = tmp_path / "monitor"
     with contextlib.ExitStack() as stack:
         local = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -846,13 +844,13 @@ def test_listening_sockets_are_taken_over(
         early[1].connect(("127.0.0.1", port))
         before = cpu_seconds(destination.pid)
         assert not any(greeted(client, 0.25) for client in early)
-        assert cpu_seconds(destination.pid) - before < 0.25, "QEMU is told of the clients for ever"
+        assert cpu_seconds(destination.pid) - before < 0.25, "QEMU polls the clients all the time"
         # One of its own is served at once.
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/another")
             assert greeted(client, 10)
 
-        # Who looks finds the process that serves: the last one that has called listen(), unix(7).
+        # A client sees the process that serves: the last one that has called listen(), unix(7).
         assert peer_credentials(early[0])[0] == os.getpid()
 
         destination.adopt_ram()
@@ -864,7 +862,7 @@ def test_listening_sockets_are_taken_over(
             assert peer_credentials(late)[0] == destination.pid
 
 
-def test_paths_of_the_source_stay_when_the_destination_ends(
+def test_paths_of_the_source_stay_when_the_destination_exits(
     qemu: Path, accelerator: Accelerator, memory: Memory, tmp_path: Path
 ) -> None:
     path, own = tmp_path / "monitor", tmp_path / "own"
@@ -881,25 +879,29 @@ def test_paths_of_the_source_stay_when_the_destination_ends(
         ):
             assert own.is_socket()
             destination.execute("quit")
-            assert destination.ended()[0] == 0
+            assert destination.exited()[0] == 0
         assert path.is_socket()
         assert not own.exists()
 
 
-def test_socket_that_does_not_listen(qemu: Path, accelerator: Accelerator, memory: Memory, tmp_path: Path) -> None:
+def test_socket_that_does_not_listen_is_refused(
+    qemu: Path, accelerator: Accelerator, memory: Memory, tmp_path: Path
+) -> None:
     path = tmp_path / "monitor"
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(str(path))
         with Keeper([memory], [deaf]) as keeper:
             line = refused(qemu, machine(accelerator, "-qmp", f"unix:{path},server=on,wait=off"), keeper)
-    assert line == "the keeper gives something for a listening socket that is none"
+    assert line == "invalid reply of the keeper: the descriptor is not a listening socket"
 
 
 # ---- files, environment, processes ----
 
 
 @EVERY_EMULATOR
-def test_logs_of_the_source_go_on(qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path) -> None:
+def test_logs_of_the_source_are_appended_to(
+    qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path
+) -> None:
     serial, console, trace, fresh = (tmp_path / name for name in ("serial", "console", "trace", "fresh"))
     for log in (serial, console, trace):
         log.write_text("the source was here\n")
@@ -911,8 +913,8 @@ def test_logs_of_the_source_go_on(qemu: Path, accelerator: Accelerator, keeper: 
     with Destination.adopting(qemu, command, keeper) as destination:
         assert fresh.exists()
         with open(serial, "a") as source:
-            source.write("and goes on\n")
-        assert serial.read_text() == "the source was here\nand goes on\n"
+            source.write("and is still here\n")
+        assert serial.read_text() == "the source was here\nand is still here\n"
         assert console.read_text() == trace.read_text() == "the source was here\n"
         opened = {
             os.readlink(entry.path): Path(f"/proc/{destination.pid}/fdinfo/{entry.name}").read_text()
@@ -939,7 +941,7 @@ def test_stderr_is_handed_over(qemu: Path, accelerator: Accelerator, keeper: Kee
             assert not (table / str(fd)).exists()
 
 
-def test_stderr_that_is_not_open(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_stderr_that_is_not_open_is_refused(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     environment = preloaded(f"fd:{keeper.theirs.fileno()}", 999)
     status, lines = fails_to_start(qemu, machine(accelerator), environment, [keeper.theirs.fileno()])
     assert (status, lines) == (1, ["sevhop adopt: SEVHOP_STDERR is not an open descriptor: 999"])
@@ -949,7 +951,7 @@ def test_stderr_that_is_not_open(qemu: Path, accelerator: Accelerator, keeper: K
 def test_children_do_not_inherit(qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path) -> None:
     seen = tmp_path / "environment"
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
-        # The child says what it has and then ends without a stream.
+        # The child prints what it has, and then exits without a stream.
         script = f"env > {seen}.new; ls -l /proc/self/fd >> {seen}.new; mv {seen}.new {seen}"
         destination.execute("migrate-incoming", {"uri": f"exec:{script}"})
         wait_until(seen.exists, 10, "the child has run")
@@ -957,9 +959,7 @@ def test_children_do_not_inherit(qemu: Path, accelerator: Accelerator, keeper: K
     assert not re.findall(r"LD_PRELOAD|SEVHOP|memfd", seen.read_text())
 
 
-def test_other_preloaded_libraries_stay(
-    qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path
-) -> None:
+def test_other_preloaded_libraries_stay(qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path) -> None:
     other = build("int sevhop_test_of_something_else;", tmp_path / "other.so")
     seen = tmp_path / "environment"
     with Destination.adopting(qemu, machine(accelerator), keeper, more=str(other)) as destination:
@@ -969,7 +969,7 @@ def test_other_preloaded_libraries_stay(
 
 
 @EVERY_EMULATOR
-def test_wrapper_script_as_emulator(
+def test_wrapper_script_starts_an_adopting_destination(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper, tmp_path: Path
 ) -> None:
     wrapper = tmp_path / "wrapper"
@@ -980,7 +980,7 @@ def test_wrapper_script_as_emulator(
         assert destination.mapping(memory) == ["rw-s"]
 
 
-def test_sandboxed_destination(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_destination_adopts_memory_in_a_sandbox(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     """libvirt's default."""
     sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
     with Destination.adopting(qemu, machine(accelerator, "-sandbox", sandbox), keeper) as destination:
@@ -990,7 +990,7 @@ def test_sandboxed_destination(qemu: Path, accelerator: Accelerator, keeper: Kee
 
 # ---- SEV, with a kernel that plays it ----
 
-#: What a source's keeper tells of it.
+#: What a source's keeper reports of it.
 MEASUREMENT = bytes(range(48))
 FACTS = f" handle=7 measurement={MEASUREMENT.hex()}"
 POLICY = {"sev": 1, "sev-es": 5}
@@ -1044,22 +1044,22 @@ def test_sev_guest_is_adopted(
     ):
         status = destination.status()
         assert (status.context, status.moved, status.vcpus, status.vm_type) == ("sev", False, 2, 0)
-        assert status.answered >= 3, "INIT, LAUNCH_START, LAUNCH_MEASURE"
-        assert status.regions >= 1
+        assert status.emulated_launch_commands >= 3, "INIT, LAUNCH_START, LAUNCH_MEASURE"
+        assert status.deferred_regions >= 1
         assert kernel_log() == []
         measured = destination.execute("query-sev-launch-measure")["data"]
         assert base64.b64decode(measured) == MEASUREMENT
 
         with pytest.raises(CommandError, match="Guest memory is still private"):
-            destination.migrate_from(vm)
+            destination.move_from(vm)
         destination.adopt_ram()
         with pytest.raises(CommandError, match="the guest's SEV context is still the source's"):
             destination.finish()
-        assert destination.migrate_from(vm) == adopt.MigrateResult(0, "OK", vcpus=2, registers=0, restore_errno=0)
+        assert destination.move_from(vm) == adopt.MoveResult(0, "OK", vcpus=2, registers=0, restore_errno=0)
         assert kernel_log() == ["moved", "cpuid", "cpuid"]
         assert os.readlink(f"/proc/{destination.pid}/fd/0") == "/dev/zero", "the fake's /dev/sev is descriptor 0"
         with pytest.raises(CommandError, match="A context has been moved into this VM already"):
-            destination.migrate_from(vm)
+            destination.move_from(vm)
 
         destination.execute("cont")
         sev = destination.execute("query-sev")
@@ -1083,7 +1083,7 @@ def test_sev_es_guest_is_adopted(
     ):
         assert destination.status().context == "sev-es"
         destination.adopt_ram()
-        assert destination.migrate_from(vm).errno == 0
+        assert destination.move_from(vm).errno == 0
 
 
 @EVERY_EMULATOR
@@ -1112,14 +1112,12 @@ def test_encrypted_page_tables_survive_the_hop(
     ):
         destination.adopt_ram()
         destination.execute("migrate-incoming", {"uri": f"exec:cat {state}"})
-        wait_until(
-            lambda: destination.execute("query-migrate").get("status") == "completed", 20, "the state is loaded"
-        )
-        assert destination.status().registers_held == 2
-        # Somebody who looks makes QEMU read the registers, and later set what it has read.
+        wait_until(lambda: destination.execute("query-migrate").get("status") == "completed", 20, "the state is loaded")
+        assert destination.status().deferred_registers == 2
+        # A query makes QEMU read the registers, and later set what it has read.
         assert re.search(f"CR3=0*{cr3:x} ", destination.hmp("info registers"))
-        assert destination.migrate_from(vm) == adopt.MigrateResult(0, "OK", vcpus=2, registers=2, restore_errno=0)
-        assert destination.status().registers_held == 0
+        assert destination.move_from(vm) == adopt.MoveResult(0, "OK", vcpus=2, registers=2, restore_errno=0)
+        assert destination.status().deferred_registers == 0
         register = f"registers with cr3 {cr3:x}"
         assert kernel_log()[:5] == ["moved", "cpuid", "cpuid", register, register]
         # QEMU sets them once more, before the vCPUs run.
@@ -1127,7 +1125,7 @@ def test_encrypted_page_tables_survive_the_hop(
         assert set(kernel_log()[5:]) <= {register}
 
 
-def test_move_that_the_kernel_refuses(
+def test_destination_does_not_run_after_a_refused_move(
     qemu: Path,
     kvm: Accelerator,
     memory: Memory,
@@ -1142,19 +1140,19 @@ def test_move_that_the_kernel_refuses(
         Destination.adopting(qemu, machine(kvm, *sev_guest(c_bit), incoming=False), keeper, fake_kernel) as destination,
     ):
         destination.adopt_ram()
-        busy = adopt.MigrateResult(errno.EBUSY, "EBUSY", 0, 0, 0)
-        assert destination.migrate_from(vm) == busy
-        assert destination.migrate_from(vm) == busy
+        busy = adopt.MoveResult(errno.EBUSY, "EBUSY", 0, 0, 0)
+        assert destination.move_from(vm) == busy
+        assert destination.move_from(vm) == busy
         with pytest.raises(MonitorError):
             destination.execute("cont")
-        assert destination.ended() == (
+        assert destination.exited() == (
             1,
             ["sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's"],
         )
 
 
 @EVERY_EMULATOR
-def test_memory_that_comes_and_goes(
+def test_plugged_memory_is_registered_once_there_is_a_context(
     qemu: Path,
     kvm: Accelerator,
     memory: Memory,
@@ -1172,21 +1170,21 @@ def test_memory_that_comes_and_goes(
         Keeper([memory], context="sev", more=FACTS) as keeper,
         Destination.adopting(qemu, machine(kvm, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
     ):
-        regions = destination.status().regions
+        regions = destination.status().deferred_regions
         for name in ("first", "second"):
             add(name)
-        assert destination.status().regions == regions + 2
+        assert destination.status().deferred_regions == regions + 2
         destination.execute("object-del", {"id": "first"})
-        assert destination.status().regions == regions + 1
+        assert destination.status().deferred_regions == regions + 1
         destination.adopt_ram()
-        assert destination.migrate_from(vm).errno == 0
+        assert destination.move_from(vm).errno == 0
         add("third")
         assert kernel_log()[-1] == "region registered"
         destination.execute("object-del", {"id": "second"})
         assert kernel_log()[-1] == "region unknown"
-        assert destination.status().regions == regions
+        assert destination.status().deferred_regions == regions
         destination.execute("quit")
-        status, lines = destination.ended()
+        status, lines = destination.exited()
         assert (status, lines) == (0, [])
 
 
@@ -1202,7 +1200,7 @@ def test_memory_that_comes_and_goes(
         ("none", "sev", "this QEMU starts a guest of context sev, the source's is none: use the same sev-guest object"),
     ],
 )
-def test_other_context_than_the_source(
+def test_context_other_than_the_sources_is_refused(
     context: str,
     guest: str | None,
     line: str,
@@ -1218,7 +1216,7 @@ def test_other_context_than_the_source(
 
 
 @pytest.mark.parametrize(("context", "number", "name"), [("sev", 2, "SEV"), ("sev-es", 3, "SEV-ES")])
-def test_vm_of_a_sev_type(
+def test_vm_of_a_sev_type_is_refused(
     context: str,
     number: int,
     name: str,

@@ -26,51 +26,56 @@ def guest(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Gue
     return guest
 
 
-def test_the_program_in_the_document(guest: Guest) -> None:
+def test_documented_program_performs_a_hop(guest: Guest) -> None:
     (program,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
     assert program.count("/run/vm/qmp.sock") == 2
     program = program.replace("/run/vm/qmp.sock", str(guest.machine.monitor))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    words = [line.split(":")[0] for line in done.stdout.splitlines()]
-    phases = ["check", "hold", "prepare", "freeze", "share", "save", "load", "commit", "resume", "retire"]
-    assert [word for word in words if word in phases] == phases
-    assert "it was stopped for" in done.stdout
-    assert re.search(r"QEMU 7\.2\.\d+ -> 7\.2\.\d+, now process \d+; blackout", done.stdout)
+    printed = [line.split(":")[0] for line in done.stdout.splitlines()]
+    phases = ["check", "acquire", "prepare", "stop", "map", "save", "load", "commit", "resume", "finish"]
+    assert [name for name in printed if name in phases] == phases
+    assert "downtime: " in done.stdout
+    assert re.search(r"QEMU 7\.2\.\d+ -> 7\.2\.\d+, now process \d+; downtime", done.stdout)
     guest.wait_for_ticks(5)
 
 
-def test_what_is_told(guest: Guest, new: Path) -> None:
-    """Once the guest runs: all of it, in order, with the times at which it happened."""
-    heard: list[api.Event] = []
-    report = asyncio.run(api.hop(guest.machine.monitor, emulator=str(new), listener=heard.append))
+def test_listener_receives_all_events_in_order(guest: Guest, new: Path) -> None:
+    """All of them, in order, with the times at which they happened."""
+    received: list[api.Event] = []
+    report = asyncio.run(api.hop(guest.machine.monitor, api.HopOptions(emulator=str(new)), listener=received.append))
     assert report.outcome == "done"
-    assert [event.at for event in heard] == sorted(event.at for event in heard)
-    kinds = [type(event) for event in heard]
-    stopped, runs = kinds.index(api.GuestStopped), kinds.index(api.GuestRuns)
-    phases = [event.phase for event in heard[stopped:runs] if isinstance(event, api.PhaseBegan)]
-    assert phases == ["share", "save", "load", "commit", "resume"]
-    last = heard[-1]
-    assert isinstance(last, api.Ended) and last.report is report
-    assert all(isinstance(event, api.GuestEvent) and event.guest == str(guest.machine.monitor) for event in heard)
+    assert [event.at for event in received] == sorted(event.at for event in received)
+    kinds = [type(event) for event in received]
+    stopped, runs = kinds.index(api.GuestStopped), kinds.index(api.GuestResumed)
+    phases = [event.phase for event in received[stopped:runs] if isinstance(event, api.PhaseBegan)]
+    assert phases == ["map", "save", "load", "commit", "resume"]
+    last = received[-1]
+    assert isinstance(last, api.HopFinished) and last.report is report
+    assert all(isinstance(event, api.GuestEvent) and event.guest == str(guest.machine.monitor) for event in received)
 
 
-def test_cancelled(guest: Guest, new: Path) -> None:
+def test_cancelled_hop_is_rolled_back(guest: Guest, new: Path) -> None:
     pid = guest.pid
-    heard: list[api.Event] = []
+    received: list[api.Event] = []
 
     async def cancelled() -> None:
         def listener(event: api.Event) -> None:
-            heard.append(event)
+            received.append(event)
             if isinstance(event, api.PhaseBegan) and event.phase == "prepare":
                 task.cancel()
 
-        task = asyncio.ensure_future(api.hop(guest.machine.monitor, emulator=str(new), listener=listener))
+        task = asyncio.ensure_future(
+            api.hop(guest.machine.monitor, api.HopOptions(emulator=str(new)), listener=listener)
+        )
         await task
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(cancelled())
-    last = heard[-1]
-    assert isinstance(last, api.Ended) and (last.report.outcome, last.report.reason) == ("undone", "interrupted")
+    last = received[-1]
+    assert isinstance(last, api.HopFinished) and (last.report.outcome, last.report.reason) == (
+        "rolled-back",
+        "interrupted",
+    )
     assert guest.pid == pid
     guest.wait_for_ticks(5)

@@ -1,5 +1,5 @@
 """
-What confines or favours the old QEMU confines and favours the new one, or the hop is refused and nothing is touched.
+The new QEMU has the confinement and the scheduling of the old one, or the hop is refused and nothing is touched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from sevhop.engine.hop import Hop
-from sevhop.errors import Refused, Undone
+from sevhop.errors import Refused, RolledBack
 from sevhop.guest import preload
 from sevhop.process import launch
 from sevhop.process.confinement import Confinement
@@ -28,9 +28,9 @@ from sevhop_qmp.process import QemuProcess
 from tests.support.guests.machine import Machine
 from tests.support.guests.running import Guest, processes_of
 
-from .broken_off import break_off, recover
 from .conftest import DescribeCounter, DescribeLinux, StartGuest
-from .hops import Meddler, assert_unharmed, hop, sevhop
+from .hops import HopDriver, assert_unharmed, hop, sevhop
+from .interrupted import interrupt_hop, recover
 from .launched import Launched, shell, user
 
 NOBODY = 65534
@@ -52,7 +52,7 @@ def oom_score_adj(pid: int) -> str:
 
 
 def threads(guest: Guest) -> dict[str, int]:
-    """Those that can be told apart, by what they do."""
+    """Role → id of the threads whose role is known."""
     return (
         {"first": guest.pid}
         | {f"vCPU {one['cpu-index']}": one["thread-id"] for one in guest.execute("query-cpus-fast")}
@@ -63,7 +63,7 @@ def threads(guest: Guest) -> dict[str, int]:
 def assert_refused(guest: Guest, emulator: Path, reason: str) -> None:
     pid = guest.pid
     with pytest.raises(Refused, match=reason):
-        Meddler().run(guest, emulator)
+        HopDriver().run(guest, emulator)
     assert guest.pid == pid
     assert processes_of(guest.machine.directory) == [pid]
     assert_unharmed(guest)
@@ -92,7 +92,7 @@ def assert_refused(guest: Guest, emulator: Path, reason: str) -> None:
 def test_destination_is_confined_as_the_source_is(
     by: tuple[str, ...], old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, open_directory: Path
 ) -> None:
-    uid = NOBODY if any("65534" in word for word in by) else 0
+    uid = NOBODY if any("65534" in argument for argument in by) else 0
     os.chown(open_directory, uid, uid)
     machine = counter_machine(accelerator="tcg", more=("-sandbox", "on"))
     guest = start(Launched.like(Machine(**{**vars(machine), "directory": open_directory}), *by), old)
@@ -101,9 +101,9 @@ def test_destination_is_confined_as_the_source_is(
     assert before.seccomp == 2
     assert hop(guest, new).source_pid != guest.pid
     after = confinement(guest.pid)
-    for emulator in (old, new):  # and it stays over more hops
+    for emulator in (old, new):  # and it is kept by more hops
         hop(guest, emulator)
-    # A newer QEMU takes as many open files as it may.
+    # A newer QEMU raises its soft limit of open files.
     assert _but_soft_files(after) == _but_soft_files(confinement(guest.pid)) == _but_soft_files(before)
     assert_unharmed(guest)
 
@@ -132,7 +132,7 @@ def test_threads_are_scheduled_as_those_of_the_source_are(
     assert {name: Thread.of(thread) for name, thread in threads(guest).items()} == before
     others = set(map(int, os.listdir(f"/proc/{guest.pid}/task"))) - set(threads(guest).values())
     names = {thread: Path(f"/proc/{thread}/comm").read_text() for thread in others}
-    # The kernel has one of its own in there, which the vCPU that runs first has made.
+    # One is a thread of the kernel, created by the vCPU that runs first.
     assert {Thread.of(thread).nice for thread, name in names.items() if not name.startswith("kvm-")} == {5}
     assert oom_score_adj(guest.pid) == "300"
     assert_unharmed(guest)
@@ -193,8 +193,8 @@ def test_cgroup_that_takes_no_more_processes_refuses(
         guest.wait_for_ticks(3)
         pid = guest.pid
         (groups["pids"] / "pids.max").write_text((groups["pids"] / "pids.current").read_text())
-        with pytest.raises((Refused, Undone)):
-            Meddler().run(guest, new)
+        with pytest.raises((Refused, RolledBack)):
+            HopDriver().run(guest, new)
         assert processes_of(guest.machine.directory) == [pid]
         assert_unharmed(guest)
         guest.stop()
@@ -208,7 +208,7 @@ def test_destination_in_another_cgroup_is_refused(
     start: StartGuest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wherever the placement fails without a word."""
+    """If joining fails without an error."""
     with cgroup(tmp_path.name) as groups:
         join = "; ".join(f"echo $$ >{group}/cgroup.procs" for group in groups.values())
         guest = start(Launched.like(counter_machine(), *shell(join)), old)
@@ -218,15 +218,15 @@ def test_destination_in_another_cgroup_is_refused(
         guest.stop()
 
 
-def write_arguments(guest: Guest, words: bytes, others: bytes) -> None:
-    """What a guest that has taken over its QEMU does to the command line that /proc tells."""
-    assert len(words) == len(others)
+def write_arguments(guest: Guest, old: bytes, new: bytes) -> None:
+    """As a guest that has compromised its QEMU: change the command line in /proc."""
+    assert len(old) == len(new)
     pid = guest.pid
     beginning = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[48 - 3])
-    at = Path(f"/proc/{pid}/cmdline").read_bytes().index(words)
+    at = Path(f"/proc/{pid}/cmdline").read_bytes().index(old)
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
         memory.seek(beginning + at)
-        memory.write(others)
+        memory.write(new)
 
 
 def test_sandbox_that_is_not_on_the_command_line_any_more_refuses(
@@ -246,7 +246,7 @@ def test_sandbox_that_only_the_destination_lacks_refuses(
     start: StartGuest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where it cannot be told before: both are compared when both are there."""
+    """If that is not known before: both are compared when both run."""
     guest = start(counter_machine(more=("-sandbox", "on")), old)
     write_arguments(guest, b"-sandbox\0on\0", b"-smp\0cpus=1\0")
     monkeypatch.setattr("sevhop.checks.guest.reason_against", lambda *_: "")
@@ -256,7 +256,7 @@ def test_sandbox_that_only_the_destination_lacks_refuses(
 def test_sandbox_that_forbids_less_refuses(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
-    """The kernel tells how many filters there are, and it is one of each."""
+    """The kernel reports the number of filters, which is the same."""
     guest = start(counter_machine(more=("-sandbox", "on,spawn=deny")), old)
     write_arguments(guest, b"on,spawn=deny\0", b"on,enable=yes\0")
     assert_refused(guest, new, "the sandbox of the source forbids system calls that the destination's allows")
@@ -273,10 +273,10 @@ def test_sandboxes_of_two_versions_forbid_the_same(
     assert_unharmed(guest)
 
 
-def test_library_of_somebody_else_in_the_environment_refuses(
+def test_foreign_library_in_the_environment_refuses(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, open_directory: Path
 ) -> None:
-    """The environment, too, is what QEMU says."""
+    """The environment, too, is read from QEMU."""
     open_directory.chmod(0o777)
     by = ("env", f"LD_PRELOAD={open_directory}/evil.so")
     guest = start(Launched.like(counter_machine(), *by), old)
@@ -304,10 +304,8 @@ def test_capabilities_that_a_new_qemu_would_not_get_refuse(
 
 
 @pytest.fixture
-def talkative(
-    counter_machine: DescribeCounter, open_directory: Path
-) -> Machine:
-    """A machine with a log and a socket that a second QEMU with its command line would take."""
+def logging_machine(counter_machine: DescribeCounter, open_directory: Path) -> Machine:
+    """A machine with a log that a second QEMU with its command line would truncate."""
     os.chown(open_directory, NOBODY, NOBODY)
     more = ("-chardev", f"file,id=log,path={open_directory / 'second.log'}", "-serial", "chardev:log")
     machine = counter_machine(more=more, accelerator="tcg")
@@ -316,11 +314,11 @@ def talkative(
 
 @pytest.mark.parametrize("kind", ["file-capabilities", "setuid", "clean-environment"])
 def test_emulator_that_does_not_load_the_library_refuses(
-    kind: str, old: Path, new: Path, talkative: Machine, start: StartGuest
+    kind: str, old: Path, new: Path, logging_machine: Machine, start: StartGuest
 ) -> None:
-    guest = start(talkative, old)
-    (talkative.directory / "second.log").write_text("said before\n")
-    emulator = new.with_name(f"{new.name}-{talkative.directory.name}")
+    guest = start(logging_machine, old)
+    (logging_machine.directory / "second.log").write_text("logged before\n")
+    emulator = new.with_name(f"{new.name}-{logging_machine.directory.name}")
     try:
         if kind == "clean-environment":
             emulator.write_text(f'#!/bin/sh\nexec env -i PATH="$PATH" {new} "$@"\n')
@@ -332,24 +330,24 @@ def test_emulator_that_does_not_load_the_library_refuses(
         assert_refused(guest, emulator, f"emulator: .* does not load .*adopt.so as user {NOBODY}")
     finally:
         emulator.unlink()
-    assert (talkative.directory / "second.log").read_text() == "said before\n"
+    assert (logging_machine.directory / "second.log").read_text() == "logged before\n"
 
 
 def test_library_that_qemus_user_cannot_read_refuses(
-    old: Path, new: Path, talkative: Machine, start: StartGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: Path, new: Path, logging_machine: Machine, start: StartGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed = talkative.directory / "closed"
+    closed = logging_machine.directory / "closed"
     closed.mkdir(mode=0o700)
     shutil.copyfile(adopt.library_path(), closed / "adopt.so")
     monkeypatch.setattr(adopt, "library_path", lambda: closed / "adopt.so")
-    guest = start(talkative, old)
+    guest = start(logging_machine, old)
     assert_refused(guest, new, f"library: the user of QEMU \\({NOBODY}\\) cannot read .* because of {closed}")
 
 
-def test_emulator_is_tried_once_for_each_user(
+def test_emulator_is_probed_once_for_each_user(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes a part of a second."""
+    """It takes a fraction of a second."""
     started = []
     spawn: Any = launch.spawn
 
@@ -358,7 +356,7 @@ def test_emulator_is_tried_once_for_each_user(
         return spawn(command, *rest, **more)
 
     guest = start(counter_machine(), old)
-    monkeypatch.setattr(preload, "_tried", {})
+    monkeypatch.setattr(preload, "_probed", {})
     monkeypatch.setattr("sevhop.guest.emulator._known", {})
     monkeypatch.setattr(launch, "spawn", counted)
     for emulator in (new, old, new):
@@ -371,7 +369,7 @@ def test_emulator_is_tried_once_for_each_user(
 # -- out of memory ---------------------------------------------------------------------------------
 
 
-def test_destination_is_the_first_to_be_ended_until_it_has_the_guest(
+def test_destination_is_killed_first_until_it_has_the_guest(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     guest = start(Launched.like(counter_machine(), *shell("echo 200 >/proc/self/oom_score_adj")), old)
@@ -379,30 +377,30 @@ def test_destination_is_the_first_to_be_ended_until_it_has_the_guest(
     pid = guest.pid
     seen: list[int] = []
 
-    def look(running: Hop) -> None:
+    def read_scores(running: Hop) -> None:
         seen[:] = [int(oom_score_adj(one)) for one in (pid, running.report.destination_pid)]
 
-    def look_and_fail(running: Hop) -> None:
-        look(running)
+    def read_scores_and_fail(running: Hop) -> None:
+        read_scores(running)
         running.interrupt()
 
-    meddler = Meddler()
-    with pytest.raises(Undone):
-        meddler.run(guest, new, at="freeze", mischief=look_and_fail)
+    driver = HopDriver()
+    with pytest.raises(RolledBack):
+        driver.run(guest, new, at="stop", fault=read_scores_and_fail)
     assert seen[0] <= 0  # as low as we may
     assert seen[1] == 1000
     assert (guest.pid, oom_score_adj(pid)) == (pid, "200")
-    assert break_off(guest, new, "phase freeze", "command") == -signal.SIGKILL
+    assert interrupt_hop(guest, new, "phase stop", "command") == -signal.SIGKILL
     assert recover()["status"] == 0
     assert (guest.pid, oom_score_adj(pid)) == (pid, "200")
-    meddler.run(guest, new, at="freeze", mischief=look)
+    driver.run(guest, new, at="stop", fault=read_scores)
     assert seen[1] == 1000
     assert oom_score_adj(guest.pid) == "200"
     assert_unharmed(guest)
 
 
 @pytest.mark.parametrize("room", [2, 6, 15, 40, 70])
-def test_full_cgroup_does_not_end_the_source(
+def test_full_cgroup_does_not_kill_the_source(
     room: int, old: Path, new: Path, tmp_path: Path, linux_machine: DescribeLinux, start: StartGuest
 ) -> None:
     """:param room: mebibytes that are left in it."""
@@ -418,10 +416,10 @@ def test_full_cgroup_does_not_end_the_source(
         try:
             if room < 20:
                 with pytest.raises(Refused, match=f"{group} has room for"):
-                    Meddler().run(guest, new)
+                    HopDriver().run(guest, new)
             else:
                 with contextlib.suppress(Refused):
-                    Meddler().run(guest, new)
+                    HopDriver().run(guest, new)
             assert room < 70 if guest.pid == pid else room >= 40
         finally:
             (group / "memory.limit_in_bytes").write_text("-1")
@@ -429,10 +427,8 @@ def test_full_cgroup_does_not_end_the_source(
         guest.stop()
 
 
-def test_roles_are_asked_of_a_qemu_whose_threads_they_are(
-    old: Path, counter_machine: DescribeCounter, start: StartGuest
-) -> None:
-    """One that was taken over could name the threads of others, to have their scheduling changed."""
+def test_threads_of_other_processes_are_ignored(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    """A compromised QEMU could report them, to have their scheduling changed."""
     from sevhop.process.scheduling import Roles
 
     guest = start(counter_machine(), old)

@@ -11,7 +11,7 @@ from tests.support.guests.lines import Line
 from tests.support.guests.running import Guest, wait_ended
 
 from .conftest import DescribeCounter, DescribeLinux, StartGuest
-from .hops import Meddler, hop
+from .hops import HopDriver, hop
 
 #: Seconds that the guest's watchdog goes without food (linux_init.c).
 WATCHDOG = 8.0
@@ -23,7 +23,9 @@ def pty(guest: Guest) -> Path:
     return Path(name.removeprefix("pty:"))
 
 
-def test_qxl_and_spice(tmp_path: Path, old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_qxl_and_spice_survive_a_hop(
+    tmp_path: Path, old: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     """Debian 12's QEMU has it, later ones have it in a package of their own."""
     spice = tmp_path / "spice.sock"
     words = ("-spice", f"unix=on,addr={spice},disable-ticketing=on", "-device", "qxl-vga")
@@ -37,10 +39,10 @@ def test_qxl_and_spice(tmp_path: Path, old: Path, counter_machine: DescribeCount
     assert verdict.unharmed, verdict
 
 
-def test_lines_and_a_watchdog(
+def test_lines_and_watchdog_work_after_hops(
     tmp_path: Path, old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest
 ) -> None:
-    """Somebody may connect again and is heard. The watchdog does not bite because of a hop, and still could."""
+    """A client may connect again. The watchdog does not expire because of a hop, and still works."""
     serial, channel = tmp_path / "line.sock", tmp_path / "channel.sock"
     more = (
         *("-chardev", f"socket,id=line,path={serial},server=on,wait=off", "-serial", "chardev:line"),
@@ -60,8 +62,8 @@ def test_lines_and_a_watchdog(
     guest.wait_for_ticks(5)
     assert all(line.answers("before") for line in lines)
 
-    # In a pause that is longer than the dog is patient.
-    report = Meddler().run(guest, new, at="save", mischief=lambda _: time.sleep(WATCHDOG + 1))
+    # In a downtime that is longer than the watchdog's timeout.
+    report = HopDriver().run(guest, new, at="save", fault=lambda _: time.sleep(WATCHDOG + 1))
     assert report.outcome == "done"
     guest.wait_for_ticks(5)
     assert all(line.answers("in the new one") for line in lines)

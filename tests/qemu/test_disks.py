@@ -1,5 +1,5 @@
 """
-Disks of a guest that has lived: what is in them now is what it has after a hop, or there is no hop.
+Disks of a guest that were changed while it ran: it has the same ones after a hop, or the hop is refused.
 
 The guest's own view of a disk is what ``qemu-io`` reads through its device.
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.engine.hop import Hop
-from sevhop.errors import Refused, Undone
+from sevhop.engine import transfer
+from sevhop.errors import Refused, RolledBack
 from sevhop_qmp.errors import CommandError
 from sevhop_qmp.monitor import Monitor
 
 from tests.support.guests.running import Guest, wait_until
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler, assert_unharmed, hop, kill_destination, sevhop
+from .hops import HopDriver, ObservedHop, assert_unharmed, followed_by, hop, kill_destination, sevhop
 
 MIB = 1 << 20
 
@@ -36,14 +36,14 @@ def image(path: Path, form: str = "qcow2", size: str = "16M") -> Path:
 
 
 def disk(guest: Guest, name: str = "") -> dict[str, Any]:
-    """What QEMU tells of a drive, by a part of its device; of the virtio disk without."""
+    """The row of a drive in query-block, by a part of its device; of the virtio disk without."""
     (row,) = (row for row in guest.execute("query-block") if (name or "virtio-backend") in row.get("qdev", ""))
     assert isinstance(row, dict)
     return row
 
 
 def io(guest: Guest, command: str, name: str = "") -> str:
-    """Read or write as the guest does; what QEMU says of it."""
+    """Read or write as the guest does. :return: QEMU's output."""
     row, before = disk(guest, name), len(guest.said())
     guest.execute("human-monitor-command", command_line=f'qemu-io -d {row["qdev"]} "{command}"')
     return guest.said()[before:]
@@ -55,9 +55,9 @@ def write(guest: Guest, pattern: int, name: str = "") -> None:
 
 def reads(guest: Guest, pattern: int, name: str = "") -> bool:
     """Whether the guest reads a pattern at the beginning of its disk."""
-    said = io(guest, f"read -P {pattern} 0 64k", name)
-    assert "read 65536" in said
-    return "verification failed" not in said
+    output = io(guest, f"read -P {pattern} 0 64k", name)
+    assert "read 65536" in output
+    return "verification failed" not in output
 
 
 def files(guest: Guest) -> set[str]:
@@ -66,7 +66,7 @@ def files(guest: Guest) -> set[str]:
 
 
 def locked(path: Path, form: str = "qcow2") -> bool:
-    """Whether another program is kept from writing to an image."""
+    """Whether another program cannot write to an image."""
     done = subprocess.run(["qemu-io", "-f", form, "-c", "write -P 7 8M 4k", path], capture_output=True, check=False)
     return done.returncode != 0
 
@@ -98,7 +98,7 @@ def committed_snapshot(guest: Guest) -> None:
 
 
 def merged_snapshot(guest: Guest) -> None:
-    """A snapshot that was merged into the disk that the guest has again; the node is still there, on top of it."""
+    """A snapshot that was merged into the disk that the guest uses again; its node still exists, on top of it."""
     added_snapshot(guest)
     write(guest, 0x22)
     guest.execute("block-commit", job_id="merge", device="overlay")
@@ -133,36 +133,36 @@ def test_disk_keeps_its_content_after_a_live_change(
     assert_unharmed(guest)
 
 
-@pytest.mark.parametrize("undone", [False, True])
-def test_what_no_device_has_is_given_up_when_the_guest_has_stopped(
-    undone: bool,
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_unused_node_is_given_up_when_the_guest_has_stopped(
+    rolled_back: bool,
     old: Path,
     new: Path,
     counter_machine: DescribeCounter,
     start: StartGuest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """QEMU gives up all that is below a node as well, and ends when its guest writes to that."""
+    """QEMU gives up all nodes below one as well, and aborts when its guest writes to these."""
     guest = start(counter_machine(disk_mib=16), old)
     path = image(guest.machine.directory / "apart.qcow2")
     guest.execute("blockdev-add", driver="qcow2", node_name="apart", file={"driver": "file", "filename": str(path)})
     merged_snapshot(guest)
     hop(guest, new)
-    said: list[str] = []
+    commands: list[str] = []
     execute = Monitor.execute
 
-    async def noted(self: Monitor, command: str, *arguments: Any, **options: Any) -> Any:
-        said.append(command)
+    async def recorded(self: Monitor, command: str, *arguments: Any, **options: Any) -> Any:
+        commands.append(command)
         return await execute(self, command, *arguments, **options)
 
-    monkeypatch.setattr(Monitor, "execute", noted)
-    if undone:
-        with pytest.raises(Undone):
-            Meddler().run(guest, old, at="load", mischief=kill_destination)
+    monkeypatch.setattr(Monitor, "execute", recorded)
+    if rolled_back:
+        with pytest.raises(RolledBack):
+            HopDriver().run(guest, old, at="load", fault=kill_destination)
         assert all(node["active"] for node in guest.execute("query-named-block-nodes"))
         write(guest, 0x33)
     hop(guest, old)
-    assert "blockdev-set-active" not in said[: said.index("stop")]
+    assert "blockdev-set-active" not in commands[: commands.index("stop")]
     write(guest, 0x44)
     hop(guest, new)
     assert reads(guest, 0x44)
@@ -201,11 +201,11 @@ CD = {
 
 
 @pytest.mark.parametrize("form", CD)
-def test_drive_has_the_medium_that_was_put_in(
+def test_drive_keeps_its_changed_medium(
     form: str, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     first, second = image(tmp_path / "first.iso", "raw"), image(tmp_path / "second.iso", "raw")
-    guest = start(counter_machine(more=tuple(word.format(first) for word in CD[form])), old)
+    guest = start(counter_machine(more=tuple(argument.format(first) for argument in CD[form])), old)
     guest.execute("blockdev-change-medium", id="cd0", filename=str(second), format="raw")
     for emulator in (new, old, new):
         hop(guest, emulator)
@@ -221,7 +221,7 @@ def test_drive_has_the_medium_that_was_put_in(
     assert_unharmed(guest)
 
 
-def test_disks_that_were_plugged_and_unplugged(
+def test_plugged_and_unplugged_disks_are_kept(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     more = (
@@ -249,10 +249,10 @@ def test_disks_that_were_plugged_and_unplugged(
     assert_unharmed(guest)
 
 
-def test_devices_that_were_plugged_into_a_newer_qemu(
+def test_devices_that_were_plugged_into_a_newer_qemu_are_kept(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
-    """It reports switches that the older one does not know, and that the machine type has set for that one's sake."""
+    """It reports properties that the older one does not know, and that the machine type has set for compatibility."""
     more = ("-device", "pcie-root-port,id=slot1,chassis=1", "-device", "virtio-scsi-pci,id=scsi")
     guest = start(counter_machine(more=more), new)
     path = image(tmp_path / "plugged.raw", "raw")
@@ -267,22 +267,22 @@ def test_devices_that_were_plugged_into_a_newer_qemu(
     assert_unharmed(guest)
 
 
-# -- refused: what cannot be given to another QEMU ---------------------------------------------------
+# -- refused: disks that cannot be handed over --------------------------------------------------------
 
 
 def refused(guest: Guest, new: Path) -> str:
-    """Have a hop refused, in a check as well. :return: why."""
+    """A hop that is refused, as well as its check. :return: the reason."""
     pid = guest.pid
-    meddler = Meddler()
+    driver = HopDriver()
     with pytest.raises(Refused) as caught:
-        meddler.run(guest, new)
-    assert "freeze" not in meddler.phases
+        driver.run(guest, new)
+    assert "stop" not in driver.phases
     assert guest.pid == pid
     assert sevhop("check", "--qmp", guest.machine.monitor, "--emulator", new).returncode == 1
     return str(caught.value)
 
 
-def test_image_that_was_exchanged_is_refused(
+def test_image_that_was_replaced_is_refused(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     guest = start(counter_machine(disk_mib=16), old)
@@ -293,7 +293,7 @@ def test_image_that_was_exchanged_is_refused(
     assert reads(guest, 0x11)
 
 
-def test_images_that_have_exchanged_their_names_are_refused(
+def test_images_whose_names_were_swapped_are_refused(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     more = []
@@ -341,23 +341,28 @@ def test_exported_disk_is_refused(
     assert_unharmed(guest, 3)
 
 
-# -- undone: what changes while a hop is prepared ------------------------------------------------------
+# -- rolled back: changes while a hop is prepared ------------------------------------------------------
 
 
-def on(path: Path, *commands: tuple[str, Mapping[str, object]]) -> Callable[[Hop], None]:
-    """Commands on another monitor, in the middle of a hop."""
+def on(path: Path, *commands: tuple[str, Mapping[str, object]]) -> Callable[..., None]:
+    """Commands on another monitor, during a hop."""
 
     async def run() -> None:
         async with await Monitor.connect(path) as monitor:
             for command, arguments in commands:
                 await monitor.execute(command, arguments)
 
-    def mischief(_: Hop) -> None:
+    def fault(*_: object) -> None:
         thread = threading.Thread(target=lambda: asyncio.run(run()))
         thread.start()
         thread.join()
 
-    return mischief
+    return fault
+
+
+def after_the_last_check(monkeypatch: pytest.MonkeyPatch, act: Callable[..., None]) -> None:
+    """A change after the last check of the hop, and before it stops the guest."""
+    monkeypatch.setattr(transfer, "verify_unchanged", followed_by(transfer.verify_unchanged, act))
 
 
 def with_second_monitor(tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
@@ -365,15 +370,15 @@ def with_second_monitor(tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
     return second, ("-qmp", f"unix:{second},server=on,wait=off")
 
 
-@pytest.mark.parametrize("phase", ["prepare", "freeze"])
-def test_snapshot_while_a_hop_is_prepared(
+@pytest.mark.parametrize("phase", ["prepare", "stop"])
+def test_snapshot_while_a_hop_is_prepared_rolls_back(
     phase: str, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     second, more = with_second_monitor(tmp_path)
     guest = start(counter_machine(disk_mib=16, more=more), old)
     arguments = {"node-name": "disk", "snapshot-file": str(tmp_path / "overlay"), "snapshot-node-name": "overlay"}
-    with pytest.raises((Refused, Undone), match=r"disk disk|overlay"):
-        Meddler().run(guest, new, at=phase, mischief=on(second, ("blockdev-snapshot-sync", arguments)))
+    with pytest.raises((Refused, RolledBack), match=r"disk disk|overlay"):
+        HopDriver().run(guest, new, at=phase, fault=on(second, ("blockdev-snapshot-sync", arguments)))
     assert files(guest) == {"overlay"}
     hop(guest, new)
     assert files(guest) == {"overlay"}
@@ -381,8 +386,8 @@ def test_snapshot_while_a_hop_is_prepared(
 
 
 @pytest.mark.parametrize("paused", [True, False])
-@pytest.mark.parametrize("phase", ["share", "save", "load"])
-def test_guest_that_is_resumed_in_the_middle_keeps_its_disks(
+@pytest.mark.parametrize("phase", ["map", "save", "load"])
+def test_guest_that_is_resumed_during_a_hop_keeps_its_disks(
     phase: str,
     paused: bool,
     tmp_path: Path,
@@ -392,24 +397,24 @@ def test_guest_that_is_resumed_in_the_middle_keeps_its_disks(
     start: StartGuest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A QEMU whose guest writes to an image that it was told to give up ends."""
+    """A QEMU whose guest writes to an image that it has given up aborts."""
     second, more = with_second_monitor(tmp_path)
     guest = start(counter_machine(disk_mib=16, more=more), new)
     merged_snapshot(guest)
     if paused:
         guest.execute("stop")
-    said: list[object] = []
+    commands: list[object] = []
     execute = Monitor.execute
 
-    async def noted(self: Monitor, command: str, arguments: Any = None, **options: Any) -> Any:
-        said.append((command, (arguments or {}).get("active")))
+    async def recorded(self: Monitor, command: str, arguments: Any = None, **options: Any) -> Any:
+        commands.append((command, (arguments or {}).get("active")))
         return await execute(self, command, arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "execute", noted)
-        with pytest.raises(Undone, match="the source runs although it was stopped"):
-            Meddler().run(guest, old, at=phase, mischief=on(second, ("cont", {})))
-    assert ("blockdev-set-active", False) not in said
+        patch.setattr(Monitor, "execute", recorded)
+        with pytest.raises(RolledBack, match="the source runs although it was stopped"):
+            HopDriver().run(guest, old, at=phase, fault=on(second, ("cont", {})))
+    assert ("blockdev-set-active", False) not in commands
     assert guest.execute("query-status")["running"]
     write(guest, 0x33)
     hop(guest, old)
@@ -417,60 +422,58 @@ def test_guest_that_is_resumed_in_the_middle_keeps_its_disks(
     assert_unharmed(guest)
 
 
-def test_throttle_while_a_hop_is_prepared(
+def test_throttle_while_a_hop_is_prepared_rolls_back(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
-    """Settings are carried when the destination has been started, and looked at once more before the guest stops."""
+    """Settings are carried over when the destination has been started, and verified before the guest stops."""
     second, more = with_second_monitor(tmp_path)
     guest = start(counter_machine(disk_mib=16, more=more), old)
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0)
     arguments = {"id": disk(guest)["qdev"], "iops": 4711, **limits}
-    with pytest.raises(Undone, match=r"the throttling of the guest was changed"):
-        Meddler().run(guest, new, at="freeze", mischief=on(second, ("block_set_io_throttle", arguments)))
+    with pytest.raises(RolledBack, match=r"the throttling of the guest was changed"):
+        HopDriver().run(guest, new, at="stop", fault=on(second, ("block_set_io_throttle", arguments)))
     hop(guest, new)
     assert disk(guest)["inserted"]["iops"] == 4711
     assert_unharmed(guest)
 
 
-def test_snapshot_after_the_last_look(
-    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+def test_snapshot_after_the_last_check_rolls_back(
+    tmp_path: Path,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody asks QEMU any more, but what the process has open tells."""
+    """QEMU is not queried any more, but the files that the process has open are compared."""
     second, more = with_second_monitor(tmp_path)
     guest = start(counter_machine(disk_mib=16, more=more), old)
     pid = guest.pid
     arguments = {"node-name": "disk", "snapshot-file": str(tmp_path / "overlay"), "snapshot-node-name": "overlay"}
 
-    def late(engine: Hop) -> None:
-        async def look() -> None:
-            await looks()
-            on(second, ("blockdev-snapshot-sync", arguments))(engine)
-
-        looks = engine._look_again
-        engine._look_again = look  # type: ignore[method-assign]
-
-    with pytest.raises(Undone, match="overlay was changed by somebody else"):
-        Meddler().run(guest, new, at="freeze", mischief=late)
+    after_the_last_check(monkeypatch, on(second, ("blockdev-snapshot-sync", arguments)))
+    with pytest.raises(RolledBack, match="overlay was changed by somebody else"):
+        HopDriver().run(guest, new)
     assert guest.pid == pid
     assert files(guest) == {"overlay"}
     assert_unharmed(guest)
 
 
-def test_block_job_begun_while_a_hop_is_prepared(
+def test_block_job_while_a_hop_is_prepared_rolls_back(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     second, more = with_second_monitor(tmp_path)
     guest = start(counter_machine(disk_mib=16, more=more), old)
     target: dict[str, object] = {"job-id": "move", "device": "disk", "target": str(tmp_path / "copy"), "sync": "full"}
-    with pytest.raises(Undone, match="job"):
-        Meddler().run(guest, new, at="freeze", mischief=on(second, ("drive-mirror", target)))
+    with pytest.raises(RolledBack, match="job"):
+        HopDriver().run(guest, new, at="stop", fault=on(second, ("drive-mirror", target)))
     assert [job["id"] for job in guest.execute("query-jobs")] == ["move"]
     assert_unharmed(guest)
 
 
 @pytest.mark.parametrize("locking", ["", ",locking=off"])
 @pytest.mark.parametrize("version", ["old", "new"])
-def test_disk_that_the_source_does_not_give_up(
+def test_disk_that_the_source_does_not_give_up_rolls_back(
     locking: str,
     version: str,
     tmp_path: Path,
@@ -478,8 +481,9 @@ def test_disk_that_the_source_does_not_give_up(
     new: Path,
     counter_machine: DescribeCounter,
     start: StartGuest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An export is added after the last look. QEMU 7.2 fails to save then, QEMU 10 does not say a word."""
+    """An export is added after the last check. QEMU 7.2 fails to save then, QEMU 10 reports no error."""
     ours, other = (old, new) if version == "old" else (new, old)
     second, more = with_second_monitor(tmp_path)
     path = image(tmp_path / "second.raw", "raw")
@@ -490,23 +494,24 @@ def test_disk_that_the_source_does_not_give_up(
     address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
     export = {"type": "nbd", "id": "backup", "node-name": "second", "writable": True}
 
-    def late(engine: Hop) -> None:
-        async def look() -> None:
-            await looks()
-            on(second, ("nbd-server-start", {"addr": address}), ("block-export-add", export))(engine)
-
-        looks = engine._look_again
-        engine._look_again = look  # type: ignore[method-assign]
-
-    with pytest.raises(Undone, match="given up disk second" if version == "new" else "cannot save its device state"):
-        Meddler().run(guest, other, at="freeze", mischief=late)
+    export_it = on(second, ("nbd-server-start", {"addr": address}), ("block-export-add", export))
+    after_the_last_check(monkeypatch, export_it)
+    reason = "given up disk second" if version == "new" else "cannot save its device state"
+    with pytest.raises(RolledBack, match=reason):
+        HopDriver().run(guest, other)
     assert guest.pid == pid
     assert_unharmed(guest)
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_guest_that_somebody_stops_stays_stopped(
-    late: bool, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+def test_guest_that_another_client_stops_stays_stopped(
+    late: bool,
+    tmp_path: Path,
+    old: Path,
+    new: Path,
+    counter_machine: DescribeCounter,
+    start: StartGuest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also right before the hop stops it, when its state is saved and its images are given up all the same."""
     second, more = with_second_monitor(tmp_path)
@@ -515,20 +520,16 @@ def test_guest_that_somebody_stops_stays_stopped(
     pid = guest.pid
     stop = on(second, ("stop", {}))
 
-    def mischief(engine: Hop) -> None:
-        async def look() -> None:
-            await looks()
-            stop(engine)
-            await asyncio.sleep(0.1)  # what our own monitor says of it has arrived
+    async def stop_and_wait(*arguments: Any) -> None:
+        await verify(*arguments)
+        stop()
+        await asyncio.sleep(0.1)  # our own monitor has received the event
 
-        if late:
-            looks = engine._look_again
-            engine._look_again = look  # type: ignore[method-assign]
-        else:
-            stop(engine)
-
-    with pytest.raises(Undone, match="somebody else"):
-        Meddler().run(guest, new, at="freeze", mischief=mischief)
+    verify = transfer.verify_unchanged
+    if late:
+        monkeypatch.setattr(transfer, "verify_unchanged", stop_and_wait)
+    with pytest.raises(RolledBack, match="somebody else"):
+        HopDriver().run(guest, new, at="" if late else "stop", fault=stop)
     assert guest.pid == pid
     assert guest.execute("query-status")["status"] == "paused"
     assert locked(guest.machine.disk)
@@ -539,8 +540,8 @@ def test_guest_that_somebody_stops_stays_stopped(
 # -- paused guests -----------------------------------------------------------------------------------
 
 
-def works_on_its_disk(guest: Guest, name: str) -> None:
-    """What a management program does with the disk of a paused guest; it takes a snapshot of a name."""
+def snapshot_and_write(guest: Guest, name: str) -> None:
+    """As a management program does with the disk of a paused guest: take a snapshot."""
     assert guest.execute("query-status")["status"] == "paused"
     assert locked(guest.machine.disk)
     guest.execute("blockdev-snapshot-internal-sync", device="disk", name=name)
@@ -555,13 +556,13 @@ def test_paused_guest_has_its_disks_after_hops(
     guest.execute("stop")
     for number, emulator in enumerate((new, new, old, old)):
         hop(guest, emulator)
-        works_on_its_disk(guest, f"after hop {number}")
+        snapshot_and_write(guest, f"after hop {number}")
     guest.execute("cont")
     assert_unharmed(guest)
 
 
 @pytest.mark.parametrize("version", ["old", "new"])
-def test_paused_guest_has_its_disks_after_a_hop_that_was_undone(
+def test_paused_guest_has_its_disks_after_a_rollback(
     version: str, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     ours, other = (old, new) if version == "old" else (new, old)
@@ -569,11 +570,11 @@ def test_paused_guest_has_its_disks_after_a_hop_that_was_undone(
     guest.wait_for_ticks(3)
     guest.execute("stop")
     for name in ("first", "second"):
-        with pytest.raises(Undone):
-            Meddler().run(guest, other, at="load", mischief=kill_destination)
-        works_on_its_disk(guest, name)
+        with pytest.raises(RolledBack):
+            HopDriver().run(guest, other, at="load", fault=kill_destination)
+        snapshot_and_write(guest, name)
     hop(guest, other)
-    works_on_its_disk(guest, "third")
+    snapshot_and_write(guest, "third")
     guest.execute("cont")
     assert_unharmed(guest)
 
@@ -582,7 +583,7 @@ def test_paused_guest_has_its_disks_after_a_hop_that_was_undone(
 
 
 def bitmap(guest: Guest) -> dict[str, Any]:
-    """The only one of the disk."""
+    """The only bitmap of the disk."""
     (found,) = disk(guest)["inserted"]["dirty-bitmaps"]
     assert isinstance(found, dict)
     return found
@@ -599,7 +600,7 @@ def recorded(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> 
     return guest
 
 
-def test_persistent_bitmap_records_on(recorded: Guest, old: Path, new: Path) -> None:
+def test_persistent_bitmap_keeps_recording(recorded: Guest, old: Path, new: Path) -> None:
     for number, emulator in enumerate((new, old), 2):
         hop(recorded, emulator)
         found = bitmap(recorded)
@@ -609,25 +610,25 @@ def test_persistent_bitmap_records_on(recorded: Guest, old: Path, new: Path) -> 
     assert_unharmed(recorded)
 
 
-def interrupted(engine: Hop) -> None:
+def interrupted(engine: ObservedHop) -> None:
     assert engine.interrupt()
 
 
-def disk_is_locked(engine: Hop) -> None:
-    """Somebody else has the disk when the destination takes its images."""
-    execute = engine._destination.monitor.execute
+def disk_is_locked(engine: ObservedHop) -> None:
+    """Another process has the disk when the destination activates its images."""
+    execute = engine.prepared.started.destination.monitor.execute
 
     async def and_lock(command: str, *arguments: Any, **named: Any) -> Any:
         if command != "cont":
             return await execute(command, *arguments, **named)
         raise CommandError("cont", 'Failed to get "write" lock')
 
-    engine._destination.monitor.execute = and_lock  # type: ignore[method-assign]
+    engine.prepared.started.destination.monitor.execute = and_lock  # type: ignore[method-assign]
 
 
-def images_are_taken(engine: Hop) -> None:
-    """The destination takes its images, and then it is too late for it to run."""
-    execute = engine._destination.monitor.execute
+def images_are_activated(engine: ObservedHop) -> None:
+    """The destination activates its images, and then fails to run."""
+    execute = engine.prepared.started.destination.monitor.execute
 
     async def take(command: str, *arguments: Any, **named: Any) -> Any:
         if command != "cont":
@@ -635,18 +636,18 @@ def images_are_taken(engine: Hop) -> None:
         await execute("blockdev-set-active", {"active": True})
         raise CommandError("cont", "it does not")
 
-    engine._destination.monitor.execute = take  # type: ignore[method-assign]
+    engine.prepared.started.destination.monitor.execute = take  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("mischief", [interrupted, disk_is_locked, images_are_taken])
-def test_persistent_bitmap_stays_usable_when_a_hop_is_undone(
-    mischief: Callable[[Hop], None], recorded: Guest, new: Path
+@pytest.mark.parametrize("fault", [interrupted, disk_is_locked, images_are_activated])
+def test_persistent_bitmap_stays_usable_after_a_rollback(
+    fault: Callable[[ObservedHop], None], recorded: Guest, new: Path
 ) -> None:
     pid = recorded.pid
-    meddler = Meddler()
-    with pytest.raises(Undone):
-        meddler.run(recorded, new, at="resume", mischief=mischief)
-    assert meddler.hop.report.notes == []
+    driver = HopDriver()
+    with pytest.raises(RolledBack):
+        driver.run(recorded, new, at="resume", fault=fault)
+    assert driver.hop.report.notes == []
     assert recorded.pid == pid
     found = bitmap(recorded)
     assert (found["persistent"], found["count"], found.get("inconsistent")) == (True, 65536, None)
@@ -654,11 +655,11 @@ def test_persistent_bitmap_stays_usable_when_a_hop_is_undone(
 
 
 def test_bitmap_that_is_lost_is_reported(recorded: Guest, new: Path) -> None:
-    """A destination that has taken the images is killed before it can give them up."""
+    """A destination that has activated the images is killed before it can give them up."""
 
-    def kill(engine: Hop) -> None:
-        images_are_taken(engine)
-        taking = engine._destination.monitor.execute
+    def kill(engine: ObservedHop) -> None:
+        images_are_activated(engine)
+        taking = engine.prepared.started.destination.monitor.execute
 
         async def take_and_die(command: str, *arguments: Any, **named: Any) -> Any:
             try:
@@ -667,12 +668,12 @@ def test_bitmap_that_is_lost_is_reported(recorded: Guest, new: Path) -> None:
                 kill_destination(engine)
                 raise
 
-        engine._destination.monitor.execute = take_and_die  # type: ignore[method-assign]
+        engine.prepared.started.destination.monitor.execute = take_and_die  # type: ignore[method-assign]
 
-    meddler = Meddler()
-    with pytest.raises(Undone):
-        meddler.run(recorded, new, at="resume", mischief=kill)
-    (note,) = meddler.hop.report.notes
+    driver = HopDriver()
+    with pytest.raises(RolledBack):
+        driver.run(recorded, new, at="resume", fault=kill)
+    (note,) = driver.hop.report.notes
     assert "dirty bitmap backup of disk disk cannot be used any more" in note
     assert_unharmed(recorded)
 
@@ -687,7 +688,7 @@ def test_bitmap_that_is_in_no_image_is_refused(recorded: Guest, old: Path, new: 
 
 
 @pytest.mark.parametrize("clients", [1, 2])
-def test_disk_of_an_nbd_server(
+def test_disk_of_an_nbd_server_needs_a_second_client(
     clients: int,
     tmp_path_factory: pytest.TempPathFactory,
     old: Path,
@@ -695,7 +696,7 @@ def test_disk_of_an_nbd_server(
     counter_machine: DescribeCounter,
     start: StartGuest,
 ) -> None:
-    """One that serves a single client, which is the default of qemu-nbd, keeps the second one waiting."""
+    """A server of a single client, which is the default of qemu-nbd, keeps the second one waiting."""
     directory = tmp_path_factory.mktemp("server")
     path = directory / "nbd"
     more = ("-blockdev", f"driver=nbd,node-name=far,server.type=unix,server.path={path}")
@@ -706,8 +707,8 @@ def test_disk_of_an_nbd_server(
             guest = start(counter_machine(more=(*more, "-device", "virtio-blk-pci,drive=far,id=disk1")), old)
             write(guest, 0x11)
             if clients == 1:
-                with pytest.raises(Undone, match="disk disk1 is reached by nbd"):
-                    Meddler().run(guest, new, start_timeout=3)
+                with pytest.raises(RolledBack, match="disk disk1 is reached by nbd"):
+                    HopDriver().run(guest, new, start_timeout=3)
             else:
                 hop(guest, new)
             assert reads(guest, 0x11)

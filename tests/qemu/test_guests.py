@@ -100,4 +100,4 @@ def test_linux_disk_is_really_judged(old: Path, linux_machine: DescribeLinux, st
         log.write(f"TICK {last} w=0 r={last} ping=0 mem=0\n")
     verdict = judge(guest.machine)
     assert verdict.ticks_lost == 2
-    assert verdict.disk_errors >= 2  # the guest may have written one more than it said
+    assert verdict.disk_errors >= 2  # the guest may have written one more than it reported

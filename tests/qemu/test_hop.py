@@ -17,25 +17,27 @@ from tests.support.guests.machine import I440FX, Q35
 from tests.support.guests.running import wait_until
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler, assert_unharmed, hop, sevhop
+from .hops import HopDriver, assert_unharmed, hop, sevhop
 
 
 @pytest.mark.parametrize("machine_type", [Q35, I440FX])
 @pytest.mark.parametrize("rich", [False, True])
-def test_there_and_back(
+def test_guest_is_unharmed_after_hops_there_and_back(
     machine_type: str, rich: bool, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     guest = start(counter_machine(type=machine_type, rich=rich, network=rich, disk_mib=16 if rich else 0), old)
     guest.wait_for_ticks(5)
     for emulator in (new, old, new):
         report = hop(guest, emulator)
-        assert report.blackout_ms is not None
+        assert report.downtime_ms is not None
         assert guest.pid == report.destination_pid
         guest.wait_for_ticks(5)
     assert_unharmed(guest)
 
 
-def test_under_tcg(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_guest_is_unharmed_after_hops_under_tcg(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     guest = start(counter_machine(accelerator="tcg", cpus=2), old)
     guest.wait_for_ticks(5)
     hop(guest, new)
@@ -53,7 +55,9 @@ def memory_of(pid: int) -> tuple[tuple[str, int], str]:
         process.close()
 
 
-def test_the_pages_are_the_same_ones(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_destination_maps_the_sources_own_pages(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     """The destination's start-up leaves the running guest's memory alone; then it maps the very same inode."""
     guest = start(counter_machine(memory_mib=64), old)
     guest.wait_for_ticks(5)
@@ -71,11 +75,11 @@ def test_the_pages_are_the_same_ones(old: Path, new: Path, counter_machine: Desc
 
     at_freeze: list[object] = []
     before_start = digest()
-    report = Meddler().run(
+    report = HopDriver().run(
         guest,
         new,
-        at="freeze",
-        mischief=lambda hop: at_freeze.extend([digest(), memory_of(hop.report.destination_pid)]),
+        at="stop",
+        fault=lambda hop: at_freeze.extend([digest(), memory_of(hop.report.destination_pid)]),
     )
     source.close()
     assert at_freeze == [before_start, (before[0], "r--s")], "unchanged, and not to be written until the hand-over"
@@ -89,7 +93,7 @@ def test_paused_guest_stays_paused(old: Path, new: Path, counter_machine: Descri
     guest.execute("stop")
     ticks = guest.seen().ticks
     report = hop(guest, new)
-    assert report.blackout_ms is None
+    assert report.downtime_ms is None
     assert guest.execute("query-status")["status"] == "paused"
     assert guest.seen().ticks == ticks
     guest.execute("cont")
@@ -192,7 +196,9 @@ def test_destination_is_like_the_source(
     destination.close()
 
 
-def test_command_line_tool(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_command_line_checks_and_hops(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(5)
     checked = sevhop("check", "--qmp", guest.machine.monitor, "--emulator", new)
@@ -200,26 +206,26 @@ def test_command_line_tool(old: Path, new: Path, counter_machine: DescribeCounte
     assert "PASS memory: 32 MiB in 1 shared memfd(s)" in checked.stdout
     assert "FAIL" not in checked.stdout
 
-    done = sevhop("hop", "--source", guest.machine.monitor, "--emulator", new, "--json")
+    done = sevhop("hop", "--qmp", guest.machine.monitor, "--emulator", new, "--json")
     assert done.returncode == 0, done
     report = json.loads(done.stdout)
     assert report["outcome"] == "done"
     assert report["context"] == "none"
     assert report["destination"]["pid"] == guest.pid
     names = [phase["name"] for phase in report["phases"]]
-    assert names == ["check", "hold", "prepare", "freeze", "share", "save", "load", "commit", "resume", "retire"]
+    assert names == ["check", "acquire", "prepare", "stop", "map", "save", "load", "commit", "resume", "finish"]
 
     command = guest.machine.command(old)
-    back = sevhop("hop", "--source", guest.machine.monitor, "--", *command)
+    back = sevhop("hop", "--qmp", guest.machine.monitor, "--", *command)
     assert back.returncode == 0, back
     assert len(back.stdout.splitlines()) == 1
-    assert "blackout" in back.stdout
+    assert "downtime" in back.stdout
     assert_unharmed(guest)
 
 
 def test_default_is_the_sources_own_emulator(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(3)
-    report = Meddler().run(guest, None)
+    report = HopDriver().run(guest, None)
     assert report.destination_version == report.source_version
     assert_unharmed(guest)

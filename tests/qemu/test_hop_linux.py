@@ -17,7 +17,9 @@ from .hops import hop
 HOPS = 20
 
 
-def test_twenty_hops_to_and_fro(old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
+def test_linux_guest_survives_twenty_hops(
+    old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest
+) -> None:
     guest = start(linux_machine(rich=True, cpus=2), old)
     guest.wait_for_ticks(10)
     versions = []
@@ -31,7 +33,7 @@ def test_twenty_hops_to_and_fro(old: Path, new: Path, linux_machine: DescribeLin
     assert verdict.ticks > 3 * HOPS
 
 
-def test_i440fx(old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
+def test_i440fx_guest_survives_hops(old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
     guest = start(linux_machine(type=I440FX), old)
     guest.wait_for_ticks(10)
     hop(guest, new)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from bench.pause import memory_of
+from bench.downtime import memory_of
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import MemoryMapping, QemuProcess
@@ -28,7 +28,7 @@ from tests.support.guests.machine import Machine
 from tests.support.guests.running import Guest
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler, hop, sevhop
+from .hops import HopDriver, hop, sevhop
 
 MIB = 1 << 20
 
@@ -55,7 +55,7 @@ def backend(name: str, mib: int, more: str = "") -> tuple[str, str]:
 
 
 def with_memory(described: DescribeCounter, mib: int, *words: str, **fields: object) -> Machine:
-    """A machine whose memory is what the words say, instead of one memfd."""
+    """A machine whose memory is given by these arguments, instead of one memfd."""
     return described(memory="private", memory_mib=mib, more=words, **fields)
 
 
@@ -74,9 +74,9 @@ def there_and_back(guest: Guest, old: Path, new: Path) -> None:
 
 
 def assert_refused(guest: Guest, emulator: Path, reason: str) -> None:
-    """A hop is refused, and the guest goes on in the same process."""
+    """A hop is refused, and the guest keeps running in the same process."""
     pid = guest.pid
-    done = sevhop("hop", "--source", guest.machine.monitor, "--emulator", emulator)
+    done = sevhop("hop", "--qmp", guest.machine.monitor, "--emulator", emulator)
     assert done.returncode == 1, done
     assert reason in done.stderr
     assert guest.pid == pid
@@ -104,7 +104,7 @@ class Mute(Commands):
         raise NotImplementedError
 
 
-def test_blocks_are_found_where_qemu_says_they_are(
+def test_ram_blocks_are_found_where_qemu_reports_them(
     new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     guest = start(counter_machine(rich=True, disk_mib=16, network=True), new)
@@ -113,16 +113,18 @@ def test_blocks_are_found_where_qemu_says_they_are(
         async with await Monitor.connect(guest.machine.monitor) as monitor:
             process = QemuProcess.open(monitor.peer)
             with contextlib.closing(process):
-                told = await ram_blocks.read(monitor, process)
-                assert len(told) > 5
+                reported = await ram_blocks.read(monitor, process)
+                assert len(reported) > 5
                 mute = Mute(monitor)
                 assert all(row.host is None for row in parse_ramblock_table(await mute.hmp("info ramblock")))
-                assert await ram_blocks.read(mute, process) == told
+                assert await ram_blocks.read(mute, process) == reported
 
     asyncio.run(play())
 
 
-def test_several_numa_nodes(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_guest_with_several_numa_nodes_hops(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     """Each has a memfd of the same name; the first has the guest's pages in it, the others are of the same size."""
     words = [(*backend(f"m{n}", 16), "-numa", f"node,nodeid={n},cpus={n},memdev=m{n}") for n in range(3)]
     guest = start(with_memory(counter_machine, 48, *chain(*words), cpus=3), old)
@@ -130,7 +132,7 @@ def test_several_numa_nodes(old: Path, new: Path, counter_machine: DescribeCount
     there_and_back(guest, old, new)
 
 
-def test_memory_that_was_plugged_in(
+def test_plugged_memory_must_be_given_to_the_destination(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     """The source's command line does not have it, so the destination's must be given."""
@@ -148,7 +150,7 @@ def test_memory_that_was_plugged_in(
     before = {one.inode for one in memories(guest.pid)}
     assert len(before) == 2
     plugged = (*backend("more", 128), "-device", "pc-dimm,id=dimm,memdev=more")
-    report = Meddler().run(guest, None, command=[*guest.machine.command(new), *plugged])
+    report = HopDriver().run(guest, None, command=[*guest.machine.command(new), *plugged])
     assert {one.inode for one in memories(report.destination_pid)} == before
     guest.wait_for_ticks(3)
     hop(guest, old)  # now it is on the command line
@@ -157,7 +159,9 @@ def test_memory_that_was_plugged_in(
     assert verdict.unharmed, verdict
 
 
-def test_huge_pages(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_hop_needs_no_more_huge_pages_than_the_guest_has(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     """As many as the guest has are enough."""
     words = (*backend("m", 32, ",hugetlb=on,hugetlbsize=2M"), "-machine", "memory-backend=m")
     try:
@@ -167,7 +171,9 @@ def test_huge_pages(old: Path, new: Path, counter_machine: DescribeCounter, star
         pytest.skip(str(err))
 
 
-def test_transparent_huge_pages(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_transparent_huge_pages_stay_whole_after_a_hop(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     """A hop leaves them whole."""
     try:
         with host_memory.transparent_huge_pages():
@@ -188,7 +194,7 @@ def test_transparent_huge_pages(old: Path, new: Path, counter_machine: DescribeC
         pytest.skip(str(err))
 
 
-def test_a_large_memory_that_is_hardly_touched(
+def test_hop_cost_does_not_grow_with_untouched_memory(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter
 ) -> None:
     """It costs what a small one costs: no page of it comes into being, no process grows with it. With 36 vCPUs."""
@@ -201,7 +207,7 @@ def test_a_large_memory_that_is_hardly_touched(
             report, command = measured_hop(guest, new)
             assert memfd(guest.pid).stat().st_blocks == touched
             assert len(guest.execute("query-cpus-fast")) == 36
-            costs.append(Cost(touched * 512, of_its_own(guest.pid), command, report["blackout_ms"]))
+            costs.append(Cost(touched * 512, of_its_own(guest.pid), command, report["downtime_ms"]))
             guest.wait_for_ticks(5)
             hop(guest, old)
             guest.wait_for_ticks(5)
@@ -227,12 +233,12 @@ class Cost(NamedTuple):
     touched: int
     destination: int
     command: int
-    blackout_ms: float
+    downtime_ms: float
 
 
 def measured_hop(guest: Guest, emulator: Path) -> tuple[dict[str, Any], int]:
     """Hop by the command; its report, and the bytes that it has had at most."""
-    command = [sys.executable, "-m", "sevhop.cli", "hop", "--source", guest.machine.monitor, "--emulator", emulator]
+    command = [sys.executable, "-m", "sevhop.cli", "hop", "--qmp", guest.machine.monitor, "--emulator", emulator]
     with subprocess.Popen([*map(str, command), "--json"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         report = json.load(process.stdout)
@@ -247,7 +253,7 @@ def of_its_own(pid: int) -> int:
     return int(re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0]) << 10
 
 
-def test_memory_in_a_file(
+def test_memory_in_a_file_is_refused(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     words = ("-object", f"memory-backend-file,id=m,size=32M,share=on,mem-path={tmp_path / 'memory'}")
@@ -255,12 +261,12 @@ def test_memory_in_a_file(
     assert_refused(guest, new, "memory: m is a memory-backend-file, not memfd")
 
 
-def test_a_private_memory(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_private_memory_is_refused(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
     guest = start(with_memory(counter_machine, 32), old)
     assert_refused(guest, new, "private to its QEMU")
 
 
-def test_a_dimm_that_is_a_file(
+def test_dimm_in_a_file_is_refused(
     tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     """An NVDIMM: what is written to it must be in its file, and that is not the hop's to promise."""
@@ -273,7 +279,7 @@ def test_a_dimm_that_is_a_file(
     assert_refused(start(with_memory(counter_machine, 32, *words), old), new, "n is a memory-backend-file, not memfd")
 
 
-def test_a_qemu_that_lies_about_the_size(
+def test_ram_block_of_a_wrong_size_is_refused(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     """What it says is compared with the memory itself."""

@@ -13,26 +13,26 @@ from sevhop_qmp.monitor import Monitor
 from .conftest import DescribeCounter, StartGuest
 
 
-def test_the_first_word(new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
-    """It is told of once, before what it means, and not when the monitor stays silent."""
+def test_first_data_callback_is_called_once(new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    """It is called once, before the data is parsed, and not while there is none."""
     guest = start(counter_machine(), new)
-    told: list[str] = []
+    order: list[str] = []
 
     async def play() -> None:
         async with await Monitor.connect(guest.machine.monitor) as monitor:
-            with monitor.at_the_first_word(lambda: told.append("a word")):
+            with monitor.on_first_data(lambda: order.append("data")):
                 for command in ("stop", "cont"):
                     await monitor.execute(command)
-                    told.append(command)
-            with monitor.at_the_first_word(lambda: told.append("another")):
+                    order.append(command)
+            with monitor.on_first_data(lambda: order.append("more data")):
                 pass
             await monitor.execute("query-status")
 
     asyncio.run(play())
-    assert told == ["a word", "stop", "cont"]
+    assert order == ["data", "stop", "cont"]
 
 
-def test_a_qemu_that_has_ended_says_nothing(new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_exited_qemu_sends_nothing(new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
     guest = start(counter_machine(), new)
 
     async def play() -> None:
@@ -42,7 +42,7 @@ def test_a_qemu_that_has_ended_says_nothing(new: Path, counter_machine: Describe
                 while True:
                     await monitor.execute("query-status")
             await monitor.close()
-            with pytest.raises(MonitorClosed, match="QEMU has hung up"), monitor.at_the_first_word(lambda: None):
+            with pytest.raises(MonitorClosed, match="QEMU has hung up"), monitor.on_first_data(lambda: None):
                 pass
 
     asyncio.run(play())

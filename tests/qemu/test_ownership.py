@@ -1,6 +1,6 @@
 """
-Which QEMU has the guest when the command has been killed right after the new one was let run, before that was written
-down; and that nobody can have the old one run it.
+Which QEMU has the guest when the command was killed right after the new one started it, before that was recorded; and
+that nobody can resume the old one.
 """
 
 from __future__ import annotations
@@ -20,45 +20,57 @@ from sevhop_qmp.process import QemuProcess
 
 from tests.support.guests.running import Guest, processes_of, wait_ended, wait_until
 
-from .broken_off import break_off, recover
 from .conftest import DescribeCounter, StartGuest
 from .hops import assert_unharmed, sevhop
+from .interrupted import interrupt_hop, recover
 
-#: A hop whose command is killed when the new QEMU has said that the guest runs, and before it hears that.
+#: A hop whose command is killed when the new QEMU has reported that the guest runs, and before the command reads that.
 KILLED = """
 import os, pathlib, select, signal, sys, asyncio
-from sevhop.hop import Hop, Options
+from sevhop.engine import hop as engine
+from sevhop.options import HopOptions
 
-end_stream = Hop._end_stream
+load = engine.load
 
-async def and_die(self):
-    await end_stream(self)
-    select.select([self._keeper._ours], [], [], 60)
-    os.kill(os.getpid(), signal.SIGKILL)
+async def load_and_die(hop, options, checked, prepared, stopped):
+    end = prepared.transfer.end
 
-Hop._end_stream = and_die
-asyncio.run(Hop(Options(pathlib.Path(sys.argv[1]), emulator=sys.argv[2])).run())
+    async def end_and_die():
+        await end()
+        select.select([prepared.started.keeper._ours], [], [], 60)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    prepared.transfer.end = end_and_die
+    await load(hop, options, checked, prepared, stopped)
+
+engine.load = load_and_die
+asyncio.run(engine.Hop(pathlib.Path(sys.argv[1]), HopOptions(emulator=sys.argv[2])).run())
 """
 
 
-#: A hop whose command and source are killed when the new QEMU has been given all, and before it has taken that.
+#: A hop whose command and source are killed when the new QEMU was given everything, and before it has read that.
 BOTH_KILLED = """
 import os, pathlib, signal, sys, asyncio
-from sevhop.hop import Hop, Options
-from sevhop_qmp.process import QemuProcess
+from sevhop.engine import hop as engine
+from sevhop.options import HopOptions
 
-end_stream = Hop._end_stream
+load = engine.load
 
-async def and_die(self):
-    destination = self._destination.process
-    assert await destination.freeze(10)
-    await end_stream(self)
-    self._source.kill()
-    assert await self._source.wait(10)
-    os.kill(os.getpid(), signal.SIGKILL)
+async def load_and_die(hop, options, checked, prepared, stopped):
+    end = prepared.transfer.end
 
-Hop._end_stream = and_die
-asyncio.run(Hop(Options(pathlib.Path(sys.argv[1]), emulator=sys.argv[2])).run())
+    async def end_and_die():
+        assert await prepared.started.destination.process.freeze(10)
+        await end()
+        checked.source.kill()
+        assert await checked.source.wait(10)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    prepared.transfer.end = end_and_die
+    await load(hop, options, checked, prepared, stopped)
+
+engine.load = load_and_die
+asyncio.run(engine.Hop(pathlib.Path(sys.argv[1]), HopOptions(emulator=sys.argv[2])).run())
 """
 
 
@@ -75,7 +87,7 @@ class Left:
         ticks = self.guest.seen().ticks
         command = [sys.executable, "-c", KILLED, str(self.guest.machine.monitor), str(new)]
         status = subprocess.run(command, capture_output=True, check=False).returncode
-        wait_until(lambda: self.guest.seen().ticks > ticks + 3, 30, "the guest goes on in the new QEMU")
+        wait_until(lambda: self.guest.seen().ticks > ticks + 3, 30, "the guest runs in the new QEMU")
         return status
 
     @property
@@ -104,18 +116,18 @@ def left(
 
 def test_recover_finishes_a_hop_whose_guest_runs(left: Left) -> None:
     answer = recover()
-    assert (answer["status"], answer["guests"][0]["end"]) == (0, "destination")
+    assert (answer["status"], answer["guests"][0]["result"]) == (0, "destination")
     assert left.alive == {left.destination}
     assert left.guest.pid == left.destination
     assert_unharmed(left.guest)
 
 
 def test_recover_keeps_a_new_qemu_whose_guest_was_stopped(left: Left) -> None:
-    """By whomever, or by an error: it is not let run either."""
+    """By whomever, or by an error: it is not resumed."""
     left.execute("stop")
     answer = recover()
     (one,) = answer["guests"]
-    assert (answer["status"], one["end"], one["text"]) == (0, "destination", "the guest is paused")
+    assert (answer["status"], one["result"], one["detail"]) == (0, "destination", "the guest is paused")
     assert left.alive == {left.destination}
     assert left.guest.execute("query-status")["status"] == "paused"
     left.guest.execute("cont")
@@ -131,33 +143,33 @@ def test_recover_leaves_a_new_qemu_that_does_not_answer(left: Left) -> None:
     assert left.alive == {left.source, left.destination}
     assert is_halted(left.source)
     os.kill(left.destination, signal.SIGCONT)
-    assert recover()["guests"][0]["end"] == "destination"
+    assert recover()["guests"][0]["result"] == "destination"
     assert_unharmed(left.guest)
 
 
-def test_recover_does_not_continue_the_old_qemu_when_the_new_one_has_ended(left: Left) -> None:
+def test_recover_does_not_resume_the_old_qemu_when_the_new_one_has_exited(left: Left) -> None:
     os.kill(left.destination, signal.SIGKILL)
     assert wait_ended(left.destination, 30)
     ticks = left.guest.seen().ticks
     answer = recover()
     (one,) = answer["guests"]
-    assert (answer["status"], one["end"]) == (5, "gone")
+    assert (answer["status"], one["result"]) == (5, "gone")
     assert left.alive == set()
     assert left.guest.seen().ticks == ticks
 
 
-def test_recover_halts_an_old_qemu_that_somebody_woke(left: Left) -> None:
-    """As long as it cannot be told where the guest is, nobody is to continue it."""
+def test_recover_halts_an_old_qemu_that_somebody_continued(left: Left) -> None:
+    """As long as it is unknown where the guest is, nobody can resume it."""
     os.kill(left.destination, signal.SIGSTOP)
     os.kill(left.source, signal.SIGCONT)
     assert sevhop("recover", "--timeout", "1").returncode == 4
     assert is_halted(left.source)
     os.kill(left.destination, signal.SIGCONT)
-    assert recover()["guests"][0]["end"] == "destination"
+    assert recover()["guests"][0]["result"] == "destination"
     assert_unharmed(left.guest)
 
 
-def test_nobody_continues_the_old_qemu(left: Left) -> None:
+def test_old_qemu_cannot_be_resumed_by_anybody(left: Left) -> None:
     async def cont() -> None:
         async with await Monitor.connect(left.guest.machine.monitor, greeting_timeout=1.0) as monitor:
             await monitor.execute("cont")
@@ -165,14 +177,14 @@ def test_nobody_continues_the_old_qemu(left: Left) -> None:
     with pytest.raises(MonitorError):
         asyncio.run(cont())
     assert is_halted(left.source)
-    assert recover()["guests"][0]["end"] == "destination"
+    assert recover()["guests"][0]["result"] == "destination"
     assert_unharmed(left.guest)
 
 
-def test_guest_runs_in_the_new_qemu_if_all_others_have_ended(
+def test_guest_runs_in_the_new_qemu_if_all_others_have_exited(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
-    """It has all of the guest, and there is nobody left whom it would have to ask."""
+    """It has all of the guest, and there is no keeper left that it would have to notify."""
     guest = start(counter_machine(disk_mib=16), old)
     guest.wait_for_ticks(3)
     source = guest.pid
@@ -182,9 +194,9 @@ def test_guest_runs_in_the_new_qemu_if_all_others_have_ended(
     assert destination != source
     ticks = guest.seen().ticks
     os.kill(destination, signal.SIGCONT)
-    wait_until(lambda: guest.seen().ticks > ticks + 3, 30, "the guest goes on in the new QEMU")
+    wait_until(lambda: guest.seen().ticks > ticks + 3, 30, "the guest runs in the new QEMU")
     answer = recover()
-    assert (answer["status"], answer["guests"][0]["end"]) == (0, "destination")
+    assert (answer["status"], answer["guests"][0]["result"]) == (0, "destination")
     assert_unharmed(guest)
 
 
@@ -201,14 +213,14 @@ def test_rolled_back_source_is_not_halted(
 ) -> None:
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(3)
-    assert break_off(guest, new, "after halt 0", "command") == -signal.SIGKILL
+    assert interrupt_hop(guest, new, "after halt 0", "command") == -signal.SIGKILL
     assert is_halted(_source_of_the_hop())
-    assert recover()["guests"][0]["end"] == "source"
+    assert recover()["guests"][0]["result"] == "source"
     assert_unharmed(guest)
 
 
 def _source_of_the_hop() -> int:
-    """Its monitor does not tell."""
+    """From the journal, since its monitor does not answer."""
     (path,) = journal.journals()
     return journal.read(path).source.pid
 
@@ -241,4 +253,4 @@ def test_clients_of_the_source_see_no_shutdown(
 
 
 def hop_of(guest: Guest, emulator: Path) -> tuple[str | Path, ...]:
-    return ("hop", "--source", guest.machine.monitor, "--emulator", emulator)
+    return ("hop", "--qmp", guest.machine.monitor, "--emulator", emulator)

@@ -1,6 +1,5 @@
 """
-The real-time priority that a hop lends for the moment in which the guest stands still: nothing of it is left, whatever
-ends the command.
+The realtime priority of threads during the downtime: it is always reset, however the command ends.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import pytest
 from tests.support.guests.machine import Machine
 from tests.support.guests.running import Guest, processes_of, wait_until
 
-from .broken_off import break_off, recover
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler, assert_unharmed
+from .hops import HopDriver, assert_unharmed
+from .interrupted import interrupt_hop, recover
 from .launched import Launched, user
 
 NOBODY = 65534
@@ -52,49 +51,51 @@ def guest(
     return guest
 
 
-def test_library_takes_it_back_before_the_guest_runs(guest: Guest, new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else does: neither the command nor the watch has a say in it."""
+def test_library_resets_priority_before_the_guest_runs(
+    guest: Guest, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the command nor the watchdog does it here."""
     seen: list[str] = []
-    monkeypatch.setattr("sevhop.engine.hop.Watch", NoWatch)
-    monkeypatch.setattr("sevhop.engine.realtime_reset.take_back", lambda _: None)
-    report = Meddler().run(guest, new)
+    monkeypatch.setattr("sevhop.engine.prepare.Watchdog", NoWatchdog)
+    monkeypatch.setattr("sevhop.engine.realtime_reset.reset", lambda _: None)
+    report = HopDriver().run(guest, new)
     assert report.outcome == "done"
     guest.wait_for_ticks(3)
-    # The first thread has it until the guest runs, and gives it back then.
+    # The first thread is boosted until the guest runs, and is reset then.
     wait_until(lambda: not with_priority(guest.pid), 10, f"no thread has a priority, {seen}")
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # ours, which nobody has taken back
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # ours, which nobody has reset
     assert_unharmed(guest)
 
 
-class NoWatch:
-    """In its place: it does nothing."""
+class NoWatchdog:
+    """A watchdog that does nothing."""
 
     @classmethod
-    def start(cls) -> NoWatch:
+    def start(cls) -> NoWatchdog:
         return cls()
 
-    def over(self, *_: int) -> None:
+    def watch(self, *_: int) -> None:
         return
 
     async def close(self) -> None:
         return
 
 
-@pytest.mark.parametrize("point", ["phase freeze", "before stop 0", "after stop 0", "phase load", "after stream-end 0"])
-def test_killed_command_leaves_none(
+@pytest.mark.parametrize("point", ["phase stop", "before stop 0", "after stop 0", "phase load", "after stream-end 0"])
+def test_killed_command_leaves_no_priority(
     point: str, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     guest = start(counter_machine(cpus=2, more=SANDBOX), old)
     guest.wait_for_ticks(3)
-    assert break_off(guest, new, point, "command") == -signal.SIGKILL
+    assert interrupt_hop(guest, new, point, "command") == -signal.SIGKILL
     for pid in processes_of(guest.machine.directory):
         wait_until(lambda pid=pid: not with_priority(pid), 10, "no thread has a priority")  # type: ignore[misc]
     assert recover()["status"] == 0
     assert_unharmed(guest)
 
 
-def test_timer_slack_is_what_it_was(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
-    """A thread with a priority has none; afterwards the kernel gives it the one that it was born with."""
+def test_timer_slack_is_restored(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+    """A thread with a realtime priority has none; afterwards the kernel gives it the default."""
     guest = start(counter_machine(), old)
     pid = guest.pid
 
@@ -107,8 +108,8 @@ def test_timer_slack_is_what_it_was(old: Path, new: Path, counter_machine: Descr
         raise OSError
 
     with contextlib.suppress(Exception):
-        Meddler().run(guest, new, at="share", mischief=fail)
+        HopDriver().run(guest, new, at="map", fault=fail)
     assert (guest.pid, slack(pid)) == (pid, "31415\n")
-    Meddler().run(guest, new)
+    HopDriver().run(guest, new)
     assert (guest.pid != pid, slack(guest.pid)) == (True, "31415\n")
     assert_unharmed(guest)

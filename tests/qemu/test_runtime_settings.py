@@ -1,4 +1,4 @@
-"""What was set in a QEMU since its start, by QMP alone: it is there after a hop, or the hop says that it is not."""
+"""What was set in a QEMU since its start, by QMP alone: it is kept by a hop, or noted in its report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sevhop_qmp.process import QemuProcess
 from tests.support.guests.running import Guest
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import Meddler
+from .hops import HopDriver
 
 NOTHING = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
 
@@ -31,7 +31,7 @@ def set_by_qmp(guest: Guest, command: str, arguments: dict[str, Any]) -> Any:
 
 
 def settings(guest: Guest) -> dict[str, Any]:
-    """What QEMU tells of them, not by way of what is tested."""
+    """The settings, read without the code under test."""
     disks = {}
     for row in guest.execute("query-block"):
         if inserted := row.get("inserted"):
@@ -57,7 +57,7 @@ def settings(guest: Guest) -> dict[str, Any]:
     }
 
 
-def test_is_set_in_the_new_qemu(
+def test_settings_are_set_in_the_new_qemu(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, tmp_path: Path
 ) -> None:
     image = tmp_path / "data.qcow2"
@@ -88,17 +88,17 @@ def test_is_set_in_the_new_qemu(
     (port,) = (row[2] for row in before["ports"])
     for line in (f"hostfwd_remove net tcp:127.0.0.1:{port}", "hostfwd_add net tcp:127.0.0.1:0-10.0.2.15:3"):
         guest.execute("human-monitor-command", command_line=line)
-    lived = settings(guest)
-    assert all(lived[name] != before[name] for name in lived if name != "identity")
+    changed = settings(guest)
+    assert all(changed[name] != before[name] for name in changed if name != "identity")
     for emulator in (new, old):
-        report = Meddler().run(guest, emulator)
+        report = HopDriver().run(guest, emulator)
         assert (report.outcome, report.notes) == ("done", [])
-        assert settings(guest) == lived
+        assert settings(guest) == changed
         guest.wait_for_ticks(3)
 
 
 @pytest.mark.parametrize("password", [False, True])
-def test_a_password_is_told_of(
+def test_password_is_noted(
     password: bool, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, tmp_path: Path
 ) -> None:
     """It cannot be read."""
@@ -107,13 +107,13 @@ def test_a_password_is_told_of(
     guest.wait_for_ticks(3)
     if password:
         guest.execute("set_password", protocol="vnc", password="secret")
-    report = Meddler().run(guest, new)
+    report = HopDriver().run(guest, new)
     assert [note for note in report.notes if "the password of VNC display default" in note] == report.notes
     assert bool(report.notes) == password
     guest.wait_for_ticks(3)
 
 
-def test_a_display_that_was_moved_is_refused(
+def test_display_that_was_moved_is_refused(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, tmp_path: Path
 ) -> None:
     guest = start(counter_machine(more=("-vnc", f"unix:{tmp_path}/vnc")), old)
@@ -121,18 +121,18 @@ def test_a_display_that_was_moved_is_refused(
     pid = guest.pid
     guest.execute("display-update", type="vnc", addresses=[{"type": "unix", "path": f"{tmp_path}/moved"}])
     with pytest.raises(Refused, match=f"VNC display default listens at unix {tmp_path}/vnc in the destination"):
-        Meddler().run(guest, new)
+        HopDriver().run(guest, new)
     assert guest.pid == pid
     guest.wait_for_ticks(3)
 
 
-def test_what_was_added_is_told_of(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_added_objects_are_noted(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
     guest = start(counter_machine(more=("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net")), old)
     guest.wait_for_ticks(3)
     guest.execute("human-monitor-command", command_line="hostfwd_add net udp:127.0.0.1:0-10.0.2.16:4")
     guest.execute("object-add", qom_type="iothread", id="later")
     guest.execute("chardev-add", id="line", backend={"type": "null", "data": {}})
-    report = Meddler().run(guest, new)
+    report = HopDriver().run(guest, new)
     port, thread, line = report.notes
     assert "the forwarded port net udp:127.0.0.1:" in port  # the old QEMU still has it
     assert "object later (iothread) was added" in thread
@@ -140,32 +140,28 @@ def test_what_was_added_is_told_of(old: Path, new: Path, counter_machine: Descri
     guest.wait_for_ticks(3)
 
 
-#: What TCG's ``max`` has in QEMU 7.2, and not in 10.0.
+#: A feature that TCG's ``max`` has in QEMU 7.2, and not in 10.0.
 _LOST = "pcommit"
 
 
-def test_a_feature_that_the_processors_would_lose_is_refused(
-    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
-) -> None:
+def test_lost_cpu_feature_is_refused(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
     guest = start(counter_machine(accelerator="tcg", cpu="max"), old)
     guest.wait_for_ticks(3)
     pid = guest.pid
     with pytest.raises(Refused, match=rf"would lose CPUID 7.0 EBX bit 22 \({_LOST}\)"):
-        Meddler().run(guest, new, timeout=60)
+        HopDriver().run(guest, new, timeout=60)
     assert guest.pid == pid
     guest.wait_for_ticks(3)
 
 
-def test_a_feature_that_they_gain_is_told_of(
-    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
-) -> None:
+def test_gained_cpu_feature_is_noted(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
     guest = start(counter_machine(accelerator="tcg", cpu=f"max,{_LOST}=off"), old)
     guest.wait_for_ticks(3)
-    report = Meddler().run(guest, new, timeout=60)
+    report = HopDriver().run(guest, new, timeout=60)
     (note,) = report.notes
     assert "gives the guest's processors more: " in note
     assert "CPUID 7.0 EBX bit 29" in note  # sha-ni
     guest.wait_for_ticks(3)
     with pytest.raises(Refused, match=r"would lose .*sha-ni"):
-        Meddler().run(guest, old, timeout=60)
+        HopDriver().run(guest, old, timeout=60)
     guest.wait_for_ticks(3)

@@ -1,4 +1,4 @@
-"""The session that a hop was started from ends, or stands still: the guest does not."""
+"""The session that a hop was started from ends, or is suspended: the guest keeps running."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from .hops import assert_unharmed
 #: The command, which at the beginning of a phase does something to itself.
 PROGRAM = """
 import asyncio, os, signal, sys
-from sevhop import cli, hop
+from sevhop.cli import commands
+from sevhop.engine.transaction import Transaction
 
 phase, monitor, emulator = sys.argv[1:]
-name = f"_{phase}"
-original = getattr(hop.Hop, name)
+run_phase = Transaction.run_phase
 
-async def held(self):
-    print("reached", file=sys.__stderr__, flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
-    await original(self)
+async def halting(self, name, work):
+    async def halted():
+        if name == phase:
+            print("reached", file=sys.__stderr__, flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+        return await work
+    return await run_phase(self, name, halted())
 
-setattr(hop.Hop, name, held)
-sys.exit(cli.main(["--verbose", "hop", "--source", monitor, "--emulator", emulator]))
+Transaction.run_phase = halting
+sys.exit(commands.main(["--verbose", "hop", "--qmp", monitor, "--emulator", emulator]))
 """
-UNDOING = [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM]
+INTERRUPTING = [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.fixture
@@ -44,13 +47,13 @@ def guest(old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Gue
     return guest
 
 
-class HeldHop:
-    """A hop that waits at the beginning of a phase until it is told to go on."""
+class WaitingHop:
+    """A hop that waits at the beginning of a phase until it is continued."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def go_on(self) -> int:
+    def proceed(self) -> int:
         """:return: its exit status."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
@@ -58,39 +61,39 @@ class HeldHop:
         return self.process.wait(60)
 
 
-def held_at(phase: str, guest: Guest, emulator: Path, *wrapper: str) -> Iterator[HeldHop]:
+def waiting_at(phase: str, guest: Guest, emulator: Path, *wrapper: str) -> Iterator[WaitingHop]:
     command = [*wrapper, sys.executable, "-c", PROGRAM, phase, str(guest.machine.monitor), str(emulator)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stderr is not None
         while process.stderr.readline() != "reached\n":
             assert process.poll() is None
-        yield HeldHop(process)
+        yield WaitingHop(process)
         process.kill()
 
 
-@pytest.mark.parametrize("number", UNDOING)
-def test_signal_of_an_ending_session_undoes_the_hop(number: signal.Signals, guest: Guest, new: Path) -> None:
+@pytest.mark.parametrize("number", INTERRUPTING)
+def test_signal_of_an_ending_session_rolls_the_hop_back(number: signal.Signals, guest: Guest, new: Path) -> None:
     pid = guest.pid
-    for held in held_at("share", guest, new):
-        held.process.send_signal(number)
-        assert held.go_on() == 3
+    for waiting in waiting_at("map", guest, new):
+        waiting.process.send_signal(number)
+        assert waiting.proceed() == 3
     assert guest.pid == pid
     assert guest.execute("query-status")["status"] == "running"
     assert_unharmed(guest)
 
 
 def test_hop_is_not_stopped_by_the_terminal(guest: Guest, new: Path) -> None:
-    for held in held_at("share", guest, new):
-        held.process.send_signal(signal.SIGTSTP)
-        assert held.go_on() == 0
+    for waiting in waiting_at("map", guest, new):
+        waiting.process.send_signal(signal.SIGTSTP)
+        assert waiting.proceed() == 0
     assert_unharmed(guest)
 
 
 def test_nohup_is_respected(guest: Guest, new: Path) -> None:
-    for held in held_at("share", guest, new, "nohup"):
-        held.process.send_signal(signal.SIGHUP)
-        assert held.go_on() == 0
+    for waiting in waiting_at("map", guest, new, "nohup"):
+        waiting.process.send_signal(signal.SIGHUP)
+        assert waiting.proceed() == 0
     assert_unharmed(guest)
 
 
@@ -102,23 +105,23 @@ def test_destination_gets_the_default_signal_actions(guest: Guest, old: Path, ne
         return int(status.partition("SigIgn:")[2].split()[0], 16)
 
     before = ignored()
-    for held in held_at("share", guest, new):
-        assert held.go_on() == 0
+    for waiting in waiting_at("map", guest, new):
+        assert waiting.proceed() == 0
     assert f"{ignored() & ~before:#x}" == "0x0"
 
 
-def test_output_that_nobody_reads_does_not_break_off_a_hop(guest: Guest, new: Path) -> None:
-    for held in held_at("share", guest, new):
-        assert held.process.stdout is not None
-        assert held.process.stderr is not None
-        held.process.stdout.close()
-        held.process.stderr.close()
-        assert held.go_on() == 0
+def test_closed_output_does_not_interrupt_a_hop(guest: Guest, new: Path) -> None:
+    for waiting in waiting_at("map", guest, new):
+        assert waiting.process.stdout is not None
+        assert waiting.process.stderr is not None
+        waiting.process.stdout.close()
+        waiting.process.stderr.close()
+        assert waiting.proceed() == 0
     assert_unharmed(guest)
 
 
-def test_output_that_is_not_taken_does_not_hold_a_hop(guest: Guest, new: Path) -> None:
-    """As on a terminal after Ctrl-S, or behind a connection that has dropped."""
+def test_blocked_output_does_not_delay_a_hop(guest: Guest, new: Path) -> None:
+    """As on a terminal after Ctrl-S, or on a dropped connection."""
     pid = guest.pid
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
@@ -127,7 +130,7 @@ def test_output_that_is_not_taken_does_not_hold_a_hop(guest: Guest, new: Path) -
             os.write(theirs, bytes(4096))
     except BlockingIOError:
         os.set_blocking(theirs, True)
-    command = [sys.executable, "-m", "sevhop.cli", "--verbose", "hop", "--source", str(guest.machine.monitor)]
+    command = [sys.executable, "-m", "sevhop.cli", "--verbose", "hop", "--qmp", str(guest.machine.monitor)]
     with subprocess.Popen([*command, "--emulator", str(new)], stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -16,18 +17,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sevhop.disks.block_graph import BlockGraph
+from sevhop.engine import check, finish, prepare, realtime, transfer
+from sevhop.engine import hop as engine
+from sevhop.engine.check import Acquired, Checked
 from sevhop.engine.destination import Destination
-from sevhop.engine.guest_paths import NamePlates
-from sevhop.engine.hop import Hop, Options
+from sevhop.engine.guest_paths import GuestPaths
+from sevhop.engine.hop import Hop
 from sevhop.engine.interrupted_qemu import NewQemu, OldQemu
 from sevhop.engine.recovery import InterruptedHop
-from sevhop.engine.recovery_result import Recovered
+from sevhop.engine.recovery_result import RecoveredGuest
 from sevhop.engine.source_watch import SourceWatch
+from sevhop.engine.start import Started
 from sevhop.guest.command_line import Derived
 from sevhop.guest.inspection import SevContext
-from sevhop.keeper.handover import Held, Keeper
-from sevhop.records.journal import Entry, Process
+from sevhop.keeper.handover import SourceHandles
+from sevhop.keeper.local import LocalKeeper
+from sevhop.options import HopOptions
+from sevhop.records.journal import HopRecord, Process
 from sevhop.report import Report
 from sevhop_qmp.errors import MonitorClosed, MonitorTimeout, SevhopError, StateError
 from sevhop_qmp.process import Descriptor
@@ -46,19 +54,19 @@ class Listener:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
-        self._heard: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
 
-    def tell(self, name: str) -> None:
+    def emit(self, name: str) -> None:
         """An event happens."""
         if name in self._names:
-            self._heard.append({"event": name})
+            self._events.append({"event": name})
 
     def empty(self) -> bool:
-        return not self._heard
+        return not self._events
 
     def clear(self) -> list[dict[str, Any]]:
-        heard, self._heard = self._heard, []
-        return heard
+        events, self._events = self._events, []
+        return events
 
 
 @dataclass
@@ -79,10 +87,10 @@ class Qemu:
     ran: bool = False
     listeners: list[Listener] = field(default_factory=list)
 
-    def tell(self, event: str) -> None:
-        """Whoever listens hears of it."""
+    def emit(self, event: str) -> None:
+        """To all listeners."""
         for listener in self.listeners:
-            listener.tell(event)
+            listener.emit(event)
 
     @property
     def executes(self) -> bool:
@@ -95,7 +103,7 @@ class Qemu:
 
 
 class Actor:
-    """Who hops, or recovers: a task that stands at a gate. When it is killed it never comes further."""
+    """A hop or a recovery: a task that waits at a gate. When it is killed it never proceeds."""
 
     def __init__(self) -> None:
         self.task: asyncio.Task[Any]
@@ -104,7 +112,7 @@ class Actor:
         self._gates: list[asyncio.Future[None]] = []
 
     async def gate(self) -> None:
-        """Wait until the test lets it do what it does next."""
+        """Wait until the test lets it do its next step."""
         if not self.over:
             gate = asyncio.get_running_loop().create_future()
             self._gates.append(gate)
@@ -117,14 +125,14 @@ class Actor:
             raise MonitorClosed("the test is over")
 
     def open_gate(self) -> bool:
-        """:return: whether it stood at one."""
+        """:return: whether it waited at one."""
         if self.dead or not self._gates:
             return False
         self._gates.pop(0).set_result(None)
         return True
 
     def end(self) -> None:
-        """Whatever it still wants to do fails, so that nothing of it is left."""
+        """All its further steps fail, so that nothing of it is left."""
         self.dead = self.over = True
         for gate in self._gates:
             if not gate.done():
@@ -147,11 +155,11 @@ class World:
         self.mark: RunMark | None = None  # the source's own descriptor of it
         self.keeper: socket.socket | None = None  # the destination's end of the connection
         self.destination_mark = -1
-        self.tells_keeper = False
+        self.notify_keeper = False
         self.step = ""  # of the destination
         self.given = False
         self.stream_ended = False
-        self.entry: Entry | None = None  # the journal; None when there is none
+        self.entry: HopRecord | None = None  # the journal; None when there is none
         self.wishes_to_stop = not running
         self._closing = contextlib.ExitStack()
 
@@ -198,26 +206,26 @@ class World:
         if qemu is self.destination and not self._before_run(qemu):
             return
         qemu.running = True
-        qemu.tell("RESUME")
+        qemu.emit("RESUME")
         self.look()
 
     def stop(self, qemu: Qemu) -> None:
-        """As QEMU does it: one that does not run tells nothing."""
+        """As QEMU does it: one that does not run emits nothing."""
         if qemu.running:
             qemu.running = False
-            qemu.tell("STOP")
+            qemu.emit("STOP")
 
     def _before_run(self, qemu: Qemu) -> bool:
         if not qemu.ran:
-            told, self.tells_keeper = self.tells_keeper, False
-            if told and not self._tell_keeper():
+            notify, self.notify_keeper = self.notify_keeper, False
+            if notify and not self._notify_keeper():
                 self.die(qemu)
                 return False
             self._write_mark(RunState.RAN)
             qemu.ran = True
         return True
 
-    def _tell_keeper(self) -> bool:
+    def _notify_keeper(self) -> bool:
         self._write_mark(RunState.STARTING)
         if self._send_run() or not self.source.alive:
             return True
@@ -237,14 +245,14 @@ class World:
 
     # -- the destination's own steps ---------------------------------------------------------------
 
-    def start_destination(self, keeper: Keeper, mark: RunMark) -> Qemu:
+    def start_destination(self, keeper: LocalKeeper, mark: RunMark) -> Qemu:
         assert self.destination is None
         self.directory.mkdir()
         self.keeper = socket.socket(fileno=os.dup(keeper.theirs.fileno()))
         self.keeper.setblocking(False)
         self.destination_mark = os.dup(mark.fileno())
         self._closing.callback(os.close, self.destination_mark)
-        self.tells_keeper = True
+        self.notify_keeper = True
         self.destination = Qemu(DESTINATION)
         self.step = "waits"
         return self.destination
@@ -269,7 +277,7 @@ class World:
                 self.step = "loaded"
             case "waits" if command_is_dead:  # it has closed its pipe
                 self.die(qemu)
-            case "loaded" if self.running and not qemu.ran and self.tells_keeper:
+            case "loaded" if self.running and not qemu.ran and self.notify_keeper:
                 self._write_mark(RunState.STARTING)
                 self.step = "starting"
             case "starting":
@@ -279,7 +287,7 @@ class World:
                 self.die(qemu)
             case "sent":
                 self._write_mark(RunState.RAN)
-                self.tells_keeper = False
+                self.notify_keeper = False
                 qemu.ran = True
                 qemu.running = True
                 self.step = "runs"
@@ -385,11 +393,19 @@ class SimulatedMonitor:
                 return {"running": self._qemu.running, "status": status}
             case "x-sev-adopt-status":
                 facts = dict.fromkeys(("context", "source", "ram"), "")
-                numbers = ("answered", "regions", "runs-refused", "vm-type", "vcpus", "registers-held", "listeners")
-                told = {"moved": False, "finished": False, "ran": self._qemu.ran, "memfds": []}
-                return facts | dict.fromkeys(numbers, 0) | told
+                numbers = (
+                    "emulated-launch-commands",
+                    "deferred-regions",
+                    "refused-starts",
+                    "vm-type",
+                    "vcpus",
+                    "deferred-registers",
+                    "listeners",
+                )
+                flags = {"moved": False, "finished": False, "ran": self._qemu.ran, "memfds": []}
+                return facts | dict.fromkeys(numbers, 0) | flags
             case "x-sev-adopt-ram":
-                self._world.tells_keeper = False
+                self._world.notify_keeper = False
                 return {"mappings": 1, "bytes": 1}
             case "query-fdsets" | "query-named-block-nodes" | "query-block" | "query-block-exports":
                 return []
@@ -412,12 +428,12 @@ class SimulatedMonitor:
         finally:
             self._qemu.listeners.remove(listener)
 
-    async def seen(self, listener: Listener) -> bool:
+    async def has_events(self, listener: Listener) -> bool:
         await self._actor.gate()
         return not listener.empty()
 
     @contextlib.contextmanager
-    def at_the_first_word(self, act: Callable[[], None]) -> Iterator[None]:
+    def on_first_data(self, act: Callable[[], None]) -> Iterator[None]:
         act()
         yield
 
@@ -451,10 +467,10 @@ class SimulatedState:
     def begin(self, *, timeout: float) -> None:
         self._begun = True
 
-    def announce(self) -> None:
+    def send_first_byte(self) -> None:
         pass
 
-    async def pass_on(self, *, timeout: float) -> None:
+    async def forward(self, *, timeout: float) -> None:
         await self._actor.gate()
         if not self._world.source.alive:
             raise MonitorClosed("QEMU hung up during xen-save-devices-state")
@@ -488,7 +504,7 @@ class SimulatedState:
 class SimulatedJournal:
     """What stands in for a :class:`sevhop.records.journal.Journal`."""
 
-    def __init__(self, world: World, actor: Actor, entry: Entry) -> None:
+    def __init__(self, world: World, actor: Actor, entry: HopRecord) -> None:
         self._world = world
         self._actor = actor
         world.entry = entry
@@ -496,14 +512,9 @@ class SimulatedJournal:
     def write(self, facts: Mapping[str, Any], *, flush: bool = True) -> None:
         if not self._actor.dead:
             assert self._world.entry is not None
-            self._world.entry = self._world.entry.with_facts(
+            self._world.entry = self._world.entry.with_fields(
                 {name: vars(fact) if isinstance(fact, Process) else fact for name, fact in facts.items()}
             )
-
-    @property
-    def entry(self) -> Entry:
-        assert self._world.entry is not None
-        return self._world.entry
 
     def end(self) -> None:
         if not self._actor.dead:
@@ -514,8 +525,8 @@ class SimulatedJournal:
 
 
 @dataclass
-class _Carrier:
-    def carry(self) -> int:
+class _RamBlockSync:
+    def sync(self) -> int:
         return 0
 
 
@@ -525,10 +536,10 @@ class _NoDisks:
     graph = BlockGraph({}, {}, ())
     spares_given_up = False
 
-    async def see_unchanged_when_stopped(self) -> None:
+    async def verify_unchanged_when_stopped(self) -> None:
         pass
 
-    async def see_given_up(self, monitor: object, *, again: bool, see_stopped: object) -> None:
+    async def verify_given_up(self, monitor: object, *, again: bool, verify_stopped: object) -> None:
         pass
 
     async def lost_bitmaps(self, monitor: object) -> list[str]:
@@ -544,34 +555,47 @@ class _Anything:
 
 
 class SimulatedHop(Hop):
-    """The engine, up from where both QEMUs are there."""
+    """The engine, with phases that have no real QEMU. Use :meth:`simulate` first."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(Options(Path("/monitor"), step_timeout=0.0))
-        self._world = world
+        super().__init__(Path("/monitor"), HopOptions(step_timeout=0.0))
+        self.world = world
         self.actor = Actor()
         self.report = Report(guest="guest")
+        self._keeper: LocalKeeper | None = None
 
     def killed(self) -> None:
         """What the kernel does when the command is killed: its end of the keeper's connection is closed."""
         self.actor.dead = True
-        if hasattr(self, "_keeper") and self._keeper._ours.fileno() >= 0:
+        if self._keeper is not None and self._keeper._ours.fileno() >= 0:
             self._keeper._loop.remove_reader(self._keeper._ours)
             with contextlib.suppress(OSError):
                 self._keeper._ours.shutdown(socket.SHUT_RDWR)
 
-    async def _check(self) -> None:
-        world = self._world
-        self._source = SimulatedProcess(world, self.actor, world.source)  # type: ignore[assignment]
-        self._source_monitor = SimulatedMonitor(world, self.actor, world.source)  # type: ignore[assignment]
-        self._watch = self._resources.enter_context(SourceWatch.begin(self._source_monitor))
-        self._checked_disks = BlockGraph({}, {}, ())
+    @classmethod
+    def simulate(cls, patch: pytest.MonkeyPatch) -> None:
+        """Replace everything that needs real QEMUs."""
+        patch.setattr(engine, "check", cls._check)
+        patch.setattr(engine, "acquire", cls._acquire)
+        patch.setattr(prepare, "start_destination", cls._start_destination)
+        patch.setattr(prepare, "_compare", cls._compare)
+        patch.setattr(prepare, "_copy_settings", cls._copy_settings)
+        patch.setattr(prepare, "OutgoingState", lambda monitor, incoming: incoming)
+        patch.setattr(transfer, "verify_unchanged", cls._verify_unchanged)
+        patch.setattr(realtime, "boosted", lambda *threads, **options: contextlib.nullcontext())
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(finish, "CONT_DEADLINE", 0.0)
+
+    async def _check(self, *_: object) -> Checked:
+        world = self.world
+        source: Any = SimulatedProcess(world, self.actor, world.source)
+        self.rollback.push(lambda: check._verify_alive(source))
+        monitor: Any = SimulatedMonitor(world, self.actor, world.source)
+        watch = self.resources.enter_context(SourceWatch.begin(monitor))
         status = "running" if world.running else "paused"
-        self._guest = _Anything(state=status, context=SevContext("none"), vcpu_threads=frozenset())  # type: ignore[assignment]
-        self._by_itself = world.running
-        self._arguments = Derived("/qemu", [])
-        entry = Entry(
-            kind="bare",
+        guest: Any = _Anything(state=status, context=SevContext("none"), vcpu_threads=frozenset())
+        record = HopRecord(
+            kind="standalone",
             guest="guest",
             context="none",
             running=world.running,
@@ -579,43 +603,44 @@ class SimulatedHop(Hop):
             monitor="/monitor",
             directory=str(world.directory),
         )
-        self._journal = SimulatedJournal(world, self.actor, entry)  # type: ignore[assignment]
+        self._journal = SimulatedJournal(world, self.actor, record)  # type: ignore[assignment]
+        return Checked(monitor, source, guest, BlockGraph({}, {}, ()), watch, Derived("/qemu", []), "/")
 
-    async def _hold(self) -> None:
-        self._held = Held(None, {})
-        self._plates = NamePlates([])
-        self._surroundings = _Anything(credentials=_Anything(uid=0, gid=0))  # type: ignore[assignment]
+    async def _acquire(self, *_: object) -> Acquired:
+        identity: Any = _Anything(credentials=_Anything(uid=0, gid=0))
+        return Acquired(SourceHandles(None, {}), identity, GuestPaths([]), 0)
 
-    async def _start_destination(self) -> None:
-        world = self._world
-        self._keeper = self._resources.enter_context(Keeper(self._held, SevContext("none"), self._run_mark))
-        qemu = world.start_destination(self._keeper, self._run_mark)
-        process = SimulatedProcess(world, self.actor, qemu)
-        self._destination = Destination(process, world.directory)  # type: ignore[arg-type]
-        self._destination.monitor = SimulatedMonitor(world, self.actor, qemu)  # type: ignore[assignment]
-        self._incoming = SimulatedState(world, self.actor)  # type: ignore[assignment]
-        self._remember(destination=Process(DESTINATION, 1))
+    async def _start_destination(
+        self, options: object, checked: Checked, acquired: Acquired, arguments: object, run_mark: RunMark
+    ) -> Started:
+        world = self.world
+        self._keeper = self.resources.enter_context(LocalKeeper(acquired.handles, SevContext("none"), run_mark))
+        qemu = world.start_destination(self._keeper, run_mark)
+        process: Any = SimulatedProcess(world, self.actor, qemu)
+        destination = Destination(process, world.directory)
+        destination.monitor = SimulatedMonitor(world, self.actor, qemu)  # type: ignore[assignment]
+        self.record(destination=Process(DESTINATION, 1))
+        incoming: Any = SimulatedState(world, self.actor)
+        return Started(destination, self._keeper, incoming, None)
 
-    async def _compare(self) -> None:
-        self._carrier = _Carrier()  # type: ignore[assignment]
-        self._theirs = self._guest
+    async def _compare(self, options: object, checked: Checked, *_: object) -> Any:
+        return checked.guest, (None, None), _NoDisks(), _RamBlockSync()
 
-        self._disks = _NoDisks()  # type: ignore[assignment]
-
-    async def _carry_settings(self) -> None:
+    async def _copy_settings(self, *_: object) -> None:
         pass
 
-    async def _look_again(self) -> None:
-        await self.actor.gate()
+    @staticmethod
+    async def _verify_unchanged(checked: Any, _: object) -> None:
+        await checked.monitor._actor.gate()
 
 
 class SimulatedRecovery:
-    """The recovery, of a hop that nobody is at any more."""
+    """The recovery of an interrupted hop."""
 
     def __init__(self, world: World) -> None:
         self.actor = Actor()
         self._world = world
-        self.result: Recovered | None = None
+        self.result: RecoveredGuest | None = None
         self.stuck: SevhopError | None = None
 
     async def run(self) -> None:

@@ -1,4 +1,4 @@
-"""A process ends, and its mappings stay: a file that is mapped for writing cannot be sealed against it (fcntl(2))."""
+"""A process exits, and its mappings stay: a file that is mapped for writing cannot be sealed against it (fcntl(2))."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ def _mapped(memory: int) -> bool:
     return False
 
 
-def test_mappings_go_with_the_process(process: subprocess.Popen[bytes], memory: int) -> None:
+def test_mappings_disappear_when_the_process_exits(process: subprocess.Popen[bytes], memory: int) -> None:
     assert _mapped(memory)
     process.kill()
     process.wait()
     assert not _mapped(memory)
 
 
-def test_mappings_stay(process: subprocess.Popen[bytes], memory: int) -> None:
+def test_mappings_outlive_the_process_while_address_space_is_open(
+    process: subprocess.Popen[bytes], memory: int
+) -> None:
     with AddressSpace(process.pid):
         process.kill()
         process.wait()
@@ -71,20 +73,22 @@ def test_mappings_stay(process: subprocess.Popen[bytes], memory: int) -> None:
         pass
 
 
-def test_process_goes_on(process: subprocess.Popen[bytes]) -> None:
+def test_process_keeps_running(process: subprocess.Popen[bytes]) -> None:
     with AddressSpace(process.pid):
         assert process.poll() is None
     assert process.poll() is None
 
 
-def test_zombie(process: subprocess.Popen[bytes]) -> None:
+def test_zombie_is_refused(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ProcessError, match="No such process"):
         AddressSpace(process.pid)
 
 
-def test_process_ends_meanwhile(process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_is_refused_if_it_exits_meanwhile(
+    process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = os.preadv
 
     def late(*args: Any) -> int:
@@ -97,7 +101,7 @@ def test_process_ends_meanwhile(process: subprocess.Popen[bytes], monkeypatch: p
         AddressSpace(process.pid)
 
 
-def test_no_such_process(process: subprocess.Popen[bytes]) -> None:
+def test_missing_process_is_refused(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     with pytest.raises(ProcessError, match="No such file"):

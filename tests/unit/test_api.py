@@ -1,4 +1,4 @@
-"""What the interface for Python promises: what importing it costs, cancelling, and when a listener is called."""
+"""What the interface for Python guarantees: its imports, cancellation, and when a listener is called."""
 
 from __future__ import annotations
 
@@ -9,122 +9,118 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from sevhop import api, events
-from sevhop.engine.transaction import Procedure
-from sevhop.errors import Refused, Undone
-from sevhop.events import Ended, Event, GuestRuns, GuestStopped, Listener, PhaseBegan, Unhurried
+from sevhop.engine.transaction import CommitState, Transaction
+from sevhop.errors import Refused, RolledBack
+from sevhop.events import DeferringListener, Event, GuestResumed, GuestStopped, HopFinished, Listener, PhaseBegan
 from sevhop.report import Report
 
 
 @pytest.mark.parametrize(
     ("module", "without"), [("sevhop", ["asyncio", "sevhop_qmp"]), ("sevhop.api", ["libvirt", "rich", "argparse"])]
 )
-def test_what_is_not_imported(module: str, without: list[str]) -> None:
+def test_import_is_cheap(module: str, without: list[str]) -> None:
     program = f"import sys, {module}; print(*(name for name in {without} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_public_names_exist_and_are_documented() -> None:
     assert api.__all__ == sorted(api.__all__, key=lambda name: (name.islower(), name))
     for name in api.__all__:
         assert name == "Listener" or getattr(api, name).__doc__, name
 
 
-# -- cancelling ------------------------------------------------------------------------------------
+# -- cancellation ---------------------------------------------------------------------------------
 
 
-class Played(Procedure):
-    """A hop that does what a test says, and undoes in several steps."""
+class SimulatedHop(Transaction):
+    """A hop that runs a function of a test, and rolls back in several steps."""
 
-    def __init__(self, do: Callable[[Played], Awaitable[None]], listener: Listener = events.ignore) -> None:
+    def __init__(self, work: Callable[[SimulatedHop], Awaitable[None]], listener: Listener = events.ignore) -> None:
         super().__init__("guest", listener)
-        self.do = do
-        self.too_late = False
+        self.work = work
         self.begun = asyncio.Event()
-        self.undoing = asyncio.Event()
-        self.undone = False
+        self.rolling_back = asyncio.Event()
+        self.rolled_back = False
         self.cleaned_up = False
 
-    def _past_undoing(self) -> bool:
-        return self.too_late
-
-    async def _go(self) -> None:
+    async def _script(self) -> None:
         try:
-            await self.do(self)
+            await self.work(self)
         except BaseException as err:
-            await self._in_full(self.undo())
+            await self.uncancelled(self.undo_in_steps())
             if isinstance(err, asyncio.CancelledError):
                 raise api.Interrupted("interrupted") from err
             raise
 
-    async def undo(self) -> None:
-        self.undoing.set()
+    async def undo_in_steps(self) -> None:
+        self.rolling_back.set()
         for _ in range(10):
             await asyncio.sleep(0)
-        self.undone = True
+        self.rolled_back = True
 
 
-async def for_ever(hop: Played) -> None:
+async def for_ever(hop: SimulatedHop) -> None:
     hop.begun.set()
     await asyncio.Event().wait()
 
 
-def carried_out(hop: Played, cancel: Callable[[asyncio.Task[None]], Awaitable[None]]) -> None:
-    """Carry it out as the interface does, and cancel it meanwhile."""
+def run(hop: SimulatedHop, cancel: Callable[[asyncio.Task[None]], Awaitable[None]]) -> None:
+    """Run it as the interface does, and cancel it meanwhile."""
 
-    async def all_of_it() -> None:
-        task = asyncio.ensure_future(api._interruptible(hop, Unhurried(events.ignore)))
+    async def work() -> None:
+        task = asyncio.ensure_future(api._interruptible(hop, DeferringListener(events.ignore)))
         await cancel(task)
         await task
 
-    asyncio.run(all_of_it())
+    asyncio.run(work())
 
 
-def test_cancelled_means_undone() -> None:
-    hop = Played(for_ever)
+def test_cancelled_hop_is_rolled_back() -> None:
+    hop = SimulatedHop(for_ever)
 
     async def cancel(task: asyncio.Task[None]) -> None:
         await hop.begun.wait()
         task.cancel()
 
     with pytest.raises(asyncio.CancelledError):
-        carried_out(hop, cancel)
-    assert (hop.undone, hop.report.outcome) == (True, "undone")
+        run(hop, cancel)
+    assert (hop.rolled_back, hop.report.outcome) == (True, "rolled-back")
 
 
-def test_cancelled_again_while_it_is_undone() -> None:
-    hop = Played(for_ever)
+def test_cancelled_hop_is_rolled_back_when_cancelled_again() -> None:
+    hop = SimulatedHop(for_ever)
 
     async def cancel(task: asyncio.Task[None]) -> None:
         await hop.begun.wait()
         task.cancel()
-        await hop.undoing.wait()
+        await hop.rolling_back.wait()
         task.cancel()
 
     with pytest.raises(asyncio.CancelledError):
-        carried_out(hop, cancel)
-    assert (hop.undone, hop.report.outcome) == (True, "undone")
+        run(hop, cancel)
+    assert (hop.rolled_back, hop.report.outcome) == (True, "rolled-back")
 
 
-def test_cancelled_while_a_failure_is_undone() -> None:
-    async def fail(_: Played) -> None:
-        raise Undone("it failed")
+def test_cancellation_during_a_rollback_keeps_the_error() -> None:
+    async def fail(_: SimulatedHop) -> None:
+        raise RolledBack("it failed")
 
-    hop = Played(fail)
+    hop = SimulatedHop(fail)
 
     async def cancel(task: asyncio.Task[None]) -> None:
-        await hop.undoing.wait()
+        await hop.rolling_back.wait()
         task.cancel()
 
-    with pytest.raises(Undone, match="it failed"):
-        carried_out(hop, cancel)
-    assert (hop.undone, hop.report.reason) == (True, "it failed")
+    with pytest.raises(RolledBack, match="it failed"):
+        run(hop, cancel)
+    assert (hop.rolled_back, hop.report.reason) == (True, "it failed")
 
 
-def test_cancelled_while_it_is_cleaned_up_after_a_failure() -> None:
-    async def fail(hop: Played) -> None:
-        hop._resources.push_async_callback(clean_up)
-        raise Undone("it failed")
+def test_cancellation_during_the_cleanup_keeps_the_error() -> None:
+    async def fail(hop: SimulatedHop) -> None:
+        hop.resources.push_async_callback(clean_up)
+        raise RolledBack("it failed")
 
     async def clean_up() -> None:
         hop.begun.set()
@@ -132,92 +128,92 @@ def test_cancelled_while_it_is_cleaned_up_after_a_failure() -> None:
             await asyncio.sleep(0)
         hop.cleaned_up = True
 
-    hop = Played(fail)
+    hop = SimulatedHop(fail)
 
     async def cancel(task: asyncio.Task[None]) -> None:
         await hop.begun.wait()
         task.cancel()
 
-    with pytest.raises(Undone, match="it failed"):
-        carried_out(hop, cancel)
+    with pytest.raises(RolledBack, match="it failed"):
+        run(hop, cancel)
     assert hop.cleaned_up
 
 
-def test_cancelled_too_late() -> None:
-    async def commit(hop: Played) -> None:
-        hop.too_late = True
+def test_cancelled_hop_is_completed_after_the_commit() -> None:
+    async def commit(hop: SimulatedHop) -> None:
+        hop.state = CommitState.COMMITTED
         hop.begun.set()
         for _ in range(10):
             await asyncio.sleep(0)
 
-    hop = Played(commit)
+    hop = SimulatedHop(commit)
 
     async def cancel(task: asyncio.Task[None]) -> None:
         await hop.begun.wait()
         task.cancel()
 
-    carried_out(hop, cancel)
-    assert (hop.undone, hop.report.outcome) == (False, "done")
+    run(hop, cancel)
+    assert (hop.rolled_back, hop.report.outcome) == (False, "done")
 
 
-# -- listening -------------------------------------------------------------------------------------
+# -- listeners -------------------------------------------------------------------------------------
 
 
-def test_nothing_is_told_while_a_guest_is_stopped() -> None:
-    heard: list[Event] = []
-    listen = Unhurried(heard.append)
+def test_events_are_deferred_while_a_guest_is_stopped() -> None:
+    received: list[Event] = []
+    listen = DeferringListener(received.append)
     report = Report()
 
-    async def tell() -> None:
-        told: list[Event] = [PhaseBegan("a", "freeze")]
-        listen(told[0])
-        assert heard == told
-        for event in (GuestStopped("a"), GuestStopped("b"), PhaseBegan("c", "check"), GuestRuns("a", 1.0)):
-            told.append(event)
+    async def report_all() -> None:
+        sent: list[Event] = [PhaseBegan("a", "stop")]
+        listen(sent[0])
+        assert received == sent
+        for event in (GuestStopped("a"), GuestStopped("b"), PhaseBegan("c", "check"), GuestResumed("a", 1.0)):
+            sent.append(event)
             listen(event)
-            assert heard == told[:1]
-        told.append(Ended("b", report))  # it is not known to run, and will not be heard of again
-        listen(told[-1])
-        assert heard == told
+            assert received == sent[:1]
+        sent.append(HopFinished("b", report))  # it may not run, and there will be no further event of it
+        listen(sent[-1])
+        assert received == sent
 
-    asyncio.run(tell())
+    asyncio.run(report_all())
 
 
-def test_a_long_pause_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "LONGEST", 0.0)
+def test_events_are_deferred_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MAX_DEFERRAL", 0.0)
 
-    async def tell() -> None:
-        told = asyncio.Event()
-        listen = Unhurried(lambda _: told.set())
+    async def report_one() -> None:
+        received = asyncio.Event()
+        listen = DeferringListener(lambda _: received.set())
         listen(GuestStopped("a"))
-        assert not told.is_set()
-        await told.wait()
+        assert not received.is_set()
+        await received.wait()
 
-    asyncio.run(tell())
+    asyncio.run(report_one())
 
 
-def test_a_listener_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    heard = []
+def test_error_of_a_listener_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    received = []
 
     def listener(event: Event) -> None:
-        heard.append(event)
+        received.append(event)
         raise BrokenPipeError
 
-    listen = Unhurried(listener)
+    listen = DeferringListener(listener)
     listen(PhaseBegan("a", "check"))
-    listen(PhaseBegan("a", "hold"))
-    assert len(heard) == 2
+    listen(PhaseBegan("a", "acquire"))
+    assert len(received) == 2
     assert "a listener has failed" in caplog.text
 
 
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments_raise() -> None:
     with pytest.raises(TypeError):
         asyncio.run(api.check())
     with pytest.raises(TypeError):
-        asyncio.run(api.check("web", source="/run/qmp"))
+        asyncio.run(api.check("web", qmp="/run/qmp"))
     with pytest.raises(ValueError, match="0 jobs"):
         asyncio.run(api.upgrade_fleet(["web"], jobs=0))
     with pytest.raises(Refused):

@@ -1,4 +1,4 @@
-"""AppArmor's rules: put into files that are the administrator's, taken out again, and accepted by the real parser."""
+"""AppArmor's rules: added to files of the administrator's, removed, and accepted by the real parser."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def as_compiled(line: str) -> str:
-    """What the parser makes of the path in a rule."""
+    """The path of a rule, as the parser compiles it."""
     command = ["apparmor_parser", "--skip-kernel-load", "--skip-cache", "--dump", "rule-exprs"]
     done = subprocess.run(command, input=f"profile x {{\n{line}\n}}\n", capture_output=True, text=True, check=True)
     (found,) = [row for row in done.stderr.splitlines() if row.startswith("rule: /srv/")]
@@ -57,7 +57,7 @@ def as_compiled(line: str) -> str:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_put_in_and_taken_out(file: bytes) -> None:
+def test_rules_are_added_and_removed(file: bytes) -> None:
     installed = apparmor.with_rules(file, RULES)
     assert RULES in installed
     assert apparmor.with_rules(installed, RULES) == installed
@@ -67,12 +67,12 @@ def test_put_in_and_taken_out(file: bytes) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_lines_that_were_added_around_it_stay(file: bytes) -> None:
+def test_rules_leave_lines_around_them(file: bytes) -> None:
     installed = b"# above\n" + apparmor.with_rules(file, RULES)
     assert apparmor.with_rules(installed, b"") == b"# above\n" + file
 
 
-def test_rules_that_lost_a_mark_are_not_guessed_at() -> None:
+def test_rules_are_refused_if_a_mark_is_missing() -> None:
     installed = apparmor.with_rules(b"/srv/** r,\n", RULES)
     first, *between, end, other = installed.splitlines(keepends=True)
     for broken in ((first, *between, other), (*between, end, other)):
@@ -84,13 +84,13 @@ NAMES = ["plain", "two words", "star*", "any?", "one{two,three}", "@{HOME}", "^"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_stands_for_itself_alone(name: str, profiles: Path) -> None:
-    """Where a character stands for others, the parser puts a bracket expression or an alternative."""
+def test_path_is_quoted(name: str, profiles: Path) -> None:
+    """For a character with a special meaning the parser makes a bracket expression or an alternative."""
     assert as_compiled('"/srv/a?" r,') == "/srv/a[^\\x0/]"
     assert as_compiled(f"{apparmor.quoted(Path('/srv', name))} r,").replace("\\", "") == f"/srv/{name}"
 
 
-def test_install_and_uninstall(profiles: Path) -> None:
+def test_install_is_reverted_by_uninstall(profiles: Path) -> None:
     before = contents(profiles)
     assert apparmor.active()
     assert not apparmor.in_place()
@@ -108,7 +108,7 @@ def test_install_and_uninstall(profiles: Path) -> None:
     assert not apparmor.uninstall()
 
 
-def test_the_administrators_file_is_as_it_was(profiles: Path) -> None:
+def test_uninstall_keeps_link_mode_and_owner(profiles: Path) -> None:
     path = profiles / "local" / "abstractions" / "libvirt-qemu"
     elsewhere = profiles / "local" / "kept-elsewhere"
     elsewhere.write_bytes(b"  /srv/** r,")
@@ -123,7 +123,7 @@ def test_the_administrators_file_is_as_it_was(profiles: Path) -> None:
     assert (elsewhere.read_bytes(), stat.S_IMODE(after.st_mode), after.st_gid) == (b"  /srv/** r,", 0o640, 12)
 
 
-def test_rules_that_the_parser_refuses_are_taken_back(
+def test_install_is_rolled_back_if_the_parser_refuses_the_rules(
     profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (profiles / "local" / "abstractions" / "libvirt-qemu").write_text("  /srv/** r,\n")
@@ -138,7 +138,7 @@ def test_rules_that_the_parser_refuses_are_taken_back(
     assert contents(profiles) == before
 
 
-def test_a_library_that_has_moved_is_not_in_place(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_is_false_if_the_library_has_moved(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apparmor.install()
     assert apparmor.in_place()
     monkeypatch.setattr(adopt, "library_path", lambda: Path("/opt/new/adopt.so"))
@@ -147,7 +147,7 @@ def test_a_library_that_has_moved_is_not_in_place(profiles: Path, monkeypatch: p
     assert apparmor.in_place()
 
 
-def test_an_abstraction_that_does_not_include_the_file(profiles: Path) -> None:
+def test_in_place_is_false_if_the_abstraction_omits_the_file(profiles: Path) -> None:
     apparmor.install()
     abstraction = profiles / "abstractions" / "libvirt-qemu"
     abstraction.write_text(re.sub(r"#?include [^<\n]*<local/", "# once <local/", abstraction.read_text()))
@@ -156,7 +156,7 @@ def test_an_abstraction_that_does_not_include_the_file(profiles: Path) -> None:
     assert apparmor.in_place()
 
 
-def test_without_apparmor_nothing_is_touched(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_does_nothing_without_apparmor(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apparmor, "_LOADED", profiles / "missing")
     before = contents(profiles)
     assert not apparmor.active()
@@ -172,7 +172,7 @@ class Confined:
 
 
 @pytest.mark.parametrize(
-    ("confinement", "installed", "status", "says"),
+    ("confinement", "installed", "status", "reported"),
     [
         ("", False, Status.PASS, "none"),
         ("unconfined", False, Status.PASS, "none"),
@@ -183,11 +183,11 @@ class Confined:
         ("system_u:system_r:svirt_t:s0:c1,c2", True, Status.FAIL, "SELinux"),
     ],
 )
-def test_check(
-    confinement: str, installed: bool, status: Status, says: str, monkeypatch: pytest.MonkeyPatch
+def test_confinement_fails_unless_it_permits_a_hop(
+    confinement: str, installed: bool, status: Status, reported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apparmor, "in_place", lambda: installed)
-    finding = _confinement(cast(QemuProcess, Confined(confinement)), UUID)
-    assert finding.status is status
-    assert says in f"{finding.detail} {finding.remedy}"
-    assert bool(finding.remedy) == (status is Status.FAIL)
+    result = _confinement(cast(QemuProcess, Confined(confinement)), UUID)
+    assert result.status is status
+    assert reported in f"{result.detail} {result.hint}"
+    assert bool(result.hint) == (status is Status.FAIL)

@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, its tables and picture, and that it sees a guest stand still."""
+"""The benchmark: its arithmetic, its tables and diagram, and that it measures a downtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bench import pause
+from bench import downtime
 from bench.picture import svg
 from bench.report import Failed, Outcome, Report, Run, Spread
 from bench.usage import Usage, Used
@@ -27,16 +27,16 @@ from tests.support.guests import counter
 from tests.support.guests.running import GuestFailed
 
 
-def run(mode: str, memory: int, pause_ms: float, machine: str = "minimal", **phases: float) -> Run:
-    return Run(mode, machine, memory, pause_ms, pause_ms + 100, phases, "7.2.22", "10.0.13")
+def run(mode: str, memory: int, downtime_ms: float, machine: str = "minimal", **phases: float) -> Run:
+    return Run(mode, machine, memory, downtime_ms, downtime_ms + 100, phases, "7.2.22", "10.0.13")
 
 
 REPORT = Report(
     [
-        run("hop", 256, 4.0, freeze=1.0, save=2.0, retire=70.0),
+        run("hop", 256, 4.0, stop=1.0, save=2.0, finish=70.0),
         run("precopy", 256, 100.0),
-        run("hop", 256, 6.0, freeze=3.0, save=4.0),
-        run("hop", 256, 50.0, freeze=2.0, save=40.0),
+        run("hop", 256, 6.0, stop=3.0, save=4.0),
+        run("hop", 256, 50.0, stop=2.0, save=40.0),
         run("precopy", 256, 300.0),
         run("hop", 1024, 9.0),
         run("hop", 1024, 99.0, machine="rich"),
@@ -49,14 +49,14 @@ REPORT = Report(
 )
 
 
-def test_spread() -> None:
+def test_spread_has_median_and_extremes() -> None:
     assert Spread.of([3.0, 1.0, 2.0, 10.0]) == Spread(2.5, 1.0, 10.0, 4)
     assert str(Spread.of([3.04, 150.4])) == "76.7 (3.0 to 150)"
     with pytest.raises(ValueError, match="nothing"):
         Spread.of([])
 
 
-def test_ratios_are_of_medians_and_of_what_was_measured() -> None:
+def test_ratios_are_of_medians_and_of_measured_pairs() -> None:
     assert REPORT.ratios() == {
         "hop/precopy": {"256": 6.0 / 200.0},
         "hop/file": {"1024": 0.01},
@@ -69,7 +69,7 @@ def test_growth_is_most_memory_to_least() -> None:
 
 
 def test_phases_are_medians_in_order() -> None:
-    assert list(REPORT.phases(("minimal", "hop", 256)).items()) == [("freeze", 2.0), ("save", 4.0), ("retire", 70.0)]
+    assert list(REPORT.phases(("minimal", "hop", 256)).items()) == [("stop", 2.0), ("save", 4.0), ("finish", 70.0)]
     assert REPORT.phases(("minimal", "precopy", 256)) == {}
 
 
@@ -80,32 +80,32 @@ def test_json_has_everything() -> None:
     assert len(report["runs"]) == 10
     first = report["summary"][0]
     assert (first["mode"], first["machine"], first["memory_mib"]) == ("hop", "minimal", 256)
-    assert first["pause_ms"] == {"median": 6.0, "low": 4.0, "high": 50.0, "count": 3}
+    assert first["downtime_ms"] == {"median": 6.0, "low": 4.0, "high": 50.0, "count": 3}
 
 
-def test_tables() -> None:
+def test_tables_have_medians_and_ratios() -> None:
     text = REPORT.markdown()
     assert "| minimal | 256 MB | hop | 7.2 → 10.0 | 6.0 (4.0 to 50.0) | 0.0 | 106 |  |  | 3 |" in text
     assert "| hop/precopy | 0.0300 |  |" in text
-    assert "rich" not in text.partition("ours to theirs")[2]  # nothing there to compare it with
+    assert "rich" not in text.partition("sevhop to the other")[2]  # nothing to compare with
     assert "hop 1.50" in text
-    assert "| hop | 256 MB | freeze 2.0, save 4.0, retire 70.0 |" in text
+    assert "| hop | 256 MB | stop 2.0, save 4.0, finish 70.0 |" in text
 
 
-def test_a_run_of_what_was_seen() -> None:
+def test_run_is_made_of_measurements() -> None:
     outcome = Outcome((2_500_000_000, 2_600_000_000), began=2.0, ended=3.0, phases={"save": 5.0})
     seen = Run.of(("hop", "rich", 256), outcome, None, "7.2.22", "10.0.13")
-    assert (seen.pause_ms, seen.prepare_ms, seen.total_ms) == (100.0, 500.0, 1000.0)
+    assert (seen.downtime_ms, seen.prepare_ms, seen.total_ms) == (100.0, 500.0, 1000.0)
     assert (seen.cpu_ms, seen.memory_mib_more) == (None, None)
-    # For 1,100 ms less the pause one processor was the guest's.
+    # For 1,100 ms less the downtime one processor was the guest's.
     counted = Run.of(("hop", "rich", 256), outcome, Used(1100.0, 1250.0, 30.0), "7.2.22", "10.0.13")
     assert (counted.cpu_ms, counted.memory_mib_more) == (250.0, 30.0)
-    text = Report([counted, dataclasses.replace(counted, mode="precopy", pause_ms=200.0)], {}).markdown()
+    text = Report([counted, dataclasses.replace(counted, mode="precopy", downtime_ms=200.0)], {}).markdown()
     assert "| rich | 256 MB | hop | 7.2 → 10.0 | 100 (100 to 100) | 500 | 1000 | 250 | 30.0 | 1 |" in text
     assert "rich machine.\n\n|  | 256 MB |\n| --- | --- |\n| hop/precopy | 0.50 |" in text
 
 
-def test_processes_of_ours_are_counted() -> None:
+def test_usage_counts_child_processes() -> None:
     try:
         with Usage() as usage:
             with count(usage) as used:
@@ -120,17 +120,17 @@ def test_processes_of_ours_are_counted() -> None:
             assert nothing is not None
             assert nothing.memory_mib < 32
     except OSError as err:
-        pytest.skip(f"no control group of our own: {err}")
+        pytest.skip(f"no cgroup of our own: {err}")
     assert "sevhop-bench" not in Path("/proc/self/cgroup").read_text()
     assert not list(Path("/sys/fs/cgroup").glob(f"**/sevhop-bench-{os.getpid()}"))
 
 
-def test_without_control_groups_nothing_is_counted() -> None:
+def test_usage_is_none_without_cgroups() -> None:
     with count(None) as used:
         assert used is None
 
 
-def test_a_failure_is_told() -> None:
+def test_failure_is_reported() -> None:
     failed = dataclasses.replace(REPORT, failures=[Failed("file", "rich", 1024, "no space")])
     assert "rich file, 1 GB, did not arrive: no space" in failed.markdown()
     assert failed.as_json()["failures"] == [
@@ -138,22 +138,22 @@ def test_a_failure_is_told() -> None:
     ]
 
 
-def test_an_empty_report_is_still_one() -> None:
+def test_empty_report_is_valid() -> None:
     empty = dataclasses.replace(REPORT, runs=[run("hop", 256, 0.0)], foreign_hook_ms=[])
     assert empty.ratios() == {}
     assert empty.as_json()["foreign_hook_ms"] is None
     ElementTree.fromstring(svg(empty))
 
 
-def test_picture_has_every_mode() -> None:
+def test_diagram_has_every_mode() -> None:
     drawn = ElementTree.fromstring(svg(REPORT))
     texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
     assert {"hop", "precopy", "file", "upgrade", "save-restore", "256 MB", "1 GB"} <= texts
     assert {"hop, 256 MB", "upgrade, 256 MB", "restore 180"} <= texts
-    assert not any(text and text.startswith("retire") for text in texts)  # that of a hop is behind its pause
+    assert not any(text and text.startswith("finish") for text in texts)  # a hop finishes after its downtime
 
 
-def test_names_of_curves_do_not_cover_each_other() -> None:
+def test_labels_of_curves_do_not_overlap() -> None:
     modes = ("hop", "cpr-transfer", "x-ignore-shared", "precopy")
     report = dataclasses.replace(REPORT, runs=[run(mode, size, 5.0) for mode in modes for size in (256, 1024)])
     drawn = ElementTree.fromstring(svg(report))
@@ -198,28 +198,28 @@ def counting() -> Iterator[Counting]:
     counting.end()
 
 
-def test_sampler_sees_a_guest_stand_still(counting: Counting) -> None:
-    with pause.Sampler(counting.path) as sampler:
+def test_sampler_measures_a_downtime(counting: Counting) -> None:
+    with downtime.Sampler(counting.path) as sampler:
         counting.running.set()
         sampler.wait()
         counting.running.clear()
         stopped = time.monotonic_ns()
         time.sleep(0.3)
-        going_on = time.monotonic_ns()
+        resumed = time.monotonic_ns()
         counting.running.set()
         sampler.see_growth()
         sampler.stop()
     assert 0 < sampler.began < stopped
-    # It may have stood still a moment before and after, for want of a processor; never less.
-    assert any(start <= going_on - 200_000_000 and end >= going_on for start, end in sampler.gaps)
+    # The gap may be longer, if the thread had no processor before or after; never shorter.
+    assert any(start <= resumed - 200_000_000 and end >= resumed for start, end in sampler.gaps)
     assert (sampler.longest[1] - sampler.longest[0]) >= 200_000_000
-    assert sampler.last >= going_on
+    assert sampler.last >= resumed
 
 
-def test_sampler_takes_a_single_step_for_loading(counting: Counting) -> None:
-    with pause.Sampler(counting.path) as sampler:
+def test_sampler_ignores_a_single_step(counting: Counting) -> None:
+    with downtime.Sampler(counting.path) as sampler:
         os.pwrite(counting.fd, b"\1", counter.COUNTER)
-        time.sleep(0.05)  # time for a thousand looks
+        time.sleep(0.05)  # time for many samples
         loaded = time.monotonic_ns()
         counting.running.set()
         sampler.wait()
@@ -228,14 +228,14 @@ def test_sampler_takes_a_single_step_for_loading(counting: Counting) -> None:
 
 
 def test_memory_is_found_and_touched() -> None:
-    assert pause.memory_of(os.getpid()) is None
+    assert downtime.memory_of(os.getpid()) is None
     fd = os.memfd_create("memory-backend-memfd")
     os.ftruncate(fd, 16 << 20)
     other = os.memfd_create("memory-backend-memfd")
     try:
-        memory = pause.memory_of(os.getpid())
+        memory = downtime.memory_of(os.getpid())
         assert memory == Path(f"/proc/{os.getpid()}/fd/{fd}")
-        pause.touch(memory)
+        downtime.touch(memory)
         pages = [os.pread(fd, 4096, at) for at in range(0, 16 << 20, 4096)]
         own = counter.PATTERN_END // 4096
         assert not any(any(page) for page in pages[:own])
@@ -245,8 +245,8 @@ def test_memory_is_found_and_touched() -> None:
         os.close(other)
 
 
-def test_memory_of_nobody(tmp_path: Path) -> None:
-    assert pause.memory_of(2**22 + 1) is None
+def test_memory_of_a_missing_process_is_none(tmp_path: Path) -> None:
+    assert downtime.memory_of(2**22 + 1) is None
     (tmp_path / "empty").touch()
-    with pause.Sampler(tmp_path / "empty") as sampler, pytest.raises(GuestFailed):
+    with downtime.Sampler(tmp_path / "empty") as sampler, pytest.raises(GuestFailed):
         sampler.wait()

@@ -1,4 +1,4 @@
-"""A cgroup that has no room for a second QEMU, by what the kernel says of it."""
+"""A cgroup that has too little memory for a second QEMU, by what the kernel reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def group(path: Path, limit: str, used: int, cache: int, version: int) -> None:
     ("limit", "cache", "full"),
     [(120 * MIB, 0, False), (110 * MIB, 0, True), (110 * MIB, 12 * MIB, False), (90 * MIB, 0, True)],
 )
-def test_room_is_the_limit_without_what_is_used_and_cannot_be_dropped(
+def test_room_is_the_limit_less_what_is_used_and_not_reclaimable(
     version: int, limit: int, cache: int, full: bool, hierarchy: Path
 ) -> None:
     group(hierarchy / "vm", str(limit), 100 * MIB, cache, version)
@@ -43,17 +43,17 @@ def test_room_is_the_limit_without_what_is_used_and_cannot_be_dropped(
     assert not full or reason.startswith(f"{hierarchy}/vm has room for ")
 
 
-def test_group_above_counts(hierarchy: Path) -> None:
+def test_limit_of_a_parent_cgroup_applies(hierarchy: Path) -> None:
     group(hierarchy / "vms", str(105 * MIB), 100 * MIB, 0, 2)
     group(hierarchy / "vms/one", "max", 50 * MIB, 0, 2)
     assert shortage([("", "/vms/one")], 20 * MIB).startswith(f"{hierarchy}/vms has room for 5 MiB")
 
 
-def test_source_that_has_grown_does_not_need_as_much_again(hierarchy: Path) -> None:
+def test_source_that_has_grown_does_not_increase_the_need(hierarchy: Path) -> None:
     group(hierarchy / "vm", str(100 * MIB + MOST), 100 * MIB, 0, 2)
     assert not shortage([("", "/vm")], 1 << 40)
 
 
-def test_hierarchy_without_the_controller(hierarchy: Path) -> None:
+def test_hierarchy_without_the_memory_controller_is_skipped(hierarchy: Path) -> None:
     (hierarchy / "vm").mkdir()
     assert not shortage([("", "/vm"), ("name=systemd", "/vm")], 20 * MIB)

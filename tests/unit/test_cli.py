@@ -1,4 +1,4 @@
-"""The command line: what is asked for wrongly, and what is not installed."""
+"""The command line: wrong usage, and missing software."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ WRONG: tuple[list[str], ...] = (
 )
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("argv", WRONG)
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        commands.main(words)
+        commands.main(argv)
     assert end.value.code == 2
     assert "usage: sevhop" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", LIBVIRT)
-def test_without_libvirt(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("argv", LIBVIRT)
+def test_missing_libvirt_package_is_reported(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert commands.main(words) == 1
+    assert commands.main(argv) == 1
     assert "sevhop[libvirt]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "words", [["upgrade", "web"], ["upgrade", "--all"], ["upgrade", "--outdated"], ["status"], ["status", "web"]]
+    "argv", [["upgrade", "web"], ["upgrade", "--all"], ["upgrade", "--outdated"], ["status"], ["status", "web"]]
 )
-def test_no_daemon_answers(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.main([*words, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
+def test_missing_daemon_is_reported(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main([*argv, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert "nonexistent" in json.dumps(answer)
 
 
-def test_another_libvirt_than_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_libvirt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """libvirt's test driver needs no daemon."""
     assert commands.main(["upgrade", "--all", "--connect", "test:///default"]) == 1
     assert "test:///default is not the system's QEMU on this host" in capsys.readouterr().err
@@ -73,19 +73,15 @@ def test_another_libvirt_than_the_systems(capsys: pytest.CaptureFixture[str]) ->
         ("xen:///system", False),
     ],
 )
-def test_which_is_the_systems(uri: str, its: bool) -> None:
+def test_system_libvirt_is_recognized(uri: str, its: bool) -> None:
     assert connection._is_the_systems(uri) is its
 
 
-def test_words_of_others_cannot_speak_to_the_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(*_: object, **__: object) -> None:
         raise SevhopError("QEMU says \x1b[2J\r\nsevhop: all is well\x9b \udcff ü")
 
     monkeypatch.setattr(api, "check", refuse)
     assert commands.main(["check", "--qmp", "/nonexistent"]) == 1
-    said = capsys.readouterr().err
-    assert said == (
-        "sevhop: QEMU says \\x1b[2J\\r\\nsevhop: all is well\\x9b \\udcff ü; nothing was touched\n"
-    )
+    error = capsys.readouterr().err
+    assert error == ("sevhop: QEMU says \\x1b[2J\\r\\nsevhop: all is well\\x9b \\udcff ü; nothing was touched\n")

@@ -8,14 +8,14 @@ from sevhop.guest.command_line import PRIVATE_MONITOR, derive, incoming, memory_
 TOKEN = "0123abcd"
 
 
-def derived(*words: str) -> list[str]:
-    result = derive("/usr/bin/qemu", list(words), TOKEN)
+def derived(*argv: str) -> list[str]:
+    result = derive("/usr/bin/qemu", list(argv), TOKEN)
     assert not result.refused
     return result.arguments
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["-m", "256", "-nodefaults", "-display", "none"],
         ["--machine", "q35", "-enable-kvm", "disk.img"],
@@ -26,30 +26,30 @@ def derived(*words: str) -> list[str]:
         ["-blockdev", "driver=qcow2,node-name=d,file.driver=file,file.filename=/a,,b.qcow2"],
     ],
 )
-def test_what_can_be_had_twice_is_unchanged(words: list[str]) -> None:
-    expected = [word.replace("--machine", "-machine") for word in words]
-    assert derived(*words) == expected
+def test_shareable_option_is_unchanged(argv: list[str]) -> None:
+    expected = [word.replace("--machine", "-machine") for word in argv]
+    assert derived(*argv) == expected
 
 
-def test_what_belongs_to_the_start_of_the_source_is_left_out() -> None:
-    words = ["-daemonize", "-m", "64", "-S", "-incoming", "tcp:0:4444", "-loadvm", "snap"]
-    assert derived(*words) == ["-m", "64"]
+def test_option_for_the_start_of_the_source_is_dropped() -> None:
+    argv = ["-daemonize", "-m", "64", "-S", "-incoming", "tcp:0:4444", "-loadvm", "snap"]
+    assert derived(*argv) == ["-m", "64"]
 
 
-def test_what_an_earlier_hop_added_is_left_out() -> None:
+def test_option_of_an_earlier_hop_is_dropped() -> None:
     first = incoming(["-m", "64"], 7)
     assert first[-3:] == ["-S", "-incoming", "defer"]
     assert derived(*first) == ["-m", "64"]
 
 
-def test_incoming_does_not_double_what_the_caller_gave() -> None:
-    words = incoming(["-m", "64", "-S", "-incoming", "defer"], 9)
-    assert words.count("-incoming") == 1
-    assert words.count("-S") == 1
-    assert f"socket,id={PRIVATE_MONITOR},fd=9,server=on,wait=off" in words
+def test_incoming_adds_no_option_twice() -> None:
+    argv = incoming(["-m", "64", "-S", "-incoming", "defer"], 9)
+    assert argv.count("-incoming") == 1
+    assert argv.count("-S") == 1
+    assert f"socket,id={PRIVATE_MONITOR},fd=9,server=on,wait=off" in argv
 
 
-def test_pidfile_goes_aside_and_keeps_its_name_over_hops() -> None:
+def test_pidfile_is_temporary_and_keeps_its_name_over_hops() -> None:
     first = derive("/usr/bin/qemu", ["-pidfile", "/run/vm.pid"], TOKEN)
     assert first.pidfile == ("/run/vm.pid.hop-0123abcd", "/run/vm.pid")
     assert first.arguments == ["-pidfile", "/run/vm.pid.hop-0123abcd"]
@@ -78,7 +78,7 @@ def test_json_server_socket_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "option"),
+    ("argv", "option"),
     [
         (["-netdev", "tap,id=n,ifname=tap0"], "tap"),
         (["-nic", "bridge,br=br0"], "bridge"),
@@ -95,7 +95,7 @@ def test_json_server_socket_does_not_wait() -> None:
         (["-nographic"], "standard input"),
         (["-device", "vfio-pci,host=01:00.0"], "vfio"),
         (["-device", '{"driver": "vhost-vsock-pci", "guest-cid": 3}'], "vhost-vsock"),
-        (["-device", "virtio-mem-pci,memdev=m"], "empties it"),
+        (["-device", "virtio-mem-pci,memdev=m"], "discards its contents"),
         (["-tpmdev", "emulator,id=t,chardev=c"], "TPM"),
         (["-snapshot"], "snapshot"),
         (["-drive", "file=a.img,snapshot=on"], "snapshot"),
@@ -103,18 +103,18 @@ def test_json_server_socket_does_not_wait() -> None:
         (["-vnc", "localhost:1,reverse=on"], "VNC"),
     ],
 )
-def test_what_cannot_be_had_twice_is_refused_with_the_option(words: list[str], option: str) -> None:
-    (reason,) = derive("/usr/bin/qemu", words, TOKEN).refused
-    assert reason.startswith(" ".join(words))
+def test_option_that_cannot_be_shared_is_refused(argv: list[str], option: str) -> None:
+    (reason,) = derive("/usr/bin/qemu", argv, TOKEN).refused
+    assert reason.startswith(" ".join(argv))
     assert option in reason
 
 
-def test_nographic_without_the_terminal_is_fine() -> None:
+def test_nographic_without_the_terminal_is_accepted() -> None:
     assert derived("-nographic", "-serial", "null", "-monitor", "none")
     assert derived("-nographic", "-nodefaults")
 
 
-def test_options_are_split_as_qemu_splits_them() -> None:
+def test_options_are_split_as_by_qemu() -> None:
     options = parse(["-S", "disk.img", "--name", "x", "-m"])
     assert [(option.name, option.value) for option in options] == [
         ("S", None),
@@ -124,32 +124,32 @@ def test_options_are_split_as_qemu_splits_them() -> None:
     ]
 
 
-def test_properties_of_both_notations() -> None:
+def test_properties_of_both_forms_are_parsed() -> None:
     assert properties("driver,a=1,b,c=x,,y") == {"": "driver", "a": "1", "b": "on", "c": "x,y"}
     assert properties('{"driver": "d", "n": {"on": true}}') == {"driver": "d", "n.on": "on"}
     assert properties("{broken") == {}
 
 
-def test_memory_backends_are_known_by_their_ids() -> None:
-    words = [
+def test_memory_backends_are_found_by_their_ids() -> None:
+    argv = [
         *("-object", "memory-backend-memfd,id=ram-node0,size=1G,share=on"),
         *("-object", '{"qom-type": "memory-backend-memfd", "id": "memdimm0", "size": 1}'),
         *("-object", "secret,id=masterKey0", "-device", "pc-dimm,id=dimm0,memdev=memdimm0"),
     ]
-    assert memory_backends(words) == {"ram-node0", "memdimm0"}
+    assert memory_backends(argv) == {"ram-node0", "memdimm0"}
 
 
 @pytest.mark.parametrize(
     "flag", ["perfmap", "jitdump", "async-teardown", "audio-help", "xen-attach", "no-fd-bootchk", "only-migratable"]
 )
-def test_option_without_argument_leaves_the_next_one_alone(flag: str) -> None:
-    words = [f"-{flag}", "-sandbox", "on", "-m", "64"]
-    assert [option.name for option in parse(words)] == [flag, "sandbox", "m"]
-    assert derived(*words) == words
+def test_option_without_argument_does_not_take_the_next_one(flag: str) -> None:
+    argv = [f"-{flag}", "-sandbox", "on", "-m", "64"]
+    assert [option.name for option in parse(argv)] == [flag, "sandbox", "m"]
+    assert derived(*argv) == argv
 
 
 @pytest.mark.parametrize(
-    ("words", "path"),
+    ("argv", "path"),
     [
         (("-chardev", "file,id=c,path=serial.log"), "serial.log"),
         (("-chardev", "socket,id=c,path=/run/a,server=on,logfile=log/a"), "log/a"),
@@ -157,9 +157,9 @@ def test_option_without_argument_leaves_the_next_one_alone(flag: str) -> None:
         (("-D", "qemu.log"), "qemu.log"),
     ],
 )
-def test_relative_log_of_a_daemon_is_refused(words: tuple[str, ...], path: str) -> None:
-    (reason,) = derive("/usr/bin/qemu", [*words, "-daemonize"], TOKEN).refused
-    assert reason == f"{' '.join(words)}: {path} is relative to a directory that -daemonize has left"
-    assert not derive("/usr/bin/qemu", list(words), TOKEN).refused
-    whole = [word.replace(path, f"/var/{path}") for word in words]
-    assert not derive("/usr/bin/qemu", [*whole, "-daemonize"], TOKEN).refused
+def test_relative_log_of_a_daemon_is_refused(argv: tuple[str, ...], path: str) -> None:
+    (reason,) = derive("/usr/bin/qemu", [*argv, "-daemonize"], TOKEN).refused
+    assert reason == f"{' '.join(argv)}: {path} is relative to a directory that -daemonize has left"
+    assert not derive("/usr/bin/qemu", list(argv), TOKEN).refused
+    absolute = [word.replace(path, f"/var/{path}") for word in argv]
+    assert not derive("/usr/bin/qemu", [*absolute, "-daemonize"], TOKEN).refused

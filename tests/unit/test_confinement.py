@@ -1,4 +1,4 @@
-"""What confines a process, told by the kernel, and compared."""
+"""What confines a process, as the kernel reports it, compared."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def own() -> Confinement:
         process.close()
 
 
-def test_twin_has_no_differences(own: Confinement) -> None:
+def test_copy_has_no_differences(own: Confinement) -> None:
     assert differences(own, replace(own)) == []
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "reported"),
     [
         ({"uids": (0, 0, 65534)}, "user is (0, 0, 65534) in the destination, "),
         ({"gids": (1, 1, 1)}, "group is (1, 1, 1) in the destination, "),
@@ -43,9 +43,9 @@ def test_twin_has_no_differences(own: Confinement) -> None:
         ({"cgroups": (("memory", "/x"),)}, "cgroup is [('memory', '/x')] in the destination, "),
     ],
 )
-def test_difference_is_named(own: Confinement, changed: dict[str, object], told: str) -> None:
+def test_difference_is_reported(own: Confinement, changed: dict[str, object], reported: str) -> None:
     (found,) = differences(own, replace(own, **changed))  # type: ignore[arg-type]
-    assert found.startswith(told)
+    assert found.startswith(reported)
 
 
 def limited(own: Confinement, number: int, soft: int, hard: int) -> Confinement:
@@ -62,7 +62,7 @@ def test_limits_are_compared_but_for_what_a_newer_qemu_raises(own: Confinement) 
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("line", "expected"),
     [
         ("-sandbox on", True),
         ("-sandbox on,spawn=deny", True),
@@ -74,11 +74,11 @@ def test_limits_are_compared_but_for_what_a_newer_qemu_raises(own: Confinement) 
         ("-name sandbox", False),
     ],
 )
-def test_sandbox_of_a_command_line(words: str, expected: bool) -> None:
-    assert sandboxed(words.split()) == expected
+def test_sandbox_is_found_in_a_command_line(line: str, expected: bool) -> None:
+    assert sandboxed(line.split()) == expected
 
 
-def test_capabilities_that_a_user_does_not_get_by_being_started(own: Confinement) -> None:
+def test_capabilities_other_than_the_users_are_refused(own: Confinement) -> None:
     user = replace(own, uids=(7, 7, 7), permitted=0, effective=0, ambient=0, filters=own.filters)
     assert reason_against(user, [], {}) == ""
     assert "0x1000, but a QEMU that is started by its user gets 0x0" in reason_against(
@@ -89,7 +89,7 @@ def test_capabilities_that_a_user_does_not_get_by_being_started(own: Confinement
 
 
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "QEMU_MODULE_DIR", "GCONV_PATH"])
-def test_what_somebody_else_could_have_executed(own: Confinement, name: str, tmp_path: Path) -> None:
+def test_code_that_somebody_else_can_write_is_refused(own: Confinement, name: str, tmp_path: Path) -> None:
     user = replace(own, uids=(7, 7, 7), permitted=0, effective=0, ambient=0)
     (tmp_path / "mine.so").touch()
     assert reason_against(user, [], {name: f"/lib/none.so:{tmp_path}/mine.so"}) == ""

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
-from sevhop_qmp.device_state import EMPTY_DESCRIPTION, MAGIC, IncomingState, OutgoingState, head
+from sevhop_qmp.device_state import EMPTY_DESCRIPTION, MAGIC, IncomingState, OutgoingState, header
 from sevhop_qmp.errors import StateError
 
-HEAD = head("pc-q35-7.2")
+HEAD = header("pc-q35-7.2")
 #: QEMU_VM_SECTION_FULL: whatever device comes first.
 SECTION = b"\x04"
 #: More than a pipe takes.
@@ -76,7 +76,7 @@ def read(fd: int) -> bytes:
 
 
 @pytest.mark.parametrize("state", [b"", b"x", LARGE], ids=["empty", "short", "large"])
-def test_all_of_it_arrives(state: bytes) -> None:
+def test_device_state_arrives_completely(state: bytes) -> None:
     async def play() -> None:
         async with sides() as (source, outgoing, destination, incoming):
             # Until the source has stopped nothing of the guest goes over.
@@ -88,8 +88,8 @@ def test_all_of_it_arrives(state: bytes) -> None:
                 source.answered.set()
 
             saving = asyncio.ensure_future(save())
-            outgoing.announce()
-            await outgoing.pass_on()
+            outgoing.send_first_byte()
+            await outgoing.forward()
             await saving
             assert not received.done()
             await outgoing.end()
@@ -99,7 +99,7 @@ def test_all_of_it_arrives(state: bytes) -> None:
     asyncio.run(play())
 
 
-def test_nothing_goes_over_before_it_is_wanted() -> None:
+def test_device_state_waits_for_forward() -> None:
     async def play() -> None:
         async with sides() as (source, outgoing, destination, incoming):
             written(source.fds[0], MAGIC + SECTION + b"state")
@@ -109,11 +109,11 @@ def test_nothing_goes_over_before_it_is_wanted() -> None:
             assert os.read(destination.fds[0], 1 << 20) == HEAD
             assert not incoming.image
             # The destination is busy with the first byte until the rest comes.
-            outgoing.announce()
+            outgoing.send_first_byte()
             assert os.read(destination.fds[0], 1 << 20) == SECTION
             await asyncio.sleep(0)
-            await outgoing.pass_on()
-            # All but its end: a hop that is killed ends the stream, too, and the destination must not take that for it.
+            await outgoing.forward()
+            # All but its last byte: a killed hop closes the stream as well, and the destination must not accept that.
             assert os.read(destination.fds[0], 1 << 20) == b"stat"
             await outgoing.end()
             assert os.read(destination.fds[0], 1 << 20) == b"e" + EMPTY_DESCRIPTION
@@ -130,19 +130,19 @@ def test_nothing_goes_over_before_it_is_wanted() -> None:
         (MAGIC + b"\x01state", "its stream begins with 5145564d0000000301$"),
     ],
 )
-def test_what_is_no_device_state(data: bytes, reason: str) -> None:
+def test_forward_refuses_other_streams(data: bytes, reason: str) -> None:
     async def play() -> None:
         async with sides() as (source, outgoing, _, incoming):
             os.write(source.fds[0], data)
             source.answered.set()
             with pytest.raises(StateError, match=reason):
-                await outgoing.pass_on()
+                await outgoing.forward()
             assert not incoming.image
 
     asyncio.run(play())
 
 
-def test_a_destination_that_stops_reading() -> None:
+def test_forward_fails_if_the_destination_stops_reading() -> None:
     async def play() -> None:
         async with sides() as (source, outgoing, destination, _):
             for fd in destination.fds:
@@ -151,26 +151,26 @@ def test_a_destination_that_stops_reading() -> None:
             os.write(source.fds[0], MAGIC + SECTION + b"state")
             source.answered.set()
             with pytest.raises(StateError, match="stopped reading"):
-                await outgoing.pass_on()
+                await outgoing.forward()
 
     asyncio.run(play())
 
 
-def test_a_destination_that_is_too_slow() -> None:
+def test_forward_fails_if_the_destination_is_too_slow() -> None:
     async def play() -> None:
         async with sides() as (source, outgoing, _, _):
             saving = asyncio.ensure_future(asyncio.to_thread(written, source.fds[0], MAGIC + SECTION + LARGE))
-            passing = asyncio.ensure_future(outgoing.pass_on(timeout=0.01))
+            passing = asyncio.ensure_future(outgoing.forward(timeout=0.01))
             await saving
             source.answered.set()
-            with pytest.raises(StateError, match=r"did not take the device state within 0\.01 s"):
+            with pytest.raises(StateError, match=r"did not read the device state within 0\.01 s"):
                 await passing
 
     asyncio.run(play())
 
 
 @pytest.mark.parametrize("passing", [False, True], ids=["at once", "on its way"])
-def test_abandoned_it_is_taken_and_given_to_nobody(passing: bool) -> None:
+def test_device_state_is_drained_and_dropped_when_abandoned(passing: bool) -> None:
     """A QEMU that cannot write its state leaks a descriptor."""
 
     async def play() -> None:
@@ -181,7 +181,7 @@ def test_abandoned_it_is_taken_and_given_to_nobody(passing: bool) -> None:
                 source.answered.set()
 
             if passing:
-                task = asyncio.ensure_future(outgoing.pass_on())
+                task = asyncio.ensure_future(outgoing.forward())
                 await asyncio.sleep(0)
                 task.cancel()
                 await asyncio.wait({task})

@@ -1,9 +1,9 @@
-"""Devices of a domain that cannot be had again when its old QEMU has ended."""
+"""Devices of a domain that cannot be re-created when its old QEMU has exited."""
 
 from __future__ import annotations
 
 import pytest
-from sevhop.checks.domain import _UNREPEATABLE, devices
+from sevhop.checks.domain import _NOT_RECREATABLE, devices
 from sevhop.checks.result import Status
 
 DOMAIN = """<domain type='kvm' xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -41,23 +41,23 @@ EXAMPLES = {
 }
 
 
-def test_devices_that_libvirt_makes_anew() -> None:
+def test_devices_pass_if_libvirt_re_creates_them() -> None:
     assert devices(DOMAIN.format("")).status is Status.PASS
 
 
 @pytest.mark.parametrize("device", EXAMPLES)
-def test_devices_that_cannot_be_had_again(device: str) -> None:
-    finding = devices(DOMAIN.format(device))
-    assert finding.status is Status.FAIL
-    assert finding.detail.startswith(f"{EXAMPLES[device]}: ")
-    assert finding.remedy
+def test_devices_fail_that_cannot_be_re_created(device: str) -> None:
+    result = devices(DOMAIN.format(device))
+    assert result.status is Status.FAIL
+    assert result.detail.startswith(f"{EXAMPLES[device]}: ")
+    assert result.hint
 
 
 def test_every_row_has_an_example() -> None:
-    assert len(EXAMPLES) == len(_UNREPEATABLE)
+    assert len(EXAMPLES) == len(_NOT_RECREATABLE)
 
 
-def test_all_are_named() -> None:
-    finding = devices(DOMAIN.format("<shmem/><hostdev/>"))
-    assert "<shmem>" in finding.detail
-    assert "<hostdev>" in finding.detail
+def test_devices_are_all_reported() -> None:
+    result = devices(DOMAIN.format("<shmem/><hostdev/>"))
+    assert "<shmem>" in result.detail
+    assert "<hostdev>" in result.detail

@@ -1,4 +1,4 @@
-"""Domain XML: what a destination gets, what it loses again, and everything else as it was."""
+"""Domain XML: what is added for a destination and removed again, and that all else stays as it was."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def for_destination(xml: str) -> str:
     return domain_xml.for_destination(xml, "/opt/qemu", ENVIRONMENT, "/run/sevhop/a/monitor/qmp")
 
 
-def test_description() -> None:
+def test_describe_reads_the_domain() -> None:
     found = domain_xml.describe(PLAIN)
     assert found.name == "web & mail"
     assert found.uuid.endswith("501")
@@ -39,14 +39,14 @@ def test_description() -> None:
     assert found.emulator == "/usr/bin/qemu-system-x86_64"
 
 
-def test_only_the_emulator_changes() -> None:
+def test_with_emulator_changes_only_that() -> None:
     changed = domain_xml.with_emulator(PLAIN, "/opt/a&b")
     assert changed == PLAIN.replace("/usr/bin/qemu-system-x86_64", "/opt/a&amp;b")
     assert domain_xml.describe(changed).emulator == "/opt/a&b"
 
 
 @pytest.mark.parametrize("xml", [PLAIN, OWN])
-def test_additions_go_as_they_came(xml: str) -> None:
+def test_additions_are_removed(xml: str) -> None:
     added = for_destination(xml)
     assert "/lib/adopt.so" in added
     assert domain_xml.describe(added).emulator == "/opt/qemu"
@@ -59,7 +59,7 @@ def test_additions_go_as_they_came(xml: str) -> None:
         assert back.split() == PLAIN.split()
 
 
-def test_a_second_hop_adds_nothing_twice() -> None:
+def test_additions_of_a_second_hop_replace_those_of_the_first() -> None:
     twice = for_destination(for_destination(OWN))
     assert twice.count("id=sevhop-monitor") == 1
     assert twice.count("adopt.so") == 1
@@ -67,7 +67,7 @@ def test_a_second_hop_adds_nothing_twice() -> None:
     assert twice.count("LD_PRELOAD") == 1
 
 
-def test_additions_as_libvirt_writes_them() -> None:
+def test_additions_are_removed_as_libvirt_writes_them() -> None:
     """libvirt puts everything into one element, with its own prefix and in its own order."""
     xml = OWN.replace(
         "<qemu:env name='LD_PRELOAD' value='/lib/own.so'/>",
@@ -79,7 +79,7 @@ def test_additions_as_libvirt_writes_them() -> None:
     assert "".join(back.split()) == "".join(OWN.split())
 
 
-def test_path_with_commas_and_quotes() -> None:
+def test_path_with_commas_and_quotes_is_escaped() -> None:
     added = domain_xml.for_destination(PLAIN, "/q", {"A": "it's <&>"}, "/run/a,b")
     assert "path=/run/a,,b,server=on" in added
     domain_xml.describe(added)
@@ -97,17 +97,17 @@ def test_path_with_commas_and_quotes() -> None:
         ("<!DOCTYPE d SYSTEM 'file:///etc/passwd'><domain><name>a</name></domain>", "document type"),
     ],
 )
-def test_what_is_not_read(xml: str, reason: str) -> None:
+def test_describe_refuses_other_documents(xml: str, reason: str) -> None:
     with pytest.raises(DomainXmlError, match=reason):
         domain_xml.describe(xml)
 
 
-def test_a_domain_without_emulator() -> None:
+def test_with_emulator_refuses_a_domain_without_one() -> None:
     with pytest.raises(DomainXmlError, match="no <emulator>"):
         domain_xml.with_emulator("<domain><name>a</name></domain>", "/q")
 
 
-def test_without_interfaces() -> None:
+def test_without_interfaces_changes_nothing_else() -> None:
     interface = "<interface type='network'>\n      <mac address='52:54:00:00:00:01'/>\n    </interface>"
     xml = PLAIN.replace("</devices>", f"{interface}<interface type='user'/>\n  </devices>")
     assert domain_xml.without_interfaces(xml).split() == PLAIN.split()
@@ -127,7 +127,7 @@ LIVE = """<domain><devices>
 </devices></domain>"""
 
 
-def test_displays_keep_their_ports_until_they_are_somebody_elses() -> None:
+def test_displays_keep_their_ports_until_restored_again() -> None:
     xml = PLAIN.replace("\n  </devices>", DISPLAYS)
     ports = domain_xml.ports(LIVE)
     assert ports == [{"port": "5901"}, {"port": "5902", "tlsPort": "5903"}, {"port": "5999"}, {}]
@@ -143,7 +143,7 @@ def test_displays_keep_their_ports_until_they_are_somebody_elses() -> None:
     assert domain_xml.for_destination(pinned, "/opt/qemu", ENVIRONMENT, "/run/qmp", ports) == pinned
 
 
-def test_without_ports_nothing_is_kept() -> None:
+def test_displays_without_ports_are_not_marked() -> None:
     xml = PLAIN.replace("\n  </devices>", DISPLAYS)
     none: list[list[dict[str, str]]] = [[], [{}, {}, {}, {}]]
     for ports in none:

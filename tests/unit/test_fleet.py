@@ -1,4 +1,4 @@
-"""Which domains of a fleet are tried when one of them does not arrive; the upgrades themselves are played."""
+"""Which domains of a fleet are tried after the failure of one of them; the upgrades are simulated."""
 
 from __future__ import annotations
 
@@ -7,46 +7,51 @@ import asyncio
 import pytest
 from sevhop.engine import fleet
 from sevhop.engine.fleet import Fleet
-from sevhop.engine.upgrade import Options
-from sevhop.errors import Interrupted, Lost, NeedsRecover, Refused, Undone
-from sevhop.events import Chosen, Ended, Event, Listener
+from sevhop.errors import GuestLost, Interrupted, RecoveryRequired, Refused, RolledBack
+from sevhop.events import DomainsSelected, Event, HopFinished, Listener
+from sevhop.options import UpgradeOptions
 from sevhop.report import Report
 from sevhop_qmp.errors import SevhopError
 
-#: How the domains end, by name.
-ENDS: dict[str, type[SevhopError]] = {"refused": Refused, "undone": Undone, "held": NeedsRecover, "lost": Lost}
+#: Failures of the domains, by name.
+FAILURES: dict[str, type[SevhopError]] = {
+    "refused": Refused,
+    "rolled-back": RolledBack,
+    "recovery-required": RecoveryRequired,
+    "guest-lost": GuestLost,
+}
 
 
 class Upgrade:
-    """An upgrade that ends as its domain's name says, or, if that begins with ``slow``, when it is interrupted."""
+    """An upgrade with the outcome that its domain is named after; ``slow`` ones run until they are interrupted."""
 
-    under_way = 0
+    running = 0
     most = 0
 
-    def __init__(self, _uri: str, name: str, _options: Options, listener: Listener) -> None:
+    def __init__(self, _uri: str, name: str, _options: UpgradeOptions, listener: Listener) -> None:
         self.report = Report(guest=name)
         self._listener = listener
         self._interrupted = asyncio.Event()
 
     async def run(self) -> None:
-        Upgrade.under_way += 1
-        Upgrade.most = max(Upgrade.most, Upgrade.under_way)
+        Upgrade.running += 1
+        Upgrade.most = max(Upgrade.most, Upgrade.running)
         try:
             await self._run()
         finally:
-            Upgrade.under_way -= 1
-            self._listener(Ended(self.report.guest, self.report))
+            Upgrade.running -= 1
+            self._listener(HopFinished(self.report.guest, self.report))
 
     async def _run(self) -> None:
         if self.report.guest.startswith("slow"):
             await self._interrupted.wait()
         await asyncio.sleep(0)
         if self._interrupted.is_set():
-            self.report.outcome = "undone"
+            self.report.outcome = "rolled-back"
             raise Interrupted("interrupted")
         if self.report.guest == "bug":
             raise ZeroDivisionError
-        error = ENDS.get(self.report.guest)
+        error = FAILURES.get(self.report.guest)
         self.report.outcome = self.report.guest if error else "done"
         if error:
             raise error(self.report.guest)
@@ -57,62 +62,62 @@ class Upgrade:
 
 
 @pytest.fixture(autouse=True)
-def played(monkeypatch: pytest.MonkeyPatch) -> None:
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     Upgrade.most = 0
     monkeypatch.setattr(fleet, "Upgrade", Upgrade)
 
 
-def run(*names: str, chosen: bool = False, keep_going: bool = False, jobs: int = 1) -> list[str]:
+def run(*names: str, by_rule: bool = False, keep_going: bool = False, jobs: int = 1) -> list[str]:
     """The domains that were tried."""
     events: list[Event] = []
-    one = Fleet("", names, Options(), chosen=chosen, keep_going=keep_going, jobs=jobs, listener=events.append)
+    one = Fleet("", names, UpgradeOptions(), by_rule=by_rule, keep_going=keep_going, jobs=jobs, listener=events.append)
     asyncio.run(one.run())
     begun = [upgrade.report.guest for upgrade in one.upgrades]
     first, *rest = events
-    assert isinstance(first, Chosen) and first.domains == names
-    assert sorted(event.guest for event in rest if isinstance(event, Ended)) == sorted(begun)
+    assert isinstance(first, DomainsSelected) and first.domains == names
+    assert sorted(event.guest for event in rest if isinstance(event, HopFinished)) == sorted(begun)
     return begun
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])
-def test_all_arrive(jobs: int) -> None:
+def test_fleet_upgrades_all_domains(jobs: int) -> None:
     assert run("a", "b", "c", jobs=jobs) == ["a", "b", "c"]
     assert Upgrade.most == min(jobs, 3)
 
 
-def test_none_at_all() -> None:
+def test_fleet_without_domains_upgrades_nothing() -> None:
     assert run() == []
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("chosen", [True, False])
-def test_one_does_not_arrive(end: str, chosen: bool) -> None:
-    goes_on = chosen and end == "refused"
-    assert run("a", end, "b", chosen=chosen) == (["a", end, "b"] if goes_on else ["a", end])
-    assert run("a", end, "b", chosen=chosen, keep_going=True) == ["a", end, "b"]
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("by_rule", [True, False])
+def test_failure_stops_the_fleet_unless_skipped(failure: str, by_rule: bool) -> None:
+    skipped = by_rule and failure == "refused"
+    assert run("a", failure, "b", by_rule=by_rule) == (["a", failure, "b"] if skipped else ["a", failure])
+    assert run("a", failure, "b", by_rule=by_rule, keep_going=True) == ["a", failure, "b"]
 
 
-def test_a_failure_does_not_stop_those_under_way() -> None:
-    assert run("undone", "a", "b", jobs=2) == ["undone", "a"]
-    assert run("undone", "a", "b", jobs=2, keep_going=True) == ["undone", "a", "b"]
+def test_failure_does_not_stop_upgrades_in_progress() -> None:
+    assert run("rolled-back", "a", "b", jobs=2) == ["rolled-back", "a"]
+    assert run("rolled-back", "a", "b", jobs=2, keep_going=True) == ["rolled-back", "a", "b"]
 
 
-def test_a_bug_does_not_stop_those_under_way() -> None:
-    one = Fleet("", ["bug", "a", "b"], Options(), jobs=2, keep_going=True)
+def test_bug_does_not_stop_upgrades_in_progress() -> None:
+    one = Fleet("", ["bug", "a", "b"], UpgradeOptions(), jobs=2, keep_going=True)
     with pytest.raises(ZeroDivisionError):
         asyncio.run(one.run())
     assert [upgrade.report.outcome for upgrade in one.upgrades] == ["", "done"]
 
 
-def test_one_domain_is_not_upgraded_twice() -> None:
-    one = Fleet("", ["a", "b", "a"], Options(), jobs=3)
+def test_domain_named_twice_is_upgraded_once() -> None:
+    one = Fleet("", ["a", "b", "a"], UpgradeOptions(), jobs=3)
     asyncio.run(one.run())
     assert [upgrade.report.guest for upgrade in one.upgrades] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("jobs", "begun"), [(1, 2), (3, 4)])
-def test_an_interruption_undoes_all_that_are_under_way(jobs: int, begun: int) -> None:
-    one = Fleet("", ["a", "slow", "slower", "slowest", "b"], Options(), chosen=True, keep_going=True, jobs=jobs)
+def test_interruption_rolls_back_all_in_progress(jobs: int, begun: int) -> None:
+    one = Fleet("", ["a", "slow", "slower", "slowest", "b"], UpgradeOptions(), by_rule=True, keep_going=True, jobs=jobs)
 
     async def interrupted() -> None:
         running = asyncio.ensure_future(one.run())
@@ -123,4 +128,4 @@ def test_an_interruption_undoes_all_that_are_under_way(jobs: int, begun: int) ->
 
     with pytest.raises(Interrupted):
         asyncio.run(interrupted())
-    assert [upgrade.report.outcome for upgrade in one.upgrades] == ["done", *["undone"] * (begun - 1)]
+    assert [upgrade.report.outcome for upgrade in one.upgrades] == ["done", *["rolled-back"] * (begun - 1)]

@@ -1,4 +1,4 @@
-"""The preflight: which guests are refused, and that every refusal says what to do."""
+"""Checks of a guest: which guests are refused, and that every refusal has a hint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from sevhop.checks.guest import _blockers, _context, _machine_type, _state
-from sevhop.checks.result import Finding, Status, failed, passed
+from sevhop.checks.result import CheckResult, Status, failed, passed
 from sevhop.guest.emulator import Emulator
 from sevhop.guest.inspection import SevContext
 from sevhop_qmp.process import QemuProcess
@@ -23,41 +23,41 @@ def ourselves() -> Iterator[QemuProcess]:
 
 
 @pytest.mark.parametrize("kind", ["sev-es", "sev-snp"])
-def test_contexts_that_do_not_hop(kind: str, ourselves: QemuProcess) -> None:
-    finding = _context(guest(context=SevContext(kind)), ourselves, own_group=None, sandbox=False)
-    assert finding.status is Status.FAIL
-    assert finding.remedy
-    assert {child.status for child in finding.children} == {Status.SKIP}
+def test_context_fails_of_sev_es_and_snp(kind: str, ourselves: QemuProcess) -> None:
+    result = _context(guest(context=SevContext(kind)), ourselves, own_group=None, sandbox=False)
+    assert result.status is Status.FAIL
+    assert result.hint
+    assert {child.status for child in result.children} == {Status.SKIP}
 
 
-def test_the_host_does_not_matter_without_a_context(ourselves: QemuProcess) -> None:
-    finding = _context(guest(), ourselves, own_group=None, sandbox=False)
-    assert (finding.status, finding.children) == (Status.PASS, [])
+def test_host_is_not_tested_without_a_context(ourselves: QemuProcess) -> None:
+    result = _context(guest(), ourselves, own_group=None, sandbox=False)
+    assert (result.status, result.children) == (Status.PASS, [])
 
 
-def test_machine_type_that_the_new_qemu_has_not() -> None:
+def test_machine_type_fails_if_the_new_qemu_lacks_it() -> None:
     new = Emulator("/usr/bin/qemu", "12.0.0", frozenset({"pc-q35-12.0", "q35"}))
-    finding = _machine_type(new, guest())
-    assert finding.status is Status.FAIL
-    assert finding.detail == "QEMU 12.0.0 has no pc-q35-7.2"
-    assert finding.remedy
+    result = _machine_type(new, guest())
+    assert result.status is Status.FAIL
+    assert result.detail == "QEMU 12.0.0 has no pc-q35-7.2"
+    assert result.hint
     assert _machine_type(new, guest(machine_type="q35")).status is Status.PASS
 
 
-def test_only_sevs_own_blocker_is_ignored() -> None:
+def test_blockers_ignore_only_sevs_own() -> None:
     sev = "SEV: Migration is not implemented"
     assert _blockers(guest(blockers=(sev,))).status is Status.PASS
-    finding = _blockers(guest(blockers=(sev, "non-migratable device: 0000:00:03.0/nvme")))
-    assert finding.status is Status.FAIL
-    assert sev not in finding.detail
+    result = _blockers(guest(blockers=(sev, "non-migratable device: 0000:00:03.0/nvme")))
+    assert result.status is Status.FAIL
+    assert sev not in result.detail
 
 
 @pytest.mark.parametrize("state", ["prelaunch", "shutdown", "inmigrate", "guest-panicked", "io-error", "suspended"])
-def test_states_in_which_a_guest_does_not_hop(state: str) -> None:
+def test_state_fails_unless_running_or_paused(state: str) -> None:
     assert _state(guest(state=state)).status is Status.FAIL
 
 
-def test_children_of_a_failure_are_skipped_and_the_tree_is_walked() -> None:
+def test_tree_skips_children_of_a_failure() -> None:
     tree = passed("root", "", failed("memory", "private", "share it", skipped=("size",)), passed("state"))
     assert [(depth, f.name, f.status.value) for depth, f in tree.walk()] == [
         (0, "root", "pass"),
@@ -69,11 +69,11 @@ def test_children_of_a_failure_are_skipped_and_the_tree_is_walked() -> None:
 
 
 def test_json_has_the_whole_tree() -> None:
-    tree: Finding = passed("root", "x", failed("a", "b", "c"))
+    tree: CheckResult = passed("root", "x", failed("a", "b", "c"))
     assert tree.as_json() == {
         "name": "root",
         "status": "pass",
         "detail": "x",
-        "remedy": "",
-        "children": [{"name": "a", "status": "fail", "detail": "b", "remedy": "c", "children": []}],
+        "hint": "",
+        "children": [{"name": "a", "status": "fail", "detail": "b", "hint": "c", "children": []}],
     }

@@ -1,4 +1,4 @@
-"""libvirt's hook, with a keeper that says what the test wants."""
+"""libvirt's hook, with a keeper that replies what the test wants."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCRIPT = Path(sevhop.__file__).parent / "host" / "qemu.d" / "sevhop"
 
 
 class FakeKeeper:
-    """A keeper of the domain ``web``; what it was asked, and what it answers."""
+    """A keeper of the domain ``web``; its requests, and its reply."""
 
     def __init__(self, run: Path) -> None:
         self.asked: list[str] = []
@@ -37,7 +37,7 @@ class FakeKeeper:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Answer from now on."""
+        """Serve from now on."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(self.directory / "control"))
             listener.listen()
@@ -66,22 +66,22 @@ def keeper() -> Iterator[FakeKeeper]:
 
 
 def run(keeper: FakeKeeper, *arguments: str, xml: str = XML) -> tuple[int, str, str]:
-    """Exit status, what was printed, and the reason that was given."""
+    """Exit status, standard output, and the reason on standard error."""
     out, err = io.StringIO(), io.StringIO()
     status = hook.main(list(arguments), io.StringIO(xml), out, err, domains=str(keeper.domains))
     return status, out.getvalue(), err.getvalue()
 
 
 @pytest.mark.parametrize("operation", ["restore", "prepare", "started", "migrate"])
-def test_steps_that_matter_are_the_keepers_business(keeper: FakeKeeper, operation: str) -> None:
+def test_keeper_is_asked_at_some_steps(keeper: FakeKeeper, operation: str) -> None:
     with keeper.alive():
         printed = XML if operation == "restore" else ""
         assert run(keeper, "web", operation, "begin", "-") == (0, printed, "")
-    sub = "afresh" if operation == "prepare" else "begin"
+    sub = "cold-start" if operation == "prepare" else "begin"
     assert keeper.asked == [f"hook {operation} {sub} {UUID}"]
 
 
-def test_keeper_is_told_what_is_restored(keeper: FakeKeeper) -> None:
+def test_keeper_is_asked_when_an_image_is_restored(keeper: FakeKeeper) -> None:
     with keeper.alive():
         assert run(keeper, "web", "prepare", "begin", "-", xml=DESTINATION) == (0, "", "")
     assert keeper.asked == [f"hook prepare begin {UUID}"]
@@ -104,9 +104,9 @@ def test_keeper_is_told_what_is_restored(keeper: FakeKeeper) -> None:
         (),
     ],
 )
-def test_what_does_not_matter_costs_nothing(keeper: FakeKeeper, arguments: tuple[str, ...]) -> None:
+def test_keeper_is_not_asked_at_other_steps(keeper: FakeKeeper, arguments: tuple[str, ...]) -> None:
     with keeper.alive():
-        keeper.answer = "no"
+        keeper.answer = "error"
         assert run(keeper, *arguments) == (0, "", "")
     assert keeper.asked == []
 
@@ -119,8 +119,8 @@ def test_restore_gets_the_keepers_emulator(keeper: FakeKeeper) -> None:
     assert printed == DESTINATION.replace("/usr/bin/qemu", "/opt/qemu")
 
 
-def test_restored_again_it_may_have_other_ports(keeper: FakeKeeper) -> None:
-    """Those that it had may be taken, and that may be why it failed."""
+def test_restore_gets_other_ports_after_a_failed_one(keeper: FakeKeeper) -> None:
+    """Those that it had may be in use, and may be why it failed."""
     graphics = "<graphics type='vnc' port='5901' autoport='no'/></devices>"
     mark = "<qemu:env name='SEVHOP_AUTOPORT' value='0'/></qemu:commandline>"
     xml = IMAGE.replace("</devices>", graphics).replace("</qemu:commandline>", mark)
@@ -132,7 +132,7 @@ def test_restored_again_it_may_have_other_ports(keeper: FakeKeeper) -> None:
             assert "<emulator>/opt/qemu</emulator>" in printed
 
 
-def test_only_a_restore_may_print(keeper: FakeKeeper) -> None:
+def test_hook_prints_only_at_a_restore(keeper: FakeKeeper) -> None:
     """libvirt reads whatever is printed as a new domain."""
     with keeper.alive():
         keeper.answer = "ok /opt/qemu"
@@ -141,25 +141,25 @@ def test_only_a_restore_may_print(keeper: FakeKeeper) -> None:
 
 def test_refusal_has_a_reason(keeper: FakeKeeper) -> None:
     with keeper.alive():
-        keeper.answer = "no the guest is held"
-        assert run(keeper, "web", "prepare", "begin", "-") == (1, "", "sevhop: the guest is held\n")
+        keeper.answer = "error the guest is suspended"
+        assert run(keeper, "web", "prepare", "begin", "-") == (1, "", "sevhop: the guest is suspended\n")
 
 
 @pytest.mark.parametrize("answer", ["", "yes", "okay", "\xff"])
-def test_nonsense_is_a_refusal(keeper: FakeKeeper, answer: str) -> None:
+def test_invalid_reply_is_a_refusal(keeper: FakeKeeper, answer: str) -> None:
     with keeper.alive():
         keeper.answer = answer
         assert run(keeper, "web", "started", "begin", "-", xml=DESTINATION)[0] == 1
 
 
-def test_a_foreign_domain_of_the_same_name_goes_on(keeper: FakeKeeper) -> None:
+def test_foreign_domain_of_the_same_name_is_left_alone(keeper: FakeKeeper) -> None:
     with keeper.alive():
         keeper.answer = "foreign"
         assert run(keeper, "web", "started", "begin", "-") == (0, "", "")
 
 
 @pytest.mark.parametrize("xml", ["", "<domain/>", "<uuid>", "<uuid>x y\n</uuid>"])
-def test_a_domain_without_uuid_is_nobodys(keeper: FakeKeeper, xml: str) -> None:
+def test_request_has_a_dash_for_a_domain_without_uuid(keeper: FakeKeeper, xml: str) -> None:
     with keeper.alive():
         run(keeper, "web", "started", "begin", "-", xml=xml)
     assert keeper.asked == ["hook started begin -"]
@@ -167,45 +167,45 @@ def test_a_domain_without_uuid_is_nobodys(keeper: FakeKeeper, xml: str) -> None:
 
 @pytest.mark.parametrize(("operation", "xml"), [("restore", IMAGE), ("started", DESTINATION)])
 @pytest.mark.parametrize("name", ["web", "other"])
-def test_no_guest_runs_whose_keeper_is_gone(keeper: FakeKeeper, name: str, operation: str, xml: str) -> None:
+def test_guest_is_refused_if_its_keeper_is_gone(keeper: FakeKeeper, name: str, operation: str, xml: str) -> None:
     status, printed, reason = run(keeper, name, operation, "begin", "-", xml=xml)
     assert (status, printed) == (1, "")
     assert f"the keeper of domain {name} is gone" in reason
 
 
 @pytest.mark.parametrize("operation", ["restore", "prepare", "migrate", "started"])
-def test_a_keeper_that_dies_while_it_is_asked_refuses(keeper: FakeKeeper, operation: str) -> None:
-    """It has a successor: the guest is not gone, and nobody may start it behind its back."""
+def test_guest_is_refused_if_its_keeper_does_not_reply(keeper: FakeKeeper, operation: str) -> None:
+    """The keeper is restarted: the guest is not lost, and nobody may start it meanwhile."""
     keeper.answer = ""
     with keeper.alive():
         status, printed, reason = run(keeper, "web", operation, "begin", "-")
     assert (status, printed) == (1, "")
-    assert "the guest is held, try again" in reason
+    assert "the guest is suspended in the keeper, try again" in reason
     assert len(keeper.asked) == 1
 
 
 @pytest.mark.parametrize("operation", ["restore", "prepare", "migrate", "started"])
-def test_a_dead_keeper_stops_nobody_else(keeper: FakeKeeper, operation: str) -> None:
+def test_other_domains_are_left_alone_if_a_keeper_is_dead(keeper: FakeKeeper, operation: str) -> None:
     assert run(keeper, "web", operation, "begin", "-") == (0, "", "")
 
 
 @pytest.mark.parametrize("operation", ["restore", "migrate"])
 @pytest.mark.parametrize("xml", [HOPPED, DESTINATION])
-def test_what_an_earlier_hop_has_left_is_taken_out(keeper: FakeKeeper, operation: str, xml: str) -> None:
+def test_additions_of_an_earlier_hop_are_removed(keeper: FakeKeeper, operation: str, xml: str) -> None:
     status, printed, _ = run(keeper, "other", operation, "begin", "-", xml=xml)
     assert status == 0
     assert "".join(printed.split()) == "".join(XML.split())
 
 
-def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: Path) -> None:
+def test_script_runs_python_only_at_some_steps(keeper: FakeKeeper, tmp_path: Path) -> None:
     text = SCRIPT.read_text().replace("/run/sevhop/domains", str(keeper.domains))
     text = text.replace("@PYTHON@", "/bin/false").replace("@CLIENT@", "/no/such/file")
     path = tmp_path / "script"
     path.write_text(text)
     path.chmod(0o755)
 
-    def status(*words: str, xml: str = XML) -> int:
-        return subprocess.run([path, *words], input=xml, text=True, check=False).returncode
+    def status(*arguments: str, xml: str = XML) -> int:
+        return subprocess.run([path, *arguments], input=xml, text=True, check=False).returncode
 
     assert status("web", "started", "begin", "-") == 1
     assert status("web", "restore", "begin", "-") == 1
@@ -218,20 +218,20 @@ def test_script_asks_python_only_where_it_matters(keeper: FakeKeeper, tmp_path: 
     assert status("a name with 'quotes' $(false)", "started", "begin", "-") == 0
 
 
-def test_domain_that_was_renamed_is_found_by_its_uuid(keeper: FakeKeeper) -> None:
+def test_renamed_domain_is_found_by_its_uuid(keeper: FakeKeeper) -> None:
     (keeper.domains.parent / f"uuid-{UUID}").symlink_to("0123")
-    keeper.answer = "no the guest is held"
+    keeper.answer = "error the guest is suspended"
     with keeper.alive():
         steps = ("prepare", "restore", "migrate")
         answers = [run(keeper, "renamed", operation, "begin", "-") for operation in steps]
         other = run(keeper, "other", "prepare", "begin", "-", xml=XML.replace(UUID[:8], "33333333"))
-    assert answers == [(1, "", "sevhop: the guest is held\n")] * 3
+    assert answers == [(1, "", "sevhop: the guest is suspended\n")] * 3
     assert other == (0, "", "")
     assert len(keeper.asked) == 3
 
 
 @pytest.mark.parametrize("client", [True, False])
-def test_script_looks_for_a_uuid_only_while_there_is_a_hop(tmp_path: Path, client: bool) -> None:
+def test_script_looks_for_a_uuid_only_during_a_hop(tmp_path: Path, client: bool) -> None:
     asks = tmp_path / "asks"
     asks.write_text("#!/bin/sh\ncat >&2\nexit 7\n")
     asks.chmod(0o755)
@@ -242,8 +242,8 @@ def test_script_looks_for_a_uuid_only_while_there_is_a_hop(tmp_path: Path, clien
     path.chmod(0o755)
 
     def call(operation: str, xml: str) -> tuple[int, str, str]:
-        words = [str(path), "web", operation, "begin", "-"]
-        done = subprocess.run(words, input=xml, capture_output=True, text=True, check=False)
+        argv = [str(path), "web", operation, "begin", "-"]
+        done = subprocess.run(argv, input=xml, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout, done.stderr
 
     assert call("prepare", XML) == (0, "", "")
@@ -255,7 +255,7 @@ def test_script_looks_for_a_uuid_only_while_there_is_a_hop(tmp_path: Path, clien
     assert call("prepare", HOPPED.replace(UUID, "22222222-2222-3333-4444-555555555501")) == (0, "", "")
 
 
-def test_script_and_hook_together(tmp_path: Path) -> None:
+def test_script_runs_the_hook(tmp_path: Path) -> None:
     """As libvirt calls it: a domain that was in a hop is restored later."""
     path = tmp_path / "script"
     path.write_text(host.hook_script())

@@ -1,4 +1,4 @@
-"""Hook calls that are handed over to a keeper: the real client, and a keeper that says what the test wants."""
+"""Hook calls that are passed on to a keeper: the real client, and a keeper that replies what the test wants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALL = ("web", "restore", "begin", "-")
 
 
 class FakeKeeper:
-    """What it was asked and by which process, and what it answers."""
+    """Its requests and the processes that sent them, and its reply."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -47,13 +47,13 @@ class FakeKeeper:
         return self.answer
 
 
-async def call(directory: Path, *words: str, xml: str = XML) -> tuple[int, str, str, int]:
+async def call(directory: Path, *arguments: str, xml: str = XML) -> tuple[int, str, str, int]:
     """Exit status, output, reason, and the pid that the client had."""
     process = await asyncio.create_subprocess_exec(
         hook_server.CLIENT,
         directory,
         *INSTEAD,
-        *words,
+        *arguments,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -69,21 +69,21 @@ def keeper(tmp_path: Path) -> FakeKeeper:
     return FakeKeeper(tmp_path)
 
 
-def test_the_keeper_answers(keeper: FakeKeeper) -> None:
+def test_call_returns_the_reply_of_the_keeper(keeper: FakeKeeper) -> None:
     async def work() -> None:
         async with keeper.alive():
             status, out, err, pid = await call(keeper.directory, *CALL, xml=IMAGE)
             assert (status, out, err) == (0, DESTINATION, "")
             assert keeper.asked == [f"hook restore begin {UUID}"]
             assert keeper.callers == [pid]  # whose parent libvirt is
-            keeper.answer = "no it is too early"
+            keeper.answer = "error it is too early"
             assert (await call(keeper.directory, *CALL))[:3] == (1, "", "sevhop: it is too early\n")
             assert (await call(keeper.directory, "web", "stopped", "end", "-"))[:3] == (0, "", "")
 
     asyncio.run(work())
 
 
-def test_calls_at_once(keeper: FakeKeeper) -> None:
+def test_calls_are_served_in_parallel(keeper: FakeKeeper) -> None:
     async def work() -> None:
         async with keeper.alive():
             calls = [call(keeper.directory, f"web {n}", "started", "begin", "-") for n in range(10)]
@@ -93,7 +93,7 @@ def test_calls_at_once(keeper: FakeKeeper) -> None:
     asyncio.run(work())
 
 
-def test_more_xml_than_a_pipe_holds(keeper: FakeKeeper) -> None:
+def test_xml_may_be_larger_than_a_pipe(keeper: FakeKeeper) -> None:
     async def work() -> None:
         async with keeper.alive():
             xml = IMAGE.replace("<name>", f"<description>{'x' * 300_000}</description><name>")
@@ -103,7 +103,7 @@ def test_more_xml_than_a_pipe_holds(keeper: FakeKeeper) -> None:
     asyncio.run(work())
 
 
-def test_script_and_client_together(keeper: FakeKeeper, tmp_path: Path) -> None:
+def test_script_runs_the_client(keeper: FakeKeeper, tmp_path: Path) -> None:
     """As libvirt calls it."""
     domains = tmp_path / "domains"
     domains.mkdir()
@@ -123,18 +123,18 @@ def test_script_and_client_together(keeper: FakeKeeper, tmp_path: Path) -> None:
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("words", [CALL, ("x" * 5000, "restore", "begin", "-"), ("", "", "", "")])
-def test_without_a_keeper_the_command_is_run(tmp_path: Path, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("arguments", [CALL, ("x" * 5000, "restore", "begin", "-"), ("", "", "", "")])
+def test_command_is_run_without_a_keeper(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """With all of its input."""
-    status, out, err, _ = asyncio.run(call(tmp_path / "nobody", *words))
-    assert (status, out, err) == (0, f"instead {' '.join(words)}\n{XML}", "")
+    status, out, err, _ = asyncio.run(call(tmp_path / "nobody", *arguments))
+    assert (status, out, err) == (0, f"instead {' '.join(arguments)}\n{XML}", "")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
         dead.bind(str(tmp_path / hook_server.SOCKET))
-    assert asyncio.run(call(tmp_path, *words))[1] == out
+    assert asyncio.run(call(tmp_path, *arguments))[1] == out
 
 
-def test_a_keeper_that_ends_in_the_middle_is_a_refusal(keeper: FakeKeeper) -> None:
-    """It may have read the XML, so nobody else can answer."""
+def test_call_is_refused_if_the_keeper_exits_during_it(keeper: FakeKeeper) -> None:
+    """It may have read the XML, so nobody else can reply."""
 
     async def work() -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -151,14 +151,14 @@ def test_a_keeper_that_ends_in_the_middle_is_a_refusal(keeper: FakeKeeper) -> No
 
 
 @pytest.mark.parametrize("descriptors", [0, 1])
-def test_a_call_without_its_streams_is_not_answered(keeper: FakeKeeper, descriptors: int) -> None:
+def test_call_without_its_streams_is_not_served(keeper: FakeKeeper, descriptors: int) -> None:
     async def work() -> None:
         async with keeper.alive():
             before = set(os.listdir("/proc/self/fd"))
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                 sock.connect(str(keeper.directory / hook_server.SOCKET))
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{descriptors}i", *[0] * descriptors))
-                sock.sendmsg([b"\0".join(word.encode() for word in CALL)], [rights] if descriptors else [])
+                sock.sendmsg([b"\0".join(argument.encode() for argument in CALL)], [rights] if descriptors else [])
                 assert await asyncio.to_thread(sock.recv, 1) == b""
             assert set(os.listdir("/proc/self/fd")) <= before
             assert keeper.asked == []

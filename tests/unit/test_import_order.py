@@ -29,6 +29,7 @@ ROOMS = (
     "events",
     "report",
     "errors",
+    "options",
 )
 
 
@@ -88,7 +89,17 @@ def test_imports_have_no_circle(root: Path) -> None:
     TopologicalSorter({name: set(imported(root, name, path)) for name, path in known.items()}).prepare()
 
 
-def test_no_test_imports_a_test_module() -> None:
+def test_what_speaks_to_qemu_knows_nothing_of_hops() -> None:
+    found = [
+        path.name
+        for path in modules(QMP).values()
+        for line in path.read_text().splitlines()
+        if line.strip().startswith(("from sevhop.", "from sevhop ", "import sevhop."))
+    ]
+    assert found == []
+
+
+def test_modules_of_tests_are_not_imported_by_tests() -> None:
     """What tests share is in a module of its own, or in tests/support."""
     tests = Path(__file__).parents[1]
     imports = [line for path in tests.rglob("*.py") for line in path.read_text().splitlines() if "import" in line]

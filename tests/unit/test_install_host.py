@@ -1,4 +1,4 @@
-"""What is put on the host is not taken away while a guest hangs on it."""
+"""What is installed on the host is not removed while a hop needs it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sevhop.install import host as installation
+from sevhop.install import verification
 from sevhop.records import journal
 from sevhop_qmp.errors import SevhopError
 
@@ -16,7 +17,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "qemu.d" / "sevhop"
     script.parent.mkdir()
     script.touch()
-    monkeypatch.setattr(installation, "_SCRIPT", script)
+    monkeypatch.setattr(installation, "SCRIPT", script)
+    monkeypatch.setattr(verification, "RECORD", tmp_path / "hook-verified")
     monkeypatch.setattr(installation, "DOMAINS", tmp_path / "domains")
     monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
     for place in ("apparmor", "units"):
@@ -24,7 +26,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_is_removed(host: Path) -> None:
+def test_uninstall_removes_the_hook(host: Path) -> None:
     (host / "journal").mkdir()
     (host / "domains").mkdir()
     assert installation.uninstall()
@@ -33,9 +35,9 @@ def test_it_is_removed(host: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "reason"), [("domains/web", "hops are under way: web"), ("journal/1-2.journal", "is not finished")]
+    ("left", "reason"), [("domains/web", "hops are in progress: web"), ("journal/1-2.journal", "was interrupted")]
 )
-def test_not_in_the_middle_of_a_hop(host: Path, left: str, reason: str) -> None:
+def test_uninstall_refuses_during_a_hop(host: Path, left: str, reason: str) -> None:
     (host / left).parent.mkdir()
     (host / left).touch()
     with pytest.raises(SevhopError, match=reason):

@@ -1,4 +1,4 @@
-"""The journal: durable before anything is done, locked while somebody is at it, readable whatever has been torn."""
+"""The journal: durable before anything is done, locked during a hop, readable if its last line is torn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from sevhop.records import journal
-from sevhop.records.journal import Entry, HopBrokenOff, Journal, JournalError, Process
-from sevhop.records.run_directory import HopUnderWay
+from sevhop.records.journal import HopInterrupted, HopRecord, Journal, JournalError, Process
+from sevhop.records.run_directory import HopInProgress
 from sevhop_qmp.process import QemuProcess
 
 
@@ -19,23 +19,25 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state" / "journal"
 
 
-def entry() -> Entry:
-    return Entry(kind="domain", guest="web", uuid="4711", context="sev", running=True, source=Process(7, 8), new="/q")
+def record() -> HopRecord:
+    return HopRecord(
+        kind="domain", guest="web", uuid="4711", context="sev", running=True, source=Process(7, 8), new="/q"
+    )
 
 
-def test_what_was_written_is_read() -> None:
-    mine = Journal.begin(entry())
+def test_read_returns_what_was_written() -> None:
+    mine = Journal.begin(record())
     mine.write({"phase": "prepare"})
-    mine.write({"destination": Process(9, 10), "plates": {"sockets": [["a", "b"]], "pidfile": None}})
-    assert journal.read(mine.path) == mine.entry
-    assert mine.entry == dataclasses.replace(
-        entry(), phase="prepare", destination=Process(9, 10), plates={"sockets": [["a", "b"]], "pidfile": None}
+    mine.write({"destination": Process(9, 10), "guest_paths": {"sockets": [["a", "b"]], "pidfile": None}})
+    assert journal.read(mine.path) == mine.record
+    assert mine.record == dataclasses.replace(
+        record(), phase="prepare", destination=Process(9, 10), guest_paths={"sockets": [["a", "b"]], "pidfile": None}
     )
     mine.end()
     assert list(journal.journals()) == []
 
 
-def test_it_is_on_the_disk_before_anything_is_done(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_begin_syncs_file_name_and_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file first, then its name, then the directory's list of names: in any other order a crash could lose it."""
     done: list[str] = []
     fsync, link = os.fsync, os.link
@@ -51,67 +53,67 @@ def test_it_is_on_the_disk_before_anything_is_done(directory: Path, monkeypatch:
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "link", linked)
-    mine = Journal.begin(entry())
+    mine = Journal.begin(record())
     assert done == ["True", "name", "directory"]
     mine.end()
     assert done[-1] == "directory"
 
 
-def test_records_reach_the_disk_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[bytes] = []
     monkeypatch.setattr(os, "fdatasync", lambda fd: flushed.append(os.pread(fd, 4096, 0).rstrip(b"\0")))
-    mine = Journal.begin(entry())
-    mine.write({"phase": "freeze"})
+    mine = Journal.begin(record())
+    mine.write({"phase": "stop"})
     mine.leave()
-    assert b'"freeze"' in flushed[-1]
+    assert b'"stop"' in flushed[-1]
 
 
-def test_one_hop_at_a_time() -> None:
-    mine = Journal.begin(entry())
-    with pytest.raises(HopUnderWay, match=f"process {os.getpid()} is hopping web"):
-        Journal.begin(entry())
-    with pytest.raises(HopUnderWay):
+def test_begin_refuses_a_second_hop() -> None:
+    mine = Journal.begin(record())
+    with pytest.raises(HopInProgress, match=f"process {os.getpid()} is hopping web"):
+        Journal.begin(record())
+    with pytest.raises(HopInProgress):
         Journal.take_over(mine.path)
     mine.end()
-    Journal.begin(entry()).end()
+    Journal.begin(record()).end()
 
 
-def test_what_was_broken_off_must_be_recovered_first() -> None:
-    mine = Journal.begin(entry())
+def test_begin_refuses_after_an_interrupted_hop() -> None:
+    mine = Journal.begin(record())
     mine.write({"phase": "save"})
     mine.leave()
-    with pytest.raises(HopBrokenOff, match=r"not finished, it stands at save .*sevhop recover"):
-        Journal.begin(entry())
+    with pytest.raises(HopInterrupted, match=r"was interrupted in phase \"save\" \(run: sevhop recover web\)"):
+        Journal.begin(record())
     taken = Journal.take_over(mine.path)
-    assert taken.entry.phase == "save"
+    assert taken.record.phase == "save"
     taken.write({"phase": "commit"})
     taken.leave()
     assert journal.read(mine.path).phase == "commit"
 
 
-def test_the_destination_of_a_hop_is_the_same_guest() -> None:
-    mine = Journal.begin(entry())
+def test_expect_none_knows_source_destination_and_uuid() -> None:
+    mine = Journal.begin(record())
     mine.write({"destination": Process(9, 10)})
     mine.leave()
     for guest in (Process(7, 8), Process(9, 10), "4711"):
-        with pytest.raises(HopBrokenOff):
+        with pytest.raises(HopInterrupted):
             journal.expect_none(guest)
     journal.expect_none(Process(9, 11))
     journal.expect_none("4712")
-    with pytest.raises(HopBrokenOff):
-        Journal.begin(dataclasses.replace(entry(), kind="bare", source=Process(9, 10)))
+    with pytest.raises(HopInterrupted):
+        Journal.begin(dataclasses.replace(record(), kind="standalone", source=Process(9, 10)))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 15])
-def test_a_torn_last_line_is_ignored(cut: int) -> None:
-    mine = Journal.begin(entry())
-    mine.write({"phase": "freeze"})
-    mine.write({"phase": "share"})
+def test_take_over_ignores_a_torn_last_line(cut: int) -> None:
+    mine = Journal.begin(record())
+    mine.write({"phase": "stop"})
+    mine.write({"phase": "map"})
     mine.leave()
     raw = mine.path.read_bytes()
     mine.path.write_bytes(raw.rstrip(b"\0")[:-cut] + bytes(100))
     taken = Journal.take_over(mine.path)
-    assert taken.entry.phase == "freeze"
+    assert taken.record.phase == "stop"
     taken.write({"phase": "load"})
     assert journal.read(mine.path).phase == "load"
     taken.end()
@@ -121,7 +123,7 @@ def test_a_torn_last_line_is_ignored(cut: int) -> None:
     "text",
     [b"", b"\n", b"[]\n", b"{}\n", b'{"version": 2}\n', b'{"version": 1}\n', b"\xff\n", b'{"version": 1, "source": 3}'],
 )
-def test_garbage_is_told(text: bytes, directory: Path) -> None:
+def test_read_refuses_garbage(text: bytes, directory: Path) -> None:
     directory.mkdir(parents=True)
     path = directory / "domain-1.journal"
     path.write_bytes(text)
@@ -131,42 +133,42 @@ def test_garbage_is_told(text: bytes, directory: Path) -> None:
         Journal.take_over(path)
 
 
-def test_a_fact_that_is_none() -> None:
-    mine = Journal.begin(entry())
+def test_read_refuses_an_unknown_field() -> None:
+    mine = Journal.begin(record())
     mine.leave()
     with mine.path.open("r+b") as file:
         file.seek(len(file.read().rstrip(b"\0")))
         file.write(b'{"colour": "red"}\n')
-    with pytest.raises(JournalError, match="something unknown"):
+    with pytest.raises(JournalError, match="invalid field"):
         journal.read(mine.path)
 
 
-def test_a_full_disk_is_found_at_once(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+def test_begin_fails_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     def full(fd: int, offset: int, length: int) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(JournalError, match="No space left"):
-        Journal.begin(entry())
+        Journal.begin(record())
     assert os.listdir(directory) == []
 
 
-def test_only_root_may_look(directory: Path) -> None:
-    mine = Journal.begin(entry())
+def test_journal_is_readable_by_root_only(directory: Path) -> None:
+    mine = Journal.begin(record())
     assert directory.stat().st_mode & 0o777 == 0o700
     assert mine.path.stat().st_mode & 0o777 == 0o600
     mine.end()
 
 
-def test_leftovers_of_a_command_that_died_early(directory: Path) -> None:
-    mine = Journal.begin(entry())
+def test_remove_unfinished_removes_temporary_files(directory: Path) -> None:
+    mine = Journal.begin(record())
     (directory / ".0123").write_bytes(b"")
     journal.remove_unfinished()
     assert os.listdir(directory) == [mine.path.name]
     mine.end()
 
 
-def test_a_process_is_told_from_another_with_its_pid() -> None:
+def test_process_is_distinguished_from_another_with_its_pid() -> None:
     process = QemuProcess.open(os.getpid())
     this = Process.of(process)
     process.close()

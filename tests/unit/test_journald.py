@@ -1,4 +1,4 @@
-"""Records for the journal of systemd, as they arrive at a socket like its own."""
+"""Records for the journal of systemd, as a socket in its place receives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sevhop.events import Ended, PhaseBegan, PhaseEnded
+from sevhop.events import HopFinished, PhaseBegan, PhaseEnded
 from sevhop.observe import journald
 from sevhop.report import Report
 
@@ -39,7 +39,7 @@ def decoded(record: bytes) -> dict[str, str]:
     return fields
 
 
-def test_a_phase(journal: socket.socket) -> None:
+def test_phase_is_recorded(journal: socket.socket) -> None:
     records = journald.Records()
     records(PhaseBegan("web", "check"))
     records(PhaseEnded("web", "check", 12.3456))
@@ -48,7 +48,7 @@ def test_a_phase(journal: socket.socket) -> None:
         "PRIORITY": str(syslog.LOG_INFO),
         "MESSAGE": "web: check took 12.3 ms",
         "MESSAGE_ID": journald.PHASE,
-        "SEVHOP_DOMAIN": "web",
+        "SEVHOP_GUEST": "web",
         "SEVHOP_PHASE": "check",
         "SEVHOP_MS": "12.346",
     }
@@ -57,35 +57,35 @@ def test_a_phase(journal: socket.socket) -> None:
     records.close()
 
 
-def test_hops_that_are_over(journal: socket.socket) -> None:
+def test_outcome_is_recorded(journal: socket.socket) -> None:
     records = journald.Records()
-    records(Ended("web", Report("web", outcome="done", blackout_ms=228.0, notes=["first", "second=2"])))
+    records(HopFinished("web", Report("web", outcome="done", downtime_ms=228.0, notes=["first", "second=2"])))
     fields = decoded(journal.recv(4096))
     assert fields["MESSAGE"].splitlines()[1:] == ["note: first", "note: second=2"]
     assert (fields["PRIORITY"], fields["SEVHOP_OUTCOME"], fields["SEVHOP_MS"]) == ("5", "done", "228.000")
     assert fields["MESSAGE_ID"] == journald.OUTCOME
-    records(Ended("web", Report("web", outcome="needs-recover", reason="it \udcff\nSEVHOP_OUTCOME=done")))
+    records(HopFinished("web", Report("web", outcome="recovery-required", reason="it \udcff\nSEVHOP_OUTCOME=done")))
     fields = decoded(journal.recv(4096))
-    assert (fields["PRIORITY"], fields["SEVHOP_OUTCOME"]) == ("2", "needs-recover")
+    assert (fields["PRIORITY"], fields["SEVHOP_OUTCOME"]) == ("2", "recovery-required")
     assert fields["MESSAGE"] == "web: it \\udcff\nSEVHOP_OUTCOME=done"
     assert "SEVHOP_MS" not in fields
     records.close()
 
 
 def fill(records: journald.Records) -> int:
-    """Write until the journal takes no more. :return: how many it has taken."""
+    """Write until the journal is busy. :return: how many records it has taken."""
     for number in range(10_000):
         records(PhaseEnded("web", str(number), 1.0))
         if records.unsent:
             return number
-    raise AssertionError("it takes everything")
+    raise AssertionError("the journal is never busy")
 
 
-def test_one_that_does_not_keep_up_is_not_waited_for(
+def test_busy_journal_is_not_waited_for(
     journal: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither during a hop, nor for ever at the end."""
-    monkeypatch.setattr(journald, "_PATIENCE", 0.01)
+    monkeypatch.setattr(journald, "_SEND_TIMEOUT", 0.01)
     records = journald.Records()
     fill(records)
     records.close()
@@ -93,8 +93,8 @@ def test_one_that_does_not_keep_up_is_not_waited_for(
 
 
 @pytest.mark.parametrize("when", ["with the next one", "at the end"])
-def test_busy_for_a_moment_loses_no_record(journal: socket.socket, when: str) -> None:
-    """They come later, and in their order."""
+def test_records_are_kept_while_the_journal_is_busy(journal: socket.socket, when: str) -> None:
+    """They are sent later, in their order."""
     records = journald.Records()
     taken = fill(records)
     phases = [decoded(journal.recv(4096))["SEVHOP_PHASE"] for _ in range(taken)]
@@ -108,7 +108,7 @@ def test_busy_for_a_moment_loses_no_record(journal: socket.socket, when: str) ->
     assert phases == [*map(str, range(taken + 1)), *(["last"] if when == "with the next one" else [])]
 
 
-def test_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_journal_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journald, "SOCKET", tmp_path / "missing")
     records = journald.Records()
     records(PhaseEnded("web", "check", 1.0))

@@ -11,19 +11,19 @@ def verdict_of(*lines: str) -> Verdict:
     return judge_log("".join(f"{line}\n" for line in lines))
 
 
-def test_counter_that_was_never_harmed() -> None:
+def test_counter_without_errors_is_unharmed() -> None:
     verdict = verdict_of("START", "00000001", "00000002", "00000003")
     assert verdict.unharmed
     assert (verdict.ticks, verdict.last) == (3, 3)
 
 
-def test_linux_that_was_never_harmed() -> None:
+def test_linux_without_errors_is_unharmed() -> None:
     verdict = verdict_of("START\r", "TICK 1 w=0 r=1 ping=0 mem=0\r", "UEFI 1\r", "TICK 2 w=0 r=2 ping=0 mem=0\r")
     assert verdict.unharmed
     assert verdict.writes
 
 
-def test_nothing_is_not_unharmed() -> None:
+def test_log_without_ticks_is_not_unharmed() -> None:
     assert not verdict_of("START").unharmed
 
 
@@ -33,22 +33,22 @@ def test_missing_numbers_are_lost() -> None:
     assert not verdict.ticks_repeated
 
 
-def test_going_back_in_time_is_repeating() -> None:
+def test_ticks_are_repeated_if_their_numbers_go_back() -> None:
     verdict = verdict_of("START", "00000001", "00000002", "00000003", "00000002", "00000003", "00000004")
     assert verdict.ticks_repeated == 2
     assert not verdict.ticks_lost
 
 
-def test_a_restart_is_neither() -> None:
+def test_restart_is_neither_lost_nor_repeated() -> None:
     verdict = verdict_of("START", "00000001", "00000002", "START", "00000001")
     assert (verdict.restarts, verdict.ticks_lost, verdict.ticks_repeated) == (1, 0, 0)
 
 
-def test_a_garbled_line_is_a_lost_tick() -> None:
+def test_garbled_line_is_a_lost_tick() -> None:
     assert verdict_of("START", "00000001", "000000000002", "00000003").ticks_lost == 1
 
 
-def test_an_unfinished_line_does_not_count() -> None:
+def test_unfinished_line_does_not_count() -> None:
     assert judge_log("START\n00000001\n0000").unharmed
 
 
@@ -66,7 +66,7 @@ def test_firmware_may_write_before_the_start() -> None:
         ("BAD 00412000", 0, 0, 1),
     ],
 )
-def test_errors_that_the_guest_saw(line: str, disk: int, network: int, memory: int) -> None:
+def test_errors_of_the_guest_are_counted(line: str, disk: int, network: int, memory: int) -> None:
     verdict = verdict_of("START", "TICK 1 w=0 r=1 ping=0 mem=0", line)
     assert (verdict.disk_errors, verdict.network_errors, verdict.memory_errors) == (disk, network, memory)
     assert not verdict.unharmed

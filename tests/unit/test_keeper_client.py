@@ -1,4 +1,4 @@
-"""The command's side of the keeper: how one is started, and what becomes of requests when keepers die."""
+"""The command's side of the keeper: how one is started, and requests when keepers die."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 from sevhop.keeper import client as keeper_client
-from sevhop.keeper.client import KeeperError, KeeperProcess
+from sevhop.keeper.client import KeeperClient, KeeperError
 
 
 @contextmanager
 def keepers(directory: Path, dying: int) -> Iterator[list[str]]:
-    """Keepers that serve one socket, one after the other; so many die of their first request. What they heard."""
-    heard: list[str] = []
+    """Keepers that serve one socket, one after the other; so many die of their first request. What they received."""
+    received: list[str] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(directory / "control"))
         listener.listen()
@@ -34,48 +34,48 @@ def keepers(directory: Path, dying: int) -> Iterator[list[str]]:
                     return
                 with sock:
                     while request := sock.recv(4096).decode():
-                        heard.append(request)
+                        received.append(request)
                         if number < dying:
                             break
-                        sock.send(b"no thanks" if request == "blocks" else b"ok " + json.dumps({"a": 1}).encode())
+                        sock.send(b"error thanks" if request == "blocks" else b"ok " + json.dumps({"a": 1}).encode())
 
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield heard
+            yield received
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
 
 
-async def with_keeper(directory: Path, work: Callable[[KeeperProcess], Coroutine[Any, Any, Any]]) -> Any:
-    keeper = await KeeperProcess.connect(directory)
+async def with_keeper(directory: Path, work: Callable[[KeeperClient], Coroutine[Any, Any, Any]]) -> Any:
+    keeper = await KeeperClient.connect(directory)
     try:
         return await work(keeper)
     finally:
         keeper.close()
 
 
-def test_a_request_is_repeated_when_a_keeper_dies(tmp_path: Path) -> None:
-    with keepers(tmp_path, 1) as heard:
-        assert asyncio.run(with_keeper(tmp_path, KeeperProcess.status)) == {"a": 1}
-    assert heard == ["status", "status"]
+def test_request_is_repeated_when_a_keeper_dies(tmp_path: Path) -> None:
+    with keepers(tmp_path, 1) as received:
+        assert asyncio.run(with_keeper(tmp_path, KeeperClient.status)) == {"a": 1}
+    assert received == ["status", "status"]
 
 
-def test_a_refusal_is_not_repeated(tmp_path: Path) -> None:
-    with keepers(tmp_path, 0) as heard, pytest.raises(KeeperError, match="thanks"):
-        asyncio.run(with_keeper(tmp_path, KeeperProcess.keep_blocks))
-    assert heard == ["blocks"]
+def test_refused_request_is_not_repeated(tmp_path: Path) -> None:
+    with keepers(tmp_path, 0) as received, pytest.raises(KeeperError, match="thanks"):
+        asyncio.run(with_keeper(tmp_path, KeeperClient.keep_blocks))
+    assert received == ["blocks"]
 
 
-def test_a_request_is_repeated_once(tmp_path: Path) -> None:
-    with keepers(tmp_path, 2) as heard, pytest.raises(KeeperError, match="the keeper is gone"):
-        asyncio.run(with_keeper(tmp_path, KeeperProcess.retire))
-    assert heard == ["retire", "retire"]
+def test_request_is_repeated_once(tmp_path: Path) -> None:
+    with keepers(tmp_path, 2) as received, pytest.raises(KeeperError, match="the keeper is gone"):
+        asyncio.run(with_keeper(tmp_path, KeeperClient.retire))
+    assert received == ["retire", "retire"]
 
 
-def test_nobody_is_there_any_more(tmp_path: Path) -> None:
-    async def work(keeper: KeeperProcess) -> None:
+def test_keeper_that_is_gone_is_reported(tmp_path: Path) -> None:
+    async def work(keeper: KeeperClient) -> None:
         (tmp_path / "control").unlink()
         await keeper.retire()
 
@@ -83,12 +83,12 @@ def test_nobody_is_there_any_more(tmp_path: Path) -> None:
         asyncio.run(with_keeper(tmp_path, work))
 
 
-def test_without_systemd_a_keeper_has_a_session_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_keeper_has_only_a_session_without_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(keeper_client, "_SYSTEMD", tmp_path / "missing")
     assert keeper_client._command() == [sys.executable, "-m", "sevhop.keeper.server"]
 
 
-def test_under_systemd_a_keeper_has_a_scope_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_keeper_has_a_scope_of_its_own_under_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "systemd-run"
     program.touch(mode=0o755)
     monkeypatch.setattr(keeper_client, "_SYSTEMD", tmp_path)

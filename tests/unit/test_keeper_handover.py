@@ -1,4 +1,4 @@
-"""The keeper of a hop: who comes first, the destination that says that the guest runs or who forbids it."""
+"""The keeper of a hop: which comes first, the destination's message that the guest runs or its revocation."""
 
 from __future__ import annotations
 
@@ -6,55 +6,56 @@ import asyncio
 
 import pytest
 from sevhop.guest.inspection import SevContext
-from sevhop.keeper.handover import Held, Keeper
+from sevhop.keeper.handover import SourceHandles
+from sevhop.keeper.local import LocalKeeper
 
 
-def keeper() -> Keeper:
-    """One that holds nothing."""
-    return Keeper(Held(None, {}), SevContext("none"))
+def keeper() -> LocalKeeper:
+    """One without any handles."""
+    return LocalKeeper(SourceHandles(None, {}), SevContext("none"))
 
 
-def test_a_guest_that_runs_cannot_be_forbidden_to() -> None:
+def test_start_that_was_announced_cannot_be_revoked() -> None:
     async def play() -> None:
         with keeper() as ours:
             ours.theirs.send(b"run")
-            assert ours.forbid()
+            assert ours.revoke_start()
 
     asyncio.run(play())
 
 
-def test_a_guest_that_is_forbidden_to_run_cannot() -> None:
+def test_guest_does_not_run_after_its_start_was_revoked() -> None:
     async def play() -> None:
         with keeper() as ours:
-            assert not ours.forbid()
+            assert not ours.revoke_start()
             with pytest.raises(BrokenPipeError):
                 ours.theirs.send(b"run")
-            assert not ours.forbid()
+            assert not ours.revoke_start()
 
     asyncio.run(play())
 
 
-def test_a_destination_that_has_ended_may_have_let_it_run() -> None:
-    for said in (b"", b"run"):
+def test_destination_that_exited_may_have_started_the_guest() -> None:
+    for message in (b"", b"run"):
 
-        async def play(said: bytes) -> None:
+        async def play(message: bytes) -> None:
             with keeper() as ours:
-                if said:
-                    ours.theirs.send(said)
+                if message:
+                    ours.theirs.send(message)
                 ours.theirs.close()
-                assert ours.forbid() == bool(said)
+                assert ours.revoke_start() == bool(message)
 
-        asyncio.run(play(said))
+        asyncio.run(play(message))
 
 
-def test_requests_are_answered_meanwhile() -> None:
+def test_requests_are_answered_until_the_guest_runs() -> None:
     async def play() -> None:
         with keeper() as ours:
             for request, reply in (
                 (b"hello 1", b"ok context=none source=running"),
-                (b"hello 2", b"no protocol 2 is not spoken here, only 1"),
+                (b"hello 2", b"error protocol version 2 is not supported, only 1"),
                 (b"memfd 0 memory-backend-memfd", b"none"),
-                (b"\xff", b"no this is not a request"),
+                (b"\xff", b"error invalid request"),
             ):
                 ours.theirs.send(request)
                 assert await asyncio.to_thread(ours.theirs.recv, 4096) == reply

@@ -1,4 +1,4 @@
-"""What the keeper answers libvirt's hook, and what a keeper is told at its start."""
+"""The keeper's replies to libvirt's hook and to the command, and what its successor restores."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.keeper.client import Brief, State
-from sevhop.keeper.handover import Held
-from sevhop.keeper.server import Custody
-from sevhop.keeper.supervisor import Deposit
+from sevhop.keeper.client import KeeperConfig
+from sevhop.keeper.handover import SourceHandles
+from sevhop.keeper.server import KeeperServer
+from sevhop.keeper.state import State
+from sevhop.keeper.supervisor import FdStore
 from sevhop.libvirt import hook_server
 from sevhop.records.run_directory import listening
 from sevhop_qmp import monitor
@@ -33,114 +34,120 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 from sevhop_qmp.run_mark import RunState
 
-from .keeper_brief import BLOCKS, UUID, brief
+from .keeper_config import BLOCKS, UUID, config
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(work)
 
 
-async def ask(custody: Custody, request: str) -> str:
+async def ask(server: KeeperServer, request: str) -> str:
     with socket.socket() as sock:
-        answer, fd = await custody.answer_control(sock, request.encode())
+        answer, fd = await server.answer_control(sock, request.encode())
     assert fd is None
     return answer
 
 
 @pytest.fixture
-def custody(tmp_path: Path) -> Custody:
+def server(tmp_path: Path) -> KeeperServer:
     (tmp_path / "monitor").mkdir()
-    return Custody(brief(), tmp_path, Held(None, {}))
+    return KeeperServer(config(), tmp_path, SourceHandles(None, {}))
 
 
-def test_brief_survives_the_way() -> None:
-    assert Brief.from_json(brief().as_json()) == brief()
+def test_config_survives_json() -> None:
+    assert KeeperConfig.from_json(config().as_json()) == config()
 
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("step", ["started begin", "reconnect begin", "stopped end", "gibberish -"])
 @pytest.mark.parametrize("uuid", ["22222222-2222-3333-4444-555555555501", "-"])
-def test_a_foreign_domain_is_left_alone(custody: Custody, state: State, step: str, uuid: str) -> None:
-    custody.state = state
-    assert run(ask(custody, f"hook {step} {uuid}")) == "foreign"
-    assert custody.state is state
+def test_foreign_domain_is_ignored(server: KeeperServer, state: State, step: str, uuid: str) -> None:
+    server.state = state
+    assert run(ask(server, f"hook {step} {uuid}")) == "foreign"
+    assert server.state is state
 
 
 @pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("step", ["restore begin", "prepare begin", "prepare afresh", "migrate begin"])
+@pytest.mark.parametrize("step", ["restore begin", "prepare begin", "prepare cold-start", "migrate begin"])
 @pytest.mark.parametrize("uuid", ["22222222-2222-3333-4444-555555555501", "-"])
-def test_held_name_is_not_started_by_another_domain(custody: Custody, state: State, step: str, uuid: str) -> None:
-    custody.state = state
-    answer = run(ask(custody, f"hook {step} {uuid}"))
-    assert answer == "foreign" if state is State.OVER else f"holds this name for the domain with UUID {UUID}" in answer
-    assert custody.state is state
+def test_reserved_name_is_not_started_by_another_domain(
+    server: KeeperServer, state: State, step: str, uuid: str
+) -> None:
+    server.state = state
+    answer = run(ask(server, f"hook {step} {uuid}"))
+    assert (
+        answer == "foreign"
+        if state is State.OVER
+        else f"has reserved its name for the domain with UUID {UUID}" in answer
+    )
+    assert server.state is state
 
 
 RESTORABLE = {State.WAITING, State.RESTORING, State.COMMITTED}
 
 
 @pytest.mark.parametrize("state", State)
-def test_only_what_is_held_can_be_restored(custody: Custody, state: State) -> None:
-    custody.state = state
-    answer = run(ask(custody, f"hook restore begin {UUID.upper()}"))
-    assert answer == "ok /opt/qemu" if state in RESTORABLE else answer.startswith("no ")
-    assert custody.state is (State.RESTORING if state in RESTORABLE else state)
+def test_restore_needs_a_suspended_guest(server: KeeperServer, state: State) -> None:
+    server.state = state
+    answer = run(ask(server, f"hook restore begin {UUID.upper()}"))
+    assert answer == "ok /opt/qemu" if state in RESTORABLE else answer.startswith("error ")
+    assert server.state is (State.RESTORING if state in RESTORABLE else state)
 
 
 @pytest.mark.parametrize("state", State)
-def test_nobody_starts_a_held_domain_afresh(custody: Custody, state: State) -> None:
-    custody.state = state
-    answer = run(ask(custody, f"hook prepare afresh {UUID}"))
-    assert answer.startswith("no ") == (state not in (State.OVER, State.LOST))
+def test_domain_of_a_suspended_guest_is_not_started_cold(server: KeeperServer, state: State) -> None:
+    server.state = state
+    answer = run(ask(server, f"hook prepare cold-start {UUID}"))
+    assert answer.startswith("error ") == (state not in (State.OVER, State.LOST))
 
 
 @pytest.mark.parametrize("state", State)
-def test_a_restored_domain_is_prepared_after_the_restore_began(custody: Custody, state: State) -> None:
-    custody.state = state
-    answer = run(ask(custody, f"hook prepare begin {UUID}"))
-    assert answer.startswith("no ") == (state in {State.HELD, State.RETIRING, State.WAITING})
+def test_restored_domain_is_prepared_after_the_restore_began(server: KeeperServer, state: State) -> None:
+    server.state = state
+    answer = run(ask(server, f"hook prepare begin {UUID}"))
+    assert answer.startswith("error ") == (state in {State.HELD, State.RETIRING, State.WAITING})
 
 
 @pytest.mark.parametrize("state", set(State) - {State.RESTORING})
-def test_nothing_is_committed_without_a_restore(custody: Custody, state: State) -> None:
-    custody.state = state
-    answer = run(ask(custody, f"hook started begin {UUID}"))
+def test_commit_is_refused_without_a_restore(server: KeeperServer, state: State) -> None:
+    server.state = state
+    answer = run(ask(server, f"hook started begin {UUID}"))
     free = state in (State.OVER, State.LOST)
-    assert answer == ("ok" if free else f"no the guest is {state.value}, there is nothing to start")
+    assert answer == ("ok" if free else f'error cannot start the guest: the keeper is in state "{state.value}"')
 
 
 @pytest.mark.parametrize("state", set(State) - {State.RESTORING})
-def test_no_destination_is_served_without_a_restore(custody: Custody, state: State) -> None:
-    custody.state = state
+def test_destination_is_refused_without_a_restore(server: KeeperServer, state: State) -> None:
+    server.state = state
     with socket.socket() as sock:
-        answer, fd = run(custody.answer_destination(sock, b"hello 1"))
-    assert answer.startswith("no ")
+        answer, fd = run(server.answer_destination(sock, b"hello 1"))
+    assert answer.startswith("error ")
     assert fd is None
 
 
-def test_one_restore_at_a_time(custody: Custody) -> None:
-    """This test is the destination, and whoever has started it restores the domain."""
+def test_restore_is_refused_while_one_is_in_progress(server: KeeperServer) -> None:
+    """This test is the destination, and its parent restores the domain."""
 
     async def work() -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
-            await custody.answer_control(ours, f"hook restore begin {UUID}".encode())
-            await custody.answer_destination(ours, b"hello 1")
-            answer, _ = await custody.answer_control(ours, f"hook restore begin {UUID}".encode())
-            assert answer == "no the guest is being restored already"
+        ours, tsuccessors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, tsuccessors:
+            await server.answer_control(ours, f"hook restore begin {UUID}".encode())
+            await server.answer_destination(ours, b"hello 1")
+            answer, _ = await server.answer_control(ours, f"hook restore begin {UUID}".encode())
+            assert answer == "error the guest is being restored already"
 
-    custody.state = State.WAITING
+    server.state = State.WAITING
     run(work())
 
 
-def test_destination_is_told_that_the_source_has_ended(custody: Custody) -> None:
-    custody.state = State.RESTORING
+def test_destination_is_notified_that_the_source_has_ended(server: KeeperServer) -> None:
+    server.state = State.RESTORING
     with socket.socket() as sock:
-        answer, _ = run(custody.answer_destination(sock, b"hello 1"))
+        answer, _ = run(server.answer_destination(sock, b"hello 1"))
     assert answer.startswith("ok context=sev source=ended handle=7 measurement=abab")
 
 
-#: A source that has locked its image, as QEMU does, and does what it is told.
+#: A source that has locked its image, as QEMU does, and unlocks and locks it on request.
 SOURCE = """
 import fcntl, os, struct, sys
 image = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
@@ -164,8 +171,8 @@ class Source:
         assert self.process.stdout is not None
         assert self.process.stdout.readline()
 
-    def go_on(self) -> None:
-        """Give up the image, or the second time take it back."""
+    def proceed(self) -> None:
+        """Unlock the image, or the second time lock it again."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
@@ -181,32 +188,32 @@ def source(tmp_path: Path) -> Iterator[Source]:
         source.process.kill()
 
 
-def test_source_is_ended_once_it_has_given_up_its_images(tmp_path: Path, source: Source) -> None:
-    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
-    source.go_on()
-    assert run(ask(custody, "retire")) == "ok"
-    assert custody.state is State.WAITING
+def test_source_is_terminated_once_it_has_given_up_its_images(tmp_path: Path, source: Source) -> None:
+    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
+    source.proceed()
+    assert run(ask(server, "retire")) == "ok"
+    assert server.state is State.WAITING
     assert source.process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("resumed", ["before it gave up its images", "after that"])
-def test_source_that_was_resumed_goes_on(tmp_path: Path, source: Source, resumed: str) -> None:
-    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
+def test_source_that_was_resumed_keeps_running(tmp_path: Path, source: Source, resumed: str) -> None:
+    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
     if resumed == "after that":
-        source.go_on()
-        source.go_on()
-    assert run(ask(custody, "retire")) == "no somebody else has resumed the guest"
-    assert custody.state is State.HELD
+        source.proceed()
+        source.proceed()
+    assert run(ask(server, "retire")) == "error somebody else has resumed the guest"
+    assert server.state is State.HELD
     if resumed != "after that":
-        source.go_on()
+        source.proceed()
 
 
-def test_source_that_has_ended_by_itself_is_not_needed(tmp_path: Path, source: Source) -> None:
-    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
+def test_source_that_exited_unexpectedly_is_not_needed(tmp_path: Path, source: Source) -> None:
+    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
     source.process.kill()
     source.process.wait()
-    assert run(ask(custody, "retire")) == "ok"
-    assert custody.state is State.WAITING
+    assert run(ask(server, "retire")) == "ok"
+    assert server.state is State.WAITING
 
 
 # -- whether the guest has run ---------------------------------------------------------------------
@@ -221,149 +228,149 @@ def destination() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def leave_mark(custody: Custody, state: RunState) -> None:
+def leave_mark(server: KeeperServer, state: RunState) -> None:
     """As the library in a destination does."""
-    os.pwrite(custody._run_mark.fileno(), bytes([state]), 0)
+    os.pwrite(server._run_mark.fileno(), bytes([state]), 0)
 
 
-def committed(custody: Custody, destination: subprocess.Popen[bytes]) -> None:
-    """The destination may run the guest, and nobody has seen it yet."""
-    custody.state = State.COMMITTED
-    custody._destination = QemuProcess.open(destination.pid)
+def committed(server: KeeperServer, destination: subprocess.Popen[bytes]) -> None:
+    """The destination may run the guest, and the keeper does not know yet whether it does."""
+    server.state = State.COMMITTED
+    server._destination = QemuProcess.open(destination.pid)
 
 
 @pytest.mark.parametrize("state", [State.WAITING, State.RESTORING, State.COMMITTED])
-def test_guest_that_has_run_is_not_restored_once_more(custody: Custody, state: State) -> None:
-    custody.state = state
-    leave_mark(custody, RunState.RAN)
-    assert run(ask(custody, f"hook restore begin {UUID}")) == "no the guest has run in a new QEMU already"
-    assert run(ask(custody, f"hook started begin {UUID}")) == "no the guest has run in a new QEMU already"
-    assert custody.state is state
+def test_guest_that_has_run_is_not_restored_again(server: KeeperServer, state: State) -> None:
+    server.state = state
+    leave_mark(server, RunState.RAN)
+    assert run(ask(server, f"hook restore begin {UUID}")) == "error the guest has run in a new QEMU already"
+    assert run(ask(server, f"hook started begin {UUID}")) == "error the guest has run in a new QEMU already"
+    assert server.state is state
 
 
 @pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("keeper", ["lives", "died before"])
-def test_destination_that_ends_behind_the_commit(
-    ran: bool, keeper: str, custody: Custody, tmp_path: Path, destination: subprocess.Popen[bytes]
+def test_guest_is_lost_with_the_destination_only_if_it_has_run(
+    ran: bool, keeper: str, server: KeeperServer, tmp_path: Path, destination: subprocess.Popen[bytes]
 ) -> None:
-    """Proof that the guest has not run is needed to restore it once more."""
+    """Proof that the guest has not run is needed to restore it again."""
 
-    async def work() -> Custody:
+    async def work() -> KeeperServer:
         shelf = Shelf()
-        custody.take_up(shelf)
-        committed(custody, destination)
-        custody._enter(State.COMMITTED)
-        leave_mark(custody, RunState.RAN if ran else RunState.NOT)
+        server.restore(shelf)
+        committed(server, destination)
+        server._enter(State.COMMITTED)
+        leave_mark(server, RunState.RAN if ran else RunState.NOT)
         destination.kill()
         destination.wait()
-        heir = custody
+        successor = server
         if keeper != "lives":
-            heir = Custody(brief(), tmp_path, Held(None, {}))
-            heir._run_mark = custody._run_mark  # it was forked from whoever made it
-            heir.take_up(shelf)
-        await heir._until_it_runs(heir._destination or pytest.fail("it has no destination"), None)
-        return heir
+            successor = KeeperServer(config(), tmp_path, SourceHandles(None, {}))
+            successor._run_mark = server._run_mark  # inherited from the supervisor
+            successor.restore(shelf)
+        await successor._until_it_runs(successor._destination or pytest.fail("it has no destination"), None)
+        return successor
 
-    heir = run(work())
-    assert heir.state is (State.LOST if ran else State.WAITING)
-    assert heir.reason
+    successor = run(work())
+    assert successor.state is (State.LOST if ran else State.WAITING)
+    assert successor.reason
 
 
-def test_guest_that_has_run_is_over_although_its_qemu_tells_nothing(
-    custody: Custody, destination: subprocess.Popen[bytes]
+def test_keeper_is_over_once_the_guest_has_run_in_a_stuck_qemu(
+    server: KeeperServer, destination: subprocess.Popen[bytes]
 ) -> None:
     async def work() -> None:
-        committed(custody, destination)
-        leave_mark(custody, RunState.RAN)
+        committed(server, destination)
+        leave_mark(server, RunState.RAN)
         destination.send_signal(signal.SIGSTOP)
-        await custody._until_it_runs(custody._destination or pytest.fail("it has no destination"), None)
+        await server._until_it_runs(server._destination or pytest.fail("it has no destination"), None)
 
     run(work())
-    assert custody.state is State.OVER
+    assert server.state is State.OVER
 
 
 @pytest.mark.parametrize("ran", [False, True])
-def test_revoking_ends_only_a_destination_that_has_not_run_the_guest(
-    ran: bool, custody: Custody, destination: subprocess.Popen[bytes]
+def test_revoke_kills_only_a_destination_that_has_not_run(
+    ran: bool, server: KeeperServer, destination: subprocess.Popen[bytes]
 ) -> None:
-    committed(custody, destination)
-    leave_mark(custody, RunState.RAN if ran else RunState.NOT)
-    answer = run(ask(custody, "revoke"))
+    committed(server, destination)
+    leave_mark(server, RunState.RAN if ran else RunState.NOT)
+    answer = run(ask(server, "revoke"))
     if ran:
-        assert (answer, custody.state) == ("no the guest has run in a new QEMU already", State.COMMITTED)
+        assert (answer, server.state) == ("error the guest has run in a new QEMU already", State.COMMITTED)
         assert destination.poll() is None
     else:
-        assert (answer, custody.state) == ("ok", State.WAITING)
+        assert (answer, server.state) == ("ok", State.WAITING)
         assert destination.wait() == -signal.SIGKILL
 
 
-def test_a_revoked_restore_is_not_committed(custody: Custody) -> None:
-    custody.state = State.WAITING
-    assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /opt/qemu"
-    assert run(ask(custody, "revoke")) == "ok"
-    assert run(ask(custody, f"hook started begin {UUID}")).startswith("no ")
-    assert run(ask(custody, f"hook restore begin {UUID}")) == "again /opt/qemu"
+def test_revoked_restore_is_not_committed(server: KeeperServer) -> None:
+    server.state = State.WAITING
+    assert run(ask(server, f"hook restore begin {UUID}")) == "ok /opt/qemu"
+    assert run(ask(server, "revoke")) == "ok"
+    assert run(ask(server, f"hook started begin {UUID}")).startswith("error ")
+    assert run(ask(server, f"hook restore begin {UUID}")) == "again /opt/qemu"
 
 
 @pytest.mark.parametrize("request_text", ["", " ", "emulator", "emulator ", "hook", "hook a b", "nonsense", "blocks x"])
-def test_nonsense_changes_nothing(custody: Custody, request_text: str) -> None:
-    custody.state = State.WAITING
-    assert run(ask(custody, request_text)).startswith("no ")
-    assert custody.state is State.WAITING
+def test_invalid_request_changes_nothing(server: KeeperServer, request_text: str) -> None:
+    server.state = State.WAITING
+    assert run(ask(server, request_text)).startswith("error ")
+    assert server.state is State.WAITING
 
 
-def test_another_emulator(custody: Custody) -> None:
-    custody.state = State.WAITING
-    assert run(ask(custody, "emulator /old qemu")) == "ok"
-    assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /old qemu"
+def test_emulator_of_the_next_restore_can_be_replaced(server: KeeperServer) -> None:
+    server.state = State.WAITING
+    assert run(ask(server, "emulator /old qemu")) == "ok"
+    assert run(ask(server, f"hook restore begin {UUID}")) == "ok /old qemu"
 
 
-def test_a_second_restore_is_told_to_be_one(custody: Custody, tmp_path: Path) -> None:
-    custody.state = State.WAITING
-    assert run(ask(custody, f"hook restore begin {UUID}")) == "ok /opt/qemu"
-    custody.state = State.WAITING
-    assert run(ask(custody, f"hook restore begin {UUID}")) == "again /opt/qemu"
+def test_second_restore_is_reported_as_one(server: KeeperServer, tmp_path: Path) -> None:
+    server.state = State.WAITING
+    assert run(ask(server, f"hook restore begin {UUID}")) == "ok /opt/qemu"
+    server.state = State.WAITING
+    assert run(ask(server, f"hook restore begin {UUID}")) == "again /opt/qemu"
 
 
-# -- what outlives a keeper ------------------------------------------------------------------------
+# -- successors ------------------------------------------------------------------------------------
 
 
-class Shelf(Deposit):
-    """A guardian that passes on what was put there."""
+class Shelf(FdStore):
+    """A store that keeps the last checkpoint for a successor in the same process."""
 
     def __init__(self) -> None:
         super().__init__({}, {})
         self.needed = False
 
-    def put(self, record: Mapping[str, Any], descriptors: Mapping[str, int], *, needed: bool) -> None:
-        # As it goes over the wire.
+    def store(self, record: Mapping[str, Any], descriptors: Mapping[str, int], *, needed: bool) -> None:
+        # As it is sent to a supervisor.
         self.record, self.needed = json.loads(json.dumps(record)), needed
         self.descriptors = {name: os.dup(fd) for name, fd in descriptors.items()}
 
 
-async def succeed(custody: Custody, state: State, tmp_path: Path) -> Custody:
+async def succession(server: KeeperServer, state: State, tmp_path: Path) -> KeeperServer:
     """A keeper that dies in a state, and the next one."""
     shelf = Shelf()
-    custody.take_up(shelf)
-    custody._enter(state)
-    successor = Custody(brief(), tmp_path, Held(None, {}))
-    successor.take_up(shelf)
+    server.restore(shelf)
+    server._enter(state)
+    successor = KeeperServer(config(), tmp_path, SourceHandles(None, {}))
+    successor.restore(shelf)
     return successor
 
 
 @pytest.mark.parametrize("state", set(State) - {State.RETIRING})
-def test_the_next_keeper_goes_on(custody: Custody, tmp_path: Path, state: State) -> None:
+def test_successor_continues_in_the_same_state(server: KeeperServer, tmp_path: Path, state: State) -> None:
     async def work() -> None:
-        await ask(custody, "emulator /other")
-        successor = await succeed(custody, state, tmp_path)
+        await ask(server, "emulator /other")
+        successor = await succession(server, state, tmp_path)
         assert successor.state is state
-        assert successor._status() == custody._status()
+        assert successor._status() == server._status()
         assert not successor.end.is_set()
 
     run(work())
 
 
-def test_kept_blocks_outlive_the_keeper(custody: Custody, tmp_path: Path) -> None:
+def test_saved_blocks_outlive_the_keeper(server: KeeperServer, tmp_path: Path) -> None:
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, 8 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[page : page + 5] = b"first"
@@ -376,17 +383,17 @@ def test_kept_blocks_outlive_the_keeper(custody: Custody, tmp_path: Path) -> Non
         RamBlock("tables", address + 4 * page, page + 3, 4 * page, None, False),
         RamBlock("empty", address + 6 * page, page, page, None, False),
     )
-    of_this_test = replace(brief(), blocks=blocks)
+    of_this_test = replace(config(), blocks=blocks)
 
     async def work() -> None:
         shelf = Shelf()
-        custody = Custody(of_this_test, tmp_path, Held(None, {}))
-        custody.take_up(shelf)
-        assert await ask(custody, "blocks") == "ok"
-        assert await ask(custody, "blocks") == "ok"
-        successor = Custody(of_this_test, tmp_path, Held(None, {}))
-        successor.take_up(shelf)
-        assert successor._kept == custody._kept
+        server = KeeperServer(of_this_test, tmp_path, SourceHandles(None, {}))
+        server.restore(shelf)
+        assert await ask(server, "blocks") == "ok"
+        assert await ask(server, "blocks") == "ok"
+        successor = KeeperServer(of_this_test, tmp_path, SourceHandles(None, {}))
+        successor.restore(shelf)
+        assert successor._kept == server._kept
         assert successor._kept["pc.rom"].parts == ((page, b"first".ljust(page, b"\0")),)
         assert successor._kept["tables"].parts == ((page, b"las"),)
         assert successor._kept["empty"].parts == ()
@@ -398,75 +405,75 @@ NEEDED = {State.RETIRING, State.WAITING, State.RESTORING, State.COMMITTED}
 
 
 @pytest.mark.parametrize("state", State)
-def test_sigterm_ends_no_keeper_that_the_guest_may_need(custody: Custody, state: State) -> None:
+def test_sigterm_does_not_terminate_a_needed_keeper(server: KeeperServer, state: State) -> None:
     shelf = Shelf()
 
     async def work() -> None:
-        custody.take_up(shelf)
-        custody._enter(state)
-        custody.terminate()
+        server.restore(shelf)
+        server._enter(state)
+        server.terminate()
 
     run(work())
     assert shelf.needed == (state in NEEDED)
-    assert custody.end.is_set() == (state not in NEEDED)
+    assert server.end.is_set() == (state not in NEEDED)
 
 
 def test_requests_may_be_repeated(tmp_path: Path, source: Source) -> None:
-    custody = Custody(replace(brief(), pid=source.process.pid), tmp_path, Held(None, {}))
-    source.go_on()
+    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
+    source.proceed()
     for state in (State.HELD, State.WAITING, State.RESTORING, State.COMMITTED, State.OVER):
-        custody.state = state
-        assert run(ask(custody, "retire")) == "ok"
-        assert custody.state is (State.WAITING if state is State.HELD else state)
+        server.state = state
+        assert run(ask(server, "retire")) == "ok"
+        assert server.state is (State.WAITING if state is State.HELD else state)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_the_next_keeper_ends_a_source_that_is_halted(tmp_path: Path, source: Source, resumed: bool) -> None:
-    of_source = replace(brief(), pid=source.process.pid)
-    custody = Custody(of_source, tmp_path, Held(None, {}))
-    successor = Custody(of_source, tmp_path, Held(None, {}))
+def test_successor_terminates_a_stopped_source(tmp_path: Path, source: Source, resumed: bool) -> None:
+    of_source = replace(config(), pid=source.process.pid)
+    server = KeeperServer(of_source, tmp_path, SourceHandles(None, {}))
+    successor = KeeperServer(of_source, tmp_path, SourceHandles(None, {}))
     if not resumed:
-        source.go_on()
+        source.proceed()
 
     async def work() -> None:
         shelf = Shelf()
-        custody.take_up(shelf)
-        custody._enter(State.RETIRING)
+        server.restore(shelf)
+        server._enter(State.RETIRING)
         source.process.send_signal(signal.SIGSTOP)
-        successor.take_up(shelf)
+        successor.restore(shelf)
         assert (await ask(successor, "retire") == "ok") == (not resumed)
 
     run(work())
     assert successor.state is (State.HELD if resumed else State.WAITING)
     if resumed:
-        source.go_on()
+        source.proceed()
 
 
-def test_one_that_dies_while_it_lets_go_is_not_followed(custody: Custody, tmp_path: Path) -> None:
-    async def work() -> Custody:
+def test_keeper_that_dies_after_release_has_no_successor(server: KeeperServer, tmp_path: Path) -> None:
+    async def work() -> KeeperServer:
         shelf = Shelf()
-        custody.take_up(shelf)
-        custody._enter(State.WAITING)
-        assert await ask(custody, "release") == "ok"
+        server.restore(shelf)
+        server._enter(State.WAITING)
+        assert await ask(server, "release") == "ok"
         assert not shelf.needed
-        successor = Custody(brief(), tmp_path, Held(None, {}))
-        successor.take_up(shelf)
+        successor = KeeperServer(config(), tmp_path, SourceHandles(None, {}))
+        successor.restore(shelf)
         return successor
 
     assert run(work()).end.is_set()
 
 
-def test_a_status_does_not_end_a_keeper_whose_command_has_not_come_back(custody: Custody) -> None:
-    """The command is this very test, and only another process asks."""
+def test_keeper_waits_for_its_command_to_reconnect(server: KeeperServer) -> None:
+    """The command is this very test, and only another process sends requests."""
 
     async def work() -> None:
-        custody.take_up(Shelf())
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        serving = asyncio.ensure_future(custody._until_hangup(theirs, answer_stranger))
-        custody._commands.add(theirs)
+        server.restore(Shelf())
+        ours, tsuccessors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        serving = asyncio.ensure_future(server._until_hangup(tsuccessors, answer_stranger))
+        server._commands.add(tsuccessors)
         ours.close()
         await serving
-        assert not custody.end.is_set()
+        assert not server.end.is_set()
 
     async def answer_stranger(sock: socket.socket, request: bytes) -> tuple[str, None]:
         return "ok", None
@@ -489,7 +496,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
 
 
 async def connect_as(uid: int, path: Path, *requests: str) -> list[str]:
-    """What a process of some user is answered; nothing when it is hung up on."""
+    """The replies to a process of some user; none when the keeper hangs up."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _PEER, str(path), str(uid), *requests, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -497,27 +504,27 @@ async def connect_as(uid: int, path: Path, *requests: str) -> list[str]:
     return [line for line in out.decode().splitlines() if line]
 
 
-async def served(custody: Custody, path: Path, uid: int, serve: Any, *peers: tuple[int, str]) -> list[list[str]]:
-    """What peers are answered, one after the other, by a socket that anybody may open."""
+async def served(server: KeeperServer, path: Path, uid: int, serve: Any, *peers: tuple[int, str]) -> list[list[str]]:
+    """The replies to peers, one after the other, of a socket that anybody may open."""
     with listening(path, uid) as listener:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.stat().st_uid == uid
         path.chmod(0o666)
-        task = asyncio.ensure_future(custody.listen(listener, uid, serve))
+        task = asyncio.ensure_future(server.listen(listener, uid, serve))
         answers = [await connect_as(peer, path, request) for peer, request in peers]
         task.cancel()
         await asyncio.wait({task})
         return answers
 
 
-def test_control_is_roots_alone(custody: Custody, open_directory: Path) -> None:
-    serve = custody.answer_control
-    answers = run(served(custody, open_directory / "s", 0, serve, (NOBODY, "status"), (0, f"hook x y {UUID}")))
+def test_control_socket_is_for_root_alone(server: KeeperServer, open_directory: Path) -> None:
+    serve = server.answer_control
+    answers = run(served(server, open_directory / "s", 0, serve, (NOBODY, "status"), (0, f"hook x y {UUID}")))
     assert answers == [[], ["ok"]]
-    assert custody.state is State.HELD
+    assert server.state is State.HELD
 
 
-def test_the_hooks_socket_is_roots_alone(custody: Custody, open_directory: Path) -> None:
+def test_hook_socket_is_for_root_alone(server: KeeperServer, open_directory: Path) -> None:
     heard: list[int] = []
     path = open_directory / "hook"
 
@@ -528,7 +535,7 @@ def test_the_hooks_socket_is_roots_alone(custody: Custody, open_directory: Path)
     async def work() -> None:
         with listening(path, 0) as listener:
             path.chmod(0o666)
-            task = asyncio.ensure_future(hook_server.listen(listener, custody.answer_hook))
+            task = asyncio.ensure_future(hook_server.listen(listener, server.answer_hook))
             for uid in (NOBODY, 0):
                 await connect_as(uid, path, "web")
             task.cancel()
@@ -540,27 +547,27 @@ def test_the_hooks_socket_is_roots_alone(custody: Custody, open_directory: Path)
     assert heard == [0]
 
 
-def test_the_memory_is_for_the_users_of_qemu_alone(custody: Custody, open_directory: Path) -> None:
-    custody.state = State.RESTORING
-    serve = custody.answer_destination
-    answers = run(served(custody, open_directory / "s", 1234, serve, (NOBODY, "hello 1"), (1234, "hello 1")))
+def test_memory_is_for_the_user_of_qemu_alone(server: KeeperServer, open_directory: Path) -> None:
+    server.state = State.RESTORING
+    serve = server.answer_destination
+    answers = run(served(server, open_directory / "s", 1234, serve, (NOBODY, "hello 1"), (1234, "hello 1")))
     assert answers[0] == []
     assert answers[1][0].startswith("ok ")
 
 
-def test_the_memory_is_for_one_destination_alone(custody: Custody, open_directory: Path) -> None:
-    """Who spoke first is the destination, until libvirt starts another one."""
-    custody.state = State.RESTORING
-    serve = custody.answer_destination
+def test_memory_is_for_one_destination_alone(server: KeeperServer, open_directory: Path) -> None:
+    """The first to connect is the destination, until libvirt starts another one."""
+    server.state = State.RESTORING
+    serve = server.answer_destination
     path = open_directory / "s"
-    answers = run(served(custody, path, NOBODY, serve, (NOBODY, "hello 1"), (NOBODY, "hello 1")))
+    answers = run(served(server, path, NOBODY, serve, (NOBODY, "hello 1"), (NOBODY, "hello 1")))
     assert answers[0][0].startswith("ok ")
-    assert answers[1][0].startswith("no process ")
+    assert answers[1][0].startswith("error process ")
     path.unlink()
 
     async def again() -> list[list[str]]:
-        await ask(custody, f"hook restore begin {UUID}")
-        return await served(custody, path, NOBODY, serve, (NOBODY, "hello 1"))
+        await ask(server, f"hook restore begin {UUID}")
+        return await served(server, path, NOBODY, serve, (NOBODY, "hello 1"))
 
     (open_directory / "monitor").mkdir()
     assert run(again())[0][0].startswith("ok ")
@@ -589,75 +596,75 @@ class Monitor:
 
 
 class Kernel:
-    """Moves the context out of one VM only, and notes what was on the shelf meanwhile."""
+    """Moves the context out of one VM only, and notes what was stored meanwhile."""
 
-    def __init__(self, shelf: Shelf, fate: SevhopError | None = None) -> None:
+    def __init__(self, shelf: Shelf, failure: SevhopError | None = None) -> None:
         self.shelf = shelf
-        self.fate = fate
+        self.failure = failure
         self.has_it = ""
         self.stored: list[list[str]] = []
 
     async def move(self, monitor: object, pid: int, vm: int, *, deadline: float) -> MoveReport:
         self.stored.append(self.shelf.record["vms"])
-        if self.fate is not None:
-            raise self.fate
+        if self.failure is not None:
+            raise self.failure
         if os.readlink(f"/proc/self/fd/{vm}") != f"/memfd:{self.has_it} (deleted)":
             raise MoveError("it has no context", errno.EINVAL)
         return MoveReport(1, 0, 0.1)
 
 
 @pytest.fixture
-def moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Custody, Shelf, Kernel]:
-    custody = Custody(brief(), tmp_path, Held(os.memfd_create("source"), {}))
+def moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[KeeperServer, Shelf, Kernel]:
+    server = KeeperServer(config(), tmp_path, SourceHandles(os.memfd_create("source"), {}))
     shelf = Shelf()
     kernel = Kernel(shelf)
     monkeypatch.setattr("sevhop_qmp.move.move", kernel.move)
-    custody._deposit = shelf
-    return custody, shelf, kernel
+    server._fd_store = shelf
+    return server, shelf, kernel
 
 
-def move_context(custody: Custody) -> None:
-    run(custody._move_context(Monitor(), Destination()))  # type: ignore[arg-type]
+def move_context(server: KeeperServer) -> None:
+    run(server._move_context(Monitor(), Destination()))  # type: ignore[arg-type]
 
 
-def test_the_vm_is_stored_before_the_context_is_moved_there(moving: tuple[Custody, Shelf, Kernel]) -> None:
-    custody, shelf, kernel = moving
+def test_vm_is_stored_before_the_context_is_moved_there(moving: tuple[KeeperServer, Shelf, Kernel]) -> None:
+    server, shelf, kernel = moving
     kernel.has_it = "source"
-    move_context(custody)
+    move_context(server)
     assert kernel.stored == [["source", "vm 1"]]
     assert shelf.record["vms"] == list(shelf.descriptors) == ["vm 1"]
 
 
-def test_after_a_refusal_the_context_is_where_it_was(moving: tuple[Custody, Shelf, Kernel]) -> None:
-    custody, shelf, kernel = moving
-    kernel.fate = MoveError("busy", errno.EBUSY)
+def test_context_stays_after_a_refused_move(moving: tuple[KeeperServer, Shelf, Kernel]) -> None:
+    server, shelf, kernel = moving
+    kernel.failure = MoveError("busy", errno.EBUSY)
     with pytest.raises(MoveError):
-        move_context(custody)
+        move_context(server)
     assert shelf.record["vms"] == ["source"]
 
 
 @pytest.mark.parametrize("has_it", ["source", "destination"])
-def test_a_keeper_that_was_not_told_finds_the_context(
-    moving: tuple[Custody, Shelf, Kernel], tmp_path: Path, has_it: str
+def test_successor_finds_the_context_after_an_uncertain_move(
+    moving: tuple[KeeperServer, Shelf, Kernel], tmp_path: Path, has_it: str
 ) -> None:
-    """The destination fell silent, then the keeper died: its successor tries both."""
-    custody, shelf, kernel = moving
-    kernel.fate = MoveUncertain("QEMU hung up")
+    """The destination hung up, then the keeper died: its successor tries both."""
+    server, shelf, kernel = moving
+    kernel.failure = MoveUncertain("QEMU hung up")
     with pytest.raises(MoveUncertain):
-        move_context(custody)
+        move_context(server)
     assert shelf.record["vms"] == ["source", "vm 1"]
-    kernel.fate, kernel.has_it = None, has_it
+    kernel.failure, kernel.has_it = None, has_it
 
-    async def succeed() -> Custody:
-        successor = Custody(brief(), tmp_path, custody._held)
-        successor.take_up(shelf)
+    async def succeed() -> KeeperServer:
+        successor = KeeperServer(config(), tmp_path, server._handles)
+        successor.restore(shelf)
         return successor
 
     move_context(run(succeed()))
     assert shelf.record["vms"] == list(shelf.descriptors) == ["vm 2"]
 
 
-def test_a_monitor_that_does_not_listen_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_monitor_that_does_not_listen_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its bind(2) and its listen(2), QEMU refuses connections."""
     path = tmp_path / "qmp"
     connect = monitor.Monitor.connect
@@ -676,5 +683,5 @@ def test_a_monitor_that_does_not_listen_yet_is_waited_for(tmp_path: Path, monkey
 
     monkeypatch.setattr(monitor.Monitor, "connect", connected)
     with socket.socket(socket.AF_UNIX) as bound, pytest.raises(MonitorError, match="it answers"):
-        run(Custody(brief(), tmp_path, Held(None, {}))._meet(path))
+        run(KeeperServer(config(), tmp_path, SourceHandles(None, {}))._probe(path))
     assert [type(failure) for failure in failures] == [FileNotFoundError, ConnectionRefusedError]

@@ -1,4 +1,4 @@
-"""A process takes on what another one is, before it becomes a QEMU; here it becomes something simpler."""
+"""A process gets the credentials of another one before it executes QEMU; here it executes something simpler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sevhop.process.scheduling import Thread
 from sevhop_qmp.process import QemuProcess
 
 NOBODY = 65534
-TELL = ("/bin/cat", "/proc/self/status")
+STATUS = ("/bin/cat", "/proc/self/status")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
@@ -31,7 +31,12 @@ def own() -> Identity:
 
 def run(identity: Identity, *command: str, **more: object) -> tuple[int, str, str]:
     with spawn(
-        command, {"A": "b\udcff"}, identity, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more  # type: ignore[arg-type]
+        command,
+        {"A": "b\udcff"},
+        identity,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **more,  # type: ignore[arg-type]
     ) as child:
         out, err = child.communicate(timeout=30)
     return child.returncode, os.fsdecode(out), err.decode()
@@ -41,8 +46,8 @@ def facts(text: str) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
-def test_nothing_is_changed_for_a_twin(own: Identity) -> None:
-    code, out, err = run(own, *TELL)
+def test_launch_changes_nothing_for_the_same_identity(own: Identity) -> None:
+    code, out, err = run(own, *STATUS)
     assert (code, err) == (0, "")
     mine = facts(Path("/proc/self/status").read_text())
     for name in ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp"):
@@ -50,12 +55,12 @@ def test_nothing_is_changed_for_a_twin(own: Identity) -> None:
 
 
 @pytest.mark.parametrize("ambient", [0, 1 << 12])
-def test_user_without_and_with_a_capability(own: Identity, ambient: int) -> None:
+def test_user_and_its_capabilities_are_applied(own: Identity, ambient: int) -> None:
     three = (NOBODY, NOBODY, NOBODY)
     confined = replace(
         own.confinement, uids=three, gids=three, groups=(7,), inheritable=ambient, ambient=ambient, bounding=0x3000
     )
-    code, out, err = run(replace(own, confinement=replace(confined, no_new_privs=True)), *TELL)
+    code, out, err = run(replace(own, confinement=replace(confined, no_new_privs=True)), *STATUS)
     assert (code, err) == (0, "")
     found = facts(out)
     assert found["Uid"].split() == [str(NOBODY)] * 4
@@ -65,18 +70,18 @@ def test_user_without_and_with_a_capability(own: Identity, ambient: int) -> None
     assert found["NoNewPrivs"] == "1"
 
 
-def test_root_without_capabilities(own: Identity) -> None:
-    code, out, _ = run(replace(own, confinement=replace(own.confinement, bounding=0)), *TELL)
+def test_root_gets_no_capabilities_beyond_its_bounding_set(own: Identity) -> None:
+    code, out, _ = run(replace(own, confinement=replace(own.confinement, bounding=0)), *STATUS)
     assert code == 0
     assert {facts(out)[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {"0" * 16}
 
 
-def test_environment_is_the_commands_alone(own: Identity) -> None:
+def test_environment_is_that_of_the_command_alone(own: Identity) -> None:
     assert run(own, "/usr/bin/env") == (0, "A=b\udcff\n", "")
 
 
 def test_library_in_the_environment_is_not_loaded_while_it_is_root(own: Identity, open_directory: Path) -> None:
-    """The environment is what a QEMU says, which may have been taken over."""
+    """The environment is read from a QEMU, which may be compromised."""
     open_directory.chmod(0o777)
     source = open_directory / "evil.c"
     source.write_text(
@@ -88,12 +93,12 @@ def test_library_in_the_environment_is_not_loaded_while_it_is_root(own: Identity
     subprocess.run(command, check=True)
     three = (NOBODY, NOBODY, NOBODY)
     other = replace(own, confinement=replace(own.confinement, uids=three, gids=three, groups=()))
-    with spawn(TELL, {"LD_PRELOAD": str(open_directory / "evil.so")}, other) as child:
+    with spawn(STATUS, {"LD_PRELOAD": str(open_directory / "evil.so")}, other) as child:
         assert child.wait(30) == 0
     assert set((open_directory / "log").read_text().split()) == {str(NOBODY)}
 
 
-def test_limits_niceness_and_memory(own: Identity) -> None:
+def test_limits_and_scheduling_are_applied(own: Identity) -> None:
     limits = tuple(
         (number, 4096, 8192) if number == resource.RLIMIT_FSIZE else (number, soft, hard)
         for number, soft, hard in own.confinement.limits
@@ -109,7 +114,7 @@ def test_limits_niceness_and_memory(own: Identity) -> None:
 
 
 def test_working_directory_is_a_descriptor(own: Identity, tmp_path: Path) -> None:
-    """Whoever may rename what is on the way to it leads nobody astray."""
+    """Renaming a directory in its path has no effect."""
     (tmp_path / "first").mkdir()
     directory = os.open(tmp_path / "first", os.O_PATH)
     (tmp_path / "first").rename(tmp_path / "second")
@@ -122,11 +127,14 @@ def test_working_directory_is_a_descriptor(own: Identity, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"cgroups": ["/sys/fs/cgroup/there-is-none"]}, "the cgroup of the old one: /sys/fs/cgroup/there-is-none: No"),
-        ({"command": "/no/qemu"}, "/no/qemu cannot be started: No such file or directory"),
+        (
+            {"cgroups": ["/sys/fs/cgroup/there-is-none"]},
+            "cannot apply the cgroup of the old QEMU to the new one: /sys/fs/cgroup/there-is-none: No",
+        ),
+        ({"command": "/no/qemu"}, "cannot execute /no/qemu: No such file or directory"),
     ],
 )
-def test_what_cannot_be_taken_on_fails_the_start(own: Identity, changed: dict[str, object], reason: str) -> None:
+def test_step_that_fails_fails_the_start(own: Identity, changed: dict[str, object], reason: str) -> None:
     command = [str(changed.pop("command", "/bin/true"))]
     code, out, err = run(own, *command, **changed)
     assert (code, out) == (1, "")
@@ -138,4 +146,4 @@ def test_limit_above_ones_own_fails_the_start(own: Identity) -> None:
     limits = ((resource.RLIMIT_NOFILE, 1 << 40, 1 << 40),)
     code, _, err = run(replace(own, confinement=replace(own.confinement, limits=limits)), "/bin/true")
     assert code == 1
-    assert "sevhop: cannot give the new QEMU the resource limits of the old one: " in err
+    assert "sevhop: cannot apply the resource limits of the old QEMU to the new one: " in err

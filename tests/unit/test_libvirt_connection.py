@@ -1,4 +1,4 @@
-"""Calls to libvirt, as far as they can be had without one."""
+"""Calls to libvirt, as far as they can be tested without one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from sevhop.libvirt import connection
 
 
-def test_an_interruption_that_comes_with_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It must not be forgotten, or what somebody asked to be undone would be done."""
+def test_cancellation_is_kept_if_it_arrives_with_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not be lost, or a hop that somebody asked to roll back would continue."""
 
     async def interrupted() -> bool:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Metrics, as Prometheus' own parser reads them, and what is found in their place."""
+"""Metrics, as Prometheus' own parser reads them, and other files in their place."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def samples(directory: Path) -> dict[str, float]:
     kinds = {family.name: family.type for family in families}
     assert kinds.items() <= {
         ("sevhop_hops", "counter"),
-        ("sevhop_blackout_seconds", "histogram"),
-        ("sevhop_outdated_guests", "gauge"),
+        ("sevhop_downtime_seconds", "histogram"),
+        ("sevhop_outdated_domains", "gauge"),
     }
     assert all(family.documentation for family in families)
     return {
@@ -45,33 +45,33 @@ def samples(directory: Path) -> dict[str, float]:
 
 
 def done(ms: float | None) -> Report:
-    """The report of a hop with such a blackout."""
-    return Report(outcome="done", blackout_ms=ms)
+    """The report of a hop with this downtime."""
+    return Report(outcome="done", downtime_ms=ms)
 
 
-def test_nothing_has_happened_yet(directory: Path) -> None:
+def test_counters_are_zero_at_first(directory: Path) -> None:
     metrics.add(directory)
     found = samples(directory)
     assert set(found.values()) == {0.0}
     assert {f"sevhop_hops_total {outcome}" for outcome in metrics.OUTCOMES} < found.keys()
-    assert "sevhop_outdated_guests" not in found
+    assert "sevhop_outdated_domains" not in found
 
 
-def test_counters_survive(directory: Path) -> None:
-    metrics.add(directory, [done(9.3), done(None), Report(outcome="undone", blackout_ms=100.0)], 3)
+def test_counters_are_added_to(directory: Path) -> None:
+    metrics.add(directory, [done(9.3), done(None), Report(outcome="rolled-back", downtime_ms=100.0)], 3)
     metrics.add(directory, [done(228.25), done(60_000.0), Report(outcome="checked"), Report(outcome="prepared")])
     found = samples(directory)
     assert {name: value for name, value in found.items() if name.startswith("sevhop_hops") and value} == {
         "sevhop_hops_total done": 4.0,
-        "sevhop_hops_total undone": 1.0,
+        "sevhop_hops_total rolled-back": 1.0,
     }
-    counts = [found[f"sevhop_blackout_seconds_bucket {bound}"] for bound in (*metrics.BOUNDS, "+Inf")]
+    counts = [found[f"sevhop_downtime_seconds_bucket {bound}"] for bound in (*metrics.BOUNDS, "+Inf")]
     assert counts == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3]
-    assert found["sevhop_blackout_seconds_count"] == 3
-    assert found["sevhop_blackout_seconds_sum"] == pytest.approx(60.23755)
-    assert found["sevhop_outdated_guests"] == 3
+    assert found["sevhop_downtime_seconds_count"] == 3
+    assert found["sevhop_downtime_seconds_sum"] == pytest.approx(60.23755)
+    assert found["sevhop_outdated_domains"] == 3
     metrics.add(directory, outdated=0)
-    assert samples(directory)["sevhop_outdated_guests"] == 0
+    assert samples(directory)["sevhop_outdated_domains"] == 0
     assert samples(directory)["sevhop_hops_total done"] == 4
     assert os.listdir(directory) == [metrics.FILE]
     assert (directory / metrics.FILE).stat().st_mode & 0o777 == 0o644
@@ -82,20 +82,20 @@ def test_counters_survive(directory: Path) -> None:
     [
         "",
         "what is this",
-        "sevhop_hops_total{outcome=\"done\"} 7\n",
-        "sevhop_hops_total{outcome=\"done\"} NaN\n",
+        'sevhop_hops_total{outcome="done"} 7\n',
+        'sevhop_hops_total{outcome="done"} NaN\n',
         "x" * (65 << 10),
         "\0\udcff",
     ],
 )
-def test_what_is_not_ours_is_not_believed(text: str, directory: Path) -> None:
+def test_counting_starts_again_with_a_foreign_file(text: str, directory: Path) -> None:
     (directory / metrics.FILE).write_text(text, errors="surrogateescape")
     metrics.add(directory, [done(1.0)])
     assert samples(directory)["sevhop_hops_total done"] == 1
 
 
-@pytest.mark.parametrize("line", ["other_total 5", "sevhop_outdated_guests -1", "what is this"])
-def test_one_unknown_line_among_ours(line: str, directory: Path) -> None:
+@pytest.mark.parametrize("line", ["other_total 5", "sevhop_outdated_domains -1", "what is this"])
+def test_counting_starts_again_with_an_unknown_line(line: str, directory: Path) -> None:
     metrics.add(directory, [done(1.0)])
     with (directory / metrics.FILE).open("a") as file:
         file.write(f"{line}\n")
@@ -104,8 +104,8 @@ def test_one_unknown_line_among_ours(line: str, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "fifo"])
-def test_traps(kind: str, directory: Path, tmp_path: Path) -> None:
-    """Whoever owns the directory gets nothing written elsewhere, and keeps nobody waiting."""
+def test_links_and_fifos_are_replaced(kind: str, directory: Path, tmp_path: Path) -> None:
+    """The owner of the directory can neither redirect a write nor block it."""
     path, victim = directory / metrics.FILE, tmp_path / "victim"
     if kind == "fifo":
         os.mkfifo(path)
@@ -118,7 +118,7 @@ def test_traps(kind: str, directory: Path, tmp_path: Path) -> None:
     assert not victim.exists() or victim.read_text() == "precious"
 
 
-def test_no_directory(tmp_path: Path) -> None:
+def test_missing_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SevhopError, match=r"cannot be written to .*/missing: No such file"):
         metrics.add(tmp_path / "missing", [done(1.0)])
 
@@ -129,7 +129,7 @@ def add_often(directory: Path, state: Path) -> None:
         metrics.add(directory, [done(1.0)])
 
 
-def test_commands_at_the_same_time(directory: Path) -> None:
+def test_concurrent_commands_lose_no_count(directory: Path) -> None:
     context = multiprocessing.get_context("fork")
     commands = [context.Process(target=add_often, args=(directory, journal.DIRECTORY)) for _ in range(4)]
     for command in commands:

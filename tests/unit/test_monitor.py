@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections.abc import Sequence
 
 import pytest
 from sevhop_qmp.errors import MonitorError
@@ -14,11 +15,11 @@ GREETING = {"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "
 EVENT = {"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RTC_CHANGE", "data": {"offset": 1}}
 
 
-def play(*before_the_answer: object, answer: object = None) -> list[object]:
+def play(*before_the_answer: object, before_the_greeting: Sequence[object] = (), answer: object = None) -> list[object]:
     """What a client gets who connects, asks for the status, and listens, when QEMU says something before it answers."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for message in (GREETING, *before_the_answer):
+        for message in (*before_the_greeting, GREETING, *before_the_answer):
             writer.write(json.dumps(message).encode() + b"\r\n")
         # A client waits for each answer before it sends the next command, and sends no line feeds.
         while text := await reader.read(4096):
@@ -44,6 +45,13 @@ def play(*before_the_answer: object, answer: object = None) -> list[object]:
     return asyncio.run(talk())
 
 
+def test_events_before_the_greeting_are_no_greeting() -> None:
+    """A client that was there before had negotiated."""
+    version, _, event = play(before_the_greeting=[EVENT, EVENT])
+    assert version == "7.2.22"
+    assert event["event"] == "RTC_CHANGE"  # type: ignore[index]
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_events_before_the_capabilities_are_answered_are_no_answer(count: int) -> None:
     version, status, event = play(*[EVENT] * count)
@@ -52,6 +60,6 @@ def test_events_before_the_capabilities_are_answered_are_no_answer(count: int) -
     assert event["event"] == "RTC_CHANGE"  # type: ignore[index]
 
 
-def test_what_is_neither_event_nor_answer_is_refused() -> None:
+def test_monitor_is_refused_if_its_message_is_unknown() -> None:
     with pytest.raises(MonitorError, match="not a QMP monitor"):
         play(answer={"error": {"class": "GenericError", "desc": "no"}})

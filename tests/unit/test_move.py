@@ -43,20 +43,20 @@ def run(destination: FakeDestination, deadline: float = 2.0) -> MoveReport:
     return asyncio.run(move(cast(Monitor, destination), 1, 0, deadline=deadline))
 
 
-def test_moved_at_once() -> None:
+def test_move_succeeds_at_once() -> None:
     destination = FakeDestination(0)
     report = run(destination)
     assert (report.attempts, report.errno, destination.handed_over) == (1, 0, 1)
 
 
-def test_busy_and_interrupted_are_tried_again_with_a_new_descriptor() -> None:
+def test_move_is_retried_with_a_new_descriptor_if_transient() -> None:
     destination = FakeDestination(errno.EBUSY, errno.EINTR, errno.EBUSY, 0)
     assert run(destination).attempts == 4
     assert destination.handed_over == 4
 
 
 @pytest.mark.parametrize("number", [n for n, row in ERRNOS.items() if not row.retry] + [errno.EPERM])
-def test_what_will_not_pass_is_never_tried_again(number: int) -> None:
+def test_move_is_not_retried_after_a_permanent_error(number: int) -> None:
     destination = FakeDestination(number)
     with pytest.raises(MoveError) as caught:
         run(destination)
@@ -65,7 +65,7 @@ def test_what_will_not_pass_is_never_tried_again(number: int) -> None:
     assert explain(number).name in str(caught.value)
 
 
-def test_busy_ends_with_the_deadline() -> None:
+def test_move_is_retried_until_the_deadline_while_busy() -> None:
     destination = FakeDestination(errno.EBUSY)
     with pytest.raises(MoveError, match=r"EBUSY.*given up after \d+ attempts"):
         run(destination, deadline=1.0)
@@ -79,7 +79,7 @@ def test_full_cgroup_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         run(FakeDestination(errno.EBUSY), deadline=0.02)
 
 
-def test_only_busy_and_interrupted_are_transient() -> None:
+def test_errors_are_transient_only_if_busy_or_interrupted() -> None:
     assert {n for n, row in ERRNOS.items() if row.retry} == {errno.EBUSY, errno.EINTR}
 
 
@@ -101,7 +101,7 @@ def find(tree: Path) -> misc_cgroup.FullCgroup | None:
     return misc_cgroup.find_full(7, tree / "cgroup", tree / "proc")
 
 
-def test_no_cgroup_is_full(cgroups: Path) -> None:
+def test_cgroup_is_not_full_below_its_limit(cgroups: Path) -> None:
     assert find(cgroups) is None
 
 
@@ -117,5 +117,5 @@ def test_capacity_of_the_machine_counts(cgroups: Path) -> None:
     assert find(cgroups) == misc_cgroup.FullCgroup("/", "sev_es", 4, 4)
 
 
-def test_host_without_the_controller(tmp_path: Path) -> None:
+def test_cgroup_is_not_full_without_the_controller(tmp_path: Path) -> None:
     assert find(tmp_path) is None

@@ -4,7 +4,7 @@ example.
 
 The real engine (:mod:`sevhop.engine.hop`) and the real recovery (:mod:`sevhop.engine.recovery`,
 :mod:`sevhop.engine.ownership`) act on simulated QEMUs. Before each of their actions anything may happen: they are
-killed, or interrupted; the destination goes on, halts, ends; somebody continues, stops or ends either QEMU at its
+killed, or interrupted; the destination proceeds, halts, exits; somebody resumes, stops or kills either QEMU at its
 monitor; a recovery runs, and is killed as well.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -29,8 +28,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sevhop.engine import hop as hop_module
-from sevhop.engine.recovery_result import End, Recovered
+from sevhop.engine.recovery_result import RecoveredGuest, RecoveryOutcome
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.run_mark import RunState
@@ -39,7 +37,7 @@ from .simulated_qemus import Actor, Qemu, SimulatedHop, SimulatedRecovery, World
 
 #: Turns of the event loop in which all have come to their next gates.
 _TURNS = 40
-#: Steps in which a hop, a destination or a recovery that nobody disturbs comes to its end.
+#: Steps in which an undisturbed hop, destination or recovery is done.
 _ENOUGH = 200
 
 few = st.integers(min_value=1, max_value=6)
@@ -61,10 +59,7 @@ class OneRunnableVmm(RuleBasedStateMachine):
         self.stopped = False
         self.recoveries: list[SimulatedRecovery] = []
         self.patch.setattr(asyncio, "to_thread", at_once)
-        self.patch.setattr(hop_module, "OutgoingState", lambda monitor, incoming: incoming)
-        self.patch.setattr(hop_module, "urgent", lambda *threads, **options: contextlib.nullcontext())
-        self.patch.setattr(gc, "freeze", lambda: None)
-        self.patch.setattr(hop_module, "CONT_DEADLINE", 0.0)
+        SimulatedHop.simulate(self.patch)
 
     @initialize(running=st.sampled_from([True, True, True, False]), steps=st.integers(min_value=0, max_value=20))
     def hop_begins(self, running: bool, steps: int) -> None:
@@ -108,9 +103,7 @@ class OneRunnableVmm(RuleBasedStateMachine):
 
     @property
     def recovering(self) -> bool:
-        return bool(self.recoveries) and not (
-            self.recoveries[-1].actor.dead or self.recoveries[-1].actor.task.done()
-        )
+        return bool(self.recoveries) and not (self.recoveries[-1].actor.dead or self.recoveries[-1].actor.task.done())
 
     @property
     def destination(self) -> Qemu | None:
@@ -266,15 +259,14 @@ class OneRunnableVmm(RuleBasedStateMachine):
         self.one_runs()
         assert not had or world.holders()
         if world.entry is not None:
-            # What cannot be told is left to people, but only that.
+            # Only what is unknown requires manual action.
             assert undecided, f"{self.recoveries[-1].stuck}"
             assert not self.destination_lives()
             return
         if result is not None and to_recover:
-            assert (result.end is End.GONE) == (not had)
+            assert (result.result is RecoveryOutcome.GONE) == (not had)
         if had and world.running and not self.stopped:
             assert [qemu for qemu in (world.source, self.destination) if qemu is not None and qemu.executes]
-
 
     def all_goes_on(self) -> None:
         for _ in range(_ENOUGH):
@@ -284,7 +276,7 @@ class OneRunnableVmm(RuleBasedStateMachine):
             if not moved:
                 break
 
-    def recovers(self) -> Recovered | None:
+    def recovers(self) -> RecoveredGuest | None:
         """:return: what the last recovery came to, if there was anything to recover."""
         for _ in range(2):
             if self.world.entry is None:
@@ -295,7 +287,7 @@ class OneRunnableVmm(RuleBasedStateMachine):
         return self.recoveries[-1].result if self.recoveries and self.world.entry is None else None
 
 
-def test_one_runnable_vmm() -> None:
+def test_guest_is_runnable_in_at_most_one_vmm() -> None:
     run_state_machine_as_test(
         OneRunnableVmm,
         settings=settings(

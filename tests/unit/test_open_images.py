@@ -1,4 +1,4 @@
-"""Which files a process has open, whatever their numbers are: here of this process itself."""
+"""The files that a process has open, whatever their descriptors are: here of this process itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def files(image: Path) -> Iterator[tuple[OpenFiles, int, int]]:
-    """What we have open, the image's descriptor, and one that is no file."""
+    """The files that we have open, the image's descriptor, and one of a pipe."""
     disk, pipe = os.open(image, os.O_RDONLY), os.pipe()
     process = QemuProcess.open(os.getpid())
     with OpenFiles(process) as found:
@@ -32,17 +32,17 @@ def files(image: Path) -> Iterator[tuple[OpenFiles, int, int]]:
 
 
 def open_at(number: int, path: Path) -> None:
-    """Open a file, under that number and no other."""
+    """Open a file with that descriptor."""
     fd = os.open(path, os.O_RDONLY)
     os.dup2(fd, number)
     os.close(fd)
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_image_opened_again_at_a_number_of_something_else_is_no_change(
+def test_image_reopened_with_another_descriptor_is_no_change(
     quick: bool, files: tuple[OpenFiles, int, int], image: Path
 ) -> None:
-    """As QEMU does it with an image that it gives up, when a client has hung up meanwhile."""
+    """As QEMU does with an image that it gives up, when a client has hung up meanwhile."""
     found, disk, other = files
     open_at(other, image)
     os.close(disk)
@@ -52,9 +52,7 @@ def test_image_opened_again_at_a_number_of_something_else_is_no_change(
         os.dup2(other, disk)
 
 
-def test_another_image_at_a_number_of_something_else_is_a_change(
-    files: tuple[OpenFiles, int, int], tmp_path: Path
-) -> None:
+def test_other_image_with_a_reused_descriptor_is_a_change(files: tuple[OpenFiles, int, int], tmp_path: Path) -> None:
     found, _, other = files
     overlay = tmp_path / "overlay"
     overlay.touch()

@@ -53,7 +53,7 @@ DEVICES = {
 
 
 def blockdevs(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What is described, by name; what is left of the command line is under its name as well, flat."""
+    """Described nodes by name; those that are left of the command line as well, flat."""
     found = {}
     for option in parse(plan.arguments):
         if option.name == "blockdev":
@@ -67,12 +67,12 @@ def devices(plan: Plan) -> list[dict[str, str]]:
     return [properties(option.value or "") for option in parse(plan.arguments) if option.name == "device"]
 
 
-def test_arguments_stay_if_the_disks_are_the_same() -> None:
+def test_arguments_are_unchanged_if_the_disks_are_the_same() -> None:
     present = graph(qcow2("disk", "/disk"), Disk("", f"{ANONYMOUS}/virtio-backend", "disk"))
     assert adapt(COMMAND, present, DEVICES) == Plan(COMMAND)
 
 
-def test_snapshot_is_described_on_top_of_what_there_was() -> None:
+def test_snapshot_is_described_on_top_of_its_backing_file() -> None:
     nodes = [*qcow2("disk", "/disk"), *qcow2("overlay", "/overlay", "disk")]
     plan = adapt(COMMAND, graph(nodes, Disk("", ANONYMOUS, "overlay")), DEVICES)
     assert plan.refused == []
@@ -83,8 +83,8 @@ def test_snapshot_is_described_on_top_of_what_there_was() -> None:
     assert (below["filename"], below["discard"], below["aio"]) == ("/overlay", "unmap", "native")
 
 
-def test_node_that_qemu_has_named_gets_a_name() -> None:
-    """QEMU takes no name that begins as those that it gives."""
+def test_node_with_a_generated_name_gets_a_name() -> None:
+    """QEMU accepts no name in the form of a generated one."""
     copy = [node("#block1", "raw", "/x", children={"file": "#block2"}), node("#block2", "file", "/x")]
     nodes = [*qcow2("disk", "/disk"), *copy]
     plan = adapt(COMMAND, graph(nodes, Disk("", ANONYMOUS, "#block1")), DEVICES)
@@ -92,7 +92,7 @@ def test_node_that_qemu_has_named_gets_a_name() -> None:
     assert blockdevs(plan)["hop-block1"]["file"] == "hop-block2"
 
 
-def test_node_that_was_removed_is_left_out() -> None:
+def test_node_that_was_removed_is_dropped() -> None:
     plan = adapt(COMMAND, graph(qcow2("other", "/other"), Disk("", ANONYMOUS, "other")), DEVICES)
     assert list(blockdevs(plan)) == ["other-file", "other"]
 
@@ -142,11 +142,11 @@ def one(*nodes: Node, root: str = "disk") -> BlockGraph:
     return graph(list(nodes), Disk("", "disk0", root))
 
 
-def test_the_same_disks_do_not_differ() -> None:
+def test_same_disks_do_not_differ() -> None:
     assert differences(one(*qcow2("disk", "/disk")), one(*qcow2("disk", "/disk")), names=True) == []
 
 
-def test_another_disk_is_named() -> None:
+def test_different_disk_is_reported_by_name() -> None:
     ours = one(*qcow2("disk", "/disk"), *qcow2("overlay", "/overlay", "disk"), root="overlay")
     for theirs in (
         one(*qcow2("disk", "/disk")),
@@ -166,18 +166,18 @@ def test_disk_of_another_size_or_mode_differs() -> None:
         assert differences(ours, one(*qcow2("disk", "/disk", **more)), names=False)
 
 
-def test_libvirt_may_leave_out_a_raw_that_passes_everything_on() -> None:
+def test_raw_node_of_the_same_size_may_be_omitted() -> None:
     ours = one(node("disk", "raw", "/disk", children={"file": "f"}), node("f", "file", "/disk"))
     assert differences(ours, one(node("disk", "file", "/disk")), names=False) == []
 
 
-def test_names_of_nodes_matter_outside_libvirt() -> None:
+def test_node_names_are_compared_outside_libvirt() -> None:
     ours, theirs = one(*qcow2("disk", "/disk")), one(*qcow2("libvirt-1", "/disk"), root="libvirt-1")
     assert differences(ours, theirs, names=False) == []
     assert differences(ours, theirs, names=True)
 
 
-def test_a_guest_that_writes_changes_nothing() -> None:
+def test_writes_of_the_guest_are_no_change() -> None:
     before = one(*qcow2("disk", "/disk"))
     grown = one(*qcow2("disk", "/disk", allocated=1 << 20))
     assert changes(before, grown) == ""
@@ -191,23 +191,23 @@ def test_disks_survive_json() -> None:
 
 
 class BusyOnce:
-    """A QEMU that cannot tell of its disks the first time."""
+    """A QEMU whose query-block fails the first time."""
 
     name = "monitor"
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.executed: list[str] = []
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
     ) -> Any:
-        self.asked.append(command)
-        if self.asked.count("query-block") == 1 and command == "query-block":
+        self.executed.append(command)
+        if self.executed.count("query-block") == 1 and command == "query-block":
             raise CommandError(command, "Failed to read bitmap directory: Bad file descriptor")
         return []
 
 
-def test_disks_of_a_qemu_that_is_about_to_write_to_them_are_read_again() -> None:
+def test_disks_are_read_again_when_a_query_fails() -> None:
     busy = BusyOnce()
     assert asyncio.run(read(busy)).nodes == {}  # type: ignore[arg-type]
-    assert busy.asked.count("query-block") == 2
+    assert busy.executed.count("query-block") == 2

@@ -12,7 +12,7 @@ from sevhop_qmp.process import QemuProcess
 
 from tests.support.guests.running import wait_until
 
-#: The first thread ends, another one waits until its standard input is closed.
+#: The first thread exits, another one waits until its standard input is closed.
 LEADER_ENDS = """
 import ctypes, sys, threading
 threading.Thread(target=sys.stdin.read).start()
@@ -35,21 +35,21 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def test_process_without_its_first_thread_lives_until_the_last_one_ends() -> None:
+def test_process_lives_until_its_last_thread_exits() -> None:
     with started(sys.executable, "-c", LEADER_ENDS) as (child, process):
-        wait_until(lambda: state(child.pid) == "Z", 10, "the first thread has ended")
+        wait_until(lambda: state(child.pid) == "Z", 10, "the first thread has exited")
         assert process.alive
         assert process.start_time
         assert child.stdin is not None
         child.stdin.close()
-        wait_until(lambda: not process.alive, 10, "the last thread has ended")
+        wait_until(lambda: not process.alive, 10, "the last thread has exited")
         child.wait()
         assert not process.alive
 
 
 def test_zombie_does_not_live() -> None:
     with started("true") as (child, process):
-        wait_until(lambda: state(child.pid) == "Z", 10, "it has ended")
+        wait_until(lambda: state(child.pid) == "Z", 10, "it has exited")
         assert not process.alive
         child.wait()
         assert not process.alive

@@ -1,4 +1,4 @@
-"""RAM blocks: QEMU's table, and which blocks are carried."""
+"""RAM blocks: QEMU's table, and which blocks are copied."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sevhop.keeper.handover import Held
+from sevhop.keeper.handover import SourceHandles
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import MemoryMapping, QemuProcess
-from sevhop_qmp.ram_blocks import RamBlock, not_shared, parse_ramblock_table, read
+from sevhop_qmp.ram_blocks import RamBlock, parse_ramblock_table, private_pairs, read
 
 QEMU_7 = """\
               Block Name    PSize              Offset               Used              Total
@@ -48,7 +48,7 @@ def test_table_of_new_qemu_has_addresses() -> None:
 @pytest.mark.parametrize(
     "text", ["", "unknown command: 'info ramblock'", QEMU_7 + "ram1 4 KiB\n", QEMU_7 + "x y z 1 2 size\n"]
 )
-def test_what_is_no_such_table_is_refused(text: str) -> None:
+def test_table_is_refused_if_invalid(text: str) -> None:
     with pytest.raises(RamError):
         parse_ramblock_table(text)
 
@@ -130,7 +130,7 @@ class Old(Commands):
 
 def test_blocks_of_an_old_qemu_are_found_on_its_heap() -> None:
     old = Old("pc.ram", "vga.vram", "", "pc.bios")
-    # The first name goes over the end of what is looked through at a time.
+    # The first name crosses the end of a piece that is searched.
     old.places[0] = HEAP + (2 << 20) - 76 - 3
     old.fill()
     old.copy(0, HEAP + 64)
@@ -139,15 +139,15 @@ def test_blocks_of_an_old_qemu_are_found_on_its_heap() -> None:
 
 
 @pytest.mark.parametrize("field", ["offset", "used", "size", "back"])
-def test_structures_that_are_not_those_of_the_table(field: str) -> None:
+def test_structures_are_refused_unless_they_match_the_table(field: str) -> None:
     old = Old("pc.ram", "vga.vram", "pc.bios")
     old.fill(**{field: 8})
-    with pytest.raises(RamError, match=r"RAM block pc\.ram, and those behind it, were not found"):
+    with pytest.raises(RamError, match=r"RAM block pc\.ram, and those after it, were not found"):
         old.read()
 
 
 @pytest.mark.parametrize("behind", [0, 3, HEAP + (8 << 20) - 100, 1 << 62, (1 << 64) - 8])
-def test_a_list_that_leads_nowhere(behind: int) -> None:
+def test_broken_list_is_refused(behind: int) -> None:
     old = Old("pc.ram", "")
     old.fill(behind=behind)
     old.blocks.append(("pc.bios", 0, 4096))
@@ -155,7 +155,7 @@ def test_a_list_that_leads_nowhere(behind: int) -> None:
         old.read()
 
 
-def test_a_list_without_an_end() -> None:
+def test_endless_list_is_refused() -> None:
     old = Old("pc.ram", "", "")
     old.places[2] = old.places[1]
     old.fill(behind=old.places[1], back=0)
@@ -164,7 +164,7 @@ def test_a_list_without_an_end() -> None:
         old.read()
 
 
-def test_parts_that_have_pages() -> None:
+def test_populated_finds_the_parts_that_have_pages() -> None:
     page = mmap.PAGESIZE
     me = QemuProcess.open(os.getpid())
     with contextlib.closing(me), mmap.mmap(-1, 8 * page) as memory:
@@ -185,14 +185,14 @@ def by_name(*blocks: RamBlock) -> dict[str, RamBlock]:
     return {b.name: b for b in blocks}
 
 
-def test_shared_blocks_are_not_carried() -> None:
+def test_shared_blocks_are_not_copied() -> None:
     ram = block("ram0", inode=5, shared=True)
     bios = block("pc.bios")
-    assert not_shared(by_name(ram, bios), by_name(ram, bios)) == [(bios, bios)]
+    assert private_pairs(by_name(ram, bios), by_name(ram, bios)) == [(bios, bios)]
 
 
 def test_private_view_of_the_same_memory_is_the_same_memory() -> None:
-    assert not_shared(by_name(block("r", inode=5, shared=True)), by_name(block("r", inode=5))) == []
+    assert private_pairs(by_name(block("r", inode=5, shared=True)), by_name(block("r", inode=5))) == []
 
 
 @pytest.mark.parametrize(
@@ -206,19 +206,19 @@ def test_private_view_of_the_same_memory_is_the_same_memory() -> None:
 )
 def test_other_memory_is_refused(theirs: dict[str, RamBlock]) -> None:
     with pytest.raises(RamError):
-        not_shared(by_name(block("r", inode=5, shared=True)), theirs)
+        private_pairs(by_name(block("r", inode=5, shared=True)), theirs)
 
 
-def test_block_of_another_length_is_refused_unless_qemu_makes_it_anew() -> None:
+def test_block_of_another_length_is_refused_unless_regenerated() -> None:
     with pytest.raises(RamError):
-        not_shared(by_name(block("pc.bios", used=4096)), by_name(block("pc.bios", used=8192)))
+        private_pairs(by_name(block("pc.bios", used=4096)), by_name(block("pc.bios", used=8192)))
     tables = "/rom@etc/acpi/tables"
-    assert not_shared(by_name(block(tables, used=4096)), by_name(block(tables, used=8192))) == []
+    assert private_pairs(by_name(block(tables, used=4096)), by_name(block(tables, used=8192))) == []
 
 
-def test_encrypted_blocks_are_not_carried() -> None:
+def test_encrypted_blocks_are_not_copied() -> None:
     blocks = by_name(block("pc.bios"), block("vga.vram"))
-    pairs = not_shared(blocks, blocks, encrypted=frozenset({"pc.bios"}))
+    pairs = private_pairs(blocks, blocks, encrypted=frozenset({"pc.bios"}))
     assert [ours.name for ours, _ in pairs] == ["vga.vram"]
 
 
@@ -229,7 +229,7 @@ class Told(Commands):
     """A QEMU that says that it has one RAM block."""
 
     def __init__(self, host: int, size: int) -> None:
-        self.name = "told"
+        self.name = "reported"
         header = QEMU_10.splitlines()[0]
         self._table = f"{header}\nm 4 KiB {0:#x} {size:#x} {size:#x} {host:#x} rw\n"
 
@@ -246,7 +246,7 @@ class Told(Commands):
         raise NotImplementedError
 
 
-def told(host: int, size: int) -> RamBlock:
+def read_block(host: int, size: int) -> RamBlock:
     """What is made of it, this test being the QEMU."""
     process = QemuProcess.open(os.getpid())
     try:
@@ -257,7 +257,7 @@ def told(host: int, size: int) -> RamBlock:
 
 @contextmanager
 def mapped(pages: int, fd: int = -1) -> Iterator[int]:
-    """Memory that ends where it ends: the page behind it may not be read."""
+    """Memory with a guard page after it."""
     with mmap.mmap(-1, (pages + 1) * PAGE) as around:
         address = ctypes.addressof(pointer := ctypes.c_char.from_buffer(around))
         libc = ctypes.CDLL(None)
@@ -270,28 +270,28 @@ def mapped(pages: int, fd: int = -1) -> Iterator[int]:
         del pointer
 
 
-def test_a_block_is_as_long_as_what_is_mapped() -> None:
+def test_block_is_as_long_as_what_is_mapped() -> None:
     fd = os.memfd_create("memory-backend-memfd")
     os.ftruncate(fd, 4 * PAGE)
     with mapped(4, fd) as shared, mapped(4) as private:
-        assert told(shared, 4 * PAGE).shared
-        assert told(private + PAGE, 3 * PAGE).inode is None
+        assert read_block(shared, 4 * PAGE).shared
+        assert read_block(private + PAGE, 3 * PAGE).inode is None
         for host, size in ((shared, 5), (shared + PAGE, 4), (private, 5), (private, 1 << 40)):
             with pytest.raises(RamError, match="are mapped there"):
-                told(host, size * PAGE)
+                read_block(host, size * PAGE)
     os.close(fd)
 
 
-def test_a_block_is_as_long_as_its_memfd() -> None:
+def test_block_is_as_long_as_its_memfd() -> None:
     fd = os.memfd_create("memory-backend-memfd")
     os.ftruncate(fd, 4 * PAGE)
     process = QemuProcess.open(os.getpid())
     with mapped(4, fd) as shared:
-        block = told(shared, 4 * PAGE)
-        Held.take_machine(process, [block]).close()
+        block = read_block(shared, 4 * PAGE)
+        SourceHandles.take_machine(process, [block]).close()
         for pages in (3, 5):
             os.ftruncate(fd, pages * PAGE)
             with pytest.raises(RamError, match=f"but its memfd has {pages * PAGE}"):
-                Held.take_machine(process, [block])
+                SourceHandles.take_machine(process, [block])
     process.close()
     os.close(fd)

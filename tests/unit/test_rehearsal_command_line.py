@@ -1,4 +1,4 @@
-"""The command line of a trial: the domain's devices, and behind them nothing that anybody else uses."""
+"""The command line of a rehearsal: the domain's devices, with backends that nobody else uses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DISKS = {"virtio-disk0": Disk(1 << 30, False), "pflash0": Disk(1 << 20, True), "
 CARDS = Cards(frozenset({"net0", "net1"}))
 
 
-def derived(*words: str, source: tuple[str, ...] = ()) -> list[Option]:
-    return parse(derive(words, source, DISKS, CARDS).arguments)
+def derived(*argv: str, source: tuple[str, ...] = ()) -> list[Option]:
+    return parse(derive(argv, source, DISKS, CARDS).arguments)
 
 
 def the(options: list[Option], name: str) -> list[dict[str, str]]:
@@ -24,7 +24,7 @@ def the(options: list[Option], name: str) -> list[dict[str, str]]:
     return [properties(option.value or "") for option in options if option.name == name]
 
 
-def test_each_disk_is_a_node_without_content() -> None:
+def test_disks_are_nodes_without_content() -> None:
     options = derived(
         *("-machine", "q35,pflash0=libvirt-pflash0-format,pflash1=libvirt-pflash1-format,memory-backend=pc.ram"),
         *("-blockdev", '{"driver":"file","filename":"/a.qcow2","node-name":"libvirt-1-storage"}'),
@@ -45,7 +45,7 @@ def test_each_disk_is_a_node_without_content() -> None:
     assert max(place for place, name in enumerate(names) if name == "blockdev") < names.index("device")
 
 
-def test_what_leads_outside_is_replaced() -> None:
+def test_external_backends_are_replaced() -> None:
     options = derived(
         *("-chardev", "socket,id=charchannel0,path=/run/agent,server=on,wait=off", "-serial", "stdio"),
         *("-audiodev", '{"id":"audio1","driver":"pa","server":"/run/pulse"}'),
@@ -60,7 +60,7 @@ def test_what_leads_outside_is_replaced() -> None:
     assert (hub[""], hub["id"]) == ("hubport", "n1")
 
 
-def test_what_leads_outside_is_left_out() -> None:
+def test_external_options_are_omitted() -> None:
     options = derived(
         *(
             "-S",
@@ -86,7 +86,7 @@ def test_what_leads_outside_is_left_out() -> None:
     ]
 
 
-def test_launch_files_of_an_sev_guest() -> None:
+def test_launch_files_of_an_sev_guest_are_omitted() -> None:
     [sev] = the(derived("-object", '{"qom-type":"sev-guest","id":"lsec0","policy":1,"session-file":"/s"}'), "object")
     assert sev == {"qom-type": "sev-guest", "id": "lsec0", "policy": "1"}
     [sev] = the(derived("-object", "sev-guest,id=lsec0,dh-cert-file=/c,policy=1"), "object")
@@ -102,14 +102,14 @@ def test_network_cards_come_from_the_source() -> None:
         *("-device", "e1000e,netdev=hostnet1,id=net1"),
         *("-device", '{"driver":"virtio-rng-pci","id":"rng0"}'),
     )
-    trial = derive(["-device", "pcie-root-port,id=pci.1"], source, DISKS, CARDS)
-    assert trial.networks == [Network("hostnet0", 4), Network("hostnet1", 2)]
-    devices = [option.value for option in parse(trial.arguments) if option.name == "device"]
+    rehearsal = derive(["-device", "pcie-root-port,id=pci.1"], source, DISKS, CARDS)
+    assert rehearsal.networks == [Network("hostnet0", 4), Network("hostnet1", 2)]
+    devices = [option.value for option in parse(rehearsal.arguments) if option.name == "device"]
     assert devices == ["pcie-root-port,id=pci.1", card, "e1000e,netdev=hostnet1,id=net1"]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["-device", '{"driver":"vhost-vsock-pci","guest-cid":3,"vhostfd":"-1"}'],
         ["-device", "vfio-pci,host=01:00.0"],
@@ -120,9 +120,9 @@ def test_network_cards_come_from_the_source() -> None:
         ["-nic", "user"],
     ],
 )
-def test_what_cannot_be_had_twice_is_said(words: list[str]) -> None:
+def test_device_that_cannot_be_shared_is_refused(argv: list[str]) -> None:
     with pytest.raises(Unrehearsable):
-        derive(words, [], DISKS, CARDS)
+        derive(argv, [], DISKS, CARDS)
 
 
 def test_cards_are_those_that_the_guest_has_now() -> None:
@@ -133,16 +133,16 @@ def test_cards_are_those_that_the_guest_has_now() -> None:
         {"driver": "e1000", "id": "net4", "bus": "pci.3", "netdev": "hostnet4"},
     ]
     backends = {"hostnet2": Backend("tap", 2), "hostnet3": Backend("user"), "hostnet4": Backend("stream")}
-    trial = derive([], source, DISKS, Cards(frozenset({"net1"}), plugged, backends))
-    options = parse(trial.arguments)
+    rehearsal = derive([], source, DISKS, Cards(frozenset({"net1"}), plugged, backends))
+    options = parse(rehearsal.arguments)
     assert [device["id"] for device in the(options, "device")] == ["net2", "net3", "net4"]
-    assert trial.networks == [Network("hostnet2", 2)]
+    assert rehearsal.networks == [Network("hostnet2", 2)]
     user, hub = the(options, "netdev")
     assert user == {"": "user", "id": "hostnet3"}
     assert (hub[""], hub["id"]) == ("hubport", "hostnet4")
 
 
-def test_card_whose_backend_is_not_known_is_said() -> None:
+def test_card_with_unknown_backend_is_refused() -> None:
     plugged = [{"driver": "virtio-net-pci", "id": "net2", "netdev": "hostnet2"}]
     with pytest.raises(Unrehearsable, match="net2 was plugged"):
         derive([], [], DISKS, Cards(frozenset(), plugged))

@@ -1,4 +1,4 @@
-"""What was set in a QEMU since its start, with QEMUs that answer what the test wants."""
+"""What was set in a QEMU since its start, with fake QEMUs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ WORDS = [
 
 
 class Qemu(Commands):
-    """Notes what it is told."""
+    """Records the commands that set something."""
 
     def __init__(self, **answers: Any) -> None:
         self.name = "fake"
-        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.executed: list[tuple[str, dict[str, Any]]] = []
         self._answers = {"query-named-block-nodes": NODES, **answers}
 
     @property
@@ -46,7 +46,7 @@ class Qemu(Commands):
     ) -> Any:
         if command.startswith(("query-", "qom-get")):
             return self._answers[command]
-        self.told.append((command, dict(arguments or {})))
+        self.executed.append((command, dict(arguments or {})))
         answer = self._answers.get(command, "")
         if isinstance(answer, Exception):
             raise answer
@@ -73,54 +73,54 @@ BEFORE_IT_RUNS = [
 ]
 
 
-def test_what_libvirt_does_not_know_is_set_before_the_guest_runs(tmp_path: Path) -> None:
-    runtime_settings.keep(tmp_path, LIMITED, None)
+def test_settings_unknown_to_libvirt_are_set_before_the_guest_runs(tmp_path: Path) -> None:
+    runtime_settings.save(tmp_path, LIMITED, None)
     failures: list[dict[str, Any]] = [{}, {"block-set-write-threshold": CommandError("it", "no such node")}]
     for failing in failures:
         qemu = Qemu(**failing)
         assert asyncio.run(runtime_settings.set_before_it_runs(tmp_path, qemu)) == ""
-        assert qemu.told == BEFORE_IT_RUNS
+        assert qemu.executed == BEFORE_IT_RUNS
 
 
-def test_of_most_guests_nothing_is_asked(tmp_path: Path) -> None:
+def test_settings_need_no_query_for_most_guests(tmp_path: Path) -> None:
     plain = Settings(disks=["/disk0"], objects={"io": {"poll-max-ns": 32768, "poll-grow": 0}}, types={"io": "iothread"})
     for text in (None, "", "[]", "{}", json.dumps({"settings": {"nonsense": 1}, "cpu": None})):
         if text is None:
-            runtime_settings.keep(tmp_path, plain, None)
+            runtime_settings.save(tmp_path, plain, None)
         else:
             (tmp_path / "settings").write_text(text)
         qemu = Qemu()
         del qemu._answers["query-named-block-nodes"]
         assert asyncio.run(runtime_settings.set_before_it_runs(tmp_path, qemu)) == ""
-        assert qemu.told == []
+        assert qemu.executed == []
 
 
-def test_processors_are_compared_if_nobody_has_done_it(tmp_path: Path) -> None:
+def test_cpu_features_are_compared_if_no_rehearsal_has_done_it(tmp_path: Path) -> None:
     cpus = {"query-cpus-fast": [{"qom-path": "/cpu"}], "qom-get": WORDS}
-    ours = asyncio.run(cpu_features.words(Qemu(**cpus)))
-    assert ours == {"1 EDX": 3, "7.0 EBX": 1 << 16}  # that there are several is no feature
-    for words, lost in ((ours, ""), (ours | {"7.0 EBX": 3 << 16}, "would lose CPUID 7.0 EBX bit 17")):
-        runtime_settings.keep(tmp_path, Settings(), words)
+    ours = asyncio.run(cpu_features.feature_words(Qemu(**cpus)))
+    assert ours == {"1 EDX": 3, "7.0 EBX": 1 << 16}  # the number of processors is no feature
+    for cpu, lost in ((ours, ""), (ours | {"7.0 EBX": 3 << 16}, "would lose CPUID 7.0 EBX bit 17")):
+        runtime_settings.save(tmp_path, Settings(), cpu)
         assert asyncio.run(runtime_settings.set_before_it_runs(tmp_path, Qemu(**cpus))).endswith(lost)
     assert cpu_features.gained(ours, ours | {"D.1 EAX": 2}) == ["CPUID D.1 EAX bit 1"]
 
 
-def test_what_cannot_be_set_is_told() -> None:
+def test_setting_that_cannot_be_set_is_noted() -> None:
     refusal = CommandError("qom-set", "not now")
     there = Settings(disks=["/disk0"], objects={"io": {"poll-max-ns": 1}})
     notes = asyncio.run(runtime_settings.carry_over(LIMITED, there, Qemu(**{"qom-set": refusal})))
-    assert "poll-max-ns of io cannot be set in the new QEMU: qom-set: not now" in notes
+    assert "cannot set poll-max-ns of io in the new QEMU: qom-set: not now" in notes
     assert any("the password of VNC display default" in note for note in notes)
     assert any("object group (throttle-group) was added" in note for note in notes)
     assert any("character device line was added" in note for note in notes)
-    assert any("what happens at reboot, shutdown, panic, watchdog cannot be read" in note for note in notes)
+    assert any("cannot read the actions at reboot, shutdown, panic, watchdog" in note for note in notes)
     assert len(runtime_settings.differences(LIMITED, there)) == 2
     assert runtime_settings.differences(LIMITED, LIMITED) == []
 
 
-def test_settings_that_cannot_be_kept(tmp_path: Path) -> None:
-    with pytest.raises(SevhopError, match="cannot be written down"):
-        runtime_settings.keep(tmp_path / "missing", Settings(), None)
+def test_settings_that_cannot_be_saved_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SevhopError, match="cannot save the settings"):
+        runtime_settings.save(tmp_path / "missing", Settings(), None)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_settings_that_cannot_be_kept(tmp_path: Path) -> None:
         ("edu,id=a", "edu,id=a"),
     ],
 )
-def test_the_identity_of_the_vm_is_put_on_the_command_line(written: str, pinned: str) -> None:
+def test_vm_generation_id_is_set_on_the_command_line(written: str, pinned: str) -> None:
     qemu = Qemu(**{"query-vm-generation-id": {"guid": "G"}})
     arguments = ["-m", "1G", "-device", written, "-nodefaults"]
     assert asyncio.run(runtime_settings.pinned(arguments, qemu)) == ["-m", "1G", "-device", pinned, "-nodefaults"]
@@ -146,7 +146,7 @@ class Process:
 
 
 @pytest.mark.parametrize(
-    ("controllers", "at", "file", "content", "told"),
+    ("controllers", "at", "file", "content", "noted"),
     [
         ("", "", "memory.max", "max", ""),
         ("", "", "memory.max", "1000", "memory.max"),
@@ -158,8 +158,8 @@ class Process:
         ("cpu", "", "memory.limit_in_bytes", "1000", ""),
     ],
 )
-def test_a_limit_for_the_memory_is_told_of(
-    tmp_path: Path, controllers: str, at: str, file: str, content: str, told: str
+def test_memory_limit_of_a_domain_is_noted(
+    tmp_path: Path, controllers: str, at: str, file: str, content: str, noted: str
 ) -> None:
     group = "/machine.slice/machine-qemu-1-web.scope"
     root = tmp_path / "memory" if controllers else tmp_path
@@ -169,7 +169,7 @@ def test_a_limit_for_the_memory_is_told_of(
     (directory / file).write_text(f"{content}\n")
     process: Any = Process(("pids", "/"), (controllers, f"{group}/libvirt/emulator"))
     found = cgroup_memory.unaccounted(process, tmp_path)
-    assert (told in found, bool(found)) == (True, bool(told))
+    assert (noted in found, bool(found)) == (True, bool(noted))
 
 
 @pytest.mark.parametrize(

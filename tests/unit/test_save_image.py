@@ -41,12 +41,12 @@ def test_layout_is_libvirts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piped", [True, False])
 @pytest.mark.parametrize("running", [True, False])
-def test_what_was_written_is_read(tmp_path: Path, running: bool, piped: bool) -> None:
+def test_read_returns_what_was_written(tmp_path: Path, running: bool, piped: bool) -> None:
     image = SaveImage(XML, running, b"\0\1\2" * 100_000, piped)
     assert read(tmp_path / "copy", written(tmp_path / "image", image)) == image
 
 
-def test_for_a_pipe_it_is_what_gzip_unpacks(tmp_path: Path) -> None:
+def test_stream_for_a_pipe_is_unpacked_by_gzip(tmp_path: Path) -> None:
     image = dataclasses.replace(IMAGE, piped=True, stream=os.urandom(200_000))
     content = written(tmp_path / "image", image)
     length, _, compression = struct.unpack("=3I", content[20:32])
@@ -65,31 +65,31 @@ def test_for_a_pipe_it_is_what_gzip_unpacks(tmp_path: Path) -> None:
         gzip.compress(b"state") + b"more",
         gzip.compress(bytes(10_000_000)),
     ],
-    ids=["empty", "not packed", "cut", "more behind it", "bomb"],
+    ids=["empty", "not packed", "cut", "trailing data", "bomb"],
 )
-def test_stream_that_is_not_packed_as_ours(tmp_path: Path, packed: bytes) -> None:
+def test_read_refuses_a_damaged_gzip_stream(tmp_path: Path, packed: bytes) -> None:
     content = bytearray(written(tmp_path / "image", SaveImage(XML, True, b"")))
     struct.pack_into("=I", content, FIELDS["compression"], 1)
     with pytest.raises(SaveImageError, match="damaged"):
         read(tmp_path / "copy", bytes(content) + packed)
 
 
-def test_xml_with_a_nul_is_not_written(tmp_path: Path) -> None:
+def test_write_refuses_xml_with_a_nul(tmp_path: Path) -> None:
     with pytest.raises(SaveImageError, match="NUL"):
         written(tmp_path / "image", SaveImage("<a>\0</a>", True, b""))
 
 
 @pytest.mark.parametrize("length", [0, 1, 16, 91, HEADER, HEADER + 10])
-def test_truncated(tmp_path: Path, length: int) -> None:
+def test_read_refuses_a_truncated_file(tmp_path: Path, length: int) -> None:
     with pytest.raises(SaveImageError, match=r"too short|does not have"):
         read(tmp_path / "image", written(tmp_path / "image")[:length])
 
 
 @pytest.mark.parametrize(
     ("magic", "reason"),
-    [(b"LibvirtQemudPart", "to its end"), (b"LibvirtQemudSavE", "not a save image"), (bytes(16), "not a save image")],
+    [(b"LibvirtQemudPart", "incomplete"), (b"LibvirtQemudSavE", "not a save image"), (bytes(16), "not a save image")],
 )
-def test_wrong_magic(tmp_path: Path, magic: bytes, reason: str) -> None:
+def test_read_refuses_another_magic(tmp_path: Path, magic: bytes, reason: str) -> None:
     with pytest.raises(SaveImageError, match=reason):
         read(tmp_path / "image", magic + written(tmp_path / "image")[16:])
 
@@ -108,14 +108,14 @@ def test_wrong_magic(tmp_path: Path, magic: bytes, reason: str) -> None:
         ("cookie", 0x7FFFFFFF, "cookie"),
     ],
 )
-def test_hostile_fields(tmp_path: Path, field: str, value: int, reason: str) -> None:
+def test_read_refuses_hostile_fields(tmp_path: Path, field: str, value: int, reason: str) -> None:
     content = bytearray(written(tmp_path / "image"))
     struct.pack_into("=I", content, FIELDS[field], value)
     with pytest.raises(SaveImageError, match=reason):
         read(tmp_path / "image", bytes(content))
 
 
-def test_sparse_giant_is_not_read(tmp_path: Path) -> None:
+def test_read_refuses_a_sparse_giant(tmp_path: Path) -> None:
     path = tmp_path / "image"
     written(path)
     with path.open("r+b") as file:
@@ -125,7 +125,7 @@ def test_sparse_giant_is_not_read(tmp_path: Path) -> None:
             SaveImage.read(file)
 
 
-def test_xml_that_is_not_utf8(tmp_path: Path) -> None:
+def test_read_refuses_xml_that_is_not_utf8(tmp_path: Path) -> None:
     content = written(tmp_path / "image").replace("ä".encode(), b"\xff\xfe")
     with pytest.raises(SaveImageError, match="UTF-8"):
         read(tmp_path / "image", content)

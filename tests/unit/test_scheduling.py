@@ -1,4 +1,4 @@
-"""Threads that are scheduled like others."""
+"""Scheduling that is copied from one thread to another."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def processes() -> Iterator[tuple[int, int]]:
         {"policy": 6, "deadline": (1_000_000, 20_000_000, 40_000_000), "nice": 0, "timer_slack": ""},
     ],
 )
-def test_thread_gets_what_another_has(processes: tuple[int, int], changed: dict[str, object]) -> None:
+def test_thread_gets_the_scheduling_of_another(processes: tuple[int, int], changed: dict[str, object]) -> None:
     one, other = processes
     wanted = replace(Thread.of(one), **changed)  # type: ignore[arg-type]
-    wanted.give(one)
+    wanted.apply(one)
     assert wanted.differences(Thread.of(one)) == []
     assert hand_over(Roles({"first thread": one}, ()), Roles({"first thread": other}, ())) == []
     assert Thread.of(one).differences(Thread.of(other)) == []
@@ -50,20 +50,22 @@ def test_thread_gets_what_another_has(processes: tuple[int, int], changed: dict[
             assert getattr(Thread.of(other), name) == changed[name]
 
 
-def test_what_cannot_be_given_is_named(processes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scheduling_that_cannot_be_applied_is_reported(
+    processes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = processes
     os.setpriority(os.PRIO_PROCESS, one, 4)
 
     def forbidden(*_: object) -> None:
         raise PermissionError(1, "not allowed")
 
-    monkeypatch.setattr(Thread, "give", forbidden)
+    monkeypatch.setattr(Thread, "apply", forbidden)
     found = hand_over(Roles({"first thread": one}, ()), Roles({"first thread": other}, ()))
     assert found == [f"first thread: nice is {os.nice(0)} in the destination, 4 in the source (not allowed)"]
 
 
-def test_thread_that_has_ended() -> None:
-    with pytest.raises(ProcessError, match="cannot be read: No such process"):
+def test_thread_that_has_exited_is_an_error() -> None:
+    with pytest.raises(ProcessError, match=r"cannot read the scheduling of thread \d+: No such process"):
         Thread.of(2**22 + 1)
 
 
@@ -72,5 +74,5 @@ def test_cgroup_is_found_by_its_mount() -> None:
         _, controllers, path = line.split(":", 2)
         directory = cgroup_directory(controllers, path)
         assert str(os.getpid()) in (directory / "cgroup.procs").read_text().split()
-    with pytest.raises(SevhopError, match="mounted nowhere"):
+    with pytest.raises(SevhopError, match="not mounted"):
         cgroup_directory("no-such-controller", "/")

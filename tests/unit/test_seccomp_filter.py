@@ -1,4 +1,4 @@
-"""Filters that are compared by what they forbid, not by how they are written."""
+"""Filters are compared by what they forbid, not by their code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def forbids(*numbers: int, action: int = ERRNO) -> Program:
     return (*code, (0x06, 0, 0, ALLOW))
 
 
-#: sched_setscheduler with another policy than SCHED_IDLE, as QEMU forbids it.
+#: sched_setscheduler with another policy than SCHED_IDLE, as in QEMU.
 FORBIDS_A_POLICY: Program = (
     load(NUMBER),
     (0x15, 0, 3, 144),
@@ -45,24 +45,24 @@ FORBIDS_PROCESSES: Program = (
 @pytest.mark.parametrize(
     "program", [forbids(59), forbids(59, 57, 101), forbids(59, action=KILL), FORBIDS_A_POLICY, FORBIDS_PROCESSES]
 )
-def test_filter_against_itself_and_against_nothing(program: Program) -> None:
+def test_filter_is_lost_only_if_it_is_missing(program: Program) -> None:
     assert lost([program], [program]) == []
     assert lost([], [program]) == []
     assert lost([program], [])
 
 
-def test_order_does_not_matter_and_stricter_is_no_loss() -> None:
+def test_filters_lose_nothing_if_reordered_or_stricter() -> None:
     assert lost([forbids(59, 57)], [forbids(57, 59)]) == []
     assert lost([forbids(59)], [forbids(57, 59, 101)]) == []
     assert lost([forbids(59), forbids(57)], [forbids(59, 57), forbids()]) == []
 
 
-def test_what_is_allowed_now_is_named() -> None:
+def test_system_call_that_is_allowed_now_is_reported() -> None:
     assert "59 of x86-64" in lost([forbids(59, 57)], [forbids(57)])
     assert lost([forbids(59, action=LOG)], [forbids()]) == []
 
 
-def test_arguments_count() -> None:
+def test_arguments_are_compared() -> None:
     other = tuple((code, true, false, 6 if value == 5 else value) for code, true, false, value in FORBIDS_A_POLICY)
     assert "144 of x86-64" in lost([FORBIDS_A_POLICY], [forbids()])
     assert "144 of x86-64" in lost([FORBIDS_A_POLICY], [other])
@@ -71,6 +71,6 @@ def test_arguments_count() -> None:
 
 
 @pytest.mark.parametrize("program", [((0xFF, 0, 0, 0),), ((0x05, 0, 0, 100),), (load(NUMBER),)])
-def test_program_that_is_none(program: Program) -> None:
+def test_invalid_program_is_refused(program: Program) -> None:
     with pytest.raises(UnknownFilter):
         lost([program], [forbids()])

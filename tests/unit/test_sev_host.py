@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sevhop.checks import sev_host
-from sevhop.checks.result import Finding, Status
+from sevhop.checks.result import CheckResult, Status
 from sevhop.guest.inspection import Guest, SevContext
 from sevhop_qmp.process import Credentials
 
@@ -20,7 +20,7 @@ CONTEXT = SevContext("sev", device="/dev/sev")
 
 
 class Process:
-    """As much of a process as is looked at."""
+    """As much of a process as is tested."""
 
     def __init__(self) -> None:
         self.pid = PID
@@ -48,18 +48,18 @@ class Host:
         file.write_text(text)
         return file
 
-    def found(self, name: str, *, libvirt: bool = True) -> Finding:
-        findings = sev_host.examine(
+    def found(self, name: str, *, libvirt: bool = True) -> CheckResult:
+        results = sev_host.examine(
             self.guest,
             self.process,  # type: ignore[arg-type]
             own_group=sev_host.DOMAIN_GROUP if libvirt else None,
             sandbox=libvirt,
             system=self.root,
         )
-        assert tuple(one.name for one in findings) == sev_host.NAMES
-        (finding,) = (one for one in findings if one.name == name)
-        assert bool(finding.remedy) == (finding.status is Status.FAIL)
-        return finding
+        assert tuple(one.name for one in results) == sev_host.NAMES
+        (result,) = (one for one in results if one.name == name)
+        assert bool(result.hint) == (result.status is Status.FAIL)
+        return result
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def host(tmp_path: Path) -> Host:
 
 
 @pytest.mark.parametrize("libvirt", [True, False])
-def test_a_host_that_has_everything(host: Host, libvirt: bool) -> None:
+def test_checks_pass_on_a_host_that_has_everything(host: Host, libvirt: bool) -> None:
     for name in sev_host.NAMES:
         assert host.found(name, libvirt=libvirt).status is Status.PASS, name
 
@@ -84,14 +84,14 @@ def test_a_host_that_has_everything(host: Host, libvirt: bool) -> None:
         ("10.0.0", Status.PASS),
     ],
 )
-def test_kernels(release: str, status: Status) -> None:
-    finding = sev_host.kernel(release)
-    assert finding.status is status
-    assert bool(finding.remedy) == (status is Status.FAIL)
+def test_kernel_passes_from_5_16(release: str, status: Status) -> None:
+    result = sev_host.kernel(release)
+    assert result.status is status
+    assert bool(result.hint) == (status is Status.FAIL)
 
 
 @pytest.mark.parametrize("value", ["N", "0", None])
-def test_kvm_amd_without_sev(host: Host, value: str | None) -> None:
+def test_kvm_amd_fails_without_sev(host: Host, value: str | None) -> None:
     parameter = host.write("sys/module/kvm_amd/parameters/sev", f"{value}\n")
     if value is None:
         parameter.unlink()
@@ -105,40 +105,40 @@ def test_each_kind_has_its_parameter(host: Host) -> None:
     assert host.found("kvm_amd").status is Status.PASS
 
 
-def test_no_device(host: Host) -> None:
+def test_device_fails_if_missing(host: Host) -> None:
     (host.root / "dev/sev").unlink()
     assert host.found("device").status is Status.FAIL
 
 
-def test_device_that_the_user_may_not_open(open_directory: Path) -> None:
+def test_device_fails_if_the_user_may_not_open_it(open_directory: Path) -> None:
     host = Host(open_directory)
     (host.root / "dev/sev").chmod(0o640)
     host.process.credentials = Credentials(65534, 65534, (0,), 0)
-    finding = host.found("device", libvirt=False)
-    assert finding.status is Status.FAIL, "reading is not enough"
-    assert host.found("device").status is Status.PASS, "libvirt sees to it"
+    result = host.found("device", libvirt=False)
+    assert result.status is Status.FAIL, "reading is not enough"
+    assert host.found("device").status is Status.PASS, "libvirt makes the user its owner"
     (host.root / "dev/sev").chmod(0o660)
     assert host.found("device", libvirt=False).status is Status.PASS
 
 
-def test_a_vm_of_a_type_of_its_own(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vm_type_fails_of_kvm_sev_init2(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.guest = dataclasses.replace(host.guest, context=dataclasses.replace(CONTEXT, typed=True))
-    finding = host.found("VM type")
-    assert finding.status is Status.FAIL, "where KVM cannot be asked, QEMU is believed"
-    assert "legacy-vm-type=on" in finding.remedy
+    result = host.found("VM type")
+    assert result.status is Status.FAIL, "where KVM does not answer, QEMU is trusted"
+    assert "legacy-vm-type=on" in result.hint
     monkeypatch.setattr(sev_host, "_kernel_has_types", lambda _: False)
     assert host.found("VM type").status is Status.PASS
 
 
-def test_no_room_for_another_asid(host: Host) -> None:
+def test_asid_fails_if_none_is_left(host: Host) -> None:
     host.write("sys/fs/cgroup/misc.current", "sev 10\nsev_es 0\n")
-    finding = host.found("ASID")
-    assert finding.status is Status.FAIL
-    assert "cgroup /: sev 10 of 10 in use" in finding.detail
+    result = host.found("ASID")
+    assert result.status is Status.FAIL
+    assert "cgroup /: sev 10 of 10 in use" in result.detail
     assert host.found("ASID", libvirt=False).status is Status.PASS, "it takes the source's place"
 
 
-def test_room_in_the_groups_above_the_domains_own(host: Host) -> None:
+def test_asid_is_tested_above_the_domains_own_cgroup(host: Host) -> None:
     host.write(f"sys/fs/cgroup/{SCOPE}/misc.max", "sev 1\n")
     host.write(f"sys/fs/cgroup/{SCOPE}/misc.current", "sev 1\n")
     assert host.found("ASID").status is Status.PASS, "the destination gets a scope of its own"
@@ -147,7 +147,7 @@ def test_room_in_the_groups_above_the_domains_own(host: Host) -> None:
     assert "cgroup /machine.slice: sev 1 of 1" in host.found("ASID").detail
 
 
-def test_without_a_group_of_its_own_nothing_is_charged_twice(host: Host) -> None:
+def test_asid_passes_without_a_cgroup_of_its_own(host: Host) -> None:
     host.write(f"proc/{PID}/cgroup", "0::/system.slice/libvirtd.service\n")
     host.write("sys/fs/cgroup/misc.current", "sev 10\n")
     assert host.found("ASID").status is Status.PASS
@@ -163,15 +163,15 @@ def test_without_a_group_of_its_own_nothing_is_charged_twice(host: Host) -> None
         ("system.slice", False),
     ],
 )
-def test_groups_that_libvirt_makes_for_a_domain(group: str, own: bool) -> None:
+def test_domain_group_matches_libvirts_cgroups_of_a_domain(group: str, own: bool) -> None:
     assert bool(sev_host.DOMAIN_GROUP.fullmatch(group)) == own
 
 
-def test_memory_lock(host: Host) -> None:
+def test_memory_lock_needs_the_size_of_the_guest(host: Host) -> None:
     assert host.found("memory lock").status is Status.PASS
     host.process.limits[resource.RLIMIT_MEMLOCK] = ((1 << 30) - 1, 1 << 40)
-    finding = host.found("memory lock")
-    assert (finding.status, finding.detail) == (Status.FAIL, "QEMU may lock 1023 MiB, the guest has 1024")
+    result = host.found("memory lock")
+    assert (result.status, result.detail) == (Status.FAIL, "QEMU may lock 1023 MiB, the guest has 1024")
     host.process.credentials = Credentials(1000, 1000, (), 0, 1 << 14)
     assert host.found("memory lock").detail == "unlimited", "with CAP_IPC_LOCK there is no limit"
     host.process.credentials = Credentials(1000, 1000, (), 0, 0x8000)
@@ -181,5 +181,5 @@ def test_memory_lock(host: Host) -> None:
 
 
 @pytest.mark.parametrize("device", ["/nonexistent", "/dev/null"])
-def test_kvm_that_cannot_be_asked_for_its_types(device: str) -> None:
+def test_vm_types_are_assumed_if_kvm_does_not_answer(device: str) -> None:
     assert sev_host._kernel_has_types(Path(device))

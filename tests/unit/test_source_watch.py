@@ -27,15 +27,15 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
 
 class Source:
-    """A monitor that passes events on, as they are told."""
+    """A monitor that delivers the events of a test."""
 
     def __init__(self) -> None:
         self.listener = EventListener()
 
-    async def seen(self, listener: EventListener) -> bool:
+    async def has_events(self, listener: EventListener) -> bool:
         return not listener.empty()
 
-    async def tell(self, name: str, **data: Any) -> None:
+    async def emit(self, name: str, **data: Any) -> None:
         await self.listener.put(Message({"event": name, "data": data}))
 
 
@@ -51,10 +51,10 @@ def watch(source: Source) -> SourceWatch:
 
 @in_loop
 async def test_quiet_guest_is_stopped_and_resumed(source: Source, watch: SourceWatch) -> None:
-    await watch.see_undisturbed()
+    await watch.verify_undisturbed()
     watch.stopping()
-    await source.tell("STOP")
-    await watch.see_stopped(was_running=True)
+    await source.emit("STOP")
+    await watch.verify_stopped(was_running=True)
     assert await watch.stopped_by_us()
 
 
@@ -77,41 +77,41 @@ async def test_quiet_guest_is_stopped_and_resumed(source: Source, watch: SourceW
 async def test_change_before_the_stop_is_an_error(
     name: str, data: dict[str, Any], source: Source, watch: SourceWatch
 ) -> None:
-    await source.tell(name, **data)
+    await source.emit(name, **data)
     with pytest.raises(SevhopError):
-        await watch.see_undisturbed()
+        await watch.verify_undisturbed()
 
 
 @pytest.mark.parametrize(
     ("name", "data"), [("BLOCK_IO_ERROR", {"action": "report"}), ("WATCHDOG", {"action": "none"}), ("RESET", {})]
 )
 @in_loop
-async def test_what_does_not_stop_the_guest_is_no_error(
+async def test_events_that_do_not_stop_the_guest_are_no_error(
     name: str, data: dict[str, Any], source: Source, watch: SourceWatch
 ) -> None:
-    await source.tell(name, **data)
-    await watch.see_undisturbed()
+    await source.emit(name, **data)
+    await watch.verify_undisturbed()
 
 
 @in_loop
 async def test_guest_that_our_order_has_not_stopped_is_not_resumed(source: Source, watch: SourceWatch) -> None:
-    await source.tell("STOP")
+    await source.emit("STOP")
     watch.stopping()
     with pytest.raises(SevhopError, match="stopped by somebody else"):
-        await watch.see_stopped(was_running=True)
+        await watch.verify_stopped(was_running=True)
     assert not await watch.stopped_by_us()
 
 
 @pytest.mark.parametrize("name", ["SHUTDOWN", "GUEST_PANICKED", "BLOCK_IO_ERROR", "WATCHDOG"])
 @in_loop
-async def test_guest_that_ends_while_it_is_stopped_is_not_resumed(
+async def test_guest_that_shuts_down_while_it_is_stopped_is_not_resumed(
     name: str, source: Source, watch: SourceWatch
 ) -> None:
     watch.stopping()
-    await source.tell(name, action="stop")
-    await source.tell("STOP")
+    await source.emit(name, action="stop")
+    await source.emit("STOP")
     with pytest.raises(SevhopError):
-        await watch.see_stopped(was_running=True)
+        await watch.verify_stopped(was_running=True)
     assert not await watch.stopped_by_us()
 
 
@@ -123,14 +123,14 @@ async def test_change_of_a_stopped_guest_is_an_error(
 ) -> None:
     watch.stopping()
     if was_running:
-        await source.tell("STOP")
-    await source.tell(name)
+        await source.emit("STOP")
+    await source.emit(name)
     with pytest.raises(SevhopError):
-        await watch.see_stopped(was_running=was_running)
+        await watch.verify_stopped(was_running=was_running)
 
 
 @in_loop
-async def test_guest_that_was_paused_all_the_time(source: Source, watch: SourceWatch) -> None:
+async def test_paused_guest_is_not_resumed(source: Source, watch: SourceWatch) -> None:
     watch.stopping()
-    await watch.see_stopped(was_running=False)
+    await watch.verify_stopped(was_running=False)
     assert not await watch.stopped_by_us()

@@ -1,4 +1,4 @@
-"""Where a domain stands, in words; and what has become of the file that a process was started from."""
+"""The status of a domain as text, and the state of the file that a process was started from."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sevhop.checks.domain_status import Standing
+from sevhop.checks.domain_status import DomainStatus
 from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.process import OnDisk, QemuProcess
 
 LINES = {
-    "web: QEMU 7.2.22, up to date, can hop": Standing("web", "7.2.22", "unchanged", "7.2.22"),
-    "web: QEMU 7.2.22, 10.0.13 is installed, can hop": Standing("web", "7.2.22", "unchanged", "10.0.13"),
-    "web: QEMU 7.2.22 (replaced on disk), 7.2.22 is installed, can hop": Standing(
+    "web: QEMU 7.2.22, up to date, can hop": DomainStatus("web", "7.2.22", "unchanged", "7.2.22"),
+    "web: QEMU 7.2.22, 10.0.13 is installed, can hop": DomainStatus("web", "7.2.22", "unchanged", "10.0.13"),
+    "web: QEMU 7.2.22 (replaced on disk), 7.2.22 is installed, can hop": DomainStatus(
         "web", "7.2.22", "replaced", "7.2.22"
     ),
-    "web: QEMU 7.2.22 (deleted on disk), none is installed, cannot hop: emulator: gone": Standing(
-        "web", "7.2.22", "deleted", "", obstacle="emulator: gone"
+    "web: QEMU 7.2.22 (deleted on disk), none is installed, cannot hop: emulator: gone": DomainStatus(
+        "web", "7.2.22", "deleted", "", blocker="emulator: gone"
     ),
-    "web: QEMU 7.2.22, up to date, can hop; hop: broken off": Standing(
-        "web", "7.2.22", "unchanged", "7.2.22", hop="broken off"
+    "web: QEMU 7.2.22, up to date, can hop; hop interrupted": DomainStatus(
+        "web", "7.2.22", "unchanged", "7.2.22", operation="hop interrupted"
     ),
-    "web: in a hop: waiting": Standing("web", hop="waiting"),
-    "web: domain web is not running": Standing("web", obstacle="domain web is not running"),
-    "web: no QEMU": Standing("web"),
+    "web: hop in progress: waiting": DomainStatus("web", operation="hop in progress: waiting"),
+    "web: domain web is not running": DomainStatus("web", blocker="domain web is not running"),
+    "web: no QEMU": DomainStatus("web"),
 }
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_in_words(line: str) -> None:
+def test_status_is_one_line(line: str) -> None:
     assert str(LINES[line]) == line
 
 
-def test_what_is_outdated() -> None:
+def test_domain_is_outdated_if_it_can_hop_to_an_installed_qemu() -> None:
     assert {line for line, row in LINES.items() if row.outdated} == {
         line for line in LINES if line.endswith(" is installed, can hop")
     }
@@ -61,23 +61,23 @@ def process(program: Path) -> Iterator[QemuProcess]:
         child.wait()
 
 
-def test_the_file_is_unchanged(process: QemuProcess) -> None:
+def test_file_is_unchanged(process: QemuProcess) -> None:
     assert process.on_disk is OnDisk.UNCHANGED
 
 
-def test_the_file_is_replaced(process: QemuProcess, program: Path) -> None:
+def test_file_is_replaced(process: QemuProcess, program: Path) -> None:
     shutil.copy(program, f"{program}.new")
     os.replace(f"{program}.new", program)
     assert process.on_disk is OnDisk.REPLACED
 
 
-def test_the_file_is_deleted(process: QemuProcess, program: Path) -> None:
+def test_file_is_deleted(process: QemuProcess, program: Path) -> None:
     program.unlink()
     assert process.on_disk is OnDisk.DELETED
 
 
-def test_a_process_that_has_ended(process: QemuProcess) -> None:
+def test_file_of_an_exited_process_is_an_error(process: QemuProcess) -> None:
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(ProcessError, match="has ended"):
+    with pytest.raises(ProcessError, match="has exited"):
         assert process.on_disk

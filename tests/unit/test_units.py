@@ -12,7 +12,7 @@ import pytest
 from sevhop.install import units
 from sevhop_qmp.errors import SevhopError
 
-#: What ``systemd-analyze security`` may say, in tenths: 0 is a unit that can do nothing.
+#: The highest exposure that ``systemd-analyze security`` may report, in tenths: 0 is a unit that can do nothing.
 _EXPOSURE = {"sevhop-recover.service": 27, "sevhop-upgrade.service": 35}
 
 
@@ -26,18 +26,18 @@ def analyze() -> str:
 
 @pytest.fixture
 def booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A systemd that notes what it is told. :return: its notes."""
-    notes = tmp_path / "notes"
+    """A systemctl that logs its arguments. :return: its log."""
+    calls = tmp_path / "calls"
     systemctl = tmp_path / "systemctl"
-    systemctl.write_text(f'#!/bin/sh\necho "$*" >> {notes}\n')
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >> {calls}\n')
     systemctl.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(units, "_BOOTED", tmp_path)
     monkeypatch.setattr(units, "DIRECTORY", tmp_path)
-    return notes
+    return calls
 
 
-def test_installed_and_removed(booted: Path, tmp_path: Path) -> None:
+def test_units_are_installed_and_removed(booted: Path, tmp_path: Path) -> None:
     installed = units.install()
     assert installed == [tmp_path / name for name in units.NAMES]
     assert {path.stat().st_mode & 0o777 for path in installed} == {0o644}
@@ -51,7 +51,7 @@ def test_installed_and_removed(booted: Path, tmp_path: Path) -> None:
     assert not units.uninstall()
 
 
-def test_those_of_the_package_stay(booted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_of_the_package_stay(booted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged = tmp_path / "packaged"
     packaged.mkdir()
     for name in units.NAMES:
@@ -62,13 +62,13 @@ def test_those_of_the_package_stay(booted: Path, tmp_path: Path, monkeypatch: py
     assert not booted.exists()
 
 
-def test_systemd_refuses(booted: Path, tmp_path: Path) -> None:
+def test_install_fails_if_systemctl_does(booted: Path, tmp_path: Path) -> None:
     (tmp_path / "systemctl").write_text("#!/bin/sh\necho no >&2; exit 1\n")
     with pytest.raises(SevhopError, match="systemctl daemon-reload: no"):
         units.install()
 
 
-def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_does_nothing_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "_BOOTED", tmp_path / "missing")
     monkeypatch.setattr(units, "DIRECTORY", tmp_path)
     assert units.install() == []
@@ -76,7 +76,7 @@ def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_systemd_reads_them(analyze: str, tmp_path: Path) -> None:
+def test_units_are_valid(analyze: str, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in units.NAMES]
     for path in paths:
         path.write_text(units.text(path.name))
@@ -84,14 +84,14 @@ def test_systemd_reads_them(analyze: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_package_starts_the_timer_and_that_the_service() -> None:
+def test_path_starts_the_timer_and_that_the_service() -> None:
     path, timer, service = units.UPGRADE
     assert f"\nUnit={timer}\n" in units.text(path)
     assert "Unit=" not in units.text(timer).replace("[Unit]", "")  # by its name
     assert timer.removesuffix(".timer") == service.removesuffix(".service")
 
 
-def test_systemd_can_enable_them(tmp_path: Path) -> None:
+def test_units_can_be_enabled(tmp_path: Path) -> None:
     if (program := shutil.which("systemctl")) is None:
         pytest.skip("not installed: systemd")
     directory = tmp_path / str(units.DIRECTORY).lstrip("/")
@@ -109,7 +109,7 @@ def test_systemd_can_enable_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "exposure"), _EXPOSURE.items())
-def test_exposure(name: str, exposure: int, analyze: str, tmp_path: Path) -> None:
+def test_exposure_is_limited(name: str, exposure: int, analyze: str, tmp_path: Path) -> None:
     unit = tmp_path / name
     unit.write_text(units.text(name))
     command = [analyze, "security", "--offline=yes", f"--threshold={exposure}", "--json=short", str(unit)]
@@ -118,13 +118,13 @@ def test_exposure(name: str, exposure: int, analyze: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("path", "word"), [("/usr/bin/python3", '"/usr/bin/python3"'), ('/a b/"%i$x\\', '"/a b/\\"%%i$$x\\\\"')]
+    ("path", "quoted"), [("/usr/bin/python3", '"/usr/bin/python3"'), ('/a b/"%i$x\\', '"/a b/\\"%%i$$x\\\\"')]
 )
-def test_words_of_commands(path: str, word: str) -> None:
-    assert units.quoted(path) == word
+def test_path_is_quoted(path: str, quoted: str) -> None:
+    assert units.quoted(path) == quoted
 
 
-def test_it_is_this_python() -> None:
+def test_units_run_this_python() -> None:
     for name, command in (("recover", "recover\n"), ("upgrade", "upgrade --outdated --keep-going ")):
         start = f"ExecStart={units.quoted(sys.executable)} -m sevhop.cli {command}"
         assert start in units.text(f"sevhop-{name}.service")

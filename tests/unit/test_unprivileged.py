@@ -1,4 +1,4 @@
-"""What somebody without privileges tries: sockets that are not theirs, places taken before we come, planted links."""
+"""What users without privileges try: foreign sockets, paths that are created before us, planted links."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sevhop.keeper.client import KeeperError, State
-from sevhop.keeper.handover import Held
-from sevhop.keeper.server import Custody
+from sevhop.keeper.client import KeeperError
+from sevhop.keeper.handover import SourceHandles
+from sevhop.keeper.server import KeeperServer
+from sevhop.keeper.state import State
 from sevhop.libvirt import hook_server
 from sevhop.records import run_directory
-from sevhop.records.run_directory import HopUnderWay, RunDirectoryError
+from sevhop.records.run_directory import HopInProgress, RunDirectoryError
 
-from .keeper_brief import UUID, brief
+from .keeper_config import UUID, config
 
 NOBODY, QEMU, OTHER = 65534, 64055, 64056
 
@@ -50,7 +51,7 @@ def as_user(uid: int, function: Callable[[], object]) -> object:
 
 
 def call(path: Path, request: bytes) -> bytes:
-    """Ask at a socket; nothing when it hangs up."""
+    """Send a request to a socket; empty when it hangs up."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(20)
         sock.connect(str(path))
@@ -63,7 +64,7 @@ def call(path: Path, request: bytes) -> bytes:
 
 @pytest.fixture
 def run(open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of /run/sevhop; not made yet."""
+    """In place of /run/sevhop; not created yet."""
     monkeypatch.setattr(run_directory, "RUN", open_directory / "sevhop")
     monkeypatch.setattr(run_directory, "DOMAINS", open_directory / "sevhop" / "domains")
     return open_directory / "sevhop"
@@ -76,7 +77,7 @@ class Serving:
         self.directory = run_directory.claim("web", UUID)
         self.monitor = self.directory / "monitor"
         self.monitor.mkdir(mode=0o700)
-        self.custody: Custody
+        self.server: KeeperServer
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._thread.start()
@@ -84,16 +85,18 @@ class Serving:
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        self.custody = Custody(replace(brief(), uid=QEMU, gid=QEMU, step_timeout=20), self.directory, Held(None, {}))
-        self.custody.state = State.RESTORING
+        self.server = KeeperServer(
+            replace(config(), uid=QEMU, gid=QEMU, step_timeout=20), self.directory, SourceHandles(None, {})
+        )
+        self.server.state = State.RESTORING
         control, qemus, hook = (
             run_directory.listening(self.directory / name, uid)
             for name, uid in (("control", 0), ("keeper", QEMU), ("hook", 0))
         )
         tasks = [
-            asyncio.ensure_future(self.custody.listen(control, 0, self.custody.answer_control)),
-            asyncio.ensure_future(self.custody.listen(qemus, QEMU, self.custody.answer_destination)),
-            asyncio.ensure_future(hook_server.listen(hook, self.custody.answer_hook)),
+            asyncio.ensure_future(self.server.listen(control, 0, self.server.answer_control)),
+            asyncio.ensure_future(self.server.listen(qemus, QEMU, self.server.answer_destination)),
+            asyncio.ensure_future(hook_server.listen(hook, self.server.answer_hook)),
         ]
         self._ready.set()
         await self._end.wait()
@@ -104,7 +107,7 @@ class Serving:
             listener.close()
 
     def end(self) -> None:
-        """As a keeper ends."""
+        """As a keeper does when it exits."""
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join()
         run_directory.remove("web", self.directory)
@@ -131,7 +134,7 @@ def test_peer_check_keeps_foreign_users_out(keeper: Serving, name: str) -> None:
         assert as_user(uid, lambda: call(path, REQUESTS[name])) == b""
 
 
-def test_qemu_has_no_business_at_the_control_socket(keeper: Serving) -> None:
+def test_qemu_is_refused_by_the_control_socket(keeper: Serving) -> None:
     for name in ("control", "hook"):
         (keeper.directory / name).chmod(0o666)
         assert as_user(QEMU, lambda path=keeper.directory / name: call(path, b"release")) == b""  # type: ignore[misc]
@@ -152,7 +155,7 @@ def test_names_cannot_be_guessed(run: Path) -> None:
 
 
 def test_many_connections_do_not_use_up_the_keeper(keeper: Serving) -> None:
-    """QEMU's user could keep the command and the hook out while the guest is held."""
+    """QEMU's user could keep the command and the hook out while it has the guest."""
 
     def connect() -> bytes:
         with contextlib.ExitStack() as stack:
@@ -166,15 +169,15 @@ def test_many_connections_do_not_use_up_the_keeper(keeper: Serving) -> None:
     assert call(keeper.directory / "control", b"status").startswith(b"ok ")
 
 
-def test_something_of_qemus_user_in_the_place_of_its_monitor(keeper: Serving) -> None:
+def test_directory_in_place_of_the_monitor_refuses_the_restore(keeper: Serving) -> None:
     (keeper.monitor / "qmp").mkdir()
     answer = call(keeper.directory / "control", f"hook restore begin {UUID}".encode()).decode()
-    assert answer.startswith("no ")
-    assert "cannot be removed" in answer
+    assert answer.startswith("error ")
+    assert "cannot remove" in answer
 
 
-class _Elsewhere:
-    """A monitor that somebody serves."""
+class _ForeignMonitor:
+    """A monitor that another process serves."""
 
     def __init__(self, peer: int) -> None:
         self.peer = peer
@@ -184,19 +187,17 @@ class _Elsewhere:
         self.closed = True
 
 
-def test_a_monitor_of_another_user_is_not_the_destinations(
-    keeper: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_monitor_of_another_user_is_refused(keeper: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["sleep", "60"], user=OTHER, group=OTHER, extra_groups=[]) as process:
-        monitor = _Elsewhere(process.pid)
+        monitor = _ForeignMonitor(process.pid)
 
-        async def connect(*_: object, **__: object) -> _Elsewhere:
+        async def connect(*_: object, **__: object) -> _ForeignMonitor:
             return monitor
 
         monkeypatch.setattr("sevhop.keeper.server.Monitor.connect", connect)
         try:
             with pytest.raises(KeeperError, match="of another user"):
-                asyncio.run(keeper.custody._meet(tmp_path))
+                asyncio.run(keeper.server._probe(tmp_path))
         finally:
             process.kill()
     assert monitor.closed
@@ -204,7 +205,7 @@ def test_a_monitor_of_another_user_is_not_the_destinations(
 
 @pytest.mark.parametrize("squatted", ["sevhop", "sevhop/domains"])
 @pytest.mark.parametrize("how", ["link", "file", "foreign", "open to all", "open to a group"])
-def test_a_place_that_was_taken_before_is_not_used(open_directory: Path, run: Path, squatted: str, how: str) -> None:
+def test_run_directory_of_another_user_is_not_used(open_directory: Path, run: Path, squatted: str, how: str) -> None:
     victim = open_directory / "victim"
     victim.mkdir(mode=0o755)
     path = open_directory / squatted
@@ -230,8 +231,8 @@ def test_a_place_that_was_taken_before_is_not_used(open_directory: Path, run: Pa
 
 
 @pytest.mark.parametrize("target", ["/", "..", "../victim", "../../victim", "/{victim}", "victim", ""])
-def test_a_planted_link_leads_nowhere(open_directory: Path, run: Path, target: str) -> None:
-    """It was followed, and what a dead keeper had left there was to be removed, with all that is in it."""
+def test_planted_link_is_not_followed(open_directory: Path, run: Path, target: str) -> None:
+    """Its target would be removed as what a dead keeper has left."""
     run_directory.make_run_directories()
     for victim in (open_directory / "victim", run / "victim", run / "domains" / "victim"):
         victim.mkdir()
@@ -246,7 +247,7 @@ def test_a_planted_link_leads_nowhere(open_directory: Path, run: Path, target: s
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "/etc/localtime", "../x", "a/b", "a\0b", "a" * 256, "\ud800"])
-def test_what_is_no_name_of_a_domain(run: Path, open_directory: Path, name: str) -> None:
+def test_invalid_domain_name_is_refused(run: Path, open_directory: Path, name: str) -> None:
     assert run_directory.hop_of(name) is None
     with pytest.raises(RunDirectoryError):
         run_directory.claim(name, UUID)
@@ -254,31 +255,31 @@ def test_what_is_no_name_of_a_domain(run: Path, open_directory: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["a b;$(touch x)&'<\"", "-n", "--", "...", "a\nb", "gäst", "\udcff", "*", " "])
-def test_any_other_name_is_one(run: Path, name: str) -> None:
+def test_unusual_domain_name_is_accepted(run: Path, name: str) -> None:
     directory = run_directory.claim(name, UUID)
     assert (run / f"uuid-{UUID}").resolve() == directory.resolve()
     assert run_directory.hop_of(name) == run / "domains" / ".." / directory.name
-    assert run_directory.hops_under_way() == [name]
+    assert run_directory.hops_in_progress() == [name]
     run_directory.remove(name, directory)
     assert os.listdir(run) == ["domains"]
-    assert run_directory.hops_under_way() == []
+    assert run_directory.hops_in_progress() == []
 
 
 @pytest.mark.parametrize("uuid", ["", "-", "..", "../x", f"{UUID}/..", f"{UUID}\n"])
-def test_what_is_no_uuid_of_a_domain(run: Path, open_directory: Path, uuid: str) -> None:
+def test_invalid_uuid_is_refused(run: Path, open_directory: Path, uuid: str) -> None:
     with pytest.raises(RunDirectoryError):
         run_directory.claim("web", uuid)
     assert {path.name for path in open_directory.rglob("*")} <= {"sevhop", "domains"}
 
 
-def test_a_domain_is_not_claimed_twice_by_another_name(keeper: Serving, run: Path) -> None:
-    with pytest.raises(HopUnderWay):
+def test_renamed_domain_is_not_claimed_again(keeper: Serving, run: Path) -> None:
+    with pytest.raises(HopInProgress):
         run_directory.claim("renamed", UUID)
-    assert run_directory.hops_under_way() == ["web"]
+    assert run_directory.hops_in_progress() == ["web"]
     assert (run / f"uuid-{UUID}").resolve() == keeper.directory.resolve()
 
 
-def test_what_a_dead_keeper_has_left_is_replaced(run: Path) -> None:
+def test_run_directory_of_a_dead_keeper_is_replaced(run: Path) -> None:
     left = run_directory.claim("web", UUID)
     directory = run_directory.claim("renamed", UUID)
     assert (run / f"uuid-{UUID}").resolve() == directory.resolve() != left.resolve()
@@ -286,6 +287,6 @@ def test_what_a_dead_keeper_has_left_is_replaced(run: Path) -> None:
     assert sorted(os.listdir(run)) == ["domains"]
 
 
-def test_a_second_claim_is_refused(keeper: Serving) -> None:
-    with pytest.raises(HopUnderWay):
+def test_second_claim_is_refused(keeper: Serving) -> None:
+    with pytest.raises(HopInProgress):
         run_directory.claim("web", UUID)

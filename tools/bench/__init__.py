@@ -1,6 +1,6 @@
 """
-Measurements side by side: how long a guest stands still when it changes its QEMU, by sevhop and by what else there is.
+Guest downtime when its QEMU is replaced, measured side by side: by sevhop, and by the methods of QEMU and libvirt.
 
-``domains`` measures libvirt's ways, ``bare`` those between QEMU processes; ``pause`` is what the guest itself sees;
-``report`` has the arithmetic and the tables, ``picture`` the drawing.
+``domains`` measures libvirt's methods, ``standalone`` those between QEMU processes; ``downtime`` samples the guest;
+``report`` has the arithmetic and the tables, ``picture`` the diagram.
 """

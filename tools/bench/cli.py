@@ -1,4 +1,4 @@
-"""What ``tools/bench/run`` measures and prints."""
+"""The command ``tools/bench/run``: its arguments, measurements and output."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from tests.support.guests.isolation import isolate
 from tests.support.guests.machine import Accelerator, Machine
 from tests.support.guests.running import Guest, GuestFailed
 
-from .bare import MODES, SELDOM, Bare
 from .domains import Domains
 from .picture import svg
 from .report import Failed, Report, Run
+from .standalone import MODES, SELDOM, Standalone
 from .usage import Usage
 
 #: MiB of guest memory.
 _SIZES = [256, 1024, 4096, 8192]
 _QUICK_SIZES = [256]
-#: MiB that are left to everybody else.
+#: MiB of free memory that is left to other processes.
 _SPARE = 2048
-_PARTS = ["bare", "domains"]
+_PARTS = ["standalone", "domains"]
 _KINDS = ["minimal", "rich"]
 
 
 def say(text: str) -> None:
-    """Progress, one line."""
+    """Print a line of progress."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def _accelerator(directory: Path) -> Accelerator:
-    """KVM if a guest really runs under it."""
+    """KVM if a guest runs under it."""
     try:
         machine = Machine(directory, accelerator="kvm", bios=counter.firmware())
         with Guest.start(machine, emulators.installed()) as guest:
@@ -62,12 +62,12 @@ def _about(accelerator: Accelerator) -> dict[str, str]:
         "processor": f"{os.cpu_count()} x {cpu}",
         "kernel": platform.release(),
         "guests run under": accelerator.upper(),
-        "load when it began": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "load at the beginning": " ".join(f"{load:.1f}" for load in os.getloadavg()),
     }
 
 
 def measure(options: argparse.Namespace, scratch: Path, usage: Usage | None) -> Report:
-    """Everything that was asked for; if it is ended by a signal, what has been measured by then."""
+    """Measure all that was requested; if a signal terminates it, report what was measured until then."""
     accelerator = _accelerator(scratch / "probe")
     about = _about(accelerator)
     runs: list[Run] = []
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, scratch: Path, usage: Usage | None) -> 
     def take(found: Iterable[Run | Failed]) -> None:
         for one in found:
             if isinstance(one, Run):
-                say(f"{one.machine} {one.mode} {one.memory_mib} MiB: {one.pause_ms:.1f} ms")
+                say(f"{one.machine} {one.mode} {one.memory_mib} MiB: {one.downtime_ms:.1f} ms")
                 runs.append(one)
             else:
                 say(str(one))
@@ -86,57 +86,59 @@ def measure(options: argparse.Namespace, scratch: Path, usage: Usage | None) -> 
     sizes = [size for size in options.sizes if _fits(size)]
     try:
         if not sizes:
-            raise GuestFailed("there is no size of memory that fits")
-        if "bare" in options.only:
-            bare = Bare(emulators.emulator(emulators.NEW), accelerator, scratch, options.images, usage)
+            raise GuestFailed("not enough free memory for any of the sizes")
+        if "standalone" in options.only:
+            standalone = Standalone(emulators.emulator(emulators.NEW), accelerator, scratch, options.images, usage)
             for kind in options.machines:
                 for size in sizes:
-                    take(bare.measure(kind, size, options.rounds, options.modes))
+                    take(standalone.measure(kind, size, options.rounds, options.modes))
         if "domains" in options.only:
             with Domains(accelerator, options.images, usage) as domains:
                 foreign += domains.hook_of_a_foreign_domain()
                 for size in sizes:
-                    # Each of these rounds has both directions, and takes long.
+                    # A round has both directions, and takes long.
                     take(domains.measure(size, -(-options.rounds // SELDOM)))
     except SystemExit:
-        failures.append(Failed("everything", "", 0, "that is not above: it was ended before"))
+        failures.append(Failed("all other runs", "", 0, "terminated by a signal"))
     except (GuestFailed, Unavailable, BuildFailed, SevhopError, OSError) as err:
-        failures.append(Failed("everything", "", 0, f"that is not above: {err}"))
+        failures.append(Failed("all other runs", "", 0, str(err)))
     return Report(runs, about, foreign, failures)
 
 
 def _fits(size: int) -> bool:
-    """Migration has a guest's memory twice. Swapping would be measured otherwise, or somebody killed."""
+    """Whether there is memory for two copies of the guest's, as migration needs; otherwise the host would swap."""
     available = int(re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[0]) >> 10
     if 2 * size + _SPARE <= available:
         return True
-    say(f"left out {size} MiB: {available} MiB of memory are available")
+    say(f"skipped {size} MiB: only {available} MiB of memory are available")
     return False
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
-        prog="tools/bench/run", description="How long a guest stands still when it changes its QEMU, side by side."
+        prog="tools/bench/run", description="Guest downtime when its QEMU is replaced, side by side."
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="the smallest memory, a minimal machine, one round: does it work at all?"
-    )
+    parser.add_argument("--quick", action="store_true", help="the smallest memory, a minimal machine, one round")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--only", type=_words, default=_PARTS, metavar="PART,...", help="bare, domains (default: both)")
+    parser.add_argument(
+        "--only", type=_names, default=_PARTS, metavar="PART,...", help="standalone, domains (default: both)"
+    )
     modes = list(MODES)
-    parser.add_argument("--modes", type=_words, default=modes, metavar="MODE,...", help=f"bare: {', '.join(modes)}")
-    parser.add_argument("--machines", type=_words, metavar="KIND,...", help="bare: minimal, rich (default: both)")
+    parser.add_argument(
+        "--modes", type=_names, default=modes, metavar="MODE,...", help=f"standalone: {', '.join(modes)}"
+    )
+    parser.add_argument("--machines", type=_names, metavar="KIND,...", help="standalone: minimal, rich (default: both)")
     parser.add_argument("--sizes", type=_sizes, metavar="MIB,...", help="guest memory (default: 256,1024,4096,8192)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds with each size (default: 9)")
-    parser.add_argument("--images", type=Path, default=CACHE, metavar="DIRECTORY", help="where save images are written")
+    parser.add_argument("--images", type=Path, default=CACHE, metavar="DIRECTORY", help="directory for save images")
     parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="write bench.md, bench.json, bench.svg there")
     options = parser.parse_args()
     options.sizes = options.sizes or (_QUICK_SIZES if options.quick else _SIZES)
     options.machines = options.machines or (_KINDS[:1] if options.quick else _KINDS)
     options.rounds = options.rounds or (1 if options.quick else 9)
     if wrong := sorted({*options.only, *options.machines, *options.modes}.difference(_PARTS, _KINDS, MODES)):
-        parser.error(f"not known: {', '.join(wrong)}")
+        parser.error(f"unknown: {', '.join(wrong)}")
     end_in_order()
     isolate()
     try:
@@ -146,7 +148,7 @@ def main() -> int:
             try:
                 usage = resources.enter_context(Usage())
             except OSError as err:
-                say(f"processor time and memory are not counted: {err}")
+                say(f"cannot count processor time and memory: {err}")
             report = measure(options, Path(scratch), usage)
     except (GuestFailed, Unavailable) as err:
         say(str(err))
@@ -163,12 +165,12 @@ def main() -> int:
     return 1 if report.failures else 0
 
 
-def _words(text: str) -> list[str]:
+def _names(text: str) -> list[str]:
     return text.split(",")
 
 
 def _sizes(text: str) -> list[int]:
-    sizes = [int(word) for word in text.split(",")]
+    sizes = [int(size) for size in text.split(",")]
     if min(sizes) < counter.MEMORY_MIB:
         raise ValueError(f"the guest needs {counter.MEMORY_MIB} MiB")
     return sizes

@@ -1,8 +1,8 @@
 """
-libvirt's ways for a domain to get into another QEMU process: ``sevhop upgrade``, and ``virsh save`` with ``restore``.
+Methods to move a libvirt domain into another QEMU process: ``sevhop upgrade``, and ``virsh save`` with ``restore``.
 
-They take turns with one domain in a daemon of the benchmark's own. An upgrade goes to the other of the two emulators;
-save and restore stay in the one that the domain is in, since that is all they can do.
+They alternate with one domain in a private daemon. An upgrade goes to the other of the two emulators; save and restore
+stay in the domain's emulator, since they cannot change it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.machine import Accelerator
 from tests.support.guests.running import GuestFailed
 
-from .pause import Sampler, memory_of, touch
+from .downtime import Sampler, memory_of, touch
 from .report import Failed, Outcome, Run
 from .usage import Usage, counting
 
 UPGRADE, SAVE_RESTORE = "upgrade", "save-restore"
-#: Seconds between two looks for a QEMU that libvirt starts.
+#: Seconds between two polls for the QEMU that libvirt starts.
 _POLL = 0.002
 #: Calls of the hook for a domain that is in no hop.
 _FOREIGN_CALLS = 20
@@ -33,8 +33,8 @@ class Domains:
     """
     Measures domains in a daemon. A context manager.
 
-    :param images: directory for the save images; on a disk, as they are usually.
-    :param usage: counts what a change costs; None where that is not possible.
+    :param images: directory of the save images; on a disk, as usual.
+    :param usage: counts processor time and memory; None where that is not possible.
     """
 
     def __init__(self, accelerator: Accelerator, images: Path, usage: Usage | None = None) -> None:
@@ -56,21 +56,21 @@ class Domains:
         self._image.unlink(missing_ok=True)
 
     def measure(self, memory_mib: int, rounds: int) -> Iterator[Run | Failed]:
-        """All runs with one size of memory; a round is an upgrade there, one back, and as many saves."""
+        """All runs with one size of memory; a round is an upgrade to the other emulator, one back, and two saves."""
         try:
             yield from self._runs(memory_mib, rounds)
         except GuestFailed as err:
             yield Failed(UPGRADE, "domain", memory_mib, str(err))
 
     def _runs(self, memory_mib: int, rounds: int) -> Iterator[Run]:
-        described = Description(f"bench-{memory_mib}", self._old, self._accelerator, memory_mib=memory_mib)
-        guest = DomainGuest.start(self._daemon, described)
+        description = Description(f"bench-{memory_mib}", self._old, self._accelerator, memory_mib=memory_mib)
+        guest = DomainGuest.start(self._daemon, description)
         try:
             guest.wait_for_ticks()
             memory = memory_of(guest.pid)
             assert memory is not None
             touch(memory)
-            # The first use of an emulator costs libvirt and the page cache something, once.
+            # The first use of an emulator takes libvirt longer, and fills the page cache.
             for emulator in (self._new, self._old):
                 self._upgrade(guest, emulator, memory_mib)
             for _ in range(rounds):
@@ -113,7 +113,7 @@ class Domains:
                 self._daemon.virsh("restore", self._image)
                 ended = time.monotonic()
                 after = successor.sampler()
-        # The disk is not to be busy with this image when the next way is measured.
+        # Writing this image to the disk must not disturb the next run.
         self._image.unlink()
         os.sync()
         phases = {"save": (saved - began) * 1e3, "restore": (ended - saved) * 1e3}
@@ -121,7 +121,7 @@ class Domains:
         return Run.of((SAVE_RESTORE, "domain", memory_mib), outcome, used, version, version)
 
     def hook_of_a_foreign_domain(self) -> list[float]:
-        """What the hook costs a domain that is in no hop, ms for each call."""
+        """Milliseconds of each call of the hook for a domain that is in no hop."""
         script = "/etc/libvirt/hooks/qemu.d/sevhop"
         code = "import subprocess, sys, time\nfor n in range(int(sys.argv[1])):\n    t = time.monotonic()\n"
         code += "    subprocess.run([sys.argv[2], 'other', 'started', 'begin', '-'], input=b'', check=True)\n"
@@ -143,13 +143,13 @@ def _pid(guest: DomainGuest) -> int | None:
 
 
 class _Successor:
-    """Waits, beside libvirt, for the QEMU that it starts, and looks at the memory of its guest. A context manager."""
+    """Waits for the QEMU that libvirt starts, and samples the memory of its guest. A context manager."""
 
     def __init__(self, pid: Callable[[], int | None]) -> None:
         self._pid = pid
         self._ended = threading.Event()
         self._sampler: Sampler | None = None
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._poll)
 
     def __enter__(self) -> _Successor:
         self._thread.start()
@@ -162,15 +162,15 @@ class _Successor:
             self._sampler.__exit__(None, None, None)
 
     def sampler(self) -> int:
-        """When the guest was seen to run, ns."""
+        """When the guest ran, ns."""
         self._ended.set()
         self._thread.join()
         if self._sampler is None:
-            raise GuestFailed("the restored guest was not found")
+            raise GuestFailed("cannot find the restored guest")
         self._sampler.wait()
         return self._sampler.began
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while self._sampler is None:
             pid = self._pid()
             memory = None if pid is None else memory_of(pid)

@@ -1,4 +1,4 @@
-"""The report as a picture: pauses over memory, both on logarithmic scales, and where our own pause goes."""
+"""The report as a diagram: downtime over memory, both on logarithmic scales, and the phases of sevhop's downtime."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 160, 40, 50
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b08900", "#5c677d", "#2a9d8f")
 #: Height of a line of text.
 _LINE = 14
-#: Phases in which the guest stands still, by mode; a part of "freeze" is in front of that. The source of a hop retires
-#: behind it, that of an upgrade before the guest goes on.
-_STILL = {
-    "hop": ("freeze", "share", "save", "load", "commit", "resume"),
-    "upgrade": ("freeze", "save", "retire", "restore"),
+#: Phases of the downtime, by mode; it begins in "stop". A hop kills the source after the downtime, an upgrade in it.
+_STOPPED = {
+    "hop": ("stop", "map", "save", "load", "commit", "resume"),
+    "upgrade": ("stop", "save", "terminate", "restore"),
 }
 
 
 def svg(report: Report) -> str:
-    """The picture."""
+    """The diagram."""
     cells = [cell for cell in report.cells() if cell[0] in COMPARED]
     modes = list(dict.fromkeys(cell[1] for cell in cells))
     colours = {mode: _COLOURS[n % len(_COLOURS)] for n, mode in enumerate(modes)}
@@ -40,19 +39,19 @@ def svg(report: Report) -> str:
 
 
 def _curves(report: Report, cells: list[tuple[str, str, int]], colours: dict[str, str]) -> Iterable[str]:
-    pauses = {cell: max(report.spread(cell, lambda run: run.pause_ms).median, 0.1) for cell in cells}
+    downtimes = {cell: max(report.spread(cell, lambda run: run.downtime_ms).median, 0.1) for cell in cells}
     sizes = sorted({cell[2] for cell in cells})
-    low, high = math.floor(math.log10(min(pauses.values()))), math.ceil(math.log10(max(pauses.values())) + 1e-9)
+    low, high = math.floor(math.log10(min(downtimes.values()))), math.ceil(math.log10(max(downtimes.values())) + 1e-9)
     high = max(high, low + 1)
     step = (_WIDTH - _LEFT - _RIGHT) / max(math.log2(sizes[-1] / sizes[0]), 1)
 
     def x(size: int) -> float:
         return _LEFT + math.log2(size / sizes[0]) * step
 
-    def y(pause: float) -> float:
-        return _HEIGHT - _BOTTOM - (math.log10(pause) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+    def y(downtime: float) -> float:
+        return _HEIGHT - _BOTTOM - (math.log10(downtime) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    yield _text(_LEFT, 22, "The guest's pause over its memory, all of it touched", "start", bold=True)
+    yield _text(_LEFT, 22, "Guest downtime over memory, all of it touched", "start", bold=True)
     for power in range(low, high + 1):
         level = y(10**power)
         yield f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>'
@@ -61,15 +60,15 @@ def _curves(report: Report, cells: list[tuple[str, str, int]], colours: dict[str
         yield _text(x(size), _HEIGHT - _BOTTOM + 20, memory(size), "middle")
     ends: dict[str, float] = {}
     for mode, colour in colours.items():
-        points = sorted((cell[2], pause) for cell, pause in pauses.items() if cell[1] == mode)
-        path = " ".join(f"{x(size):.1f},{y(pause):.1f}" for size, pause in points)
+        points = sorted((cell[2], downtime) for cell, downtime in downtimes.items() if cell[1] == mode)
+        path = " ".join(f"{x(size):.1f},{y(downtime):.1f}" for size, downtime in points)
         yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        for size, pause in points:
-            yield f'<circle cx="{x(size):.1f}" cy="{y(pause):.1f}" r="3.5" fill="{colour}"/>'
+        for size, downtime in points:
+            yield f'<circle cx="{x(size):.1f}" cy="{y(downtime):.1f}" r="3.5" fill="{colour}"/>'
         ends[mode] = y(points[-1][1]) + 4
     below = 0.0
     for mode in sorted(ends, key=lambda mode: ends[mode]):
-        # Curves may end in one place; their names must not.
+        # Curves may end in one place; their labels must not overlap.
         below = max(ends[mode], below + _LINE)
         yield _text(_WIDTH - _RIGHT + 12, below, mode, "start", colours[mode])
 
@@ -78,16 +77,16 @@ def _bars(report: Report) -> list[tuple[str, dict[str, float]]]:
     found = []
     for mode in dict.fromkeys(ours for ours, _ in PAIRS):
         for cell in sorted(cell for cell in report.cells() if cell[1] == mode and cell[0] in COMPARED):
-            still = {name: ms for name, ms in report.phases(cell).items() if name in _STILL[mode]}
-            if still:
-                found.append((f"{mode}, {memory(cell[2])}", still))
+            stopped = {name: ms for name, ms in report.phases(cell).items() if name in _STOPPED[mode]}
+            if stopped:
+                found.append((f"{mode}, {memory(cell[2])}", stopped))
     return found
 
 
 def _breakdown(bars: list[tuple[str, dict[str, float]]]) -> Iterable[str]:
     if not bars:
         return
-    yield _text(_LEFT, _HEIGHT + 20, "The phases around sevhop's pause", "start", bold=True)
+    yield _text(_LEFT, _HEIGHT + 20, "The phases of sevhop's downtime", "start", bold=True)
     names = list(dict.fromkeys(name for _, phases in bars for name in phases))
     left, width = _LEFT + 70, _WIDTH - _LEFT - 70 - 110
     for n, (label, phases) in enumerate(bars):

@@ -1,4 +1,4 @@
-"""What was measured, and what is said of it: medians with their spread, ratios, tables."""
+"""The results: medians with their spread, ratios, tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 from .usage import Used
 
-#: Each of sevhop's ways, and what it is compared with.
+#: Each of sevhop's methods, and what it is compared with.
 PAIRS = (
     ("hop", "cpr-transfer"),
     ("hop", "x-ignore-shared"),
@@ -17,7 +17,7 @@ PAIRS = (
     ("hop", "file"),
     ("upgrade", "save-restore"),
 )
-#: The machines of which ratios are told first. A domain has one of its own.
+#: The machines whose ratios are printed first. A domain has one of its own.
 COMPARED = ("minimal", "domain")
 RICH = ("rich",)
 
@@ -25,46 +25,46 @@ RICH = ("rich",)
 @dataclass(frozen=True)
 class Outcome:
     """
-    What was seen of one change of QEMU. Times are monotonic seconds, those of the pause ns.
+    The measurements of one replacement of QEMU. Times are monotonic seconds, those of the downtime ns.
 
-    :ivar pause: from when to when the guest stood still.
-    :ivar began: before anything was done; no destination had been started.
-    :ivar ended: the last command was over.
-    :ivar phases: what the tool says of itself: name and ms.
+    :ivar downtime: begin and end of the guest's downtime.
+    :ivar began: before the first command, and the start of a destination.
+    :ivar ended: when the last command returned.
+    :ivar phases: as the tool reports them: name and ms.
     """
 
-    pause: tuple[int, int]
+    downtime: tuple[int, int]
     began: float
     ended: float
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
-    def pause_ms(self) -> float:
-        """For how long the guest stood still."""
-        return (self.pause[1] - self.pause[0]) / 1e6
+    def downtime_ms(self) -> float:
+        """The guest's downtime."""
+        return (self.downtime[1] - self.downtime[0]) / 1e6
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    One change of QEMU.
+    One replacement of QEMU.
 
-    :ivar mode: by which way.
+    :ivar mode: the method.
     :ivar machine: what kind of guest: ``minimal``, ``rich``, or a ``domain`` of libvirt.
     :ivar memory_mib: of the guest, all of it touched.
-    :ivar pause_ms: for how long the guest stood still, as it sees it itself.
+    :ivar downtime_ms: measured in the guest.
     :ivar total_ms: from the first command to the end of the last.
-    :ivar prepare_ms: the part of it in front of the pause.
+    :ivar prepare_ms: the part of it before the downtime.
     :ivar cpu_ms: processor time beyond one processor for as long as the guest ran; None where it cannot be counted.
-    :ivar memory_mib_more: beyond what was in use before, at most at one time; None likewise.
-    :ivar phases: what the tool says of itself: name and ms.
+    :ivar memory_mib_more: the peak, less the usage before; None likewise.
+    :ivar phases: as the tool reports them: name and ms.
     :ivar source, destination: versions of QEMU.
     """
 
     mode: str
     machine: str
     memory_mib: int
-    pause_ms: float
+    downtime_ms: float
     total_ms: float
     phases: dict[str, float] = field(default_factory=dict)
     source: str = ""
@@ -74,26 +74,24 @@ class Run:
     memory_mib_more: float | None = None
 
     @classmethod
-    def of(
-        cls, what: tuple[str, str, int], outcome: Outcome, used: Used | None, source: str, destination: str
-    ) -> Self:
+    def of(cls, what: tuple[str, str, int], outcome: Outcome, used: Used | None, source: str, destination: str) -> Self:
         """
-        From what was seen.
+        From the measurements.
 
         :param what: mode, machine and memory_mib.
         """
-        total, prepare = (outcome.ended - outcome.began) * 1e3, outcome.pause[0] / 1e6 - outcome.began * 1e3
-        run = cls(*what, outcome.pause_ms, total, outcome.phases, source, destination, prepare)
+        total, prepare = (outcome.ended - outcome.began) * 1e3, outcome.downtime[0] / 1e6 - outcome.began * 1e3
+        run = cls(*what, outcome.downtime_ms, total, outcome.phases, source, destination, prepare)
         if used is None:
             return run
-        guest = used.elapsed_ms - outcome.pause_ms
+        guest = used.elapsed_ms - outcome.downtime_ms
         return replace(run, cpu_ms=max(used.cpu_ms - guest, 0.0), memory_mib_more=used.memory_mib)
 
 
 @dataclass(frozen=True)
 class Failed:
     """
-    A run that did not arrive.
+    A run in which the guest did not arrive.
 
     :ivar reason: one line or a few.
     """
@@ -110,7 +108,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one thing."""
+    """The distribution of several measurements."""
 
     median: float
     low: float
@@ -138,8 +136,8 @@ class Report:
     """
     All of a run of the benchmark.
 
-    :ivar about: what it was measured on: name and value.
-    :ivar failures: runs that did not arrive.
+    :ivar about: properties of the host: name and value.
+    :ivar failures: runs in which the guest did not arrive.
     :ivar foreign_hook_ms: calls of the hook for a domain that is in no hop.
     """
 
@@ -149,7 +147,7 @@ class Report:
     failures: Sequence[Failed] = ()
 
     def cells(self) -> list[tuple[str, str, int]]:
-        """What was measured: (machine, mode, memory), in the order in which it was first measured."""
+        """All (machine, mode, memory), in the order of their first run."""
         return list(dict.fromkeys((run.machine, run.mode, run.memory_mib) for run in self.runs))
 
     def spread(self, cell: tuple[str, str, int], value: Callable[[Run], float]) -> Spread:
@@ -163,9 +161,9 @@ class Report:
         return {name: statistics.median(run.phases[name] for run in runs if name in run.phases) for name in names}
 
     def ratios(self, machines: Sequence[str] = COMPARED) -> dict[str, dict[str, float]]:
-        """Median pause of ours to that of theirs, of those pairs that were measured: pair, then memory in MiB."""
+        """Ratio of median downtimes, sevhop's to the other, of the measured pairs: pair, then memory in MiB."""
         medians = {
-            (cell[1], cell[2]): self.spread(cell, _pause).median for cell in self.cells() if cell[0] in machines
+            (cell[1], cell[2]): self.spread(cell, _downtime).median for cell in self.cells() if cell[0] in machines
         }
         found: dict[str, dict[str, float]] = {}
         for ours, theirs in PAIRS:
@@ -175,12 +173,12 @@ class Report:
         return found
 
     def growth(self) -> dict[str, float]:
-        """Of our own ways, the median pause with the most memory to that with the least."""
+        """Of sevhop's methods, the ratio of the median downtime with the most memory to that with the least."""
         found = {}
         for mode in dict.fromkeys(ours for ours, _ in PAIRS):
             cells = sorted(c for c in self.cells() if c[1] == mode and c[0] in COMPARED)
             if len(cells) > 1:
-                small, large = (self.spread(cell, _pause).median for cell in (cells[0], cells[-1]))
+                small, large = (self.spread(cell, _downtime).median for cell in (cells[0], cells[-1]))
                 found[mode] = large / small
         return found
 
@@ -191,7 +189,7 @@ class Report:
                 "machine": cell[0],
                 "mode": cell[1],
                 "memory_mib": cell[2],
-                "pause_ms": asdict(self.spread(cell, _pause)),
+                "downtime_ms": asdict(self.spread(cell, _downtime)),
                 "total_ms": asdict(self.spread(cell, _total)),
                 "prepare_ms": asdict(self.spread(cell, _prepare)),
                 "cpu_ms": self._counted(cell, _cpu),
@@ -215,19 +213,19 @@ class Report:
     def markdown(self) -> str:
         """The tables."""
         lines = [f"{name}: {value}  " for name, value in self.about.items()]
-        lines += ["", "The guest's pause, in ms: median (least to most). The other columns are medians: ms until the"]
-        lines += ["pause, ms in all, ms of processor time and MiB of memory beyond the guest's own.", ""]
+        lines += ["", "Guest downtime in ms: median (minimum to maximum). The other columns are medians: ms until the"]
+        lines += ["downtime, ms in all, ms of processor time and MiB of memory in addition to the guest's.", ""]
         lines += _table(
-            ("machine", "memory", "mode", "QEMU", "pause", "prepare", "total", "CPU", "more memory", "runs"),
+            ("machine", "memory", "mode", "QEMU", "downtime", "prepare", "total", "CPU", "more memory", "runs"),
             (
                 (
                     cell[0],
                     memory(cell[2]),
                     cell[1],
                     self._versions(cell),
-                    str(self.spread(cell, _pause)),
+                    str(self.spread(cell, _downtime)),
                     *(self._median(cell, value) for value in (_prepare, _total, _cpu, _memory_more)),
-                    str(self.spread(cell, _pause).count),
+                    str(self.spread(cell, _downtime).count),
                 )
                 for cell in self.cells()
             ),
@@ -235,15 +233,15 @@ class Report:
         for title, machines in (("", COMPARED), (", rich machine", RICH)):
             if ratios := self.ratios(machines):
                 sizes = sorted({int(size) for row in ratios.values() for size in row})
-                lines += ["", f"Median pause, ours to theirs{title}.", ""]
+                lines += ["", f"Ratio of median downtimes, sevhop to the other{title}.", ""]
                 rows = [(pair, *(_ratio(row.get(str(size))) for size in sizes)) for pair, row in ratios.items()]
                 lines += _table(("", *map(memory, sizes)), rows)
         if growth := self.growth():
-            lines += ["", "Median pause with the most memory to that with the least:"]
+            lines += ["", "Ratio of the median downtime with the most memory to that with the least:"]
             lines += [" ".join(f"{mode} {ratio:.2f}" for mode, ratio in growth.items())]
         if broken_down := [cell for cell in self.cells() if self.phases(cell)]:
-            lines += ["", "By phase, medians in ms; behind a colon is a part of the phase in front of it.", ""]
-            rows = [(cell[1], memory(cell[2]), _told(self.phases(cell))) for cell in broken_down]
+            lines += ["", "By phase, medians in ms; after a colon is a part of the phase before it.", ""]
+            rows = [(cell[1], memory(cell[2]), _phases(self.phases(cell))) for cell in broken_down]
             lines += _table(("mode", "memory", "phases"), rows)
         if self.foreign_hook_ms:
             lines += ["", f"The hook of a domain that is in no hop: {Spread.of(self.foreign_hook_ms)} ms."]
@@ -253,7 +251,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def _counted(self, cell: tuple[str, str, int], value: Callable[[Run], float | None]) -> dict[str, float] | None:
-        """A value that not every host can tell."""
+        """A value that not every host can measure."""
         runs = [run for run in self.runs if (run.machine, run.mode, run.memory_mib) == cell]
         found = [known for run in runs if (known := value(run)) is not None]
         return asdict(Spread.of(found)) if found else None
@@ -267,8 +265,8 @@ class Report:
         return ", ".join(dict.fromkeys(f"{_short(run.source)} → {_short(run.destination)}" for run in runs))
 
 
-def _pause(run: Run) -> float:
-    return run.pause_ms
+def _downtime(run: Run) -> float:
+    return run.downtime_ms
 
 
 def _total(run: Run) -> float:
@@ -291,7 +289,7 @@ def _short(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _told(phases: dict[str, float]) -> str:
+def _phases(phases: dict[str, float]) -> str:
     return ", ".join(f"{name} {_number(ms)}" for name, ms in phases.items())
 
 
@@ -300,7 +298,7 @@ def _ratio(value: float | None) -> str:
 
 
 def memory(mib: int) -> str:
-    """As people say it."""
+    """A size of memory, for people."""
     return f"{mib // 1024} GB" if mib >= 1024 and mib % 1024 == 0 else f"{mib} MB"
 
 

@@ -4,15 +4,15 @@
  *
  *   sampler MEMORY OFFSET
  *
- * MEMORY is the file behind the guest's memory (/proc/PID/fd/N), OFFSET where in it the number is. What it prints, times in
+ * MEMORY is the file behind the guest's memory (/proc/PID/fd/N), OFFSET the offset of the number in it. Output, with times in
  * nanoseconds of CLOCK_MONOTONIC:
  *
- *   first T       the number has begun to grow, by several steps one after the other: being loaded into memory is one step
- *   gap T U       it stood still from T to U, for a millisecond or longer, and was seen to do so: where a hypervisor takes the
- *                 processor away, there is nobody to look
- *   last T        at the end (SIGTERM): when it was last seen to grow
+ *   first T       the number has begun to grow, by several consecutive steps: being loaded into memory is one step
+ *   gap T U       it did not grow from T to U, a millisecond or longer, and was read several times in between: otherwise the
+ *                 sampler itself may have been without a processor
+ *   last T        at the end (SIGTERM): when it grew for the last time
  *
- * It runs with a real-time priority, so that others do not make gaps, and sleeps nearly all of the time.
+ * It runs with a real-time priority, so that other processes do not cause gaps, and sleeps nearly all of the time.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -24,11 +24,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PERIOD 100000 /* ns between two looks, at least */
+#define PERIOD 100000 /* ns between two samples, at least */
 #define LONGEST 10000000 /* and at most */
-#define ERROR 64 /* a gap may be too long by this part of it */
-#define GAP 1000000 /* ns that are worth telling */
-#define LOOKS 4 /* without growth, in a gap */
+#define ERROR 64 /* a gap may be too long by 1/ERROR of it */
+#define GAP 1000000 /* ns of the shortest gap that is reported */
+#define SAMPLES 4 /* without growth, in a gap */
 #define STEPS 4 /* that make growth */
 
 static volatile sig_atomic_t ended;
@@ -47,7 +47,7 @@ static int64_t now(void)
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-/* Time until the next look. Whoever lets the guest go on needs the processor, too. */
+/* Time until the next sample. The process that resumes the guest needs the processor, too. */
 static struct timespec period(int64_t still)
 {
     int64_t wait = still / ERROR;
@@ -60,7 +60,7 @@ int main(int argc, char **argv)
     struct sched_param priority = {.sched_priority = 50};
     int64_t begun = 0, grown = 0;
     uint64_t offset, before;
-    int steps = 0, looks = 0, fd;
+    int steps = 0, samples = 0, fd;
     char *page;
 
     if (argc != 3) {
@@ -90,7 +90,7 @@ int main(int argc, char **argv)
         value = *number;
         time = now();
         if (value == before) {
-            looks++;
+            samples++;
             if (steps < STEPS)
                 steps = 0;
             continue;
@@ -101,11 +101,11 @@ int main(int argc, char **argv)
                 begun = time;
             if (++steps == STEPS)
                 printf("first %" PRId64 "\n", begun);
-        } else if (time - grown >= GAP && looks >= LOOKS) {
+        } else if (time - grown >= GAP && samples >= SAMPLES) {
             printf("gap %" PRId64 " %" PRId64 "\n", grown, time);
         }
         grown = time;
-        looks = 0;
+        samples = 0;
     }
     printf("last %" PRId64 "\n", grown);
     return 0;

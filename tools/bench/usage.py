@@ -1,9 +1,9 @@
 """
-What a change of QEMU costs the host beside the pause: processor time and memory of all processes that take part.
+The cost for the host besides the downtime: processor time and memory of all processes that take part.
 
-They are children of the benchmark, so a control group that it enters itself holds them all, and the kernel counts
-(Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cpuacct.rst, cgroup-v1/memory.rst). Pages of files that are written
-count as memory, since they push others out.
+They are children of the benchmark, which enters a cgroup of its own, and the kernel counts for that cgroup
+(Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cpuacct.rst, cgroup-v1/memory.rst). The page cache of written files
+counts as memory, since it evicts other pages.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _MIB = 1 << 20
 @dataclass
 class Used:
     """
-    :ivar elapsed_ms: for how long was counted.
-    :ivar cpu_ms: processor time of everybody, the guest and the sampler included.
-    :ivar memory_mib: the most at one time, beyond what was in use when it began.
+    :ivar elapsed_ms: the duration.
+    :ivar cpu_ms: processor time, including guest and sampler.
+    :ivar memory_mib: the peak, less the usage at the beginning.
     """
 
     elapsed_ms: float = 0.0
@@ -36,9 +36,9 @@ class Used:
 
 class Usage:
     """
-    A control group of the benchmark's own, with its processes in it. A context manager.
+    A cgroup for the processes of the benchmark. A context manager.
 
-    :raises OSError: this host has none that count, or they may not be made.
+    :raises OSError: the host has no such controllers, or the cgroup cannot be created.
     """
 
     def __init__(self) -> None:
@@ -72,10 +72,10 @@ class Usage:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Used]:
-        """Count meanwhile; the result is there at the end."""
+        """Count; the result is set at the end."""
         used = Used()
         with open(self._peak, "r+b", buffering=0) as peak:
-            # The peak is counted anew from here, for this open file (v2, since Linux 6.12) or for all (v1).
+            # Reset the peak, for this open file (v2, since Linux 6.12) or for all (v1).
             peak.write(b"0")
             memory, cpu, began = int(self._memory.read_bytes()), self._cpu_ms(), time.monotonic()
             yield used
@@ -85,8 +85,8 @@ class Usage:
             used.memory_mib = (int(peak.read()) - memory) / _MIB
 
     def _cpu_ms(self) -> float:
-        words = self._cpu.read_text().split()
-        return int(words[1]) / 1e3 if words[0] == "usage_usec" else int(words[0]) / 1e6
+        fields = self._cpu.read_text().split()
+        return int(fields[1]) / 1e3 if fields[0] == "usage_usec" else int(fields[0]) / 1e6
 
 
 @contextlib.contextmanager
@@ -104,9 +104,9 @@ def _enter(group: Path) -> None:
 
 
 def _group(controller: Path) -> str:
-    """The one that we are in."""
+    """The cgroup of this process."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, names, path = line.split(":", 2)
         if (number == "0") if controller == _ROOT else (controller.name in names.split(",")):
             return path
-    raise OSError(f"no control group of {controller}")
+    raise OSError(f"no cgroup of {controller}")

@@ -1,6 +1,6 @@
 """
-Whether a destination could be confined as the source is: what can be known before it is started. When it is there, both
-are compared (:mod:`sevhop.process.confinement`).
+Whether a destination could be confined as the source is: what can be known before it is started. Once it runs, both are
+compared (:mod:`sevhop.process.confinement`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..process.confinement import Confinement
 
 def reason_against(source: Confinement, arguments: list[str], environment: Mapping[str, str]) -> str:
     """
-    Why a destination could not be confined as the source is; empty when that cannot be told before it is there.
+    Why a destination could not be confined as the source is; empty when that is known only once it runs.
 
     :param arguments: of the destination.
-    :param environment: of the destination, as the source tells it.
+    :param environment: of the destination, as the source reports it.
     """
     if reason := _foreign_code(environment):
         return reason
-    if source.permitted != source.executed or source.effective != source.executed:
+    if source.permitted != source.capabilities_after_exec or source.effective != source.capabilities_after_exec:
         return (
             f"its capabilities are {source.permitted:#x}, but a QEMU that is started by its user gets "
-            f"{source.executed:#x}: it has changed them itself, or its file has capabilities"
+            f"{source.capabilities_after_exec:#x}: it has changed them itself, or its file has capabilities"
         )
     with contextlib.suppress(OSError, KeyError, ValueError):
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
@@ -35,21 +35,21 @@ def reason_against(source: Confinement, arguments: list[str], environment: Mappi
         if expected != source.filters:
             return (
                 f"it has {source.filters} seccomp filter(s), a destination would have {expected}: "
-                "the -sandbox option is not what the kernel says, or it was started by a program with a filter"
+                "its -sandbox option is not what the kernel reports, or it was started by a program with a filter"
             )
     return ""
 
 
 def _foreign_code(environment: Mapping[str, str]) -> str:
-    """Who could have the destination execute code of theirs, before it confines itself (ld.so(8)); empty for nobody."""
+    """Who could inject code into the destination before it confines itself (ld.so(8)); empty for nobody."""
     for name, value in environment.items():
         if not name.startswith("LD_") and name not in ("GCONV_PATH", "QEMU_MODULE_DIR"):
             continue
         for path in re.split("[: ;]", value):
             while path.startswith("/") and not os.path.lexists(path):
-                path = os.path.dirname(path)  # whoever may write there could make it
+                path = os.path.dirname(path)  # a user who may write there could create it
             with contextlib.suppress(OSError):
-                if path.startswith("/") and (who := emulator.distrust(path)):
+                if path.startswith("/") and (who := emulator.untrusted_writer(path)):
                     return f"{name} in its environment is {value}, and {who}"
     return ""
 

@@ -1,7 +1,5 @@
 """
-Can this domain of libvirt hop? :mod:`sevhop.checks.guest` looks at the guest; here is what depends on libvirt.
-
-Nothing is touched.
+Can this libvirt domain hop? :mod:`sevhop.checks.guest` checks the guest; here is what depends on libvirt. Read-only.
 """
 
 from __future__ import annotations
@@ -19,24 +17,24 @@ from sevhop_qmp.process import QemuProcess, path_on_disk
 from ..cancellation import shielded
 from ..disks.block_graph import BlockGraph
 from ..guest import inspection
-from ..install import apparmor, host
+from ..install import apparmor, verification
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection, Domain, DomainMonitor
 from . import guest as guest_checks
-from .result import Finding, Status, failed, passed
+from .result import CheckResult, Status, failed, passed
 
 
 @dataclass(frozen=True)
 class Examined:
     """
-    An active domain, looked at.
+    An active domain, with the results of its checks.
 
-    :ivar tree: what was tested.
+    :ivar tree: the results.
     :ivar xml: the domain as it runs, without what earlier hops have added.
-    :ivar old, new: the emulator it runs in, and the one to go to.
+    :ivar old, new: the emulator it runs in, and the one to upgrade to.
     """
 
-    tree: Finding
+    tree: CheckResult
     monitor: DomainMonitor
     process: QemuProcess
     guest: inspection.Guest
@@ -53,15 +51,15 @@ async def examine(
     """
     Test whether a domain can hop. Nothing is touched.
 
-    :param emulator: the QEMU to go to; by default the one it was started from, as it is on disk now.
-    :param in_full: also what libvirt tells only by an error, which it logs.
-    :raises SevhopError: the domain is not active, or cannot be looked into at all.
+    :param emulator: the QEMU to upgrade to; by default the one it was started from, as it is on disk now.
+    :param in_full: also what libvirt reports only by an error, which it logs.
+    :raises SevhopError: the domain is not active, or cannot be inspected at all.
     """
     if not await domain.active():
         raise SevhopError(f"domain {domain.name} is not running", "start it; an upgrade is for running guests")
     if await domain.job():
-        # libvirt lets nobody speak to QEMU meanwhile.
-        raise SevhopError(f"a job of domain {domain.name} is under way", "wait for it to end, or cancel it")
+        # Until it ends libvirt passes no commands on to QEMU.
+        raise SevhopError(f"a job of domain {domain.name} is in progress", "wait for it to end, or cancel it")
     process = QemuProcess.open(domain.pid())
     try:
         monitor = await domain.monitor()
@@ -80,7 +78,7 @@ async def examine(
                 f"libvirt does not know of it, and would start the new QEMU with another disk: {unknown}",
                 "undo what was changed behind libvirt's back, or shut the domain down and start it",
             )
-        # In a thread: it starts programs to ask them, and another guest may be stopped meanwhile.
+        # In a thread: it runs emulators to probe them, and another guest may be stopped meanwhile.
         tree = await shielded(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid))
         tree.children += [disks, await _libvirt(connection, domain, in_full)]
         yield Examined(tree, monitor, process, found, graph, xml, old, new)
@@ -88,45 +86,45 @@ async def examine(
         process.close()
 
 
-def _without_libvirt(found: inspection.Guest, process: QemuProcess, new: str, xml: str, uuid: str) -> Finding:
-    """What can be told without asking the daemon."""
+def _without_libvirt(found: inspection.Guest, process: QemuProcess, new: str, xml: str, uuid: str) -> CheckResult:
+    """What is checked without the daemon."""
     tree = guest_checks.domain(found, process, new)
-    # First: a device that cannot be had again may bring memory of its own, for which there is no remedy either.
+    # First: a device that cannot be re-created may have memory of its own, for which there is no hint either.
     tree.children[:0] = [devices(xml)]
     tree.children += [guest_checks.library(process), _confinement(process, uuid)]
     return tree
 
 
-#: What cannot be had again when the source has ended: where it stands in the XML, and why.
-_UNREPEATABLE = (
+#: Devices whose backend cannot be handed over or re-created: where they are in the XML, and why.
+_NOT_RECREATABLE = (
     ("devices/tpm/backend[@type='passthrough']", "the state of a host device cannot be saved"),
-    ("devices/tpm/backend[@type='external']", "its server knows one QEMU"),
-    ("devices/filesystem", "its server ends with the old QEMU"),
-    ("devices/shmem", "its server knows one QEMU"),
+    ("devices/tpm/backend[@type='external']", "its server serves one QEMU only"),
+    ("devices/filesystem", "its server exits with the old QEMU"),
+    ("devices/shmem", "its server serves one QEMU only"),
     ("devices/hostdev", "the state of a host device cannot be saved"),
     ("devices/interface[@type='hostdev']", "the state of a host device cannot be saved"),
     ("devices/interface[@type='vdpa']", "the state of a host device cannot be saved"),
-    ("devices/interface[@type='vhostuser']", "its server knows one QEMU"),
+    ("devices/interface[@type='vhostuser']", "its server serves one QEMU only"),
     ("devices/disk[@type='nvme']", "the state of a host device cannot be saved"),
-    ("devices/disk[@type='vhostuser']", "its server knows one QEMU"),
-    ("devices/vsock", "its connections end with the old QEMU"),
-    ("devices/disk/transient", "libvirt throws the disk's changes away when the old QEMU ends"),
-    ("devices/video/driver[@name='vhostuser']", "its server knows one QEMU"),
+    ("devices/disk[@type='vhostuser']", "its server serves one QEMU only"),
+    ("devices/vsock", "its connections are lost with the old QEMU"),
+    ("devices/disk/transient", "libvirt discards the disk's changes when the old QEMU exits"),
+    ("devices/video/driver[@name='vhostuser']", "its server serves one QEMU only"),
     ("devices/memory[@model='nvdimm']", "its memory is a file"),
     ("devices/memory[@model='virtio-pmem']", "its memory is a file"),
-    ("devices/memory[@model='virtio-mem']", "a QEMU empties it when it starts"),
+    ("devices/memory[@model='virtio-mem']", "QEMU discards its contents when it starts"),
 )
 
 
-def devices(xml: str) -> Finding:
+def devices(xml: str) -> CheckResult:
     """
-    Whether libvirt can give the destination every device of the domain. Taps, sockets and ptys are made anew.
+    Whether libvirt can give the destination every device of the domain. Taps, sockets and ptys are re-created.
 
-    :param xml: of the domain as it runs; libvirt has written it.
+    :param xml: of the domain as it runs, written by libvirt.
     """
     domain = ElementTree.fromstring(xml)
     found = {}
-    for path, reason in _UNREPEATABLE:
+    for path, reason in _NOT_RECREATABLE:
         if domain.find(path) is not None:
             found[_as_written(path)] = reason
     if found:
@@ -135,15 +133,15 @@ def devices(xml: str) -> Finding:
             "; ".join(f"{name}: {reason}" for name, reason in found.items()),
             "remove the device; otherwise the domain has to be shut down and started",
         )
-    return passed("devices", "all can be had again")
+    return passed("devices", "all can be re-created")
 
 
 def unknown_to_libvirt(graph: BlockGraph, xml: str) -> str:
     """
-    Whether each drive has the image that the domain's XML has; libvirt starts the destination with those. What is
-    deeper in a chain of images is told by the images.
+    Whether each drive has the image that the domain's XML has; libvirt starts the destination with those. Backing
+    images are named in the images themselves.
 
-    :return: the first drive that has not; empty when all have.
+    :return: the first drive that has another one; empty when there is none.
     """
     domain = ElementTree.fromstring(xml)
     described = {
@@ -167,15 +165,15 @@ _COMMAND_LINE, _ARGUMENT = f"{_QEMU}commandline", f"{_QEMU}arg"
 
 
 def _as_written(path: str) -> str:
-    """An element of :data:`_UNREPEATABLE` as people know it, such as ``<disk type='nvme'>``."""
+    """An element of :data:`_NOT_RECREATABLE` as in the documentation, such as ``<disk type='nvme'>``."""
     inner, _, attribute = path.removeprefix("devices/").rstrip("]").partition("[@")
     outer, _, name = inner.rpartition("/")
     element = f"<{name} {attribute}>" if attribute else f"<{name}>"
     return f"{element} of a <{outer}>" if outer else element
 
 
-def _confinement(process: QemuProcess, uuid: str) -> Finding:
-    """Whether a destination that is confined like the source may do what it must."""
+def _confinement(process: QemuProcess, uuid: str) -> CheckResult:
+    """Whether a destination that is confined like the source may do what a hop needs."""
     name = "confinement"
     confinement = process.confinement
     if confinement in ("", "unconfined"):
@@ -200,39 +198,40 @@ def _confinement(process: QemuProcess, uuid: str) -> Finding:
     return passed(name, f"AppArmor, {confinement}")
 
 
-async def _libvirt(connection: Connection, domain: Domain, in_full: bool) -> Finding:
+async def _libvirt(connection: Connection, domain: Domain, in_full: bool) -> CheckResult:
     name = "libvirt"
     if await domain.managed_save():
-        remedy = f"virsh managedsave-remove {shlex.quote(domain.name)}"
-        return failed(name, "the domain has a managed save image", remedy)
+        hint = f"virsh managedsave-remove {shlex.quote(domain.name)}"
+        return failed(name, "the domain has a managed save image", hint)
     if not await domain.persistent():
-        snapshots, checkpoints = await domain.moments()
+        snapshots, checkpoints = await domain.snapshots_and_checkpoints()
         if snapshots or checkpoints:
             return failed(
                 name,
                 f"it is transient, and libvirt forgets its snapshots ({snapshots}) and checkpoints ({checkpoints}) "
-                "when the old QEMU ends",
+                "when the old QEMU exits",
                 "define it (virsh define), or have libvirt forget them (virsh snapshot-delete --metadata, "
                 "checkpoint-delete --metadata)",
             )
-    if in_full and await domain.ends_with_its_client():
+    if in_full and await domain.autodestroy():
         return failed(
             name,
-            "it is to be destroyed when the client that has started it hangs up, which nobody would do after a hop",
+            "libvirt destroys it when the client that started it disconnects, but would not after a hop",
             "start it without --autodestroy",
         )
-    if not await host.hook_answers(connection):
-        return failed(name, "the daemon does not call sevhop's hook", "run: sevhop install")
+    if reason := await asyncio.to_thread(verification.reason_against):
+        return failed(name, reason, "run: sevhop install")
     version = await connection.version()
     note = "" if await connection.tested() else ", older than was tested,"
-    return passed(name, f"{host.daemon_name()} {version}{note} calls the hook")
+    hook = "calls the hook" if verification.is_recorded() else "has the hook, which an upgrade verifies first"
+    return passed(name, f"{verification.daemon_name()} {version}{note} {hook}")
 
 
-async def check_domain(uri: str, name: str, emulator: str | None) -> Finding:
+async def check_domain(uri: str, name: str, emulator: str | None) -> CheckResult:
     """
     Test whether a domain can hop. Nothing is touched.
 
-    :raises SevhopError: the domain is not active, or cannot be looked into at all.
+    :raises SevhopError: the domain is not active, or cannot be inspected at all.
     """
     connection = await Connection.open(uri)
     try:

@@ -1,4 +1,4 @@
-"""Where a domain stands: which QEMU runs it, is another one installed, can it hop, is a hop under way."""
+"""The status of a domain: which QEMU runs it, which one is installed, can it hop, is a hop in progress."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from sevhop_qmp.process import OnDisk
 
 
 @dataclass(frozen=True)
-class Standing:
+class DomainStatus:
     """
-    Where a domain stands.
+    The status of a domain.
 
-    :ivar running: the version that runs it; empty when no QEMU does, or it cannot be asked.
-    :ivar binary: what has become of the file that it was started from: ``unchanged``, ``replaced`` or ``deleted``.
-    :ivar installed: the version that its emulator has on disk now; empty when there is none.
-    :ivar hop: how far a hop of it has come; empty when none is under way.
-    :ivar obstacle: why it cannot hop; empty when it can.
+    :ivar running_version: the version that runs it; empty when no QEMU does, or its monitor does not answer.
+    :ivar binary_state: of the file that its QEMU was started from: ``unchanged``, ``replaced`` or ``deleted``.
+    :ivar installed_version: the version that its emulator has on disk now; empty when there is none.
+    :ivar operation: its hop in progress, or interrupted; empty when there is none.
+    :ivar blocker: why it cannot hop; empty when it can.
     """
 
     name: str
-    running: str = ""
-    binary: str = ""
-    installed: str = ""
-    hop: str = ""
-    obstacle: str = ""
+    running_version: str = ""
+    binary_state: str = ""
+    installed_version: str = ""
+    operation: str = ""
+    blocker: str = ""
 
     @property
     def outdated(self) -> bool:
         """Whether a hop to the emulator on disk would change something."""
-        if not self.running or not self.installed:
+        if not self.running_version or not self.installed_version:
             return False
-        return self.running != self.installed or self.binary != OnDisk.UNCHANGED.value
+        return self.running_version != self.installed_version or self.binary_state != OnDisk.UNCHANGED.value
 
     def as_json(self) -> dict[str, object]:
         """For ``--json``."""
         return asdict(self) | {"outdated": self.outdated}
 
     def __str__(self) -> str:
-        if not self.running:
-            if self.hop and not self.obstacle:
-                return f"{self.name}: in a hop: {self.hop}"
-            line = f"{self.name}: {self.obstacle or 'no QEMU'}"
+        if not self.running_version:
+            if self.operation and not self.blocker:
+                return f"{self.name}: {self.operation}"
+            line = f"{self.name}: {self.blocker or 'no QEMU'}"
         else:
-            replaced = "" if self.binary == OnDisk.UNCHANGED.value else f" ({self.binary} on disk)"
-            current = self.installed and not self.outdated
-            disk = "up to date" if current else f"{self.installed or 'none'} is installed"
-            able = f"cannot hop: {self.obstacle}" if self.obstacle else "can hop"
-            line = f"{self.name}: QEMU {self.running}{replaced}, {disk}, {able}"
-        return line + (f"; hop: {self.hop}" if self.hop else "")
+            replaced = "" if self.binary_state == OnDisk.UNCHANGED.value else f" ({self.binary_state} on disk)"
+            current = self.installed_version and not self.outdated
+            disk = "up to date" if current else f"{self.installed_version or 'none'} is installed"
+            able = f"cannot hop: {self.blocker}" if self.blocker else "can hop"
+            line = f"{self.name}: QEMU {self.running_version}{replaced}, {disk}, {able}"
+        return line + (f"; {self.operation}" if self.operation else "")

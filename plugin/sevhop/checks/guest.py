@@ -1,9 +1,8 @@
 """
-Can this guest hop? Here is what holds for every guest, wherever it runs; nothing is touched.
+Can this guest hop? Here is what holds for every guest, with libvirt or without. Read-only.
 
-Not among the tests, because it does not matter: a balloon. Where memory is encrypted QEMU itself ignores what the
-balloon gives back (``ram_block_discard_disable``), also in the destination; otherwise the pages that are gone are gone
-for both QEMUs.
+A balloon is not tested, because it does not matter. Where memory is encrypted QEMU itself ignores what the balloon
+gives back (``ram_block_discard_disable``), also in the destination; otherwise the pages are discarded for both QEMUs.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from ..disks import block_graph, present_disks
+from ..disks import present_disks
 from ..disks.block_graph import BlockGraph
+from ..disks.images import open_images
 from ..guest import command_line, emulator, pid_file, preload
 from ..guest.inspection import Guest, inspect
 from ..process import cgroup_memory
@@ -31,7 +31,7 @@ from ..process.launch import Identity, inheritable
 from ..process.scheduling import Thread
 from . import sev_host
 from .confinement import reason_against
-from .result import Finding, Status, failed, passed
+from .result import CheckResult, Status, failed, passed
 
 #: Run states in which a guest can hop; it is in the same one afterwards.
 HOPPABLE_STATES = ("running", "paused")
@@ -42,37 +42,35 @@ _SERVICE = re.compile(r"\.service(/|$)")
 @dataclass(frozen=True)
 class Verdict:
     """
-    What a check came to: the tree, the guest and its disks as they were found, and the destination's command line.
+    The outcome of a check: the tree, the guest and its disks as they were found, and the destination's command line.
     """
 
-    tree: Finding
+    tree: CheckResult
     guest: Guest
     disks: BlockGraph
     arguments: command_line.Derived
 
 
-async def bare(
+async def standalone(
     monitor: Monitor, process: QemuProcess, emulator: str | None = None, command: Sequence[str] | None = None
 ) -> Verdict:
     """
     Test a guest that runs outside libvirt.
 
-    :param emulator: path of the QEMU that the guest is to go to; by default the file that the source was started from.
+    :param emulator: path of the QEMU to hop to; by default the file that the source was started from.
     :param command: the destination's whole command line; by default the source's own is used.
-    :raises SevhopError: the source cannot be asked or looked into at all.
+    :raises SevhopError: the source does not answer, or cannot be inspected at all.
     """
     source = process.command_line
     guest = await inspect(monitor, process)
-    graph, finding = await disks(monitor, process)
+    graph, result = await disks(monitor, process)
     if command:
         arguments = command_line.Derived(command[0], list(command[1:]))
     else:
         program = emulator or path_on_disk(process.executable)
-        words = pid_file.absolute(process, source[1:])
-        arguments = await _with_present_disks(
-            command_line.derive(program, words, secrets.token_hex(4)), graph, monitor
-        )
-    return Verdict(_examine(guest, process, arguments, finding), guest, graph, arguments)
+        argv = pid_file.absolute(process, source[1:])
+        arguments = await _with_present_disks(command_line.derive(program, argv, secrets.token_hex(4)), graph, monitor)
+    return Verdict(_examine(guest, process, arguments, result), guest, graph, arguments)
 
 
 async def _with_present_disks(
@@ -81,7 +79,7 @@ async def _with_present_disks(
     present = await present_disks.devices(monitor)
     added = await present_disks.plugged(monitor, arguments.arguments, present)
     if added:
-        with contextlib.suppress(SevhopError):  # an emulator that cannot be asked is refused below
+        with contextlib.suppress(SevhopError):  # an emulator that cannot be probed is refused below
             drivers = {str(device["driver"]) for device in added}
             known = await asyncio.to_thread(emulator.properties, arguments.emulator, drivers)
             added = present_disks.without_unknown(added, known)
@@ -89,7 +87,7 @@ async def _with_present_disks(
     return replace(arguments, arguments=plan.arguments, refused=[*arguments.refused, *plan.refused])
 
 
-def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived, disks: Finding) -> Finding:
+def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived, disks: CheckResult) -> CheckResult:
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
@@ -107,31 +105,31 @@ def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived
     )
 
 
-async def disks(monitor: Commands, process: QemuProcess) -> tuple[BlockGraph, Finding]:
+async def disks(monitor: Commands, process: QemuProcess) -> tuple[BlockGraph, CheckResult]:
     """
     Test whether the present disks of a guest can be given to another QEMU.
 
-    :return: the disks, and the finding.
-    :raises SevhopError: they cannot be looked at.
+    :return: the disks, and the result.
+    :raises SevhopError: they cannot be inspected.
     """
-    graph, images = await block_graph.open_images(monitor, process)
+    graph, images = await open_images(monitor, process)
     images.close()
     return graph, _disks(graph, images.misplaced)
 
 
-def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> Finding:
+def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> CheckResult:
     name = "disks"
     if misplaced:
         return failed(
             name,
-            f"{misplaced[0]} is not the file that the guest has open: it was deleted or exchanged, or is a "
+            f"{misplaced[0]} is not the file that the guest has open: it was deleted or replaced, or is a "
             "temporary snapshot",
             "copy the disk to a file of its own (QMP drive-mirror, virsh blockcopy), or shut the guest down",
         )
     if graph.exports:
         return failed(
             name,
-            f"an export ({graph.exports[0]}) lets others have a disk, and ends with the old QEMU",
+            f"an export ({graph.exports[0]}) gives other programs access to a disk, and is lost with the old QEMU",
             "remove it (QMP block-export-del)",
         )
     for node in graph.nodes.values():
@@ -140,18 +138,18 @@ def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> Finding:
             if not bitmap.persistent and not bitmap.inconsistent:
                 return failed(
                     name,
-                    f"{where}: the dirty bitmap {bitmap.name or '(without a name)'} is in no image, and ends with the "
-                    "old QEMU",
+                    f"{where}: the dirty bitmap {bitmap.name or '(without a name)'} is in no image, and is lost "
+                    "with the old QEMU",
                     "remove it (QMP block-dirty-bitmap-remove); the next backup is a full one then",
                 )
     return passed(name, f"{sum(1 for disk in graph.disks.values() if disk.root)} in use, as their files are on disk")
 
 
-def domain(guest: Guest, process: QemuProcess, path: str) -> Finding:
+def domain(guest: Guest, process: QemuProcess, path: str) -> CheckResult:
     """
-    Test the guest of a libvirt domain. libvirt sees to its command line and to where its QEMU runs.
+    Test the guest of a libvirt domain. Its command line and the environment of its QEMU are libvirt's job.
 
-    :param path: of the QEMU that the guest is to go to.
+    :param path: of the QEMU to upgrade to.
     """
     return passed(
         "guest",
@@ -165,7 +163,7 @@ def domain(guest: Guest, process: QemuProcess, path: str) -> Finding:
     )
 
 
-def _process(process: QemuProcess) -> Finding:
+def _process(process: QemuProcess) -> CheckResult:
     try:
         for kind in ("mnt", "net", "pid", "user"):
             if process.namespace(kind) != os.readlink(f"/proc/self/ns/{kind}"):
@@ -180,16 +178,16 @@ def _process(process: QemuProcess) -> Finding:
             if _SERVICE.search(path):
                 return failed(
                     "process",
-                    f"it is in the cgroup of a systemd service ({path}), which ends with it",
+                    f"it is in the cgroup of a systemd service ({path}), which stops when it exits",
                     "run the guest in a scope (systemd-run --scope)",
                 )
         os.close(process.duplicate(process.descriptors()[0].number))
     except SevhopError as err:
         return failed("process", err.message, err.hint or "run sevhop as root")
-    return passed("process", "can be looked into")
+    return passed("process", "can be inspected")
 
 
-def _state(guest: Guest) -> Finding:
+def _state(guest: Guest) -> CheckResult:
     if guest.state in HOPPABLE_STATES:
         return passed("state", guest.state)
     return failed("state", f"the guest is {guest.state}", "a guest can hop while it runs or is paused")
@@ -197,30 +195,30 @@ def _state(guest: Guest) -> Finding:
 
 def _memory(
     guest: Guest,
-    remedy: str = "start the guest with -object memory-backend-memfd,id=ram,size=SIZE,share=on "
+    hint: str = "start the guest with -object memory-backend-memfd,id=ram,size=SIZE,share=on "
     "-machine memory-backend=ram",
-) -> Finding:
+) -> CheckResult:
     if not guest.backends:
-        return failed("memory", "private to its QEMU", remedy)
+        return failed("memory", "private to its QEMU", hint)
     for backend in guest.backends:
         if not backend.share:
-            return failed("memory", f"{backend.name} is private to its QEMU ({backend.kind}, share=off)", remedy)
+            return failed("memory", f"{backend.name} is private to its QEMU ({backend.kind}, share=off)", hint)
         if backend.kind != "memory-backend-memfd":
-            return failed("memory", f"{backend.name} is a {backend.kind or 'nameless backend'}, not memfd", remedy)
+            return failed("memory", f"{backend.name} is a {backend.kind or 'nameless backend'}, not memfd", hint)
     shared = sum(backend.size for backend in guest.backends)
     if shared < guest.memory:
-        return failed("memory", "part of it is private to its QEMU", remedy)
+        return failed("memory", "part of it is private to its QEMU", hint)
     return passed("memory", f"{shared >> 20} MiB in {len(guest.backends)} shared memfd(s)")
 
 
-def _context(guest: Guest, process: QemuProcess, *, own_group: re.Pattern[str] | None, sandbox: bool) -> Finding:
+def _context(guest: Guest, process: QemuProcess, *, own_group: re.Pattern[str] | None, sandbox: bool) -> CheckResult:
     context = guest.context
     if context.kind == "sev-snp":
         return failed("context", "SEV-SNP", "an SNP context cannot be moved between VMs by any kernel", sev_host.NAMES)
     if context.kind == "sev-es":
         return failed(
             "context",
-            "SEV-ES: its context can be moved, but nobody has seen such a guest run afterwards",
+            "SEV-ES: its context can be moved, but it is untested whether such a guest runs afterwards",
             "wait for a version of sevhop that was tested on hardware",
             sev_host.NAMES,
         )
@@ -230,30 +228,30 @@ def _context(guest: Guest, process: QemuProcess, *, own_group: re.Pattern[str] |
     return passed("context", f"{context.kind}, policy {context.policy:#x}", *host)
 
 
-def _blockers(guest: Guest) -> Finding:
+def _blockers(guest: Guest) -> CheckResult:
     others = [reason for reason in guest.blockers if not _SEV_BLOCKER.match(reason)]
     if others:
-        return failed("blockers", "; ".join(others), "remove the device, or end what blocks, and try again")
+        return failed("blockers", "; ".join(others), "remove the device, or stop what blocks migration, and try again")
     return passed("blockers", "none" if not guest.blockers else "only SEV's own")
 
 
-def _jobs(guest: Guest) -> Finding:
+def _jobs(guest: Guest) -> CheckResult:
     if guest.jobs:
         return failed("jobs", ", ".join(guest.jobs), "wait for it to end, or cancel it")
-    return passed("jobs", "none under way")
+    return passed("jobs", "none in progress")
 
 
-def _arguments(arguments: command_line.Derived) -> Finding:
+def _arguments(arguments: command_line.Derived) -> CheckResult:
     if arguments.refused:
         return failed(
             "command line",
             "; ".join(arguments.refused),
             "remove the device, or give the destination's whole command line after --",
         )
-    return passed("command line", "everything can be had twice")
+    return passed("command line", "everything can be shared")
 
 
-def _confinement(process: QemuProcess, arguments: command_line.Derived) -> Finding:
+def _confinement(process: QemuProcess, arguments: command_line.Derived) -> CheckResult:
     name = "confinement"
     try:
         found = Confinement.of(process)
@@ -266,25 +264,25 @@ def _confinement(process: QemuProcess, arguments: command_line.Derived) -> Findi
         return failed(
             name,
             f"a new QEMU would not be confined as this one is: {reason}",
-            "restart the guest with a QEMU whose confinement its command line and its user tell",
+            "restart the guest with a QEMU that is confined by its command line and its user alone",
         )
     return passed(name, f"user {found.uids[1]}, {'a' if found.filters else 'no'} seccomp filter")
 
 
-def library(process: QemuProcess) -> Finding:
+def library(process: QemuProcess) -> CheckResult:
     """Whether the guest's user can read what is preloaded into its next QEMU."""
     name = "library"
     try:
-        return passed(name, preload.see_readable(process.credentials))
+        return passed(name, preload.verify_readable(process.credentials))
     except SevhopError as err:
         return failed(name, err.message, err.hint)
 
 
-def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
+def _emulator(path: str, guest: Guest, process: QemuProcess) -> CheckResult:
     skipped = ("machine type",)
     user = process.credentials
     if library(process).status is not Status.PASS:
-        return Finding("emulator", Status.SKIP, children=[Finding("machine type", Status.SKIP)])
+        return CheckResult("emulator", Status.SKIP, children=[CheckResult("machine type", Status.SKIP)])
     try:
         emulator.trusted(path)
         if not user.may("x", Path(path)):
@@ -295,11 +293,11 @@ def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
                 skipped=skipped,
             )
         identity = Identity(Confinement.of(process), Thread.of(process.pid))
-        new = preload.look(path, identity, inheritable(process.environment))
+        new = preload.probe(path, identity, inheritable(process.environment))
     except preload.NotLoaded as err:
         if guest.machine_type in err.emulator.machine_types:
             return failed("emulator", err.message, err.hint, skipped=skipped)
-        new = err.emulator  # no matter whether it would
+        new = err.emulator  # without the machine type the hop is refused anyway
     except SevhopError as err:
         return failed("emulator", err.message, err.hint, skipped=skipped)
     was = process.on_disk
@@ -307,11 +305,11 @@ def _emulator(path: str, guest: Guest, process: QemuProcess) -> Finding:
     return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))
 
 
-def _machine_type(new: emulator.Emulator, guest: Guest) -> Finding:
+def _machine_type(new: emulator.Emulator, guest: Guest) -> CheckResult:
     if guest.machine_type not in new.machine_types:
         return failed(
             "machine type",
             f"QEMU {new.version} has no {guest.machine_type}",
-            "start the guest afresh with a machine type that both have, or name another emulator",
+            "shut the guest down and start it with a machine type that both have, or name another emulator",
         )
     return passed("machine type", guest.machine_type)

@@ -1,7 +1,7 @@
 """
-What a check finds: a tree of named tests, each PASS, FAIL or SKIP; every FAIL says what to do.
+The results of a check: a tree of named tests, each PASS, FAIL or SKIP; every FAIL has a hint what to do.
 
-A test whose parent has failed is skipped: its answer would mean nothing.
+A test whose parent has failed is skipped: its result would mean nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 
 class Status(enum.Enum):
-    """How a test came out."""
+    """The result of one test."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -20,29 +20,29 @@ class Status(enum.Enum):
 
 
 @dataclass
-class Finding:
+class CheckResult:
     """
-    One test and what depends on it.
+    The result of one test, and those that depend on it.
 
     :ivar detail: what was found, in a few words.
-    :ivar remedy: for a FAIL, what to do.
+    :ivar hint: for a FAIL, what to do.
     """
 
     name: str
     status: Status
     detail: str = ""
-    remedy: str = ""
-    children: list[Finding] = field(default_factory=list)
+    hint: str = ""
+    children: list[CheckResult] = field(default_factory=list)
 
-    def walk(self, depth: int = 0) -> Iterator[tuple[int, Finding]]:
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, CheckResult]]:
         """The tree, parents before children, with depth."""
         yield depth, self
         for child in self.children:
             yield from child.walk(depth + 1)
 
-    def failures(self) -> list[Finding]:
+    def failures(self) -> list[CheckResult]:
         """All that failed."""
-        return [finding for _, finding in self.walk() if finding.status is Status.FAIL]
+        return [result for _, result in self.walk() if result.status is Status.FAIL]
 
     def as_json(self) -> dict[str, object]:
         """For ``--json``."""
@@ -50,16 +50,16 @@ class Finding:
             "name": self.name,
             "status": self.status.value,
             "detail": self.detail,
-            "remedy": self.remedy,
+            "hint": self.hint,
             "children": [child.as_json() for child in self.children],
         }
 
 
-def passed(name: str, detail: str = "", *children: Finding) -> Finding:
+def passed(name: str, detail: str = "", *children: CheckResult) -> CheckResult:
     """A test that passed, with those that depend on it."""
-    return Finding(name, Status.PASS, detail, children=list(children))
+    return CheckResult(name, Status.PASS, detail, children=list(children))
 
 
-def failed(name: str, detail: str, remedy: str = "", skipped: tuple[str, ...] = ()) -> Finding:
+def failed(name: str, detail: str, hint: str = "", skipped: tuple[str, ...] = ()) -> CheckResult:
     """A test that failed, with the names of those that are skipped for it."""
-    return Finding(name, Status.FAIL, detail, remedy, [Finding(child, Status.SKIP) for child in skipped])
+    return CheckResult(name, Status.FAIL, detail, hint, [CheckResult(child, Status.SKIP) for child in skipped])

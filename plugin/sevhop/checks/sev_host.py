@@ -2,8 +2,8 @@
 What a host must have for the SEV context of a guest to be moved into another VM.
 
 The guest runs here, so the host can do SEV; what is tested is the move, and whether the destination gets what the
-source once got. A full cgroup is found out by the kernel only when the guest has stopped, with the errno of a migration
-that is busy.
+source once got. The kernel itself reports a full cgroup only when the guest has stopped, with the errno of a move that
+is busy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..guest.inspection import Guest, SevContext
-from .result import Finding, failed, passed
+from .result import CheckResult, failed, passed
 
-#: What is tested.
+#: Names of the tests.
 NAMES = ("kernel", "kvm_amd", "device", "VM type", "ASID", "memory lock")
 #: The first kernel with KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM.
 FIRST_KERNEL = (5, 16)
-#: libvirt's cgroup of one domain, which its destination gets anew.
+#: libvirt's cgroup of one domain; its destination gets another one.
 DOMAIN_GROUP = re.compile(r"machine-qemu.*\.scope|.*\.libvirt-qemu|qemu-\d+-.*")
 # <linux/kvm.h>
 _KVM_CHECK_EXTENSION = 0xAE03
@@ -35,7 +35,7 @@ _KVM_X86_SEV_VM, _KVM_X86_SEV_ES_VM = 2, 3
 
 def examine(
     guest: Guest, process: QemuProcess, *, own_group: re.Pattern[str] | None, sandbox: bool, system: Path = Path("/")
-) -> list[Finding]:
+) -> list[CheckResult]:
     """
     Test the host for a guest with an SEV context.
 
@@ -54,17 +54,17 @@ def examine(
     ]
 
 
-def kernel(release: str) -> Finding:
+def kernel(release: str) -> CheckResult:
     """Whether a kernel of this release can move a context."""
     found = re.match(r"(\d+)\.(\d+)", release)
     if found is None:
-        return failed("kernel", f"release {release} is not understood", "Linux 5.16 or later is needed")
+        return failed("kernel", f"cannot parse release {release}", "Linux 5.16 or later is needed")
     if (int(found[1]), int(found[2])) < FIRST_KERNEL:
         return failed("kernel", f"Linux {release} cannot move a context", "Linux 5.16 or later is needed")
     return passed("kernel", f"Linux {release}")
 
 
-def _module(context: SevContext, system: Path) -> Finding:
+def _module(context: SevContext, system: Path) -> CheckResult:
     name = "kvm_amd"
     parameter = system / "sys/module/kvm_amd/parameters" / context.kind.replace("-", "_")
     try:
@@ -76,11 +76,11 @@ def _module(context: SevContext, system: Path) -> Finding:
     return passed(name, f"{parameter.name}={value}")
 
 
-def _device(context: SevContext, process: QemuProcess, sandbox: bool, system: Path) -> Finding:
+def _device(context: SevContext, process: QemuProcess, sandbox: bool, system: Path) -> CheckResult:
     path = system / context.device.lstrip("/")
     if not path.exists():
         return failed("device", f"{path} is missing", "load the module ccp")
-    # libvirt hands the device over to QEMU's user in there.
+    # In there libvirt makes QEMU's user the owner of the device.
     if not sandbox:
         identity = process.credentials
         if not identity.may("rw", path):
@@ -88,12 +88,12 @@ def _device(context: SevContext, process: QemuProcess, sandbox: bool, system: Pa
     return passed("device", str(path))
 
 
-def _vm_type(context: SevContext, system: Path) -> Finding:
+def _vm_type(context: SevContext, system: Path) -> CheckResult:
     # QEMU 9.1 falls back where the kernel has no such VMs.
     if context.typed and _kernel_has_types(system / "dev/kvm"):
         return failed(
             "VM type",
-            "made by KVM_SEV_INIT2: every kernel so far moves such a context, and does not run it afterwards",
+            "made by KVM_SEV_INIT2: kernels so far move such a context, but the guest does not run afterwards",
             "start the guest with legacy-vm-type=on on its sev-guest object",
         )
     return passed("VM type", "made by KVM_SEV_INIT")
@@ -113,7 +113,7 @@ def _kernel_has_types(device: Path) -> bool:
     return bool(types & (1 << _KVM_X86_SEV_VM | 1 << _KVM_X86_SEV_ES_VM))
 
 
-def _room(context: SevContext, pid: int, own_group: re.Pattern[str] | None, system: Path) -> Finding:
+def _room(context: SevContext, pid: int, own_group: re.Pattern[str] | None, system: Path) -> CheckResult:
     """A move from one cgroup into another is charged to both for a moment, and to those above both twice."""
     name = "ASID"
     if own_group is None:
@@ -126,11 +126,11 @@ def _room(context: SevContext, pid: int, own_group: re.Pattern[str] | None, syst
         above=own_group,
     )
     if full is not None:
-        return failed(name, f"none is left for the destination: {full}", "raise misc.max, or end another guest")
+        return failed(name, f"none is left for the destination: {full}", "raise misc.max, or shut another guest down")
     return passed(name, "there is room for one more")
 
 
-def _memory_lock(guest: Guest, process: QemuProcess) -> Finding:
+def _memory_lock(guest: Guest, process: QemuProcess) -> CheckResult:
     name = "memory lock"
     try:
         limit = process.limits[resource.RLIMIT_MEMLOCK][0]

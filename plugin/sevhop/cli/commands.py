@@ -1,4 +1,4 @@
-"""The commands: what each asks of :mod:`sevhop.api`, and what it prints."""
+"""The commands: what each calls in :mod:`sevhop.api`, and what it prints."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from sevhop_qmp.errors import SevhopError
 
 from .. import api
 from ..checks.result import failed
-from ..engine.recovery_result import End
+from ..engine.recovery_result import RecoveryOutcome
 from ..observe import metrics
+from ..options import HopOptions, UpgradeOptions
 from ..report import Report
 from . import terminal
-from .exit_codes import EXIT_DONE, EXIT_LOST, EXIT_NEEDS_RECOVER, EXIT_REFUSED
-from .output import Outcomes, complain, finding_line, say
+from .exit_codes import EXIT_DONE, EXIT_GUEST_LOST, EXIT_RECOVERY_REQUIRED, EXIT_REFUSED
+from .output import Outcomes, check_line, complain, say
 from .parser import parser
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .progress import Picture
+    from .progress import Progress
 
 Answer = TypeVar("Answer")
 
@@ -35,7 +36,7 @@ Answer = TypeVar("Answer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``sevhop`` command."""
     options = parser().parse_args(arguments)
-    with terminal.patient_output():
+    with terminal.nonblocking_output():
         level = logging.INFO if options.verbose else logging.CRITICAL
         logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
@@ -45,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(work: Coroutine[Any, Any, Answer], *, hangup: bool = True) -> Answer | None:
     """
-    Run until it is over. Signals that ask for an end cancel it; None when that has undone it.
+    Run it. SIGINT, SIGTERM and SIGQUIT cancel it; None when it was rolled back for that.
 
-    :param hangup: whether a terminal that goes away asks for an end.
+    :param hangup: whether SIGHUP cancels it as well.
     """
 
     async def interruptible() -> Answer:
@@ -70,72 +71,76 @@ def _add_metrics(options: argparse.Namespace, reports: Iterable[Report], outdate
             complain(str(err))
 
 
-def _picture(options: argparse.Namespace) -> AbstractContextManager[Picture | None]:
-    """What is drawn on a terminal, if there is one, and what it takes."""
+def _progress(options: argparse.Namespace) -> AbstractContextManager[Progress | None]:
+    """The progress display, if standard error is a terminal and rich is installed."""
     if options.json or options.verbose or not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         return contextlib.nullcontext()
-    from .progress import Picture
+    from .progress import Progress
 
-    return Picture()
+    return Progress()
 
 
 def _hop(options: argparse.Namespace) -> int:
-    with _picture(options) as picture, contextlib.suppress(SevhopError):  # the account has it
-        account = Outcomes(options, picture)
+    with _progress(options) as progress, contextlib.suppress(SevhopError):  # outcomes has printed it
+        outcomes = Outcomes(options, progress)
         _run(
             api.hop(
-                options.source,
-                emulator=options.emulator,
-                command=options.destination or None,
-                step_timeout=options.timeout,
-                start_timeout=options.start_timeout,
-                move_deadline=options.move_deadline,
-                listener=account,
+                options.qmp,
+                HopOptions(
+                    emulator=options.emulator,
+                    command=options.destination or None,
+                    step_timeout=options.timeout,
+                    start_timeout=options.start_timeout,
+                    move_deadline=options.move_deadline,
+                ),
+                listener=outcomes,
             )
         )
-    _add_metrics(options, account.reports.values())
+    _add_metrics(options, outcomes.reports.values())
     if options.json:
-        (report,) = account.reports.values()
+        (report,) = outcomes.reports.values()
         print(json.dumps(report.as_json()))
-    return account.status
+    return outcomes.status
 
 
 def _upgrade(options: argparse.Namespace) -> int:
     if bool(options.domains) + options.all + options.outdated != 1:
         options.misused("name domains, or give --all or --outdated")
     try:
-        with _picture(options) as picture:
-            account = Outcomes(options, picture)
+        with _progress(options) as progress:
+            outcomes = Outcomes(options, progress)
             reports = _run(
                 api.upgrade_fleet(
                     options.domains or (api.Choice.ALL if options.all else api.Choice.OUTDATED),
+                    UpgradeOptions(
+                        emulator=options.emulator,
+                        prepare_only=options.prepare,
+                        dry_run=options.dry_run,
+                        rehearse=not options.no_rehearsal,
+                        step_timeout=options.timeout,
+                    ),
                     connect=options.connect,
                     jobs=options.jobs,
                     keep_going=options.keep_going,
-                    emulator=options.emulator,
-                    prepare_only=options.prepare,
-                    dry_run=options.dry_run,
-                    rehearse=not options.no_rehearsal,
-                    step_timeout=options.timeout,
-                    listener=account,
+                    listener=outcomes,
                 )
             )
     except SevhopError as err:
         return _no_domains(options, err)
-    if reports is None and not account.chosen:
+    if reports is None and not outcomes.selected:
         return _no_domains(options, api.Interrupted("interrupted"))
-    _add_metrics(options, account.in_order(), _outdated(options))
+    _add_metrics(options, outcomes.in_order(), _outdated(options))
     if options.json:
-        print(json.dumps({"domains": [report.as_json() for report in account.in_order()]}))
-    elif not account.chosen:
+        print(json.dumps({"domains": [report.as_json() for report in outcomes.in_order()]}))
+    elif not outcomes.selected:
         say(f"no domain is {'outdated' if options.outdated else 'active'}")
-    elif len(account.chosen) > 1:
-        say(account.summary())
-    return account.status
+    elif len(outcomes.selected) > 1:
+        say(outcomes.summary())
+    return outcomes.status
 
 
 def _outdated(options: argparse.Namespace) -> int | None:
-    """How many domains are outdated now; None if nobody wants to know it, or it cannot be told."""
+    """How many domains are outdated now; None if there are no metrics to write, or libvirt does not answer."""
     if options.metrics_dir is not None:
         with contextlib.suppress(SevhopError):
             return sum(row.outdated for row in asyncio.run(api.status(connect=options.connect)))
@@ -143,7 +148,7 @@ def _outdated(options: argparse.Namespace) -> int | None:
 
 
 def _no_domains(options: argparse.Namespace, error: SevhopError) -> int:
-    """It did not come so far that there were domains."""
+    """Report an error from before any domain was selected."""
     if options.json:
         print(json.dumps({"domains": [], "reason": str(error)}))
     else:
@@ -172,39 +177,53 @@ def _status(options: argparse.Namespace) -> int:
 # -- sevhop recover --------------------------------------------------------------------------------
 
 
-_EXIT_OF_RECOVERY = {End.STUCK: EXIT_NEEDS_RECOVER, End.GONE: EXIT_LOST}
+_EXIT_OF_RECOVERY = {RecoveryOutcome.MANUAL: EXIT_RECOVERY_REQUIRED, RecoveryOutcome.GONE: EXIT_GUEST_LOST}
 
 
 def _recover(options: argparse.Namespace) -> int:
-    # What a hangup would leave stopped has been left once already.
+    # A guest that is stopped now was left stopped by an interrupted hop already: a hangup must not do so again.
     found = _run(api.recover(options.guests, step_timeout=options.timeout), hangup=False)
     if found is None:
-        complain("interrupted; run it again")
-        return EXIT_NEEDS_RECOVER
+        complain("the recovery was interrupted; run it again")
+        return EXIT_RECOVERY_REQUIRED
     if options.json:
         print(json.dumps({"guests": [one.as_json() for one in found]}))
     else:
         for one in found:
             say(one)
         if not found:
-            say("nothing was broken off")
-    return max((_EXIT_OF_RECOVERY.get(one.end, EXIT_DONE) for one in found), default=EXIT_DONE)
+            say("no interrupted hop was found")
+    return max((_EXIT_OF_RECOVERY.get(one.result, EXIT_DONE) for one in found), default=EXIT_DONE)
 
 
 # -- sevhop install, uninstall ---------------------------------------------------------------------
 
 
-def _install(_: argparse.Namespace) -> int:
-    return _administered(_installed)
+def _install(options: argparse.Namespace) -> int:
+    return _administered(_verified if options.verify else _installed)
 
 
 def _installed() -> str:
     from ..install import host
 
     paths = host.install()
-    asyncio.run(host.see_that_it_is_called())
-    asyncio.run(host.see_that_qemu_reads_the_library())
-    return f"installed {', '.join(map(str, paths))}; libvirt calls the hook"
+    return f"installed {', '.join(map(str, paths))}; {_verified()}"
+
+
+def _verified() -> str:
+    from ..install import verification
+    from ..libvirt.connection import Connection
+
+    async def verify() -> None:
+        connection = await Connection.open()
+        try:
+            await verification.verify_hook(connection, verification.ATTEMPTS)
+            await verification.verify_library(connection)
+        finally:
+            connection.close()
+
+    asyncio.run(verify())
+    return "libvirt calls the hook"
 
 
 def _uninstall(_: argparse.Namespace) -> int:
@@ -218,7 +237,7 @@ def _uninstalled() -> str:
 
 
 def _administered(do: Callable[[], str]) -> int:
-    """Change the host, and say what was done."""
+    """Change the host, and print what was done."""
     try:
         api.expect_libvirt()
         say(do())
@@ -234,7 +253,7 @@ def _administered(do: Callable[[], str]) -> int:
 def _check(options: argparse.Namespace) -> int:
     try:
         tree = asyncio.run(
-            api.check(options.domain, source=options.qmp, emulator=options.emulator, connect=options.connect)
+            api.check(options.domain, qmp=options.qmp, emulator=options.emulator, connect=options.connect)
         )
     except SevhopError as err:
         if options.json:
@@ -245,9 +264,10 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(tree.as_json()))
     else:
-        for depth, finding in tree.walk():
-            say(finding_line(depth, finding))
+        for depth, result in tree.walk():
+            say(check_line(depth, result))
     return EXIT_REFUSED if tree.failures() else EXIT_DONE
+
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "hop": _hop,

@@ -7,31 +7,25 @@ import sys
 from collections import Counter
 from typing import TextIO
 
-from ..checks.result import Finding
-from ..events import Chosen, Ended, Event, PhaseEnded
+from ..checks.result import CheckResult
+from ..errors import GuestState
+from ..events import DomainsSelected, Event, HopFinished, PhaseEnded
 from ..observe import journald
 from ..report import Report, printable, readable_ms
-from .exit_codes import EXIT_DONE, EXIT_LOST, EXIT_NEEDS_RECOVER, EXIT_OF, EXIT_REFUSED, EXIT_UNDONE
+from .exit_codes import EXIT_DONE, EXIT_OF
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .progress import Picture
-
-STATE_OF_GUEST = {
-    EXIT_REFUSED: "nothing was touched",
-    EXIT_UNDONE: "the guest runs where it ran",
-    EXIT_NEEDS_RECOVER: "the guest is paused",
-    EXIT_LOST: "the guest is gone",
-}
+    from .progress import Progress
 
 
 def say(text: object) -> None:
-    """Print. Much of it are words of a QEMU or its guest, and a terminal does what control characters tell it."""
+    """Print. Much of it is text of a QEMU or its guest, so control characters are escaped."""
     print(printable_lines(text), flush=True)
 
 
 def complain(text: str) -> None:
-    """Say what is wrong, in one line."""
+    """Report an error, in one line."""
     print(f"sevhop: {printable(text)}", file=sys.stderr, flush=True)
 
 
@@ -40,30 +34,36 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def guest_sentence(state: GuestState | None) -> str:
+    """The state of the guest, for the end of a message."""
+    state = state or GuestState.UNKNOWN
+    return "nothing was touched" if state is GuestState.UNTOUCHED else f"the guest is {state.value}"
+
+
 class Outcomes:
     """
-    Hears what becomes of hops, and tells it.
+    A listener that prints the reports of hops.
 
-    :ivar chosen: the domains that were to be upgraded.
-    :ivar reports: of those hops that have ended.
+    :ivar selected: the domains to be upgraded.
+    :ivar reports: of those hops that are over.
     """
 
-    def __init__(self, options: argparse.Namespace, picture: Picture | None) -> None:
-        self.chosen: tuple[str, ...] = ()
+    def __init__(self, options: argparse.Namespace, progress: Progress | None) -> None:
+        self.selected: tuple[str, ...] = ()
         self.reports: dict[str, Report] = {}
         self._options = options
-        self._picture = picture
+        self._progress = progress
         self._records = journald.Records()
 
     def __call__(self, event: Event) -> None:
         self._records(event)
-        if isinstance(event, Chosen):
-            self.chosen = event.domains
-        elif isinstance(event, Ended):
+        if isinstance(event, DomainsSelected):
+            self.selected = event.domains
+        elif isinstance(event, HopFinished):
             self.reports[event.guest] = event.report
             self._print_report(event.report)
-        if self._picture is not None:
-            self._picture(event)
+        if self._progress is not None:
+            self._progress(event)
         elif isinstance(event, PhaseEnded) and sys.stderr.isatty() and not self._options.json:
             print(f"{printable(event.guest)}: {event.phase} {readable_ms(event.ms)}", file=sys.stderr, flush=True)
 
@@ -71,40 +71,42 @@ class Outcomes:
         if self._options.json:
             return
         if report.reason:
-            complaint = f"sevhop: {report}; {STATE_OF_GUEST[EXIT_OF[report.outcome]]}"
-            self._print(printable(complaint), sys.stderr)
+            error = f"sevhop: {report}; {guest_sentence(report.guest_state)}"
+            self._print(printable(error), sys.stderr)
         else:
             self._print(printable_lines(report), sys.stdout)
 
     def _print(self, text: str, file: TextIO) -> None:
-        """Where a picture is drawn it has to know."""
-        if self._picture is not None and file.isatty():
-            self._picture.say(text)
+        """Print above the progress display, if there is one."""
+        if self._progress is not None and file.isatty():
+            self._progress.say(text)
         else:
             print(text, file=file, flush=True)
 
     @property
     def status(self) -> int:
-        """The exit status: that of the guest that fared worst."""
+        """The exit status: that of the most severe outcome."""
         return max((EXIT_OF.get(report.outcome, EXIT_DONE) for report in self.reports.values()), default=EXIT_DONE)
 
     def in_order(self) -> list[Report]:
-        """The reports, in the order in which the domains were chosen."""
-        return [self.reports[name] for name in self.chosen if name in self.reports]
+        """The reports, in the order of the domains selected."""
+        return [self.reports[name] for name in self.selected if name in self.reports]
 
     def summary(self) -> str:
-        """How many domains came to what, in one line."""
+        """The number of domains by outcome, in one line."""
         outcomes = Counter(report.outcome for report in self.in_order())
-        if left := len(self.chosen) - len(self.reports):
+        if left := len(self.selected) - len(self.reports):
             outcomes["not tried"] = left
-        return f"{len(self.chosen)} domains: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        return f"{len(self.selected)} domains: " + ", ".join(
+            f"{count} {outcome}" for outcome, count in outcomes.items()
+        )
 
 
-def finding_line(depth: int, finding: Finding) -> str:
+def check_line(depth: int, result: CheckResult) -> str:
     """One test of a check, indented by its place in the tree."""
-    line = f"{'  ' * depth}{finding.status.name} {finding.name}"
-    if finding.detail:
-        line += f": {finding.detail}"
-    if finding.remedy:
-        line += f" -> {finding.remedy}"
+    line = f"{'  ' * depth}{result.status.name} {result.name}"
+    if result.detail:
+        line += f": {result.detail}"
+    if result.hint:
+        line += f" -> {result.hint}"
     return line

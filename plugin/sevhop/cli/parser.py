@@ -6,46 +6,44 @@ import argparse
 from importlib import metadata
 from pathlib import Path
 
-from sevhop_qmp.monitor import COMMAND_TIMEOUT
+from ..options import HopOptions
 
-from ..engine.destination import START_TIMEOUT
-
-#: Each takes a few threads and, for a moment, a second QEMU.
-MOST_JOBS = 64
+#: Each job needs a few threads and, for a moment, a second QEMU.
+MAX_JOBS = 64
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
     top = argparse.ArgumentParser(
-        prog="sevhop", description="Replace the QEMU process under a running guest, SEV guests included."
+        prog="sevhop", description="Replace the QEMU process under running guests, without rebooting them."
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('sevhop')}")
-    top.add_argument("--verbose", "-v", action="store_true", help="log what is done, to standard error")
+    top.add_argument("--verbose", "-v", action="store_true", help="log each step to standard error")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     hop = commands.add_parser(
         "hop",
-        help="hop a guest that runs outside libvirt",
-        description="Replace the QEMU behind a QMP socket by a new one, while its guest goes on.",
+        help="replace the QEMU of a guest outside libvirt",
+        description="Replace the QEMU process behind a QMP socket without rebooting its guest.",
     )
-    hop.add_argument("--source", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
+    hop.add_argument("--qmp", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
     hop.add_argument(
-        "--emulator", metavar="PATH", help="the QEMU to hop to (default: the source's, as it is on disk now)"
+        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the source's, as it is on disk now)"
     )
     hop.add_argument("--json", action="store_true", help="print one JSON object, errors included")
     hop.add_argument(
         "--start-timeout",
         type=_seconds,
-        default=START_TIMEOUT,
+        default=HopOptions.start_timeout,
         metavar="S",
-        help="seconds in which the new QEMU must come up (default: %(default)g)",
+        help="seconds for the new QEMU to start (default: %(default)g)",
     )
     hop.add_argument(
         "--move-deadline",
         type=_seconds,
-        default=2.0,
+        default=HopOptions.move_deadline,
         metavar="S",
-        help="seconds for which a busy migration is tried again (default: %(default)g)",
+        help="seconds for which a busy move of the SEV context is retried (default: %(default)g)",
     )
     hop.add_argument(
         "destination",
@@ -57,13 +55,13 @@ def parser() -> argparse.ArgumentParser:
 
     upgrade = commands.add_parser(
         "upgrade",
-        help="hop domains of libvirt",
-        description="Replace the QEMU of libvirt domains by a new one, while their guests go on. Each domain keeps its "
-        "name, UUID and definition; only the emulator changes.",
-        epilog="No more domains are stopped at a time than --jobs allows. After a failure no further one is begun, nor "
-        "after a domain that was named is refused; those under way go on to their ends. With --all and --outdated, "
-        "domains that cannot hop are told and left out. SIGINT, SIGTERM, SIGQUIT and SIGHUP undo all that are under "
-        "way. The exit status is that of the domain that fared worst: 1 also if one was left out.",
+        help="replace the QEMU of libvirt domains",
+        description="Replace the QEMU process of libvirt domains without rebooting them. Each domain keeps its name, "
+        "UUID and definition; only the emulator changes.",
+        epilog="At most --jobs domains are stopped at a time. After a failure, or after a named domain was refused, no "
+        "further upgrade begins; those in progress are completed. With --all and --outdated, domains that cannot hop "
+        "are skipped and reported. SIGINT, SIGTERM, SIGQUIT and SIGHUP roll back all upgrades in progress. The exit "
+        "status is that of the most severe outcome; a skipped domain counts as 1.",
     )
     upgrade.add_argument("domains", nargs="*", metavar="DOMAIN")
     upgrade.add_argument("--all", action="store_true", help="all active domains")
@@ -73,76 +71,81 @@ def parser() -> argparse.ArgumentParser:
         help="all active domains whose QEMU is another version than is installed, or was replaced on disk",
     )
     upgrade.add_argument(
-        "--emulator", metavar="PATH", help="the QEMU to hop to (default: the domain's own, as it is on disk now)"
+        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the domain's own, as it is on disk now)"
     )
-    upgrade.add_argument("--dry-run", action="store_true", help="check only; nothing is rehearsed")
+    upgrade.add_argument("--dry-run", action="store_true", help="check only, without a rehearsal")
     upgrade.add_argument(
         "--no-rehearsal",
         action="store_true",
-        help="do not have the new QEMU load a trial copy of the device state first, which pauses the guest briefly",
+        help="do not load a copy of the device state into the new QEMU first, which stops the guest briefly",
     )
     upgrade.add_argument(
         "--jobs", type=_count, default=1, metavar="N", help="domains to upgrade at a time (default: %(default)s)"
     )
+    upgrade.add_argument("--keep-going", action="store_true", help="begin further upgrades after a failure or refusal")
     upgrade.add_argument(
-        "--keep-going", action="store_true", help="begin further domains when one fails or is refused"
-    )
-    upgrade.add_argument(
-        "--prepare", action="store_true", help="stop when the guest is held; virsh restore goes on with it"
+        "--prepare",
+        action="store_true",
+        help="stop when the guest is suspended in the keeper; virsh restore resumes it",
     )
     upgrade.set_defaults(command="upgrade", misused=upgrade.error)
 
     examine = commands.add_parser(
-        "check", help="tell whether a guest can hop", description="Tell whether a guest can hop. Nothing is touched."
+        "check", help="check whether a guest can hop", description="Check whether a guest can hop. Nothing is touched."
     )
     which = examine.add_mutually_exclusive_group(required=True)
-    which.add_argument("domain", nargs="?", metavar="DOMAIN", help="domain of libvirt")
+    which.add_argument("domain", nargs="?", metavar="DOMAIN", help="libvirt domain")
     which.add_argument("--qmp", type=Path, metavar="PATH", help="QMP socket of a QEMU outside libvirt")
-    examine.add_argument("--emulator", metavar="PATH", help="the QEMU to hop to")
+    examine.add_argument("--emulator", metavar="PATH", help="QEMU binary to hop to")
     examine.set_defaults(command="check")
 
     status = commands.add_parser(
         "status",
-        help="tell which QEMU runs each domain",
-        description="Tell for each active domain which QEMU runs it, which one is installed, whether it can hop, and "
-        "whether a hop is under way.",
+        help="show which QEMU runs each domain",
+        description="Show for each active domain which QEMU runs it, which one is installed, whether it can hop, and "
+        "any hop in progress.",
     )
-    status.add_argument("domains", nargs="*", metavar="DOMAIN", help="default: all active ones")
+    status.add_argument("domains", nargs="*", metavar="DOMAIN", help="default: all active domains")
     status.set_defaults(command="status")
 
-    mend = commands.add_parser(
+    recover = commands.add_parser(
         "recover",
-        help="finish or undo hops that were broken off",
-        description="Bring every hop that was broken off to its end: the guest runs in its old QEMU, or in the new "
-        "one. Safe at any time, also when nothing is wrong.",
+        help="complete or roll back interrupted hops",
+        description="Complete or roll back every interrupted hop: its guest then runs in the new QEMU, or in the old "
+        "one. Safe at any time, also when no hop was interrupted.",
     )
-    mend.add_argument("guests", nargs="*", metavar="DOMAIN", help="default: all")
-    mend.add_argument("--json", action="store_true", help="print one JSON object, errors included")
-    mend.set_defaults(command="recover")
+    recover.add_argument("guests", nargs="*", metavar="DOMAIN", help="default: all")
+    recover.add_argument("--json", action="store_true", help="print one JSON object, errors included")
+    recover.set_defaults(command="recover")
 
-    for command in (hop, upgrade, mend):
+    for command in (hop, upgrade, recover):
         command.add_argument(
             "--timeout",
             type=_seconds,
-            default=COMMAND_TIMEOUT,
+            default=HopOptions.step_timeout,
             metavar="S",
             help="seconds for each step (default: %(default)g)",
         )
 
     for command in (upgrade, examine, status):
-        command.add_argument("--connect", metavar="URI", help="libvirt (default: qemu:///system)")
+        command.add_argument("--connect", metavar="URI", help="libvirt connection (default: qemu:///system)")
         command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
 
     for command in (hop, upgrade, status):
         command.add_argument(
-            "--metrics-dir", type=Path, metavar="DIR", help="add to the metrics for Prometheus in DIR/sevhop.prom"
+            "--metrics-dir", type=Path, metavar="DIR", help="update the Prometheus metrics in DIR/sevhop.prom"
         )
 
     install = commands.add_parser(
-        "install", help="install libvirt's hook", description="Install the hook, and see that libvirt calls it."
+        "install", help="install the libvirt hook", description="Install the hook, and verify that libvirt calls it."
+    )
+    install.add_argument(
+        "--verify",
+        action="store_true",
+        help="install nothing: verify that libvirt calls the hook, and that its QEMU can load the library",
     )
     install.set_defaults(command="install")
-    uninstall = commands.add_parser("uninstall", help="remove libvirt's hook", description="Remove the hook again.")
+    uninstall = commands.add_parser("uninstall", help="remove the libvirt hook", description="Remove the hook.")
     uninstall.set_defaults(command="uninstall")
     return top
 
@@ -156,6 +159,6 @@ def _seconds(text: str) -> float:
 
 def _count(text: str) -> int:
     value = int(text)
-    if not 0 < value <= MOST_JOBS:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {MOST_JOBS}")
+    if not 0 < value <= MAX_JOBS:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {MAX_JOBS}")
     return value

@@ -1,9 +1,9 @@
 """
-What is seen of hops on a terminal: the phases of those that are under way, and where each blackout went.
+Progress of hops on a terminal: the phases of those in progress, and a timeline of each downtime.
 
-Drawn by rich, without its thread: only when an event arrives, and those of a blackout arrive behind it
-(:class:`.events.Unhurried`). rich is optional and imported by nothing else. A host does without it, since it brings
-three more packages and nobody looks at the terminal of a timer; then phases are plain lines.
+Drawn by rich, without its thread: only when an event arrives, and those of a downtime arrive after it
+(:class:`sevhop.events.DeferringListener`). rich is optional and imported by nothing else: it depends on three more
+packages, and a timer has no terminal. Without it phases are plain lines.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..events import Chosen, Ended, Event, GuestEvent, GuestRuns, GuestStopped, PhaseBegan, PhaseEnded
+from ..events import DomainsSelected, Event, GuestEvent, GuestResumed, GuestStopped, HopFinished, PhaseBegan, PhaseEnded
 from ..report import printable, readable_ms
 
-#: How the phases of a blackout look, one after the other: told apart without colours, too.
-_LOOKS = (("█", "cyan"), ("▒", "yellow"), ("█", "magenta"), ("░", "green"), ("█", "blue"), ("▒", "red"))
+#: Styles of the phases of a downtime, in turn; neighbours differ without colours, too.
+_STYLES = (("█", "cyan"), ("▒", "yellow"), ("█", "magenta"), ("░", "green"), ("█", "blue"), ("▒", "red"))
 #: Characters of a timeline.
 _WIDTH = 60
 
@@ -37,16 +37,16 @@ class _Span:
 
 @dataclass
 class _Guest:
-    """One that is under way. ``stopped`` is when it was, the last time; ``runs`` when it went on again."""
+    """A guest whose hop is in progress. ``stopped`` and ``resumed`` are the times at which it last was."""
 
     spans: list[_Span] = field(default_factory=list)
     stopped: float | None = None
-    runs: float | None = None
+    resumed: float | None = None
 
 
-class Picture:
+class Progress:
     """
-    A listener that draws. A context manager: what is under way is drawn inside it, and what is over stays.
+    A listener that draws. A context manager: hops in progress are drawn inside it, timelines of finished ones stay.
 
     :param console: the terminal.
     """
@@ -54,9 +54,9 @@ class Picture:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
         self._guests: dict[str, _Guest] = {}
-        self._chosen = 0
-        self._over = 0
-        self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._under_way)
+        self._selected = 0
+        self._finished = 0
+        self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._in_progress)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -68,13 +68,13 @@ class Picture:
         self._live.stop()
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Chosen):
-            self._chosen = len(event.domains)
-        elif isinstance(event, Ended):
-            self._over += 1
+        if isinstance(event, DomainsSelected):
+            self._selected = len(event.domains)
+        elif isinstance(event, HopFinished):
+            self._finished += 1
             guest = self._guests.pop(event.guest, None)
             if guest is not None and event.report.outcome == "done":
-                self._console.print(*timeline(guest.spans, guest.stopped, guest.runs), sep="\n")
+                self._console.print(*timeline(guest.spans, guest.stopped, guest.resumed), sep="\n")
         elif isinstance(event, GuestEvent):
             self._note(self._guests.setdefault(event.guest, _Guest()), event)
         self._live.refresh()
@@ -89,11 +89,11 @@ class Picture:
         elif isinstance(event, PhaseEnded):
             guest.spans[-1].ended = event.at
         elif isinstance(event, GuestStopped):
-            guest.stopped, guest.runs = event.at, None
-        elif isinstance(event, GuestRuns):
-            guest.runs = event.at
+            guest.stopped, guest.resumed = event.at, None
+        elif isinstance(event, GuestResumed):
+            guest.resumed = event.at
 
-    def _under_way(self) -> Table:
+    def _in_progress(self) -> Table:
         table = Table.grid(padding=(0, 2))
         for name, guest in self._guests.items():
             row = Text()
@@ -103,23 +103,23 @@ class Picture:
                 else:
                     row.append(f"{span.phase} {readable_ms((span.ended - span.began) * 1e3)}  ", style="dim")
             table.add_row(Text(printable(name), style="bold"), row)
-        if self._chosen > 1:
-            table.add_row(Text(f"{self._over} of {self._chosen}", style="dim"))
+        if self._selected > 1:
+            table.add_row(Text(f"{self._finished} of {self._selected}", style="dim"))
         return table
 
 
-def timeline(spans: list[_Span], stopped: float | None, runs: float | None) -> list[Text]:
-    """Where a blackout went: a bar, and below it what its parts are. Nothing if there was none."""
-    if stopped is None or runs is None:
+def timeline(spans: list[_Span], stopped: float | None, resumed: float | None) -> list[Text]:
+    """A downtime by phases: a bar, and a legend below it. Nothing if there was no downtime."""
+    if stopped is None or resumed is None:
         return []
     parts = [
-        (span.phase, min(span.ended or runs, runs) - max(span.began, stopped))
+        (span.phase, min(span.ended or resumed, resumed) - max(span.began, stopped))
         for span in spans
-        if span.began < runs and (span.ended or runs) > stopped
+        if span.began < resumed and (span.ended or resumed) > stopped
     ]
     bar, legend = Text("  "), Text("  ")
-    for (phase, seconds), (character, style) in zip(parts, _LOOKS * len(parts), strict=False):
-        bar.append(character * round(_WIDTH * seconds / (runs - stopped)), style=style)
+    for (phase, seconds), (character, style) in zip(parts, _STYLES * len(parts), strict=False):
+        bar.append(character * round(_WIDTH * seconds / (resumed - stopped)), style=style)
         legend.append(character, style=style)
         legend.append(f" {phase} {readable_ms(seconds * 1e3)}  ")
     return [bar, legend]

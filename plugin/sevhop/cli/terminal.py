@@ -1,9 +1,9 @@
 """
-The terminal, or the pipe, that a command was started from. It may go away, or stand still, and a guest must not.
+The terminal, or the pipe, of a command. It may close or block, and neither may stop a guest.
 
-The signals of a session that ends are those of somebody who asks for the hop to be undone; the one that would stop the
-command, and with it perhaps the guest, does nothing. What is printed is written by a thread of its own: nobody waits
-for a terminal that takes nothing (Ctrl-S, a connection that has dropped), and what cannot be written is left.
+The signals that end a session request a rollback of the hop; SIGTSTP, which would stop the command, and with it perhaps
+the guest, is ignored. Output is written by a thread of its own: nothing waits for a terminal that does not read
+(Ctrl-S, a dropped connection), and what cannot be written is discarded.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO, cast
 
-#: What asks for an end.
-_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+#: Signals that request an interruption.
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
 def handle_signals(interrupt: Callable[[], object], *, hangup: bool = True) -> None:
     """
-    From now on, in the running event loop, a signal does not end or stop this process. What it executes has the default
-    actions.
+    From now on, in the running event loop, these signals do not terminate or stop this process. Its children get the
+    default actions.
 
-    :param interrupt: called instead of being ended.
-    :param hangup: whether SIGHUP asks for an end, too. Who has started us by nohup(1) does not want that either.
+    :param interrupt: called instead.
+    :param hangup: whether SIGHUP requests an interruption, too; it does not under nohup(1).
     """
     loop = asyncio.get_running_loop()
-    for number in _ENDS:
+    for number in _INTERRUPTS:
         loop.add_signal_handler(number, interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         loop.add_signal_handler(signal.SIGHUP, interrupt if hangup else _nothing)
@@ -44,28 +44,28 @@ def _nothing() -> None:
 
 
 class _Writer:
-    """Writes to files in the order in which it was told to, and never complains."""
+    """Writes texts to files from a thread, in the order of the calls, and ignores errors."""
 
     def __init__(self) -> None:
         self._texts: queue.SimpleQueue[tuple[TextIO, str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="output", daemon=True)
-        self._ended = False
+        self._closed = False
         self._thread.start()
 
     def write(self, file: TextIO, text: str) -> None:
-        if self._ended:
+        if self._closed:
             _write(file, text)
         else:
             self._texts.put((file, text))
 
-    def end(self) -> None:
-        """Wait until all of it is written. From now on it is written at once."""
+    def close(self) -> None:
+        """Wait until all of it is written. Later texts are written directly."""
         self._texts.put(None)
         self._thread.join()
-        self._ended = True
+        self._closed = True
 
     def _work(self) -> None:
-        # A terminal would stop all of a process in the background that writes to it (stty tostop).
+        # A terminal with "stty tostop" stops a background process that writes to it, with all its threads.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         while (item := self._texts.get()) is not None:
             _write(*item)
@@ -79,7 +79,7 @@ def _write(file: TextIO, text: str) -> None:
             file.write(text.encode(err.encoding, "backslashreplace").decode(err.encoding))
         _flush(file)
     except (OSError, ValueError):
-        # Nobody is there to be told, and Python would try once more when it exits, and change our exit status.
+        # There is nowhere to report it, and Python would flush again at exit, and change our exit status.
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             os.dup2(null, file.fileno())
@@ -91,12 +91,12 @@ def _flush(file: TextIO) -> None:
         try:
             file.flush()
             return
-        except BlockingIOError:  # somebody whom we share it with has made it so
+        except BlockingIOError:  # a process that shares the file has set O_NONBLOCK
             select.select([], [file], [])
 
 
 class _Output:
-    """A file as others see it, whose text goes through a :class:`_Writer`."""
+    """Stands in for a file; what is written to it goes through a :class:`_Writer`."""
 
     def __init__(self, file: TextIO, writer: _Writer) -> None:
         self._file = file
@@ -107,15 +107,15 @@ class _Output:
         return len(text)
 
     def flush(self) -> None:
-        """That is done after each text."""
+        """Nothing to do: the writer flushes after each text."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._file, name)
 
 
 @contextlib.contextmanager
-def patient_output() -> Iterator[None]:
-    """Meanwhile, writing to standard output and standard error does not wait, and does not fail."""
+def nonblocking_output() -> Iterator[None]:
+    """Meanwhile, writing to standard output and standard error does not block, and does not fail."""
     writer = _Writer()
     files = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Output(file, writer)) for file in files)
@@ -123,4 +123,4 @@ def patient_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = files
-        writer.end()
+        writer.close()

@@ -1,9 +1,9 @@
 """
-The guard over the disks of a guest that hops: what was compared before the guest stops is what it is when it has
-stopped, and the source has given its images up before the destination takes them.
+Guards the disks of a guest that hops: what was compared before the guest stops has not changed when it has stopped,
+and the source has given up its images before the destination activates them.
 
-Before the stop QEMU is asked. Afterwards it is not, since every question costs the guest some tenths of a millisecond:
-what a process has open, and which locks it holds, the kernel tells.
+Before the stop QEMU is queried. Afterwards it is not, since every query costs some tenths of a millisecond of downtime:
+what a process has open, and which locks it holds, is known from the kernel.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from sevhop_qmp.open_images import Identity
 from sevhop_qmp.process import QemuProcess
 
 from . import block_graph
-from .block_graph import BlockGraph, Images, Node
+from .block_graph import BlockGraph, Node
+from .images import Images, open_images
 
-#: Seconds in which a source that closes its images should have ended, if that is why.
-_END = 0.1
+#: Seconds within which a source that closes its images should have exited, if that is why.
+_EXIT = 0.1
 #: Drivers that store nothing.
 _NOTHING = frozenset({"null-aio", "null-co"})
 
 
 class DiskGuard:
     """
-    The disks of a source. Use :meth:`over`.
+    The disks of a source. Use :meth:`open`.
 
     :ivar graph: as it was read.
-    :ivar spares_given_up: whether nodes that no device has are to be taken back with :func:`.block_graph.activate`.
+    :ivar spares_given_up: whether a rollback must activate nodes that no device uses (:func:`.block_graph.activate`).
     """
 
     def __init__(self, process: QemuProcess, graph: BlockGraph, images: Images, locks: ImageLocks) -> None:
@@ -43,13 +44,13 @@ class DiskGuard:
         self.spares_given_up = False
 
     @classmethod
-    async def over(cls, monitor: Commands, process: QemuProcess) -> Self:
+    async def open(cls, monitor: Commands, process: QemuProcess) -> Self:
         """
-        Look at the disks of a source.
+        Read the disks of a source.
 
-        :raises SevhopError: they cannot be looked at, or are not what their names lead to.
+        :raises SevhopError: they cannot be read, or a path does not lead to the image that is open.
         """
-        graph, images = await block_graph.open_images(monitor, process)
+        graph, images = await open_images(monitor, process)
         try:
             if images.misplaced:
                 raise SevhopError(f"{images.misplaced[0]} is not the file that the guest has open")
@@ -59,20 +60,20 @@ class DiskGuard:
             raise
 
     def close(self) -> None:
-        """Let go of the images."""
+        """Release the images."""
         self._images.close()
         self._locks.close()
 
     async def differences(self, monitor: Commands, process: QemuProcess, *, names: bool) -> list[str]:
         """
-        In what the disks of a destination are not these; empty when it may have the guest.
+        How the disks of a destination differ from these; empty when it may have the guest.
 
         :param names: whether the names of block nodes matter.
         """
         theirs = await block_graph.read(monitor)
         return block_graph.differences(self.graph, theirs, names=names) or self._images.others_of(theirs, process)
 
-    async def see_unchanged(self, monitor: Commands) -> None:
+    async def verify_unchanged(self, monitor: Commands) -> None:
         """
         While the guest still runs.
 
@@ -81,11 +82,11 @@ class DiskGuard:
         if found := block_graph.changes(self.graph, await block_graph.read(monitor)):
             raise SevhopError(f"{found} was changed by somebody else", "try again")
         self._images.files.refresh()
-        self._see(set(self._images.identities.values()) - self._images.files.identities)
+        self._raise_for(set(self._images.identities.values()) - self._images.files.identities)
 
-    async def see_unchanged_when_stopped(self) -> None:
+    async def verify_unchanged_when_stopped(self) -> None:
         """
-        The same when the guest has stopped, without a question to its QEMU. One that has ended, now that its state is
+        The same when the guest has stopped, without a query to its QEMU. One that has exited, now that its state is
         saved, is not needed any more, and has no images.
 
         :raises SevhopError: an image was opened or closed meanwhile.
@@ -94,38 +95,40 @@ class DiskGuard:
             changed = self._images.files.changed(quick=True)
         except ProcessError:
             changed = set()
-        # One that is about to end closes them all.
-        if changed and not await self._process.wait(_END):
-            self._see(changed)
+        # One that is about to exit closes them all.
+        if changed and not await self._process.wait(_EXIT):
+            self._raise_for(changed)
 
-    def _see(self, changed: set[Identity]) -> None:
+    def _raise_for(self, changed: set[Identity]) -> None:
         for identity in changed:
             names = [name for name, known in self._images.identities.items() if known == identity]
             where = self.graph.disk_of(names[0]) if names else self._images.files.path(identity) or "a disk"
             raise SevhopError(f"{where} was changed by somebody else", "try again")
 
-    async def see_given_up(self, monitor: Commands, *, again: bool, see_stopped: Callable[[], Awaitable[None]]) -> None:
+    async def verify_given_up(
+        self, monitor: Commands, *, again: bool, verify_stopped: Callable[[], Awaitable[None]]
+    ) -> None:
         """
-        When the source has saved its state, see that it has given up all images that it could write to.
+        When the source has saved its state, verify that it has given up all images that it could write to.
 
-        :param again: whether it must be told to. A QEMU whose images were taken back without its guest being resumed
-            believes that it does not have them (QEMU 10: ``migration_block_inactivate``).
-        :param see_stopped: awaited before it is told to give up any: a QEMU whose guest somebody has resumed, and which
-            writes to one, ends then.
+        :param again: whether it must be commanded to. A QEMU whose images were activated without its guest being
+            resumed believes that it does not have them (QEMU 10: ``migration_block_inactivate``).
+        :param verify_stopped: awaited before it is commanded to give up any: a QEMU whose guest somebody has resumed
+            aborts when that writes to one.
         :raises StateError: it has not. The destination must not have them.
         """
         if again and self._process.alive:
-            await see_stopped()
+            await verify_stopped()
             await block_graph.inactivate(monitor)
         if self._locks.kept() and self._process.alive:
-            await see_stopped()
+            await verify_stopped()
             await self._give_up_spares(monitor)
         if kept := self._locks.kept():
             names = [name for name, known in self._images.identities.items() if known in kept]
             where = self.graph.disk_of(names[0]) if names else "a disk"
             raise StateError(f"the source has not given up {where}")
-        # One that has ended, now that its state is saved, has none.
-        if any(self._unseen(self.graph.nodes[name]) for name in self._used) and self._process.alive:
+        # One that has exited, now that its state is saved, has none.
+        if any(self._unlocked(self.graph.nodes[name]) for name in self._used) and self._process.alive:
             graph = await block_graph.read(monitor)
             for node in (graph.nodes[name] for name in graph.used()):
                 if node.active and not node.read_only:
@@ -133,9 +136,9 @@ class DiskGuard:
 
     async def _give_up_spares(self, monitor: Commands) -> None:
         """
-        QEMU 10 keeps some of those nodes that no device has, with their locks. What is below one is given up with it,
-        also if a device writes to it, and then QEMU ends (``bdrv_co_write_req_prepare``): so this is not done before
-        the guest has stopped.
+        QEMU 10 keeps some of those nodes that no device uses active, with their locks. What is below one is given up
+        with it, even if a device writes to it, and then QEMU aborts (``bdrv_co_write_req_prepare``): so this is not
+        done before the guest has stopped.
         """
         self.spares_given_up = True
         for name in self.graph.spare():
@@ -144,7 +147,7 @@ class DiskGuard:
 
     async def lost_bitmaps(self, monitor: Commands) -> list[str]:
         """
-        Which dirty bitmaps have not come through, in a QEMU that has the images now: a backup must not rely on them.
+        Which dirty bitmaps are missing in a QEMU that has the images now: a backup must not rely on them.
 
         :return: a sentence for each.
         """
@@ -154,11 +157,12 @@ class DiskGuard:
         try:
             lost = before.keys() - (await block_graph.read(monitor)).bitmaps().keys()
         except SevhopError as err:
-            return [f"the dirty bitmaps were not looked at: {err.message}"]
+            return [f"cannot check the dirty bitmaps: {err.message}"]
         return [f"{before[key]} cannot be used any more: the next backup must be a full one" for key in sorted(lost)]
 
-    def _unseen(self, node: Node) -> bool:
-        """Whether a QEMU that reports it must be asked for a node: one that is written to, without a lock."""
+    def _unlocked(self, node: Node) -> bool:
+        """Whether QEMU must be queried whether a node is active: one that is written to, without a lock."""
+
         if node.active is None or node.read_only or node.children or node.driver in _NOTHING:
             return False
         return self._images.identities.get(node.name) not in self._locks.locked

@@ -6,16 +6,16 @@ present block graph is another one, those options are replaced by others that de
 
 =================================  =============================================================================
 a snapshot, a disk that was moved  ``-blockdev`` of the present nodes, ``drive=`` of the device is the topmost
-a medium that was changed          the same; ``drive=`` is left out where the tray is empty
+a medium that was changed          the same; without ``drive=`` if the tray is empty
 ``-drive id=``                     keeps its name and settings, with the present image
-a node that was added or removed   its ``-blockdev`` is added or left out
-a device that was unplugged        its ``-device`` is left out, and the others keep their PCI addresses
-a disk that was plugged            ``-device`` with the properties that it has, also under the id of one that was there
+a node that was added or removed   its ``-blockdev`` is added or dropped
+a device that was unplugged        its ``-device`` is dropped, and the others keep their PCI addresses
+a disk that was plugged            ``-device`` with the properties that it has, also under an id that was used before
 =================================  =============================================================================
 
 A node of the command line keeps the options that it has there, since QEMU does not report all of them. Others are
-described only if QEMU reports all that matters. Whether the destination then has the same disks is compared when it
-has been started (:mod:`sevhop.disks.block_graph`); what cannot be described is refused.
+described only if QEMU reports all options that matter. Whether the destination then has the same disks is verified when
+it has been started (:mod:`sevhop.disks.block_graph`); what cannot be described is refused.
 """
 
 from __future__ import annotations
@@ -27,41 +27,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Commands, understood
+from sevhop_qmp.monitor import Commands, protocol_errors
 
 from ..guest.command_line import Option, parse, properties
 from .block_graph import FILE_DRIVERS, GENERATED, BlockGraph, Disk, Node
 
 #: Format drivers that need no more than the nodes below them.
 _FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vpc"})
-#: What of ``-drive`` describes its image, and not how the guest has it.
+#: Keys of ``-drive`` that describe its image, and not how the guest sees it.
 _IMAGE_KEYS = frozenset({"", "file", "format", "driver", "node-name"})
 #: Options of a disk that a snapshot or a copy inherits (block.c: flags of the node that it replaces).
 _INHERITED = ("aio", "discard")
-#: Devices that may be plugged: what they were given is what QEMU reports of them.
+#: Devices that may have been plugged: QEMU reports all properties that they were created with.
 _PLUGGABLE = frozenset({"virtio-blk-pci", "virtio-scsi-pci", "scsi-hd", "scsi-cd", "virtio-rng-pci"})
-#: Network cards, of which the same is true. QEMU does not tell what is behind them.
+#: Network cards, of which the same is true. QEMU does not report their backends.
 CARDS = frozenset({"virtio-net-pci", "e1000", "e1000e", "rtl8139", "igb", "vmxnet3", "pcnet", "ne2k_pci", "usb-net"})
-#: Properties that say where a device is, or follow from others.
-_DERIVED = frozenset(
-    {"addr", "legacy-addr", "busnr", "type", "parent_bus", "realized", "hotplugged", "hotpluggable"}
-)
+#: Properties that follow from where a device is, or from others.
+_DERIVED = frozenset({"addr", "legacy-addr", "busnr", "type", "parent_bus", "realized", "hotplugged", "hotpluggable"})
 
 _PERIPHERAL = "/machine/peripheral"
 _ANONYMOUS = "/machine/peripheral-anon"
 
 
 class Undescribable(SevhopError):
-    """A disk cannot be described with what QEMU reports of it."""
+    """QEMU does not report enough of a disk to describe it."""
 
 
 @dataclass(frozen=True)
 class Device:
     """
-    A device of the guest that an option has made, or that was plugged.
+    A device of the guest that was created by an option, or plugged.
 
-    :ivar address: slot and function on its PCI bus, as ``addr=`` has them; empty elsewhere.
-    :ivar plugged: whether that was done since the start; an option with its id describes another device.
+    :ivar address: slot and function on its PCI bus, in the form of ``addr=``; empty on other buses.
+    :ivar plugged: whether it was plugged since the start; an option with its id describes another device.
     """
 
     path: str
@@ -89,12 +87,12 @@ class Plan:
 
 async def devices(monitor: Commands) -> dict[str, Device]:
     """
-    All devices that options have made or that were plugged, by QOM path.
+    All devices that were created by options or plugged, by QOM path.
 
     :raises SevhopError: QEMU does not answer.
     """
     found = {}
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         for container in (_PERIPHERAL, _ANONYMOUS):
             for row in await monitor.execute("qom-list", {"path": container}):
                 if row["type"].startswith("child<"):
@@ -125,7 +123,7 @@ async def plugged(
     drivers: frozenset[str] = _PLUGGABLE,
 ) -> list[dict[str, Any]]:
     """
-    What was plugged, each as ``-device`` takes it.
+    What was plugged, each as an argument of ``-device``.
 
     :param arguments: of the source.
     :param drivers: which are wanted: disks, controllers and random number generators, or :data:`CARDS`.
@@ -136,17 +134,15 @@ async def plugged(
     for device in present.values():
         new = device.plugged or device.name not in known
         if device.path.startswith(_PERIPHERAL + "/") and new and device.driver in drivers:
-            with understood(monitor.name):
+            with protocol_errors(monitor.name):
                 found.append(await _described(monitor, device, device.name))
     return found
 
 
-def without_unknown(
-    devices: Sequence[Mapping[str, Any]], known: Mapping[str, frozenset[str]]
-) -> list[dict[str, Any]]:
+def without_unknown(devices: Sequence[Mapping[str, Any]], known: Mapping[str, frozenset[str]]) -> list[dict[str, Any]]:
     """
-    Plugged devices as another emulator takes them. A switch that it does not know is one that the machine type has set
-    for the sake of older versions, and the older version is what it is without.
+    Plugged devices for another emulator. A boolean that it does not know was set by the machine type for compatibility
+    with older versions, and is what the older version does without it.
 
     :param known: properties by driver.
     """
@@ -245,9 +241,9 @@ class _Adapter:
         moves = plugged_options or any(now is None for _, now, _ in others)
         kept = [self._pinned(option, path) if moves else option for _, option, path in others if option is not None]
         options = [*self._blockdevs(), *self._described.values(), *kept, *plugged_options]
-        return Plan([word for option in options for word in option.words()], self._refused)
+        return Plan([argument for option in options for argument in option.argv()], self._refused)
 
-    # -- what the command line tells -----------------------------------------------------------------
+    # -- the command line ----------------------------------------------------------------------------
 
     def _collect(self, tree: Mapping[str, Any]) -> None:
         if name := tree.get("node-name"):
@@ -257,17 +253,17 @@ class _Adapter:
                 self._collect(value)
 
     def _matches(self, tree: Mapping[str, Any], name: str) -> bool:
-        """Whether a node, and what is below it, is still what an option tells."""
+        """Whether a node, and what is below it, is still what an option describes."""
         node = self._graph.nodes[name]
         if tree.get("driver", node.driver) != node.driver or tree.get("node-name", name) != name:
             return False
         if node.driver in FILE_DRIVERS and not _same_path(str(tree.get("filename", "")), node.filename):
             return False
         for role, child in node.children.items():
-            told = tree.get(role)
-            if isinstance(told, str) and told != child:
+            option = tree.get(role)
+            if isinstance(option, str) and option != child:
                 return False
-            if isinstance(told, dict) and not self._matches(told, child):
+            if isinstance(option, dict) and not self._matches(option, child):
                 return False
         return not any(
             isinstance(tree.get(role), (str, dict)) and role not in node.children for role in ("file", "backing")
@@ -281,7 +277,7 @@ class _Adapter:
             if option.name == "blockdev" and str(_tree(option.value or "").get("node-name", "")) in self._intact
         ]
 
-    # -- what is there now ---------------------------------------------------------------------------
+    # -- the present nodes ---------------------------------------------------------------------------
 
     def _try(self, describe: Any, argument: str, node: str) -> Any:
         try:
@@ -293,7 +289,7 @@ class _Adapter:
             return None
 
     def _describe(self, name: str) -> str:
-        """See to it that a node is among the options. :return: the name that it has there."""
+        """Make sure that a node is among the options. :return: the name that it has there."""
         final = name if not name.startswith("#") else GENERATED + name[1:]
         if name in self._given or final in self._described:
             return final
@@ -304,7 +300,7 @@ class _Adapter:
         return final
 
     def _nested(self, name: str) -> Any:
-        """The same as part of another option, which its cache mode and the like are inherited from."""
+        """The same as part of another option, from which it inherits its cache mode and the like."""
         if name in self._given:
             return name
         node = self._graph.nodes[name]
@@ -327,11 +323,11 @@ class _Adapter:
             "cache": {"direct": node.direct, "no-flush": node.no_flush},
             "detect-zeroes": node.detect_zeroes,
         }
-        told = self._scalars.get(name, {})
-        if told.get("driver") == node.driver:
-            # It has the options that it was made with, but for what is below it.
-            tree |= {key: value for key, value in told.items() if key not in ("node-name", *node.children)}
-            if told.get("backing") is None and "backing" in told and "backing" not in node.children:
+        given = self._scalars.get(name, {})
+        if given.get("driver") == node.driver:
+            # It has the options that it was created with, except for what is below it.
+            tree |= {key: value for key, value in given.items() if key not in ("node-name", *node.children)}
+            if given.get("backing") is None and "backing" in given and "backing" not in node.children:
                 tree["backing"] = None
         elif node.driver not in FILE_DRIVERS | _FORMATS:
             raise Undescribable(f"QEMU does not report all options of {node.driver} node {name}, which was added later")
@@ -346,19 +342,19 @@ class _Adapter:
         return tree
 
     def _inherited(self, node: Node) -> dict[str, Any]:
-        """Options of the disk's first image, which QEMU gives to those that replace it, and does not report."""
+        """Options of the disk's first image, which those that replace it inherit, and QEMU does not report."""
         for disk in self._graph.disks.values():
             if disk.root and any(node.name == other.name for other in self._graph.below(disk.root)):
-                for told in self._told_of(disk):
-                    found = {key: told[key] for key in _INHERITED if key in told}
+                for given in self._given_for(disk):
+                    found = {key: given[key] for key in _INHERITED if key in given}
                     if node.driver not in FILE_DRIVERS:
                         found.pop("aio", None)
                     if found:
                         return found
         return {}
 
-    def _told_of(self, disk: Disk) -> list[dict[str, Any]]:
-        """What the command line tells of the nodes that a disk was started with."""
+    def _given_for(self, disk: Disk) -> list[dict[str, Any]]:
+        """The options on the command line of the nodes that a disk was started with."""
         for option, path in zip(self._options, self._paths, strict=True):
             if path and (name := _parsed(option).get("drive")) and self._disk_of(path) == disk:
                 return [self._scalars[node] for node in self._names_below(str(name))]
@@ -379,9 +375,9 @@ class _Adapter:
 
     def _replaced(self, option: Option, path: str) -> Option | None:
         """
-        An option as it must be now; None if it must not be there.
+        An option as it must be now; None if it must be dropped.
 
-        :param path: of the device that it makes.
+        :param path: of the device that it creates.
         """
         if option.name == "device":
             return self._device(option, path)
@@ -395,12 +391,12 @@ class _Adapter:
         if device is None:
             return None
         if device.plugged and (device.driver in _PLUGGABLE or device.driver != props.get("driver", props.get(""))):
-            return None  # another one, under the same id
+            return None  # another device with the same id
         disk = self._disk_of(path)
-        told = props.get("drive")
-        if disk is None or disk.device or (told or "") == disk.root:
+        drive = props.get("drive")
+        if disk is None or disk.device or (drive or "") == disk.root:
             return option
-        if told in {properties(other.value or "").get("id") for other in self._options if other.name == "drive"}:
+        if drive in {properties(other.value or "").get("id") for other in self._options if other.name == "drive"}:
             return option
         if not disk.root:
             return _without(option, "drive")
@@ -424,7 +420,7 @@ class _Adapter:
             if nested is None:
                 return option
             if isinstance(nested, str):
-                # A node of its own, which others may use as well.
+                # A node with a name, which others may use as well.
                 nested = {"driver": "raw", "file": nested}
             kept.append(("file", f"json:{json.dumps(nested)}"))
         return Option("drive", ",".join(f"{key}={value.replace(',', ',,')}" for key, value in kept))
@@ -439,15 +435,15 @@ class _Adapter:
             try:
                 tree = json.loads(file[5:])
             except ValueError:
-                return True  # QEMU understood it; what has become of it is compared later
+                return True  # QEMU has parsed it; the result is compared later
             return isinstance(tree, dict) and self._matches(tree, disk.root)
         if not file:
             return True  # by single options: compared later
-        told = props.get("format") or props.get("driver")
-        return (not told or told == node.driver) and (_same_path(file, node.filename) or ":" in file)
+        driver = props.get("format") or props.get("driver")
+        return (not driver or driver == node.driver) and (_same_path(file, node.filename) or ":" in file)
 
     def _with_node(self, device: Mapping[str, Any]) -> dict[str, Any]:
-        """A plugged device, with the name that its node has in the destination."""
+        """A plugged device with the name that its node has in the destination."""
         result = dict(device)
         if "drive" in result:
             for disk in self._graph.disks.values():
@@ -456,7 +452,7 @@ class _Adapter:
         return result
 
     def _pinned(self, option: Option, path: str) -> Option:
-        """A device that keeps its PCI address, whatever else is on its bus."""
+        """A device with its present PCI address, whatever else is on its bus."""
         if not path or "addr" in _parsed(option):
             return option
         device = self._present.get(path)
@@ -464,8 +460,8 @@ class _Adapter:
 
     def _number_devices(self) -> list[str]:
         """
-        The QOM path of each option that is a ``-device``. Those without an id are numbered as QEMU makes them: first
-        those that are not JSON, then what ``-drive if=virtio`` makes, then JSON.
+        The QOM path of each option that is a ``-device``. Those without an id are numbered as QEMU creates them: first
+        those that are not JSON, then those of ``-drive if=virtio``, then JSON.
         """
         paths = [""] * len(self._options)
         for at, option in enumerate(self._options):
@@ -518,7 +514,8 @@ def _tree(value: str) -> dict[str, Any]:
 
 
 def _names(tree: Mapping[str, Any]) -> set[str]:
-    """The names that an option gives to nodes."""
+    """The node names in an option."""
+
     found = {str(tree["node-name"])} if "node-name" in tree else set()
     for value in tree.values():
         if isinstance(value, dict):

@@ -3,8 +3,8 @@ The destination: a new QEMU process that looks, to the system, like the one it r
 
 It gets the source's user, working directory, environment, and whatever else confines or favours the source
 (:mod:`sevhop.process.confinement`, :mod:`sevhop.process.scheduling`), so that relative paths, permissions and
-accounting stay what they were, and adopt.so, so that it adopts instead of launching. It waits for a stream; until that
-has come to its end nothing of it runs.
+accounting stay what they were, and adopt.so, so that it adopts the guest instead of launching one. It waits for an
+incoming stream, and no vCPU runs before the end of that.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import Credentials, QemuProcess
 
 from ..guest import command_line
-from ..keeper.handover import Keeper
+from ..keeper.local import LocalKeeper
+from ..options import HopOptions
 from ..process import launch
 from ..process.confinement import Confinement
 from ..process.launch import Identity
 from ..process.scheduling import Thread
 from ..records import run_directory
 
-#: Seconds until a new QEMU must answer its monitor.
-START_TIMEOUT = 30.0
-#: Seconds until a killed process must be gone.
+#: Seconds in which a killed process must exit.
 KILL_TIMEOUT = 10.0
-#: Seconds in which a QEMU has ended that has hung up.
+#: Seconds in which a QEMU that has hung up exits.
 _JUST_ENDED = 0.2
 
 #: Name of the monitor's socket in the directory of the hop.
@@ -46,9 +45,9 @@ _MONITOR = "monitor"
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class LaunchContext:
     """
-    What the source lives in and the destination gets: kept, because the source may have ended when it is needed.
+    The environment of the source, for the destination: read early, because the source may have exited by then.
 
     :ivar stdout: a duplicate of its standard output; the same for ``stderr``.
     :ivar identity: what the destination takes on; None for one that starts as ourselves.
@@ -66,7 +65,7 @@ class Surroundings:
 
     @classmethod
     def of(cls, source: QemuProcess) -> Self:
-        """:raises ProcessError: the source has ended, or we may not look."""
+        """:raises ProcessError: the source has exited, or permission is denied."""
         identity = Identity(Confinement.of(source), Thread.of(source.pid))
         directory = source.open_working_directory()
         return cls(
@@ -81,7 +80,7 @@ class Surroundings:
         )
 
     def close(self) -> None:
-        """Let go of the descriptors."""
+        """Close the descriptors."""
         for descriptor in (self.stdout, self.stderr, self.directory):
             if descriptor is not None:
                 os.close(descriptor)
@@ -89,12 +88,12 @@ class Surroundings:
 
 class Destination:
     """
-    A started destination. :meth:`start`, then either let it live (:meth:`release`) or :meth:`kill` it.
+    A started destination. :meth:`start`, then either :meth:`release` or :meth:`kill` it.
 
-    It is our child, in a session of its own. When we end, init takes it over; a caller that lives on may wait for it.
+    It is our child, in a session of its own. When we exit, init becomes its parent; until then we must reap it.
 
-    :ivar directory: of its own, below ``/run/sevhop``; its monitor is there, so that another process can reach it
-        should this one end. It goes away when the destination is let live or has been killed.
+    :ivar directory: its own, below ``/run/sevhop``; its monitor is there, so that another process can :meth:`reach`
+        it if this one exits. Removed when the destination is released or killed.
     """
 
     def __init__(
@@ -108,7 +107,17 @@ class Destination:
         self.directory = directory
         self._child = child
         self._log = log
-        self.monitor: Monitor
+        self._monitor: Monitor | None = None
+
+    @property
+    def monitor(self) -> Monitor:
+        """Connected to it."""
+        assert self._monitor is not None
+        return self._monitor
+
+    @monitor.setter
+    def monitor(self, monitor: Monitor) -> None:
+        self._monitor = monitor
 
     @classmethod
     async def reach(cls, process: QemuProcess, directory: Path, *, timeout: float = COMMAND_TIMEOUT) -> Self:
@@ -129,10 +138,10 @@ class Destination:
         cls,
         emulator: str,
         arguments: Sequence[str],
-        surroundings: Surroundings,
-        keeper: Keeper,
+        launch_context: LaunchContext,
+        keeper: LocalKeeper,
         *,
-        timeout: float = START_TIMEOUT,
+        timeout: float = HopOptions.start_timeout,
         command_timeout: float = COMMAND_TIMEOUT,
         started: Callable[[QemuProcess, Path], None] = lambda process, directory: None,
         directory: Path | None = None,
@@ -147,66 +156,66 @@ class Destination:
         :param arguments: its command line without the program; what makes a destination of it is added here.
         :param timeout: seconds until its monitor must answer.
         :param command_timeout: seconds for each command afterwards.
-        :param started: told, as soon as there is a process, of it and of the directory in which its monitor will be.
-        :param directory: to be made for its monitor; by default one that nobody can guess.
-        :param within: what stands in front of the command: a program that executes it in another place.
+        :param started: called as soon as the process exists, with it and the directory of its monitor.
+        :param directory: created for its monitor; by default one with a random name.
+        :param within: command prefix: a program that executes QEMU in other namespaces.
         :param keep: descriptors that it inherits.
-        :param paused: whether it stays paused when it has all of the guest; otherwise it lets the guest run.
-        :raises SevhopError: it did not come up; the message has QEMU's own reason when it gave one.
+        :param paused: whether it stays paused when it has loaded everything; otherwise it starts the guest.
+        :raises SevhopError: it did not start; the message has QEMU's own reason when it gave one.
         """
         if directory is None:
             directory = run_directory.make()
         else:
             directory.mkdir(mode=0o700)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # What QEMU says while it starts is needed for a reason; later it goes where the source's messages went.
+        # QEMU's messages during the start are needed for errors; later they go where the source's went.
         log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
-        environment = dict(surroundings.environment)
-        environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", surroundings.stderr, inherited=environment)
+        environment = dict(launch_context.environment)
+        environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", launch_context.stderr, inherited=environment)
         try:
             listener.bind(str(directory / _MONITOR))
             listener.listen()
             child = _spawn(
                 [*within, emulator, *command_line.incoming(list(arguments), listener.fileno(), paused=paused)],
-                surroundings,
+                launch_context,
                 environment,
                 stderr=log.fileno(),
-                keep=[listener.fileno(), keeper.theirs.fileno(), surroundings.stderr, *keep],
+                keep=[listener.fileno(), keeper.theirs.fileno(), launch_context.stderr, *keep],
             )
         except (OSError, subprocess.SubprocessError) as err:
             log.close()
             shutil.rmtree(directory, ignore_errors=True)
-            raise SevhopError(f"{emulator} cannot be started: {getattr(err, 'strerror', None) or err}") from err
+            raise SevhopError(f"cannot start {emulator}: {getattr(err, 'strerror', None) or err}") from err
         finally:
-            # When QEMU ends, nobody listens any more, and whoever waits to be accepted is told so.
+            # Then the socket is closed when QEMU exits, and a client that waits to be accepted gets an error.
             listener.close()
         self = cls(QemuProcess.open(child.pid), directory, child, log)
         try:
             started(self.process, directory)
-            if surroundings.identity is None:
-                _place(child.pid, surroundings)
-            # QEMU serves its monitors when it has built the machine.
+            if launch_context.identity is None:
+                _place(child.pid, launch_context)
+            # QEMU serves its monitors when it has created the machine.
             self.monitor = await Monitor.connect(
                 directory / _MONITOR, timeout=command_timeout, greeting_timeout=timeout
             )
         except MonitorError as err:
             killed = await self.process.wait(_JUST_ENDED)
             await self.kill()
-            reason = self.last_words() or err.message
+            reason = self.last_error() or err.message
             if killed and child.returncode == -signal.SIGKILL:
-                reason = "it was killed, by somebody or because memory is out"
+                reason = "it was killed, by somebody or by the OOM killer"
             raise SevhopError(f"the destination did not start: {reason}") from err
         except BaseException:
             await self.kill()
             raise
         return self
 
-    def last_words(self) -> str:
-        """The last thing QEMU said while it was ours, in one line; empty when it said nothing."""
-        return said[-1] if (said := self.said()) else ""
+    def last_error(self) -> str:
+        """The last line of :meth:`log_lines`; empty when there is none."""
+        return log_lines[-1] if (log_lines := self.log_lines()) else ""
 
-    def said(self) -> list[str]:
-        """What QEMU said while it was ours, line by line, but for warnings."""
+    def log_lines(self) -> list[str]:
+        """What QEMU has printed to stderr until the hop was over, without warnings."""
         if self._log is None:
             return []
         self._log.seek(0)
@@ -214,7 +223,7 @@ class Destination:
         return [line for line in lines if line and "warning:" not in line]
 
     def protect(self, oom_score_adj: int, note: Callable[[str], None]) -> None:
-        """It has the guest: it is not the first any more to be ended when memory is out."""
+        """It has the guest: it is no longer the first choice of the OOM killer."""
         try:
             launch.set_oom_score_adj(self.process.pid, oom_score_adj)
         except OSError as err:
@@ -222,27 +231,27 @@ class Destination:
 
     async def kill(self) -> None:
         """
-        End the destination and see that it has ended.
+        Kill the destination, and wait until it has exited.
 
-        :raises SevhopError: it is still there. The source must not run then.
+        :raises SevhopError: it still exists. The source must not run then.
         """
-        if hasattr(self, "monitor"):
-            await self.monitor.close()
+        if self._monitor is not None:
+            await self._monitor.close()
         self.process.kill()
         gone = await self.process.wait(KILL_TIMEOUT)
         if not gone:
-            raise SevhopError(f"the destination (process {self.process.pid}) cannot be killed")
+            raise SevhopError(f"cannot kill the destination (process {self.process.pid})")
         if self._child is not None:
             self._child.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     async def release(self) -> None:
-        """Hang up and let it live on. Nobody can reach this monitor any more."""
+        """Disconnect, and leave it running. Nobody can connect to this monitor any more."""
         await self.leave()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     async def leave(self) -> None:
-        """Hang up and let it live on, for somebody else to :meth:`reach`."""
+        """Disconnect, and leave it running, for another process to :meth:`reach`."""
         await self.monitor.close()
         self.process.close()
         if self._log is not None:
@@ -251,21 +260,21 @@ class Destination:
 
 def _spawn(
     command: Sequence[str],
-    surroundings: Surroundings,
+    launch_context: LaunchContext,
     environment: dict[str, str],
     *,
     stderr: int,
     keep: Sequence[int],
 ) -> subprocess.Popen[bytes]:
-    identity = surroundings.identity
+    identity = launch_context.identity
     if identity is None:
         return subprocess.Popen(
             command,
-            cwd=surroundings.working_directory,
+            cwd=launch_context.working_directory,
             env=environment,
-            umask=surroundings.credentials.umask,
+            umask=launch_context.credentials.umask,
             stdin=subprocess.DEVNULL,
-            stdout=surroundings.stdout,
+            stdout=launch_context.stdout,
             stderr=stderr,
             pass_fds=keep,
             start_new_session=True,
@@ -274,17 +283,17 @@ def _spawn(
         command,
         environment,
         identity,
-        directory=surroundings.directory,
+        directory=launch_context.directory,
         cgroups=identity.confinement.cgroups_to_join(),
         keep=keep,
-        stdout=surroundings.stdout,
+        stdout=launch_context.stdout,
         stderr=stderr,
     )
 
 
-def _place(pid: int, surroundings: Surroundings) -> None:
-    """Give a process that has started as ourselves the limits of the source."""
-    for number, limit in surroundings.limits.items():
+def _place(pid: int, launch_context: LaunchContext) -> None:
+    """Give a process that runs as ourselves the limits of the source."""
+    for number, limit in launch_context.limits.items():
         with contextlib.suppress(OSError, ValueError):
             resource.prlimit(pid, number, limit)
     with contextlib.suppress(OSError):
@@ -292,7 +301,7 @@ def _place(pid: int, surroundings: Surroundings) -> None:
 
 
 def _duplicate_or_null(source: QemuProcess, number: int) -> int:
-    """The source's standard output or error, so that the guest's messages go on in the same place."""
+    """The source's standard output or error, so that the destination's messages go to the same place."""
     with contextlib.suppress(SevhopError):
         return source.duplicate(number)
     return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -2,17 +2,16 @@
 Recover for a domain of libvirt: see :mod:`sevhop.engine.recovery`.
 
 ===================================  ==================================================================
-its old QEMU is there                it goes on in there, the keeper lets go
-the keeper waits                     the domain is restored from the image, in the new emulator, or the old
+its old QEMU is alive                it is resumed there, and the keeper is released
+the guest is in the keeper           the domain is restored from the image, in the new emulator, or the old
 somebody restores it                 that is waited for
-it runs, the keeper is done          the persistent definition gets the new emulator
-it ran there, and that QEMU ended    the guest is gone, which is said
-neither a QEMU nor a keeper          the guest is gone, which is said
+it runs in the new QEMU              the persistent definition gets the new emulator
+it ran there, and that QEMU exited   the guest is reported as gone
+neither a QEMU nor a keeper          the guest is reported as gone
 ===================================  ==================================================================
 
-The domain is the one with the UUID in the journal, whatever it is called now, and another one of its name is none of
-ours. A QEMU that this hop did not start is never ended: if one runs the domain while its guest is held, that is for a
-person to decide.
+The domain is identified by the UUID in the journal, not by its name. A QEMU that this hop did not start is never
+terminated: if one runs the domain while its guest is suspended in the keeper, manual action is required.
 """
 
 from __future__ import annotations
@@ -27,36 +26,37 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
-from ..errors import NeedsRecover
+from ..errors import RecoveryRequired
 from ..guest import runtime_settings
-from ..keeper.client import KeeperError, KeeperProcess, State
+from ..keeper.client import KeeperClient, KeeperError
+from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import NO_DOMAIN, Connection, Domain, DomainError
 from ..records import run_directory
-from ..records.journal import Entry, Journal
-from . import upgrade
-from .hop import STOPPED
-from .recovery_result import End, Recovered
+from ..records.journal import HopRecord, Journal
+from .finish import STOPPED
+from .recovery_result import RecoveredGuest, RecoveryOutcome
+from .upgrade_restore import define_emulator
 
-#: Seconds for which something is waited for that is under way, such as a restore that somebody else has begun.
+#: Seconds for which an operation in progress is waited for, such as a restore by another client.
 RESTORE_TIMEOUT = 60.0
 _POLL = 0.05
 
 
-async def finish_or_undo(mine: Journal, *, named: bool) -> Recovered:
+async def complete_or_roll_back(mine: Journal, *, named: bool) -> RecoveredGuest:
     """
-    Bring the hop of a domain to its end.
+    Complete the hop of a domain, or roll it back.
 
-    :param named: whether it was asked for this domain. One that was prepared on purpose waits for that.
-    :raises SevhopError: that is not possible now; nothing of the guest is lost by it.
+    :param named: whether the caller has named this domain. An upgrade that was prepared on purpose waits for that.
+    :raises SevhopError: that is not possible now; nothing of the guest is lost.
     """
-    entry = mine.entry
-    connection = await Connection.open(entry.uri)
+    record = mine.record
+    connection = await Connection.open(record.uri)
     try:
-        keeper = await _keeper(entry)
-        source = entry.source.open()
+        keeper = await _keeper(record)
+        source = record.source.open()
         try:
-            return await _Interrupted(entry, connection, keeper, source).finish_or_undo(named)
+            return await _InterruptedUpgrade(record, connection, keeper, source).complete_or_roll_back(named)
         finally:
             if keeper is not None:
                 keeper.close()
@@ -66,13 +66,13 @@ async def finish_or_undo(mine: Journal, *, named: bool) -> Recovered:
         connection.close()
 
 
-async def _keeper(entry: Entry) -> KeeperProcess | None:
-    directory = Path(entry.directory) if entry.directory else run_directory.hop_of(entry.guest)
+async def _keeper(record: HopRecord) -> KeeperClient | None:
+    directory = Path(record.directory) if record.directory else run_directory.hop_of(record.guest)
     if directory is None:
         return None
     try:
-        keeper = await KeeperProcess.connect(directory)
-        if (await keeper.status())["uuid"] == entry.uuid:
+        keeper = await KeeperClient.connect(directory)
+        if (await keeper.status())["uuid"] == record.uuid:
             return keeper
         keeper.close()
     except KeeperError:
@@ -80,42 +80,42 @@ async def _keeper(entry: Entry) -> KeeperProcess | None:
     return None
 
 
-class _Interrupted:
-    """A hop that was broken off."""
+class _InterruptedUpgrade:
+    """An upgrade that was interrupted."""
 
     def __init__(
         self,
-        entry: Entry,
+        record: HopRecord,
         connection: Connection,
-        keeper: KeeperProcess | None,
+        keeper: KeeperClient | None,
         source: QemuProcess | None,
     ) -> None:
-        self._entry = entry
+        self._record = record
         self._connection = connection
         self._keeper = keeper
         self._source = source
 
-    async def finish_or_undo(self, named: bool) -> Recovered:
+    async def complete_or_roll_back(self, named: bool) -> RecoveredGuest:
         state = await self._settled()
         if self._source is not None and state in (State.HELD, None):
-            return await self._go_on_in_source(self._source)
-        if state is State.WAITING and self._entry.phase == "prepared" and not named:
-            return Recovered(
-                self._entry.guest,
-                End.UNDER_WAY,
-                f"held; go on with virsh restore {self._kept().image}, or sevhop recover {self._entry.guest}",
+            return await self._resume_source(self._source)
+        if state is State.WAITING and self._record.phase == "prepared" and not named:
+            return RecoveredGuest(
+                self._record.guest,
+                RecoveryOutcome.IN_PROGRESS,
+                f"suspended in the keeper; resume it with: virsh restore {self._required_keeper().image}",
             )
         if state is State.WAITING:
             return await self._restore()
         if state is State.OVER:
             return await self._define()
         if state is State.LOST:
-            await self._let_go()
-            return Recovered(self._entry.guest, End.GONE, "it ran in the new QEMU, which has ended")
+            await self._release_keeper()
+            return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, "it ran in the new QEMU, which has exited")
         return await self._without_keeper()
 
     async def _settled(self) -> State | None:
-        """How far the keeper has come, when nothing is under way any more; None without a keeper."""
+        """The state of the keeper, when nothing is in progress any more; None without a keeper."""
         if self._keeper is None:
             return None
         deadline = time.monotonic() + RESTORE_TIMEOUT
@@ -127,29 +127,32 @@ class _Interrupted:
                 return None
             state = State(status["state"])
             if state is State.RESTORING and not await self._active():
-                # Its last restore came to nothing, and it may be tried again.
+                # Its last restore has failed, and may be retried.
                 return State.WAITING
             if state not in (State.RETIRING, State.RESTORING, State.COMMITTED):
                 return state
-            if state is State.COMMITTED and not self._entry.running:
+            if state is State.COMMITTED and not self._record.running:
                 return State.OVER  # the guest stays paused
             if time.monotonic() > deadline:
-                raise NeedsRecover(f"what the keeper does comes to no end: it is {state.value}", "see virsh list")
+                raise RecoveryRequired(
+                    f'keeper stuck in state "{state.value}" for {RESTORE_TIMEOUT:g} s',
+                    "see virsh list; then run sevhop recover again",
+                )
             await asyncio.sleep(_POLL)
 
-    def _kept(self) -> KeeperProcess:
+    def _required_keeper(self) -> KeeperClient:
         assert self._keeper is not None
         return self._keeper
 
     async def _domain(self) -> Domain:
-        domain = await self._connection.domain_with(self._entry.uuid)
+        domain = await self._connection.domain_with(self._record.uuid)
         if domain is None:
-            raise SevhopError(f"libvirt knows no domain with UUID {self._entry.uuid}", "see virsh list --all")
+            raise SevhopError(f"libvirt knows no domain with UUID {self._record.uuid}", "see virsh list --all")
         return domain
 
     async def _active(self) -> Domain | None:
-        """The domain, if it has a QEMU as far as libvirt knows. One that was not persistent is unknown without."""
-        domain = await self._connection.domain_with(self._entry.uuid)
+        """The domain, if it is active in libvirt. A transient domain is unknown otherwise."""
+        domain = await self._connection.domain_with(self._record.uuid)
         try:
             return domain if domain is not None and await domain.active() else None
         except DomainError as err:
@@ -157,8 +160,8 @@ class _Interrupted:
                 return None
             raise
 
-    async def _see_nobody_else_runs_it(self) -> None:
-        """:raises NeedsRecover: the domain has a QEMU, which this hop did not start."""
+    async def _verify_not_started_by_another(self) -> None:
+        """:raises RecoveryRequired: the domain has a QEMU that this hop did not start."""
         domain = await self._active()
         if domain is None:
             return
@@ -166,75 +169,77 @@ class _Interrupted:
             pid = domain.living_pid()
         except DomainError as err:
             if await self._active() is None:
-                return  # it has just ended
-            raise NeedsRecover(f"domain {domain.name} is active while its guest is held: {err.message}") from err
-        if pid is not None and not self._kept().has_started(pid):
-            raise NeedsRecover(
-                f"somebody has started domain {domain.name} while its guest is held: process {pid} is not of this hop",
-                f"decide which of the two is to live: to go on with the one that is held, run virsh destroy "
-                f"{shlex.quote(domain.name)}, then sevhop recover {shlex.quote(self._entry.guest)}",
+                return  # it has just exited
+            raise RecoveryRequired(
+                f"domain {domain.name} is active while its guest is suspended in the keeper: {err.message}"
+            ) from err
+        if pid is not None and not self._required_keeper().has_started(pid):
+            raise RecoveryRequired(
+                f"somebody else runs domain {domain.name} (process {pid}) while its guest is suspended in the keeper",
+                f"decide which of the two to keep: for the guest in the keeper, run virsh destroy "
+                f"{shlex.quote(domain.name)}, then sevhop recover {shlex.quote(self._record.guest)}",
             )
-        # A destination that failed, or has ended without libvirt noticing; not one that is about to run after all.
-        await self._kept().revoke()
-        await domain.end()
+        # A destination that failed, or that has exited unnoticed by libvirt; not one that is about to run the guest.
+        await self._required_keeper().revoke()
+        await domain.destroy()
 
-    async def _go_on_in_source(self, source: QemuProcess) -> Recovered:
+    async def _resume_source(self, source: QemuProcess) -> RecoveredGuest:
         source.thaw()  # a keeper that was killed may have left it halted
         domain = await self._domain()
         if domain.living_pid() != source.pid:
-            raise NeedsRecover(
-                f"its old QEMU (process {source.pid}) is there, but libvirt has another one for domain {domain.name}",
-                "see which of the two has the guest",
+            raise RecoveryRequired(
+                f"its old QEMU (process {source.pid}) is alive, but libvirt has another one for domain {domain.name}",
+                "find out which of the two has the guest",
             )
         monitor = await domain.monitor()
         status = await monitor.execute("query-status")
         # One that has shut down since, had an I/O error, or was paused by somebody else, stays as it is.
-        ours = status["running"] or (status["status"] in STOPPED and self._entry.stopped)
-        if self._entry.running and ours and not await domain.running():
+        ours = status["running"] or (status["status"] in STOPPED and self._record.stopped)
+        if self._record.running and ours and not await domain.running():
             await domain.resume()
         elif not status["running"]:
             await block_graph.activate(monitor)
         await block_graph.activate_spares(monitor)
         with contextlib.suppress(SevhopError):
             await monitor.remove_fds()
-        await self._let_go()
-        return Recovered(self._entry.guest, End.SOURCE)
+        await self._release_keeper()
+        return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE)
 
-    async def _restore(self) -> Recovered:
-        keeper = self._kept()
-        await self._see_nobody_else_runs_it()
+    async def _restore(self) -> RecoveredGuest:
+        keeper = self._required_keeper()
+        await self._verify_not_started_by_another()
         try:
             await self._connection.restore(str(keeper.image))
         except SevhopError as err:
             reason = (await keeper.status())["reason"] or err.message
-            await keeper.use(self._entry.old)
+            await keeper.use(self._record.old)
             try:
                 await self._connection.restore(str(keeper.image))
             except SevhopError as again:
-                raise NeedsRecover(
+                raise RecoveryRequired(
                     f"{reason}; in the old emulator: {again.message}",
-                    f"the guest is held; try again with: virsh restore {keeper.image}",
+                    f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}",
                 ) from again
             text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])
-            await self._take_images()
-            await self._let_go()
-            return Recovered(self._entry.guest, End.SOURCE, text)
+            await self._activate_images()
+            await self._release_keeper()
+            return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, text)
         return await self._define()
 
-    async def _define(self) -> Recovered:
+    async def _define(self) -> RecoveredGuest:
         note = ""
         try:
-            await upgrade.define(self._connection, self._entry.uuid, self._entry.new)
+            await define_emulator(self._connection, self._record.uuid, self._record.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = f"the persistent definition still has the old emulator: {err}"
         notes = await self._finish_settings()
-        await self._take_images()
-        await self._let_go()
-        return Recovered(self._entry.guest, End.DESTINATION, "; ".join(filter(None, [note, *notes])))
+        await self._activate_images()
+        await self._release_keeper()
+        return RecoveredGuest(self._record.guest, RecoveryOutcome.DESTINATION, "; ".join(filter(None, [note, *notes])))
 
-    async def _take_images(self) -> None:
-        """A paused guest has no reason to take its images by itself. If it cannot, it does when it is resumed."""
-        if not self._entry.running:
+    async def _activate_images(self) -> None:
+        """Activate the images of a paused guest. If that fails, they are activated when it is resumed."""
+        if not self._record.running:
             with contextlib.suppress(SevhopError):
                 await block_graph.activate(await (await self._domain()).monitor())
 
@@ -246,21 +251,23 @@ class _Interrupted:
             domain = await self._domain()
             monitor, pid = await domain.monitor(), domain.pid()
         except SevhopError as err:
-            return [f"whether all is set as it was cannot be told: {err.message}"]
-        moved = self._entry.context != "none"
+            return [f"cannot verify the run-time settings: {err.message}"]
+        moved = self._record.context != "none"
         return await runtime_settings.finish(self._keeper.directory, monitor, pid, moved=moved)
 
-    async def _without_keeper(self) -> Recovered:
-        """Its old QEMU has ended, and no keeper is left."""
+    async def _without_keeper(self) -> RecoveredGuest:
+        """Its old QEMU has exited, and there is no keeper."""
         domain = await self._active()
         if domain is None:
-            return Recovered(
-                self._entry.guest, End.GONE, "neither a QEMU nor a keeper has its memory; start it afresh"
+            return RecoveredGuest(
+                self._record.guest,
+                RecoveryOutcome.GONE,
+                "neither a QEMU nor a keeper has its memory; start the guest again",
             )
-        if domain_xml.describe(await domain.xml()).emulator == self._entry.new:
+        if domain_xml.describe(await domain.xml()).emulator == self._record.new:
             return await self._define()
-        return Recovered(self._entry.guest, End.SOURCE, "in a new process")
+        return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, "in a new process")
 
-    async def _let_go(self) -> None:
+    async def _release_keeper(self) -> None:
         if self._keeper is not None:
             await self._keeper.release()

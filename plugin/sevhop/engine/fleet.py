@@ -1,12 +1,12 @@
 """
 Upgrades of several domains, a few at a time.
 
-An upgrade that fails lets no other begin, and so does a domain that was named and is refused; those that are under way
-go on to their ends. Where domains were chosen by a rule instead (all, or all that are outdated), one that is refused
-stops nothing: it was not touched, and nobody has said that it can hop. An interruption undoes all that are under way
-and lets no other begin, whatever was asked for.
+After an upgrade has failed no other begins, nor after a domain that was named is refused; those in progress are
+completed. Where domains were selected by a rule instead (all, or all that are outdated), one that is refused is skipped
+and reported: it was not touched, and nobody has claimed that it can hop. An interruption rolls back all that are in
+progress and lets no other begin, whatever was asked for.
 
-An upgrade has one guest, so no more guests are stopped at a time than upgrades are under way.
+An upgrade has one guest, so no more guests are stopped at a time than upgrades are in progress.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from sevhop_qmp.errors import SevhopError
 
 from ..checks.status import survey
 from ..errors import Interrupted, Refused
-from ..events import Chosen, Listener, ignore
+from ..events import DomainsSelected, Listener, ignore
 from ..libvirt.connection import Connection
-from .upgrade import Options, Upgrade
+from ..options import UpgradeOptions
+from .upgrade import Upgrade
 
 
 async def all_active(uri: str) -> list[str]:
@@ -38,13 +39,13 @@ async def all_active(uri: str) -> list[str]:
 
 async def all_outdated(uri: str, emulator: str | None) -> list[str]:
     """
-    The names of those active domains that an upgrade would change, and of those for which that cannot be told.
+    The names of those active domains that an upgrade would change, and of those for which that is unknown.
 
     :param emulator: the QEMU to go to; by default each domain's own, as it is on disk now.
     :raises SevhopError: libvirt does not answer.
     """
     rows = await survey(uri, (), emulator)
-    return [row.name for row in rows if row.outdated or (row.obstacle and not row.running)]
+    return [row.name for row in rows if row.outdated or (row.blocker and not row.running_version)]
 
 
 class Fleet:
@@ -58,38 +59,38 @@ class Fleet:
         self,
         uri: str,
         names: Sequence[str],
-        options: Options,
+        options: UpgradeOptions,
         *,
-        chosen: bool = False,
+        by_rule: bool = False,
         jobs: int = 1,
         keep_going: bool = False,
         listener: Listener = ignore,
     ) -> None:
         """
-        :param chosen: whether the domains were chosen by a rule, not named.
-        :param jobs: how many may be under way at a time.
-        :param keep_going: begin further ones when one fails or is refused.
+        :param by_rule: whether the domains were selected by a rule, not named.
+        :param jobs: how many may be in progress at a time.
+        :param keep_going: begin further ones after one has failed or was refused.
         """
         self.upgrades: list[Upgrade] = []
         self._uri = uri
         self._names = tuple(dict.fromkeys(names))
         self._options = options
-        self._chosen = chosen
+        self._by_rule = by_rule
         self._jobs = jobs
         self._keep_going = keep_going
         self._listener = listener
-        self._over = False
+        self._stopping = False
         self._interrupted = False
 
     async def run(self) -> None:
         """
-        Upgrade. What becomes of each is in its report, and the listener is told.
+        Upgrade. The outcome of each is in its report, and reported to the listener.
 
-        :raises Interrupted: one was undone, or not begun, since somebody has asked for that.
+        :raises Interrupted: one was rolled back, or not begun, because of :meth:`interrupt`.
         """
-        self._listener(Chosen(self._names))
+        self._listener(DomainsSelected(self._names))
         waiting = iter(self._names)
-        workers = [asyncio.ensure_future(self._work_off(waiting)) for _ in range(min(self._jobs, len(self._names)))]
+        workers = [asyncio.ensure_future(self._work(waiting)) for _ in range(min(self._jobs, len(self._names)))]
         if workers:
             await asyncio.wait(workers)
         for worker in workers:
@@ -98,24 +99,24 @@ class Fleet:
             raise Interrupted("interrupted")
 
     def interrupt(self) -> bool:
-        """Undo those under way that still can be undone, and begin no other. :return: whether there was one of them."""
-        self._over = True
-        undone = [upgrade.interrupt() for upgrade in self.upgrades if not upgrade.report.outcome]
-        self._interrupted = self._interrupted or any(undone) or len(self.upgrades) < len(self._names)
-        return any(undone)
+        """Roll back those in progress that are not committed, and begin no other. :return: whether there was one."""
+        self._stopping = True
+        interrupted = [upgrade.interrupt() for upgrade in self.upgrades if not upgrade.report.outcome]
+        self._interrupted = self._interrupted or any(interrupted) or len(self.upgrades) < len(self._names)
+        return any(interrupted)
 
-    async def _work_off(self, waiting: Iterator[str]) -> None:
-        while not self._over and (name := next(waiting, None)) is not None:
+    async def _work(self, waiting: Iterator[str]) -> None:
+        while not self._stopping and (name := next(waiting, None)) is not None:
             upgrade = Upgrade(self._uri, name, self._options, self._listener)
             self.upgrades.append(upgrade)
             try:
                 await upgrade.run()
             except SevhopError as err:
-                if not self._goes_on_after(err):
-                    self._over = True
+                if not self._continues_after(err):
+                    self._stopping = True
             except BaseException:
-                self._over = True
+                self._stopping = True
                 raise
 
-    def _goes_on_after(self, error: SevhopError) -> bool:
-        return self._keep_going or (self._chosen and isinstance(error, Refused))
+    def _continues_after(self, error: SevhopError) -> bool:
+        return self._keep_going or (self._by_rule and isinstance(error, Refused))

@@ -1,13 +1,13 @@
 """
-The paths under which a guest is known: its sockets and its pid file. When a hop is over they lead to the destination.
+The paths under which a guest is known: its sockets and its pid file. After a hop they lead to the destination.
 
-The destination listens at the very sockets of the source, but the source, when it ends, removes their paths. So each
-gets a second name before that, which is renamed afterwards. The destination writes its pid file under another name,
+The destination listens on the source's own sockets, but the source, when it exits, removes their paths. So each
+gets a second link before that, which is renamed afterwards. The destination writes its pid file under another name,
 which takes the place of the source's.
 
-We are root, and QEMU's user may write to these directories: exchange one for a link to another, or put something else
-in the place of a file. So a directory is the one that it was when the hop began (device and inode), both names of a
-file are in that one, and nothing is given a name but the socket or the pid file that was seen there before.
+We are root, and QEMU's user may write to these directories: replace one by a link to another, or a file by something
+else. So a directory must be the one that it was when the hop began (device and inode), both names of a file are in that
+one, and nothing is linked or renamed but the socket or the pid file that was found there before.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Identity = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class NamePlates:
+class GuestPaths:
     """
     Paths, all absolute.
 
     :ivar sockets: (path, second name) of each socket.
     :ivar pidfile: (path that the destination writes, path it must have in the end), if there is one.
-    :ivar directories: which ones these paths are in.
-    :ivar files: what is at the paths of the sockets, and at the last one of the pid file, if anything is.
+    :ivar directories: identity of each directory that these paths are in.
+    :ivar files: identity of what is at the paths of the sockets, and at the final one of the pid file, if anything is.
     """
 
     sockets: list[tuple[str, str]]
@@ -48,7 +48,7 @@ class NamePlates:
     @classmethod
     def of(cls, working_directory: str, listeners: Iterable[Address], pidfile: tuple[str, str] | None) -> Self:
         """
-        The name plates of a guest.
+        The paths of a guest.
 
         :param working_directory: of source and destination.
         :param listeners: where the source listens.
@@ -60,14 +60,14 @@ class NamePlates:
             name = address[1]
             if address[0] == socket.AF_UNIX and not name.startswith("\0"):
                 path = Path(working_directory, name)
-                if self._see(str(path), stat.S_ISSOCK):
+                if self._identify(str(path), stat.S_ISSOCK):
                     self.sockets.append((str(path), str(path.with_name(f".{path.name[:16]}.{secrets.token_hex(8)}"))))
         if self.pidfile is not None:
-            self._see(self.pidfile[1], stat.S_ISREG)
+            self._identify(self.pidfile[1], stat.S_ISREG)
         return self
 
-    def _see(self, path: str, kind: Any) -> bool:
-        """Note what is at a path, and in which directory; whether it is of a kind."""
+    def _identify(self, path: str, kind: Any) -> bool:
+        """Record the identity of a file and its directory. :return: whether the file is of that kind."""
         directory, name = os.path.split(path)
         with contextlib.suppress(OSError):
             fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -81,24 +81,24 @@ class NamePlates:
                 return True
         return False
 
-    def as_facts(self) -> dict[str, Any]:
+    def as_fields(self) -> dict[str, Any]:
         """For the journal."""
         return asdict(self)
 
     @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> Self:
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
         """
-        Back again.
+        From the journal.
 
-        :raises ValueError, TypeError, KeyError: these are none.
+        :raises ValueError, TypeError, KeyError: the fields are invalid.
         """
-        sockets = [(str(path), str(spare)) for path, spare in facts["sockets"]]
-        pidfile = facts["pidfile"]
-        directories, files = _identities(facts["directories"]), _identities(facts["files"])
+        sockets = [(str(path), str(spare)) for path, spare in fields["sockets"]]
+        pidfile = fields["pidfile"]
+        directories, files = _identities(fields["directories"]), _identities(fields["files"])
         return cls(sockets, pidfile and (str(pidfile[0]), str(pidfile[1])), directories, files)
 
-    def keep(self) -> None:
-        """Before the source ends: second names for its sockets."""
+    def link(self) -> None:
+        """Before the source exits: second links for its sockets."""
         for path, spare in self.sockets:
             with contextlib.suppress(OSError, SevhopError), self._directory(path) as fd:
                 name, second = os.path.basename(path), os.path.basename(spare)
@@ -106,51 +106,51 @@ class NamePlates:
                 if _at(second, fd) != self.files.get(path):
                     os.unlink(second, dir_fd=fd)
 
-    def hand_over(self) -> list[str]:
+    def publish(self) -> list[str]:
         """
-        When it has ended: its names are the destination's.
+        When the source has exited: give its names to the destination's sockets and pid file.
 
-        :return: what was not done since somebody has meddled.
+        :return: what was not done, because somebody else has changed it.
         """
         notes = []
         for path, spare in self.sockets:
             with contextlib.suppress(OSError):
                 try:
-                    self._hand_over_socket(path, spare)
+                    self._publish_socket(path, spare)
                 except SevhopError as err:
                     notes.append(err.message)
         if self.pidfile is not None:
             with contextlib.suppress(OSError):
                 try:
-                    self._hand_over_pidfile(*self.pidfile)
+                    self._publish_pidfile(*self.pidfile)
                 except SevhopError as err:
                     notes.append(err.message)
         return notes
 
-    def _hand_over_socket(self, path: str, spare: str) -> None:
+    def _publish_socket(self, path: str, spare: str) -> None:
         with self._directory(path) as fd:
             name, second = os.path.basename(path), os.path.basename(spare)
             there = _at(second, fd)
             if there is None:
                 return  # this was done before
             if there != self.files.get(path):
-                raise SevhopError(f"{spare} is not what it was: {path} may not lead to the new QEMU")
+                raise SevhopError(f"somebody has replaced {spare}: {path} may not lead to the new QEMU")
             if _at(name, fd) is not None:
                 os.unlink(second, dir_fd=fd)
             else:
                 os.rename(second, name, src_dir_fd=fd, dst_dir_fd=fd)
 
-    def _hand_over_pidfile(self, temporary: str, final: str) -> None:
+    def _publish_pidfile(self, temporary: str, final: str) -> None:
         with self._directory(final) as fd:
             name, first = os.path.basename(final), os.path.basename(temporary)
             if not stat.S_ISREG(os.stat(first, dir_fd=fd, follow_symlinks=False).st_mode):
-                raise SevhopError(f"{temporary} is not a file any more: there is no pid file")
+                raise SevhopError(f"{temporary} is not a regular file any more: there is no pid file")
             if (there := _at(name, fd)) is not None and there != self.files.get(final):
-                raise SevhopError(f"{final} is not the source's pid file any more: that of the new QEMU is {temporary}")
+                raise SevhopError(f"somebody has replaced {final}: the pid file of the new QEMU is {temporary}")
             os.replace(first, name, src_dir_fd=fd, dst_dir_fd=fd)
 
-    def take_back(self) -> None:
-        """The source stays: what was made for the destination goes away."""
+    def discard(self) -> None:
+        """The hop is rolled back: remove what was made for the destination."""
         made = [spare for _, spare in self.sockets] + ([self.pidfile[0]] if self.pidfile else [])
         for path in made:
             with contextlib.suppress(OSError, SevhopError), self._directory(path) as fd:
@@ -161,14 +161,14 @@ class NamePlates:
         """
         The directory of a path.
 
-        :raises SevhopError: it is another one than it was.
+        :raises SevhopError: it was replaced.
         :raises OSError: there is none.
         """
         directory = os.path.dirname(path)
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if _identity(os.fstat(fd)) != self.directories.get(directory):
-                raise SevhopError(f"{directory} is not the directory that it was: {path} is left as it is")
+                raise SevhopError(f"somebody has replaced the directory {directory}: {path} is left as it is")
             yield fd
         finally:
             os.close(fd)
@@ -179,16 +179,16 @@ def _identity(file: os.stat_result) -> Identity:
 
 
 def _at(name: str, directory: int) -> Identity | None:
-    """What is there; None if nothing is."""
+    """The identity of a file in a directory; None if there is none."""
     try:
         return _identity(os.stat(name, dir_fd=directory, follow_symlinks=False))
     except FileNotFoundError:
         return None
 
 
-def _identities(facts: object) -> dict[str, Identity]:
+def _identities(fields: object) -> dict[str, Identity]:
     found = {}
-    for path, (device, inode) in dict(facts).items():  # type: ignore[call-overload]
+    for path, (device, inode) in dict(fields).items():  # type: ignore[call-overload]
         if not isinstance(device, int) or not isinstance(inode, int):
             raise ValueError(f"{device!r}, {inode!r} is no file")
         found[str(path)] = (device, inode)

@@ -1,5 +1,5 @@
 """
-The two QEMUs of a hop outside libvirt that was interrupted: what is seen of them, and what can be done to them.
+The two QEMUs of an interrupted hop outside libvirt: what they do now, and what can be done to them.
 
 :mod:`sevhop.engine.ownership` decides what is done, and :mod:`sevhop.engine.recovery` does it by what is here.
 """
@@ -19,19 +19,19 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..disks import block_graph
-from ..errors import NeedsRecover
-from ..records.journal import Entry
+from ..errors import RecoveryRequired
+from ..records.journal import HopRecord
 from . import ownership
 from .destination import Destination
-from .guest_paths import NamePlates
-from .hop import let_run, resume_source, retire
+from .finish import finish, resume_guest, resume_source
+from .guest_paths import GuestPaths
 
 
 class OldQemu:
     """
     The source.
 
-    :param process: None if it has ended.
+    :param process: None if it has exited.
     :param monitor: path of its QMP socket.
     :param mark: inode of the run mark that it was given.
     :param timeout: seconds for each step.
@@ -48,11 +48,11 @@ class OldQemu:
 
     @property
     def alive(self) -> bool:
-        """Whether it is there; a halted one is."""
+        """Whether the process exists; a halted one does."""
         return self.process is not None and self.process.alive
 
     def run_state(self) -> RunState | None:
-        """What the mark tells that the hop has given to it; None if it is not there."""
+        """The run mark that the hop has given to it; None if it has none."""
         if self.process is None or not self._mark:
             return None
         try:
@@ -66,8 +66,8 @@ class OldQemu:
         finally:
             mark.close()
 
-    async def look(self) -> ownership.Source:
-        """What it does. It is asked only if it is not halted."""
+    async def probe(self) -> ownership.Source:
+        """What it does. It is queried only if it is not halted."""
         if self.process is None or not self.process.alive:
             return ownership.Source.ENDED
         if self.process.frozen:
@@ -81,25 +81,25 @@ class OldQemu:
 
     async def halt(self) -> None:
         """
-        From now on it executes nothing, so nobody can have it run the guest.
+        From now on it executes nothing, so nobody can resume the guest in it.
 
-        :raises NeedsRecover: somebody has, since the last :meth:`look`; or it cannot be halted.
+        :raises RecoveryRequired: somebody has, since the last :meth:`probe`; or it cannot be halted.
         """
         if self.process is None or self.process.frozen:
             return
         halted = await self.process.freeze(self._timeout)
         if not halted and self.process.alive:
-            raise NeedsRecover(f"the old QEMU (process {self.process.pid}) cannot be halted")
-        if self._monitor is not None and self._resumes is not None and await self._monitor.seen(self._resumes):
-            raise NeedsRecover("its old QEMU was continued by somebody else")
+            raise RecoveryRequired(f"cannot halt the old QEMU (process {self.process.pid})")
+        if self._monitor is not None and self._resumes is not None and await self._monitor.has_events(self._resumes):
+            raise RecoveryRequired("somebody else has resumed the old QEMU")
 
     async def resume(self, *, running: bool) -> str:
         """
-        Let it go on.
+        Continue the process, and resume the guest.
 
         :param running: whether the guest is to run.
         :return: its run state.
-        :raises SevhopError: it does not.
+        :raises SevhopError: it cannot be resumed.
         """
         assert self.process is not None
         self.process.thaw()
@@ -110,7 +110,7 @@ class OldQemu:
         return state
 
     async def terminate(self) -> None:
-        """What it has is of the past."""
+        """Kill it: its state is outdated."""
         if self.process is not None:
             self.process.kill()
             await self.process.wait(self._timeout)
@@ -124,7 +124,7 @@ class OldQemu:
 
     async def _connected(self) -> Monitor:
         """
-        :raises MonitorError: it does not answer, or the path is somebody else's.
+        :raises MonitorError: it does not answer, or the path leads to another process.
         """
         assert self.process is not None
         if self._monitor is not None and self._monitor.closed:
@@ -140,12 +140,12 @@ class OldQemu:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ProbedDestination:
     """
-    What a destination is seen to do.
+    What a destination was probed to do.
 
     :ivar ran, moved: see :class:`sevhop_qmp.adopt.AdoptStatus`; ``ran`` is None if it does not answer.
-    :ivar status: of its guest, in QEMU's words.
+    :ivar status: QEMU's run state.
     """
 
     destination: ownership.Destination
@@ -158,7 +158,7 @@ class NewQemu:
     """
     The destination.
 
-    :param process: None if it has ended, or was never started.
+    :param process: None if it has exited, or was never started.
     :param directory: that its monitor is in.
     :param timeout: seconds for each step.
     """
@@ -171,71 +171,73 @@ class NewQemu:
 
     @property
     def alive(self) -> bool:
-        """Whether it is there; a halted one is."""
+        """Whether the process exists; a halted one does."""
         return self.process is not None and self.process.alive
 
-    async def look(self) -> Seen:
-        """What it does, and what it tells of itself."""
+    async def probe(self) -> ProbedDestination:
+        """What it does, and what it reports."""
         if self.process is None or not self.process.alive:
-            return Seen(ownership.Destination.ENDED)
+            return ProbedDestination(ownership.Destination.ENDED)
         try:
             monitor = (await self._destination()).monitor
             adopted = await adopt.adopt_status(monitor)
             status = await monitor.execute("query-status")
         except SevhopError:
             await self.close()
-            return Seen(ownership.Destination.SILENT if self.alive else ownership.Destination.ENDED)
+            return ProbedDestination(ownership.Destination.SILENT if self.alive else ownership.Destination.ENDED)
         if status["running"]:
             seen = ownership.Destination.RUNS
         elif status["status"] == "inmigrate":
             seen = ownership.Destination.LOADING
         else:
             seen = ownership.Destination.LOADED
-        return Seen(seen, adopted.ran, adopted.moved, str(status["status"]))
+        return ProbedDestination(seen, adopted.ran, adopted.moved, str(status["status"]))
 
     async def halt(self) -> None:
-        """It executes nothing until it is told to :meth:`go_on`, or is terminated."""
+        """It executes nothing until :meth:`thaw`, or until it is terminated."""
         if self.process is not None:
             await self.process.freeze(self._timeout)
 
-    def go_on(self) -> None:
+    def thaw(self) -> None:
         """Undo :meth:`halt`."""
         if self.process is not None:
             self.process.thaw()
 
     async def terminate(self) -> None:
         """
-        It has nothing that is not elsewhere.
+        Kill it: the guest is elsewhere.
 
-        :raises SevhopError: it is still there.
+        :raises SevhopError: it still exists.
         """
         if self.process is not None:
             await self.close()
             await Destination(self.process, self._directory).kill()
 
-    async def let_run(self) -> None:
+    async def resume_guest(self) -> None:
         """
         :raises SevhopError: it does not run the guest.
         """
         monitor = (await self._destination()).monitor
-        await adopt.adopt_ram(monitor)  # who would be asked otherwise has died
-        await let_run(monitor)
+        await adopt.adopt_ram(monitor)  # otherwise it would report to the keeper, which is gone
+        await resume_guest(monitor)
 
-    async def take_images(self) -> None:
+    async def activate_images(self) -> None:
         """
-        The guest stays paused, so it has no reason to take them by itself.
+        The guest stays paused, so no ``cont`` activates them.
 
-        :raises SevhopError: it cannot have them.
+        :raises SevhopError: they cannot be activated.
         """
         await block_graph.activate((await self._destination()).monitor)
 
-    async def retire(self, old: OldQemu, plates: NamePlates, entry: Entry, note: Callable[[str], None]) -> bool:
-        """The guest is here: the source ends, and its paths lead to this one. See :func:`.hop.retire`."""
+    async def finish(
+        self, old: OldQemu, guest_paths: GuestPaths, record: HopRecord, note: Callable[[str], None]
+    ) -> bool:
+        """Kill the source, and let its paths lead to this one; see :func:`sevhop.engine.finish.finish`."""
         destination = await self._destination()
         self._reached = None
-        destination.protect(entry.oom_score_adj, note)
-        return await retire(
-            old.process, destination, plates, context=entry.context, timeout=self._timeout, note=note
+        destination.protect(record.oom_score_adj, note)
+        return await finish(
+            old.process, destination, guest_paths, context=record.context, timeout=self._timeout, note=note
         )
 
     async def close(self) -> None:

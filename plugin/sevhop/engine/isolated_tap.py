@@ -1,5 +1,5 @@
 """
-Tap devices in a network namespace that nothing else is in: they look to a QEMU like any other, and lead nowhere.
+Tap devices in an otherwise empty network namespace: to a QEMU they look like any other, and lead nowhere.
 
 Such a device lasts as long as its descriptors; the namespace goes with it. See Documentation/networking/tuntap.rst.
 """
@@ -26,7 +26,7 @@ def open_tap(queues: int) -> list[int]:
 
     :raises SevhopError: the host does not have such devices, or does not let us.
     """
-    # A namespace belongs to a thread: this one ends when it has opened the device.
+    # A namespace belongs to a thread: this one exits when it has opened the device.
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(_open, queues).result()
 
@@ -39,9 +39,9 @@ def _open(queues: int) -> list[int]:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
         for _ in range(queues):
             descriptors.append(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
-            fcntl.ioctl(descriptors[-1], _TUNSETIFF, struct.pack("16sH22x", b"trial", flags))
+            fcntl.ioctl(descriptors[-1], _TUNSETIFF, struct.pack("16sH22x", b"rehearsal", flags))
     except OSError as err:
         for descriptor in descriptors:
             os.close(descriptor)
-        raise SevhopError(f"no tap device can be had for a trial: {err.strerror}") from err
+        raise SevhopError(f"cannot create a tap device for the rehearsal: {err.strerror}") from err
     return descriptors

@@ -1,20 +1,21 @@
 """
-While a guest stands still, who lets it go on is not kept waiting.
+Boost the threads that take part in a hop during the downtime, so that a busy host does not prolong it.
 
 A hop is a conversation of three processes, each of which waits for another nearly all of the time. On a busy host every
-answer is late by some milliseconds, since whoever is to give it has to wait for a processor first. So for that moment
-the threads of both QEMUs and our own have a real-time priority, one of the two lowest (sched(7)): the one that reads a
-monitor, the one that does what it is told, and those that are the guest's processors, since each of these is asked for
-its state several times. None has it while the guest runs, but for the main thread, which is to stop it: whoever has it
-runs at once where it wakes up, and a processor of the guest would have to wait there although another one of the host
-may be idle. So the source's threads get it when the guest has stopped, adopt.so takes it from the destination's before
-the guest runs, and ours ends when nobody waits for us any more. The source's threads go first: all others wait for the
-state that they save, and have something else to do meanwhile, which can wait on a host with few processors.
+answer is late by some milliseconds, since the thread that gives it has to wait for a processor first. So during the
+downtime the threads of both QEMUs and our own have a realtime priority (SCHED_RR, see sched_setscheduler(2)), one of
+the two lowest: the one that reads a monitor, the one that executes the commands, and the vCPU threads, since each of
+these is asked for its state several times. None is boosted while the guest runs, but for the main thread, which has to
+stop it: a boosted thread runs at once where it wakes up, and a vCPU would have to wait there although another processor
+of the host may be idle. So the source's threads are boosted when the guest has stopped, adopt.so resets the
+destination's before the guest runs, and ours is reset when nobody waits for us any more. The source's threads come
+first: all others wait for the state that they save, and have something else to do meanwhile, which can wait on a host
+with few processors.
 
-It must not outlast us, whatever ends us. So a :class:`Watch`, a process that does nothing else, takes it back from the
-threads of both QEMUs when it sees us end; what adopt.so takes back does not depend on that.
+No boost may outlast us, even if we are killed. So a :class:`Watchdog`, a process that does nothing else, resets the
+threads of both QEMUs when it sees us exit; what adopt.so resets does not depend on that.
 
-A host may forbid all of it; then a hop takes longer, which is all.
+A host may forbid all of it; then a hop only takes longer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -35,27 +36,27 @@ _PROGRAM = Path(realtime_reset.__file__)
 
 
 @contextlib.contextmanager
-def urgent(*threads: int, first: bool = False) -> Iterator[None]:
+def boosted(*threads: int, first: bool = False) -> Iterator[None]:
     """
-    Meanwhile these threads go before others.
+    Boost threads meanwhile.
 
-    :param threads: their ids; 0 is the one that calls. Those that have a policy of their own keep it.
-    :param first: also before others that are urgent.
+    :param threads: their ids; 0 is the calling one. Those that have a policy of their own keep it.
+    :param first: with the higher priority, before other boosted threads.
     """
     priority = realtime_reset.FIRST if first else realtime_reset.SECOND
-    raised = [thread for thread in threads if realtime_reset.lend(thread, priority)]
+    raised = [thread for thread in threads if realtime_reset.boost(thread, priority)]
     try:
         yield
     finally:
         for thread in raised:
-            realtime_reset.take_back(thread)
+            realtime_reset.reset(thread)
 
 
 @contextlib.contextmanager
-def keeping_timer_slack(*threads: int) -> Iterator[None]:
+def timer_slack_restored(*threads: int) -> Iterator[None]:
     """
-    Around all that makes threads :func:`urgent`: a thread with a real-time priority has no timer slack, and afterwards
-    it has the one that it began with (PR_SET_TIMERSLACK of prctl(2)), not the one that it has set.
+    Around everything :func:`boosted`: a thread with a realtime priority has no timer slack, and afterwards it has its
+    default (PR_SET_TIMERSLACK of prctl(2)), not the one that it has set.
     """
     slacks = realtime_reset.timer_slacks(list(threads))
     try:
@@ -64,12 +65,59 @@ def keeping_timer_slack(*threads: int) -> Iterator[None]:
         realtime_reset.set_timer_slacks(slacks)
 
 
-class Watch:
+class Boost:
     """
-    A process that waits for us to end, and then takes back what we have lent. :meth:`start` early, since that takes it
-    some milliseconds of a processor; then :meth:`over`, and :meth:`close`.
+    The realtime priority of all threads in one hop: given step by step while the guest is stopped, reset together. A
+    context manager; what is left in the end is reset.
 
-    It is in a session of its own: what ends all of ours at once does not end it.
+    :param threads: whose timer slack is restored in the end.
+    """
+
+    def __init__(self, threads: Iterable[int]) -> None:
+        self._stack = contextlib.ExitStack()
+        self._slack = self._stack.enter_context(contextlib.ExitStack())
+        self._others = self._stack.enter_context(contextlib.ExitStack())
+        self._ours = self._stack.enter_context(contextlib.ExitStack())
+        self._slack.enter_context(timer_slack_restored(*threads))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def source(self, threads: Iterable[int]) -> None:
+        """Boost threads of the source, before all others: these wait for the state that the source saves."""
+        self._others.enter_context(boosted(*threads, first=True))
+
+    def destination(self, threads: Iterable[int]) -> None:
+        """Boost threads of the destination."""
+        self._others.enter_context(boosted(*threads))
+
+    def ourselves(self) -> None:
+        """Boost the calling thread."""
+        self._ours.enter_context(boosted(0))
+
+    def reset_ourselves(self) -> None:
+        """Nobody waits for us any more."""
+        self._ours.close()
+
+    def reset(self) -> None:
+        """The guest runs, or is about to: nobody has a priority that it did not have before."""
+        self._others.close()
+        self._ours.close()
+
+    def reset_all(self) -> None:
+        """The same, with the timer slack."""
+        self._stack.close()
+
+
+class Watchdog:
+    """
+    A process that waits for us to exit, and then resets the threads that we have boosted. :meth:`start` early, since
+    that takes some milliseconds of CPU time; then :meth:`watch`, and :meth:`close`.
+
+    It is in a session of its own: what terminates all of ours at once does not terminate it.
     """
 
     def __init__(self, child: subprocess.Popen[bytes] | None) -> None:
@@ -90,25 +138,25 @@ class Watch:
                 start_new_session=True,
             )
         except (OSError, subprocess.SubprocessError):
-            return cls(None)  # sevhop recover takes it back as well
+            return cls(None)  # sevhop recover resets them as well
         return cls(child)
 
-    def over(self, *processes: int) -> None:
+    def watch(self, *processes: int) -> None:
         """
-        What is lent to threads of these processes from now on is taken back, and they get the timer slack that they
-        have now.
+        Threads of these processes that are boosted from now on will be reset, and get the timer slack that they have
+        now.
         """
-        self._tell(b"".join(map(realtime_reset.described, processes)))
+        self._send(b"".join(map(realtime_reset.watch_line, processes)))
 
     async def close(self) -> None:
-        """We are done: it takes back what is left, and ends."""
+        """We are done: it resets what is left, and exits."""
         if self._child is not None and self._child.stdin is not None:
-            self._tell(realtime_reset.DONE)
+            self._send(realtime_reset.DONE)
             with contextlib.suppress(OSError):
                 self._child.stdin.close()
             await asyncio.to_thread(self._child.wait)
 
-    def _tell(self, text: bytes) -> None:
+    def _send(self, text: bytes) -> None:
         if self._child is not None and self._child.stdin is not None:
-            with contextlib.suppress(OSError):  # somebody has ended it
+            with contextlib.suppress(OSError):  # somebody has terminated it
                 os.write(self._child.stdin.fileno(), text)

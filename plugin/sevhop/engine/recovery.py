@@ -1,12 +1,12 @@
 """
-Recover: hops that were broken off, brought to one of two ends. The guest runs in its old QEMU, or in the new one.
+Recover interrupted hops: complete them, or roll them back. The guest then runs in its new QEMU, or in the old one.
 
-What was under way is in the :mod:`sevhop.records.journal`; what has become of it is looked up: which processes are
-there, what they answer, the run mark, and, for a domain of libvirt, what its keeper holds. The rules are those of the
-hop itself (:mod:`sevhop.engine.ownership`). Before the commit the destination is ended, seen to have ended, and the
-source goes on; behind it there is only forward. Where it cannot be told whether the guest has run in the destination,
-neither QEMU is continued or terminated, and a person must look. Nothing is done to a hop whose command is still alive,
-and nothing twice: all of it may be broken off and repeated.
+The :mod:`sevhop.records.journal` has what was in progress; what has become of it is probed: which processes exist, what
+they answer, the run mark, and, for a domain of libvirt, what its keeper has. The rules are those of the hop itself
+(:mod:`sevhop.engine.ownership`). Before the commit the destination is terminated, verified to have exited, and the
+source is resumed; after the commit there is no rollback, only completion. Where it is unknown whether the guest has run
+in the destination, neither QEMU is resumed or terminated: that needs manual action. Nothing is done to a hop whose
+command is still alive, and nothing is done twice: a recovery may be interrupted and repeated.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from typing import NoReturn
 from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.run_mark import RunState
 
-from ..errors import NeedsRecover
+from ..errors import RecoveryRequired
 from ..process import launch
 from ..records import journal, run_directory
-from ..records.journal import Entry, Journal, JournalError
-from ..records.run_directory import HopUnderWay
-from .guest_paths import NamePlates
+from ..records.journal import HopRecord, Journal, JournalError
+from ..records.run_directory import HopInProgress
+from .guest_paths import GuestPaths
 from .interrupted_qemu import NewQemu, OldQemu
 from .ownership import Course, Destination, Facts, Source, decide
-from .realtime_reset import relax
-from .recovery_result import End, Recovered
+from .realtime_reset import reset_boosted
+from .recovery_result import RecoveredGuest, RecoveryOutcome
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at a destination that loads.
+#: Seconds between two polls of a destination that loads.
 _POLL = 0.01
 
 
-async def recover(names: Sequence[str] = (), *, timeout: float = COMMAND_TIMEOUT) -> list[Recovered]:
+async def recover(names: Sequence[str] = (), *, timeout: float = COMMAND_TIMEOUT) -> list[RecoveredGuest]:
     """
-    Bring hops that were broken off to their end.
+    Complete interrupted hops, or roll them back.
 
-    :param names: of guests; all when there are none. An upgrade that was only prepared is left alone then.
+    :param names: of guests; all when there are none. An upgrade that was prepared on purpose is skipped then.
     :param timeout: seconds for each step.
     """
     journal.remove_unfinished()
@@ -54,63 +55,63 @@ async def recover(names: Sequence[str] = (), *, timeout: float = COMMAND_TIMEOUT
 
 
 def read_directory(path: Path) -> str:
-    """The run directory that a journal mentions; empty if that cannot be told."""
+    """The run directory that a journal names; empty if the journal cannot be read."""
     try:
         return journal.read(path).directory
     except JournalError:
         return ""
 
 
-async def _recover(path: Path, names: Sequence[str], timeout: float) -> Recovered | None:
+async def _recover(path: Path, names: Sequence[str], timeout: float) -> RecoveredGuest | None:
     try:
-        entry = journal.read(path)
+        record = journal.read(path)
     except JournalError as err:
-        return None if names or not path.exists() else Recovered(path.name, End.STUCK, str(err))
-    if names and entry.guest not in names and entry.uuid not in names:
+        return None if names or not path.exists() else RecoveredGuest(path.name, RecoveryOutcome.MANUAL, str(err))
+    if names and record.guest not in names and record.uuid not in names:
         return None
     try:
         mine = Journal.take_over(path)
-    except HopUnderWay as err:
-        return Recovered(entry.guest, End.UNDER_WAY, err.message)
+    except HopInProgress as err:
+        return RecoveredGuest(record.guest, RecoveryOutcome.IN_PROGRESS, err.message)
     except JournalError as err:
-        return None if not path.exists() else Recovered(entry.guest, End.STUCK, str(err))
-    log.info("%s: broken off in the phase %s", entry.guest, entry.phase)
+        return None if not path.exists() else RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, str(err))
+    log.info("%s: interrupted in phase %s", record.guest, record.phase)
     try:
-        result = await _finish_or_undo(mine, bool(names), timeout)
+        recovered = await _complete_or_roll_back(mine, bool(names), timeout)
     except SevhopError as err:
         mine.leave()
-        return Recovered(entry.guest, End.STUCK, str(err))
+        return RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, str(err))
     except BaseException:
         mine.leave()
         raise
-    if result.end is End.UNDER_WAY:
+    if recovered.result is RecoveryOutcome.IN_PROGRESS:
         mine.leave()
     else:
         mine.end()
-    return result
+    return recovered
 
 
-async def _finish_or_undo(mine: Journal, named: bool, timeout: float) -> Recovered:
-    entry = mine.entry
-    if not entry.this_boot:
-        return Recovered(
-            entry.guest,
-            End.GONE,
-            "the host was started anew while its memory was between two QEMUs; start it afresh",
+async def _complete_or_roll_back(mine: Journal, named: bool, timeout: float) -> RecoveredGuest:
+    record = mine.record
+    if not record.this_boot:
+        return RecoveredGuest(
+            record.guest,
+            RecoveryOutcome.GONE,
+            "the host was rebooted during the hop, and its memory is lost; start the guest again",
         )
-    if entry.kind == "domain":
+    if record.kind == "domain":
         # libvirt is only needed here, and is optional.
         from . import domain_recovery
 
-        return await domain_recovery.finish_or_undo(mine, named=named)
-    source = entry.source.open()
-    process = entry.destination.open() if entry.destination else None
+        return await domain_recovery.complete_or_roll_back(mine, named=named)
+    source = record.source.open()
+    process = record.destination.open() if record.destination else None
     for one in (source, process):
         if one is not None:
-            relax(one.threads)
+            reset_boosted(one.threads)
     try:
-        old = OldQemu(source, entry.monitor, entry.run_mark, timeout)
-        return await InterruptedHop(entry, old, NewQemu(process, Path(entry.directory), timeout), timeout).settle()
+        old = OldQemu(source, record.monitor, record.run_mark, timeout)
+        return await InterruptedHop(record, old, NewQemu(process, Path(record.directory), timeout), timeout).settle()
     finally:
         if source is not None:
             source.close()
@@ -118,63 +119,63 @@ async def _finish_or_undo(mine: Journal, named: bool, timeout: float) -> Recover
 
 class InterruptedHop:
     """
-    A hop of a guest outside libvirt that nobody is at any more.
+    A hop of a guest outside libvirt whose command has exited.
 
-    :param timeout: seconds that a destination has for loading a state which nobody else has any more.
+    :param timeout: seconds that a destination has for loading a state which exists nowhere else.
     """
 
-    def __init__(self, entry: Entry, old: OldQemu, new: NewQemu, timeout: float) -> None:
-        self._entry = entry
+    def __init__(self, record: HopRecord, old: OldQemu, new: NewQemu, timeout: float) -> None:
+        self._record = record
         self._old = old
         self._new = new
         self._timeout = timeout
         self._notes: list[str] = []
         self._status = ""
         try:
-            self._plates = NamePlates.from_facts(entry.plates) if entry.plates else NamePlates([])
+            self._guest_paths = GuestPaths.from_fields(record.guest_paths) if record.guest_paths else GuestPaths([])
         except (ValueError, TypeError, KeyError) as err:
-            raise JournalError(f"the journal of {entry.guest} has no name plates: {err!r}") from err
+            raise JournalError(f"the journal of {record.guest} has invalid guest paths: {err!r}") from err
 
-    async def settle(self) -> Recovered:
+    async def settle(self) -> RecoveredGuest:
         """
-        Bring it to its end. What has been done already is not done again.
+        Complete it, or roll it back. What was done already is not done again.
 
-        :raises NeedsRecover: it cannot be told what that is, or it could not be done. Nobody who may have the guest was
-            terminated, and the source executes nothing, unless it ran.
+        :raises RecoveryRequired: it is unknown which of the two is right, or it failed. No QEMU that may have the guest
+            was terminated, and the source executes nothing, unless it ran.
         """
         try:
             while True:
                 if self._released():
-                    # All is done; only the journal had not been told.
-                    self._plates.hand_over()
-                    return Recovered(self._entry.guest, End.DESTINATION)
-                facts = await self._look()
+                    # All is done; only the journal was not removed.
+                    self._guest_paths.publish()
+                    return RecoveredGuest(self._record.guest, RecoveryOutcome.DESTINATION)
+                facts = await self._probe()
                 decision = decide(facts)
-                log.info("%s: %s, %s", self._entry.guest, facts, decision)
+                log.info("%s: %s, %s", self._record.guest, facts, decision)
                 match decision.course:
                     case Course.GONE:
                         return await self._gone(decision.reason)
                     case Course.MANUAL:
                         await self._leave(facts, decision.reason)
-                    case Course.FORWARD:
-                        return await self._forward(resume=decision.resume)
-                    case Course.BACK if not self._new.alive:
-                        return await self._back()
-                await self._end_destination(facts)
+                    case Course.COMPLETE:
+                        return await self._complete(resume=decision.resume)
+                    case Course.ROLL_BACK if not self._new.alive:
+                        return await self._roll_back()
+                await self._terminate_destination(facts)
         finally:
             await self._old.close()
             await self._new.close()
 
     def _released(self) -> bool:
-        return self._entry.phase == "retire" and self._new.alive and not Path(self._entry.directory).exists()
+        return self._record.phase == "finish" and self._new.alive and not Path(self._record.directory).exists()
 
-    async def _look(self) -> Facts:
-        entry = self._entry
+    async def _probe(self) -> Facts:
+        record = self._record
         deadline = asyncio.get_running_loop().time() + self._timeout
         while True:
-            source = await self._old.look()
-            seen = await self._new.look()
-            # Nobody else has it, and nobody gives it more of its state: that comes to an end by itself.
+            source = await self._old.probe()
+            seen = await self._new.probe()
+            # Only the destination has the guest, and its stream has ended: it will load the rest, or fail.
             waits = source is Source.ENDED and seen.destination is Destination.LOADING
             if not waits or asyncio.get_running_loop().time() > deadline:
                 break
@@ -183,75 +184,81 @@ class InterruptedHop:
         return Facts(
             source,
             seen.destination,
-            # Looked at behind the destination: if that one has ended nobody writes it any more.
+            # Read after the destination was probed: if that one has exited, nobody writes the mark any more.
             mark=self._old.run_state(),
             ran=seen.ran,
             moved=seen.moved,
-            phase=entry.phase,
-            committed=entry.committed,
-            loaded=entry.loaded,
-            broken=entry.broken,
-            sev=entry.context != "none",
-            running=entry.running,
+            phase=record.phase,
+            committed=record.committed,
+            loaded=record.loaded,
+            broken=record.broken,
+            sev=record.context != "none",
+            running=record.running,
         )
 
     async def _leave(self, facts: Facts, reason: str) -> NoReturn:
-        """A person must decide. Until then nobody can have the source run by accident what may be elsewhere."""
+        """Manual action is required. Until then the source, which may be outdated, cannot be resumed by accident."""
         if facts.has_run is not False and facts.source is not Source.RUNS:
             await self._old.halt()
         pids = [f"{name} is process {one.pid}" for name, one in self._processes().items()]
-        raise NeedsRecover(
+        raise RecoveryRequired(
             f"{reason} ({', '.join(pids)}{'; the old one is halted' if facts.source is Source.HALTED else ''})",
-            "see why; then run sevhop recover again",
+            "find out why; then run sevhop recover again",
         )
 
     def _processes(self) -> dict[str, QemuProcess]:
         both = {"the old QEMU": self._old.process, "the new one": self._new.process}
         return {name: process for name, process in both.items() if process is not None}
 
-    async def _forward(self, *, resume: bool) -> Recovered:
-        entry = self._entry
+    async def _complete(self, *, resume: bool) -> RecoveredGuest:
+        record = self._record
         if resume:
             await self._old.halt()
-            await self._new.let_run()
-        elif not entry.running:
-            await self._new.take_images()
+            await self._new.resume_guest()
+        elif not record.running:
+            await self._new.activate_images()
         elif self._status != "running":
-            # It ran there. Whoever or whatever has stopped it since had a reason.
+            # It ran there, and something has stopped it since. It stays stopped.
             self._notes.append(f"the guest is {self._status}")
         noted = len(self._notes)
-        if not await self._new.retire(self._old, self._plates, entry, self._notes.append):
-            raise NeedsRecover(f"it is in the new QEMU, but {'; '.join(self._notes[noted:])}")
-        return Recovered(entry.guest, End.DESTINATION, "; ".join(self._notes))
+        if not await self._new.finish(self._old, self._guest_paths, record, self._notes.append):
+            raise RecoveryRequired(f"the guest is in the new QEMU, but {'; '.join(self._notes[noted:])}")
+        return RecoveredGuest(record.guest, RecoveryOutcome.DESTINATION, "; ".join(self._notes))
 
-    async def _end_destination(self, facts: Facts) -> None:
-        """Terminate it, unless it turns out that it has the guest after all: then look again."""
+    async def _terminate_destination(self, facts: Facts) -> None:
+        """Terminate it, unless it turns out that it has the guest after all: then decide again."""
         await self._new.halt()
-        now = replace(facts, mark=self._old.run_state()) if self._old.alive else facts
-        if decide(now).course is not Course.BACK:
-            self._new.go_on()
+        now = facts
+        if self._old.alive:
+            mark = self._old.run_state()
+            # What it has reported before is outdated if it has begun to run since.
+            now = replace(facts, mark=mark, ran=None if mark is RunState.STARTING else facts.ran)
+        if decide(now).course is not Course.ROLL_BACK:
+            self._new.thaw()
             return
         await self._new.terminate()
 
-    async def _back(self) -> Recovered:
-        entry = self._entry
-        self._plates.take_back()
-        if self._old.process is not None and entry.phase not in ("check", "hold"):
-            with contextlib.suppress(OSError):  # it has just ended
-                launch.set_oom_score_adj(self._old.process.pid, entry.oom_score_adj)
+    async def _roll_back(self) -> RecoveredGuest:
+        record = self._record
+        self._guest_paths.discard()
+        if self._old.process is not None and record.phase not in ("", "check", "acquire"):
+            with contextlib.suppress(OSError):  # it has just exited
+                launch.set_oom_score_adj(self._old.process.pid, record.oom_score_adj)
         try:
-            state = await self._old.resume(running=entry.running and entry.stopped)
+            state = await self._old.resume(running=record.running and record.stopped)
         except MonitorError:
             if self._old.alive:
                 raise
-            what = "its SEV context had been moved to the new QEMU" if entry.context != "none" else "its QEMU has ended"
-            return Recovered(entry.guest, End.GONE, what)
-        # If it was not the hop that has stopped it, whoever did had a reason.
-        text = f"the guest is {state}" if entry.running and state != "running" else ""
-        return Recovered(entry.guest, End.SOURCE, text)
+            what = (
+                "its SEV context had been moved to the new QEMU" if record.context != "none" else "its QEMU has exited"
+            )
+            return RecoveredGuest(record.guest, RecoveryOutcome.GONE, what)
+        # If something other than the hop has stopped it, it stays stopped.
+        text = f"the guest is {state}" if record.running and state != "running" else ""
+        return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE, text)
 
-    async def _gone(self, reason: str) -> Recovered:
+    async def _gone(self, reason: str) -> RecoveredGuest:
         await self._new.terminate()
-        self._plates.take_back()
+        self._guest_paths.discard()
         await self._old.terminate()
-        return Recovered(self._entry.guest, End.GONE, reason)
+        return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, reason)

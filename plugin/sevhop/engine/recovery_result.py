@@ -1,4 +1,4 @@
-"""What a recovery of an interrupted hop came to."""
+"""The result of recovering an interrupted hop."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import enum
 from dataclasses import dataclass
 
 
-class End(enum.Enum):
-    """What a recovery came to."""
+class RecoveryOutcome(enum.Enum):
+    """Where a guest is after the recovery of its hop."""
 
     SOURCE = "runs in the old QEMU"
     DESTINATION = "runs in the new QEMU"
     GONE = "is gone"
-    UNDER_WAY = "is being hopped"
-    STUCK = "manual action required"
+    IN_PROGRESS = "hop in progress"
+    MANUAL = "manual action required"
 
 
 @dataclass(frozen=True)
-class Recovered:
+class RecoveredGuest:
     """
-    One hop, after the recovery.
+    One guest, after the recovery of its hop.
 
-    :ivar text: the reason, or what is worth knowing.
+    :ivar detail: the reason, or what is worth knowing.
     """
 
     guest: str
-    end: End
-    text: str = ""
+    result: RecoveryOutcome
+    detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.guest}: {self.end.value}" + (f": {self.text}" if self.text else "")
+        return f"{self.guest}: {self.result.value}" + (f": {self.detail}" if self.detail else "")
 
     def as_json(self) -> dict[str, object]:
         """For ``--json``."""
-        return {"guest": self.guest, "end": self.end.name.lower().replace("_", "-"), "text": self.text}
+        return {"guest": self.guest, "result": self.result.name.lower().replace("_", "-"), "detail": self.detail}

@@ -1,25 +1,26 @@
 """
-The rehearsal: the new emulator loads a trial copy of the device state, before the guest is touched for real.
+The rehearsal: the new emulator loads a copy of the device state, before the guest is touched for real.
 
-A trial is a QEMU with the domain's own devices beside the running guest. It sees the guest's memory privately, has
-disks without content and a network of its own (:mod:`sevhop.engine.rehearsal_command_line`), and never runs. ::
+It happens in a second QEMU with the domain's own devices, beside the running guest. That one has a private view of the
+guest's memory, disks without content and a network of its own (:mod:`sevhop.engine.rehearsal_command_line`), and its
+vCPUs never run. ::
 
-    while the guest runs     the trial is started, and waits for a device state
-    in a pause               the source's state is saved, the trial loads it
-    while the guest runs     the trial is ended
+    while the guest runs     the rehearsal QEMU is started, and waits for a device state
+    during a downtime        the source's state is saved, the rehearsal QEMU loads it
+    while the guest runs     the rehearsal QEMU is terminated
 
-That loading is part of the pause, too, has a reason: a virtio device compares what it loads with its rings in the
-guest's memory, which must stand still meanwhile. The pause is made by plain ``stop`` and ``cont``, which libvirt
-sees as events; with its own suspend and resume it would take the guest's network down and up. It is bounded, and it
-ends whatever happens but SIGKILL. A guest that is paused already stays so. What cannot be told: a ``virsh suspend`` of
-somebody else in those milliseconds finds the guest paused, and libvirt does nothing that we could see.
+The downtime includes the loading, because a virtio device compares what it loads with its rings in the guest's memory,
+which must not change meanwhile. The guest is stopped by plain ``stop`` and ``cont``, which libvirt sees as events; with
+its own suspend and resume it would take the guest's network down and up. The downtime is bounded, and only SIGKILL
+prevents that the guest is resumed. A guest that is paused already stays so. One case is not detected: a ``virsh
+suspend`` by somebody else in those milliseconds finds the guest paused, and libvirt does nothing that we could see.
 
-With a lock manager (lockd, sanlock) that is different: libvirt gives up a domain's leases when it sees the stop, and
-takes them again only in its own resume. So it is asked to suspend and resume then.
+With a lock manager (lockd, sanlock) that is different: libvirt releases a domain's leases when it sees the stop, and
+acquires them again only in its own resume. So libvirt's suspend and resume are used then.
 
-Two versions that cannot load each other's state are refused here, in QEMU's own words, and so is a trial that is not
-the same machine. What cannot exist twice at all cannot be rehearsed, which is noted
-(:exc:`.trial_command_line.Unrehearsable`).
+Two versions that cannot load each other's state are refused here, with QEMU's own message, and so is a rehearsal QEMU
+that is not the same machine. A domain with a device that cannot be shared cannot be rehearsed, which is noted
+(:exc:`.rehearsal_command_line.Unrehearsable`).
 """
 
 from __future__ import annotations
@@ -39,38 +40,40 @@ from typing import Any
 from sevhop_qmp import adopt, ram_blocks
 from sevhop_qmp.device_state import IncomingState
 from sevhop_qmp.errors import SevhopError, StateError
-from sevhop_qmp.kept_state import KeptState
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Commands
 from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.saved_device_state import SavedDeviceState
 
 from ..cancellation import shielded
 from ..disks import present_disks
-from ..errors import NeedsRecover, Refused
-from ..events import GuestRuns, GuestStopped, Listener, ignore
+from ..errors import GuestState, RecoveryRequired, Refused
+from ..events import GuestResumed, GuestStopped, Listener, ignore
 from ..guest import cpu_features, emulator, inspection
-from ..keeper.handover import Held, Keeper
+from ..keeper.handover import SourceHandles
+from ..keeper.local import LocalKeeper
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection, Domain
+from ..options import HopOptions
 from . import rehearsal_command_line
-from .destination import START_TIMEOUT, Destination, Surroundings
+from .destination import Destination, LaunchContext
 from .isolated_tap import open_tap
 from .rehearsal_command_line import Backend, Cards, Disk, Unrehearsable
 
 log = logging.getLogger(__name__)
 
-#: The longest pause, as a part of what a step may take: 3 s with the default.
+#: The longest downtime, as a part of the step timeout: 3 s with the default.
 _PART_OF_STEP = 0.3
 #: Seconds for ``stop`` and ``cont``: more than libvirt waits for its own jobs of the domain, so that one of the two
-#: that was given up is not carried out behind our back.
+#: that timed out is not executed later.
 _LIBVIRT_PATIENCE = 40.0
-#: Seconds for which a daemon that does not answer is asked again to continue the guest, and between two attempts.
+#: Seconds for which a resume is retried when the daemon does not answer, and between two attempts.
 _DAEMON_PATIENCE = 30.0
 _POLL = 0.1
-#: Seconds in which a trial that has failed ends.
-_LAST_WORDS = 2.0
-_NO_TRIAL = "sevhop upgrade --no-rehearsal goes without the trial"
+#: Seconds in which a rehearsal QEMU that has failed exits.
+_EXIT_TIMEOUT = 2.0
+_SKIP = "sevhop upgrade --no-rehearsal skips the rehearsal"
 _ANOTHER = "choose another version of QEMU"
-#: What starts a trial where the source's files are.
+#: Programs that start the rehearsal QEMU in the source's mount namespace.
 _PROGRAMS = ("nsenter", "unshare", "setpriv")
 _QDEV = re.compile(r"/machine/peripheral/(?P<id>[^/]+)|/machine/system\.flash(?P<flash>[01])$|(?P<name>[^/]+)$")
 _PREFIX = re.compile(r"^[^ ]*qemu[^ :]*: ")
@@ -88,11 +91,11 @@ class Subject:
 
     :ivar xml: the domain as it runs.
     :ivar emulator: the QEMU to go to.
-    :ivar encrypted: names of RAM blocks whose content cannot be carried.
-    :ivar directory: for the trial, to be made, where it goes away should we be killed.
+    :ivar encrypted: names of RAM blocks whose content cannot be copied.
+    :ivar directory: created for the rehearsal QEMU, in a place that is cleaned up if we are killed.
     :ivar domain: as libvirt knows it.
     :ivar leases: whether libvirt holds leases for it while it runs.
-    :ivar stopped: told before it is stopped, and when it has been continued.
+    :ivar stopped: called before the guest is stopped, and when it was resumed.
     """
 
     name: str
@@ -112,7 +115,7 @@ class Rehearsal:
     """
     The rehearsal of one upgrade. :meth:`run` it once.
 
-    :ivar pause_ms: milliseconds for which the guest was stopped; None while it was not.
+    :ivar downtime_ms: milliseconds for which the guest was stopped; None while it was not.
     """
 
     def __init__(
@@ -122,11 +125,11 @@ class Rehearsal:
         step_timeout: float = COMMAND_TIMEOUT,
         listener: Listener = ignore,
     ) -> None:
-        self.pause_ms: float | None = None
+        self.downtime_ms: float | None = None
         self._connection = connection
         self._subject = subject
         self._step_timeout = step_timeout
-        self._tell = listener
+        self._emit = listener
         self._resources = contextlib.AsyncExitStack()
 
     async def run(self) -> str:
@@ -135,23 +138,23 @@ class Rehearsal:
 
         :return: what the new emulator has more than the old one, which is no reason to refuse it.
         :raises Refused: the new emulator does not start, or cannot load the state.
-        :raises Unrehearsable: this guest cannot be rehearsed; that says nothing of the upgrade.
-        :raises NeedsRecover: the guest could not be continued.
-        :raises SevhopError: the source does not play along.
+        :raises Unrehearsable: this guest cannot be rehearsed; the upgrade may still work.
+        :raises RecoveryRequired: the guest could not be resumed.
+        :raises SevhopError: the source does not save its state.
         """
         async with self._resources:
             state = await self._resources.enter_async_context(
-                KeptState(self._subject.monitor, self._subject.guest.machine_type)
+                SavedDeviceState(self._subject.monitor, self._subject.guest.machine_type)
             )
-            trial = await self._start()
-            incoming = self._resources.enter_context(IncomingState(trial.monitor))
+            qemu = await self._start()
+            incoming = self._resources.enter_context(IncomingState(qemu.monitor))
             try:
                 await incoming.arm()
-                gained = await self._compare(trial)
+                gained = await self._compare(qemu)
             except SevhopError as err:
-                raise self._refused(trial, [], err) from err
+                raise self._refused(qemu, [], err) from err
             await state.arm()
-            await self._load(state, trial, incoming)
+            await self._load(state, qemu, incoming)
             return gained
 
     # -- while the guest runs ------------------------------------------------------------------------
@@ -159,13 +162,13 @@ class Rehearsal:
     async def _start(self) -> Destination:
         subject = self._subject
         if missing := [program for program in _PROGRAMS if shutil.which(program) is None]:
-            raise Refused(f"a rehearsal needs {', '.join(missing)}, which is not installed", _NO_TRIAL)
+            raise Refused(f"a rehearsal needs {', '.join(missing)}, which is not installed", _SKIP)
         xml = domain_xml.with_emulator(domain_xml.without_interfaces(subject.xml), subject.emulator)
         try:
             environment, (emulator, *arguments) = await self._connection.command_line(xml)
         except SevhopError as err:
             hint = err.hint or _ANOTHER
-            raise Refused(f"libvirt cannot start it in {subject.emulator}: {err.message}", hint) from err
+            raise Refused(f"libvirt cannot start the domain in {subject.emulator}: {err.message}", hint) from err
         disks = _disks(await subject.monitor.execute("query-block"))
         cards = await _cards(subject.monitor, subject.process.command_line[1:], subject.emulator)
         derived = rehearsal_command_line.derive(arguments, subject.process.command_line[1:], disks, cards)
@@ -174,84 +177,84 @@ class Rehearsal:
             numbers = [str(tap) for tap in taps[network.name]]
             key = "fd" if len(numbers) == 1 else "fds"
             derived.arguments[:0] = ["-netdev", f"tap,id={network.name},{key}={':'.join(numbers)},vhost=off"]
-        held = Held.take_machine(subject.process, subject.guest.blocks.values())
-        self._resources.callback(held.close)
-        keeper = self._resources.enter_context(Keeper(held, subject.guest.context))
-        with _surroundings(subject.process, environment) as surroundings:
+        handles = SourceHandles.take_machine(subject.process, subject.guest.blocks.values())
+        self._resources.callback(handles.close)
+        keeper = self._resources.enter_context(LocalKeeper(handles, subject.guest.context))
+        with _launch_context(subject.process, environment) as launch_context:
             try:
-                trial = await Destination.start(
+                qemu = await Destination.start(
                     emulator,
                     derived.arguments,
-                    surroundings,
+                    launch_context,
                     keeper,
-                    timeout=max(START_TIMEOUT, self._step_timeout),
+                    timeout=max(HopOptions.start_timeout, self._step_timeout),
                     command_timeout=self._step_timeout,
                     directory=subject.directory,
-                    within=_elsewhere(subject.process),
+                    within=_in_namespaces_of(subject.process),
                     keep=[tap for group in taps.values() for tap in group],
                 )
             except SevhopError as err:
-                raise Refused(f"{subject.emulator} does not start with this domain: {err.message}", _ANOTHER) from err
-        self._resources.push_async_callback(trial.kill)
-        return trial
+                raise Refused(f"{subject.emulator} cannot start this domain: {err.message}", _ANOTHER) from err
+        self._resources.push_async_callback(qemu.kill)
+        return qemu
 
-    async def _compare(self, trial: Destination) -> str:
+    async def _compare(self, qemu: Destination) -> str:
         """
-        See that it is the same machine: with fewer devices it would fail for no reason, or succeed for none.
+        Verify that it is the same machine: with other devices the result would be meaningless.
 
-        :return: what its processors can do that those of the source cannot.
+        :return: the CPU features that the source does not have.
         """
         subject = self._subject
-        status = await adopt.adopt_status(trial.monitor)
+        status = await adopt.adopt_status(qemu.monitor)
         if status.ram != "private":
-            raise SevhopError(f"it has not adopted the guest's memory (it is {status.ram})")
-        theirs = await inspection.inspect(trial.monitor, trial.process)
+            raise SevhopError(f"it has not adopted the guest's memory (ram: {status.ram})")
+        theirs = await inspection.inspect(qemu.monitor, qemu.process)
         if found := inspection.differences(subject.guest, theirs):
             raise SevhopError("; ".join(found))
-        # As it will be done when the hop commits.
-        ram_blocks.not_shared(subject.guest.blocks, theirs.blocks, encrypted=subject.encrypted)
-        words = await cpu_features.words(subject.monitor)
-        lost, gained = await cpu_features.compare(subject.monitor, words, trial.monitor)
+        # The same check as when the upgrade commits.
+        ram_blocks.private_pairs(subject.guest.blocks, theirs.blocks, encrypted=subject.encrypted)
+        words = await cpu_features.feature_words(subject.monitor)
+        lost, gained = await cpu_features.compare(subject.monitor, words, qemu.monitor)
         if lost:
             raise SevhopError(lost)
         return gained
 
-    # -- in the pause ----------------------------------------------------------------------------------
+    # -- while the guest is stopped --------------------------------------------------------------------
 
-    async def _load(self, state: KeptState, trial: Destination, incoming: IncomingState) -> None:
-        heard = len(trial.said())
+    async def _load(self, state: SavedDeviceState, qemu: Destination, incoming: IncomingState) -> None:
+        logged = len(qemu.log_lines())
         limit = self._step_timeout * _PART_OF_STEP
         failure: SevhopError | None = None
-        async with self._pause():
+        async with self._guest_stopped():
             try:
                 async with asyncio.timeout(limit):
                     stream = await state.save(release_images=False, timeout=limit)
-                    failure = await _fed(incoming, stream, limit)
+                    failure = await _load_stream(incoming, stream, limit)
             except TimeoutError:
                 failure = StateError(f"it has not loaded the device state within {limit:g} s")
         if failure is not None:
-            # QEMU tells why on its way out.
-            await trial.process.wait(_LAST_WORDS)
-            raise self._refused(trial, trial.said()[heard:], failure) from failure
+            # QEMU prints the reason before it exits.
+            await qemu.process.wait(_EXIT_TIMEOUT)
+            raise self._refused(qemu, qemu.log_lines()[logged:], failure) from failure
 
     @contextlib.asynccontextmanager
-    async def _pause(self) -> AsyncIterator[None]:
+    async def _guest_stopped(self) -> AsyncIterator[None]:
         """
-        Stop the guest, and let it go on whatever happens.
+        Stop the guest, and resume it whatever happens.
 
-        :raises Refused: somebody else has continued it meanwhile, so the trial proves nothing.
-        :raises NeedsRecover: it cannot be continued.
+        :raises Refused: somebody else has resumed it meanwhile, so the rehearsal proves nothing.
+        :raises RecoveryRequired: it cannot be resumed.
         """
         monitor = self._subject.monitor
         stops = (await monitor.execute("query-status"))["running"]
         if stops:
-            self._tell(GuestStopped(self._subject.name))
+            self._emit(GuestStopped(self._subject.name))
         began = time.monotonic()
         try:
             if stops:
-                log.info("%s: pause", self._subject.name)
+                log.info("%s: stopping the guest for the rehearsal", self._subject.name)
                 self._subject.stopped(True)
-                # To its end, so that it cannot come behind what continues the guest.
+                # Shielded, so that it cannot be executed after what resumes the guest.
                 if self._subject.leases:
                     await shielded(self._subject.domain.suspend())
                 else:
@@ -260,15 +263,17 @@ class Rehearsal:
             intact = not (await monitor.execute("query-status"))["running"]
         finally:
             if stops:
-                await shielded(self._continue())
+                await shielded(self._resume())
                 self._subject.stopped(False)
-                self.pause_ms = (time.monotonic() - began) * 1e3
-                self._tell(GuestRuns(self._subject.name, self.pause_ms))
+                self.downtime_ms = (time.monotonic() - began) * 1e3
+                self._emit(GuestResumed(self._subject.name, self.downtime_ms))
         if not intact:
-            raise Refused("somebody else continued the guest in the middle of the rehearsal", "try again")
+            raise Refused(
+                "another client resumed the guest during the rehearsal", "try again", GuestState.RUNNING_IN_OLD
+            )
 
-    async def _continue(self) -> None:
-        """:raises NeedsRecover: it does not go on."""
+    async def _resume(self) -> None:
+        """:raises RecoveryRequired: the guest does not run again."""
         subject = self._subject
         monitor, domain = subject.monitor, subject.domain
         deadline = time.monotonic() + _DAEMON_PATIENCE
@@ -281,23 +286,23 @@ class Rehearsal:
                 return
             except SevhopError as err:
                 if time.monotonic() > deadline:
-                    message = f"the guest cannot be continued after the rehearsal: {err.message}"
-                    raise NeedsRecover(message, f"virsh resume {subject.name}") from err
+                    message = f"cannot resume the guest after the rehearsal: {err.message}"
+                    raise RecoveryRequired(message, f"virsh resume {subject.name}", GuestState.PAUSED_IN_OLD) from err
             await asyncio.sleep(_POLL)
-            # The daemon may have been restarted, and another connection is needed.
+            # The daemon may have been restarted: reconnect.
             with contextlib.suppress(SevhopError):
                 connection = await Connection.open(self._connection.uri)
                 self._resources.callback(connection.close)
                 domain = await connection.domain(subject.name)
                 monitor = await domain.monitor()
 
-    def _refused(self, trial: Destination, said: list[str], error: SevhopError) -> Refused:
-        versions = f"QEMU {trial.monitor.version} cannot take this guest over from {self._subject.guest.version}"
-        return Refused(f"{versions}: {_reason(said) or error.message}", _ANOTHER)
+    def _refused(self, qemu: Destination, log_lines: list[str], error: SevhopError) -> Refused:
+        versions = f"QEMU {qemu.monitor.version} cannot take this guest over from {self._subject.guest.version}"
+        return Refused(f"{versions}: {_reason(log_lines) or error.message}", _ANOTHER)
 
 
-async def _fed(incoming: IncomingState, stream: bytes, timeout: float) -> SevhopError | None:
-    """Have the trial load a state. :return: why it could not."""
+async def _load_stream(incoming: IncomingState, stream: bytes, timeout: float) -> SevhopError | None:
+    """Have the rehearsal QEMU load a state. :return: why it could not."""
     try:
         await incoming.write(stream)
         incoming.end()
@@ -307,15 +312,15 @@ async def _fed(incoming: IncomingState, stream: bytes, timeout: float) -> Sevhop
     return None
 
 
-def _reason(said: list[str]) -> str:
-    """Why QEMU could not load a state, in its own words, in one line; empty when it said nothing."""
-    lines = [_PREFIX.sub("", line) for line in said]
-    told = list(dict.fromkeys(line for line in lines if not _CONCLUSION.match(line))) or lines
-    return "; ".join(told[:_LINES])
+def _reason(log_lines: list[str]) -> str:
+    """Why QEMU could not load a state, in its own words, in one line; empty when it has printed nothing."""
+    lines = [_PREFIX.sub("", line) for line in log_lines]
+    reasons = list(dict.fromkeys(line for line in lines if not _CONCLUSION.match(line))) or lines
+    return "; ".join(reasons[:_LINES])
 
 
 def _disks(rows: list[Mapping[str, Any]]) -> dict[str, Disk]:
-    """The disks that ``query-block`` tells of, by the id of their device; flash by ``pflash0``, ``pflash1``."""
+    """The disks that ``query-block`` reports, by the id of their device; flash by ``pflash0``, ``pflash1``."""
     found = {}
     for row in rows:
         device = _QDEV.match(row.get("qdev", ""))
@@ -344,7 +349,7 @@ async def _cards(monitor: Commands, arguments: Sequence[str], program: str) -> C
 
 @contextlib.asynccontextmanager
 async def _taps(networks: list[rehearsal_command_line.Network]) -> AsyncIterator[dict[str, list[int]]]:
-    """Taps in networks of their own, by the id of the backend."""
+    """Isolated taps, by the id of the backend."""
     taps: dict[str, list[int]] = {}
 
     async def open_one(network: rehearsal_command_line.Network) -> None:
@@ -364,23 +369,23 @@ async def _taps(networks: list[rehearsal_command_line.Network]) -> AsyncIterator
 
 
 @contextlib.contextmanager
-def _surroundings(source: QemuProcess, environment: Mapping[str, str]) -> Iterator[Surroundings]:
-    """The source's, but for the guest's cgroups, in which a trial would be counted. It starts as ourselves."""
+def _launch_context(source: QemuProcess, environment: Mapping[str, str]) -> Iterator[LaunchContext]:
+    """The source's, but for the guest's cgroups, which a rehearsal must not be charged to. It starts as ourselves."""
     own = QemuProcess.open(os.getpid())
     try:
         stdout, stderr = (os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC) for _ in range(2))
-        surroundings = Surroundings(own.credentials, "/", dict(environment), source.limits, stdout, stderr)
+        launch_context = LaunchContext(own.credentials, "/", dict(environment), source.limits, stdout, stderr)
     finally:
         own.close()
     try:
-        yield surroundings
+        yield launch_context
     finally:
-        surroundings.close()
+        launch_context.close()
 
 
-def _elsewhere(source: QemuProcess) -> list[str]:
+def _in_namespaces_of(source: QemuProcess) -> list[str]:
     """
-    What executes a trial where the source's files are, without a network, as the source's user. It ends with us.
+    Command prefix: in the source's mount namespace, without a network, as the source's user. It is killed when we exit.
 
     ``/dev`` is the domain's own under libvirt, with those devices in it that this user may use.
     """

@@ -1,24 +1,23 @@
 """
-The command line of a trial: the domain's own devices, and behind them nothing that anybody else uses.
+The command line of a rehearsal: the domain's own devices, with backends that nobody else uses.
 
 It is what libvirt would start the destination with (so options that the new emulator does not know any more are not in
 it), changed so that it can be started beside the running guest and touches nothing of it:
 
 =======================================  ===========================================================================
 ``-blockdev``                            for each disk a node without content, of the same size, writable or not as
-                                         the disk is; everything below it is left out
+                                         the disk is; everything below it is omitted
 ``-netdev`` of a tap, vhost              a tap in a network of its own, as many queues, no vhost
 ``-netdev user``                         the same without forwarded ports; it has a device state of its own
-any other ``-netdev``                    a hub that nobody is connected to
+any other ``-netdev``                    a hub without other ports
 ``-chardev``, ``-serial``, ``-parallel`` ``null``
 ``-audiodev``                            ``none``
-VNC, SPICE, monitors, pid file, secrets, left out
+VNC, SPICE, monitors, pid file, secrets, omitted
 TLS, throttling, inherited descriptors
 =======================================  ===========================================================================
 
-Network cards are taken from the source's command line, because libvirt tells that of a domain only with others in their
-place; those that were plugged or unplugged since, as QEMU has them. What cannot exist twice by any means is said by
-:exc:`Unrehearsable`.
+Network cards are taken from the source's command line, because libvirt's has placeholders for them; those that were
+plugged or unplugged since are as QEMU reports them. A device that cannot be shared raises :exc:`Unrehearsable`.
 """
 
 from __future__ import annotations
@@ -33,24 +32,24 @@ from sevhop_qmp.errors import SevhopError
 
 from ..guest.command_line import HOST_DEVICES, Option, parse, properties
 
-_LEFT_OUT = frozenset(
+_OMITTED = frozenset(
     """
     add-fd blockdev daemonize debugcon display gdb incoming loadvm mon monitor msg pidfile qmp qmp-pretty S spice vnc
     """.split()
 )
 _NULL = frozenset({"serial", "parallel"})
-_OBJECTS_LEFT_OUT = re.compile(r"(secret|tls-|authz-|pr-manager-|throttle-group|input-|filter-)")
-#: Files that libvirt writes when it really starts an SEV guest; the launch is not repeated.
+_OMITTED_OBJECTS = re.compile(r"(secret|tls-|authz-|pr-manager-|throttle-group|input-|filter-)")
+#: Files that libvirt writes only when it starts an SEV guest; the launch is not repeated.
 _LAUNCH_FILES = ("session-file", "dh-cert-file")
-#: What leads out of the network that QEMU plays to the guest.
+#: What connects QEMU's user network with the host.
 _PORTS = ("hostfwd", "guestfwd", "smb")
-#: Backends that know virtio's header in front of each frame, which the guest's driver may have been promised.
+#: Backends that support virtio-net headers, which the guest's driver may have negotiated.
 _WITH_HEADER = frozenset({"tap", "vhost-user", "vhost-vdpa"})
 _PFLASH = re.compile(r"(?<=,)pflash(?P<unit>[01])=(?P<node>[^,]*)")
 
 
 class Unrehearsable(SevhopError):
-    """This guest has something that cannot exist twice, not even for a trial."""
+    """This guest has something that cannot be shared with a rehearsal."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Network:
-    """A network backend that the trial needs a tap for: its id, and the number of its queues."""
+    """A network backend that the rehearsal needs a tap for: its id, and the number of its queues."""
 
     name: str
     queues: int
@@ -93,9 +92,9 @@ class Cards:
 
 
 @dataclass
-class TrialCommandLine:
+class RehearsalCommandLine:
     """
-    What a trial is started with.
+    What a rehearsal QEMU is started with.
 
     :ivar arguments: without the program, and without its network backends.
     :ivar networks: those that need a tap; the others are among the arguments.
@@ -107,19 +106,19 @@ class TrialCommandLine:
 
 def derive(
     destination: Sequence[str], source: Sequence[str], disks: Mapping[str, Disk], cards: Cards
-) -> TrialCommandLine:
+) -> RehearsalCommandLine:
     """
-    Derive a trial's arguments.
+    Derive the arguments of a rehearsal.
 
     :param destination: arguments that libvirt would start the domain with, without its network interfaces.
     :param source: arguments of the source.
     :param disks: by the id of the device, and ``pflash0``, ``pflash1``.
     :param cards: of the source.
-    :raises Unrehearsable: there is something among them that cannot be had twice.
+    :raises Unrehearsable: one of them cannot be shared.
     """
-    result = TrialCommandLine()
+    result = RehearsalCommandLine()
     nodes: dict[str, Disk] = {}
-    options = [option for option in parse(list(destination)) if option.name not in _LEFT_OUT]
+    options = [option for option in parse(list(destination)) if option.name not in _OMITTED]
     options += _network_cards(source, options, cards.devices)
     for card in cards.plugged:
         options += _plugged_card(card, cards.backends)
@@ -141,13 +140,13 @@ def derive(
 
 def _replaced(option: Option, number: int, networks: list[Network]) -> list[str]:
     """
-    An option of the trial, from one of the destination.
+    Options of the rehearsal, for one of the destination.
 
-    :param number: another one for each option.
+    :param number: unique for each option.
     """
     props = properties(option.value or "")
     if option.name in ("drive", "tpmdev", "fsdev", "virtfs", "usbdevice", "hda", "hdb", "hdc", "hdd", "cdrom", ""):
-        raise Unrehearsable(f"{option} cannot be had twice")
+        raise Unrehearsable(f"{option} cannot be shared")
     if option.name in ("net", "nic"):
         raise Unrehearsable(f"the network card of {option} has no backend of its own")
     if option.name in _NULL:
@@ -159,15 +158,15 @@ def _replaced(option: Option, number: int, networks: list[Network]) -> list[str]
     if option.name == "netdev":
         return _network_backend(option, props, number, networks)
     if option.name == "object":
-        left_out = _OBJECTS_LEFT_OUT.match(props.get("", props.get("qom-type", "")))
-        return [] if left_out else _without(option, _LAUNCH_FILES).words()
-    return option.words()
+        omitted = _OMITTED_OBJECTS.match(props.get("", props.get("qom-type", "")))
+        return [] if omitted else _without(option, _LAUNCH_FILES).argv()
+    return option.argv()
 
 
 def _network_backend(option: Option, props: Mapping[str, str], number: int, networks: list[Network]) -> list[str]:
     name, kind = props.get("id", ""), props.get("", props.get("type", ""))
     if kind == "user":
-        return _without(option, _PORTS).words()
+        return _without(option, _PORTS).argv()
     if kind not in _WITH_HEADER:
         return ["-netdev", f"hubport,id={name},hubid={number}"]
     several = props.get("fds") or props.get("vhostfds")
@@ -188,13 +187,13 @@ def _without(option: Option, keys: tuple[str, ...]) -> Option:
 
 
 def _device(option: Option) -> dict[str, str]:
-    """:raises Unrehearsable: the device cannot be had twice."""
+    """:raises Unrehearsable: the device cannot be shared."""
     props = properties(option.value or "")
     driver = props.get("", props.get("driver", ""))
     if HOST_DEVICES.match(driver):
-        raise Unrehearsable(f"the host device behind {driver} cannot be had twice")
+        raise Unrehearsable(f"the host device behind {driver} cannot be shared")
     if driver.startswith("qxl"):
-        raise Unrehearsable(f"{driver} loads what is in its video memory, which a trial does not have")
+        raise Unrehearsable(f"{driver} loads from its video memory, which a rehearsal does not have")
     return props
 
 
@@ -216,7 +215,7 @@ def _empty_node(name: str, disk: Disk) -> dict[str, Any]:
 
 
 def _network_cards(source: Sequence[str], others: list[Option], present: frozenset[str]) -> list[Option]:
-    """Those of the source's command line that libvirt did not tell of, each with its backend in front of it."""
+    """Those of the source's command line that are not in libvirt's, each with its backend in front of it."""
     known = {properties(option.value or "").get("id") for option in others if option.name == "device"}
     options = parse(list(source))
     backends = {properties(option.value or "").get("id"): option for option in options if option.name == "netdev"}

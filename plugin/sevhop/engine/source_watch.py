@@ -1,10 +1,10 @@
 """
 What happens to a source while a hop is prepared: its QMP events, from the check to the commit.
 
-What was checked may be different a moment later. A hop looks again right before it stops the guest, but some changes
-leave no trace in what QEMU answers then, and some happen after that. Events tell of them. They also tell whether
+What was checked may be different a moment later. A hop checks again right before it stops the guest, but some changes
+leave no trace in what QEMU answers then, and some happen after that. Events report them. They also report whether
 ``stop`` is what stopped the guest: one that an I/O error, a panic or somebody else has stopped must not be resumed by
-a hop, in whichever QEMU.
+a hop, in either QEMU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qemu.qmp import EventListener
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 
-#: Events after which a guest is not what it was when it was checked, and what is said of them.
+#: Events after which a guest is not what it was when it was checked, and their message.
 _CHANGES = {
     "BLOCK_EXPORT_DELETED": "an export of a disk was removed",
     "BLOCK_JOB_CANCELLED": "a block job was cancelled",
@@ -40,8 +40,8 @@ _ENDS = {
     "WATCHDOG": "the guest's watchdog has expired",
 }
 _EVENTS = (*_CHANGES, *_ENDS, "RESET", "RESUME", "STOP")
-#: What a device may do about an error without stopping the guest.
-_GOES_ON = ("ignore", "report", "none", "debug", "inject-nmi", "reset")
+#: Actions of a device on an error that do not stop the guest.
+_KEEPS_RUNNING = ("ignore", "report", "none", "debug", "inject-nmi", "reset")
 
 
 class SourceWatch:
@@ -62,55 +62,55 @@ class SourceWatch:
             yield cls(monitor, listener)
 
     def stopping(self) -> None:
-        """The guest is told to stop. What is heard from now on may be because of that."""
+        """``stop`` is about to be sent. Later events may be its consequence."""
         self._drain()
         self._stopping = True
 
-    async def see_undisturbed(self) -> None:
+    async def verify_undisturbed(self) -> None:
         """
         Before the guest is stopped.
 
         :raises SevhopError: something has changed since the watch began.
         """
-        await self._hear()
+        await self._collect()
         for name in self._before:
             if reason := self._disturbance(name):
                 raise SevhopError(reason, "try again")
 
-    async def see_stopped(self, *, was_running: bool) -> None:
+    async def verify_stopped(self, *, was_running: bool) -> None:
         """
         When the guest has stopped.
 
-        :param was_running: whether it was told to; otherwise it was paused all the time.
+        :param was_running: whether the hop has stopped it; otherwise it was paused all the time.
         :raises SevhopError: it runs, or something else has happened to it.
         """
-        await self._hear()
-        heard = self._since if was_running else self._before + self._since
-        if "RESUME" in heard:
-            raise SevhopError("the source runs although it was stopped", "somebody else continues the guest")
-        for name in heard:
+        await self._collect()
+        events = self._since if was_running else self._before + self._since
+        if "RESUME" in events:
+            raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
+        for name in events:
             if name == "RESET":
                 raise SevhopError("the guest was reset by somebody else", "try again")
             if name != "STOP" and (reason := self._disturbance(name)):
                 raise SevhopError(reason, "try again")
-        if was_running and "STOP" not in heard:
+        if was_running and "STOP" not in events:
             raise SevhopError("the guest was stopped by somebody else", "try again")
 
     async def stopped_by_us(self) -> bool:
-        """Whether our order has stopped the guest, and nothing else has happened to it that it must not run after."""
-        await self._hear()
+        """Whether our ``stop`` has stopped the guest, and nothing has happened after which it must not be resumed."""
+        await self._collect()
         return "STOP" in self._since and not any(name in _ENDS for name in self._before + self._since)
 
-    async def _hear(self) -> None:
-        await self._monitor.seen(self._listener)
+    async def _collect(self) -> None:
+        await self._monitor.has_events(self._listener)
         self._drain()
 
     def _drain(self) -> None:
-        heard = self._since if self._stopping else self._before
+        events = self._since if self._stopping else self._before
         for event in self._listener.clear():
             name = str(event["event"])
             if not _harmless(name, event.get("data") or {}):
-                heard.append(name)
+                events.append(name)
 
     def _disturbance(self, name: str) -> str:
         if name == "STOP":
@@ -122,4 +122,4 @@ class SourceWatch:
 
 def _harmless(name: str, data: Any) -> bool:
     """Whether an event is one of an error or a watchdog that does not stop the guest."""
-    return name in ("BLOCK_IO_ERROR", "WATCHDOG") and isinstance(data, Mapping) and data.get("action") in _GOES_ON
+    return name in ("BLOCK_IO_ERROR", "WATCHDOG") and isinstance(data, Mapping) and data.get("action") in _KEEPS_RUNNING

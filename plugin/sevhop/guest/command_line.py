@@ -1,18 +1,18 @@
 """
 The destination's command line, derived from the source's.
 
-It is the same one: adopt.so sees to it that memory and listening sockets may be had twice. What is left is little:
+It is nearly the same one, since adopt.so lets two QEMUs share memory and listening sockets:
 
 ===========================  ==================================================================
-left out                     ``-daemonize`` (sevhop starts it detached), ``-S``, ``-incoming``,
+dropped                      ``-daemonize`` (sevhop starts it detached), ``-S``, ``-incoming``,
                              ``-loadvm``, and what an earlier hop had added
-``-pidfile``                 written under another name, renamed when the source has ended
+``-pidfile``                 written under another name, renamed when the source has exited
 ``server=on`` sockets        do not wait for a client
 added                        ``-S -incoming defer`` and a private monitor
 ===========================  ==================================================================
 
-What cannot be had twice by any means, such as a tap device or an inherited descriptor, is listed, with the option, and
-the hop is refused before anything is touched.
+What cannot be shared, such as a tap device or an inherited descriptor, is listed, with the option, and the hop is
+refused before anything is touched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 PRIVATE_MONITOR = "sevhop-monitor"
 
 # Options of qemu-options.hx that take no argument, of every QEMU from 7.2 on and of those before. One that is missing
-# here swallows the option behind it.
+# here takes the next option for its argument.
 _FLAGS = frozenset(
     """
     S s alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile
@@ -38,16 +38,16 @@ _FLAGS = frozenset(
 )
 
 _LEGACY_CHARDEV_OPTIONS = frozenset({"serial", "parallel", "monitor", "qmp", "qmp-pretty", "debugcon", "gdb"})
-_CHARDEVS_HAD_TWICE = frozenset(
+_SHAREABLE_CHARDEVS = frozenset(
     """
     null vc file pty ringbuf memory socket hub msmouse wctablet testdev spicevmc spiceport qemu-vdagent
     """.split()
 )
-_NETDEVS_HAD_TWICE = frozenset({"user", "hubport", "nic", "none"})
+_SHAREABLE_NETDEVS = frozenset({"user", "hubport", "nic", "none"})
 _FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd"})
-#: Names of devices behind which there is one of the host's.
+#: Names of devices whose backend is a device of the host.
 HOST_DEVICES = re.compile(r"(vfio-|vhost-|usb-host$|u2f-passthru$|scsi-generic$)")
-#: What QEMU takes for true (qapi_bool_parse).
+#: What QEMU parses as true (qapi_bool_parse).
 _TRUE = frozenset({"on", "yes", "true", "y"})
 _PIDFILE_SUFFIX = re.compile(r"\.hop-[0-9a-f]{8}$")
 
@@ -59,14 +59,14 @@ class Option:
     name: str
     value: str | None = None
 
-    def words(self) -> list[str]:
-        """As it stands on a command line."""
+    def argv(self) -> list[str]:
+        """Its arguments on a command line."""
         if not self.name:
             return [self.value or ""]
         return [f"-{self.name}"] + ([] if self.value is None else [self.value])
 
     def __str__(self) -> str:
-        return " ".join(self.words())
+        return " ".join(self.argv())
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Derived:
 
     :ivar emulator: the program.
     :ivar arguments: for the destination, without the program.
-    :ivar refused: for each option that cannot be had twice, the option and why.
-    :ivar pidfile: (path to be renamed, path it must have in the end), when there is one.
+    :ivar refused: for each option that cannot be shared, the option and why.
+    :ivar pidfile: (path at first, path after the hop), if there is one.
     """
 
     emulator: str
@@ -86,23 +86,23 @@ class Derived:
     pidfile: tuple[str, str] | None = None
 
 
-def parse(words: list[str]) -> list[Option]:
+def parse(argv: list[str]) -> list[Option]:
     """Split the arguments of a QEMU (without the program) into options."""
     options = []
-    iterator = iter(words)
-    for word in iterator:
-        if not word.startswith("-") or word == "-":
-            options.append(Option("", word))
+    iterator = iter(argv)
+    for argument in iterator:
+        if not argument.startswith("-") or argument == "-":
+            options.append(Option("", argument))
             continue
-        name = word[2:] if word.startswith("--") else word[1:]
+        name = argument[2:] if argument.startswith("--") else argument[1:]
         options.append(Option(name) if name in _FLAGS else Option(name, next(iterator, "")))
     return options
 
 
 def properties(value: str) -> dict[str, str]:
     """
-    The keys of an option's argument, in QEMU's ``key=value,...`` or JSON form. A first word without a key is under
-    ``""``; a later word without a value is a boolean. Nested JSON becomes ``a.b``.
+    The keys of an option's argument, in QEMU's ``key=value,...`` or JSON form. A first value without a key is under
+    ``""``; a later key without a value is a boolean. Nested JSON becomes ``a.b``.
     """
     if value.startswith("{"):
         try:
@@ -120,9 +120,9 @@ def properties(value: str) -> dict[str, str]:
     return result
 
 
-def memory_backends(words: list[str]) -> set[str]:
+def memory_backends(argv: list[str]) -> set[str]:
     """The ids of the memory backends among the arguments of a QEMU (without the program)."""
-    objects = [properties(option.value or "") for option in parse(words) if option.name == "object"]
+    objects = [properties(option.value or "") for option in parse(argv) if option.name == "object"]
     kinds = {props.get("id", ""): props.get("", props.get("qom-type", "")) for props in objects}
     return {name for name, kind in kinds.items() if kind.startswith("memory-backend-")}
 
@@ -137,20 +137,20 @@ def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, str(tree)
 
 
-def derive(emulator: str, words: list[str], token: str) -> Derived:
+def derive(emulator: str, argv: list[str], token: str) -> Derived:
     """
     Derive the destination's arguments from the source's.
 
-    :param emulator: the program that is to get them.
-    :param words: the source's arguments, without the program.
+    :param emulator: the destination's program.
+    :param argv: the source's arguments, without the program.
     :param token: eight hexadecimal digits that nobody can guess, for the name of a temporary file.
     """
-    options = parse(words)
+    options = parse(argv)
     arguments: list[str] = []
     refused: list[str] = []
     pidfile = None
     for option in options:
-        if _left_out(option):
+        if _dropped(option):
             continue
         if reason := _reason_against(option, options):
             refused.append(f"{option}: {reason}")
@@ -160,23 +160,23 @@ def derive(emulator: str, words: list[str], token: str) -> Derived:
             pidfile = (temporary, final)
             arguments += ["-pidfile", temporary]
         else:
-            arguments += _without_waiting(option).words()
+            arguments += _without_waiting(option).argv()
     return Derived(emulator, arguments, refused, pidfile)
 
 
 def final_pidfile(name: str) -> str:
-    """Which name a pid file has when the hop is over in which it was written."""
+    """The name of a pid file after the hop in which it was written."""
     return _PIDFILE_SUFFIX.sub("", name)
 
 
 def incoming(arguments: list[str], monitor_fd: int, *, paused: bool = True) -> list[str]:
     """
-    Add what makes a destination of it: it waits for the stream, and has a private monitor.
+    Add the options of a destination: it waits for the stream, and has a private monitor.
 
-    :param monitor_fd: an inherited socket that listens; the monitor is there.
+    :param monitor_fd: an inherited listening socket for the monitor.
     :param paused: whether it stays paused at the end of the stream.
     """
-    kept = [word for option in parse(arguments) if not _left_out(option) for word in option.words()]
+    kept = [argument for option in parse(arguments) if not _dropped(option) for argument in option.argv()]
     return [
         *kept,
         *("-chardev", f"socket,id={PRIVATE_MONITOR},fd={monitor_fd},server=on,wait=off"),
@@ -186,7 +186,7 @@ def incoming(arguments: list[str], monitor_fd: int, *, paused: bool = True) -> l
     ]
 
 
-def _left_out(option: Option) -> bool:
+def _dropped(option: Option) -> bool:
     if option.name in ("daemonize", "S", "incoming", "loadvm"):
         return True
     if option.name == "chardev" and option.value:
@@ -195,7 +195,7 @@ def _left_out(option: Option) -> bool:
 
 
 def _without_waiting(option: Option) -> Option:
-    """A server socket must not hold up the destination's start until somebody connects."""
+    """A server socket must not delay the destination's start until a client connects."""
     value = option.value
     if value is None or not (option.name == "chardev" or option.name in _LEGACY_CHARDEV_OPTIONS):
         return option
@@ -212,22 +212,22 @@ def _without_waiting(option: Option) -> Option:
 def _chardev_is_server(value: str) -> bool:
     props = properties(value)
     if value.startswith("{"):
-        # The QMP form, in which a socket is a server unless it says otherwise.
+        # The QMP form, in which a socket is a server by default.
         return props.get("backend.type") == "socket" and props.get("backend.data.server", "on") == "on"
     return props.get("server") == "on"
 
 
 def _reason_against(option: Option, options: list[Option]) -> str:
-    """Why an option cannot be had twice; empty when it can."""
+    """Why an option cannot be shared by two QEMUs; empty when it can."""
     name, value = option.name, option.value or ""
     if any(other.name == "daemonize" for other in options) and (path := _relative_log(option)):
         return f"{path} is relative to a directory that -daemonize has left"
     props = properties(value)
     if name == "add-fd" or _FD_KEYS & {key.rsplit(".", 1)[-1] for key in props} or "/dev/fdset/" in value:
-        return "a descriptor that the source inherited cannot be had by another process"
+        return "a descriptor that the source inherited cannot be inherited again"
     if name in ("netdev", "nic", "net"):
         kind = props.get("", props.get("type", ""))
-        if kind not in _NETDEVS_HAD_TWICE:
+        if kind not in _SHAREABLE_NETDEVS:
             return f"a {kind} network backend cannot be opened twice"
     if name == "snapshot" or props.get("snapshot") in _TRUE:
         return "a temporary snapshot belongs to one process"
@@ -244,19 +244,19 @@ def _reason_against(option: Option, options: list[Option]) -> str:
         if HOST_DEVICES.match(driver):
             return f"the host device behind {driver} cannot be opened twice"
         if driver.startswith("virtio-mem-"):
-            return "a QEMU empties it when it starts"
+            return "QEMU discards its contents when it starts"
     if name == "chardev":
         kind = props.get("", props.get("backend", props.get("backend.type", "")))
         return _reason_against_chardev(kind, value)
     if name == "gdb" and value.startswith(("tcp:", "unix:")):
-        return ""  # a gdb stub always listens, and never says so
+        return ""  # a gdb stub always listens, without server=on
     if name in _LEGACY_CHARDEV_OPTIONS:
         return _reason_against_legacy_chardev(value)
     return ""
 
 
 def _relative_log(option: Option) -> str:
-    """The relative path of a file that QEMU writes to, and would make where it is not; empty when there is none."""
+    """The relative path of a file that QEMU writes to, and would create in another directory; empty without one."""
     value = option.value or ""
     props = properties(value)
     paths = [path for key, path in props.items() if key.rsplit(".", 1)[-1] == "logfile"]
@@ -272,7 +272,7 @@ def _relative_log(option: Option) -> str:
 def _reason_against_chardev(kind: str, value: str) -> str:
     if kind == "stdio":
         return "standard input and output belong to the source"
-    if kind not in _CHARDEVS_HAD_TWICE:
+    if kind not in _SHAREABLE_CHARDEVS:
         return f"a {kind} character device cannot be opened twice"
     if kind == "socket" and not _chardev_is_server(value):
         return "its peer expects one client, not two"
@@ -290,7 +290,8 @@ def _reason_against_legacy_chardev(value: str) -> str:
 
 
 def _nographic_takes_stdio(options: list[Option]) -> bool:
-    """-nographic puts on the terminal what has been given no other place (system/vl.c)."""
+    """-nographic redirects serial port and monitor to stdio unless they are given (system/vl.c)."""
+
     names = {option.name for option in options}
     if "nodefaults" in names:
         return False

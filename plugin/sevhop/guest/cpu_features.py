@@ -1,10 +1,10 @@
 """
-What a guest's processors can do, compared between two QEMUs.
+CPU features of a guest, compared between two QEMUs.
 
-With ``-cpu max``, ``host`` or libvirt's ``host-passthrough`` that depends on the QEMU as well as on the host: a newer
-one knows more, and now and then one does not know any more what an older one did. A guest that has found a feature at
-its start uses it for as long as it runs, so a feature that is lost ends with an illegal instruction, or worse. One that
-is gained is only noticed by what asks again.
+With ``-cpu max``, ``host`` or libvirt's ``host-passthrough`` they depend on the QEMU as well as on the host: a newer
+one has more, and now and then one drops a feature that an older one had. A guest that has found a feature at its start
+uses it for as long as it runs, so a lost feature causes an illegal instruction, or worse. A gained one is noticed only
+by software that reads CPUID again.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import asyncio
 from typing import Any
 
 from sevhop_qmp.errors import CommandError
-from sevhop_qmp.monitor import Commands, understood
+from sevhop_qmp.monitor import Commands, protocol_errors
 
-#: Bits of the words that CPUID returns: "leaf[.subleaf] REGISTER" -> bits.
-Words = dict[str, int]
+#: The registers that CPUID returns: "leaf[.subleaf] REGISTER" -> bits.
+FeatureWords = dict[str, int]
 
-#: What QEMU makes of the number of cores and threads, the older ones only when the guest asks: of the words it is then
-#: missing, but not of what the guest sees.
+#: Bits that QEMU derives from the number of cores and threads. Older versions do that only when the guest executes
+#: CPUID: they are missing in the property, but not for the guest.
 _FROM_TOPOLOGY = {"1 EDX": 1 << 28, "80000001 ECX": 1 << 1}
 
 #: Properties of a CPU that are bits of MSRs, by the bit of CPUID without which the guest has no such MSR.
-_BEHIND = {
+_MSR_FEATURES = {
     ("1 ECX", 5): ("vmx-",),
     ("7.0 EDX", 29): (
         *("rdctl-no", "ibrs-all", "rsba", "skip-l1dfl-vmentry", "ssb-no", "mds-no", "pschange-mc-no", "tsx-ctrl"),
@@ -33,13 +33,13 @@ _BEHIND = {
 }
 
 
-async def words(monitor: Commands) -> Words:
+async def feature_words(monitor: Commands) -> FeatureWords:
     """
-    What CPUID tells the guest, as one of its processors has it: they are all alike.
+    The CPUID features of the guest, read from one of its processors: all have the same (property ``feature-words``).
 
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         rows = await monitor.execute("qom-get", {"path": await _processor(monitor), "property": "feature-words"})
         found = {_label(row): int(row["features"]) for row in rows}
     return {label: bits & ~_FROM_TOPOLOGY.get(label, 0) for label, bits in found.items()}
@@ -56,8 +56,8 @@ async def _processor(monitor: Commands) -> str:
     return str((await monitor.execute("query-cpus-fast"))[0]["qom-path"])
 
 
-def lost(source: Words, destination: Words) -> list[str]:
-    """Features that the guest has and would not have any more, such as ``CPUID 7.0 EBX bit 16``."""
+def lost(source: FeatureWords, destination: FeatureWords) -> list[str]:
+    """Features that the guest would lose, such as ``CPUID 7.0 EBX bit 16``."""
     return [
         f"CPUID {label} bit {bit}"
         for label, bits in source.items()
@@ -66,24 +66,24 @@ def lost(source: Words, destination: Words) -> list[str]:
     ]
 
 
-def gained(source: Words, destination: Words) -> list[str]:
-    """Features that the guest would have in addition."""
+def gained(source: FeatureWords, destination: FeatureWords) -> list[str]:
+    """Features that the guest would gain."""
     return lost(destination, source)
 
 
-async def lost_behind(source: Commands, destination: Commands, present: Words) -> list[str]:
+async def lost_msr_features(source: Commands, destination: Commands, present: FeatureWords) -> list[str]:
     """
-    The names of features in MSRs that the guest would not have any more; of most guests none is looked for.
+    The names of features in MSRs that the guest would lose. Most guests have no such MSR, and nothing is queried.
 
-    :param present: what CPUID tells the guest now.
+    :param present: the guest's CPUID features now.
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
     families = tuple(
-        name for (label, bit), names in _BEHIND.items() if present.get(label, 0) & (1 << bit) for name in names
+        name for (label, bit), names in _MSR_FEATURES.items() if present.get(label, 0) & (1 << bit) for name in names
     )
     if not families:
         return []
-    with understood(source.name):
+    with protocol_errors(source.name):
         path, theirs = await _processor(source), await _processor(destination)
         rows = await source.execute("qom-list", {"path": path})
         names = [str(row["name"]) for row in rows if row["type"] == "bool" and str(row["name"]).startswith(families)]
@@ -93,11 +93,11 @@ async def lost_behind(source: Commands, destination: Commands, present: Words) -
 
 async def names_of_lost(source: Commands, destination: Commands) -> list[str]:
     """
-    The names that QEMU has for what is lost, as far as it has any. Takes seconds: there are hundreds.
+    QEMU's names of lost features, as far as it has any. Takes seconds: there are hundreds.
 
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
-    with understood(source.name):
+    with protocol_errors(source.name):
         path, theirs = await _processor(source), await _processor(destination)
         rows = await source.execute("qom-list", {"path": path})
         names = [str(row["name"]) for row in rows if row["type"] == "bool"]
@@ -115,16 +115,16 @@ async def _values(monitor: Commands, path: str, names: list[str]) -> dict[str, b
     return dict(zip(names, [await one(name) for name in names], strict=True))
 
 
-async def compare(source: Commands, ours: Words, destination: Commands) -> tuple[str, str]:
+async def compare(source: Commands, ours: FeatureWords, destination: Commands) -> tuple[str, str]:
     """
     Compare a destination with the source.
 
-    :param ours: what CPUID tells the guest now.
-    :return: what the guest would lose, for a refusal, and what it would gain, for a note; empty when it is nothing.
+    :param ours: the guest's CPUID features now.
+    :return: what the guest would lose, for a refusal, and what it would gain, for a note; empty if nothing.
     :raises SevhopError: one of them does not answer, or its answers make no sense.
     """
-    theirs = await words(destination)
-    missing = lost(ours, theirs) + await lost_behind(source, destination, ours)
+    theirs = await feature_words(destination)
+    missing = lost(ours, theirs) + await lost_msr_features(source, destination, ours)
     if missing:
         names = ", ".join(await names_of_lost(source, destination)) or "QEMU has no name for it"
         return f"the guest's processors would lose {', '.join(missing)} ({names})", ""

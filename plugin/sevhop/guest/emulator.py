@@ -1,8 +1,8 @@
 """
-A QEMU binary that a guest may go to: which version it is, which machine types it has, and whether it can be trusted.
+A QEMU binary for the destination: its version and machine types, and whether it can be trusted.
 
-It gets the guest's memory and the right to run it. So nobody but root may be able to exchange it: neither the file, nor
-a directory on the way to it, nor a link that is followed.
+It gets the guest's memory. So nobody but root may be able to replace it: neither the file, nor a directory in its path,
+nor a symbolic link that is followed.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ import os
 import pwd
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sevhop_qmp.errors import SevhopError
 
-#: Seconds in which a QEMU must have told what it is.
+#: Seconds within which a QEMU must have answered.
 PATIENCE = 60.0
 HINT = "name a QEMU system emulator with --emulator"
-#: A machine without parts, which needs neither a guest nor rights.
+#: A machine without devices, which needs neither a guest nor privileges.
 PROBE = ("-machine", "none,accel=tcg:kvm", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio")
-QUESTIONS = (
+COMMANDS = (
     b'{"execute": "qmp_capabilities"} {"execute": "query-machines"} {"execute": "query-commands"} {"execute": "quit"}'
 )
-#: The first version that refuses to read a stream from a regular file by descriptor, which is what libvirt gives it.
+#: The first version that refuses to read a stream from a descriptor of a regular file, which is what libvirt passes.
 _NO_STREAM_FROM_FILE = (11, 0, 0)
-#: As many symbolic links are followed as the kernel follows.
+#: As many symbolic links as the kernel follows.
 _LINKS = 40
-#: A path, and what stat(2) says that is there.
+#: A path, and device, inode, size and modification time of the file.
 FileIdentity = tuple[str, int, int, int, int]
+#: Starts a process, with the arguments of :class:`subprocess.Popen`.
+Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Emulator:
     """
     A QEMU binary.
 
-    :ivar path: as it was named.
+    :ivar path: as given by the user.
     :ivar version: such as ``10.0.2``.
     :ivar machine_types: their names and aliases.
     """
@@ -51,43 +53,44 @@ class Emulator:
     machine_types: frozenset[str]
 
     @property
-    def wants_pipe(self) -> bool:
-        """Whether it loads a stream from a pipe, but not from a file that libvirt has opened."""
+    def needs_pipe(self) -> bool:
+        """Whether it loads a stream from a pipe only, not from a file that libvirt has opened."""
         return tuple(map(int, self.version.split("."))) >= _NO_STREAM_FROM_FILE
 
 
-#: What was found out in this process.
+#: Binaries that this process has probed.
 _known: dict[FileIdentity, Emulator] = {}
 
 
-def look(path: str) -> Emulator:
+def probe(path: str) -> Emulator:
     """
-    Find out what a binary is. It is started once, and not again in this process unless the file has changed.
+    Query a binary. It is started once, and not again by this process unless the file has changed.
 
     :raises SevhopError: it cannot be trusted, cannot be started, or is not QEMU.
     """
     identity = trusted(path)
     if identity in _known:
         return _known[identity]
-    return understand(path, identity, _asked(path, QUESTIONS))[0]
+    return parse(path, identity, query(path, COMMANDS)[0])[0]
 
 
 def properties(path: str, drivers: Iterable[str]) -> dict[str, frozenset[str]]:
     """
-    Find out which properties devices have in an emulator.
+    Query which properties devices have in an emulator.
 
-    :return: by driver; those that it does not have are left out.
-    :raises SevhopError: as :func:`look` does.
+    :return: driver → names of its properties; without drivers that it does not have.
+    :raises SevhopError: as :func:`probe` does.
     """
     trusted(path)
     wanted = sorted(drivers)
-    questions = [{"execute": "device-list-properties", "arguments": {"typename": driver}} for driver in wanted]
-    words = [{"execute": "qmp_capabilities"}, *questions, {"execute": "quit"}]
+    queries = [{"execute": "device-list-properties", "arguments": {"typename": driver}} for driver in wanted]
+    commands = [{"execute": "qmp_capabilities"}, *queries, {"execute": "quit"}]
     try:
-        answers = [json.loads(line) for line in _asked(path, " ".join(map(json.dumps, words)).encode()).splitlines()]
+        output = query(path, " ".join(map(json.dumps, commands)).encode())[0]
+        answers = [json.loads(line) for line in output.splitlines()]
     except ValueError as err:
         raise SevhopError(f"{path} does not speak QMP", HINT) from err
-    # The greeting and the answer to the first word come before these.
+    # The greeting and the answer to qmp_capabilities come before these.
     answers = [answer for answer in answers if "return" in answer or "error" in answer][1 : len(wanted) + 1]
     return {
         driver: frozenset(str(row["name"]) for row in answer["return"])
@@ -96,36 +99,40 @@ def properties(path: str, drivers: Iterable[str]) -> dict[str, frozenset[str]]:
     }
 
 
-def _asked(path: str, questions: bytes) -> bytes:
-    """:return: what it answers, a line for each; a greeting is in front."""
+def query(path: str, commands: bytes, start: Start = subprocess.Popen) -> tuple[bytes, bytes]:
+    """
+    Start a binary with :data:`PROBE`, and have it execute QMP commands.
+
+    :return: the greeting and the answers, a line for each; and its standard error.
+    :raises SevhopError: it cannot be started, or does not exit.
+    """
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run([path, *PROBE], input=questions, capture_output=True, timeout=PATIENCE, check=False)
+        with start([path, *PROBE], stdin=pipe, stdout=pipe, stderr=pipe) as child:
+            try:
+                return child.communicate(commands, timeout=PATIENCE)
+            finally:
+                child.kill()
+    except subprocess.TimeoutExpired as err:
+        raise SevhopError(f"cannot query {path}: no answer within {PATIENCE:g} s", HINT) from err
     except (OSError, subprocess.SubprocessError) as err:
-        raise silent(path, err) from err
-    return done.stdout
-
-
-def silent(path: str, failure: OSError | subprocess.SubprocessError) -> SevhopError:
-    """What is said of a binary that could not be asked."""
-    if isinstance(failure, subprocess.TimeoutExpired):
-        return SevhopError(f"{path}: it has not told what it is within {PATIENCE:g} s", HINT)
-    return SevhopError(f"{path}: {getattr(failure, 'strerror', None) or failure}", HINT)
+        raise SevhopError(f"cannot start {path}: {getattr(err, 'strerror', None) or err}", HINT) from err
 
 
 def trusted(path: str) -> FileIdentity:
     """
-    See that only root can exchange a binary.
+    Verify that only root can replace a binary.
 
-    :return: what tells it from another one that may be there later.
-    :raises SevhopError: somebody else can, or there is none.
+    :return: the identity of the file.
+    :raises SevhopError: another user can, or there is none.
     """
     if not os.path.isabs(path):
-        raise SevhopError(f"{path} is not a whole path", HINT)
+        raise SevhopError(f"{path} is not an absolute path", HINT)
     try:
-        if reason := distrust(path):
+        if reason := untrusted_writer(path):
             raise SevhopError(
                 f"{path} cannot be trusted with a guest: {reason}",
-                "let only root change it and the directories above it, or name another one with --emulator",
+                "make it and its directories writable for root only, or name another one with --emulator",
             )
         file = os.stat(path)
     except OSError as err:
@@ -133,11 +140,11 @@ def trusted(path: str) -> FileIdentity:
     return path, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
 
 
-def understand(path: str, identity: FileIdentity, answers: bytes) -> tuple[Emulator, frozenset[str]]:
+def parse(path: str, identity: FileIdentity, answers: bytes) -> tuple[Emulator, frozenset[str]]:
     """
-    What a QEMU says that was started with :data:`PROBE` and asked :data:`QUESTIONS`.
+    Parse the answers of a QEMU that was started with :data:`PROBE` to :data:`COMMANDS`.
 
-    :return: and the names of its commands.
+    :return: the emulator, and the names of its QMP commands.
     :raises SevhopError: this is not QEMU.
     """
     try:
@@ -153,24 +160,24 @@ def understand(path: str, identity: FileIdentity, answers: bytes) -> tuple[Emula
 
 
 def _answers(text: bytes) -> Iterator[dict[str, Any]]:
-    """What a monitor says, without the events."""
+    """The messages of a monitor, without events."""
     for line in text.splitlines():
         answer = json.loads(line)
         if "event" not in answer:
             yield answer
 
 
-def distrust(path: str) -> str:
+def untrusted_writer(path: str) -> str:
     """
-    Who besides root could exchange a file, by a write to it or to something on the way; empty when nobody could.
+    Who besides root could replace a file, by writing to it or to something in its path; empty when nobody could.
 
     :raises OSError: there is no such file.
     """
     here, steps, links = Path("/"), _steps(path), 0
     while steps:
         directory = here.lstat()
-        # In a sticky directory such as /tmp others may add, but neither rename nor remove.
-        if not directory.st_mode & stat.S_ISVTX and (who := _others_who_write(directory)):
+        # In a sticky directory such as /tmp other users may create entries, but not rename or remove those of root.
+        if not directory.st_mode & stat.S_ISVTX and (who := _other_writers(directory)):
             return f"{who} may write to {here}"
         entry = Path(os.path.normpath(here / steps.pop()))
         found = entry.lstat()
@@ -185,7 +192,7 @@ def distrust(path: str) -> str:
             here = Path("/") if os.path.isabs(target) else here
         else:
             here = entry
-    who = _others_who_write(here.lstat())
+    who = _other_writers(here.lstat())
     return f"{who} may write to {here}" if who else ""
 
 
@@ -194,14 +201,14 @@ def _steps(path: str) -> list[str]:
 
 
 def _trusted() -> set[int]:
-    """Root, who we are, and who has become root by sudo to call us: that user could do anything as well."""
+    """Root, our own user, and the user who called us by sudo, who can become root anyway."""
     uids = {0, os.geteuid()}
     if os.geteuid() == 0 and (caller := os.environ.get("SUDO_UID", "")).isdigit():
         uids.add(int(caller))
     return uids
 
 
-def _others_who_write(file: os.stat_result) -> str:
+def _other_writers(file: os.stat_result) -> str:
     if file.st_mode & stat.S_IWOTH:
         return "everybody"
     if file.st_mode & stat.S_IWGRP and not _is_private(file.st_gid, file.st_uid):
@@ -213,7 +220,7 @@ def _others_who_write(file: os.stat_result) -> str:
 
 
 def _is_private(gid: int, uid: int) -> bool:
-    """Whether a group is a user's own, with nobody else in it. Where users have such, their umask is 002."""
+    """Whether a group is a user private group, with no other member. Where users have such, their umask is 002."""
     try:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:

@@ -1,5 +1,5 @@
 """
-What a running QEMU tells of its guest, read once, changed by nothing.
+A running QEMU's description of its guest, read once.
 
 The same description is read from the source and from the destination; a hop compares the two before the source is
 stopped.
@@ -14,14 +14,15 @@ from typing import Any
 
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Commands, understood
+from sevhop_qmp.monitor import Commands, protocol_errors
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 
 #: Bit of the SEV policy that asks for encrypted registers (AMD SEV API, table "Guest Policy").
 _POLICY_ES = 0x4
 
-#: RAM blocks whose content QEMU has had encrypted at launch. It is tied to its physical page and cannot be copied.
+#: RAM blocks that were encrypted at launch (LAUNCH_UPDATE). Their content depends on its physical address and cannot be
+#: copied.
 ENCRYPTED_BLOCKS = frozenset({"pc.bios", "system.flash0"})
 
 
@@ -42,9 +43,9 @@ class SevContext:
 
     :ivar kind: ``none``, ``sev``, ``sev-es`` or ``sev-snp``.
     :ivar handle: the firmware's handle of the guest.
-    :ivar measurement: launch measurement in hexadecimal, empty when QEMU does not tell.
-    :ivar device: through which QEMU speaks to the firmware.
-    :ivar typed: whether QEMU wanted a VM of a type of its own for it (``legacy-vm-type=off``).
+    :ivar measurement: launch measurement in hexadecimal, empty when QEMU does not report it.
+    :ivar device: the SEV device of the host that QEMU uses.
+    :ivar typed: whether the VM has a VM type of its own for SEV (``legacy-vm-type=off``).
     """
 
     kind: str
@@ -60,14 +61,14 @@ class Guest:
     """
     A guest as its QEMU describes it.
 
-    :ivar name: what the administrator calls it (``-name``), or the pid of its QEMU.
+    :ivar name: its name (``-name``), or the pid of its QEMU.
     :ivar state: QEMU's run state, ``running`` or ``paused`` or another.
     :ivar accelerator: ``kvm`` or ``tcg``.
-    :ivar vcpu_threads: ids of the threads that are its processors.
+    :ivar vcpu_threads: ids of its vCPU threads.
     :ivar memory: bytes of RAM at start.
     :ivar devices: devices with an id, path → type.
-    :ivar blockers: why QEMU would not migrate it, in QEMU's words; devices that cannot be migrated are among them.
-    :ivar jobs: block jobs and other long tasks under way.
+    :ivar blockers: QEMU's migration blockers, also for devices that cannot be migrated.
+    :ivar jobs: block jobs and other long tasks in progress.
     :ivar blocks: its RAM blocks by name.
     """
 
@@ -97,7 +98,7 @@ async def inspect(monitor: Commands, process: QemuProcess) -> Guest:
 
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         kvm = await monitor.execute("query-kvm")
         summary = await monitor.execute("query-memory-size-summary")
         machine = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
@@ -125,7 +126,7 @@ async def _context(monitor: Commands) -> SevContext:
     try:
         sev = await monitor.execute("query-sev")
     except CommandError:
-        return SevContext("none")  # what newer QEMUs say of a guest without SEV
+        return SevContext("none")  # newer QEMUs, of a guest without SEV
     if not sev["enabled"]:
         return SevContext("none")
     if sev.get("sev-type") == "sev-snp":
@@ -137,7 +138,7 @@ async def _context(monitor: Commands) -> SevContext:
 
 
 async def _object(monitor: Commands) -> tuple[str, bool]:
-    """The device of the sev-guest object, and whether it wants a typed VM."""
+    """The SEV device of the sev-guest object, and whether its VM has a type of its own."""
     path = await monitor.execute("qom-get", {"path": "/machine", "property": "confidential-guest-support"})
     device = await monitor.execute("qom-get", {"path": path, "property": "sev-device"})
     try:
@@ -184,14 +185,14 @@ async def _jobs(monitor: Commands, migration: dict[str, Any]) -> tuple[str, ...]
     return tuple(jobs)
 
 
-async def see_unchanged(monitor: Commands, guest: Guest) -> None:
+async def verify_unchanged(monitor: Commands, guest: Guest) -> None:
     """
-    Look again at what others can change while a guest runs: its run state, devices and jobs.
+    Verify what other clients can change while a guest runs: its run state, devices and jobs.
 
     :param guest: as it was inspected, without any job.
     :raises SevhopError: it has changed.
     """
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         status = str((await monitor.execute("query-status"))["status"])
         devices = await _devices(monitor)
         jobs = await _jobs(monitor, await monitor.execute("query-migrate"))
@@ -205,9 +206,10 @@ async def see_unchanged(monitor: Commands, guest: Guest) -> None:
 
 def differences(source: Guest, destination: Guest) -> list[str]:
     """
-    In what the destination is not the machine that the source is; empty when a hop may go on.
+    How the destination's machine differs from the source's; empty when a hop may continue.
 
-    RAM blocks are compared where they are paired (:func:`sevhop_qmp.ram_blocks.not_shared`).
+
+    RAM blocks are compared where they are paired (:func:`sevhop_qmp.ram_blocks.private_pairs`).
     """
     found = [
         f"{label} is {theirs} in the destination, {ours} in the source"

@@ -1,8 +1,8 @@
 """
-Where the pid file of a running QEMU is. QEMU has it open, and locked, for as long as it runs (``os-posix.c``).
+Finds the pid file of a running QEMU, which has it open, and locked, for as long as it runs (``os-posix.c``).
 
-Its name on the command line does not tell: it may be relative, and a QEMU that was started with ``-daemonize`` is in
-``/`` since, whatever directory it was started in.
+Its name on the command line is not enough: it may be relative, and a QEMU that was started with ``-daemonize`` has
+changed its directory to ``/``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from . import command_line
 from .command_line import Option
 
 
-def absolute(process: QemuProcess, words: list[str]) -> list[str]:
+def absolute(process: QemuProcess, argv: list[str]) -> list[str]:
     """
-    The arguments of a QEMU (without the program), with the whole path of its pid file.
+    The arguments of a QEMU (without the program), with the absolute path of its pid file.
 
-    :raises SevhopError: nobody knows in which directory that is.
+    :raises SevhopError: it cannot be found.
     """
-    options = command_line.parse(words)
+    options = command_line.parse(argv)
     options = [_absolute(process, option, options) if option.name == "pidfile" else option for option in options]
-    return [word for option in options for word in option.words()]
+    return [argument for option in options for argument in option.argv()]
 
 
 def _absolute(process: QemuProcess, option: Option, options: list[Option]) -> Option:
@@ -38,20 +38,21 @@ def _absolute(process: QemuProcess, option: Option, options: list[Option]) -> Op
         return Option(option.name, path)
     if any(other.name == "daemonize" for other in options):
         raise SevhopError(
-            f"the pid file {name} of process {process.pid} is not to be found", "start the guest with its whole path"
+            f"cannot find the pid file {name} of process {process.pid}", "start the guest with its absolute path"
         )
     return option
 
 
 def _open_in(process: QemuProcess, name: str) -> str:
-    """Where a file of that name is that the process has open, and that says its number; empty if nowhere."""
+    """The path of a file of that name that the process has open and that contains its pid; empty without one."""
     wanted = {name, command_line.final_pidfile(name)}
     for descriptor in process.descriptors():
         path = path_on_disk(descriptor.target)
         if not os.path.isabs(path) or os.path.basename(path) not in wanted:
             continue
         with contextlib.suppress(OSError, ValueError):
-            # Opened anew: QEMU has it open for writing alone.
+            # Opened again: QEMU has it open write-only.
+
             opened = f"/proc/{process.pid}/fd/{descriptor.number}"
             if stat.S_ISREG(os.stat(opened).st_mode) and int(Path(opened).read_bytes()[:32]) == process.pid:
                 return path

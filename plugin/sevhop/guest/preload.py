@@ -1,18 +1,18 @@
 """
-Whether adopt.so gets into a QEMU: as that user, into that emulator.
+Whether an emulator loads adopt.so, run as the guest's user.
 
 A QEMU with a source's command line but without the library is an ordinary QEMU: before anybody could notice, it has
-taken the source's sockets and emptied its logs. The dynamic loader leaves a library out, and says so at most, if the
-user cannot read it, if the program has file capabilities or a setuid bit, or if a security module asks for it
-(ld.so(8), "secure-execution mode"); a script in front of the emulator may take the environment away. So it is tried
-before: the emulator is started as the destination will be, but as a machine without parts, and asked for the library's
-commands.
+taken over the source's sockets and truncated its logs. The dynamic loader ignores a library in LD_PRELOAD, with a
+message at most, if the user cannot read it, if the program has file capabilities or a setuid bit, or if a security
+module requires it (ld.so(8), "secure-execution mode"); a wrapper script may drop the environment. So it is probed
+before: the emulator is started as the destination will be, but as a machine without devices, and queried for the
+library's commands.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -25,28 +25,28 @@ from ..process.launch import Identity
 from . import emulator
 from .emulator import Emulator
 
-#: (emulator, library, who) → whether the library is in there.
-_tried: dict[object, bool] = {}
+#: (emulator, library, user and environment) → whether the library is loaded.
+_probed: dict[object, bool] = {}
 
 
 class NotLoaded(SevhopError):
     """
-    The library does not get into an emulator.
+    An emulator does not load the library.
 
-    :ivar emulator: what it is.
+    :ivar emulator: it.
     """
 
     def __init__(self, emulator: Emulator, uid: int) -> None:
         super().__init__(
             f"{emulator.path} does not load {adopt.library_path()} as user {uid}",
-            "it must have no file capabilities and no setuid bit, and a script in front of it must keep LD_PRELOAD",
+            "it must have no file capabilities and no setuid bit, and a wrapper script must keep LD_PRELOAD",
         )
         self.emulator = emulator
 
 
-def see_readable(user: Credentials) -> str:
+def verify_readable(user: Credentials) -> str:
     """
-    See that QEMU's user can read the library.
+    Verify that QEMU's user can read the library.
 
     :return: its path.
     :raises SevhopError: that user cannot.
@@ -63,11 +63,11 @@ def see_readable(user: Credentials) -> str:
     )
 
 
-def look(path: str, identity: Identity, environment: Mapping[str, str]) -> Emulator:
+def probe(path: str, identity: Identity, environment: Mapping[str, str]) -> Emulator:
     """
-    Find out what an emulator is, and see that the library gets into it.
+    Query an emulator, and verify that it loads the library.
 
-    It is started once for each user, and not again in this process unless a file has changed.
+    It is started once for each user, and not again by this process unless a file has changed.
 
     :param environment: of the destination.
     :raises NotLoaded: it does not load the library.
@@ -75,47 +75,32 @@ def look(path: str, identity: Identity, environment: Mapping[str, str]) -> Emula
     """
     file = emulator.trusted(path)
     library = adopt.library_path()
-    # Elsewhere than the guest, whose cgroups may have no room for it; and not under a label that is this guest's alone.
-    somewhere = replace(identity, confinement=replace(identity.confinement, label="", cgroups=()))
+    # Not in the guest's cgroups, which may have no room for it; and without its label, which is for this guest alone.
+    outside = replace(identity, confinement=replace(identity.confinement, label="", cgroups=()))
     environment = {**environment, **adopt.library_environment(environment)}
     state = library.stat()
     who = identity.confinement
     rights = (who.uids, who.gids, who.groups, who.inheritable, who.bounding, who.ambient, who.no_new_privs)
     key = (file, library, state.st_ino, state.st_mtime_ns, rights, tuple(sorted(environment.items())))
-    if key not in _tried:
-        words, answers = _ask(path, somewhere, environment)
+    if key not in _probed:
+        last_error, answers = _query(path, outside, environment)
         try:
-            _, commands = emulator.understand(path, file, answers)
+            _, commands = emulator.parse(path, file, answers)
         except SevhopError as err:
-            raise SevhopError(f"{err.message}: {words}" if words else err.message, err.hint) from err
-        _tried[key] = set(adopt.COMMANDS) <= commands
-    if not _tried[key]:
-        raise NotLoaded(emulator.look(path), identity.confinement.uids[1])
-    return emulator.look(path)
+            raise SevhopError(f"{err.message}: {last_error}" if last_error else err.message, err.hint) from err
+        _probed[key] = set(adopt.COMMANDS) <= commands
+    if not _probed[key]:
+        raise NotLoaded(emulator.probe(path), identity.confinement.uids[1])
+    return emulator.probe(path)
 
 
-def _ask(path: str, identity: Identity, environment: Mapping[str, str]) -> tuple[str, bytes]:
-    """The last line that it says, and its answers."""
+def _query(path: str, identity: Identity, environment: Mapping[str, str]) -> tuple[str, bytes]:
+    """The last line of its standard error, and its answers."""
+    directory = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
-        directory = os.open("/", os.O_PATH | os.O_CLOEXEC)
-        try:
-            child = launch.spawn(
-                [path, *emulator.PROBE],
-                environment,
-                identity,
-                directory=directory,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        finally:
-            os.close(directory)
-        with child:
-            try:
-                answers, messages = child.communicate(emulator.QUESTIONS, timeout=emulator.PATIENCE)
-            finally:
-                child.kill()
-    except (OSError, subprocess.SubprocessError) as err:
-        raise emulator.silent(path, err) from err
-    lines = messages.decode(errors="replace").strip().splitlines()
+        start = functools.partial(launch.spawn, environment=environment, identity=identity, directory=directory)
+        answers, errors = emulator.query(path, emulator.COMMANDS, start)
+    finally:
+        os.close(directory)
+    lines = errors.decode(errors="replace").strip().splitlines()
     return (lines[-1].removeprefix("sevhop: ") if lines else ""), answers

@@ -7,16 +7,16 @@ settings of objects: polling of I/O         read, and set in the destination
 threads, throttle groups, filters, ...
 thresholds for writing, polling of          read, and set in the destination
 a balloon's statistics
-actions (``set-action``)                    read from QEMU's memory, since it tells them by no monitor, and set
+actions (``set-action``)                    read from QEMU's memory, since no monitor reports them, and set
 forwarded ports (``hostfwd_add``)           read, and added to or removed from the destination
-identity of the VM (``vmgenid``, ``auto``)  put on the destination's command line
+identity of the VM (``vmgenid``, ``auto``)  set on the destination's command line
 passwords                                   cannot be read; noted, for whoever must set them again
 displays that were moved                    refused
 objects, character devices that were added  noted
 ==========================================  =======================================================================
 
 :func:`read` it from the source, :func:`carry_over` what is different in the destination, which has not run yet. What
-cannot be carried over is told in words that go into the report.
+cannot be carried over is noted in the report.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from typing import Any
 
 from sevhop_qmp.errors import CommandError, SevhopError
 from sevhop_qmp.exported import read_ints
-from sevhop_qmp.monitor import Commands, understood
+from sevhop_qmp.monitor import Commands, protocol_errors
 from sevhop_qmp.process import QemuProcess
 
 from . import cpu_features
 from .command_line import PRIVATE_MONITOR, parse, properties
 
-#: Of ``query-block``: those that ``block_set_io_throttle`` always wants, and those that it may have.
+#: Of ``query-block``: mandatory and optional arguments of ``block_set_io_throttle``.
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _MORE_LIMITS = (*(f"{name}_max" for name in _LIMITS), *(f"{name}_max_length" for name in _LIMITS), "iops_size")
-#: What can be set of an object that exists, by the beginning of its type.
+#: Properties that can be set of an existing object, by prefix of its type.
 _SETTABLE = {
     "iothread": ("poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch", "thread-pool-min", "thread-pool-max"),
     "main-loop": ("aio-max-batch", "thread-pool-min", "thread-pool-max"),
@@ -48,16 +48,16 @@ _SETTABLE = {
     "authz-list": ("policy", "rules"),
     "cryptodev-": ("throttle-bps", "throttle-ops"),
 }
-#: What an I/O thread has unless it is told otherwise; not the same in all builds of QEMU, but nothing is lost by that.
+#: Defaults of an I/O thread. Not the same in all builds of QEMU; then they are set once more, which does no harm.
 _POLLING = {"poll-max-ns": 32768, "thread-pool-max": 64}
-#: QEMU's variables and what they stand for (qapi/run-state.json), the same ones since 7.2.
+#: QEMU's variables and their values (qapi/run-state.json), the same ones since 7.2.
 _ACTIONS = {
     "reboot": ("reset", "shutdown"),
     "shutdown": ("poweroff", "pause"),
     "panic": ("pause", "shutdown", "exit-failure", "none"),
     "watchdog": ("reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"),
 }
-#: Where they are.
+#: Their symbols.
 _ACTION_SYMBOLS = {name: f"{name}_action" for name in _ACTIONS} | {"watchdog": "get_watchdog_action"}
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _STATISTICS = "guest-stats-polling-interval"
@@ -68,7 +68,7 @@ _FORWARD = re.compile(
 _REMOVED = "removed"
 #: In the keeper's directory.
 _FILE = "settings"
-#: What some of the settings are called in a message.
+#: Names of the settings in messages.
 _NAMES = {
     "throttles": "the throttling",
     "disks": "the drives",
@@ -76,7 +76,7 @@ _NAMES = {
     "types": "an object",
     "thresholds": "a write threshold",
     "statistics": "the balloon's statistics",
-    "actions": "what happens at a reboot, shutdown, panic or by the watchdog",
+    "actions": "the action at a reboot, shutdown, panic or watchdog",
     "forwards": "a forwarded port",
     "displays": "a display",
     "tickets": "a display's password",
@@ -92,16 +92,16 @@ class Settings:
 
     :ivar throttles: disk (its QOM path, or the name of its drive) → limits, only those that are throttled.
     :ivar disks: all that have a medium.
-    :ivar objects: object → what can be set of it.
+    :ivar objects: object → its properties that can be set.
     :ivar types: of all objects.
     :ivar thresholds: (driver, file, bytes) of block nodes.
-    :ivar statistics: balloon → seconds between two looks at its statistics.
-    :ivar actions: what happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` bites, as far as
-        that can be told.
+    :ivar statistics: balloon → polling interval of its statistics, in seconds.
+    :ivar actions: what happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` expires, as far as
+        it could be read.
     :ivar forwards: ``NETDEV PROTOCOL:HOST:PORT-GUEST:PORT``.
     :ivar displays: VNC display → (authentication, addresses).
-    :ivar tickets: whether SPICE wants a password.
-    :ivar generation: the identity that a ``vmgenid`` tells the guest.
+    :ivar tickets: whether SPICE requires a password.
+    :ivar generation: the VM generation ID, reported to the guest by a ``vmgenid`` device.
     :ivar chardevs: labels.
     """
 
@@ -120,8 +120,8 @@ class Settings:
 
     def before_it_runs(self) -> Settings:
         """
-        Only what must be set in a destination of libvirt's before it runs: libvirt itself sets what its XML tells of.
-        Nothing of most guests, so that nothing is asked or set while they are stopped.
+        Only what must be set in a destination of libvirt's before it runs: libvirt itself sets what is in its XML.
+        Empty for most guests, so that nothing is queried or set while they are stopped.
         """
         objects = {
             name: {key: value for key, value in settings.items() if value != _POLLING.get(key, 0)}
@@ -139,10 +139,10 @@ async def read(monitor: Commands, process: QemuProcess) -> Settings:
     """
     Read what is set in a QEMU.
 
-    :param process: it; its memory tells what its monitor does not.
+    :param process: its process, for what its monitor does not report.
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         throttles, disks = _throttles(await monitor.execute("query-block"))
         types = dict(await _children(monitor, "/objects"))
         devices = [
@@ -192,7 +192,7 @@ def _throttles(rows: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], l
         disks.append(name)
         limits = {key: inserted[key] for key in (*_LIMITS, *_MORE_LIMITS) if inserted.get(key)}
         if any(key in limits for key in _LIMITS):
-            # A group of its own is named like the disk, or not at all.
+            # An implicit group is named like the disk, or not at all.
             found[name] = limits | ({"group": inserted["group"]} if inserted.get("group") else {})
     return found, disks
 
@@ -229,14 +229,12 @@ async def _statistics(monitor: Commands, devices: list[tuple[str, str]]) -> dict
 
 def actions(process: QemuProcess) -> dict[str, str]:
     """
-    What happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` bites.
+    What happens at a ``reboot``, ``shutdown`` and ``panic``, and when a ``watchdog`` expires.
 
-    :raises ProcessError: the process has ended.
+    :raises ProcessError: the process has exited.
     """
     values = read_ints(process, _ACTION_SYMBOLS)
-    return {
-        name: words[value] for name, words in _ACTIONS.items() if 0 <= (value := values.get(name, -1)) < len(words)
-    }
+    return {name: names[value] for name, names in _ACTIONS.items() if 0 <= (value := values.get(name, -1)) < len(names)}
 
 
 def _forwards(text: str) -> list[str]:
@@ -260,29 +258,29 @@ def _displays(rows: list[dict[str, Any]]) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-# -- what goes on the command line -----------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 async def pinned(arguments: list[str], monitor: Commands) -> list[str]:
     """
-    The destination's arguments with what the source has chosen by itself: a VM that is told another identity takes
-    itself for a copy.
+    The destination's arguments with the values that the source has generated: a guest with another VM generation ID
+    takes itself for a copy.
 
     :raises SevhopError: QEMU does not answer.
     """
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         answer = await _answer(monitor, "query-vm-generation-id")
         guid = str(answer["guid"]) if answer else ""
     if not guid:
         return arguments
-    words: list[str] = []
+    result: list[str] = []
     for option in parse(arguments):
         props = properties(option.value or "")
         if option.name == "device" and props.get("", props.get("driver")) == "vmgenid":
-            words += ["-device", _with_generation(option.value or "", guid)]
+            result += ["-device", _with_generation(option.value or "", guid)]
         else:
-            words += option.words()
-    return words
+            result += option.argv()
+    return result
 
 
 def _with_generation(value: str, guid: str) -> str:
@@ -292,12 +290,12 @@ def _with_generation(value: str, guid: str) -> str:
     return ",".join([*parts, f"guid={guid}"])
 
 
-# -- carrying over ---------------------------------------------------------------------------------
+# -- the destination -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One thing to be set: what it is, in words, and how."""
+    """One thing to be set: its name in messages, and the command."""
 
     what: str
     command: str
@@ -311,43 +309,44 @@ async def carry_over(ours: Settings, theirs: Settings, monitor: Commands) -> lis
     :param ours: of the source.
     :param theirs: of the destination.
     :param monitor: of the destination.
-    :return: what could not be carried over, for people.
+    :return: a note for each setting that could not be carried over.
     :raises SevhopError: the destination does not answer, or its answers make no sense.
     """
     notes = []
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         steps = [*_steps(ours, theirs), *await _threshold_steps(ours, theirs, monitor)]
     for step in steps:
         try:
             answer = await monitor.execute(step.command, step.arguments)
-            if step.command == "human-monitor-command" and (said := str(answer).strip()) and _REMOVED not in said:
-                notes.append(f"{step.what} cannot be set in the new QEMU: {said}")
+            if step.command == "human-monitor-command" and (output := str(answer).strip()) and _REMOVED not in output:
+                notes.append(f"cannot set {step.what} in the new QEMU: {output}")
         except CommandError as err:
-            notes.append(f"{step.what} cannot be set in the new QEMU: {err.message}")
-    return notes + told(ours, theirs)
+            notes.append(f"cannot set {step.what} in the new QEMU: {err.message}")
+    return notes + not_carried_over(ours, theirs)
 
 
-def keep(directory: Path, ours: Settings, words: cpu_features.Words | None) -> None:
+def save(directory: Path, ours: Settings, cpu: cpu_features.FeatureWords | None) -> None:
     """
-    Write down what is set in a source that will have ended, for whoever has to do with its destination.
+    Save the settings of a source that is about to be terminated, for its destination.
 
     :param directory: of the keeper.
-    :param words: what CPUID tells the guest, if the destination is to be compared with that before it runs.
-    :raises SevhopError: that is not possible.
+    :param cpu: the guest's CPUID features, if the destination is to be compared with them before it runs.
+    :raises SevhopError: they cannot be saved.
     """
+    path = directory / _FILE
     try:
-        (directory / _FILE).write_text(json.dumps({"settings": asdict(ours), "cpu": words}))
+        path.write_text(json.dumps({"settings": asdict(ours), "cpu": cpu}))
     except OSError as err:
-        raise SevhopError(f"what is set in the source cannot be written down: {err.strerror}") from err
+        raise SevhopError(f"cannot save the settings of the source in {path}: {err.strerror}") from err
 
 
-def _kept(directory: Path) -> tuple[Settings, cpu_features.Words | None] | None:
+def _load(directory: Path) -> tuple[Settings, cpu_features.FeatureWords | None] | None:
     try:
-        kept = json.loads((directory / _FILE).read_text())
-        fields = kept["settings"]
+        saved = json.loads((directory / _FILE).read_text())
+        fields = saved["settings"]
         fields["thresholds"] = [tuple(row) for row in fields["thresholds"]]
         fields["displays"] = {name: tuple(row) for name, row in fields["displays"].items()}
-        return Settings(**fields), kept["cpu"]
+        return Settings(**fields), saved["cpu"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -358,18 +357,18 @@ async def set_before_it_runs(directory: Path, monitor: Commands) -> str:
     set otherwise by libvirt, is found by :func:`finish`.
 
     :param directory: of the keeper.
-    :return: what its processors cannot do, and those of the source can, if that was to be compared.
+    :return: the CPU features that the guest would lose, if they were to be compared; empty when there are none.
     :raises SevhopError: the destination does not answer, or its answers make no sense.
     """
-    kept = _kept(directory)
-    if kept is None:
+    saved = _load(directory)
+    if saved is None:
         return ""
-    ours, words = kept[0].before_it_runs(), kept[1]
+    ours, cpu = saved[0].before_it_runs(), saved[1]
     nothing = Settings(disks=ours.disks, objects={name: {} for name in ours.objects})
-    with understood(monitor.name):
+    with protocol_errors(monitor.name):
         for step in [*_steps(ours, nothing), *await _threshold_steps(ours, nothing, monitor)]:
             await _answer(monitor, step.command, step.arguments)
-    missing = [] if words is None else cpu_features.lost(words, await cpu_features.words(monitor))
+    missing = [] if cpu is None else cpu_features.lost(cpu, await cpu_features.feature_words(monitor))
     return f"the guest's processors would lose {', '.join(missing)}" if missing else ""
 
 
@@ -378,13 +377,13 @@ async def finish(directory: Path, monitor: Commands, pid: int, *, moved: bool) -
     Carry over to a destination of libvirt's, which runs, what is not there yet.
 
     :param directory: of the keeper.
-    :param moved: whether it has got an SEV context. Then it cannot reboot, and has been told so.
-    :return: what is not as it was, for people.
+    :param moved: whether it has got an SEV context. Then it cannot reboot, and its action was set accordingly.
+    :return: a note for each setting that is not as it was.
     """
-    kept = _kept(directory)
-    if kept is None:
+    saved = _load(directory)
+    if saved is None:
         return []
-    ours = kept[0]
+    ours = saved[0]
     if moved:
         ours = replace(ours, actions={name: value for name, value in ours.actions.items() if name != "reboot"})
     try:
@@ -398,7 +397,7 @@ async def finish(directory: Path, monitor: Commands, pid: int, *, moved: bool) -
         ours = replace(ours, tickets=False)
         return await carry_over(ours, theirs, monitor) + differences(ours, theirs)
     except SevhopError as err:
-        return [f"whether all is set as it was cannot be told: {err.message}"]
+        return [f"cannot compare the settings of the two QEMUs: {err.message}"]
 
 
 def _steps(ours: Settings, theirs: Settings) -> Iterator[_Step]:
@@ -419,18 +418,18 @@ def _steps(ours: Settings, theirs: Settings) -> Iterator[_Step]:
             yield _Step("the polling of the balloon's statistics", "qom-set", arguments)
     changed = {name: value for name, value in ours.actions.items() if theirs.actions.get(name, value) != value}
     if changed:
-        yield _Step(f"what happens at {', '.join(changed)}", "set-action", changed)
+        yield _Step(f"the actions at {', '.join(changed)}", "set-action", changed)
     for row in (row for row in theirs.forwards if row not in ours.forwards):
         netdev, _, rule = row.partition(" ")
         line = f"hostfwd_remove {netdev} {rule.partition('-')[0]}"
-        yield _Step(f"the end of the forwarded port {rule}", "human-monitor-command", {"command-line": line})
+        yield _Step(f"the removal of the forwarded port {rule}", "human-monitor-command", {"command-line": line})
     for row in (row for row in ours.forwards if row not in theirs.forwards):
         line = f"hostfwd_add {row}"
         yield _Step(f"the forwarded port {row}", "human-monitor-command", {"command-line": line})
 
 
 async def _threshold_steps(ours: Settings, theirs: Settings, monitor: Commands) -> list[_Step]:
-    """The same node may have another name there; it is the one with the same driver on the same file."""
+    """A node may have another name in the destination; it is the one with the same driver on the same file."""
     wanted = [row for row in ours.thresholds if row not in theirs.thresholds]
     if not wanted:
         return []
@@ -448,19 +447,19 @@ async def _threshold_steps(ours: Settings, theirs: Settings, monitor: Commands) 
     ]
 
 
-def told(ours: Settings, theirs: Settings) -> list[str]:
-    """What cannot be carried over, and who has to do what about it."""
+def not_carried_over(ours: Settings, theirs: Settings) -> list[str]:
+    """A note for each setting that cannot be carried over, with what to do."""
     notes = []
     for name, (auth, _) in ours.displays.items():
         if auth:
             notes.append(
                 f"the password of VNC display {name} cannot be read: set it again (QMP set_password); "
-                "until then it is the one that the new QEMU was started with, or nobody can log in"
+                "until then it is the one that the new QEMU was started with, or no client can log in"
             )
     if ours.tickets:
-        notes.append("the password of SPICE cannot be read: it is again the one that QEMU was started with")
+        notes.append("the password of SPICE cannot be read: it is the one that the new QEMU was started with")
     if unknown := [name for name in _ACTIONS if name not in ours.actions or name not in theirs.actions]:
-        notes.append(f"what happens at {', '.join(unknown)} cannot be read: set again what set-action has changed")
+        notes.append(f"cannot read the actions at {', '.join(unknown)}: repeat QMP set-action if it was used")
     for name, kind in ours.types.items():
         if name not in theirs.types:
             notes.append(f"object {name} ({kind}) was added since the start, and the new QEMU does not have it")
@@ -471,7 +470,7 @@ def told(ours: Settings, theirs: Settings) -> list[str]:
 
 
 def differences(ours: Settings, theirs: Settings) -> list[str]:
-    """What cannot be changed in a destination any more, and must be the same there; empty when a hop may go on."""
+    """Differences that cannot be set in a destination any more; empty when a hop may continue."""
     found = []
     for name, (_, addresses) in ours.displays.items():
         others = theirs.displays.get(name, ("", []))[1]
@@ -487,7 +486,7 @@ def differences(ours: Settings, theirs: Settings) -> list[str]:
 
 
 def changes(before: Settings, now: Settings) -> str:
-    """What was set anew in the same QEMU; empty when nothing was."""
+    """What was changed in the same QEMU; empty when nothing was."""
     names = [one.name for one in fields(Settings) if getattr(before, one.name) != getattr(now, one.name)]
     return _NAMES[names[0]] if names else ""
 

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * libvirt's hook of a domain that is in a hop: hands the call over to the keeper of that hop.
+ * libvirt's hook for a domain that is in a hop: passes the call on to the keeper of that hop.
  *
  *   hook_client DIRECTORY COMMAND... NAME OPERATION SUB-OPERATION EXTRA
  *
- * DIRECTORY is the keeper's. Its socket "hook" gets one message: libvirt's four arguments, separated by NULs, and with it
- * the descriptors of standard input, output and error. The keeper is a running Python, reads the domain's XML and writes
- * the answer; what comes back is one byte, the exit status. So the guest, which is stopped meanwhile, need not wait for
- * the start of a Python (sevhop/hook_calls.py).
+ * DIRECTORY is the keeper's. Its socket "hook" gets one message: libvirt's four arguments, separated by NULs, and with
+ * it the descriptors of standard input, output and error. The keeper is a running Python, reads the domain's XML and
+ * writes the changed one; its reply is one byte, the exit status. So the start of a Python adds nothing to the guest's
+ * downtime (sevhop/libvirt/hook_server.py).
  *
  * If nobody listens there, COMMAND... NAME OPERATION SUB-OPERATION EXTRA is run instead.
  */
@@ -21,7 +21,7 @@
 
 #define MESSAGE 4096 /* longest call, bytes */
 #define ARGUMENTS 4 /* that libvirt passes */
-#define PATIENCE 40 /* seconds until the keeper must have answered; it has less patience itself */
+#define PATIENCE 40 /* seconds until the keeper must have replied; its own timeout is shorter */
 
 /* A connected socket, or -1. The name of a domain may be longer than the address of a socket. */
 static int keeper_of(const char *directory)
@@ -39,7 +39,7 @@ static int keeper_of(const char *directory)
     return keeper;
 }
 
-/* The length of what fits, or -1. */
+/* The length of the message, or -1 if it is too long. */
 static int join(char *message, char **words)
 {
     size_t used = 0;
@@ -52,7 +52,7 @@ static int join(char *message, char **words)
         memcpy(message + used, words[i], length);
         used += length;
     }
-    return (int)used - 1; /* NULs stand between */
+    return (int)used - 1; /* NULs only in between */
 }
 
 static int send_call(int keeper, char *message, int length)

@@ -1,12 +1,12 @@
 """
-AppArmor: the rules that a hop needs under libvirt's profiles, put into the files for local additions, and taken out.
+AppArmor: add the rules that a hop needs to the files for local additions to libvirt's profiles, and remove them.
 
 libvirt makes a profile for each domain when it starts, from an abstraction that includes
-``local/abstractions/libvirt-qemu``; so the rules hold for every QEMU that is started afterwards, and every destination
-is. The daemon's own profile is replaced in the running kernel. What runs in the source's profile needs no rule: the
-descriptors that it is given have no path, and AppArmor does not keep an unconfined root out of a confined process.
+``local/abstractions/libvirt-qemu``; so the rules apply to every QEMU that is started afterwards, and so to
+every destination. The daemon's own profile is replaced in the running kernel. The source's profile needs no rule: the
+descriptors that it gets have no path, and AppArmor lets an unconfined root access a confined process.
 
-The administrator's lines in these files stay as they are: ours stand at their top, between two marks.
+The administrator's lines in these files stay as they are: ours are at the top, between two marks.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import contextlib
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +25,10 @@ from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
 
 from ..libvirt import hook_server
+from . import atomic_file
 
 PROFILES = Path("/etc/apparmor.d")
-#: The profiles that the kernel has loaded, each line a name and a mode. It is not there without AppArmor.
+#: The profiles that the kernel has loaded, one a line, with its mode. Without AppArmor there is no such file.
 _LOADED = Path("/sys/kernel/security/apparmor/profiles")
 _RULES = Path(__file__).resolve().parent.parent / "host" / "apparmor.d"
 _BEGIN = b"# sevhop: begin (from `sevhop install`; `sevhop uninstall` takes it out, and nothing else)\n"
@@ -38,7 +37,7 @@ _BLOCK = re.compile(rb"^# sevhop: begin\b[^\n]*\n.*?^# sevhop: end\n", re.MULTIL
 _MARK = re.compile(rb"^# sevhop: (?:begin|end)\b", re.MULTILINE)
 #: A label as /proc shows it.
 _LABEL = re.compile(r"(?P<profile>.+) \((?P<mode>[a-z]+)\)")
-#: What stands for something else than itself in a quoted path.
+#: Characters of a quoted path that must be escaped.
 _SPECIAL = re.compile(r"[\\\"*?\[\]{}^]")
 
 
@@ -78,7 +77,7 @@ class Addition:
 
     @property
     def in_place(self) -> bool:
-        """Whether our lines are in the file, as they should be today."""
+        """Whether the file has our lines, in their current form."""
         with contextlib.suppress(OSError):
             return self.included and _BEGIN + self.text + _END in self.path.read_bytes()
         return False
@@ -91,10 +90,10 @@ _DAEMONS = tuple(Addition("libvirtd", f"usr.sbin.{name}") for name in ("libvirtd
 @dataclass(frozen=True)
 class Label:
     """
-    What a process is confined by.
+    The profile that confines a process.
 
     :ivar profile: its name; libvirt's are named ``libvirt-UUID``.
-    :ivar mode: ``enforce``, or ``complain`` which forbids nothing.
+    :ivar mode: ``enforce``, or ``complain`` which denies nothing.
     """
 
     profile: str
@@ -113,16 +112,16 @@ def active() -> bool:
 
 
 def in_place() -> bool:
-    """Whether a QEMU that libvirt starts now may take over a guest."""
+    """Whether a QEMU that libvirt starts from now on may take over a guest."""
     return _QEMU.in_place
 
 
 def install() -> list[Path]:
     """
-    Put the rules in place and have the kernel take over those for the daemon. Nothing happens without AppArmor.
+    Write the rules, and load those for the daemon into the kernel. Without AppArmor this does nothing.
 
     :return: the files that have our rules now.
-    :raises SevhopError: a file cannot be written, or AppArmor does not accept the rules; then all is as before.
+    :raises SevhopError: a file cannot be written, or AppArmor does not accept the rules; then nothing has changed.
     """
     if not active():
         return []
@@ -134,7 +133,7 @@ def install() -> list[Path]:
     with _restored_on_failure([addition.path for addition in additions]):
         for addition in additions:
             _rewrite(addition.path, addition.text)
-        # From this libvirt makes the profile of a domain. A mistake would keep every domain from starting.
+        # libvirt makes the profile of a domain from this template. An error would keep every domain from starting.
         _parse("--skip-kernel-load", "--skip-cache", PROFILES / "libvirt" / "TEMPLATE.qemu")
         _reload(additions)
     return [addition.path for addition in additions]
@@ -142,7 +141,7 @@ def install() -> list[Path]:
 
 def uninstall() -> bool:
     """
-    Take the rules out again. The files stay: a profile may not do without.
+    Remove the rules. The files stay: a profile may require them.
 
     :return: whether there were any.
     :raises SevhopError: a file cannot be written.
@@ -157,19 +156,19 @@ def uninstall() -> bool:
 
 def with_rules(contents: bytes, rules: bytes) -> bytes:
     """
-    A file for local additions with our rules, or without any if they are empty. All other bytes stay.
+    A file for local additions with our rules, or without them if ``rules`` is empty. All other bytes stay.
 
     :raises ValueError: one of our two marks is missing in it.
     """
     rest = _BLOCK.sub(b"", contents)
     if _MARK.search(rest):
         raise ValueError("one of the two lines that begin with '# sevhop:' is missing")
-    # At the top: then it does not matter whether the last line of the others is complete.
+    # At the top: the administrator's last line may have no newline.
     return _BEGIN + rules + _END + rest if rules else rest
 
 
 def quoted(path: Path) -> str:
-    """A path as a rule names it, whatever characters are in it."""
+    """A path as a rule needs it, with special characters escaped."""
     return '"' + _SPECIAL.sub(lambda found: f"\\{found[0]}", str(path)) + '"'
 
 
@@ -179,32 +178,12 @@ def _rewrite(path: Path, rules: bytes) -> bool:
         contents = path.read_bytes() if path.exists() else b""
         wanted = with_rules(contents, rules)
         if wanted != contents:
-            _replace(path, wanted)
+            atomic_file.write(path.resolve(), wanted, 0o644, keep_owner=True)
     except ValueError as err:
         raise SevhopError(f"{path}: {err}", "repair the file, or remove both lines and what is between them") from err
     except OSError as err:
-        raise SevhopError(f"{path} cannot be written: {err.strerror}", "run sevhop as root") from err
+        raise SevhopError(f"{path} cannot be read: {err.strerror}", "run sevhop as root") from err
     return wanted != contents
-
-
-def _replace(path: Path, contents: bytes) -> None:
-    """The file as a whole, or not at all; the new one has the mode and owner of the old one."""
-    path = path.resolve()
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".sevhop-", delete=False) as file:
-        try:
-            file.write(contents)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            with contextlib.suppress(FileNotFoundError):
-                old = path.stat()
-                os.fchown(file.fileno(), old.st_uid, old.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 @contextlib.contextmanager
@@ -215,12 +194,12 @@ def _restored_on_failure(paths: Sequence[Path]) -> Iterator[None]:
     except BaseException:
         for path, contents in before.items():
             if path.exists():
-                _replace(path, contents)
+                atomic_file.write(path.resolve(), contents, 0o644, keep_owner=True)
         raise
 
 
 def _reload(additions: Sequence[Addition]) -> None:
-    """Those profiles of daemons that the kernel has loaded; what the administrator has disabled stays so."""
+    """Replace the profiles of daemons that the kernel has loaded; those that the administrator disabled stay so."""
     loaded = {line.rpartition(" ")[0] for line in _LOADED.read_text().splitlines()} if _LOADED.exists() else set()
     for addition in additions:
         daemon = addition.profile.removeprefix("usr.sbin.")
@@ -229,7 +208,7 @@ def _reload(additions: Sequence[Addition]) -> None:
 
 
 def _parse(*arguments: str | Path) -> None:
-    """:raises SevhopError: AppArmor does not take that."""
+    """:raises SevhopError: AppArmor does not accept it."""
     program = shutil.which("apparmor_parser") or "/usr/sbin/apparmor_parser"
     command = [program, "--base", PROFILES, *arguments]
     try:

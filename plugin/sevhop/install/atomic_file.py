@@ -1,27 +1,45 @@
-"""A file that ``sevhop install`` puts on the host: there as a whole, or not at all."""
+"""Writes every file that ``sevhop install`` puts on the host: it is there as a whole, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 
 
-def write(path: Path, text: str, mode: int, *, beside: Path) -> None:
+def write(path: Path, contents: bytes, mode: int, *, beside: Path | None = None, keep_owner: bool = False) -> None:
     """
-    Write it, or exchange the one that is there.
+    Write a file, or replace the one that is there.
 
-    :param beside: where it is written at first: a directory of the same file system, in which nobody takes it for what
-        it is going to be.
-    :raises SevhopError: it cannot be written.
+    :param beside: directory of the same file system for the temporary file; by default that of ``path``. It must be one
+        whose files nobody reads or runs.
+    :param keep_owner: give the new file the owner, group and mode of the one that it replaces, if there is one.
+    :raises SevhopError: it cannot be written; then the old one is still there.
     """
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=beside, prefix=".sevhop-", delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, mode)
-        os.replace(file.name, path)
+        with tempfile.NamedTemporaryFile(dir=beside or path.parent, prefix=".sevhop-", delete=False) as file:
+            try:
+                file.write(contents)
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                if keep_owner:
+                    _copy_owner(path, file.fileno())
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as err:
         raise SevhopError(f"{path} cannot be written: {err.strerror}", "run sevhop as root") from err
+
+
+def _copy_owner(path: Path, fd: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        old = path.stat()
+        os.fchown(fd, old.st_uid, old.st_gid)
+        os.fchmod(fd, stat.S_IMODE(old.st_mode))

@@ -1,8 +1,8 @@
 """
-The units of systemd. Those that run ``sevhop recover``, at boot and every minute while there is a journal of a hop that
-was broken off, are installed and enabled. Those that upgrade outdated domains when a package has brought another QEMU
-are installed only; the administrator may enable them. Nothing happens where systemd does not run, nor to units that
-sevhop's package brings: those come and go with it.
+The systemd units. Those that run ``sevhop recover``, at boot and every minute while there is the journal of an
+interrupted hop, are installed and enabled. Those that upgrade outdated domains when a package has installed another
+QEMU are installed only; the administrator may enable them. Nothing is done where systemd does not run, nor to units
+that are part of sevhop's package.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from . import atomic_file
 
 #: Where the administrator's units are.
 DIRECTORY = Path("/etc/systemd/system")
-#: Where those of packages are.
+#: Where units of packages are.
 PACKAGED = Path("/usr/lib/systemd/system")
 #: Exists if systemd runs (sd_booted(3)).
 _BOOTED = Path("/run/systemd/system")
 _TEMPLATES = Path(__file__).resolve().parent.parent / "host" / "systemd"
 #: These are enabled.
 RECOVER = ("sevhop-recover.service", "sevhop-recover.timer")
-#: These are not; to enable them is to enable the first one.
+#: These are not; the administrator enables the first one.
 UPGRADE = ("sevhop-upgrade.path", "sevhop-upgrade.timer", "sevhop-upgrade.service")
 NAMES = (*RECOVER, *UPGRADE)
 
 
 def install() -> list[Path]:
     """
-    Put the units in place, and enable those that recover.
+    Write the units, and enable those that recover.
 
     :return: their files.
-    :raises SevhopError: that cannot be done.
+    :raises SevhopError: a file cannot be written, or systemctl fails.
     """
     if not _BOOTED.is_dir() or all((PACKAGED / name).exists() for name in NAMES):
         return []
     for name in NAMES:
-        atomic_file.write(DIRECTORY / name, text(name), 0o644, beside=DIRECTORY)
+        atomic_file.write(DIRECTORY / name, text(name).encode(), 0o644)
     _systemctl("daemon-reload")
     _systemctl("enable", *RECOVER)
     _systemctl("start", RECOVER[-1])
@@ -51,7 +51,7 @@ def uninstall() -> bool:
     Disable the units, and remove them.
 
     :return: whether there were any.
-    :raises SevhopError: that cannot be done.
+    :raises SevhopError: systemctl fails.
     """
     there = [name for name in NAMES if (DIRECTORY / name).exists()]
     if not there or not _BOOTED.is_dir():
@@ -69,15 +69,15 @@ def text(name: str) -> str:
 
 
 def quoted(path: str) -> str:
-    """A path as a word of a command (systemd.service(5), systemd.unit(5))."""
+    """A path as an argument of a command (systemd.service(5), systemd.unit(5))."""
     special = {"\\": "\\\\", '"': '\\"', "$": "$$", "%": "%%"}
     return '"' + "".join(special.get(character, character) for character in path) + '"'
 
 
-def _systemctl(*words: str) -> None:
+def _systemctl(*arguments: str) -> None:
     try:
-        done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
     except OSError as err:
         raise SevhopError(f"systemctl cannot be run: {err.strerror}") from err
     if done.returncode:
-        raise SevhopError(f"systemctl {words[0]}: {done.stderr.strip()}")
+        raise SevhopError(f"systemctl {arguments[0]}: {done.stderr.strip()}")

@@ -1,10 +1,9 @@
-"""Starting a keeper that outlives the command, and speaking to it; what it does is in :mod:`sevhop.keeper.server`."""
+"""The command's side of a keeper: starting it, and sending it requests. It is in :mod:`sevhop.keeper.server`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import errno
 import json
 import logging
@@ -28,43 +27,24 @@ from ..records.run_directory import alive, hop_of, remove
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which a new keeper must have taken everything.
+#: Seconds within which a new keeper must have taken everything.
 START_TIMEOUT = 60.0
-#: Seconds in which it must answer. A commit may retry for seconds.
+#: Seconds within which it must reply. A commit may retry for seconds.
 ANSWER_TIMEOUT = 30.0
-#: There is where systemd runs (sd_booted(3)).
+#: Exists where systemd runs (sd_booted(3)).
 _SYSTEMD = Path("/run/systemd/system")
-#: Bytes of the longest request or answer.
+#: Bytes of the longest request or reply.
 MESSAGE = 4096
 
 
 class KeeperError(SevhopError):
-    """The keeper refused, or is not there any more."""
-
-
-class State(enum.Enum):
-    """
-    How far the guest has come.
-
-    ``OVER``
-        it runs in the destination, or has
-    ``LOST``
-        it has run there, and has ended with it before anybody was told; what the keeper has is of the past
-    """
-
-    HELD = "held"
-    RETIRING = "retiring"
-    WAITING = "waiting"
-    RESTORING = "restoring"
-    COMMITTED = "committed"
-    OVER = "over"
-    LOST = "lost"
+    """The keeper refused, or has exited."""
 
 
 @dataclass(frozen=True)
-class Brief:
+class KeeperConfig:
     """
-    What a new keeper must know.
+    What a new keeper needs.
 
     :ivar name, uuid: of the domain.
     :ivar pid: of the source.
@@ -72,9 +52,9 @@ class Brief:
     :ivar emulator: for the destination.
     :ivar blocks: the source's RAM blocks.
     :ivar disks: the source's disks, which the destination must have.
-    :ivar encrypted: names of those whose content cannot be carried.
-    :ivar move_deadline: seconds for which a busy migration is tried again.
-    :ivar step_timeout: seconds in which the destination must answer.
+    :ivar encrypted: names of those whose content cannot be copied.
+    :ivar move_deadline: seconds for which a move that is refused as busy is retried.
+    :ivar step_timeout: seconds within which the destination must answer.
     :ivar command: pid of the command that starts the keeper.
     """
 
@@ -98,7 +78,7 @@ class Brief:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Back again."""
+        """The reverse of :meth:`as_json`."""
         fields = json.loads(text)
         fields["context"] = SevContext(**fields["context"])
         rows = [row | {"inode": row["inode"] and tuple(row["inode"])} for row in fields["blocks"]]
@@ -112,7 +92,7 @@ class Brief:
 # -- the command's side ----------------------------------------------------------------------------
 
 
-class KeeperProcess:
+class KeeperClient:
     """
     A keeper that was started, and the connection to it.
 
@@ -124,13 +104,13 @@ class KeeperProcess:
         self._control = control
 
     @classmethod
-    async def start(cls, brief: Brief) -> Self:
+    async def start(cls, config: KeeperConfig) -> Self:
         """
-        Start a keeper and have it take everything.
+        Start a keeper and have it take everything from the source.
 
         :raises KeeperError: it could not, or there is one for this domain already.
         """
-        # Not asyncio's subprocess: that one kills its child when the loop is closed, and this child is to outlive us.
+        # Not asyncio's subprocess: that one kills its child when the loop is closed, and this child must outlive us.
         process = subprocess.Popen(
             _command(),
             stdin=subprocess.PIPE,
@@ -142,39 +122,39 @@ class KeeperProcess:
         assert process.stdin is not None and process.stdout is not None
         try:
             with process.stdin, process.stdout:
-                process.stdin.write(brief.as_json().encode())
+                process.stdin.write(config.as_json().encode())
                 process.stdin.close()
                 async with asyncio.timeout(START_TIMEOUT):
-                    words = await asyncio.to_thread(_first_line, process.stdout)
+                    line = await asyncio.to_thread(_first_line, process.stdout)
         except (TimeoutError, OSError) as err:
             process.kill()
             process.wait()
-            if (left := hop_of(brief.name)) is not None and not alive(left):
-                remove(brief.name, left)
+            if (left := hop_of(config.name)) is not None and not alive(left):
+                remove(config.name, left)
             raise KeeperError("the keeper did not start") from err
-        if not words.startswith("ready "):
-            raise KeeperError(words or "the keeper did not start")
-        self = await cls.connect(Path(words.removeprefix("ready ")))
+        if not line.startswith("ready "):
+            raise KeeperError(line or "the keeper did not start")
+        self = await cls.connect(Path(line.removeprefix("ready ")))
         await self.status()
         return self
 
     @classmethod
     async def connect(cls, directory: Path) -> Self:
-        """:raises KeeperError: nobody answers there."""
+        """:raises KeeperError: no keeper listens there."""
         return cls(directory, await _connect(directory))
 
     def close(self) -> None:
-        """Hang up. The keeper goes on for as long as the guest needs it."""
+        """Disconnect. The keeper keeps running for as long as the guest needs it."""
         self._control.close()
 
     @property
     def image(self) -> Path:
-        """Where the save image goes."""
+        """Where the save image is written."""
         return self.directory / "image"
 
     @property
     def socket(self) -> Path:
-        """What adopt.so is told."""
+        """Where adopt.so connects."""
         return self.directory / "keeper"
 
     @property
@@ -183,7 +163,7 @@ class KeeperProcess:
         return self.directory / "monitor" / "qmp"
 
     def has_started(self, pid: int) -> bool:
-        """Whether a QEMU is one that libvirt has started from the image: it opens the keeper's monitor."""
+        """Whether libvirt has started this QEMU from the image: then it has the keeper's monitor."""
         with contextlib.suppress(OSError):
             return os.fsencode(self.monitor) in Path(f"/proc/{pid}/cmdline").read_bytes()
         return False
@@ -194,14 +174,14 @@ class KeeperProcess:
 
     async def retire(self) -> None:
         """
-        The image is complete: end the source. From then on the domain may be restored.
+        The image is complete: terminate the source. From then on the domain may be restored.
 
-        :raises KeeperError: the source cannot be ended, or somebody has resumed the guest. Then it is as it was.
+        :raises KeeperError: the source cannot be terminated, or somebody has resumed the guest. Then nothing changes.
         """
         await self._ask("retire")
 
     async def use(self, emulator: str) -> None:
-        """The next restore is to use this emulator."""
+        """Have the next restore use this emulator."""
         await self._ask(f"emulator {emulator}")
 
     async def revoke(self) -> None:
@@ -213,22 +193,22 @@ class KeeperProcess:
         await self._ask("revoke")
 
     async def status(self) -> dict[str, Any]:
-        """How far it has come."""
+        """Its state, and what has happened so far."""
         try:
             answer: dict[str, Any] = json.loads(await self._ask("status"))
         except ValueError as err:
-            raise KeeperError("the keeper's answer is not understood") from err
+            raise KeeperError("invalid reply from the keeper") from err
         return answer
 
     async def release(self) -> None:
-        """Let go of everything and end. A guest that does not run anywhere is lost then."""
+        """Have it release everything and exit. A guest that does not run anywhere is lost then."""
         with contextlib.suppress(KeeperError, OSError):
             await self._ask("release")
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 await asyncio.get_running_loop().sock_recv(self._control, 1)
 
     async def _ask(self, request: str) -> str:
-        """Ask; and if the keeper has died of it or before it, ask the next one. Every request may be repeated."""
+        """Send a request; if the keeper has died meanwhile, send it to the next one. Every request is idempotent."""
         try:
             try:
                 answer = await self._exchange(request)
@@ -237,7 +217,7 @@ class KeeperProcess:
                 self._control = await _connect(self.directory)
                 answer = await self._exchange(request)
         except TimeoutError as err:
-            raise KeeperError(f"the keeper did not answer within {ANSWER_TIMEOUT:g} s") from err
+            raise KeeperError(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s") from err
         except OSError as err:
             raise KeeperError("the keeper is gone") from err
         verdict, _, rest = answer.partition(" ")
@@ -251,12 +231,12 @@ class KeeperProcess:
             await loop.sock_sendall(self._control, request.encode())
             answer = await loop.sock_recv(self._control, MESSAGE)
         if not answer:
-            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+            raise ConnectionResetError(errno.ECONNRESET, "the keeper hung up")
         return answer.decode(errors="replace")
 
 
 async def _connect(directory: Path) -> socket.socket:
-    """:raises KeeperError: nobody answers there."""
+    """:raises KeeperError: no keeper listens there."""
     control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control.setblocking(False)
     try:
@@ -269,15 +249,16 @@ async def _connect(directory: Path) -> socket.socket:
 
 def _command() -> list[str]:
     """
-    What starts a keeper. Where systemd runs it gets a scope of its own, so that it does not end with the login session
-    or the service that the command belongs to.
+    What starts a keeper. Where systemd runs it gets a scope of its own, so that it is not terminated with the login
+    session or the service that the command belongs to.
     """
     keeper = [sys.executable, "-m", "sevhop.keeper.server"]
     systemd_run = shutil.which("systemd-run")
     if not _SYSTEMD.is_dir() or systemd_run is None:
         return keeper
     unit = f"--unit=sevhop-keeper-{secrets.token_hex(8)}"
-    description = "--description=Memory of a guest that changes its QEMU"
+    description = "--description=sevhop keeper: has the memory of a guest whose QEMU is being replaced"
+
     return [systemd_run, "--scope", "--quiet", "--collect", unit, description, "--", *keeper]
 
 

@@ -1,8 +1,8 @@
 """
-The few libvirt calls that sevhop makes. libvirt's exceptions end here.
+The few libvirt calls that sevhop makes. libvirt's exceptions are translated here.
 
-Every call runs in a thread with a time limit: libvirt has none, and a daemon that hangs must not take the command with
-it. What needs a newer daemon than is running is refused by :func:`connect`, not found out in the middle of a hop.
+Every call runs in a thread with a timeout: libvirt has none, and a daemon that hangs must not block the command. A
+daemon that is too old is refused by :meth:`Connection.open`, not found out in the middle of a hop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 import libvirt
 import libvirt_qemu
 from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorTimeout, SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, FD_MARK, Commands, understood
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, FD_MARK, Commands, protocol_errors
 from sevhop_qmp.monitor import readable_version as _qemu_version
 
 #: Seconds that a call to the daemon may take.
@@ -38,18 +38,18 @@ TESTED_VERSION = 9_000_000
 DEFAULT_URI = "qemu:///system"
 #: Where the daemon of the system keeps the pid of each QEMU.
 _PID_FILES = Path("/run/libvirt/qemu")
-#: An address at which there is no daemon.
+#: A URI at which there is no daemon.
 _NOWHERE = "qemu+unix:///system?socket=/dev/null"
 _POLL = 0.001
-#: Of the security model "dac" in the daemon's capabilities: numbers, after a plus sign.
+#: Base label of the security model "dac" in the daemon's capabilities: numbers, after a plus sign.
 _DAC_LABEL = re.compile(r"\+(?P<uid>\d+):\+(?P<gid>\d+)")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
-#: Seconds for which a daemon is waited for that has gone away; one that is restarted is back within a few.
-RETURN_TIMEOUT = 30.0
-_RETURN_POLL = 0.1
-#: What libvirt says of a domain that it does not know (virErrorNumber).
+#: Seconds to wait for a daemon whose connection was lost; one that is restarted is back within a few.
+RECONNECT_TIMEOUT = 30.0
+_RECONNECT_POLL = 0.1
+#: libvirt's error for a domain that it does not know (virErrorNumber).
 NO_DOMAIN: int = libvirt.VIR_ERR_NO_DOMAIN
-#: What it says of a domain that has no QEMU, or was forgotten with it.
+#: Its errors for a domain that has no QEMU, or was transient and is gone with it.
 _OFF = (libvirt.VIR_ERR_OPERATION_INVALID, NO_DOMAIN)
 
 
@@ -65,7 +65,7 @@ class DomainError(SevhopError):
         self.code = code
 
 
-#: For calls to libvirt. asyncio's own threads are few, and what lets a guest run must not wait for calls of others.
+#: For calls to libvirt. asyncio's own threads are few, and a call that resumes a guest must not wait for others.
 _THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="libvirt")
 
 
@@ -79,13 +79,13 @@ async def _call(function: Callable[..., Any], *arguments: Any, timeout: float = 
 
 
 def _is_the_systems(uri: str) -> bool:
-    """Whether a URI leads to the system's QEMU on this host; the daemon's socket may be named."""
+    """Whether a URI is the system's QEMU driver on this host; it may have the daemon's socket."""
     parts = urlsplit(uri)
     return (parts.scheme in ("qemu", "qemu+unix")) and (parts.netloc, parts.path) == ("", "/system")
 
 
 async def _in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
-    """:raises TimeoutError: it goes on, but nobody waits for it."""
+    """:raises TimeoutError: the call is still running, but nobody waits for it."""
     calling = asyncio.get_running_loop().run_in_executor(_THREADS, function, *arguments)
     async with asyncio.timeout(timeout):
         return await calling
@@ -103,9 +103,9 @@ class Connection:
         """
         Connect.
 
-        :raises DomainError: nobody answers, the daemon is too old, is on another host, or does not run QEMU.
+        :raises DomainError: no daemon answers, or it is too old, is on another host, or does not run QEMU.
         """
-        # libvirt prints errors to stderr as well; the exception is enough.
+        # By default libvirt prints errors to stderr as well.
         libvirt.registerErrorHandler(lambda *_: None, None)
         raw = await _call(libvirt.open, uri)
         self = cls(raw, uri)
@@ -120,16 +120,16 @@ class Connection:
         return self
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         with contextlib.suppress(libvirt.libvirtError):
             self._raw.close()
 
-    async def reopen_if_lost(self, patience: float = RETURN_TIMEOUT) -> bool:
+    async def reconnect(self, patience: float = RECONNECT_TIMEOUT) -> bool:
         """
-        Connect again if the daemon went away meanwhile.
+        Connect again if the connection was lost.
 
-        :return: whether it did.
-        :raises DomainError: it did not come back within ``patience`` seconds.
+        :return: whether it was.
+        :raises DomainError: the daemon is not back within ``patience`` seconds.
         """
         with contextlib.suppress(DomainError):
             await _call(self._raw.getLibVersion)
@@ -142,7 +142,7 @@ class Connection:
             except DomainError:
                 if time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(_RETURN_POLL)
+                await asyncio.sleep(_RECONNECT_POLL)
         self.close()
         self._raw = again._raw
         return True
@@ -152,7 +152,7 @@ class Connection:
         return readable_version(await _call(self._raw.getLibVersion))
 
     async def qemu_user(self) -> tuple[int, int]:
-        """User and group that QEMU runs as unless a domain says otherwise; root's where the daemon names none."""
+        """User and group that QEMU runs as unless a domain has its own; root's where the daemon reports none."""
         capabilities = ElementTree.fromstring(await _call(self._raw.getCapabilities))
         for model in capabilities.iterfind("host/secmodel"):
             label = _DAC_LABEL.fullmatch(model.findtext("baselabel") or "")
@@ -182,13 +182,13 @@ class Connection:
             raise
 
     async def domains(self) -> list[Domain]:
-        """Those that are active, by name."""
+        """The active ones, by name."""
         found = await _call(self._raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         return sorted((Domain(self, raw) for raw in found), key=lambda domain: domain.name)
 
     async def default_emulator(self) -> tuple[str, str]:
         """
-        What the daemon would start a new domain with: its type (``kvm`` or ``qemu``), and the emulator.
+        The daemon's default for a new domain: its type (``kvm`` or ``qemu``), and the emulator.
 
         :raises DomainError: it has no emulator.
         """
@@ -196,10 +196,10 @@ class Connection:
         found = ElementTree.fromstring(text)
         return found.findtext("domain", ""), found.findtext("path", "")
 
-    async def learn(self, emulator: str, arch: str, machine: str, kind: str) -> None:
+    async def probe_capabilities(self, emulator: str, arch: str, machine: str, kind: str) -> None:
         """
-        Have the daemon find out what an emulator can do. It takes seconds the first time, and would do so with the
-        guest stopped otherwise.
+        Have the daemon probe an emulator, and cache the result. That takes seconds the first time, which would
+        otherwise be downtime.
 
         :raises DomainError: it is no emulator for such a domain.
         """
@@ -207,16 +207,16 @@ class Connection:
 
     async def command_line(self, xml: str) -> tuple[dict[str, str], list[str]]:
         """
-        What the daemon would start a domain with: environment, and the emulator with its arguments.
+        The command line that the daemon would start a domain with: environment, and the emulator with its arguments.
 
-        Network interfaces must not be in the XML: libvirt makes others of them here, and tap devices for these.
+        The XML must have no network interfaces: libvirt converts them here, and creates tap devices for them.
 
         :raises DomainError: it cannot be started at all.
         """
         text = await _call(self._raw.domainXMLToNative, "qemu-argv", xml, 0, timeout=RESTORE_TIMEOUT)
-        words = shlex.split(text)
-        first = next(number for number, word in enumerate(words) if not _ASSIGNMENT.match(word))
-        return dict(word.split("=", 1) for word in words[:first]), words[first:]
+        argv = shlex.split(text)
+        first = next(number for number, argument in enumerate(argv) if not _ASSIGNMENT.match(argument))
+        return dict(variable.split("=", 1) for variable in argv[:first]), argv[first:]
 
     async def restore(self, image: str) -> None:
         """
@@ -244,14 +244,14 @@ class Domain:
         self.name: str = raw.name()
         self.uuid: str = raw.UUIDString()
 
-    async def find_again(self, patience: float = RETURN_TIMEOUT) -> bool:
+    async def reconnect(self, patience: float = RECONNECT_TIMEOUT) -> bool:
         """
-        Go on with a daemon that was restarted. Until then every call fails if it was.
+        Connect again if the daemon was restarted; until then every call fails.
 
         :return: whether it was.
-        :raises DomainError: it did not come back, or does not know the domain any more.
+        :raises DomainError: it is not back in time, or does not know the domain any more.
         """
-        lost = await self._connection.reopen_if_lost(patience)
+        lost = await self._connection.reconnect(patience)
         if lost:
             self._raw = await _call(self._connection._raw.lookupByUUIDString, self.uuid)
         return lost
@@ -261,7 +261,7 @@ class Domain:
         return bool(await _call(self._raw.isActive))
 
     async def persistent(self) -> bool:
-        """Whether it stays defined when it ends."""
+        """Whether it stays defined without a QEMU."""
         return bool(await _call(self._raw.isPersistent))
 
     async def running(self) -> bool:
@@ -270,7 +270,7 @@ class Domain:
         return bool(state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED))
 
     async def saved(self) -> bool:
-        """Whether its QEMU has ended because the guest was saved."""
+        """Whether its QEMU has exited because the guest was saved."""
         state, reason = await _call(self._raw.state)
         return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
 
@@ -278,15 +278,15 @@ class Domain:
         """Whether libvirt keeps a saved state of it for the next start."""
         return bool(await _call(self._raw.hasManagedSaveImage))
 
-    async def moments(self) -> tuple[int, int]:
-        """How many snapshots and checkpoints libvirt knows of it."""
+    async def snapshots_and_checkpoints(self) -> tuple[int, int]:
+        """Their numbers, as libvirt has them."""
         checkpoints = await _call(self._raw.listAllCheckpoints)
         return int(await _call(self._raw.snapshotNum)), len(checkpoints)
 
-    async def ends_with_its_client(self) -> bool:
+    async def autodestroy(self) -> bool:
         """
-        Whether it is marked for auto destroy. libvirt tells nobody, but it migrates no such domain, and looks at that
-        first; the address is one that nobody could reach, so nothing else comes of it.
+        Whether libvirt destroys it when the client that started it disconnects. No call reports that, but libvirt
+        migrates no such domain, and checks that first; no daemon is at the URI, so the migration fails in any case.
         """
         flags = libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_LIVE
         try:
@@ -296,11 +296,11 @@ class Domain:
         return False
 
     async def job(self) -> bool:
-        """Whether libvirt is doing something lengthy with it."""
+        """Whether a job of libvirt's is in progress on it."""
         return bool((await _call(self._raw.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE)
 
     async def xml(self) -> str:
-        """As it runs, in the form that a saved domain has."""
+        """As it runs, in the form of a save image."""
         flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
         return str(await _call(self._raw.XMLDesc, flags))
 
@@ -317,27 +317,27 @@ class Domain:
         await _call(self._raw.suspend)
 
     async def resume(self) -> None:
-        """Let the guest go on."""
+        """Resume the guest."""
         await _call(self._raw.resume)
 
-    async def end(self) -> None:
-        """Have libvirt clean up behind a QEMU; one that has not ended is killed. It may be restarted meanwhile."""
+    async def destroy(self) -> None:
+        """Have libvirt clean up after a QEMU; one that still runs is killed. libvirt may be restarted meanwhile."""
         try:
             await _call(self._raw.destroy)
         except DomainError as err:
             if err.code not in _OFF:
                 try:
-                    if not await self.find_again():
+                    if not await self.reconnect():
                         raise
                     await _call(self._raw.destroy)
                 except DomainError as again:
                     if again.code not in _OFF:
                         raise
-        # libvirt may be cleaning up already, having seen QEMU end. Its last step makes the domain inactive.
+        # libvirt may be cleaning up already, since QEMU has exited. Its last step makes the domain inactive.
         deadline = time.monotonic() + CALL_TIMEOUT
         while await self._still_active():
             if time.monotonic() > deadline:
-                raise DomainError(f"libvirt believes that domain {self.name} is active although its QEMU has ended")
+                raise DomainError(f"libvirt reports domain {self.name} as active although its QEMU has exited")
             await asyncio.sleep(_POLL)
 
     async def _still_active(self) -> bool:
@@ -358,7 +358,7 @@ class Domain:
         """
         The pid of its QEMU.
 
-        :raises DomainError: it cannot be told.
+        :raises DomainError: it cannot be found.
         """
         pid = self._last_pid()
         if not self._is_its_qemu(pid):
@@ -367,9 +367,9 @@ class Domain:
 
     def living_pid(self) -> int | None:
         """
-        The same of an active domain; None if its QEMU has ended and libvirt has not cleaned up behind it yet.
+        The pid of an active domain; None if its QEMU has exited and libvirt has not cleaned up yet.
 
-        :raises DomainError: it cannot be told.
+        :raises DomainError: it cannot be found.
         """
         pid = self._last_pid()
         return pid if self._is_its_qemu(pid) else None
@@ -378,7 +378,7 @@ class Domain:
         try:
             return int((_PID_FILES / f"{self.name}.pid").read_text())
         except (OSError, ValueError) as err:
-            raise DomainError(f"the QEMU process of domain {self.name} cannot be told: {err}") from err
+            raise DomainError(f"cannot find the QEMU process of domain {self.name}: {err}") from err
 
     def _is_its_qemu(self, pid: int) -> bool:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -387,7 +387,7 @@ class Domain:
 
 
 class DomainMonitor(Commands):
-    """The monitor of a domain. libvirt holds it, and passes commands on."""
+    """The monitor of a domain. libvirt is connected to it, and passes commands on."""
 
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
@@ -400,8 +400,8 @@ class DomainMonitor(Commands):
         return self._version
 
     async def greet(self) -> None:
-        """Learn QEMU's version."""
-        with understood(self.name):
+        """Query QEMU's version."""
+        with protocol_errors(self.name):
             self._version = _qemu_version(await self.execute("query-version"))
 
     async def execute(
@@ -427,7 +427,7 @@ class DomainMonitor(Commands):
         except TimeoutError as err:
             raise MonitorTimeout(f"QEMU did not answer {command} within {timeout:g} s") from err
         except libvirt.libvirtError as err:
-            raise MonitorClosed(f"QEMU cannot be asked {command}: {err.get_error_message()}") from err
+            raise MonitorClosed(f"libvirt cannot send {command} to QEMU: {err.get_error_message()}") from err
         for fd in returned or ():
             os.close(fd)
         answer = json.loads(text)
@@ -437,5 +437,5 @@ class DomainMonitor(Commands):
 
 
 def readable_version(number: int) -> str:
-    """A version as libvirt counts, as people write it."""
+    """A version in libvirt's numbers, as people write it."""
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -1,13 +1,13 @@
 """
 Domain XML, read and changed in those few places that a hop is about.
 
-The text is edited where it stands instead of being parsed and written anew, so that everything else stays byte for byte
-what the administrator wrote: comments, prefixes, order. Only the standard library is used, and of that little, because
-libvirt's hook loads this module inside the blackout.
+The text is edited in place instead of being parsed and written again, so that everything else stays byte for byte what
+the administrator wrote: comments, prefixes, order. Little of the standard library is imported, because libvirt's hook
+loads this module during the downtime.
 
 A destination gets, in libvirt's own ``qemu`` namespace (https://libvirt.org/drvqemu.html#pass-through-of-arbitrary-qemu-commands):
-two environment variables for adopt.so, and a second monitor for sevhop alone. :func:`for_destination` takes out what an
-earlier hop has put there.
+two environment variables for adopt.so, and a second monitor for sevhop alone. :func:`for_destination` removes what an
+earlier hop has added there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ARG = (*_COMMANDLINE, "qemu:arg")
 _ENV = (*_COMMANDLINE, "qemu:env")
 _INTERFACE = ("domain", "devices", "interface")
 _GRAPHICS = ("domain", "devices", "graphics")
-#: An environment variable of a destination: which of its displays had their ports chosen by libvirt, by number.
+#: An environment variable of a destination: the numbers of its displays whose ports libvirt has chosen.
 _AUTOPORT = "SEVHOP_AUTOPORT"
 _PORTS = ("port", "tlsPort")
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
@@ -36,13 +36,13 @@ _REFERENCE = re.compile(r"&(?:#x([0-9a-fA-F]+)|#([0-9]+)|([a-z]+));")
 #: White space that a parser changes unless it is written as a reference.
 _KEPT_WHITE = {character: f"&#{ord(character)};" for character in "\t\n\r"}
 _ESCAPED = str.maketrans({character: f"&{name};" for name, character in _ENTITIES.items()} | _KEPT_WHITE)
-#: What XML 1.0 cannot have in any form.
+#: Characters that XML 1.0 does not allow in any form.
 _IMPOSSIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-#: Between namespace and name, from the parser; nothing that a namespace can have.
+#: The parser's separator of namespace and name; no namespace can contain it.
 _SEPARATOR = "\x01"
 #: Domain XML has some kilobytes.
 _LIMIT = 16 << 20
-#: Elements inside each other; the parser that libvirt uses allows no more either.
+#: Of nested elements; the parser that libvirt uses allows no more either.
 _DEPTH = 256
 
 
@@ -53,11 +53,11 @@ class DomainXmlError(ValueError):
 @dataclass
 class _Element:
     """
-    An element and where it stands; offsets in bytes.
+    An element and its position; offsets in bytes.
 
     :ivar path: names of its ancestors and itself, those of the ``qemu`` namespace with a leading ``qemu:``.
-    :ivar start, end: first byte, and the byte behind the last.
-    :ivar inner, inner_end: the same of what is inside.
+    :ivar start, end: first byte, and the byte after the last.
+    :ivar inner, inner_end: the same of its content.
     """
 
     path: tuple[str, ...]
@@ -72,7 +72,7 @@ class _Element:
 @dataclass(frozen=True)
 class Description:
     """
-    What a hop wants to know of a domain. Empty where the XML does not say it.
+    What a hop needs to know of a domain. Empty where it is not in the XML.
 
     :ivar kind: ``kvm`` or ``qemu``.
     """
@@ -120,7 +120,7 @@ def with_emulator(xml: str, emulator: str) -> str:
 
 def ports(xml: str) -> list[dict[str, str]]:
     """
-    The ports of each display of a domain that runs. They are not in the form that a saved domain has.
+    The ports of each display of a running domain. They are not in the XML of a save image.
 
     :raises DomainXmlError: this is no domain.
     """
@@ -135,11 +135,11 @@ def for_destination(
     xml: str, emulator: str, environment: dict[str, str], monitor: str, displays: Sequence[dict[str, str]] = ()
 ) -> str:
     """
-    The domain of a destination. A display whose port libvirt has chosen keeps it: whoever connects to it again is to
-    find the same guest.
+    The domain of a destination. A display whose port libvirt has chosen keeps it: a client that connects to it again
+    must find the same guest.
 
-    :param environment: of QEMU, in addition to what the domain asks for.
-    :param monitor: path of the socket at which sevhop will reach it.
+    :param environment: of QEMU, in addition to the domain's own.
+    :param monitor: path of the socket of the monitor for sevhop.
     :param displays: the source's :func:`ports`.
     :raises DomainXmlError: this is no domain, or one without an emulator.
     """
@@ -159,9 +159,9 @@ def for_destination(
             edits.append(_with_attributes(text, element, {**has, "autoport": "no"}))
     if kept:
         environment[_AUTOPORT] = ",".join(kept)
-    words = ["-chardev", f"socket,id={MONITOR},path={monitor.replace(',', ',,')},server=on,wait=off"]
-    words += ["-mon", f"chardev={MONITOR},mode=control"]
-    added = "".join(f"<q:arg value='{_escape(word)}'/>" for word in words)
+    argv = ["-chardev", f"socket,id={MONITOR},path={monitor.replace(',', ',,')},server=on,wait=off"]
+    argv += ["-mon", f"chardev={MONITOR},mode=control"]
+    added = "".join(f"<q:arg value='{_escape(argument)}'/>" for argument in argv)
     added += "".join(f"<q:env name='{_escape(name)}' value='{_escape(v)}'/>" for name, v in environment.items())
     end = _elements(text)[0].inner_end
     edits.append((end, end, f"<q:commandline xmlns:q='{NAMESPACE}'>{added}</q:commandline>\n".encode()))
@@ -203,7 +203,7 @@ def without_additions(xml: str) -> str:
 
 def with_chosen_ports(xml: str) -> str:
     """
-    The domain of a destination, with ports for libvirt to choose where it chose them before the hop.
+    The domain of a destination, in which libvirt chooses those ports again that it chose before the hop.
 
     :raises DomainXmlError: this is no domain.
     """
@@ -217,7 +217,7 @@ def with_chosen_ports(xml: str) -> str:
 
 
 def _with_attributes(text: bytes, element: _Element, attributes: dict[str, str]) -> _Edit:
-    """Give an element some attributes in place of those that it has."""
+    """Set some attributes of an element."""
     tag = text[element.start : element.inner].decode()
     for name, value in attributes.items():
         tag = re.sub(rf"\s{name}\s*=\s*(?:'[^']*'|\"[^\"]*\")", "", tag)
@@ -235,7 +235,7 @@ def without_interfaces(xml: str) -> str:
     return _edited(text, [_cut(text, one) for one in _elements(text) if one.path == _INTERFACE])
 
 
-#: What is replaced: first byte, the byte behind the last, and by what.
+#: A replacement: first byte, the byte after the last, and the new text.
 _Edit = tuple[int, int, bytes]
 
 
@@ -254,8 +254,8 @@ def _elements(text: bytes) -> list[_Element]:
     """
     All elements in document order; the first is the domain.
 
-    :raises DomainXmlError: this is no domain. A document type is refused: with it come entities, which can stand for
-        other files or for gigabytes.
+    :raises DomainXmlError: this is no domain. A document type is refused: it can define entities, which can expand to
+        other files or to gigabytes.
     """
     found: list[_Element] = []
     stack: list[_Element] = []
@@ -286,7 +286,7 @@ def _elements(text: bytes) -> list[_Element]:
             element.end = text.index(b">", element.inner_end) + 1
 
     def doctype(*_: object) -> None:
-        raise DomainXmlError("domain XML with a document type is not read")
+        raise DomainXmlError("domain XML with a document type is refused")
 
     parser.StartElementHandler = start
     parser.EndElementHandler = end
@@ -303,7 +303,7 @@ def _elements(text: bytes) -> list[_Element]:
 
 
 def _encoded(xml: str) -> bytes:
-    """:raises DomainXmlError: this did not come from UTF-8."""
+    """:raises DomainXmlError: this was not UTF-8."""
     try:
         return xml.encode()
     except UnicodeEncodeError as err:
@@ -311,7 +311,7 @@ def _encoded(xml: str) -> bytes:
 
 
 def _escape(value: str) -> str:
-    """:raises DomainXmlError: XML cannot have it."""
+    """:raises DomainXmlError: XML does not allow it."""
     if _IMPOSSIBLE.search(value):
         raise DomainXmlError(f"{value!a} cannot be written in XML")
     return value.translate(_ESCAPED)

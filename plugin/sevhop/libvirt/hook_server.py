@@ -1,10 +1,10 @@
 """
-libvirt's hook, answered by the keeper itself.
+libvirt's hook, run by the keeper itself.
 
 libvirt runs the hook three times while the guest is stopped, and each time the start of a Python would take longer than
-the answer. So for a domain in a hop libvirt's hook script starts a small program instead, ``host/hook_client``. It
-sends libvirt's arguments and its own three streams; here :func:`sevhop.libvirt.hook.main` runs with them, and the exit
-status goes back. Without a keeper, ``hook.py`` runs as a program of its own.
+the reply. So for a domain in a hop libvirt's hook script starts a small program instead, ``host/hook_client``. It sends
+libvirt's arguments and its own three streams; here :func:`sevhop.libvirt.hook.main` runs with them, and the exit status
+is sent back. Without a keeper, ``hook.py`` runs as a program of its own.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 SOCKET = "hook"
 #: Started by the hook script.
 CLIENT = Path(__file__).resolve().parent.parent / "host" / "hook_client"
-#: Seconds in which somebody who has connected must have sent the call.
+#: Seconds from the connection until the call must have arrived.
 _CALL_TIMEOUT = 10.0
 #: Bytes of the longest call.
 _MESSAGE = 4096
 _STREAMS = 3
 
-#: Answers what the hook asks; the socket is the one on which the call came.
+#: Replies to a request of the hook; the socket is the one from which the call came.
 Answer = Callable[[socket.socket, str], Awaitable[str]]
 
 
 async def listen(listener: socket.socket, answer: Answer) -> None:
-    """Serve calls at a socket until cancelled. They come from root: from the hook that libvirt runs."""
+    """Serve calls at a socket until cancelled. Only root's are accepted: libvirt runs the hook as root."""
     loop = asyncio.get_running_loop()
-    # The first thread takes some milliseconds, most of them for imports; the guest is not to wait for that.
+    # The first thread takes some milliseconds, most of them for imports; not during the downtime.
     await asyncio.to_thread(os.getpid)
     calls: set[asyncio.Task[None]] = set()
     while True:
@@ -54,7 +54,7 @@ async def listen(listener: socket.socket, answer: Answer) -> None:
 
 
 def _serve(sock: socket.socket, answer: Answer, loop: asyncio.AbstractEventLoop) -> None:
-    """One call, in a thread of its own: the streams are pipes of libvirt's, and the commit may take its time."""
+    """One call, in a thread of its own: the streams are libvirt's pipes, and may block, as may the commit."""
 
     def ask(request: str) -> str:
         return asyncio.run_coroutine_threadsafe(_once(answer(sock, request)), loop).result(hook.PATIENCE)
@@ -68,13 +68,13 @@ def _serve(sock: socket.socket, answer: Answer, loop: asyncio.AbstractEventLoop)
                 open_files.callback(os.close, fd)
             if len(descriptors) != _STREAMS:
                 return
-            words = call.decode(errors="surrogateescape").split("\0")
+            arguments = call.decode(errors="surrogateescape").split("\0")
             first, second, third = descriptors
             with hook.stream(first, "r") as xml, hook.stream(second, "w") as out, hook.stream(third, "w") as err:
-                status = hook.main(words, xml, out, err, keeper=ask)
+                status = hook.main(arguments, xml, out, err, keeper=ask)
             sock.send(bytes([status]))
         except OSError as error:
-            log.info("a hook was not answered: %s", error)
+            log.info("cannot serve a hook call: %s", error)
 
 
 async def _once(answer: Awaitable[str]) -> str:

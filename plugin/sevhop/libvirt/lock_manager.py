@@ -7,12 +7,12 @@ from pathlib import Path
 
 _CONFIGURATION = Path("/etc/libvirt/qemu.conf")
 _SETTING = re.compile(r"^\s*lock_manager\s*=\s*[\"'](?P<name>[^\"']*)[\"']", re.MULTILINE)
-#: Of the programs that keep leases; one that runs may have been configured when the daemon was started.
+#: Of the lock managers; one that runs may have been configured when the daemon was started.
 _PID_FILES = (Path("/run/virtlockd.pid"), Path("/run/sanlock/sanlock.pid"))
 
 
 def in_use(configuration: Path = _CONFIGURATION, pid_files: tuple[Path, ...] = _PID_FILES) -> bool:
-    """Whether domains have leases: as configured, or as one of those programs runs."""
+    """Whether domains have leases: one of those programs is configured, or runs."""
     try:
         text = configuration.read_text(errors="replace")
     except OSError:

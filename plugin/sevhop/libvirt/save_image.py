@@ -1,5 +1,5 @@
 """
-libvirt's save image, written and read: what ``virsh save`` makes and ``virsh restore`` takes.
+libvirt's save image, the file of ``virsh save`` and ``virsh restore``: written and read.
 
 ::
 
@@ -11,11 +11,11 @@ libvirt's save image, written and read: what ``virsh save`` makes and ``virsh re
             +   QEMU's migration stream
 
 That is ``virQEMUSaveHeader`` in libvirt's src/qemu/qemu_saveimage.h. An image that sevhop writes has a stream without
-RAM: the keeper has that.
+RAM, which is in the keeper.
 
-libvirt gives QEMU the image's descriptor, placed at the stream. QEMU 11 does not read a stream from a regular file that
-way. From a pipe it does, and a pipe is what libvirt makes for a compressed image: gzip at its other end, here with
-nothing to unpack, since the stream is stored as it is.
+libvirt passes the image's descriptor to QEMU, with its offset at the stream. QEMU 11 does not load a stream from a
+regular file that way. From a pipe it does, and libvirt uses a pipe for a compressed image, with gzip at its other end.
+There is nothing to decompress, since the stream is stored in the gzip format.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from typing import BinaryIO
 from sevhop_qmp.errors import SevhopError
 
 MAGIC = b"LibvirtQemudSave"
-#: What libvirt writes while an image is not complete yet.
+#: libvirt's magic of an image that is not complete yet.
 PARTIAL_MAGIC = b"LibvirtQemudPart"
 VERSION = 2
 _RAW, _GZIP = 0, 1
 #: For zlib: a gzip header, and the largest window.
 _GZIP_WINDOW = 31
 _HEADER = struct.Struct("=16s5I56s")
-#: Room that libvirt leaves behind the XML, so that it can be edited in place (``virsh save-image-edit``).
+#: Padding that libvirt leaves after the XML, so that it can be edited in place (``virsh save-image-edit``).
 _PADDING = 1024
 #: The largest XML block that is read; domain XML has some kilobytes.
 _XML_LIMIT = 16 << 20
@@ -54,7 +54,7 @@ class SaveImage:
     A save image.
 
     :ivar xml: the domain as it was running.
-    :ivar running: whether the guest is to run after it was restored; otherwise it stays paused.
+    :ivar running: whether the guest runs after the restore; otherwise it stays paused.
     :ivar stream: the migration stream, without RAM.
     :ivar piped: whether QEMU gets the stream through a pipe.
     """
@@ -68,7 +68,7 @@ class SaveImage:
         """
         Write it to a file that is open at its start.
 
-        :raises SaveImageError: the XML contains a NUL, or what UTF-8 cannot have.
+        :raises SaveImageError: the XML contains a NUL, or is not UTF-8.
         :raises OSError: the disk is full, or the like.
         """
         try:
@@ -78,8 +78,8 @@ class SaveImage:
         if b"\0" in text:
             raise SaveImageError("domain XML contains a NUL")
         block = text + bytes(1 + _PADDING)
-        form = _GZIP if self.piped else _RAW
-        file.write(_HEADER.pack(MAGIC, VERSION, len(block), self.running, form, 0, b""))
+        compression = _GZIP if self.piped else _RAW
+        file.write(_HEADER.pack(MAGIC, VERSION, len(block), self.running, compression, 0, b""))
         file.write(block)
         file.write(_stored(self.stream) if self.piped else self.stream)
         file.flush()
@@ -87,8 +87,8 @@ class SaveImage:
     @classmethod
     def read(cls, file: BinaryIO) -> SaveImage:
         """
-        Read what :meth:`write` wrote; the XML may have been edited since. Nothing that a file says of itself is
-        believed before it was compared with the file's length.
+        Read what :meth:`write` wrote; the XML may have been edited since. Lengths in the header are compared with
+        the file's size before they are used.
 
         :raises SaveImageError: it is not such a file.
         """
@@ -98,17 +98,17 @@ class SaveImage:
             raise SaveImageError("the file is too short for a save image")
         magic, version, xml_length, running, compression, cookie, _ = _HEADER.unpack(header)
         if magic == PARTIAL_MAGIC:
-            raise SaveImageError("the save image was not written to its end")
+            raise SaveImageError("the save image is incomplete")
         if magic != MAGIC:
             raise SaveImageError("the file is not a save image of libvirt")
         if version != VERSION:
-            raise SaveImageError(f"save image version {version} is not known, only {VERSION}")
+            raise SaveImageError(f"save image version {version} is not supported, only {VERSION}")
         if compression not in (_RAW, _GZIP):
-            raise SaveImageError("the save image is compressed as those of sevhop are not")
+            raise SaveImageError("the save image is compressed in a format that sevhop does not use")
         if xml_length > min(_XML_LIMIT, size - _HEADER.size):
             raise SaveImageError(f"the save image claims {xml_length} bytes of XML, which it does not have")
         if cookie > xml_length:
-            raise SaveImageError("the save image's cookie lies behind its XML")
+            raise SaveImageError("the save image's cookie is beyond its XML")
         if size - _HEADER.size - xml_length > STREAM_LIMIT:
             raise SaveImageError("the save image contains RAM, so it was not written by sevhop")
         text, end, _ = file.read(xml_length).partition(b"\0")
@@ -123,7 +123,7 @@ class SaveImage:
 
 
 def _stored(stream: bytes) -> bytes:
-    """In the format of gzip, without the time that compressing takes."""
+    """In the gzip format, without compression: that would take time."""
     packer = zlib.compressobj(level=0, wbits=_GZIP_WINDOW)
     return packer.compress(stream) + packer.flush()
 
@@ -131,10 +131,10 @@ def _stored(stream: bytes) -> bytes:
 def _unpacked(packed: bytes) -> bytes:
     unpacker = zlib.decompressobj(wbits=_GZIP_WINDOW)
     try:
-        # Ours is no larger than it is packed; what unpacks to gigabytes is not ours.
+        # Ours is not compressed; one that expands to gigabytes is not ours.
         stream = unpacker.decompress(packed, len(packed) + 1)
     except zlib.error as err:
         raise SaveImageError(f"the save image's stream is damaged: {err}") from err
     if not unpacker.eof or unpacker.unused_data:
-        raise SaveImageError("the save image's stream is damaged: it does not end where it should")
+        raise SaveImageError("the save image's stream is damaged: it is truncated, or followed by other data")
     return stream

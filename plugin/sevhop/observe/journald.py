@@ -3,16 +3,15 @@ Records for the journal of systemd, by its native protocol (https://systemd.io/J
 
 ======================  ==========================================================================================
 ``MESSAGE_ID``          :data:`PHASE` for a phase that is over, :data:`OUTCOME` for a hop that is
-``SEVHOP_DOMAIN``       the guest: a domain, or the path of a QMP socket
+``SEVHOP_GUEST``        the guest: a domain, or the path of a QMP socket
 ``SEVHOP_PHASE``        the phase; only with :data:`PHASE`
-``SEVHOP_OUTCOME``      what the hop came to; only with :data:`OUTCOME`
-``SEVHOP_MS``           milliseconds: of the phase, or of the blackout, if there was one
+``SEVHOP_OUTCOME``      the outcome of the hop; only with :data:`OUTCOME`
+``SEVHOP_MS``           milliseconds: of the phase, or of the downtime, if there was one
 ======================  ==========================================================================================
 
-So ``journalctl MESSAGE_ID=... SEVHOP_DOMAIN=web1`` finds them. Where there is no journal nothing happens. One that is
-busy is not waited for while a hop is in progress: the record is kept and sent again with the next one, or at the end,
-when there is time to wait. (systemd's own Python package would need a
-compiler and its headers on every host, for these lines.)
+So ``journalctl MESSAGE_ID=... SEVHOP_GUEST=web1`` finds them. Without a journal nothing is written. A busy one is not
+waited for during a hop: the record is queued and sent with the next one, or at the end, when there is time to wait.
+(systemd's own Python package would need a compiler and its headers on every host, for these lines.)
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import struct
 import syslog
 from pathlib import Path
 
-from ..events import Ended, Event, PhaseEnded
+from ..events import Event, HopFinished, PhaseEnded
 
 #: Where systemd-journald listens.
 SOCKET = Path("/run/systemd/journal/socket")
@@ -34,18 +33,18 @@ PHASE = "089898dfeb824b40b4faba06382c02b9"
 #: A hop is over.
 OUTCOME = "8c22f705ac624006b73beded23242774"
 
-#: Records that are kept for a journal that is busy, at most; of more the oldest are given up.
-_KEPT = 10_000
-#: Seconds that a busy journal is waited for at the end, for each record.
-_PATIENCE = 1.0
+#: Records that are queued for a busy journal, at most; of more the oldest are dropped.
+_MAX_UNSENT = 10_000
+#: Seconds to wait for a busy journal at the end, for each record.
+_SEND_TIMEOUT = 1.0
 
 log = logging.getLogger(__name__)
 
 _PRIORITY = {
     "refused": syslog.LOG_WARNING,
-    "undone": syslog.LOG_ERR,
-    "needs-recover": syslog.LOG_CRIT,
-    "lost": syslog.LOG_CRIT,
+    "rolled-back": syslog.LOG_ERR,
+    "recovery-required": syslog.LOG_CRIT,
+    "guest-lost": syslog.LOG_CRIT,
 }
 
 
@@ -54,7 +53,7 @@ class Records:
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._unsent: collections.deque[bytes] = collections.deque(maxlen=_KEPT)
+        self._unsent: collections.deque[bytes] = collections.deque(maxlen=_MAX_UNSENT)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, PhaseEnded):
@@ -62,18 +61,18 @@ class Records:
                 PRIORITY=syslog.LOG_INFO,
                 MESSAGE=f"{event.guest}: {event.phase} took {event.ms:.1f} ms",
                 MESSAGE_ID=PHASE,
-                SEVHOP_DOMAIN=event.guest,
+                SEVHOP_GUEST=event.guest,
                 SEVHOP_PHASE=event.phase,
                 SEVHOP_MS=f"{event.ms:.3f}",
             )
-        elif isinstance(event, Ended):
+        elif isinstance(event, HopFinished):
             report = event.report
-            fields = {} if report.blackout_ms is None else {"SEVHOP_MS": f"{report.blackout_ms:.3f}"}
+            fields = {} if report.downtime_ms is None else {"SEVHOP_MS": f"{report.downtime_ms:.3f}"}
             self._write(
                 PRIORITY=_PRIORITY.get(report.outcome, syslog.LOG_NOTICE),
                 MESSAGE=str(report),
                 MESSAGE_ID=OUTCOME,
-                SEVHOP_DOMAIN=event.guest,
+                SEVHOP_GUEST=event.guest,
                 SEVHOP_OUTCOME=report.outcome,
                 **fields,
             )
@@ -84,11 +83,11 @@ class Records:
 
     @property
     def unsent(self) -> int:
-        """Records that are kept for a journal that is busy."""
+        """The number of records queued for a busy journal."""
         return len(self._unsent)
 
     def _send(self) -> None:
-        """Send what has not been sent, in its order, as far as the journal takes it now."""
+        """Send the queued records in their order, as far as the journal takes them without blocking."""
         while self._unsent:
             try:
                 self._socket.sendto(self._unsent[0], str(SOCKET))
@@ -97,15 +96,15 @@ class Records:
             except OSError as err:
                 if err.errno == errno.ENOBUFS:
                     return
-                # There is no journal, or it takes no such record.
+                # There is no journal, or it rejects this record.
             self._unsent.popleft()
 
     def close(self) -> None:
-        """Write no more. What has not been sent is waited for, but not for long."""
+        """Send the queued records, waiting for the journal, but not for long."""
         if self._unsent:
-            # A timeout of Python's would poll, and a datagram socket that is not connected is always ready.
+            # Python's own timeout would poll(), for which an unconnected datagram socket is always writable.
             self._socket.setblocking(True)
-            limit = struct.pack("@ll", int(_PATIENCE), int(_PATIENCE % 1 * 1e6))
+            limit = struct.pack("@ll", int(_SEND_TIMEOUT), int(_SEND_TIMEOUT % 1 * 1e6))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             self._send()
         if self._unsent:
@@ -114,7 +113,7 @@ class Records:
 
 
 def encoded(**fields: str | int) -> bytes:
-    """A record. Its values may have line breaks in them."""
+    """A record. Its values may contain newlines."""
     record = b""
     for name, value in fields.items():
         data = str(value).encode(errors="backslashreplace")

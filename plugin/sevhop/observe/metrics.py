@@ -3,14 +3,14 @@ Metrics for Prometheus, as a file for the textfile collector of its node exporte
 
 ==================================  ==============================================================================
 ``sevhop_hops_total``               hops by ``outcome``
-``sevhop_blackout_seconds``         histogram: for how long guests were stopped by hops that are done
-``sevhop_outdated_guests``          domains whose QEMU is not the one that is installed, at the last look
+``sevhop_downtime_seconds``         histogram: guest downtime of the hops that are done
+``sevhop_outdated_domains``         domains whose QEMU is not the installed one, when last counted
 ==================================  ==============================================================================
 
-Commands come and go, so the file is also where the counters are kept: each command reads it at its end, adds, and
-exchanges it as a whole; commands wait for each other. The directory may belong to somebody else. What is read there is
-believed only if it is a plain file with exactly these metrics in it; otherwise counting begins anew, as Prometheus
-expects of counters. What is written goes to a new file of a name that cannot be guessed.
+Commands are short-lived, so the file is also the store of the counters: each command reads it at its end, adds, and
+replaces it atomically, under a lock. The directory may belong to another user. What is read there is used only if it is
+a regular file with exactly these metrics in it; otherwise counters start from zero, which Prometheus handles as a
+reset. A new file is written under a name that cannot be guessed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ..report import Report
 
 #: The collector reads all files of this suffix.
 FILE = "sevhop.prom"
-OUTCOMES = ("done", "refused", "undone", "needs-recover", "lost")
+OUTCOMES = ("done", "refused", "rolled-back", "recovery-required", "guest-lost")
 #: Upper bounds in seconds: a hop takes milliseconds, an upgrade some tenths of a second.
 BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 _HOPS = "sevhop_hops_total"
-_BLACKOUT = "sevhop_blackout_seconds"
-_OUTDATED = "sevhop_outdated_guests"
+_DOWNTIME = "sevhop_downtime_seconds"
+_OUTDATED = "sevhop_outdated_domains"
 _MOST_BYTES = 64 << 10
 _SAMPLE = re.compile(r"(?P<name>[a-z_]+(?:\{[a-z]+=\"[^\"\\\n]*\"\})?) (?P<value>[0-9]{1,15}(?:\.[0-9]{1,9})?)")
 
@@ -48,7 +48,7 @@ def add(path: Path, reports: Iterable[Report] = (), outdated: int | None = None)
     Add to the file in a directory.
 
     :param reports: of hops that are over; those of prepared and checked ones are not counted.
-    :param outdated: how many domains are outdated, if somebody has looked.
+    :param outdated: how many domains are outdated; None if not counted.
     :raises SevhopError: it cannot be written.
     """
     try:
@@ -66,17 +66,17 @@ def add(path: Path, reports: Iterable[Report] = (), outdated: int | None = None)
 
 def _count(samples: dict[str, float], report: Report) -> None:
     samples[f'{_HOPS}{{outcome="{report.outcome}"}}'] += 1
-    if report.outcome == "done" and report.blackout_ms is not None:
-        seconds = report.blackout_ms / 1e3
+    if report.outcome == "done" and report.downtime_ms is not None:
+        seconds = report.downtime_ms / 1e3
         for bound in (*BOUNDS, math.inf):
             samples[_bucket(bound)] += seconds <= bound
-        samples[f"{_BLACKOUT}_sum"] += seconds
-        samples[f"{_BLACKOUT}_count"] += 1
+        samples[f"{_DOWNTIME}_sum"] += seconds
+        samples[f"{_DOWNTIME}_count"] += 1
 
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """No other command is at it. The lock is on a directory that only root can open, so nobody else can hold us up."""
+    """Exclude other commands. The lock is on a directory that only root can open, so no other user can block us."""
     journal.DIRECTORY.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _opened(journal.DIRECTORY) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -93,20 +93,20 @@ def _opened(directory: Path) -> Iterator[int]:
 
 
 def _bucket(bound: float) -> str:
-    return f'{_BLACKOUT}_bucket{{le="{"+Inf" if bound == math.inf else bound}"}}'
+    return f'{_DOWNTIME}_bucket{{le="{"+Inf" if bound == math.inf else bound}"}}'
 
 
 def _zeros() -> dict[str, float]:
-    """All samples; there is none of outdated guests before anybody has looked."""
+    """All samples at zero, without that of outdated domains, which may never have been counted."""
     hops = {f'{_HOPS}{{outcome="{outcome}"}}': 0.0 for outcome in OUTCOMES}
     buckets = {_bucket(bound): 0.0 for bound in (*BOUNDS, math.inf)}
-    return hops | buckets | {f"{_BLACKOUT}_sum": 0.0, f"{_BLACKOUT}_count": 0.0}
+    return hops | buckets | {f"{_DOWNTIME}_sum": 0.0, f"{_DOWNTIME}_count": 0.0}
 
 
 def _read(directory: int) -> dict[str, float]:
-    """What was counted so far; nothing if there is no file, or it is not one of ours."""
+    """The counters so far; none if there is no file, or it is not one of ours."""
     try:
-        # A fifo would be waited for otherwise.
+        # Without O_NONBLOCK this would block on a FIFO.
         fd = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError:
         return {}
@@ -143,9 +143,9 @@ def _write(directory: int, samples: dict[str, float]) -> None:
 def _text(samples: dict[str, float]) -> str:
     """In the exposition format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
     families = {
-        _HOPS: ("counter", "Hops of guests to another QEMU, by what they came to."),
-        _BLACKOUT: ("histogram", "Seconds for which guests were stopped by hops that are done."),
-        _OUTDATED: ("gauge", "Domains whose QEMU is not the one that is installed, at the last look."),
+        _HOPS: ("counter", "Hops of guests to another QEMU, by outcome."),
+        _DOWNTIME: ("histogram", "Guest downtime of the hops that are done, in seconds."),
+        _OUTDATED: ("gauge", "Domains whose QEMU is not the installed one, when last counted."),
     }
     lines = []
     for family, (kind, text) in families.items():

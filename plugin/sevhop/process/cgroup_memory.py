@@ -1,14 +1,14 @@
 """
-Memory and cgroups: has the source's cgroup room for a second QEMU, and what becomes of its limits.
+Memory and cgroups: whether the source's cgroup has memory for a second QEMU, and what happens to its limits.
 
-The destination is in the source's cgroup while both are there. If memory is out, the kernel should end the destination,
-and the guest does not notice. But its ``oom_score_adj`` counts in parts of the cgroup's limit, and a source may have
-more memory mapped than that; a cgroup may ask for all of its processes to be ended together (``memory.oom.group``); and
-systemd may stop a scope in which one was ended (``OOMPolicy=`` of systemd.scope(5)). So a cgroup that has no room is
-found before.
+The destination is in the source's cgroup while both run. When that is out of memory, the kernel should kill the
+destination, without effect on the guest. But its ``oom_score_adj`` is relative to the cgroup's limit, and a source may
+have more memory mapped than that; a cgroup may have all of its processes killed together (``memory.oom.group``); and
+systemd may stop a scope in which one was killed (``OOMPolicy=`` of systemd.scope(5)). So a cgroup without enough memory
+is detected before.
 
-The kernel charges a page of shared memory to the cgroup that has touched it first. libvirt makes a new cgroup for each
-QEMU of a domain, so after an upgrade the guest's memory is charged to the parent of one that does not exist any more.
+The kernel charges a page of shared memory to the cgroup that has touched it first. libvirt creates a new cgroup for
+each QEMU of a domain, so after an upgrade the guest's memory is charged to the parent of one that no longer exists.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from sevhop_qmp.process import QemuProcess
 
 from .scheduling import cgroup_directory
 
-#: Bytes of its own that a QEMU takes with many devices, and then some; one that has more has lived for long.
+#: Bytes of private memory that a new QEMU with many devices needs at most; one that has more has grown while running.
 MOST = 48 << 20
-#: By version of cgroup: the limit, what is used, and what of it can be had back without anybody's memory being taken.
+#: By version of cgroup: the limit, what is used, and what of that can be reclaimed without swapping.
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
     2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
 }
 
 _ROOT = Path("/sys/fs/cgroup")
-#: Files with a limit, and what is in them when there is none (Documentation/admin-guide/cgroup-v{1,2}).
+#: Files with a limit, and their content when there is none (Documentation/admin-guide/cgroup-v{1,2}).
 _LIMITS = {"memory.max": "max", "memory.high": "max", "memory.low": "0", "memory.min": "0"}
 _OLD_LIMITS = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes")
-#: What a hierarchy of the first version has for no limit, or more.
+#: In cgroup v1 a limit of at least this is none.
 _UNLIMITED = 1 << 62
-#: How libvirt, or systemd for it, names the cgroup of a domain.
+#: Prefixes of the name of a domain's cgroup, as libvirt or systemd creates it.
 _OF_DOMAINS = ("machine-qemu", "qemu-")
 
 
 def shortage(cgroups: Iterable[tuple[str, str]], private: int) -> str:
     """
-    Which of these cgroups, or of those above them, is too full; empty when none is.
+    Which of these cgroups, or of those above them, has too little memory left; empty when none has.
 
     :param cgroups: (controllers, path) of a source.
-    :param private: bytes that the source has for itself.
+    :param private: bytes of the source's private memory.
     """
     need = min(private, MOST)
     for controllers, path in cgroups:
@@ -53,7 +53,7 @@ def shortage(cgroups: Iterable[tuple[str, str]], private: int) -> str:
         try:
             directory = cgroup_directory(controllers, path)
         except SevhopError:
-            continue  # the destination cannot be put there either, which is said elsewhere
+            continue  # the destination cannot join it either, which is reported elsewhere
         for group in (directory, *directory.parents):
             room = _room(group, 1 if controllers else 2)
             if room is not None and room < need:
@@ -62,7 +62,7 @@ def shortage(cgroups: Iterable[tuple[str, str]], private: int) -> str:
 
 
 def _room(group: Path, version: int) -> int | None:
-    """Bytes that a cgroup has left; None if it has no limit, or is none."""
+    """Bytes that a cgroup has left; None if it has no limit, or does not exist."""
     limit, usage, reclaimable = _FILES[version]
     try:
         most = (group / limit).read_text(encoding="ascii").strip()
@@ -77,9 +77,9 @@ def _room(group: Path, version: int) -> int | None:
 
 def unaccounted(process: QemuProcess, root: Path = _ROOT) -> str:
     """
-    What is to be told of the limits for a domain's memory; empty when it has none.
+    A note for the report if a domain has memory limits; empty when it has none.
 
-    :raises ProcessError: the process has ended.
+    :raises ProcessError: the process has exited.
     """
     for controllers, path in process.cgroups:
         if controllers == "":
@@ -91,8 +91,8 @@ def unaccounted(process: QemuProcess, root: Path = _ROOT) -> str:
         for names in found:
             if names:
                 return (
-                    f"the guest's memory stays charged to where the cgroup of its old QEMU was, so {', '.join(names)} "
-                    "of the new one does not count it until the domain is started the next time"
+                    f"the guest's memory stays charged to the parent of its old QEMU's cgroup, so {', '.join(names)} "
+                    "of the new one does not count it until the next cold start of the domain"
                 )
     return ""
 

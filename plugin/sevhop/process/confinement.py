@@ -1,12 +1,12 @@
 """
 What confines a QEMU and is not on its command line: user, capabilities, no_new_privs, seccomp, label, limits, cgroups.
 
-The kernel tells it (``/proc/PID``, proc(5)). The command line of a QEMU does not: it is read from the QEMU's own
-memory, and one that was taken over by its guest may have written something else there. So what the kernel says of the
-source is given to the destination (:mod:`sevhop.process.launch`), and what it says of both is compared before the guest
-is stopped.
+It is read from the kernel (``/proc/PID``, proc(5)). The command line is no proof: it is read from the QEMU's own
+memory, and one that was compromised by its guest may have written something else there. So the destination gets what
+the kernel reports of the source (:mod:`sevhop.process.launch`), and what it reports of both is compared before the
+guest is stopped.
 
-Not to be seen from outside, so not compared: securebits, and keepcaps, which executing a program clears.
+Not visible from outside, so not compared: securebits, and keepcaps, which execve(2) clears.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sevhop_qmp.process import QemuProcess
 from . import seccomp_filter
 from .scheduling import cgroup_directory
 
-#: How a field is called in front of an administrator, and in which form it is shown.
+#: Names of the fields in messages.
 _LABELS = {
     "uids": "user",
     "gids": "group",
@@ -52,7 +52,7 @@ _HEXADECIMAL = ("inheritable", "permitted", "effective", "bounding", "ambient", 
 @dataclass(frozen=True)
 class Confinement:
     """
-    What the kernel says of a process.
+    What the kernel reports of a process.
 
     :ivar uids: real, effective, saved; ``gids`` likewise.
     :ivar inheritable: capabilities as a bit mask; ``permitted``, ``effective``, ``bounding`` and ``ambient`` likewise.
@@ -61,8 +61,8 @@ class Confinement:
     :ivar label: of the security module; empty without one.
     :ivar limits: (RLIMIT_*, soft, hard), -1 for unlimited.
     :ivar cgroups: (controllers, path) of each hierarchy.
-    :ivar core_dump_filter: hexadecimal; what of its memory a core dump has.
-    :ivar without_huge_pages: it has no transparent huge pages, whatever the host is set to.
+    :ivar core_dump_filter: hexadecimal; which memory a core dump contains.
+    :ivar without_huge_pages: it has no transparent huge pages, whatever the host's setting is.
     """
 
     uids: tuple[int, int, int]
@@ -86,7 +86,7 @@ class Confinement:
 
     @classmethod
     def of(cls, process: QemuProcess) -> Self:
-        """:raises ProcessError: it has ended, we may not look, or the kernel does not tell."""
+        """:raises ProcessError: it has exited, access is denied, or the kernel does not report it."""
         status = process.status
         try:
             return cls(
@@ -110,18 +110,18 @@ class Confinement:
                 without_huge_pages=status.get("THP_enabled") == "0",
             )
         except (KeyError, ValueError) as err:
-            raise ProcessError(f"what confines process {process.pid} cannot be read: {err!r}") from err
+            raise ProcessError(f"cannot read the confinement of process {process.pid}: {err!r}") from err
 
     @property
-    def executed(self) -> int:
-        """The permitted capabilities that a program without file capabilities gets, executed by this process."""
+    def capabilities_after_exec(self) -> int:
+        """The permitted capabilities after execve(2) of a program without file capabilities."""
         return self.inheritable | self.bounding if 0 in self.uids[:2] else self.ambient
 
     def cgroups_to_join(self) -> list[str]:
         """
         Directories of those of its cgroups that this process is not in.
 
-        :raises SevhopError: one of them is not to be found.
+        :raises SevhopError: one of them cannot be found.
         """
         ours = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         mine = {tuple(line.split(":", 2)[1:]) for line in ours}
@@ -129,7 +129,7 @@ class Confinement:
 
 
 def differences(source: Confinement, destination: Confinement) -> list[str]:
-    """In what the destination is confined in another way than the source; empty when it is not."""
+    """How the confinement of the destination differs from the source's; empty when it does not."""
     found = []
     for one in fields(Confinement):
         ours, theirs = getattr(source, one.name), getattr(destination, one.name)
@@ -147,9 +147,9 @@ def differences(source: Confinement, destination: Confinement) -> list[str]:
 
 def filters_lost(source: int, destination: int) -> list[str]:
     """
-    What the seccomp filters of a thread of the source forbid, and those of one of the destination do not.
+    What the seccomp filters of a thread of the source forbid, and those of a thread of the destination do not.
 
-    :raises UnknownFilter: the kernel does not tell.
+    :raises UnknownFilter: the filters cannot be read.
     """
     found = seccomp_filter.lost(seccomp_filter.of(source), seccomp_filter.of(destination))
     if not found:
@@ -159,7 +159,8 @@ def filters_lost(source: int, destination: int) -> list[str]:
 
 
 def _limits(limits: tuple[tuple[int, int, int], ...]) -> list[tuple[str, int, int]]:
-    """Those that a QEMU does not change itself: from 9.0 on it takes as many open files as it may."""
+    """Those that a QEMU does not change itself: from 9.0 on it raises the soft limit of open files."""
+
     files = resource.RLIMIT_NOFILE
     return [(_LIMIT_NAMES[number], hard if number == files else soft, hard) for number, soft, hard in limits]
 

@@ -1,8 +1,8 @@
 """
-Starts a QEMU that is, to the kernel, what another one is: same user, same capabilities, same limits, same place.
+Starts a QEMU with the credentials of another one: same user, same capabilities, same limits, same cgroups.
 
-All of that is taken on by the new process itself (:mod:`sevhop.process.launcher`) before it becomes a QEMU, so nothing
-of it ever runs with more than the old one has. What cannot be taken on fails the start.
+The new process applies them to itself (:mod:`sevhop.process.launcher`) before it executes QEMU, so that QEMU never runs
+with more privileges than the old one. If anything cannot be applied, the start fails.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .confinement import Confinement
 from .scheduling import Thread
 
 _PROGRAM = Path(__file__).with_name("launcher.py")
-#: Out of memory, the kernel ends what has this before anything else (proc(5)): the guest is in the other QEMU.
+#: The OOM killer kills a process with this first (proc(5)): the guest is in the other QEMU.
 FIRST_TO_DIE = 1000
 
 
 @dataclass(frozen=True)
 class Identity:
     """
-    What a new QEMU takes on.
+    What is applied to a new QEMU.
 
-    :ivar scheduling: of the first thread, whose children the others are.
+    :ivar scheduling: of the first thread, from which the others inherit it.
     """
 
     confinement: Confinement
@@ -53,13 +53,13 @@ def spawn(
     stderr: int | IO[bytes] = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """
-    Start it. The process is the QEMU's from the beginning; why it did not become one is in its standard error.
+    Start it. The returned process executes QEMU itself; if that fails, the reason is in its standard error.
 
-    :param command: whole path of the program, and its arguments.
-    :param directory: descriptor of its working directory: whoever may rename what is on the way to it cannot mislead.
+    :param command: absolute path of the program, and its arguments.
+    :param directory: descriptor of its working directory, so that renaming a directory in its path has no effect.
     :param cgroups: directories of the cgroups that it joins.
     :param keep: descriptors that it inherits.
-    :raises OSError, subprocess.SubprocessError: there is no process to be had.
+    :raises OSError, subprocess.SubprocessError: no process can be created.
     """
     specification = _specification(identity, directory, cgroups)
     specification |= {"command": list(command), "environment": dict(environment)}
@@ -71,7 +71,7 @@ def spawn(
         return subprocess.Popen(
             [_python(), "-I", "-S", str(_PROGRAM), str(spec)],
             cwd="/",
-            env={},  # it is root: nothing of what the source tells
+            env={},  # it is root: nothing from the source's environment
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -83,7 +83,7 @@ def spawn(
 
 
 def inheritable(environment: dict[str, str]) -> dict[str, str]:
-    """An environment without what an earlier hop has put there."""
+    """An environment without the variables of an earlier hop."""
     kept = {name: value for name, value in environment.items() if not name.startswith("SEVHOP_")}
     preload = kept.pop("LD_PRELOAD", "")
     others = [path for path in preload.split(":") if path and Path(path).name != adopt.library_path().name]
@@ -94,25 +94,26 @@ def inheritable(environment: dict[str, str]) -> dict[str, str]:
 
 def oom_score_adj(pid: int) -> int:
     """
-    How the kernel sees a process when memory is out (proc(5)).
+    The ``oom_score_adj`` of a process (proc(5)).
 
-    :raises OSError: it has ended.
+    :raises OSError: it has exited.
     """
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii"))
 
 
 def set_oom_score_adj(pid: int, value: int) -> None:
     """
-    Change that, if it is another one.
+    Change it, if it has another value.
 
-    :raises OSError: it has ended, or that is not allowed.
+    :raises OSError: it has exited, or that is not allowed.
     """
     if oom_score_adj(pid) != value:
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(value), encoding="ascii")
 
 
-def spare(pid: int) -> None:
-    """Have a process ended as late as possible when memory is out; without CAP_SYS_RESOURCE that is not never."""
+def protect_from_oom(pid: int) -> None:
+    """Have the OOM killer kill a process last; with CAP_SYS_RESOURCE, never."""
+
     for value in (-1000, 0):
         with contextlib.suppress(OSError):
             if oom_score_adj(pid) > value:

@@ -1,12 +1,12 @@
 """
-Becomes a QEMU: a program that takes on what another process is and may do, and then executes a command in its place.
+A program that applies the credentials of another process to itself, and then executes QEMU.
 
-Started by :mod:`sevhop.process.launch`, by path and without the rest of sevhop. What it takes on is a JSON object in
+Started by :mod:`sevhop.process.launch`, by path and without the rest of sevhop. The credentials are a JSON object in
 the file whose descriptor is its only argument. It has no environment of its own: that of the command comes from the
-QEMU that is to be replaced, which may want more than it is allowed, and this is still root.
+QEMU that is replaced, which is not trusted, and this process is still root.
 
-Each step is left out where nothing is to be changed, so that an ordinary user can do it for a QEMU of the same user.
-The order is that of setpriv(1): what needs privileges comes first. One line on standard error tells what failed.
+Each step is skipped if nothing is to be changed, so that an ordinary user can do it for a QEMU of the same user.
+The order is that of setpriv(1): what needs privileges comes first. One line on standard error reports what failed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _change(path: str, wanted: str) -> None:
-    """Write what a file below /proc does not say yet."""
+    """Write to a file below /proc, unless it has that value already."""
     with open(path, encoding="ascii") as file:
         if file.read().strip() == wanted:
             return
@@ -140,7 +140,7 @@ def _without_huge_pages(wanted: bool) -> None:
 
 
 def _own_bounding_set(wanted: int, inheritable: int) -> None:
-    """The inheritable set comes with it: it can only be widened before the bounding set is narrowed."""
+    """Also the inheritable set: it can only be extended before the bounding set is reduced."""
     effective, permitted, now = _capabilities()
     _set_capabilities(effective, permitted, now | inheritable & permitted)
     bounding = int(_status()["CapBnd"], 16)
@@ -155,12 +155,12 @@ def _own_ids(uids: list[int], gids: list[int], groups: list[int]) -> None:
     if list(os.getresgid()) != gids:
         os.setresgid(*gids)
     if list(os.getresuid()) != uids:
-        _prctl(_PR_SET_KEEPCAPS, 1)  # for the ambient set below; executing a program clears it
+        _prctl(_PR_SET_KEEPCAPS, 1)  # for the ambient set below; execve(2) clears it
         os.setresuid(*uids)
 
 
 def _own_capabilities(inheritable: int, ambient: int, uid: int) -> None:
-    """What executing a program makes of the others follows from these, and from the user (capabilities(7))."""
+    """The other sets follow at execve(2) from these, and from the user (capabilities(7))."""
     if uid:
         _, permitted, _ = _capabilities()
         kept = permitted & (ambient | inheritable)
@@ -181,7 +181,7 @@ def _own_label(label: str) -> None:
     with contextlib.suppress(OSError), open("/proc/self/attr/current", encoding="utf-8") as file:
         if file.read().rstrip("\0\n") == label:
             return
-    # AppArmor wants a verb and the profile without its mode; SELinux the context alone.
+    # AppArmor requires a verb and the profile without its mode; SELinux the context alone.
     profile = label.rsplit(" (", 1)[0]
     text = f"exec {profile}" if label.endswith(")") else label
     _write(path, text)
@@ -192,7 +192,7 @@ def _no_new_privileges(wanted: bool) -> None:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-#: What is taken on: its name, where it is in the specification (None there: as it is), and the step.
+#: What is applied: its name in messages, its key in the specification (None there: unchanged), and the step.
 _STEPS: tuple[tuple[str, str, Callable[[dict[str, Any]], None]], ...] = (
     ("out-of-memory score", "oom_score_adj", lambda spec: _own_oom_score_adj(spec["oom_score_adj"])),
     ("cgroup", "cgroups", lambda spec: _own_cgroups(spec["cgroups"])),
@@ -215,9 +215,9 @@ _STEPS: tuple[tuple[str, str, Callable[[dict[str, Any]], None]], ...] = (
 
 def main(spec: dict[str, Any]) -> None:
     """
-    Take it on, and execute the command. Does not return.
+    Apply it, and execute the command. Does not return.
 
-    :raises SystemExit: it could not be taken on, or not be executed; the message says what, and why.
+    :raises SystemExit: a step or the execution failed; the message contains which, and why.
     """
     for name, key, step in _STEPS:
         if spec[key] is None:
@@ -226,21 +226,21 @@ def main(spec: dict[str, Any]) -> None:
             step(spec)
         except (OSError, ValueError) as err:
             reason = getattr(err, "strerror", None) or err
-            raise SystemExit(f"sevhop: cannot give the new QEMU the {name} of the old one: {reason}") from err
+            raise SystemExit(f"sevhop: cannot apply the {name} of the old QEMU to the new one: {reason}") from err
     os.umask(spec["umask"])
-    # Python ignores them, and what is executed would as well.
+    # Python ignores them, and the executed program would inherit that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    command = [os.fsencode(word) for word in spec["command"]]
+    command = [os.fsencode(argument) for argument in spec["command"]]
     environment = {os.fsencode(name): os.fsencode(value) for name, value in spec["environment"].items()}
     try:
         os.execve(command[0], command, environment)
     except OSError as err:
-        raise SystemExit(f"{spec['command'][0]} cannot be started: {err.strerror}") from err
+        raise SystemExit(f"cannot execute {spec['command'][0]}: {err.strerror}") from err
 
 
 if __name__ == "__main__":
     # The descriptor is closed with the file.
     with open(int(sys.argv[1]), encoding="utf-8", errors="surrogatepass") as given:
-        taken_on = json.load(given)
-    main(taken_on)
+        specification = json.load(given)
+    main(specification)

@@ -1,9 +1,9 @@
 """
-How the threads of a QEMU are scheduled: policy, priority, niceness, processors, I/O priority, timer slack, cgroups.
+Scheduling of the threads of a QEMU: policy, priority, niceness, CPU affinity, I/O priority, timer slack, cgroups.
 
-An administrator gives such to a thread of a running guest: a vCPU is pinned, an iothread gets a priority. A destination
+An administrator sets these for threads of a running guest: a vCPU is pinned, an iothread gets a priority. A destination
 gets what the source has, thread by thread: vCPUs by their index, iothreads by their name, the first thread, and all
-others as the first one, since that has made them. See sched(7), ioprio_set(2), cgroups(7).
+others like the first one, which has created them. See sched(7), ioprio_set(2), cgroups(7).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from sevhop_qmp.errors import ProcessError, SevhopError
-from sevhop_qmp.monitor import Commands, understood
+from sevhop_qmp.monitor import Commands, protocol_errors
 from sevhop_qmp.process import QemuProcess
 
 _SYS_SCHED_SETATTR, _SYS_SCHED_GETATTR = 314, 315
@@ -28,7 +28,7 @@ _WHO_PROCESS = 1
 _ATTRIBUTES = struct.Struct("=IIQiIQQQII")
 _POLICIES = {0: "SCHED_OTHER", 1: "SCHED_FIFO", 2: "SCHED_RR", 3: "SCHED_BATCH", 5: "SCHED_IDLE", 6: "SCHED_DEADLINE"}
 _DEADLINE = 6
-#: As they are without CONFIG_UCLAMP_TASK, and unless somebody has set them; the flags that set them.
+#: The values without CONFIG_UCLAMP_TASK, and the default values; the flags that set them.
 _NO_CLAMPS = ((0, 0), (0, 1024))
 _SETS_CLAMPS = 0x60
 
@@ -39,14 +39,14 @@ _libc.syscall.restype = ctypes.c_long
 @dataclass(frozen=True)
 class Thread:
     """
-    How one thread is scheduled.
+    Scheduling of one thread.
 
-    :ivar flags: of sched_setattr(2), such as the one that resets the policy of its children.
+    :ivar flags: of sched_setattr(2), such as SCHED_FLAG_RESET_ON_FORK.
     :ivar deadline: runtime, deadline and period of SCHED_DEADLINE, nanoseconds.
-    :ivar clamps: least and greatest utilisation.
+    :ivar clamps: minimum and maximum utilisation.
     :ivar affinity: processors that it may run on.
-    :ivar io_priority: class and level, as ioprio_get(2) has it.
-    :ivar timer_slack: nanoseconds; empty if we may not see it.
+    :ivar io_priority: class and level, as returned by ioprio_get(2).
+    :ivar timer_slack: nanoseconds; empty if access is denied.
     """
 
     policy: int
@@ -63,7 +63,7 @@ class Thread:
     def of(cls, thread: int) -> Self:
         """
         :param thread: its id.
-        :raises ProcessError: it has ended, or we may not look.
+        :raises ProcessError: it has exited, or access is denied.
         """
         data = ctypes.create_string_buffer(_ATTRIBUTES.size)
         try:
@@ -72,15 +72,15 @@ class Thread:
             io_priority = _checked(_libc.syscall(_SYS_IOPRIO_GET, _WHO_PROCESS, thread))
             affinity = frozenset(os.sched_getaffinity(thread))
         except OSError as err:
-            raise ProcessError(f"how thread {thread} is scheduled cannot be read: {err.strerror}") from err
+            raise ProcessError(f"cannot read the scheduling of thread {thread}: {err.strerror}") from err
         slack = ""
         with contextlib.suppress(OSError):
             slack = Path(f"/proc/{thread}/timerslack_ns").read_text(encoding="ascii").strip()
-        # Of other policies the first is the length of a slice, which follows the host's setting at its leisure.
+        # With other policies the first is the length of a slice, which follows the host's setting with a delay.
         first, second, third = deadline if policy == _DEADLINE else (0, 0, 0)
         return cls(policy, flags, nice, priority, (first, second, third), (low, high), affinity, io_priority, slack)
 
-    def give(self, thread: int) -> None:
+    def apply(self, thread: int) -> None:
         """
         Have another thread scheduled like this one.
 
@@ -103,7 +103,7 @@ class Thread:
         )
 
     def differences(self, other: Self) -> list[str]:
-        """In what another thread, of a destination, is scheduled in another way."""
+        """How the scheduling of another thread, of a destination, differs."""
         found = []
         for one in fields(self):
             ours, theirs = getattr(self, one.name), getattr(other, one.name)
@@ -119,9 +119,9 @@ class Thread:
 @dataclass(frozen=True)
 class Roles:
     """
-    Which thread of a QEMU does what.
+    The roles of the threads of a QEMU.
 
-    :ivar named: ids of the threads that can be told apart, by what they do.
+    :ivar named: role → id of the threads whose role is known.
     :ivar others: ids of all others.
     """
 
@@ -130,30 +130,30 @@ class Roles:
 
     @property
     def quiet(self) -> int:
-        """The thread that the guest misses least if it stops for a moment."""
+        """The thread that affects the guest least if it stops for a moment."""
         return next(iter(self.others), self.named["first thread"])
 
     @classmethod
     async def of(cls, monitor: Commands, process: QemuProcess) -> Self:
         """:raises SevhopError: QEMU does not answer, or its answers make no sense."""
-        with understood(monitor.name):
+        with protocol_errors(monitor.name):
             vcpus = await monitor.execute("query-cpus-fast")
             iothreads = await monitor.execute("query-iothreads")
             named = {"first thread": process.pid}
             named |= {f"vCPU {int(one['cpu-index'])}": int(one["thread-id"]) for one in vcpus}
             named |= {f"iothread {one['id']}": int(one["thread-id"]) for one in iothreads}
         threads = process.threads
-        # A QEMU is asked what it does, not whose threads they are.
+        # Threads of other processes are ignored, whatever QEMU reports.
         named = {name: thread for name, thread in named.items() if thread in threads}
         return cls(named, tuple(thread for thread in threads if thread not in named.values()))
 
 
 def hand_over(source: Roles, destination: Roles) -> list[str]:
     """
-    Have the threads of a destination scheduled like those of the source, and see that they are.
+    Have the threads of a destination scheduled like those of the source, and verify that they are.
 
-    :return: what could not be done.
-    :raises ProcessError: one of the two has ended.
+    :return: what differs, and why.
+    :raises ProcessError: one of the two has exited.
     """
     found = []
     first = Thread.of(source.named["first thread"])
@@ -163,7 +163,7 @@ def hand_over(source: Roles, destination: Roles) -> list[str]:
             found += _hand_over(name, Thread.of(ours), _groups(ours), theirs)
     groups = _groups(source.named["first thread"])
     for thread in destination.others:
-        with contextlib.suppress(ProcessError):  # workers come and go
+        with contextlib.suppress(ProcessError):  # worker threads are created and exit
             found += _hand_over("another thread", first, groups, thread)
     return list(dict.fromkeys(found))
 
@@ -174,21 +174,21 @@ def _hand_over(name: str, wanted: Thread, groups: dict[str, str], thread: int) -
         for controllers, path in groups.items():
             if _groups(thread).get(controllers) != path:
                 _join(controllers, path, thread)
-        wanted.give(thread)
+        wanted.apply(thread)
     except (OSError, SevhopError) as err:
         reason = f" ({getattr(err, 'strerror', None) or err})"
     found = wanted.differences(Thread.of(thread))
     if groups != _groups(thread):
-        found.append("cgroup is not that of the source's")
+        found.append("cgroup is not that of the source")
     return [f"{name}: {text}{reason}" for text in found]
 
 
 def _groups(thread: int) -> dict[str, str]:
-    """Of one thread, controllers → path."""
+    """The cgroups of one thread, controllers → path."""
     try:
         lines = Path(f"/proc/{thread}/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as err:
-        raise ProcessError(f"the cgroups of thread {thread} cannot be read: {err.strerror}") from err
+        raise ProcessError(f"cannot read the cgroups of thread {thread}: {err.strerror}") from err
     return {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
 
 
@@ -200,7 +200,7 @@ def _join(controllers: str, path: str, thread: int) -> None:
 
 def cgroup_directory(controllers: str, path: str) -> Path:
     """
-    Where a cgroup is, by the mounts that we see (proc(5), mountinfo).
+    The directory of a cgroup, by our mounts (proc(5), mountinfo).
 
     :raises SevhopError: its hierarchy is not mounted.
     """
@@ -214,7 +214,7 @@ def cgroup_directory(controllers: str, path: str) -> Path:
             inside = os.path.relpath(path, root)
             if not inside.startswith(".."):
                 return Path(point, inside)
-    raise SevhopError(f"the cgroup {controllers}:{path} of the source is mounted nowhere", "mount its hierarchy")
+    raise SevhopError(f"cannot find the cgroup {controllers}:{path} of the source: not mounted", "mount its hierarchy")
 
 
 def _checked(result: int) -> int:

@@ -1,10 +1,10 @@
 """
-What the seccomp filters of two processes forbid, compared.
+Compares what the seccomp filters of two processes forbid.
 
-That a destination has as many filters as its source says little: ``-sandbox on`` alone makes one as well as with all
-that it can deny, and it is the source's memory where the command line is read. The kernel gives away the filters
-themselves (PTRACE_SECCOMP_GET_FILTER, ptrace(2)), as programs of the classic BPF (seccomp(2)). Those of two versions of
-QEMU are not the same, so they are tried: with each system call, and with the values of arguments that they look at.
+The same number of filters proves little: ``-sandbox on`` installs one filter whatever else it denies, and the command
+line is read from the source's memory. The filters themselves are read from the kernel (PTRACE_SECCOMP_GET_FILTER,
+ptrace(2)), as programs of classic BPF (seccomp(2)). Those of two versions of QEMU are not the same, so they are
+evaluated: for each system call, and for the values of arguments that they load.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sevhop_qmp.errors import ProcessError
 
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_DETACH, _PTRACE_SECCOMP_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
 _WALL = 0x40000000
-#: Seconds in which a thread must have stopped.
+#: Seconds within which a thread must have stopped.
 _PATIENCE = 2.0
 _POLL = 0.0002
 #: AUDIT_ARCH_X86_64 and AUDIT_ARCH_I386; the bit of a number that is of the x32 ABI; more numbers than there are.
@@ -42,16 +42,16 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 
 
 class UnknownFilter(ProcessError):
-    """The filters cannot be read or are not understood."""
+    """The filters cannot be read, or contain an unknown instruction."""
 
 
 def of(thread: int) -> tuple[Program, ...]:
     """
-    The filters of a thread, which stands still for a fraction of a millisecond. Not one of the guest's processors.
+    The filters of a thread, which is stopped for a fraction of a millisecond. Not to be used for a vCPU thread.
 
-    :raises UnknownFilter: the kernel does not tell.
+    :raises UnknownFilter: they cannot be read.
     """
-    # Who traces is a thread. When it ends, by whatever, the kernel lets go of what it traces.
+    # The tracer is a thread: when it exits, for whatever reason, the kernel detaches it.
     with ThreadPoolExecutor(max_workers=1) as tracer:
         return tracer.submit(_read, thread).result()
 
@@ -60,7 +60,7 @@ def lost(source: Sequence[Program], destination: Sequence[Program]) -> list[str]
     """
     System calls, with their arguments, that the source's filters forbid and the destination's allow.
 
-    :raises UnknownFilter: the filters are not understood.
+    :raises UnknownFilter: a filter contains an unknown instruction.
     """
     return _lost(tuple(source), tuple(destination))
 
@@ -85,7 +85,7 @@ def _lost(source: tuple[Program, ...], destination: tuple[Program, ...]) -> list
 def _arguments(
     programs: Sequence[Program], architecture: int, number: int, values: Sequence[int]
 ) -> Iterator[tuple[int, ...]]:
-    """Arguments to be tried: none, and each value in each argument that a program looks at."""
+    """Arguments to be evaluated: zeros, and each value in each argument that a program loads."""
     nothing = (0,) * 6
     yield nothing
     seen: set[int] = set()
@@ -98,22 +98,22 @@ def _arguments(
 
 
 def _allowed(programs: Sequence[Program], data: bytes) -> bool:
-    """All filters are asked, and the strictest counts."""
+    """All filters are evaluated, and the strictest result counts."""
     return all(_run(program, data, set()) >> 16 in (_ALLOW, _LOG) for program in programs)
 
 
 def _run(program: Program, data: bytes, seen: set[int]) -> int:
     """
-    What a filter returns.
+    The return value of a filter.
 
-    :param seen: gets the offsets of those words of the data that it has looked at.
+    :param seen: gets the offsets in the data that it has loaded.
     """
     accumulator, index, memory, at = 0, 0, [0] * 16, 0
     try:
         while True:
             code, true, false, operand = program[at]
             at += 1
-            if code == 0x15:  # jeq k, most of all
+            if code == 0x15:  # jeq k, the most frequent
                 at += true if accumulator == operand else false
             elif code in (0x20, 0x21):  # ld [k]
                 seen.add(operand)
@@ -135,9 +135,9 @@ def _run(program: Program, data: bytes, seen: set[int]) -> int:
             elif code in (0x07, 0x87):  # tax, txa
                 accumulator, index = (index, index) if code == 0x87 else (accumulator, accumulator)
             else:
-                raise UnknownFilter(f"a seccomp filter has an instruction {code:#x}")
+                raise UnknownFilter(f"cannot evaluate a seccomp filter: unknown instruction {code:#x}")
     except (LookupError, ArithmeticError) as err:
-        raise UnknownFilter(f"a seccomp filter is not understood: {err!r}") from err
+        raise UnknownFilter(f"cannot evaluate a seccomp filter: {err!r}") from err
 
 
 def _holds(kind: int, one: int, other: int) -> bool:
@@ -167,7 +167,7 @@ def _calculate(kind: int, one: int, other: int) -> int:
     return operations[kind]() & _WORD
 
 
-# -- read from the kernel --------------------------------------------------------------------------
+# -- ptrace ----------------------------------------------------------------------------------------
 
 
 def _ptrace(
@@ -190,19 +190,20 @@ def _read(thread: int) -> tuple[Program, ...]:
         finally:
             _ptrace(_PTRACE_DETACH, thread)
     except (OSError, ChildProcessError) as err:
-        raise UnknownFilter(f"the seccomp filters of thread {thread} cannot be read: {err.strerror}") from err
+        raise UnknownFilter(f"cannot read the seccomp filters of thread {thread}: {err.strerror}") from err
 
 
 def _wait_stopped(thread: int) -> None:
     deadline = time.monotonic() + _PATIENCE
     while os.waitpid(thread, _WALL | os.WNOHANG)[0] != thread:
         if time.monotonic() > deadline:
-            raise TimeoutError(0, "it does not stop")
+            raise TimeoutError(0, "the thread does not stop")
         time.sleep(_POLL)
 
 
 def _filters(thread: int) -> Iterator[Program]:
-    """The last one that was installed comes first."""
+    """In reverse order of their installation."""
+
     for number in range(1 << 15):
         try:
             count = _ptrace(_PTRACE_SECCOMP_GET_FILTER, thread, number)

@@ -1,18 +1,18 @@
 """
-The journal: what a hop is about to do and has done, for whoever has to finish it or undo it after a crash.
+The journal: what a hop is about to do and has done, for the recovery that has to finish it or roll it back.
 
-One file for each hop under way, in ``/var/lib/sevhop/journal``. Its first line is an :class:`Entry`; every further one
-adds the facts that are new, and is written *before* the step that they announce. Each line is JSON; a last one that is
-torn was never acted upon, and is ignored.
+One file for each hop in progress, in ``/var/lib/sevhop/journal``. Its first line is a :class:`HopRecord`; every further
+one adds the fields that are new, and is written *before* the step that they announce. Each line is JSON; a last one
+that is torn was never acted upon, and is ignored.
 
 Before anything of the guest is touched, the file is on the disk: written under another name, synchronised, linked into
-place, the directory synchronised. The room for all that follows is allocated then, too, so that a full disk is found
-early. Of what follows nobody waits until it is on the disk: it is in the kernel's hands at once, where the death of
-this process cannot touch it, and a thread takes it to the disk, while the guest is stopped not even that. The host's
-death ends the guest as well; then the journal need only tell that a hop was under way, which its first line does.
+place, the directory synchronised. Its blocks are allocated then, too, so that a full disk is found early. Further lines
+are not waited for: they are in the page cache at once, where they survive this process, and a thread flushes them, but
+not while the guest is stopped. When the host crashes the guest is lost as well; then the journal need only tell that a
+hop was in progress, which its first line does.
 
-The process that hops holds a lock on the file (flock(2)), which the kernel drops with the process. So a journal
-without a lock is that of a hop that was broken off.
+The process that hops holds a lock on the file (flock(2)), which the kernel drops when it exits. So a journal without a
+lock is that of an interrupted hop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import secrets
+import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -31,32 +32,32 @@ from typing import Any, Self
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from .run_directory import HopUnderWay
+from .run_directory import HopInProgress
 
 #: Where journals are; root's alone.
 DIRECTORY = Path("/var/lib/sevhop/journal")
-#: Of the format. A journal of another version is left alone.
+#: Of the format. A journal of another version is refused.
 VERSION = 1
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ROOM = 64 << 10
-#: No kernel has as many.
+#: Above the limit of any kernel.
 _MOST_PIDS = 1 << 31
 _SUFFIX = ".journal"
 
 
 class JournalError(SevhopError):
-    """The journal cannot be written, or what it says cannot be read."""
+    """The journal cannot be written, or is damaged."""
 
 
-class HopBrokenOff(JournalError):
-    """An earlier hop of this guest was broken off, and must be recovered first."""
+class HopInterrupted(JournalError):
+    """An earlier hop of this guest was interrupted, and must be recovered first."""
 
 
 @dataclass(frozen=True)
 class Process:
     """
-    A process, told apart from a later one with the same pid.
+    A process, distinguished from a later one with the same pid.
 
     :ivar started: clock ticks since boot (``/proc/PID/stat``, field 22).
     """
@@ -71,11 +72,11 @@ class Process:
 
     @classmethod
     def of(cls, process: QemuProcess) -> Self:
-        """:raises ProcessError: it has ended."""
+        """:raises ProcessError: it has exited."""
         return cls(process.pid, process.start_time)
 
     def open(self) -> QemuProcess | None:
-        """The process, if it is still there; None if it has ended."""
+        """The process; None if it has exited."""
         with contextlib.suppress(SevhopError):
             process = QemuProcess.open(self.pid)
             with contextlib.suppress(SevhopError):
@@ -86,31 +87,32 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Entry:
+class HopRecord:
     """
-    What is known of a hop.
+    All that a recovery must know of a hop.
 
-    :ivar kind: ``bare`` or ``domain``.
-    :ivar guest: its name, for people.
-    :ivar command: the process that wrote this, for people.
-    :ivar boot: of which boot of the host (``/proc/sys/kernel/random/boot_id``).
+    :ivar kind: ``standalone`` or ``domain``.
+    :ivar guest: its name, for messages.
+    :ivar command: pid of the process that wrote this, for messages.
+    :ivar boot: the boot of the host in which it began (``/proc/sys/kernel/random/boot_id``).
     :ivar context: ``none``, ``sev`` or ``sev-es``.
     :ivar running: whether the guest ran when the hop began.
-    :ivar stopped: whether it is to be resumed if it goes on in the source: the hop has stopped it, or is about to.
+    :ivar stopped: whether a rollback resumes it in the source: the hop has stopped it, or is about to.
     :ivar source: its QEMU.
-    :ivar monitor: bare: path of the source's QMP socket.
-    :ivar uri, uuid: domain: where libvirt has it.
+    :ivar monitor: standalone: path of the source's QMP socket.
+    :ivar uri, uuid: domain: the daemon, and the domain there.
     :ivar old, new: emulators.
     :ivar directory: of the hop below ``/run/sevhop``: the destination's monitor, or the keeper.
-    :ivar destination: bare: the new QEMU.
-    :ivar run_mark: bare: inode of the mark that tells whether the guest has run there, which the source holds, too; see
-        :mod:`sevhop_qmp.run_mark`.
+    :ivar destination: standalone: the new QEMU.
+    :ivar run_mark: standalone: inode of the mark that records whether the guest has run there, which the source has
+        open, too; see :mod:`sevhop_qmp.run_mark`.
     :ivar phase: the last one that was begun.
-    :ivar loaded: bare: all of the guest is in the destination.
-    :ivar committed: there is no way back.
+    :ivar loaded: standalone: all state of the guest is loaded in the destination.
+    :ivar committed: there is no rollback any more.
     :ivar broken: why the destination must not run although the context is there.
-    :ivar oom_score_adj: bare: the source's, which the destination gets when it has the guest.
-    :ivar plates: bare: paths that must lead to the destination in the end; see :mod:`sevhop.engine.guest_paths`.
+    :ivar oom_score_adj: standalone: the source's, which the destination gets when it has the guest.
+    :ivar guest_paths: standalone: paths that must lead to the destination after the hop; see
+        :mod:`sevhop.engine.guest_paths`.
     """
 
     kind: str
@@ -131,14 +133,14 @@ class Entry:
     loaded: bool = False
     committed: bool = False
     broken: str = ""
-    plates: dict[str, Any] = field(default_factory=dict)
+    guest_paths: dict[str, Any] = field(default_factory=dict)
     oom_score_adj: int = 0
     version: int = VERSION
     command: int = field(default_factory=os.getpid)
     boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())
 
     def __post_init__(self) -> None:
-        """:raises ValueError: a fact is none."""
+        """:raises ValueError: a field has an invalid value."""
         for one in fields(self):
             value = getattr(self, one.name)
             if not isinstance(value, _TYPES[one.type]) or (isinstance(value, str) and "\0" in value):
@@ -146,31 +148,31 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """What tells this guest from all others, as a file name."""
+        """The identity of the guest, as a file name."""
         return f"domain-{self.uuid}" if self.kind == "domain" else f"process-{self.source.pid}-{self.source.started}"
 
     @property
     def this_boot(self) -> bool:
-        """Whether the host has not been started anew since."""
+        """Whether the host has not been rebooted since."""
         return self.boot == _BOOT_ID.read_text().strip()
 
-    def with_facts(self, facts: dict[str, Any]) -> Self:
+    def with_fields(self, changed: dict[str, Any]) -> Self:
         """
-        The entry, and what has become known since.
+        The record with the fields of a further line.
 
-        :raises JournalError: these are no facts of an entry.
+        :raises JournalError: these are no fields of a record.
         """
         try:
             for name in ("source", "destination"):
-                if facts.get(name) is not None:
-                    facts = facts | {name: Process(**facts[name])}
-            new = replace(self, **facts)
+                if changed.get(name) is not None:
+                    changed = changed | {name: Process(**changed[name])}
+            new = replace(self, **changed)
         except (TypeError, ValueError) as err:
-            raise JournalError(f"the journal says something unknown: {err}") from err
+            raise JournalError(f"the journal has an invalid field: {err}") from err
         return new
 
 
-#: By annotation.
+#: Of the fields, by annotation.
 _TYPES: dict[Any, Any] = {
     "str": str,
     "bool": bool,
@@ -183,69 +185,69 @@ _TYPES: dict[Any, Any] = {
 
 class Journal:
     """
-    The journal of a hop, while this process has it. :meth:`begin` or :meth:`take_over`, then :meth:`end`.
+    The journal of a hop, locked by this process. :meth:`begin` or :meth:`take_over`, then :meth:`end`.
     """
 
-    def __init__(self, path: Path, fd: int, entry: Entry, size: int) -> None:
+    def __init__(self, path: Path, fd: int, record: HopRecord, size: int) -> None:
         self.path = path
-        self._entry = entry
-        self._since: dict[str, Any] = {}
+        self._record = record
+        self._new_fields: dict[str, Any] = {}
         self._fd = fd
         self._size = size
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._flush: Future[None] | None = None
 
     @property
-    def entry(self) -> Entry:
-        """All that was written so far."""
-        if self._since:
-            self._entry, self._since = replace(self._entry, **self._since), {}
-        return self._entry
+    def record(self) -> HopRecord:
+        """The record, with all fields that were written so far."""
+        if self._new_fields:
+            self._record, self._new_fields = replace(self._record, **self._new_fields), {}
+        return self._record
 
     @classmethod
-    def begin(cls, entry: Entry) -> Self:
+    def begin(cls, record: HopRecord) -> Self:
         """
-        Write down that a hop begins, and wait until that is on the disk.
+        Write the first line, and wait until it is on the disk.
 
-        :raises HopUnderWay: another command is hopping this guest.
-        :raises HopBrokenOff: an earlier one did not come to an end.
+        :raises HopInProgress: another command is hopping this guest.
+        :raises HopInterrupted: an earlier hop was interrupted.
         :raises JournalError: it cannot be written; the disk may be full.
         """
-        expect_none(entry.source)
+        expect_none(record.source)
         try:
             DIRECTORY.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = DIRECTORY / f"{entry.key}{_SUFFIX}"
+            path = DIRECTORY / f"{record.key}{_SUFFIX}"
             temporary = DIRECTORY / f".{secrets.token_hex(16)}"
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as err:
-            raise _unwritable(err) from err
+            raise _write_error(err) from err
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.posix_fallocate(fd, 0, _ROOM)
-            line = _line(asdict(entry))
+            line = _line(asdict(record))
             os.pwrite(fd, line, 0)
             os.fsync(fd)
-            # A link, unlike a rename, fails when there is a journal of this guest already.
+            # link(), unlike rename(), fails if there is a journal of this guest already.
             os.link(temporary, path)
             _sync(DIRECTORY)
         except FileExistsError as err:
             os.close(fd)
-            raise _held_by_another(path) from err
+            raise _existing_hop(path) from err
         except OSError as err:
             os.close(fd)
-            raise _unwritable(err) from err
+            raise _write_error(err) from err
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        return cls(path, fd, entry, len(line))
+        return cls(path, fd, record, len(line))
 
     @classmethod
     def take_over(cls, path: Path) -> Self:
         """
-        Go on with the journal of a hop that was broken off.
+        Continue the journal of an interrupted hop.
 
-        :raises HopUnderWay: it was not, a process is at it.
-        :raises JournalError: what it says cannot be read.
+        :raises HopInProgress: another process has it locked.
+        :raises JournalError: it cannot be read.
         """
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -255,78 +257,78 @@ class Journal:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             raw = os.pread(fd, os.fstat(fd).st_size, 0)
             if not os.fstat(fd).st_nlink:
-                raise JournalError(f"{path}: it has just come to its end")
-            entry, size = _read(raw, path)
+                raise JournalError(f"{path}: the hop has just finished")
+            record, size = _read(raw, path)
         except BlockingIOError as err:
             os.close(fd)
-            raise _held_by_another(path) from err
+            raise _existing_hop(path) from err
         except BaseException:
             os.close(fd)
             raise
-        return cls(path, fd, entry, size)
+        return cls(path, fd, record, size)
 
-    def write(self, facts: Mapping[str, Any], *, flush: bool = True) -> None:
+    def write(self, fields: Mapping[str, Any], *, flush: bool = True) -> None:
         """
-        Write down what is about to be done, or has become known. Survives this process from now on; the disk is not
+        Append what is about to be done, or has become known. From now on it survives this process; the disk is not
         waited for.
 
-        :param flush: take it to the disk now, not with a later record.
+        :param flush: flush it now, not with a later line.
         :raises JournalError: it cannot be written.
         """
-        line = _line({name: asdict(fact) if isinstance(fact, Process) else fact for name, fact in facts.items()})
+        line = _line({name: asdict(value) if isinstance(value, Process) else value for name, value in fields.items()})
         try:
             os.pwrite(self._fd, line, self._size)
         except OSError as err:
-            raise _unwritable(err) from err
+            raise _write_error(err) from err
         self._size += len(line)
-        self._since.update(facts)
+        self._new_fields.update(fields)
         if flush and (self._flush is None or self._flush.done()):
             self._flush = self._flusher.submit(_flush, self._fd)
 
     def end(self) -> None:
-        """There is nothing left to finish or to undo."""
+        """The hop is over, with nothing left to recover: remove the journal."""
         with contextlib.suppress(OSError):
             self.path.unlink()
             _sync(DIRECTORY)
         self.leave()
 
     def leave(self) -> None:
-        """Let go of it; it stays for :mod:`sevhop.engine.recovery`."""
+        """Unlock it; it stays for :mod:`sevhop.engine.recovery`."""
         self._flusher.shutdown()
         os.close(self._fd)
 
 
 def expect_none(guest: Process | str) -> None:
     """
-    See that no hop of a guest is under way or broken off.
+    Verify that no hop of a guest is in progress or was interrupted.
 
     :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain; or the absolute path of
-        the QMP socket of a QEMU that may be halted, and so tell nothing.
-    :raises HopUnderWay: another command is hopping this guest.
-    :raises HopBrokenOff: an earlier one did not come to an end.
+        the QMP socket of a QEMU that may be halted, and so not answer.
+    :raises HopInProgress: another command is hopping this guest.
+    :raises HopInterrupted: an earlier hop was interrupted.
     """
     for path in journals():
         try:
-            entry = read(path)
+            record = read(path)
         except JournalError:
             continue
-        if guest in (entry.source, entry.destination, entry.uuid if entry.kind == "domain" else entry.monitor):
-            raise _held_by_another(path)
+        if guest in (record.source, record.destination, record.uuid if record.kind == "domain" else record.monitor):
+            raise _existing_hop(path)
 
 
 def journals() -> Iterator[Path]:
-    """The journals of all hops under way or broken off."""
+    """The journals of all hops that are in progress or were interrupted."""
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(DIRECTORY)):
             if name.endswith(_SUFFIX):
                 yield DIRECTORY / name
 
 
-def read(path: Path) -> Entry:
+def read(path: Path) -> HopRecord:
     """
-    What a journal says, whoever has it.
+    The record of a journal, locked or not.
 
-    :raises JournalError: that cannot be read.
+    :raises JournalError: it cannot be read.
     """
     try:
         raw = path.read_bytes()
@@ -336,7 +338,7 @@ def read(path: Path) -> Entry:
 
 
 def remove_unfinished() -> None:
-    """Remove what commands have left that died before their journal was in place; such a hop has touched nothing."""
+    """Remove temporary files of commands that died before their journal was linked; such a hop has touched nothing."""
     with contextlib.suppress(OSError):
         for name in os.listdir(DIRECTORY):
             path = DIRECTORY / name
@@ -344,32 +346,34 @@ def remove_unfinished() -> None:
                 path.unlink()
 
 
-def _read(raw: bytes, path: Path) -> tuple[Entry, int]:
-    """The entry, and the offset behind the last whole line."""
-    # Behind the last line is the room that was allocated, all zero.
+def _read(raw: bytes, path: Path) -> tuple[HopRecord, int]:
+    """The record, and the offset after the last whole line."""
+    # After the last line come the allocated blocks, all zero.
     text, newline, _ = raw.partition(b"\0")[0].rpartition(b"\n")
     try:
         first, *rest = text.split(b"\n")
-        told = json.loads(first)
-        if told["version"] != VERSION:
-            raise JournalError(f"{path}: version {told['version']!r} of the journal is not known here")
-        known = {one.name for one in fields(Entry)}
-        source = Process(**told.pop("source"))
-        destination = told.pop("destination")
-        entry = Entry(source=source, **{name: told[name] for name in known - {"source", "destination"}})
-        entry = entry.with_facts({"destination": destination})
+        values = json.loads(first)
+        if values["version"] != VERSION:
+            raise JournalError(f"{path}: version {values['version']!r} of the journal is not supported")
+        known = {one.name for one in fields(HopRecord)}
+        source = Process(**values.pop("source"))
+        destination = values.pop("destination")
+        record = HopRecord(source=source, **{name: values[name] for name in known - {"source", "destination"}})
+        record = record.with_fields({"destination": destination})
         for line in rest:
-            facts = json.loads(line)
-            if not isinstance(facts, dict):
+            changed = json.loads(line)
+            if not isinstance(changed, dict):
                 raise TypeError("a line is no object")
-            entry = entry.with_facts(facts)
+            record = record.with_fields(changed)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise JournalError(f"{path} cannot be read: {err!r}", "look at it, and at the guest, by hand") from err
-    return entry, len(text) + len(newline)
+        raise JournalError(
+            f"{path} cannot be read: {err!r}", "manual action required: inspect the journal and the guest"
+        ) from err
+    return record, len(text) + len(newline)
 
 
-def _line(facts: dict[str, Any]) -> bytes:
-    return json.dumps(facts).encode() + b"\n"
+def _line(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
 
 
 def _flush(fd: int) -> None:
@@ -399,17 +403,18 @@ def _locked(path: Path) -> bool:
     return False
 
 
-def _held_by_another(path: Path) -> SevhopError:
+def _existing_hop(path: Path) -> SevhopError:
     try:
-        entry = read(path)
+        record = read(path)
     except JournalError as err:
         return err
     if _locked(path):
-        return HopUnderWay(f"process {entry.command} is hopping {entry.guest}", "wait for it; see sevhop status")
-    return HopBrokenOff(
-        f"an earlier hop of {entry.guest} was not finished, it stands at {entry.phase or 'hold'}", "run: sevhop recover"
+        return HopInProgress(f"process {record.command} is hopping {record.guest}", "wait for it; see sevhop status")
+    return HopInterrupted(
+        f'an earlier hop of {record.guest} was interrupted in phase "{record.phase or "acquire"}"',
+        f"run: sevhop recover {shlex.quote(record.guest)}",
     )
 
 
-def _unwritable(err: OSError) -> JournalError:
+def _write_error(err: OSError) -> JournalError:
     return JournalError(f"the journal in {DIRECTORY} cannot be written: {err.strerror}")

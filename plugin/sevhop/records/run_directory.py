@@ -1,8 +1,8 @@
 """
-Where hops under way are found: ``/run/sevhop``.
+Where the hops in progress are: ``/run/sevhop``.
 
 Each hop has a directory there, with a name that cannot be guessed. That of a domain also has a link in ``domains``,
-named like the domain, and one beside it that has the domain's UUID in its name, since a domain that is off can be
+named like the domain, and one beside it that has the domain's UUID in its name, since a domain that is shut off can be
 renamed; both are claimed by the keeper (:mod:`sevhop.keeper.server`) and removed with it. That of a guest outside
 libvirt has the destination's monitor in it (:mod:`sevhop.engine.destination`).
 """
@@ -20,28 +20,28 @@ from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 
-#: What every hop under way has a directory in; root's, others may only pass through.
+#: The parent of the directories of all hops; root's, others may only search it.
 RUN = Path("/run/sevhop")
-#: One link for each hop under way, named like the domain; the hook looks here.
+#: One link for each hop in progress, named like the domain; the hook looks here.
 DOMAINS = RUN / "domains"
-#: Where a link in there leads: to a directory beside it. Anything else was not made here.
+#: The target of such a link: a directory beside it. Any other was not made by sevhop.
 _TARGET = re.compile(r"\.\./[0-9a-f]{32}")
-#: In front of a domain's UUID, in the name of the link that is found by it; the hook knows it as well.
+#: Prefix of a domain's UUID in the name of its link; the hook has it as well.
 UUID_LINK = "uuid-"
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 class RunDirectoryError(SevhopError):
-    """What is found in the place of a run directory was not made here; who put it there could lead a hop astray."""
+    """A run directory cannot be made, or was not made by sevhop; its owner could redirect a hop."""
 
 
-class HopUnderWay(SevhopError):
+class HopInProgress(SevhopError):
     """The guest is in a hop already."""
 
 
 def make_run_directories() -> None:
     """
-    Make those directories that the hops of all domains share.
+    Make the directories that the hops of all domains share.
 
     :raises RunDirectoryError: they cannot be made, or something else is in their place.
     """
@@ -50,7 +50,7 @@ def make_run_directories() -> None:
 
 
 def _make_outer() -> None:
-    """QEMU's user may pass through, but not list what is there."""
+    """QEMU's user may search it, but not list it."""
     _make_or_check(RUN, 0o711)
 
 
@@ -74,7 +74,7 @@ def _make_or_check(path: Path, mode: int) -> None:
 
 
 def make(mode: int = 0o700) -> Path:
-    """Make a directory for a hop. Its name cannot be guessed, and the one above cannot be listed by others."""
+    """Make a directory for a hop. Its name cannot be guessed, and its parent cannot be listed by others."""
     _make_outer()
     directory = RUN / secrets.token_hex(16)
     directory.mkdir(mode=mode)
@@ -85,7 +85,7 @@ def claim(name: str, uuid: str) -> Path:
     """
     Make the directory of a keeper, and the links by which the hook finds it. What a dead keeper has left is removed.
 
-    :raises HopUnderWay: a hop of this domain is under way.
+    :raises HopInProgress: a hop of this domain is in progress.
     :raises RunDirectoryError: something else is in the place of what is made here.
     """
     if not _can_be_a_name(name):
@@ -96,7 +96,7 @@ def claim(name: str, uuid: str) -> Path:
     left = hop_of(name)
     if left is not None:
         if alive(left):
-            raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status")
+            raise HopInProgress(f"a hop of domain {name} is in progress", "see sevhop status")
         remove(name, left)
     directory = make(mode=0o711)
     try:
@@ -104,7 +104,7 @@ def claim(name: str, uuid: str) -> Path:
     except OSError as err:
         directory.rmdir()
         if isinstance(err, FileExistsError) and hop_of(name) is not None:
-            raise HopUnderWay(f"a hop of domain {name} is under way", "see sevhop status") from err
+            raise HopInProgress(f"a hop of domain {name} is in progress", "see sevhop status") from err
         raise RunDirectoryError(f"{DOMAINS / name}: {err.strerror}", "if it is there, remove it") from err
     by_uuid = RUN / f"{UUID_LINK}{uuid.lower()}"
     try:
@@ -114,7 +114,7 @@ def claim(name: str, uuid: str) -> Path:
     except OSError as err:
         remove(name, directory)
         if isinstance(err, FileExistsError) and alive(by_uuid):
-            raise HopUnderWay(f"a hop of the domain with UUID {uuid} is under way", "see sevhop status") from err
+            raise HopInProgress(f"a hop of the domain with UUID {uuid} is in progress", "see sevhop status") from err
         raise RunDirectoryError(f"{by_uuid}: {err.strerror}", "if it is there, remove it") from err
     return directory
 
@@ -128,7 +128,7 @@ def _can_be_a_name(name: str) -> bool:
 
 
 def listening(path: Path, uid: int) -> socket.socket:
-    """A socket there that listens, and can be connected to by one user, and root."""
+    """A listening socket to which one user can connect, and root."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     listener.bind(str(path))
     os.chmod(path, 0o600)
@@ -178,7 +178,7 @@ def hop_of(name: str) -> Path | None:
     return DOMAINS / target if _TARGET.fullmatch(target) else None
 
 
-def hops_under_way() -> list[str]:
+def hops_in_progress() -> list[str]:
     """Names of the domains that are in a hop, or whose keeper has died."""
     try:
         return sorted(name for name in os.listdir(DOMAINS) if hop_of(name))
@@ -188,15 +188,15 @@ def hops_under_way() -> list[str]:
 
 def sweep(used: set[str]) -> None:
     """
-    Remove what hops have left that were killed.
+    Remove what killed hops have left.
 
     :param used: directories that a journal mentions.
-    :raises RunDirectoryError: what is there was not made here.
+    :raises RunDirectoryError: what is there was not made by sevhop.
     """
     if not RUN.is_symlink() and not RUN.is_dir():
         return
     _make_outer()
-    for name in hops_under_way():
+    for name in hops_in_progress():
         directory = hop_of(name)
         if directory is not None and not alive(directory) and str(directory) not in used:
             remove(name, directory)

@@ -282,7 +282,7 @@ static void use_kvm(void)
 
 static void command(void)
 {
-    static const char *const keys[] = {"fd", "stream", "head", ""};
+    static const char *const keys[] = {"fd", "stream", "header-size", ""};
     QDict *arguments = input_chance(8) ? NULL : qdict_new();
     QObject *result = NULL;
     Error *error = NULL;
@@ -293,7 +293,7 @@ static void command(void)
     function = world.command[input_byte() % world.commands].function;
     if (arguments && input_chance(3)) {
         qdict_put_str(arguments, "stream", "stream");
-        qdict_put_int(arguments, "head", input_byte());
+        qdict_put_int(arguments, "header-size", input_byte());
     }
     for (unsigned int count = input_byte() % 4; arguments && count; count--) {
         const char *key = keys[input_byte() % 4];

@@ -461,7 +461,7 @@ static int kernel_madvise(void *address, size_t length, int advice)
 static int kernel_mlockall(int flags)
 {
     (void)flags;
-    demand(!hop_under_way());
+    demand(!hop_in_progress());
     return perhaps(0);
 }
 
@@ -478,14 +478,14 @@ static ssize_t kernel_readv(int fd, const struct iovec *vector, int count)
 
 static int kernel_open(const char *path, int flags, ...)
 {
-    demand(strcmp(path, "/etc/passwd") || !hop_under_way() || !(flags & O_TRUNC) || (flags & O_ACCMODE) != O_WRONLY);
+    demand(strcmp(path, "/etc/passwd") || !hop_in_progress() || !(flags & O_TRUNC) || (flags & O_ACCMODE) != O_WRONLY);
     errno = EACCES;
     return -1;
 }
 
 static FILE *kernel_fopen(const char *path, const char *mode)
 {
-    demand(strcmp(path, "/etc/passwd") || !hop_under_way() || mode[0] != 'w' || strchr(mode, '+') || strlen(mode) > 15);
+    demand(strcmp(path, "/etc/passwd") || !hop_in_progress() || mode[0] != 'w' || strchr(mode, '+') || strlen(mode) > 15);
     errno = EACCES;
     return NULL;
 }
@@ -493,7 +493,7 @@ static FILE *kernel_fopen(const char *path, const char *mode)
 static int kernel_fadvise(int fd, off64_t offset, off64_t length, int advice)
 {
     (void)fd, (void)offset, (void)length;
-    demand(!hop_under_way() || advice != POSIX_FADV_DONTNEED);
+    demand(!hop_in_progress() || advice != POSIX_FADV_DONTNEED);
     return perhaps(0);
 }
 
@@ -528,7 +528,7 @@ static bool is_listener(int fd)
 static int kernel_accept(int fd, struct sockaddr *address, socklen_t *length)
 {
     (void)address, (void)length;
-    demand(!is_listener(fd) || !hop_under_way());
+    demand(!is_listener(fd) || !hop_in_progress());
     errno = EAGAIN;
     return -1;
 }
@@ -552,7 +552,7 @@ ssize_t world_readlink(const char *path, char *target, size_t size)
     return sizeof vm - 1;
 }
 
-struct next next_functions = {.ioctl = kernel_ioctl,
+struct libc libc_functions = {.ioctl = kernel_ioctl,
                               .memfd_create = kernel_memfd_create,
                               .ftruncate = kernel_ftruncate,
                               .fallocate = kernel_fallocate,
@@ -572,7 +572,7 @@ struct next next_functions = {.ioctl = kernel_ioctl,
                               .accept = kernel_accept,
                               .accept4 = kernel_accept4};
 
-void find_next_functions(void)
+void find_libc_functions(void)
 {
     demand(!"they are here");
 }

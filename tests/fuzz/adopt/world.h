@@ -32,7 +32,7 @@ static inline bool input_chance(unsigned int of) { return input_byte() % of == 0
 #define BOTTOM_HALVES 8
 
 struct world {
-    jmp_buf ended; /* where die() goes */
+    jmp_buf ended; /* where fatal() goes */
     int keeper[2]; /* the library's end, ours */
     int reply_fds; /* descriptors with the next reply */
     int kept_fds; /* replies that came with one, which may be kept: the run mark, the source */

@@ -204,7 +204,7 @@ OK = "OK"
 
 
 def outcome(call: Callable[..., object], *arguments: object) -> str:
-    """Make the call and say how it ended: ``OK`` or the name of its errno, such as ``EINVAL``."""
+    """Make the call and return its result: ``OK`` or the name of its errno, such as ``EINVAL``."""
     try:
         call(*arguments)
     except OSError as error:
@@ -283,7 +283,7 @@ class Vcpu:
         _set(self.descriptor, KVM_SET_CPUID2, leaves)
 
     def copy_state_of(self, other: Vcpu) -> None:
-        """What a hop carries over as device state, as far as these guests need it."""
+        """What a hop copies as device state, as far as these guests need it."""
         self.set_sregs(other.sregs())
         self.set_regs(other.regs())
 

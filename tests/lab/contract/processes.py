@@ -28,9 +28,9 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 class Child:
     """
-    A process with an address space of its own, ended at the end of the block.
+    A process with an address space of its own, killed at the end of the block.
 
-    :param work: runs in it, with a socket to the parent; the process ends with it.
+    :param work: runs in it, with a socket to the parent; the process exits after it.
     :ivar socket: the parent's end. Messages are short and keep their boundaries.
     """
 
@@ -55,7 +55,7 @@ class Child:
         self.socket.sendall(word.encode())
 
     def hear(self) -> str:
-        """The child's next message; empty if it has ended."""
+        """The child's next message; empty if it has exited."""
         return self.socket.recv(4096).decode()
 
     def hear_descriptors(self, number: int) -> list[int]:
@@ -64,7 +64,7 @@ class Child:
         return descriptors
 
     def wait(self) -> int:
-        """Wait for its end: its exit code, or -N for signal N. All that it had open is closed then."""
+        """Wait for its exit: its exit code, or -N for signal N. All that it had open is closed then."""
         if self.status is None:
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.status

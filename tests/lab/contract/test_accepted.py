@@ -11,7 +11,7 @@ from .sev import COUNT, PROGRAM, SevVm
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (1, 0)])
-def test_other_number_of_vcpus(before: int, after: int) -> None:
+def test_move_is_accepted_with_another_number_of_vcpus(before: int, after: int) -> None:
     with SevVm.launched(vcpus=before) as source, Vm(vcpus=after, memory=source.memory.again()) as destination:
         assert destination.move_from(source.descriptor) == OK
 
@@ -27,13 +27,13 @@ def test_vcpu_that_is_made_after_the_move_runs() -> None:
         assert vcpu.output(1) == [2]
 
 
-def test_guest_whose_launch_is_not_finished() -> None:
+def test_move_is_accepted_before_the_launch_is_finished() -> None:
     with SevVm() as source, Vm() as destination:
         source.sev(kvm.KVM_SEV_LAUNCH_START, kvm.kvm_sev_launch_start())
         assert destination.move_from(source.descriptor) == OK
 
 
-def test_destination_that_has_run_a_guest_of_its_own() -> None:
+def test_move_is_accepted_into_vm_that_has_run_a_guest() -> None:
     with SevVm.launched() as source, Vm() as destination:
         destination.memory.map[PROGRAM : PROGRAM + len(COUNT)] = COUNT
         destination.vcpu.start_at(PROGRAM)
@@ -42,7 +42,7 @@ def test_destination_that_has_run_a_guest_of_its_own() -> None:
         assert destination.vcpu.output(1) == [4]
 
 
-def test_source_that_runs_but_is_outside_the_guest_at_the_moment() -> None:
+def test_move_is_accepted_while_source_is_outside_the_guest() -> None:
     """The kernel does not know "stopped": whoever forgets it kills the guest where it is."""
     with SevVm.launched() as source, Vm() as destination:
         counted: list[None] = []

@@ -1,4 +1,4 @@
-"""EBUSY for other reasons than a move under way, which is in test_waiting."""
+"""EBUSY for other reasons than a move in progress, which is in test_waiting."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def theirs(request: pytest.FixtureRequest) -> Iterator[Group]:
 
 
 @pytest.mark.parametrize("theirs", [0], indirect=True)
-def test_group_of_the_destination_is_full(ours: Group, theirs: Group) -> None:
-    """It looks like a competing move, but does not pass: only misc.max and misc.current tell."""
+def test_move_is_busy_if_the_destinations_group_is_full(ours: Group, theirs: Group) -> None:
+    """It looks like a competing move, but does not pass: only misc.max and misc.current show it."""
     with SevVm.launched() as source:
         assert _move_in(theirs, source) == ("EBUSY", 0, 0)
         assert ours.used == 1
@@ -99,7 +99,7 @@ def test_full_group_of_both_is_no_obstacle(ours: Group) -> None:
     assert ours.used == 0
 
 
-def test_vcpus_that_are_being_made() -> None:
+def test_move_is_busy_or_accepted_while_vcpus_are_made() -> None:
     """A vCPU that is half made on either side: kernels since 2025 are busy, older ones move. Both are right."""
     results: Counter[str] = Counter()
     for side in ("source", "destination") * 10:

@@ -72,14 +72,14 @@ def destination(memory: Memory) -> Iterator[Vm]:
         yield vm
 
 
-def test_descriptor_passed_over_a_socket(source: Source, destination: Vm) -> None:
+def test_guest_moves_by_descriptor_passed_over_a_socket(source: Source, destination: Vm) -> None:
     assert destination.move_from(source.descriptor) == OK
     source.child.say("run")
     assert source.child.hear() == "EIO"
     source.continue_in(destination)
 
 
-def test_descriptor_taken_with_pidfd_getfd(source: Source, destination: Vm) -> None:
+def test_guest_moves_by_descriptor_taken_with_pidfd_getfd(source: Source, destination: Vm) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     process = os.pidfd_open(source.child.pid)
     taken = libc.syscall(SYS_PIDFD_GETFD, process, source.number, 0)
@@ -90,7 +90,7 @@ def test_descriptor_taken_with_pidfd_getfd(source: Source, destination: Vm) -> N
     source.continue_in(destination)
 
 
-def test_source_has_exited(source: Source, destination: Vm) -> None:
+def test_guest_moves_after_source_has_exited(source: Source, destination: Vm) -> None:
     before = contexts()
     source.child.say("exit")
     assert source.child.wait() == 0
@@ -99,13 +99,13 @@ def test_source_has_exited(source: Source, destination: Vm) -> None:
     source.continue_in(destination)
 
 
-def test_source_has_been_killed(source: Source, destination: Vm) -> None:
+def test_guest_moves_after_source_was_killed(source: Source, destination: Vm) -> None:
     source.child.kill()
     assert destination.move_from(source.descriptor) == OK
     source.continue_in(destination)
 
 
-def test_context_ends_with_the_last_descriptor(source: Source) -> None:
+def test_context_is_destroyed_with_the_last_descriptor(source: Source) -> None:
     source.child.kill()
     assert len(contexts()) == 1
     os.close(source.descriptor)
@@ -113,7 +113,7 @@ def test_context_ends_with_the_last_descriptor(source: Source) -> None:
     source.descriptor = os.open("/dev/null", os.O_RDONLY)
 
 
-def test_source_was_killed_inside_the_guest(memory: Memory, destination: Vm) -> None:
+def test_guest_moves_after_source_killed_inside_the_guest(memory: Memory, destination: Vm) -> None:
     def work(parent: socket.socket) -> None:
         with SevVm.launched(memory=memory.again(), program=SPIN) as vm:
             send_descriptors(parent, [vm.descriptor])
@@ -132,7 +132,7 @@ def test_source_was_killed_inside_the_guest(memory: Memory, destination: Vm) -> 
         assert memory.word(COUNTER) > counted
 
 
-def test_destination_dies_and_a_third_process_goes_on(source: Source, memory: Memory) -> None:
+def test_guest_moves_on_after_destination_was_killed(source: Source, memory: Memory) -> None:
     """After the move the guest is in the destination's VM. Who holds that descriptor can bring it into a third."""
 
     def work(parent: socket.socket) -> None:
@@ -142,12 +142,12 @@ def test_destination_dies_and_a_third_process_goes_on(source: Source, memory: Me
             parent.recv(1)
 
     with Child(work) as child:
-        (held,) = child.hear_descriptors(1)
+        (fd,) = child.hear_descriptors(1)
         child.kill()
     source.child.kill()
     with Vm(memory=memory.again()) as third:
-        assert third.move_from(held) == OK
-        os.close(held)
+        assert third.move_from(fd) == OK
+        os.close(fd)
         source.continue_in(third)
 
 

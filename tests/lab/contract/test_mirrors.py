@@ -23,7 +23,7 @@ def mirror(owner: SevVm) -> Iterator[Vm]:
         yield vm
 
 
-def test_owner_then_mirror(owner: SevVm, mirror: Vm) -> None:
+def test_owner_moves_before_its_mirror(owner: SevVm, mirror: Vm) -> None:
     with Vm(memory=owner.memory.again()) as new_owner, Vm() as new_mirror:
         new_owner.vcpu.copy_state_of(owner.vcpu)
         assert new_owner.move_from(owner.descriptor) == OK
@@ -31,7 +31,7 @@ def test_owner_then_mirror(owner: SevVm, mirror: Vm) -> None:
         assert new_owner.vcpu.output(1) == [1]
 
 
-def test_mirror_then_owner(owner: SevVm, mirror: Vm) -> None:
+def test_mirror_moves_before_its_owner(owner: SevVm, mirror: Vm) -> None:
     with Vm(memory=owner.memory.again()) as new_owner, Vm() as new_mirror:
         new_owner.vcpu.copy_state_of(owner.vcpu)
         assert new_mirror.move_from(mirror.descriptor) == OK

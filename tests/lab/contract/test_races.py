@@ -17,7 +17,7 @@ TIME = 6.0  # seconds at most
 
 
 class Racer:
-    """One of the two: has a VM, gets the other's descriptor, and moves when told to. Round after round."""
+    """One of the two: has a VM, gets the other's descriptor, and moves on command. Round after round."""
 
     def __init__(self, gate: mmap.mmap, sev: bool) -> None:
         self._gate = gate
@@ -40,7 +40,7 @@ class Racer:
             parent.sendall(b"closed")
 
 
-def test_opposite_moves() -> None:
+def test_opposite_moves_neither_hang_nor_leak_a_context() -> None:
     """
     Never a hang, never a context that is lost in the kernel or doubled.
 

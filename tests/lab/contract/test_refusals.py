@@ -32,54 +32,54 @@ def destination() -> Iterator[Vm]:
         yield vm
 
 
-def test_guest_into_itself(source: SevVm) -> None:
+def test_move_refuses_guest_into_itself(source: SevVm) -> None:
     assert source.move_from(source.descriptor) == "EINVAL"
 
 
-def test_plain_vm_into_itself(destination: Vm) -> None:
+def test_move_refuses_plain_vm_into_itself(destination: Vm) -> None:
     assert destination.move_from(destination.descriptor) == "EINVAL"
 
 
-def test_source_without_sev(destination: Vm) -> None:
+def test_move_refuses_source_without_sev(destination: Vm) -> None:
     with Vm() as plain:
         assert destination.move_from(plain.descriptor) == "EINVAL"
 
 
-def test_destination_that_is_a_guest_already(source: SevVm) -> None:
+def test_move_refuses_destination_that_is_a_guest(source: SevVm) -> None:
     with SevVm.launched() as other:
         assert other.move_from(source.descriptor) == "EINVAL"
         assert other.vcpu.output(1) == [1]
 
 
-def test_destination_that_has_taken_one_over_already(source: SevVm, destination: Vm) -> None:
+def test_move_refuses_destination_that_took_a_guest_over(source: SevVm, destination: Vm) -> None:
     with SevVm.launched() as first:
         assert destination.move_from(first.descriptor) == OK
         assert destination.move_from(source.descriptor) == "EINVAL"
 
 
-def test_flags(source: SevVm, destination: Vm) -> None:
+def test_move_refuses_flags(source: SevVm, destination: Vm) -> None:
     assert destination.move_from(source.descriptor, flags=1) == "EINVAL"
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/sev", "/dev/kvm", "/etc/passwd", "/"])
-def test_descriptor_of_a_file(path: str, destination: Vm) -> None:
+def test_move_refuses_descriptor_of_a_file(path: str, destination: Vm) -> None:
     file = os.open(path, os.O_RDONLY)
     assert destination.move_from(file) == "EBADF"
     os.close(file)
 
 
-def test_descriptor_of_an_eventfd(destination: Vm) -> None:
+def test_move_refuses_descriptor_of_an_eventfd(destination: Vm) -> None:
     event = os.eventfd(0)
     assert destination.move_from(event) == "EBADF"
     os.close(event)
 
 
-def test_descriptor_of_a_vcpu(source: SevVm, destination: Vm) -> None:
+def test_move_refuses_descriptor_of_a_vcpu(source: SevVm, destination: Vm) -> None:
     assert destination.move_from(source.vcpu.descriptor) == "EBADF"
 
 
 @pytest.mark.parametrize("number", [9999, -1])
-def test_descriptor_that_is_not_open(number: int, destination: Vm) -> None:
+def test_move_refuses_descriptor_that_is_not_open(number: int, destination: Vm) -> None:
     assert destination.move_from(number) == "EBADF"
 
 
@@ -93,11 +93,11 @@ def _in_another_process(move: Callable[[], str]) -> str:
         return heard
 
 
-def test_call_from_a_process_that_inherited_the_destination(source: SevVm, destination: Vm) -> None:
+def test_move_refuses_process_that_inherited_the_destination(source: SevVm, destination: Vm) -> None:
     assert _in_another_process(lambda: destination.move_from(source.descriptor)) == "EIO"
 
 
-def test_call_from_another_process_with_a_duplicate(source: SevVm, destination: Vm) -> None:
+def test_move_refuses_another_process_with_a_duplicate(source: SevVm, destination: Vm) -> None:
     def move() -> str:
         destination.descriptor = os.dup(destination.descriptor)
         return destination.move_from(os.dup(source.descriptor))

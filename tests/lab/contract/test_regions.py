@@ -22,11 +22,11 @@ def destination(source: SevVm) -> Iterator[Vm]:
         yield vm
 
 
-def test_registering_before_the_move(destination: Vm) -> None:
+def test_region_is_refused_before_the_move(destination: Vm) -> None:
     assert outcome(destination.register_region, destination.memory) == "ENOTTY"
 
 
-def test_registering_after_the_move(source: SevVm, destination: Vm) -> None:
+def test_region_is_registered_after_the_move(source: SevVm, destination: Vm) -> None:
     assert destination.move_from(source.descriptor) == OK
     assert outcome(destination.register_region, destination.memory) == OK
     assert outcome(destination.unregister_region, destination.memory) == OK

@@ -9,7 +9,7 @@ from .sev import SevVm, contexts
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_guest_whose_registers_are_encrypted(vcpus: int) -> None:
+def test_guest_with_encrypted_registers_is_moved(vcpus: int) -> None:
     with SevVm.launched(es=True, vcpus=vcpus) as source, Vm(vcpus=vcpus) as destination:
         (context,) = contexts()
         assert context.vmsas == vcpus
@@ -29,7 +29,7 @@ def test_calls_about_registers_have_no_error_and_no_meaning() -> None:
         assert outcome(destination.vcpu.sregs) == OK
 
 
-def test_registers_that_are_not_encrypted_yet() -> None:
+def test_move_is_refused_before_registers_are_encrypted() -> None:
     """A launch that was not completed. QEMU completes it before a guest runs."""
     with SevVm.launched(es=True, vmsa=False) as source, Vm() as destination:
         assert destination.move_from(source.descriptor) == "EINVAL"
@@ -37,7 +37,7 @@ def test_registers_that_are_not_encrypted_yet() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (1, 0)])
-def test_other_number_of_vcpus(before: int, after: int) -> None:
+def test_move_is_refused_with_another_number_of_vcpus(before: int, after: int) -> None:
     with SevVm.launched(es=True, vcpus=before) as source, Vm(vcpus=after) as destination:
         assert destination.move_from(source.descriptor) == "EINVAL"
         for _ in range(before - after):
@@ -46,7 +46,7 @@ def test_other_number_of_vcpus(before: int, after: int) -> None:
             assert destination.move_from(source.descriptor) == OK
 
 
-def test_three_moves() -> None:
+def test_guest_is_moved_three_times() -> None:
     owner: Vm = SevVm.launched(es=True)
     for _ in range(3):
         destination = Vm()

@@ -18,7 +18,7 @@ from .sev import POLICY_SEV, POLICY_SEV_ES, RUNNING, SevVm, contexts, guest_stat
 
 
 @pytest.mark.parametrize("es", [False, True])
-def test_status_is_to_be_had_through_descriptor_0(es: bool) -> None:
+def test_status_is_available_through_descriptor_0(es: bool) -> None:
     with SevVm.launched(es=es) as source:
         (context,) = contexts()
 

@@ -9,7 +9,7 @@ from .kvm import KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM, OK, Memory, Vm, outcome
 from .sev import SevVm, contexts
 
 
-def test_guest_goes_on_where_it_stopped() -> None:
+def test_guest_resumes_where_it_stopped() -> None:
     with SevVm.launched() as source, Vm(memory=source.memory.again()) as destination:
         assert source.vcpu.output(100) == list(range(1, 101))
         destination.vcpu.copy_state_of(source.vcpu)
@@ -29,7 +29,7 @@ def test_destination_runs_on_when_the_source_is_closed() -> None:
         assert len(contexts()) == 1
 
 
-def test_context_ends_with_the_destination() -> None:
+def test_context_is_destroyed_with_the_destination() -> None:
     with SevVm.launched() as source:
         with Vm(memory=source.memory.again()) as destination:
             assert destination.move_from(source.descriptor) == OK
@@ -52,7 +52,7 @@ def test_every_call_on_the_source_is_eio_afterwards() -> None:
         assert another.move_from(source.descriptor) == "EINVAL"
 
 
-def test_fifty_moves_in_a_row() -> None:
+def test_guest_survives_fifty_moves_in_a_row() -> None:
     memory = Memory()
     owner: Vm = SevVm.launched(memory=memory.again())
     for hop in range(50):

@@ -32,7 +32,7 @@ def source(typed: None) -> Iterator[SevVm]:
         yield vm
 
 
-def test_which_types_there_are(kernel: str) -> None:
+def test_kernels_after_6_1_have_sev_types(kernel: str) -> None:
     assert _types() >= ({KVM_X86_SEV_VM, KVM_X86_SEV_ES_VM} if kernel != "6.1" else set())
     if kernel == "6.1":
         assert outcome(lambda: Vm(type=KVM_X86_SEV_VM)) == "EINVAL"
@@ -56,18 +56,18 @@ def test_typed_guest_is_moved_but_does_not_run(source: SevVm) -> None:
 
 
 @pytest.mark.parametrize("type", [KVM_X86_DEFAULT_VM, KVM_X86_SEV_ES_VM])
-def test_typed_guest_into_another_type(type: int, source: SevVm) -> None:
+def test_move_is_refused_into_another_type(type: int, source: SevVm) -> None:
     with Vm(type=type) as destination:
         assert destination.move_from(source.descriptor) == "EINVAL"
 
 
 @pytest.mark.parametrize("type", [KVM_X86_SEV_VM, KVM_X86_SEV_ES_VM])
-def test_default_guest_into_a_type(type: int, typed: None) -> None:
+def test_move_of_default_guest_is_refused_into_a_type(type: int, typed: None) -> None:
     with SevVm.launched() as source, Vm(type=type) as destination:
         assert destination.move_from(source.descriptor) == "EINVAL"
 
 
-def test_typed_sev_es_guest(typed: None) -> None:
+def test_sev_es_guest_moves_only_into_its_own_type(typed: None) -> None:
     with SevVm.launched(es=True, type=KVM_X86_SEV_ES_VM) as source:
         assert outcome(source.vcpu.regs) == "EINVAL"
         with Vm(type=KVM_X86_SEV_VM) as destination:

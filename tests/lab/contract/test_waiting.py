@@ -90,7 +90,7 @@ def test_others_are_busy_while_a_move_waits(source: SevVm, inside: Running, dest
         assert destination.move_from(guest.descriptor) == "EBUSY"
         assert destination.move_from(source.descriptor) == "EBUSY"
         assert source.move_from(destination.descriptor) == "EBUSY"
-        # Who was refused can go on at once with somebody else.
+        # The source that was refused can be moved elsewhere at once.
         assert competitor.move_from(guest.descriptor) == OK
     inside.see_it_count()
     inside.leave()
@@ -110,14 +110,14 @@ def test_busy_is_over_with_the_move(source: SevVm, inside: Running, destination:
         assert competitor.hear() == "ready"
         eventually(lambda: state(competitor.pid) == "D", "the competitor waits")
         assert destination.move_from(source.descriptor) == "EBUSY"
-        # SIGKILL is the one thing that ends the waiting, and it leaves the source as it was.
+        # Only SIGKILL ends the waiting, and it leaves the source as it was.
         assert competitor.kill() == -signal.SIGKILL
     inside.see_it_count()
     inside.leave()
     assert destination.move_from(source.descriptor) == OK
 
 
-def test_source_of_a_killed_move_can_go_on(source: SevVm, inside: Running) -> None:
+def test_source_of_a_killed_move_keeps_running(source: SevVm, inside: Running) -> None:
     def work(parent: socket.socket) -> None:
         with Vm() as competitor:
             parent.sendall(b"ready")

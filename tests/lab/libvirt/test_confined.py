@@ -48,7 +48,7 @@ def confinement(pid: int) -> str:
 
 @pytest.fixture
 def daemon(kernel: str) -> Iterator[Daemon]:
-    """A daemon, with sevhop's hook and rules. In emulation it takes its time to start and to look at two QEMUs."""
+    """A daemon, with sevhop's hook and rules. In emulation it takes its time to start and to probe two QEMUs."""
     if kernel != "6.12":
         pytest.skip("libvirt's profiles are the same on every kernel, and once takes minutes")
     daemon = Daemon.start(apparmor=True)
@@ -81,7 +81,7 @@ def guest(daemon: Daemon) -> Iterator[DomainGuest]:
     assert daemon.left_over() == []
 
 
-def test_the_rules_decide(daemon: Daemon, guest: DomainGuest) -> None:
+def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest: DomainGuest) -> None:
     """Without them nothing is touched; `sevhop install` puts them in while the guest runs, and then it hops."""
     new = emulators.emulator(emulators.NEW)
     expected = f"libvirt-{daemon.virsh('domuuid', guest.name)} (enforce)"

@@ -20,14 +20,14 @@ from ..contract.sev import contexts
 #: The kernel on which a test runs: each once, side by side.
 KERNELS = {
     "test_sev_domain_changes_its_qemu": "6.1",
-    "test_another_hook_refuses_behind_the_move": "6.1",
-    "test_the_keeper_dies_around_the_move": "6.12",
+    "test_upgrade_is_rolled_back_if_other_hook_refuses_after_move": "6.1",
+    "test_upgrade_is_rolled_back_if_keeper_dies_around_the_move": "6.12",
 }
 
 
 @pytest.fixture
 def daemon(kernel: str, request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    """A daemon, with sevhop's hook. Starting it and having it look at two QEMUs takes minutes in emulation."""
+    """A daemon, with sevhop's hook. Starting it and having it probe two QEMUs takes minutes in emulation."""
     if kernel != KERNELS[request.node.originalname]:
         pytest.skip("libvirt makes no difference between kernels: once is enough")
     daemon = Daemon.start()
@@ -54,7 +54,7 @@ def guest(daemon: Daemon) -> Iterator[DomainGuest]:
 
 
 def arrived(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
-    """The guest goes on in this emulator, and libvirt and QEMU say that it is an SEV guest."""
+    """The guest runs in this emulator, and libvirt and QEMU report that it is an SEV guest."""
     assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
     guest.wait_for_ticks()
     assert "<launchSecurity type='sev'>" in guest.xml()
@@ -81,11 +81,11 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
     wait_until(lambda: guest.state == "shut off", 60, "the guest switches itself off")
     assert contexts() == []
     daemon.virsh("start", guest.name)
-    wait_until(lambda: guest.seen().restarts == 1, 60, "the guest starts afresh")
+    wait_until(lambda: guest.seen().restarts == 1, 60, "the guest boots again")
 
 
 @pytest.mark.faults
-def test_another_hook_refuses_behind_the_move(daemon: Daemon, guest: DomainGuest) -> None:
+def test_upgrade_is_rolled_back_if_other_hook_refuses_after_move(daemon: Daemon, guest: DomainGuest) -> None:
     """The context is in the destination already, and comes back from there."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"
@@ -93,31 +93,33 @@ def test_another_hook_refuses_behind_the_move(daemon: Daemon, guest: DomainGuest
     other.chmod(0o755)
     (daemon.root / "run/refuse").touch()
     report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
-    assert (report["status"], report["outcome"]) == (3, "undone"), report["reason"]
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report["reason"]
     arrived(daemon, guest, old)
 
 
 @pytest.mark.faults
-def test_the_keeper_dies_around_the_move(daemon: Daemon, guest: DomainGuest, tmp_path: Path) -> None:
-    """The context is in the destination's VM by then, the destination ends, and nobody but the guardian has that VM."""
+def test_upgrade_is_rolled_back_if_keeper_dies_around_the_move(
+    daemon: Daemon, guest: DomainGuest, tmp_path: Path
+) -> None:
+    """The context is in the destination's VM by then, the destination exits, and only the supervisor has that VM."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     arguments = ["upgrade", "--json", guest.name, "--emulator", str(new), "--timeout", "60"]
     environment = dying.in_a_keeper(tmp_path, "sevhop_qmp.move", "move")
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     report = json.loads(done.stdout)["domains"][0]
-    assert report["outcome"] == "undone", report
+    assert report["outcome"] == "rolled-back", report
     states = daemon.root / str(dying.STATES).lstrip("/")
     states.unlink()
     arrived(daemon, guest, old)
 
-    # The keeper dies behind the commit, and the destination with it.
+    # The keeper dies after the commit, and the destination with it.
     other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-dying"
     once = f'[ "$2/$3" = started/begin ] && [ ! -e {dying.STATES} ] || exit 0'
     program = shlex.join([sys.executable, dying.__file__, "sevhop-keeper"])
     other.write_text(f"#!/bin/sh\n{once}\n{program} >/dev/null\nexit 1\n")
     other.chmod(0o755)
     report = daemon.upgrade(*arguments[2:])
-    assert report["outcome"] == "undone", report
+    assert report["outcome"] == "rolled-back", report
     assert states.read_text() == "committed"
     arrived(daemon, guest, old)
     other.unlink()

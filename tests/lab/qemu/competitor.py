@@ -45,7 +45,7 @@ class Competitor:
         assert self._child.hear() == "waiting"
 
     def give_up(self) -> None:
-        """The move ends, undone by the kernel."""
+        """The move ends, rolled back by the kernel."""
         self._child.say(".")
         assert self._child.wait() == 0
 
@@ -61,7 +61,7 @@ def _move_in_another_process(destination: Vm, source: int) -> int:
     """
     Begin a move in a process that has our memory and descriptors and is otherwise its own.
 
-    :return: its pid. It ends with the call, with the errno as exit status.
+    :return: its pid. It exits after the call, with the errno as exit status.
     """
     request = kvm_enable_cap(cap=KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM, args=(source,))
     code = b"".join(

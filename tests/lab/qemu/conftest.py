@@ -14,9 +14,9 @@ from tests.support.guests.running import Guest
 
 from ..contract.sev import contexts
 
-#: Describes a SEV guest that runs the real-mode counter: its policy, and words for the command line.
+#: Describes a SEV guest that runs the real-mode counter: its policy, and arguments for the command line.
 DescribeSev = Callable[..., Machine]
-#: Starts a guest that ends with the test.
+#: Starts a guest that is killed when the test ends.
 StartGuest = Callable[[Machine], Guest]
 
 
@@ -43,7 +43,7 @@ def sev_machine(tmp_path: Path) -> DescribeSev:
 
 @pytest.fixture
 def start() -> Iterator[StartGuest]:
-    """Start guests in the machine's own QEMU. No context may be left when they have ended."""
+    """Start guests in the machine's own QEMU. No context may be left when they have exited."""
     with ExitStack() as guests:
         yield lambda machine: guests.enter_context(Guest.start(machine, emulators.installed()))
     assert contexts() == []

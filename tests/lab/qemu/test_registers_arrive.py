@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from sevhop.guest.inspection import SevContext
-from sevhop.keeper.handover import Held, Keeper
+from sevhop.keeper.handover import SourceHandles
+from sevhop.keeper.local import LocalKeeper
 from sevhop_qmp import adopt
 
 from ..contract.sev import SevVm, contexts
@@ -36,7 +37,7 @@ PAGE_TABLES = (0x1000, 0x5000)
 @dataclass(frozen=True)
 class Said:
     """
-    What a destination has told.
+    What a destination has reported.
 
     :ivar steps: name of the step → what came of it; see ``stub_qemu.c``.
     """
@@ -73,16 +74,16 @@ def adopting(program: Path, source: SevVm, request: str, *, move: bool = True) -
     :param request: ``sregs`` or ``sregs2``.
     """
     (context,) = contexts()
-    held = Held(source.descriptor, {"memory-backend-memfd": [source.memory.file]})
-    words = [str(source.descriptor if move else -1), *(hex(table | C_BIT) for table in PAGE_TABLES)]
+    handles = SourceHandles(source.descriptor, {"memory-backend-memfd": [source.memory.file]})
+    argv = [str(source.descriptor if move else -1), *(hex(table | C_BIT) for table in PAGE_TABLES)]
 
     async def run() -> tuple[int | None, str, str]:
-        with Keeper(held, SevContext("sev", handle=context.handle)) as keeper:
+        with LocalKeeper(handles, SevContext("sev", handle=context.handle)) as keeper:
             socket = keeper.theirs.fileno()
             process = await asyncio.create_subprocess_exec(
                 program,
                 request,
-                *words,
+                *argv,
                 env=os.environ | adopt.environment(f"fd:{socket}"),
                 pass_fds=(socket, source.descriptor),
                 stdout=subprocess.PIPE,
@@ -104,42 +105,42 @@ def adopting(program: Path, source: SevVm, request: str, *, move: bool = True) -
 def test_registers_are_in_the_kernel_after_the_move(stub_qemu: Path, source: SevVm, request_name: str) -> None:
     bare, encrypted = list(PAGE_TABLES), [table | C_BIT for table in PAGE_TABLES]
 
-    said = adopting(stub_qemu, source, request_name)
+    output = adopting(stub_qemu, source, request_name)
 
     # Accepted early, as far as QEMU can see; the kernel cannot have them yet.
-    assert said.numbers("set", "errno") == [0, 0], said.stderr
-    assert said.numbers("before", "shown") == encrypted
-    assert said.numbers("before", "kernel") == bare
-    assert said.steps["x-sev-migrate-from"] == {
+    assert output.numbers("set", "errno") == [0, 0], output.stderr
+    assert output.numbers("before", "shown") == encrypted
+    assert output.numbers("before", "kernel") == bare
+    assert output.steps["x-sev-migrate-from"] == {
         "errno": "0",
         "name": "OK",
         "vcpus": "2",
         "registers": "2",
         "restore-errno": "0",
-    }, said.stderr
-    assert said.numbers("after", "kernel") == encrypted
-    assert said.numbers("after", "shown") == encrypted
-    assert all(efer & EFER_LMA for efer in said.numbers("after", "efer"))
-    status = said.steps["x-sev-adopt-status"]
-    assert (status["moved"], status["registers-held"], status["vm-type"]) == ("true", "0", "0")
-    assert said.steps["launch-finish"] == {"errno": "0"}
-    assert "run" in said.steps
-    assert (said.status, said.stderr) == (0, "")
-    # The context was the destination's, and has ended with it: the source's VM is still there.
+    }, output.stderr
+    assert output.numbers("after", "kernel") == encrypted
+    assert output.numbers("after", "shown") == encrypted
+    assert all(efer & EFER_LMA for efer in output.numbers("after", "efer"))
+    status = output.steps["x-sev-adopt-status"]
+    assert (status["moved"], status["deferred-registers"], status["vm-type"]) == ("true", "0", "0")
+    assert output.steps["launch-finish"] == {"errno": "0"}
+    assert "run" in output.steps
+    assert (output.status, output.stderr) == (0, "")
+    # The context was the destination's, and was destroyed with it: the source's VM is still there.
     assert contexts() == []
 
 
 def test_destination_does_not_run_without_the_context(stub_qemu: Path, source: SevVm) -> None:
     before = contexts()
 
-    said = adopting(stub_qemu, source, "sregs", move=False)
+    output = adopting(stub_qemu, source, "sregs", move=False)
 
-    assert said.numbers("after", "kernel") == list(PAGE_TABLES)
-    assert said.steps["x-sev-adopt-status"]["registers-held"] == "2"
-    assert said.steps["launch-finish"] == {"errno": str(errno.EPERM)}
-    assert "run" not in said.steps
-    assert said.status == 1
-    assert said.stderr.splitlines() == [
+    assert output.numbers("after", "kernel") == list(PAGE_TABLES)
+    assert output.steps["x-sev-adopt-status"]["deferred-registers"] == "2"
+    assert output.steps["launch-finish"] == {"errno": str(errno.EPERM)}
+    assert "run" not in output.steps
+    assert output.status == 1
+    assert output.stderr.splitlines() == [
         "sevhop adopt: this QEMU has not adopted the guest yet: it must not run",
         "sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
     ]

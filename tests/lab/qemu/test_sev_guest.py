@@ -21,7 +21,7 @@ def test_sev_guest_runs(sev_machine: DescribeSev, start: StartGuest) -> None:
     assert guest.stop().unharmed
 
 
-def test_qemu_refuses_to_migrate_it(sev_machine: DescribeSev, start: StartGuest) -> None:
+def test_qemu_refuses_to_migrate_sev_guest(sev_machine: DescribeSev, start: StartGuest) -> None:
     guest = start(sev_machine())
     assert guest.execute("query-migrate")["blocked-reasons"] == ["SEV: Migration is not implemented"]
 

@@ -16,23 +16,26 @@ import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sevhop.checks import guest as guest_checks
 from sevhop.checks import sev_host
-from sevhop.checks.result import Finding, Status
-from sevhop.engine.hop import Hop
-from sevhop.errors import Refused, Undone
+from sevhop.checks.result import CheckResult, Status
+from sevhop.engine import commit
+from sevhop.engine.check import Checked
+from sevhop.errors import Refused, RolledBack
 from sevhop.guest.inspection import inspect
 from sevhop.report import Report
 from sevhop_qmp.errors import MonitorClosed
 from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.move import MoveReport
 from sevhop_qmp.process import QemuProcess
 
 from tests.support.guests import emulators
 from tests.support.guests.running import Guest, wait_ended
 
-from ...qemu.hops import Meddler, Mischief, kill_destination, kill_source
+from ...qemu.hops import Fault, HopDriver, ObservedHop, kill_destination, kill_source
 from ..contract.kvm import Vm
 from ..contract.sev import contexts
 from .competitor import Competitor
@@ -61,16 +64,16 @@ def guest(sev_machine: DescribeSev, start: StartGuest) -> Guest:
     return guest
 
 
-def hop(guest: Guest, emulator: Path, **meddling: object) -> Report:
+def hop(guest: Guest, emulator: Path, **options: object) -> Report:
     """Hop a guest, with time enough."""
-    return Meddler().run(guest, emulator, timeout=PATIENCE, start_timeout=120, **meddling)  # type: ignore[arg-type]
+    return HopDriver().run(guest, emulator, timeout=PATIENCE, start_timeout=120, **options)  # type: ignore[arg-type]
 
 
-def hop_undone(guest: Guest, emulator: Path, mischief: Mischief, reason: str, at: str = "commit") -> None:
-    """Hop a guest, which fails for this reason; the guest goes on where it was."""
+def hop_rolled_back(guest: Guest, emulator: Path, fault: Fault, reason: str, at: str = "commit") -> None:
+    """Hop a guest, which fails for this reason; the guest keeps running where it was."""
     pid = guest.pid
-    with pytest.raises(Undone, match=reason):
-        hop(guest, emulator, at=at, mischief=mischief)
+    with pytest.raises(RolledBack, match=reason):
+        hop(guest, emulator, at=at, fault=fault)
     assert guest.pid == pid
     guest.wait_for_ticks(10)
     assert guest.seen().unharmed
@@ -79,7 +82,7 @@ def hop_undone(guest: Guest, emulator: Path, mischief: Mischief, reason: str, at
 
 
 def memory_inode(pid: int) -> tuple[str, int]:
-    """Where the pages of a guest are. Without encryption only this tells shared from copied."""
+    """Where the pages of a guest are. Without encryption only this distinguishes shared from copied."""
     process = QemuProcess.open(pid)
     try:
         (mapping,) = (m for m in process.mappings() if m.path.startswith("/memfd:memory-backend-memfd"))
@@ -130,13 +133,13 @@ def test_old_qemu_cannot_run_the_guest_any_more(
             with contextlib.suppress(MonitorClosed):
                 await monitor.execute("cont")
 
-    def run_old(hop: Hop) -> None:
+    def run_old(hop: ObservedHop) -> None:
         thread = threading.Thread(target=lambda: asyncio.run(run_it(hop.report.source_pid)))
         thread.start()
         thread.join()
         ended.append(wait_ended(hop.report.source_pid, PATIENCE))
 
-    hop(guest, there, at="retire", mischief=run_old)
+    hop(guest, there, at="finish", fault=run_old)
     assert ended == [True], "KVM refuses to run it, so QEMU aborts"
     assert "KVM_SET_" in guest.said() or "kvm run failed" in guest.said() or "Input/output error" in guest.said()
     guest.wait_for_ticks(10)
@@ -144,60 +147,60 @@ def test_old_qemu_cannot_run_the_guest_any_more(
     assert verdict.unharmed, verdict
 
 
-def test_destination_that_did_not_adopt_cannot_run(guest: Guest, there: Path) -> None:
-    async def do_not() -> None:
-        pass
+def test_destination_that_did_not_adopt_cannot_run(guest: Guest, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skip_the_move(_: ObservedHop) -> None:
+        monkeypatch.setattr(Checked, "autostart", False)
+        monkeypatch.setattr(Checked, "has_context", False)
 
-    def skip_the_move(hop: Hop) -> None:
-        hop._move_context = do_not  # type: ignore[method-assign]
-
-    hop_undone(
+    hop_rolled_back(
         guest,
         there,
         skip_the_move,
-        r"the destination ended: sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+        r"the destination exited: sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
     )
 
 
 # -- around the commit -----------------------------------------------------------------------------
 
 
-def test_source_killed_just_before_the_commit(guest: Guest, there: Path) -> None:
-    report = hop(guest, there, at="commit", mischief=kill_source)
+def test_guest_survives_source_killed_before_commit(guest: Guest, there: Path) -> None:
+    report = hop(guest, there, at="commit", fault=kill_source)
     assert report.outcome == "done"
     guest.wait_for_ticks(10)
     assert guest.stop().unharmed
 
 
-def test_destination_killed_just_before_the_commit(guest: Guest, there: Path) -> None:
-    hop_undone(guest, there, kill_destination, "the destination ended")
+def test_hop_is_rolled_back_if_destination_killed_before_commit(guest: Guest, there: Path) -> None:
+    hop_rolled_back(guest, there, kill_destination, "the destination exited")
 
 
-def test_destination_killed_just_behind_the_commit(guest: Guest, there: Path) -> None:
+def test_guest_survives_destination_killed_after_commit(guest: Guest, there: Path) -> None:
     """Only its VM is left, in our hands, with the context in it: a third QEMU adopts it."""
     victims = []
 
-    def kill(hop: Hop) -> None:
+    def kill(hop: ObservedHop) -> None:
         victims.append(hop.report.destination_pid)
         kill_destination(hop)
 
-    report = hop(guest, there, at="resume", mischief=kill)
+    report = hop(guest, there, at="resume", fault=kill)
     assert report.outcome == "done"
     assert report.destination_pid not in victims
-    assert any("going on in another process" in note for note in report.notes)
+    assert any("retrying in another process" in note for note in report.notes)
     guest.wait_for_ticks(10)
     assert guest.execute("query-sev")["state"] == "running"
     assert guest.stop().unharmed
 
 
-def test_kernel_refuses_what_is_not_the_source(guest: Guest, there: Path) -> None:
+def test_kernel_refuses_what_is_not_the_source(guest: Guest, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = commit._move
     with Vm() as other, open(os.devnull, "rb") as file:
         for descriptor, reason in ((other.descriptor, "EINVAL"), (file.fileno(), "EBADF")):
 
-            def exchange(hop: Hop, descriptor: int = descriptor) -> None:
-                hop._held = dataclasses.replace(hop._held, vm=descriptor)
+            async def move_from(*arguments: Any, source_vm_fd: int, exchanged: int = descriptor) -> MoveReport:
+                return await move(*arguments, source_vm_fd=exchanged)
 
-            hop_undone(guest, there, exchange, reason)
+            monkeypatch.setattr(commit, "_move", move_from)
+            hop_rolled_back(guest, there, lambda _: None, reason)
 
 
 def test_typed_vm_is_refused(kernel: str, sev_machine: DescribeSev, there: Path) -> None:
@@ -209,24 +212,26 @@ def test_typed_vm_is_refused(kernel: str, sev_machine: DescribeSev, there: Path)
     with Guest.start(dataclasses.replace(machine, more=more), there) as guest:
         guest.wait_for_ticks(10)
         pid = guest.pid
-        meddler = Meddler()
+        driver = HopDriver()
         with pytest.raises(Refused, match=r"VM type: made by KVM_SEV_INIT2"):
-            meddler.run(guest, there, timeout=PATIENCE, start_timeout=120)
-        assert meddler.phases == ["check"]
+            driver.run(guest, there, timeout=PATIENCE, start_timeout=120)
+        assert driver.phases == ["check"]
         assert guest.pid == pid
         guest.wait_for_ticks(10)
 
 
-def host_as_checked(guest: Guest, emulator: Path, *, own_group: re.Pattern[str] | None = None) -> dict[str, Finding]:
+def host_as_checked(
+    guest: Guest, emulator: Path, *, own_group: re.Pattern[str] | None = None
+) -> dict[str, CheckResult]:
     """What is found of the host."""
 
     pid = guest.pid
 
-    async def look() -> dict[str, Finding]:
+    async def look() -> dict[str, CheckResult]:
         process = QemuProcess.open(pid)
         try:
             async with await Monitor.connect(guest.machine.monitor, timeout=PATIENCE) as monitor:
-                tree = (await guest_checks.bare(monitor, process, str(emulator))).tree
+                tree = (await guest_checks.standalone(monitor, process, str(emulator))).tree
                 assert tree.failures() == []
                 described = await inspect(monitor, process)
             (context,) = (one for one in tree.children if one.name == "context")
@@ -239,7 +244,7 @@ def host_as_checked(guest: Guest, emulator: Path, *, own_group: re.Pattern[str] 
     return asyncio.run(look())
 
 
-def test_check_looks_at_the_host(guest: Guest, there: Path) -> None:
+def test_check_probes_the_host(guest: Guest, there: Path) -> None:
     found = host_as_checked(guest, there)
     assert {one.status for one in found.values()} == {Status.PASS}
     assert found["kvm_amd"].detail == "sev=Y"
@@ -268,14 +273,14 @@ def test_check_sees_that_there_is_no_room_for_another_context(guest: Guest, ther
 # -- busy ------------------------------------------------------------------------------------------
 
 
-def test_busy_for_a_while_is_tried_again(guest: Guest, there: Path) -> None:
+def test_move_is_retried_while_busy(guest: Guest, there: Path) -> None:
     logger = logging.getLogger("sevhop_qmp.move")
 
     with ExitStack() as stack:
 
-        def compete(hop: Hop) -> None:
-            assert hop._held.vm is not None
-            competitor = stack.enter_context(Competitor(hop._held.vm))
+        def compete(hop: ObservedHop) -> None:
+            assert hop.acquired.handles.source_vm_fd is not None
+            competitor = stack.enter_context(Competitor(hop.acquired.handles.source_vm_fd))
             attempts = []
 
             def count(record: logging.LogRecord) -> bool:
@@ -290,7 +295,7 @@ def test_busy_for_a_while_is_tried_again(guest: Guest, there: Path) -> None:
         before = logger.level
         logger.setLevel(logging.INFO)
         stack.callback(logger.setLevel, before)
-        report = hop(guest, there, at="commit", mischief=compete, move_deadline=30.0)
+        report = hop(guest, there, at="commit", fault=compete, move_deadline=30.0)
     assert report.move is not None
     assert report.move.errno == 0
     assert report.move.attempts > 3
@@ -298,15 +303,15 @@ def test_busy_for_a_while_is_tried_again(guest: Guest, there: Path) -> None:
     assert guest.stop().unharmed
 
 
-def test_busy_for_too_long_is_undone(guest: Guest, there: Path) -> None:
-    """The competing move also holds up the source's vCPUs, so the guest goes on when that one gives up, too."""
+def test_hop_is_rolled_back_if_busy_for_too_long(guest: Guest, there: Path) -> None:
+    """The competing move also blocks the source's vCPUs, so the guest runs again when that one has given up."""
     threads = []
 
     with ExitStack() as stack:
 
-        def compete(hop: Hop) -> None:
-            assert hop._held.vm is not None
-            competitor = stack.enter_context(Competitor(hop._held.vm))
+        def compete(hop: ObservedHop) -> None:
+            assert hop.acquired.handles.source_vm_fd is not None
+            competitor = stack.enter_context(Competitor(hop.acquired.handles.source_vm_fd))
 
             def end() -> None:
                 assert wait_ended(hop.report.destination_pid, PATIENCE)
@@ -317,8 +322,8 @@ def test_busy_for_too_long_is_undone(guest: Guest, there: Path) -> None:
             stack.callback(threads[0].join)
 
         pid = guest.pid
-        with pytest.raises(Undone, match=r"EBUSY.*given up after \d+ attempts"):
-            hop(guest, there, at="commit", mischief=compete, move_deadline=0.5)
+        with pytest.raises(RolledBack, match=r"EBUSY.*given up after \d+ attempts"):
+            hop(guest, there, at="commit", fault=compete, move_deadline=0.5)
     assert guest.pid == pid
     guest.wait_for_ticks(10)
     assert guest.stop().unharmed
@@ -330,9 +335,9 @@ def test_full_misc_cgroup_is_named(guest: Guest, there: Path) -> None:
     try:
         (group / "misc.max").write_text("sev 0")
 
-        def confine(hop: Hop) -> None:
+        def confine(hop: ObservedHop) -> None:
             (group / "cgroup.procs").write_text(str(hop.report.destination_pid))
 
-        hop_undone(guest, there, confine, r"no SEV ASID is left: cgroup /full: sev 0 of 0 in use; raise misc\.max")
+        hop_rolled_back(guest, there, confine, r"no SEV ASID is left: cgroup /full: sev 0 of 0 in use; raise misc\.max")
     finally:
         group.rmdir()

@@ -1,7 +1,7 @@
 """
-Hops of SEV guests that are broken off around the commit, and what becomes of the guest and its context.
+Hops of SEV guests that are interrupted around the commit, and what becomes of the guest and its context.
 
-Before the move the context is the source's; behind it, the destination's, and whoever holds that VM can go on with it.
+Before the move the context is the source's, after it the destination's; a descriptor of that VM is enough to move it.
 All but two run only with the marker ``faults``: each takes half a minute in emulation.
 """
 
@@ -17,7 +17,7 @@ from tests.support.guests.life import lived_in
 from tests.support.guests.running import Guest
 
 from ...conftest import NoteFault
-from ...qemu.broken_off import break_off, note, recover
+from ...qemu.interrupted import interrupt_hop, note, recover
 from ...qemu.lived import LivedInGuest
 from ..contract.sev import contexts
 from .conftest import DescribeSev, StartGuest
@@ -25,7 +25,7 @@ from .conftest import DescribeSev, StartGuest
 PATH = "An SEV guest outside libvirt, in the lab"
 BEFORE = ("phase load", "phase commit", "before x-sev-migrate-from 0")
 BEHIND = ("after x-sev-migrate-from 0", "phase resume", "before cont 0")
-RUNNING = ("after cont 0", "phase retire", "before end-source 0")
+RUNNING = ("after cont 0", "phase finish", "before end-source 0")
 
 
 def right_behind_the_move(*points: str) -> list[Any]:
@@ -44,7 +44,7 @@ def guest(kernel: str, sev_machine: DescribeSev, start: StartGuest) -> Guest:
 
 
 def end_of(guest: Guest, note_fault: NoteFault, point: str, fault: str, end: str) -> None:
-    """See that the guest goes on there, with its context."""
+    """Verify that the guest runs there, with its context."""
     note(note_fault, PATH, guest, point, fault, end)
     (context,) = contexts()
     sev = guest.execute("query-sev")
@@ -52,31 +52,31 @@ def end_of(guest: Guest, note_fault: NoteFault, point: str, fault: str, end: str
 
 
 @pytest.mark.parametrize("point", right_behind_the_move(*BEFORE, *BEHIND, *RUNNING))
-def test_the_command_is_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
-    assert break_off(guest, emulators.emulator(emulators.NEW), point, "command") == -signal.SIGKILL
+def test_guest_survives_command_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
+    assert interrupt_hop(guest, emulators.emulator(emulators.NEW), point, "command") == -signal.SIGKILL
     answer = recover()
     assert answer["status"] == 0, answer
     (one,) = answer["guests"]
-    assert one["end"] == ("source" if point in BEFORE else "destination")
-    end_of(guest, note_fault, point, "command", one["end"])
+    assert one["result"] == ("source" if point in BEFORE else "destination")
+    end_of(guest, note_fault, point, "command", one["result"])
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("point", (*BEFORE, *BEHIND, *RUNNING))
-def test_the_source_is_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
+def test_guest_survives_source_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
     """The context is in its VM, which the command holds."""
-    assert break_off(guest, emulators.emulator(emulators.NEW), point, "source") == 0
+    assert interrupt_hop(guest, emulators.emulator(emulators.NEW), point, "source") == 0
     assert recover() == {"guests": [], "status": 0}
     end_of(guest, note_fault, point, "source", "destination")
 
 
 @pytest.mark.parametrize("point", right_behind_the_move(*BEFORE, *BEHIND))
-def test_the_destination_is_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
+def test_guest_survives_destination_killed(guest: Guest, point: str, note_fault: NoteFault) -> None:
     """
     Behind the move the context is in its VM, which the command holds as well: another QEMU gets it. So it is with one
     that ends when it is asked for the move, since nobody knows whether it has done that.
     """
     before = point in BEFORE[:-1]
-    assert break_off(guest, emulators.emulator(emulators.NEW), point, "destination") == (3 if before else 0)
+    assert interrupt_hop(guest, emulators.emulator(emulators.NEW), point, "destination") == (3 if before else 0)
     assert recover() == {"guests": [], "status": 0}
     end_of(guest, note_fault, point, "destination", "source" if before else "destination")

@@ -21,7 +21,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from sevhop.engine.hop import Hop, Options
+from sevhop.engine.hop import Hop
+from sevhop.options import HopOptions
 from sevhop_qmp.device_state import OutgoingState
 from sevhop_qmp.errors import CommandError, MonitorTimeout, ProcessError, StateError
 from sevhop_qmp.monitor import Monitor
@@ -32,7 +33,7 @@ from .operator import Operator
 
 #: While these points are passed, all that there is of the guest is in the source.
 BEFORE_THE_STATE_IS_SAVED = (
-    "phase hold",
+    "phase acquire",
     "phase prepare",
     "after add-fd 0",
     "before x-sev-adopt-ram 0",
@@ -40,18 +41,18 @@ BEFORE_THE_STATE_IS_SAVED = (
     "before migrate-incoming 0",
     "after migrate-incoming 0",
     "after add-fd 1",
-    "phase freeze",
+    "phase stop",
     "before stop 0",
     "before xen-save-devices-state 0",
 )
 #: Where others can still do something to the guest, and it is seen.
-OTHERS_CHANGE = ("phase hold", "phase prepare", "after x-sev-adopt-ram 0", "after migrate-incoming 0", "phase freeze")
+OTHERS_CHANGE = ("phase acquire", "phase prepare", "after x-sev-adopt-ram 0", "after migrate-incoming 0", "phase stop")
 #: And where they can have a guest run that was stopped.
-OTHERS_CONTINUE = (*OTHERS_CHANGE, "after stop 0", "phase share", "phase save", "phase load", "before halt 0")
+OTHERS_CONTINUE = (*OTHERS_CHANGE, "after stop 0", "phase map", "phase save", "phase load", "before halt 0")
 #: Then its state and its private RAM blocks are being read, and it is a matter of a millisecond whether all of it was.
 BEING_SAVED = (
     "after stop 0",
-    "phase share",
+    "phase map",
     "after xen-save-devices-state 0",
     "phase save",
 )
@@ -68,7 +69,7 @@ LOADING = ("after stream-end 0",)
 RUNNING = (
     "phase commit",
     "phase resume",
-    "phase retire",
+    "phase finish",
     "before end-source 0",
     "after end-source 0",
     "before x-sev-adopt-finish 0",
@@ -84,7 +85,7 @@ def main(monitor: str, emulator: str, point: str, kind: str, operator: str = "")
         {"source": lambda: hop.report.source_pid, "destination": lambda: hop.report.destination_pid},
         Operator.parsed(operator).at if operator else lambda _: None,
     )
-    hop = Hop(Options(Path(monitor), emulator=emulator, start_timeout=60.0), fault.heard)
+    hop = Hop(Path(monitor), HopOptions(emulator=emulator, start_timeout=60.0), fault.heard)
 
     async def execute(
         original: Callable[..., Awaitable[Any]], monitor: Monitor, command: str, *arguments: Any, **options: Any

@@ -15,10 +15,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from sevhop.engine.upgrade import Options, Upgrade
-from sevhop.keeper.client import KeeperError, KeeperProcess
+from sevhop.engine.upgrade import Upgrade
+from sevhop.keeper.client import KeeperClient, KeeperError
 from sevhop.libvirt import connection
 from sevhop.libvirt.connection import DEFAULT_URI, DomainError, DomainMonitor
+from sevhop.options import UpgradeOptions
 from sevhop_qmp.errors import CommandError, MonitorTimeout
 from sevhop_qmp.monitor import peer_credentials
 
@@ -30,7 +31,7 @@ Original = Callable[..., Awaitable[Any]]
 #: In the first points the guest runs, but for the rehearsal's pause; then it is stopped in its old QEMU. What the
 #: rehearsal does is the first of its kind.
 IN_THE_SOURCE = (
-    "phase hold",
+    "phase acquire",
     "after keeper status 0",
     "phase rehearse",
     "after monitor add-fd 0",
@@ -40,20 +41,20 @@ IN_THE_SOURCE = (
     "before monitor cont 0",
     "phase prepare",
     "after monitor add-fd 1",
-    "phase freeze",
+    "phase stop",
     "before libvirt suspend 0",
     "after libvirt suspend 0",
     "phase save",
     "before monitor xen-save-devices-state 1",
     "after monitor xen-save-devices-state 1",
     "after keeper blocks 0",
-    "phase retire",
+    "phase terminate",
     "before keeper retire 0",
 )
 #: Where others can still do something to the guest, which is seen, but for the last: then nobody is asked any more.
 OTHERS_CHANGE = (
-    *("phase hold", "after keeper status 0", "phase rehearse", "phase prepare", "after monitor add-fd 1"),
-    "phase freeze",
+    *("phase acquire", "after keeper status 0", "phase rehearse", "phase prepare", "after monitor add-fd 1"),
+    "phase stop",
 )
 #: The keeper has ended its old QEMU, and only the keeper has it.
 HELD = (
@@ -86,7 +87,7 @@ def main(name: str, emulator: str, point: str, kind: str, operator: str = "") ->
         },
         Operator.parsed(operator).at if operator else lambda _: None,
     )
-    upgrade = Upgrade(DEFAULT_URI, name, Options(emulator=emulator), fault.heard)
+    upgrade = Upgrade(DEFAULT_URI, name, UpgradeOptions(emulator=emulator), fault.heard)
 
     async def execute(original: Original, monitor: DomainMonitor, command: str, *arguments: Any) -> Any:
         return await fault.around(
@@ -104,7 +105,7 @@ def main(name: str, emulator: str, point: str, kind: str, operator: str = "") ->
             DomainError("libvirt did not answer, for a test"),
         )
 
-    async def ask(original: Original, process: KeeperProcess, request: str) -> Any:
+    async def ask(original: Original, process: KeeperClient, request: str) -> Any:
         nonlocal keeper
         keeper = peer_credentials(process._control)[0]
         return await fault.around(
@@ -116,7 +117,7 @@ def main(name: str, emulator: str, point: str, kind: str, operator: str = "") ->
 
     patched(DomainMonitor, "_execute", execute)
     patched(connection, "_call", call)
-    patched(KeeperProcess, "_ask", ask)
+    patched(KeeperClient, "_ask", ask)
     return run(upgrade)
 
 

@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from sevhop.cli.exit_codes import EXIT_DONE, EXIT_OF
-from sevhop.engine.transaction import Procedure
+from sevhop.engine.transaction import Transaction
 from sevhop.events import Event, PhaseBegan
 from sevhop_qmp.errors import SevhopError
 
@@ -118,7 +118,7 @@ def patched(owner: Any, name: str, replacement: Callable[..., Awaitable[Any]]) -
     setattr(owner, name, around)
 
 
-def run(procedure: Procedure) -> int:
+def run(procedure: Transaction) -> int:
     """Hop. :return: the exit status of the command that hops so."""
     try:
         asyncio.run(procedure.run())

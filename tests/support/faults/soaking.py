@@ -2,7 +2,7 @@
 What ``tools/soak`` runs: a guest that works, hopping to and fro between two QEMUs, with faults at random points.
 
 It lives meanwhile (:mod:`tests.support.guests.life`): between hops, and at random points of them. After every hop,
-broken off or not, ``sevhop recover`` runs, sometimes when time has passed or the new QEMU hangs or has ended, and the
+interrupted or not, ``sevhop recover`` runs, sometimes when time has passed or the new QEMU hangs or has ended, and the
 guest must go on in exactly one QEMU (see :mod:`.soaked_guests`) as what it was. What hops keep on the host is kept in
 file systems of this process's own.
 """
@@ -67,7 +67,7 @@ class Soaked:
     :ivar lived: what was done to the guest, and what came of it.
     :ivar ends: hops by exit status of the command; -9 and 137 are a command that was killed.
     :ivar leaks: what was left behind or has grown, in words.
-    :ivar daemon_kib: memory of the libvirt daemon, when it was warm and at the end; a restarted one begins anew.
+    :ivar daemon_kib: memory of the libvirt daemon, when it was warm and at the end; a restarted one starts again.
     """
 
     path: str
@@ -208,11 +208,11 @@ class Soak:
     def _live_on(self) -> None:
         """Something happens to the guest, between two hops; it may be paused when the next one begins."""
         if self._random.random() < self._life:
-            self._do(self._guest.life.draw())
+            self._run_phase(self._guest.life.draw())
         if self._random.random() < self._life / 4:
-            self._do("stop")
+            self._run_phase("stop")
 
-    def _do(self, what: str) -> None:
+    def _run_phase(self, what: str) -> None:
         try:
             before = self._guest.life.facts()
             expected = applied(before, self._guest.life.do(what))
@@ -262,7 +262,7 @@ class Soak:
         if operator:
             self._soaked.lived[f"meanwhile {operator.what}: {'unknown' if self._unsettled else 'done'}"] += 1
         if after["status"] == "paused":
-            self._do("cont")
+            self._run_phase("cont")
 
     def _look_for_growth(self, qemu: int) -> None:
         first = self._descriptors.setdefault(_program(qemu), _descriptors(qemu))
@@ -342,7 +342,10 @@ def main() -> int:
     parser.add_argument("--hops", type=int, default=1000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), metavar="S", help="of all choices")
     parser.add_argument(
-        "--path", choices=("bare", "libvirt"), default="bare", help="without libvirt, or of a domain (default: bare)"
+        "--path",
+        choices=("standalone", "libvirt"),
+        default="standalone",
+        help="without libvirt, or of a domain (default: %(default)s)",
     )
     parser.add_argument(
         "--faults", type=float, default=0.5, metavar="SHARE", help="of hops that get a fault (default: %(default)s)"

@@ -12,7 +12,7 @@
  *   0x200008       u32, the number of the last line
  *   0x20000c       u32, how many BAD lines there were
  *   0x200010       u32, MAGIC once it counts
- *   0x400000       4 MiB of a pattern, different in every page. With each line one page is checked and written anew in
+ *   0x400000       4 MiB of a pattern, different in every page. With each line one page is checked and written again in
  *                  the next generation, so that a stale page is seen as well as a foreign one.
  *
  * The low half of the counter and the generation are also kept in registers: memory and vCPU state reach the next

@@ -1,4 +1,4 @@
-"""What a guest's memory can have from the host only if the host is asked first: huge pages. All is put back."""
+"""What a guest's memory can have from the host only if the host is asked first: huge pages. All is restored."""
 
 from __future__ import annotations
 

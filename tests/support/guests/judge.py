@@ -133,9 +133,7 @@ def judge_files(serial: Path, disk: Path | None) -> Verdict:
 
 
 def _image_problems(image: Path) -> list[str]:
-    done = subprocess.run(
-        ["qemu-img", "check", "--output=json", image], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["qemu-img", "check", "--output=json", image], capture_output=True, text=True, check=False)
     try:
         report = json.loads(done.stdout)
     except ValueError:

@@ -115,7 +115,8 @@ class Life:
         return asyncio.run(self._facts())
 
     async def _facts(self) -> Facts:
-        async with await Monitor.connect(operator_monitor(self._directory)) as monitor:
+        path = operator_monitor(self._directory)
+        async with await Monitor.connect(path, timeout=_PATIENCE, greeting_timeout=_PATIENCE) as monitor:
             facts = {"status": str((await monitor.execute("query-status"))["status"])}
             for row in await monitor.execute("query-block"):
                 if name := _drive(row):

@@ -16,7 +16,7 @@ PATIENCE = 150.0
 
 class Line:
     """
-    A line to the guest. Each word is said by somebody who connects anew, as after a hop everybody has to.
+    A line to the guest. Each word is said by somebody who connects again, as after a hop everybody has to.
 
     :param open_it: open the line; the descriptor.
     """

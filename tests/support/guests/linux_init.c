@@ -225,7 +225,7 @@ static uint64_t pattern(size_t place, uint64_t generation)
     return (place + 1) * 0x9e3779b97f4a7c15 ^ generation;
 }
 
-/* Check the next chunk, write it anew in the next generation: a stale page is seen as well as a foreign one. */
+/* Check the next chunk, write it again in the next generation: a stale page is seen as well as a foreign one. */
 static unsigned use_memory(uint64_t *memory, uint64_t tick)
 {
     const size_t words = CHUNK / sizeof *memory;

@@ -13,7 +13,7 @@
  *   0x09008        u32, the number of the last line
  *   0x0900c        u32, how many BAD lines there were
  *   0x09010        u32, MAGIC once it counts
- *   0x20000        384 KiB of a pattern, different in every page. With each line one page is checked and written anew
+ *   0x20000        384 KiB of a pattern, different in every page. With each line one page is checked and written again
  *                  in the next generation.
  *
  * The low half of the counter, the generation and the next page are in registers only (esi, ebp, fs).

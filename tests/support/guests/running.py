@@ -30,6 +30,8 @@ from .machine import Machine
 START_TIMEOUT = 30.0
 #: Seconds until a guest must have said something. Linux with UEFI takes 30 under emulation on a busy machine.
 PATIENCE = 150.0
+#: Seconds until a monitor must answer that is asked by a test, not by sevhop: the machine may be busy.
+ANSWER_TIMEOUT = 60.0
 #: Seconds until a guest must have ended that was told to.
 STOP_TIMEOUT = 20.0
 #: Seconds between two looks at something that cannot be waited for.
@@ -154,7 +156,7 @@ class Guest:
 
         A monitor serves one client at a time: give it back before somebody else needs it.
         """
-        return await Monitor.connect(self.machine.monitor)
+        return await Monitor.connect(self.machine.monitor, timeout=ANSWER_TIMEOUT, greeting_timeout=ANSWER_TIMEOUT)
 
     def execute(self, command: str, **arguments: object) -> Any:
         """

@@ -1,15 +1,16 @@
 """
-Ways between two QEMU processes on one host: sevhop's hop, and QEMU's own.
+Methods to move a guest between two QEMU processes on one host: sevhop's hop, and QEMU's own.
 
 ==================  ================================================================================================
 ``hop``             ``sevhop hop``
-``cpr-transfer``    QEMU's live update: memory and descriptors are passed on (QEMU 9.2 and later, on both sides)
+``cpr-transfer``    QEMU's live update: memory and descriptors are handed over (QEMU 9.2 and later, on both sides)
 ``x-ignore-shared`` migration without the memory, which both processes map from one file
-``precopy``         live migration over a UNIX socket, as fast as it can be
-``file``            the guest stops, is written to a file, and read again by a QEMU that has been started before
+``precopy``         live migration over a UNIX socket, without a bandwidth limit
+``file``            the guest stops, is saved to a file, and loaded by a QEMU that was started before
 ==================  ================================================================================================
 
-Each run has a guest of its own; source and destination are the same QEMU. None of the ways of QEMU takes an SEV guest.
+Each run has a guest of its own; source and destination are the same QEMU binary. None of QEMU's methods supports SEV
+guests.
 """
 
 from __future__ import annotations
@@ -35,27 +36,27 @@ from tests.support.guests import counter
 from tests.support.guests.machine import Accelerator, Machine
 from tests.support.guests.running import Guest, GuestFailed, wait_until
 
-from .pause import Sampler, memory_of, touch
+from .downtime import Sampler, memory_of, touch
 from .report import Failed, Outcome, Run
 from .usage import Usage, counting
 
-#: Seconds that a migration may take; on a busy machine 8 GB are not written in less than minutes.
-_PATIENCE = 600.0
+#: Seconds that a migration may take; on a busy machine 8 GB take minutes to write.
+_MIGRATION_TIMEOUT = 600.0
 _START_TIMEOUT = 60.0
-#: Bytes per second: no limit.
+#: Bytes per second: unlimited.
 _BANDWIDTH = 1 << 40
-#: For memory in files that have names.
+#: For memory in named files.
 _SHM = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Given:
     """
-    What a run begins with.
+    The conditions of a run.
 
     :ivar guest: runs, all of its memory touched.
-    :ivar memory: the file behind it.
-    :ivar image: where a save image may be written.
+    :ivar memory: the file of its memory.
+    :ivar image: path for a save image.
     """
 
     guest: Guest
@@ -65,23 +66,23 @@ class Given:
 
     @property
     def directory(self) -> Path:
-        """The guest's own."""
+        """The directory of the guest."""
         return self.guest.machine.directory
 
     @property
     def monitor(self) -> Path:
-        """Of the destination."""
+        """The QMP socket of the destination."""
         return self.directory / "destination.sock"
 
     @contextlib.contextmanager
     def destination(self, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A second QEMU with the source's command line, but for its monitor and its log. It is killed at the end."""
+        """A second QEMU with the source's command line, except for monitor and log. It is killed at the end."""
         machine = self.guest.machine
-        words = machine.command(self.emulator)
+        argv = machine.command(self.emulator)
         for ours, theirs in ((machine.monitor, self.monitor), (machine.serial, self.directory / "destination.log")):
-            words = [word.replace(str(ours), str(theirs)) for word in words]
+            argv = [argument.replace(str(ours), str(theirs)) for argument in argv]
         with open(machine.messages, "ab") as messages:
-            process = subprocess.Popen([*words, *more], stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
+            process = subprocess.Popen([*argv, *more], stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
         try:
             yield process
         finally:
@@ -89,7 +90,7 @@ class Given:
             process.wait()
 
     async def connect(self, path: Path) -> Monitor:
-        """:raises GuestFailed: nobody answers there, in time."""
+        """:raises GuestFailed: no monitor answers in time."""
         deadline = time.monotonic() + _START_TIMEOUT
         while True:
             try:
@@ -102,7 +103,7 @@ class Given:
 
 def hop(given: Given) -> Outcome:
     """sevhop's own."""
-    command = [sys.executable, "-m", "sevhop.cli", "hop", "--source", str(given.guest.machine.monitor)]
+    command = [sys.executable, "-m", "sevhop.cli", "hop", "--qmp", str(given.guest.machine.monitor)]
     with Sampler(given.memory) as sampler:
         sampler.wait()
         began = time.monotonic()
@@ -129,7 +130,7 @@ def cpr_transfer(given: Given) -> Outcome:
             await _events(source)
             await source.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
             with source.events("MIGRATION") as events:
-                # It answers when the destination has come up, whose start takes its time.
+                # It returns when the destination has started, which takes its time.
                 await source.execute("migrate", {"channels": [main, cpr]}, timeout=_START_TIMEOUT)
                 await _completed(source, events)
 
@@ -170,7 +171,7 @@ def precopy(given: Given) -> Outcome:
 
 
 def file(given: Given) -> Outcome:
-    """Stopped, written, read."""
+    """Stop the guest, save it to a file, load it."""
 
     async def save() -> None:
         async with await given.connect(given.guest.machine.monitor) as source:
@@ -202,7 +203,7 @@ def file(given: Given) -> Outcome:
                 ended = time.monotonic()
                 after.wait()
     finally:
-        # The disk is not to be busy with this image when the next way is measured.
+        # Writing this image to the disk must not disturb the next run.
         given.image.unlink(missing_ok=True)
         os.sync()
     phases = {"save": (saved - started) * 1e3, "restore": (ended - saved) * 1e3}
@@ -210,7 +211,7 @@ def file(given: Given) -> Outcome:
 
 
 async def _migrate(given: Given, uri: str, capability: str | None = None) -> float:
-    """A migration to a destination that was started for it: when the source was told of its end."""
+    """Migrate to a destination that waits for it. :return: when the source reported the end."""
     async with (
         await given.connect(given.guest.machine.monitor) as source,
         await given.connect(given.monitor) as destination,
@@ -232,7 +233,7 @@ async def _events(monitor: Monitor, *more: str | None) -> None:
 
 async def _completed(monitor: Monitor, events: EventListener) -> None:
     while True:
-        event = await monitor.next_event(events, timeout=_PATIENCE)
+        event = await monitor.next_event(events, timeout=_MIGRATION_TIMEOUT)
         status = event["data"]["status"]  # type: ignore[index]
         if status == "completed":
             return
@@ -252,7 +253,7 @@ def _memory(pid: int) -> Path:
     return memory
 
 
-#: In the order in which they take turns.
+#: In the order in which they alternate.
 MODES: dict[str, Callable[[Given], Outcome]] = {
     "hop": hop,
     "cpr-transfer": cpr_transfer,
@@ -260,17 +261,17 @@ MODES: dict[str, Callable[[Given], Outcome]] = {
     "precopy": precopy,
     "file": file,
 }
-#: Those whose pause is far from that of the others: a few runs tell it, and each takes long. They have rounds of their
-#: own, one for so many of the others: whoever comes behind one that has filled memory and disk is not at his best.
+#: Methods with a much longer downtime: a few runs are enough, and each takes long. They have separate rounds, one for
+#: so many of the others, since they fill page cache and disk and would slow down the run after them.
 SLOW, SELDOM = ("precopy", "file"), 3
 
 
 def _for(mode: str, machine: Machine, memory: Path) -> Machine:
-    """What a mode wants its guest's memory to be like."""
+    """The machine with the kind of memory that a mode needs."""
     if mode == "cpr-transfer":
         return dataclasses.replace(machine, more=("-machine", "aux-ram-share=on"))
     if mode == "x-ignore-shared":
-        # Only memory in a file that has a name is left out.
+        # Only memory in a named file is left out of the migration.
         backend = f"memory-backend-file,id=memory,size={machine.memory_mib}M,share=on,mem-path={memory}"
         more = ("-object", backend, "-machine", "memory-backend=memory")
         return dataclasses.replace(machine, memory="private", more=more)
@@ -278,13 +279,13 @@ def _for(mode: str, machine: Machine, memory: Path) -> Machine:
 
 
 @dataclass(frozen=True)
-class Bare:
+class Standalone:
     """
     Measures guests between two processes of one emulator.
 
-    :ivar scratch: for the guests' files.
-    :ivar images: for save images; on a disk, as they are usually.
-    :ivar usage: counts what a change costs; None where that is not possible.
+    :ivar scratch: directory of the guests' files.
+    :ivar images: directory of the save images; on a disk, as usual.
+    :ivar usage: counts processor time and memory; None where that is not possible.
     """
 
     emulator: Path
@@ -294,7 +295,7 @@ class Bare:
     usage: Usage | None = None
 
     def measure(self, kind: str, memory_mib: int, rounds: int, modes: Sequence[str]) -> Iterator[Run | Failed]:
-        """All runs with one kind of machine and one size of memory; in a round each mode has its turn."""
+        """All runs with one kind of machine and one size of memory; a round has one run of each mode."""
         fast, slow = [mode for mode in modes if mode not in SLOW], [mode for mode in modes if mode in SLOW]
         for mode in fast * rounds + slow * -(-rounds // SELDOM):
             try:
@@ -304,25 +305,25 @@ class Bare:
 
     def run(self, mode: str, kind: str, memory_mib: int) -> Run:
         """
-        One change of QEMU.
+        Replace the QEMU once.
 
-        :raises GuestFailed: it did not arrive.
+        :raises GuestFailed: the guest did not arrive.
         """
         with contextlib.ExitStack() as resources:
-            # Short names: there is a limit to the path of a socket.
+            # Short names: the path of a socket has a length limit.
             directory = Path(resources.enter_context(tempfile.TemporaryDirectory(dir=self.scratch)))
             plain = Machine(directory, accelerator=self.accelerator, memory_mib=memory_mib, bios=counter.firmware())
             rich = dataclasses.replace(plain, uefi=True, rich=True, disk_mib=16, network=True)
             kinds = {"minimal": plain, "rich": rich}
             shm = resources.enter_context(tempfile.TemporaryDirectory(prefix="sevhop-bench-", dir=_SHM))
-            described = _for(mode, kinds[kind], Path(shm, "memory"))
-            guest = resources.enter_context(Guest.start(described, self.emulator))
+            machine = _for(mode, kinds[kind], Path(shm, "memory"))
+            guest = resources.enter_context(Guest.start(machine, self.emulator))
             guest.wait_for_ticks(3)
             version = ".".join(str(guest.execute("query-version")["qemu"][part]) for part in _VERSION)
             memory = memory_of(guest.pid) or Path(shm, "memory")
             touch(memory)
             try:
-                given = Given(guest, self.emulator, memory, self.images / "bare.save")
+                given = Given(guest, self.emulator, memory, self.images / "standalone.save")
                 with counting(self.usage) as used:
                     outcome = MODES[mode](given)
             except (GuestFailed, SevhopError) as err:

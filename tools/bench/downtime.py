@@ -1,10 +1,10 @@
 """
-How long a guest stands still, as the guest itself sees it.
+Guest downtime, measured in the guest.
 
 The guest is the bare-metal counter: a number in its memory grows for as long as it runs. Its memory is a file that is
-shared with QEMU, so a small program with real-time priority (``sampler.c``) looks at that number from outside, 10 times
-in a millisecond; less often while it stands still, so that a pause is known to 1.6 %. What a tool says of itself does
-not matter here.
+shared with QEMU, so a small program with real-time priority (``sampler.c``) reads that number from outside, 10 times in
+a millisecond; less often while the guest is stopped, so that a downtime is known to 1.6 %. What a tool reports is not
+used.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PAGE = 4096
 
 class Sampler:
     """
-    Looks at a guest's number from :meth:`start` until :meth:`stop`. A context manager.
+    Samples a guest's number until :meth:`stop`. A context manager.
 
-    :ivar began: when the number was seen to grow, ns; 0 until then.
-    :ivar gaps: (from, to) of each time it was seen to stand still for a millisecond or longer, ns.
-    :ivar last: when it was seen to grow for the last time, ns.
+    :ivar began: when the number began to grow, ns; 0 until then.
+    :ivar gaps: (from, to) of each time it did not grow for a millisecond or longer, ns.
+    :ivar last: when it grew for the last time, ns.
     """
 
     def __init__(self, memory: Path) -> None:
@@ -57,16 +57,16 @@ class Sampler:
         """
         Wait until the number grows.
 
-        :raises GuestFailed: it cannot be looked at.
+        :raises GuestFailed: the memory cannot be read.
         """
         assert self._process.stdout is not None
         self._read(self._process.stdout.readline())
         if not self.began:
-            raise GuestFailed("the guest's memory cannot be looked at")
+            raise GuestFailed("cannot read the guest's memory")
 
     def see_growth(self) -> None:
         """
-        Wait until the number grows again: a guest that stands still at the end has no gap.
+        Wait until the number grows again, since a gap is reported at its end.
 
         :raises GuestFailed: it does not.
         """
@@ -77,7 +77,7 @@ class Sampler:
         return os.pread(self._fd, 8, counter.COUNTER)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop sampling."""
         self._process.terminate()
         for line in self._process.communicate(timeout=_TIMEOUT)[0].splitlines():
             self._read(line)
@@ -93,7 +93,7 @@ class Sampler:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """The longest time for which the guest stood still: from, to. Nothing, if it was shorter than a millisecond."""
+        """The longest gap: from, to. Empty if it was shorter than a millisecond."""
         return max(self.gaps, key=lambda gap: gap[1] - gap[0], default=(self.last, self.last))
 
 
@@ -106,7 +106,7 @@ def _program() -> Path:
 
 def memory_of(pid: int) -> Path | None:
     """
-    The file behind the memory of a QEMU process's guest: the largest of its memfds.
+    The file of the guest's memory in a QEMU process: the largest of its memfds.
 
     :return: None when there is none yet, or no such process.
     """
@@ -118,12 +118,12 @@ def memory_of(pid: int) -> Path | None:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if os.readlink(entry).startswith("/memfd:memory-backend-memfd"):
                     sizes[os.stat(entry).st_size] = entry
-    # Made, and not sized yet: 0 bytes.
+    # A new one has 0 bytes.
     return sizes[max(sizes)] if sizes and max(sizes) > counter.COUNTER else None
 
 
 def touch(memory: Path) -> None:
-    """Give every page of a guest's memory that it does not use itself content of its own."""
+    """Give every page of the guest's memory that the guest does not use a content of its own."""
     fd = os.open(memory, os.O_RDWR | os.O_CLOEXEC)
     try:
         block = bytearray(os.urandom(_FILL))

@@ -1,29 +1,29 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The functions behind the interposed ones: the C library's, or those of another preloaded library. What is not the hop's
- * business goes there unchanged.
+ * The functions behind the interposed ones: the C library's, or those of another preloaded library. Calls that do not
+ * concern the hop are passed to them unchanged.
  */
 #include "adopt.h"
 
 #include <dlfcn.h>
 
-struct next next_functions;
+struct libc libc_functions;
 
 static void *find(const char *name)
 {
     void *function = dlsym(RTLD_NEXT, name);
 
     if (!function)
-        die("the C library has no %s()", name);
+        fatal("the C library has no %s()", name);
     return function;
 }
 
 /*
- * Idempotent, so threads may race here. `ioctl` is written last: it is what next() looks at.
+ * Idempotent, so threads may race here. `ioctl` is written last: libc() tests it.
  */
-void find_next_functions(void)
+void find_libc_functions(void)
 {
-    struct next *n = &next_functions;
+    struct libc *n = &libc_functions;
 
     *(void **)&n->memfd_create = find("memfd_create");
     *(void **)&n->ftruncate = find("ftruncate64");

@@ -1,4 +1,4 @@
-"""Hops outside libvirt that are broken off, with the guest looked at afterwards."""
+"""Hops outside libvirt that are interrupted, and the state of the guest afterwards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .hops import sevhop
 from .lived import LivedInGuest
 
 
-def break_off(guest: Guest, emulator: Path, point: str, fault: str, operator: Operator | None = None) -> int:
+def interrupt_hop(guest: Guest, emulator: Path, point: str, fault: str, operator: Operator | None = None) -> int:
     """Hop with a fault, and perhaps somebody who does something meanwhile; the exit status of the hop."""
     command = [sys.executable, "-m", broken_hop.__name__, str(guest.machine.monitor), str(emulator), point, fault]
     command += [str(operator)] if operator else []
@@ -31,7 +31,7 @@ def break_off(guest: Guest, emulator: Path, point: str, fault: str, operator: Op
 
 
 def recover(*names: str) -> dict[str, Any]:
-    """Run ``sevhop recover``; what it says, and its exit status."""
+    """Run ``sevhop recover``; its JSON, and its exit status."""
     done = sevhop("recover", "--json", *names)
     assert done.stderr == "", done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -39,7 +39,7 @@ def recover(*names: str) -> dict[str, Any]:
 
 
 def note(note_fault: NoteFault, path: str, guest: Guest, point: str, fault: str, end: str) -> None:
-    """See that the guest runs once and lost nothing, and write that down."""
+    """Verify that the guest runs once and lost nothing, and record that."""
     (process,) = processes_of(guest.machine.directory)
     assert os.sched_getscheduler(process) == os.SCHED_OTHER
     if isinstance(guest, LivedInGuest):

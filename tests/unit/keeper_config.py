@@ -1,11 +1,11 @@
-"""What a keeper is told about a guest that never ran."""
+"""The configuration of a keeper, for a guest that never ran."""
 
 from __future__ import annotations
 
 import os
 
 from sevhop.guest.inspection import SevContext
-from sevhop.keeper.client import Brief
+from sevhop.keeper.client import KeeperConfig
 from sevhop_qmp.ram_blocks import RamBlock
 
 UUID = "11111111-2222-3333-4444-55555555550a"
@@ -15,8 +15,8 @@ BLOCKS = (
 )
 
 
-def brief() -> Brief:
-    return Brief(
+def config() -> KeeperConfig:
+    return KeeperConfig(
         name="web",
         uuid=UUID,
         pid=os.getpid(),

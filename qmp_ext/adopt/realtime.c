@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * While the guest waits, the threads of this process have a real-time priority, which who hops has lent them
- * (plugin/sevhop/urgency.py). A guest must not run with that: it could keep a processor from everybody else.
+ * During the downtime the threads of this process are boosted: the command gives them a realtime priority
+ * (plugin/sevhop/engine/realtime.py). It is reset before the guest runs, which could starve other processes with it.
  *
- * By sched_setattr(2), which the sandbox of QEMU does not know of (-sandbox resourcecontrol=deny). An ordinary user may not
- * take away the flag that resets the policy of children, so it stays until who hops takes it away; vCPUs have none.
+ * By sched_setattr(2), which the sandbox of QEMU does not filter (-sandbox resourcecontrol=deny). An unprivileged
+ * process may not clear the flag that resets the policy of children, so it stays until the command clears it; vCPUs
+ * have no children.
  */
 #include "adopt.h"
 #include "qemu.h"
@@ -14,6 +15,7 @@
 #include <limits.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -41,7 +43,7 @@ static bool read_attributes(pid_t thread, struct attributes *attributes)
     return !syscall(SYS_sched_getattr, thread, attributes, sizeof *attributes, 0);
 }
 
-static void lower(const struct thread *thread)
+static void reset(const struct thread *thread)
 {
     struct attributes attributes = {0};
     int nice;
@@ -57,10 +59,10 @@ static void lower(const struct thread *thread)
         return;
     attributes.flags = RESET_ON_FORK;
     if (syscall(SYS_sched_setattr, thread->id, &attributes, 0))
-        say("a real-time priority stays for now");
+        warn("cannot reset the realtime priority of thread %d: %s", (int)thread->id, strerror(errno));
 }
 
-static void remember(pid_t thread)
+static void record(pid_t thread)
 {
     struct attributes attributes = {0};
 
@@ -68,14 +70,14 @@ static void remember(pid_t thread)
         room += 64;
         threads = realloc(threads, room * sizeof *threads);
         if (!threads)
-            die("out of memory");
+            fatal("out of memory");
     }
     if (read_attributes(thread, &attributes))
         threads[count++] = (struct thread){thread, attributes.nice};
 }
 
-/* Looking for them takes a tenth of a millisecond, for which the guest need not wait. Those that come later have no priority. */
-void urgency_begins(void)
+/* Reading them takes 0.1 ms, which must not be downtime. Threads that are created later are not boosted. */
+void realtime_record(void)
 {
     DIR *directory = opendir("/proc/self/task");
     struct dirent *entry;
@@ -86,23 +88,23 @@ void urgency_begins(void)
     count = 0;
     while ((entry = readdir(directory)))
         if (parse_number(entry->d_name, &number) && number <= INT_MAX)
-            remember((pid_t)number);
+            record((pid_t)number);
     closedir(directory);
 }
 
-static void end_of_first(void *opaque)
+static void reset_first(void *opaque)
 {
     (void)opaque;
     for (size_t i = 0; i < count; i++)
         if (threads[i].id == getpid())
-            lower(&threads[i]);
+            reset(&threads[i]);
 }
 
-/* The first thread still has to start the guest: its turn comes when it has. */
-void urgency_ends(void)
+/* The first thread still has to start the guest, and is reset after that. */
+void realtime_reset(void)
 {
     for (size_t i = 0; i < count; i++)
         if (threads[i].id != getpid())
-            lower(&threads[i]);
-    aio_bh_schedule_oneshot_full(qemu_get_aio_context(), end_of_first, NULL, "sevhop-urgency");
+            reset(&threads[i]);
+    aio_bh_schedule_oneshot_full(qemu_get_aio_context(), reset_first, NULL, "sevhop-realtime");
 }

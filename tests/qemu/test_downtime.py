@@ -1,7 +1,7 @@
 """
-What a hop does while the guest is stopped, counted instead of timed: this does not depend on the machine.
+What a hop does during the downtime, counted instead of timed: this does not depend on the machine.
 
-QEMU reads its monitors byte by byte, so every command costs some tenths of a millisecond of the blackout. Whoever adds
+QEMU reads its monitors byte by byte, so every command adds some tenths of a millisecond to the downtime. Whoever adds
 one changes the list here, and knows what it costs.
 """
 
@@ -18,24 +18,24 @@ import pytest
 from sevhop_qmp.monitor import Monitor
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import STOP, STREAM_END, Meddler
+from .hops import STOP, STREAM_END, HopDriver
 
 #: From the first phase in which the guest is stopped to the last.
-BLACKOUT = ("freeze", "share", "save", "load", "commit", "resume")
-#: What the source is asked once more right before the guest stops.
-LOOKED_AT = {
+DOWNTIME = ("stop", "map", "save", "load", "commit", "resume")
+#: What is queried again in the source right before the guest stops.
+QUERIES = {
     *("query-status", "qom-list", "query-migrate", "query-jobs", "query-dump"),
     *("query-named-block-nodes", "x-debug-query-block-graph", "query-block", "query-block-exports"),
     *("qom-get", "query-chardev", "query-vnc-servers", "query-spice", "query-vm-generation-id"),
     "human-monitor-command",
 }
-#: The commands, each in the phase in which it is sent. They are sent together. The destination is told nothing: it is
-#: given the stream.
+#: The commands, each in the phase in which it is sent. They are sent together. The destination gets no command, but the
+#: stream.
 COMMANDS = [
-    ("freeze", "stop"),
-    ("freeze", "xen-save-devices-state"),
+    ("stop", "stop"),
+    ("stop", "xen-save-devices-state"),
 ]
-#: What Python tells of (https://docs.python.org/3/library/audit_events.html) that has no place in a blackout.
+#: Audit events of Python (https://docs.python.org/3/library/audit_events.html) that must not occur in the downtime.
 SLOW = ("import", "subprocess.Popen", "os.fork", "os.exec", "os.posix_spawn", "time.sleep", "socket.connect")
 
 _listeners: list[list[str]] = []
@@ -48,7 +48,7 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
 
 @contextmanager
 def audited() -> Iterator[list[str]]:
-    """What of the slow is done meanwhile. A hook cannot be removed, so there is only one."""
+    """Collect the slow events meanwhile. A hook cannot be removed, so there is only one."""
     if not hasattr(audited, "installed"):
         sys.addaudithook(_hook)
         audited.installed = True  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ def audited() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("rich", [False, True])
-def test_round_trips_and_nothing_slow(
+def test_downtime_has_only_the_listed_commands(
     rich: bool,
     old: Path,
     new: Path,
@@ -71,20 +71,20 @@ def test_round_trips_and_nothing_slow(
 ) -> None:
     guest = start(counter_machine(rich=rich, disk_mib=16 if rich else 0, network=rich), old)
     guest.wait_for_ticks(5)
-    meddler = Meddler()
-    said: list[tuple[str, str]] = []
+    driver = HopDriver()
+    commands: list[tuple[str, str]] = []
     slow: list[tuple[str, str]] = []
     execute = Monitor.execute
 
     def note_slow() -> None:
-        slow.extend((meddler.phases[-1], event) for event in seen)
+        slow.extend((driver.phases[-1], event) for event in seen)
         seen.clear()
 
     async def noted(
         self: Monitor, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
     ) -> Any:
         note_slow()
-        said.append((meddler.phases[-1], command))
+        commands.append((driver.phases[-1], command))
         try:
             return await execute(self, command, arguments, timeout=timeout)
         finally:
@@ -92,12 +92,12 @@ def test_round_trips_and_nothing_slow(
 
     monkeypatch.setattr(Monitor, "execute", noted)
     with audited() as seen:
-        report = meddler.run(guest, new)
+        report = driver.run(guest, new)
     assert report.outcome == "done"
-    stopped = said.index(COMMANDS[0])
-    assert {command for phase, command in said[:stopped] if phase in BLACKOUT} <= LOOKED_AT
-    assert [(phase, command) for phase, command in said[stopped:] if phase in BLACKOUT] == COMMANDS
-    assert [(phase, event) for phase, event in slow if phase in BLACKOUT] == []
+    stopped = commands.index(COMMANDS[0])
+    assert {command for phase, command in commands[:stopped] if phase in DOWNTIME} <= QUERIES
+    assert [(phase, command) for phase, command in commands[stopped:] if phase in DOWNTIME] == COMMANDS
+    assert [(phase, event) for phase, event in slow if phase in DOWNTIME] == []
     assert any(phase == "prepare" for phase, _ in slow)  # the audit works: there the destination is started
     guest.wait_for_ticks(5)
 
@@ -117,13 +117,13 @@ ALLOWED = {
 }
 
 
-def test_system_calls(
+def test_downtime_has_only_allowed_system_calls(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, tmp_path: Path
 ) -> None:
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(5)
     log = tmp_path / "calls"
-    hop = [sys.executable, "-m", "sevhop.cli", "hop", "--source", str(guest.machine.monitor), "--emulator", str(new)]
+    hop = [sys.executable, "-m", "sevhop.cli", "hop", "--qmp", str(guest.machine.monitor), "--emulator", str(new)]
     subprocess.run(["strace", "--output", log, *hop], check=True, capture_output=True)
     lines = log.read_text(errors="replace").splitlines()
     (stop,), (end,) = ([at for at, line in enumerate(lines) if what in line] for what in (STOP, STREAM_END))

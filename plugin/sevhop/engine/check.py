@@ -1,0 +1,163 @@
+"""The first phases of a hop: check and acquire. Nothing of the guest is changed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sevhop_qmp.errors import MonitorError, ProcessError, RamError, SevhopError
+from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.process import QemuProcess
+
+from ..checks import guest as guest_checks
+from ..disks.block_graph import BlockGraph
+from ..errors import GuestLost, Refused
+from ..guest import command_line, inspection
+from ..keeper.handover import SourceHandles
+from ..options import HopOptions
+from ..process import launch
+from ..records import journal
+from ..records.journal import HopRecord, Process
+from .destination import LaunchContext
+from .guest_paths import GuestPaths
+from .source_watch import SourceWatch
+from .transaction import Transaction
+
+
+@dataclass(frozen=True)
+class Checked:
+    """
+    A guest that can hop. See :func:`check`.
+
+    :ivar monitor: of the source.
+    :ivar disks: as the source reports them.
+    :ivar watch: the events of the source since.
+    :ivar arguments: the destination's command line.
+    """
+
+    monitor: Monitor
+    source: QemuProcess
+    guest: inspection.Guest
+    disks: BlockGraph
+    watch: SourceWatch
+    arguments: command_line.Derived
+    working_directory: str
+
+    @property
+    def was_running(self) -> bool:
+        """Whether the guest ran. One that was paused stays so."""
+        return self.guest.state == "running"
+
+    @property
+    def has_context(self) -> bool:
+        """Whether there is an SEV context to move."""
+        return self.guest.context.kind != "none"
+
+    @property
+    def autostart(self) -> bool:
+        """
+        Whether the destination starts the guest on its own as soon as it has loaded everything. It activates the
+        images first, which marks their dirty bitmaps as in use: if it was terminated then, they would be lost.
+        """
+        return self.was_running and not self.has_context and not self.disks.bitmaps()
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """
+    What was taken from the source without changing it. See :func:`acquire`.
+
+    :ivar handles: duplicates of its descriptors.
+    :ivar launch_context: the environment of its process.
+    :ivar guest_paths: the paths that must lead to the destination in the end.
+    :ivar oom_score_adj: its own.
+    """
+
+    handles: SourceHandles
+    launch_context: LaunchContext
+    guest_paths: GuestPaths
+    oom_score_adj: int
+
+
+async def check(hop: Transaction, qmp: Path, options: HopOptions) -> Checked:
+    """
+    Nothing is touched: can this guest hop, to this emulator, on this host?
+
+    :param qmp: the source's QMP socket.
+    :raises Refused: it cannot.
+    """
+    try:
+        monitor = await hop.resources.enter_async_context(await _connect(qmp, options.step_timeout))
+        source = QemuProcess.open(monitor.peer)
+        hop.resources.callback(source.close)
+        hop.rollback.push(lambda: _verify_alive(source))
+        hop.report.source_pid = source.pid
+        hop.report.source_version = monitor.version
+        watch = hop.resources.enter_context(SourceWatch.begin(monitor))
+        working_directory = source.working_directory
+        verdict = await guest_checks.standalone(monitor, source, options.emulator, options.command)
+    except SevhopError as err:
+        raise Refused(err.message, err.hint) from err
+    checked = Checked(monitor, source, verdict.guest, verdict.disks, watch, verdict.arguments, working_directory)
+    hop.report.emulator = checked.arguments.emulator
+    hop.report.guest = checked.guest.name
+    hop.report.context = checked.guest.context.kind
+    if not checked.was_running:
+        hop.downtime.disown()
+    if failures := verdict.tree.failures():
+        first = failures[0]
+        raise Refused(f"{first.name}: {first.detail}", first.hint)
+    await hop.begin_record(
+        HopRecord(
+            kind="standalone",
+            guest=checked.guest.name,
+            context=checked.guest.context.kind,
+            running=checked.was_running,
+            source=Process.of(source),
+            monitor=os.path.abspath(qmp),
+            old=source.executable,
+            new=checked.arguments.emulator,
+        )
+    )
+    return checked
+
+
+async def _connect(qmp: Path, timeout: float) -> Monitor:
+    try:
+        return await Monitor.connect(qmp, timeout=timeout, greeting_timeout=timeout)
+    except MonitorError:
+        # An earlier hop may have left it halted, or its socket without a listener.
+        journal.expect_none(os.path.abspath(qmp))
+        raise
+
+
+def _verify_alive(source: QemuProcess) -> None:
+    """:raises GuestLost: the rollback has nobody to resume."""
+    if not source.alive:
+        raise GuestLost("the source's QEMU exited unexpectedly, and the guest with it")
+
+
+async def acquire(hop: Transaction, checked: Checked) -> Acquired:
+    """
+    Take the source's VM, memory and listening sockets, and the environment of its process.
+
+    :raises Refused: the memory behind a backend cannot be identified for certain.
+    """
+    source = checked.source
+    try:
+        handles = SourceHandles.take(source, checked.guest)
+    except RamError as err:
+        if not source.alive:
+            raise
+        raise Refused(err.message, err.hint) from err
+    hop.resources.callback(handles.close)
+    launch_context = LaunchContext.of(source)
+    hop.resources.callback(launch_context.close)
+    guest_paths = GuestPaths.of(checked.working_directory, handles.listeners, checked.arguments.pidfile)
+    try:
+        score = launch.oom_score_adj(source.pid)
+    except OSError as err:
+        raise ProcessError(f"process {source.pid} has exited") from err
+    hop.record(guest_paths=guest_paths.as_fields(), oom_score_adj=score)
+    return Acquired(handles, launch_context, guest_paths, score)

@@ -1,0 +1,175 @@
+"""
+The phase of a hop in which everything is prepared while the guest runs.
+
+Everything that can be done while the guest runs is done here, and everything that can fail early fails here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, replace
+
+from sevhop_qmp import ram_blocks
+from sevhop_qmp.device_state import OutgoingState
+from sevhop_qmp.errors import (
+    CommandError,
+    MonitorError,
+    SevhopError,
+)
+from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.run_mark import RunMark
+
+from ..disks.disk_guard import DiskGuard
+from ..errors import Refused
+from ..guest import command_line, cpu_features, inspection, runtime_settings
+from ..guest.inspection import ENCRYPTED_BLOCKS
+from ..options import HopOptions
+from ..process import confinement, launch, scheduling, seccomp_filter
+from ..process.confinement import Confinement
+from .check import Acquired, Checked
+from .destination import Destination
+from .realtime import Watchdog
+from .start import DestinationUndo, Started, explaining_exit, start_destination
+from .state_transfer import StateTransfer
+from .transaction import Transaction
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """
+    All that is needed to stop the guest. See :func:`prepare`.
+
+    :ivar guest: as the destination has it.
+    :ivar disks: guards those of the source.
+    :ivar ram: keeps the RAM blocks of the destination that are not shared equal to those of the source.
+    :ivar settings: of the source, made since its start.
+    :ivar roles: how the threads of source and destination are scheduled.
+    """
+
+    started: Started
+    arguments: command_line.Derived
+    run_mark: RunMark
+    guest: inspection.Guest
+    disks: DiskGuard
+    ram: ram_blocks.RamBlockSync
+    settings: runtime_settings.Settings
+    roles: tuple[scheduling.Roles, scheduling.Roles]
+    transfer: StateTransfer
+    terminate_destination: DestinationUndo
+
+
+async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired) -> Prepared:
+    """
+    Start the destination, compare it with the source, and copy what can be copied while the guest runs.
+
+    :raises Refused: the destination is not what the guest needs.
+    """
+    watchdog = Watchdog.start()
+    hop.resources.push_async_callback(watchdog.close)
+    hop.rollback.push(acquired.guest_paths.discard)
+    hop.rollback.push(lambda: _restore_oom_score_adj(checked.source, acquired.oom_score_adj))
+    launch.protect_from_oom(checked.source.pid)
+    run_mark = await _leave_run_mark(hop, checked)
+    pinned = await runtime_settings.pinned(checked.arguments.arguments, checked.monitor)
+    arguments = replace(checked.arguments, arguments=pinned)
+    try:
+        started = await start_destination(hop, options, checked, acquired, arguments, run_mark)
+    except SevhopError as err:
+        if not (remote := checked.disks.remote()):
+            raise
+        raise SevhopError(f"{err.message}; {remote}, whose server may take one client only", err.hint) from err
+    outgoing = OutgoingState(checked.monitor, started.incoming)
+    transfer = StateTransfer(outgoing, started.incoming, options.step_timeout)
+    hop.resources.callback(transfer.close)
+    undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout)
+    hop.rollback.push(undo)
+    async with explaining_exit(checked, started.destination):
+        theirs, roles, disks, ram = await _compare(hop, options, checked, acquired, started)
+        undo.has_bitmaps = bool(disks.graph.bitmaps())
+        settings = await _copy_settings(hop, options, checked, started)
+        watchdog.watch(checked.source.pid, started.destination.process.pid)
+        await hop.resources.enter_async_context(outgoing)
+        identity = acquired.launch_context.credentials
+        await outgoing.arm(identity.uid, identity.gid)
+    return Prepared(started, arguments, run_mark, theirs, disks, ram, settings, roles, transfer, undo)
+
+
+def _restore_oom_score_adj(source: QemuProcess, score: int) -> None:
+    with contextlib.suppress(OSError):  # it has exited
+        launch.set_oom_score_adj(source.pid, score)
+
+
+async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:
+    """Give the source the mark that records whether the guest has run in the destination; there it outlasts us."""
+    run_mark = RunMark.create()
+    hop.resources.callback(run_mark.close)
+    fdset, _ = await checked.monitor.add_fd(run_mark.fileno())
+
+    async def remove() -> None:
+        with contextlib.suppress(MonitorError, CommandError):
+            await checked.monitor.execute("remove-fd", {"fdset-id": fdset})
+
+    hop.resources.push_async_callback(remove)
+    hop.record(run_mark=run_mark.inode)
+    return run_mark
+
+
+async def _compare(
+    hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, started: Started
+) -> tuple[inspection.Guest, tuple[scheduling.Roles, scheduling.Roles], DiskGuard, ram_blocks.RamBlockSync]:
+    """Verify that the destination is the same machine, on the same memory, and sync its private RAM blocks."""
+    destination = started.destination
+    theirs = await inspection.inspect(destination.monitor, destination.process)
+    if found := inspection.differences(checked.guest, theirs):
+        raise Refused("; ".join(found), "give the destination the source's command line")
+    roles = await _compare_processes(hop, checked, destination)
+    disks = await DiskGuard.open(checked.monitor, checked.source)
+    hop.resources.callback(disks.close)
+    # A command line given by the caller may name block nodes differently.
+    found = await disks.differences(destination.monitor, destination.process, names=not options.command)
+    if found:
+        raise Refused(found[0], "give the destination the disks that the guest has now, or try again")
+    encrypted = ENCRYPTED_BLOCKS if checked.has_context else frozenset()
+    pairs = ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks, encrypted=encrypted)
+    ram = ram_blocks.RamBlockSync(checked.source, destination.process, pairs)
+    await asyncio.to_thread(ram.sync)
+    return theirs, roles, disks, ram
+
+
+async def _compare_processes(
+    hop: Transaction, checked: Checked, destination: Destination
+) -> tuple[scheduling.Roles, scheduling.Roles]:
+    """Verify that the destination is confined and scheduled as the source is."""
+    confined = Confinement.of(checked.source)
+    found = confinement.differences(confined, Confinement.of(destination.process))
+    ours = await scheduling.Roles.of(checked.monitor, checked.source)
+    theirs = await scheduling.Roles.of(destination.monitor, destination.process)
+    found += scheduling.hand_over(ours, theirs)
+    if confined.filters and not found:
+        try:
+            found = await asyncio.to_thread(confinement.filters_lost, ours.quiet, theirs.quiet)
+        except seccomp_filter.UnknownFilter as err:
+            hop.note(f"cannot compare the sandbox of the new QEMU: {err.message}")
+    if found:
+        raise Refused("; ".join(found), "start the guest in a way that sevhop can repeat, or run sevhop as root")
+    return ours, theirs
+
+
+async def _copy_settings(
+    hop: Transaction, options: HopOptions, checked: Checked, started: Started
+) -> runtime_settings.Settings:
+    """Set in the destination what was set in the source since its start; refuse the hop where that is not possible."""
+    source, destination = checked.monitor, started.destination.monitor
+    lost, gained = await cpu_features.compare(source, await cpu_features.feature_words(source), destination)
+    if lost:
+        raise Refused(lost, "choose another version of QEMU, or one with these features")
+    settings = await runtime_settings.read(source, checked.source)
+    theirs = await runtime_settings.read(destination, started.destination.process)
+    found = runtime_settings.differences(settings, theirs)
+    if found and not options.command:  # a whole command line may differ on purpose
+        raise Refused("; ".join(found), "give the destination's whole command line after --")
+    notes = await runtime_settings.carry_over(settings, theirs, destination)
+    for note in filter(None, [gained, *found, *notes]):
+        hop.note(note)
+    return settings

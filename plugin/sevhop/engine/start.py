@@ -1,0 +1,178 @@
+"""Starts a destination, and terminates it again if the hop is rolled back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sevhop_qmp import device_state
+from sevhop_qmp.device_state import IncomingState
+from sevhop_qmp.errors import (
+    CommandError,
+    MonitorClosed,
+    MonitorError,
+    ProcessError,
+    RamError,
+    SevhopError,
+    StateError,
+)
+from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.run_mark import RunMark, RunState
+
+from ..cancellation import shielded
+from ..errors import GuestState, RecoveryRequired
+from ..guest import command_line
+from ..keeper.local import LocalKeeper
+from ..options import HopOptions
+from ..records.journal import Process
+from .check import Acquired, Checked
+from .destination import Destination
+from .state_transfer import StateTransfer
+from .transaction import Transaction
+
+#: Seconds for each step, at least, where there is no rollback: late is better than lost.
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """
+    A destination that waits for the device state. See :func:`start_destination`.
+
+    :ivar keeper: serves its requests.
+    :ivar vm: duplicate of its KVM VM, in which an SEV context is safe if it exits; None under TCG.
+    """
+
+    destination: Destination
+    keeper: LocalKeeper
+    incoming: IncomingState
+    vm: int | None
+
+
+async def start_destination(
+    hop: Transaction,
+    options: HopOptions,
+    checked: Checked,
+    acquired: Acquired,
+    arguments: command_line.Derived,
+    run_mark: RunMark,
+) -> Started:
+    """
+    Start a destination, and have it wait for the device state.
+
+    :raises SevhopError: it did not start; no process is left then.
+    """
+    keeper = hop.resources.enter_context(LocalKeeper(acquired.handles, checked.guest.context, run_mark, checked.source))
+
+    def record_destination(process: QemuProcess, directory: Path) -> None:
+        hop.record(destination=Process.of(process), directory=str(directory))
+
+    destination = await Destination.start(
+        arguments.emulator,
+        arguments.arguments,
+        acquired.launch_context,
+        keeper,
+        timeout=options.start_timeout,
+        command_timeout=options.step_timeout,
+        started=record_destination,
+        paused=not checked.autostart,
+    )
+    try:
+        hop.report.destination_pid = destination.process.pid
+        hop.report.destination_version = destination.monitor.version
+        incoming = hop.resources.enter_context(IncomingState(destination.monitor))
+        async with explaining_exit(checked, destination):
+            await incoming.arm(device_state.header(checked.guest.machine_type))
+        # A descriptor of a VM keeps its context alive. If the destination exits after the move, it is in this one.
+        number = destination.process.vm_descriptor()
+        vm = None if number is None else destination.process.duplicate(number)
+        if vm is not None:
+            hop.resources.callback(os.close, vm)
+    except BaseException:
+        try:
+            await shielded(destination.kill())
+        except SevhopError as err:
+            state = GuestState.RUNNING_IN_OLD if checked.was_running else GuestState.PAUSED_IN_OLD
+            raise RecoveryRequired(err.message, err.hint, state) from err
+        raise
+    return Started(destination, keeper, incoming, vm)
+
+
+class DestinationUndo:
+    """
+    Terminates the destination, so that the source may run the guest; done once, however often it is called.
+
+    :ivar has_bitmaps: whether there are dirty bitmaps in the guest's images.
+
+    :raises RecoveryRequired: the destination has the guest, and was left as it is.
+    :raises SevhopError: it cannot be terminated.
+    """
+
+    def __init__(
+        self,
+        hop: Transaction,
+        checked: Checked,
+        started: Started,
+        transfer: StateTransfer,
+        run_mark: RunMark,
+        timeout: float,
+    ) -> None:
+        self._hop = hop
+        self._checked = checked
+        self._started = started
+        self._transfer = transfer
+        self._run_mark = run_mark
+        self._timeout = timeout
+        self._done = False
+        self.has_bitmaps = bool(checked.disks.bitmaps())
+
+    async def __call__(self) -> None:
+        if self._done:
+            return
+        destination, transfer = self._started.destination, self._transfer
+        process = destination.process
+        source_ended = transfer.forwarded and not self._checked.source.alive
+        if source_ended:
+            await transfer.arrival(PATIENCE)
+        if self._started.keeper.revoke_start():
+            self._hop.commit(GuestState.RUNNING_IN_NEW)
+            await destination.leave()
+            raise RecoveryRequired(
+                f"the guest runs in process {process.pid} already", guest_state=GuestState.RUNNING_IN_NEW
+            )
+        if transfer.forwarded and not self._checked.source.alive and process.alive:
+            # Only the destination has the guest. Leave it there, paused.
+            await destination.leave()
+            raise RecoveryRequired(
+                f"the source has exited, the guest is in process {process.pid}",
+                guest_state=GuestState.PAUSED_IN_NEW,
+            )
+        if self._run_mark.read() is not RunState.NOT:
+            # The keeper has refused the start, and it is about to exit; or somebody else has resumed the guest there.
+            await process.wait(self._timeout)
+            if self._run_mark.read() is not RunState.NOT:
+                raise RecoveryRequired(f"the guest has run in process {process.pid}")
+        if transfer.loaded and self.has_bitmaps:
+            # It may have activated the images: on a regular exit it stores the bitmaps as they were.
+            with contextlib.suppress(MonitorError, CommandError):
+                await destination.monitor.execute("quit")
+                await process.wait(self._timeout)
+        await destination.kill()
+        self._done = True
+
+
+@contextlib.asynccontextmanager
+async def explaining_exit(checked: Checked, destination: Destination) -> AsyncIterator[None]:
+    """Translate an error caused by the exit of the destination: what QEMU has printed before is more specific."""
+    try:
+        yield
+    except (MonitorError, ProcessError, RamError, StateError) as err:
+        if isinstance(err, (MonitorClosed, StateError)) and not checked.monitor.closed:
+            await destination.process.wait(1.0)  # it is about to exit, and then it has printed why
+        if destination.process.alive:
+            raise
+        printed = destination.last_error()
+        raise StateError("the destination exited" + (f": {printed}" if printed else ""), err.hint) from err

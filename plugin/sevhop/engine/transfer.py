@@ -1,0 +1,199 @@
+"""
+The phases of a hop in which the guest is stopped and all of it goes over: stop, map, save, load.
+
+All of this is downtime. Nothing is queried here that could have been queried before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from dataclasses import dataclass
+
+from sevhop_qmp.errors import SevhopError, StateError
+from sevhop_qmp.thread_states import ThreadStates
+
+from ..disks import block_graph
+from ..errors import GuestState, RecoveryRequired
+from ..guest import inspection, runtime_settings
+from ..options import HopOptions
+from ..process import scheduling
+from . import finish
+from .check import Checked
+from .prepare import Prepared
+from .realtime import Boost
+from .transaction import Transaction
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """
+    The guest does not run. See :func:`stop`.
+
+    :ivar threads: the states of the source's threads.
+    :ivar boost: who has a realtime priority meanwhile.
+    """
+
+    threads: ThreadStates
+    boost: Boost
+
+
+async def stop(hop: Transaction, checked: Checked, prepared: Prepared) -> Stopped:
+    """
+    Stop the source, which begins to save its state. A guest that was paused is verified to be.
+
+    :raises SevhopError: it is not what it was when it was checked.
+    """
+    await verify_unchanged(checked, prepared)
+    hop.record(stopped=checked.was_running)
+    source, destination = checked.source, prepared.started.destination.process
+    threads = source.threads
+    states = hop.resources.enter_context(source.thread_states())
+    boost = hop.resources.enter_context(Boost([*threads, *destination.threads]))
+    hop.rollback.push(lambda: _resume_source(hop, checked, prepared, boost))
+    prepared.ram.sync()  # once more, so that little is left, and the caches are warm
+    gc.freeze()  # the collector does not visit these objects again during the downtime
+    readers = set(threads) - checked.guest.vcpu_threads
+    # Not all threads of the destination: one may still be busy with its start, and would delay the guest now.
+    boost.destination([destination.pid, *prepared.guest.vcpu_threads])
+    boost.source([source.pid])
+    checked.watch.stopping()
+    if checked.was_running:
+        hop.downtime_begins()
+        # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.
+        with checked.monitor.on_first_data(lambda: boost.source(readers)):
+            stopped = asyncio.ensure_future(checked.monitor.execute("stop"))
+            # QEMU runs commands in their order, so this one need not wait for the answer.
+            prepared.transfer.begin()
+            boost.ourselves()
+            await stopped
+    else:
+        await _verify_stopped(checked)
+        boost.source(readers)
+        prepared.transfer.begin()
+    boost.source(checked.guest.vcpu_threads)
+    return Stopped(states, boost)
+
+
+async def verify_unchanged(checked: Checked, prepared: Prepared) -> None:
+    """
+    Others may have changed the guest while the destination was started.
+
+    :raises SevhopError: they have.
+    """
+    await inspection.verify_unchanged(checked.monitor, checked.guest)
+    now = await runtime_settings.read(checked.monitor, checked.source)
+    if found := runtime_settings.changes(prepared.settings, now):
+        raise SevhopError(f"{found} of the guest was changed by somebody else", "try again")
+    if lost := scheduling.hand_over(*prepared.roles):
+        raise SevhopError("; ".join(lost), "try again")
+    await prepared.disks.verify_unchanged(checked.monitor)
+    await checked.watch.verify_undisturbed()
+
+
+async def _verify_stopped(checked: Checked) -> None:
+    status = await checked.monitor.execute("query-status")
+    if status["running"]:
+        raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
+
+
+async def _resume_source(hop: Transaction, checked: Checked, prepared: Prepared, boost: Boost) -> None:
+    """
+    Undo the stop: the destination is terminated first, so that at no moment two QEMUs may run the guest.
+
+    :raises RecoveryRequired: the guest does not run again.
+    """
+    await prepared.terminate_destination()
+    if not checked.source.alive:
+        return
+    checked.source.thaw()
+    try:
+        await _resume_stopped_source(hop, checked, prepared, boost)
+    except SevhopError as err:
+        raise RecoveryRequired(f"rollback failed: {err.message}", err.hint, GuestState.PAUSED_IN_OLD) from err
+
+
+async def _resume_stopped_source(hop: Transaction, checked: Checked, prepared: Prepared, boost: Boost) -> None:
+    monitor, disks = checked.monitor, prepared.disks
+    saved = await prepared.transfer.abandon()
+    boost.reset()
+    if hop.downtime.began:
+        # The answer to this comes after all that our order to stop has caused, however late that was executed.
+        await monitor.execute("query-status", timeout=max(finish.CONT_DEADLINE, monitor.timeout))
+    if hop.downtime.began and await checked.watch.stopped_by_us():
+        await finish.resume_guest(monitor)
+    elif saved:
+        # It has given up its images, but the guest is not ours to resume.
+        await block_graph.activate(monitor)
+        hop.downtime.disown()
+    if disks.spares_given_up:
+        await block_graph.activate(monitor)
+    if saved:
+        for text in await disks.lost_bitmaps(monitor):
+            hop.note(text)
+
+
+async def map_memory(prepared: Prepared) -> None:
+    """Have the destination map the guest's memory, and sync private RAM blocks. The source saves meanwhile."""
+    prepared.transfer.send_first_byte()
+    prepared.ram.sync()
+
+
+async def save(prepared: Prepared) -> None:
+    """
+    Forward the device state to the destination as the source writes it.
+
+    :raises StateError, MonitorError: the source cannot save, or has exited.
+    """
+    await prepared.transfer.forward()
+
+
+async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared: Prepared, stopped: Stopped) -> None:
+    """
+    Halt the source (SIGSTOP), and have the destination load everything. With autostart this is the commit: the
+    destination reports the start to the keeper right before, which can refuse it.
+
+    :raises SevhopError: somebody has resumed the source, it keeps a disk, or the destination cannot load the state.
+    """
+    transfer, keeper = prepared.transfer, prepared.started.keeper
+    # The destination loads the state meanwhile. A halted source cannot be asked about its disks any more.
+    await prepared.disks.verify_given_up(
+        checked.monitor, again=not hop.downtime.began, verify_stopped=lambda: verify_not_resumed(hop, checked)
+    )
+    await _halt_source(hop, options, checked, prepared, stopped)
+    # It has reported all that was done to it until then.
+    await verify_not_resumed(hop, checked)
+    await transfer.end()
+    if checked.autostart:
+        # The rest is done by the destination. We would only compete with the guest's vCPUs.
+        stopped.boost.reset_ourselves()
+    await transfer.until_loaded(keeper.runs)
+    if checked.autostart:
+        if not keeper.runs.is_set() and not keeper.revoke_start():
+            # QEMU stays paused if it cannot activate the disk images, and reports that only in its log.
+            why = " ".join(prepared.started.destination.log_lines()[-2:]) or "QEMU gives no reason"
+            raise StateError(f"the destination cannot start the guest: {why}")
+        hop.commit(GuestState.RUNNING_IN_NEW)
+    hop.record(loaded=True)
+
+
+async def _halt_source(
+    hop: Transaction, options: HopOptions, checked: Checked, prepared: Prepared, stopped: Stopped
+) -> None:
+    """It has saved everything. From here on it executes nothing, whatever command it gets on any monitor."""
+    source = checked.source
+
+    async def hang_up_if_halted() -> None:
+        if source.frozen:
+            await checked.monitor.close()  # nobody should wait for an answer that never comes
+
+    hop.resources.push_async_callback(hang_up_if_halted)
+    source.halt()
+    await prepared.disks.verify_unchanged_when_stopped()  # its threads stop meanwhile
+    if not await source.freeze(options.step_timeout, stopped.threads) and source.alive:
+        raise SevhopError("the source cannot be halted")
+
+
+async def verify_not_resumed(hop: Transaction, checked: Checked) -> None:
+    """:raises SevhopError: the guest has run in the source since the hop stopped it, or was changed."""
+    await checked.watch.verify_stopped(was_running=hop.downtime.began)

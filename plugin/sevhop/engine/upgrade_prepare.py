@@ -1,0 +1,265 @@
+"""The phases of an upgrade before the guest is stopped: check, acquire, rehearse, prepare."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import OnDisk, QemuProcess
+from sevhop_qmp.saved_device_state import SavedDeviceState
+
+from ..cancellation import shielded
+from ..checks.domain import examine
+from ..disks import block_graph
+from ..disks.block_graph import BlockGraph
+from ..disks.disk_guard import DiskGuard
+from ..errors import GuestLost, GuestState, Refused
+from ..guest import cpu_features, emulator, inspection, runtime_settings
+from ..guest.inspection import ENCRYPTED_BLOCKS
+from ..install import verification
+from ..keeper.client import KeeperClient, KeeperConfig
+from ..libvirt import domain_xml, lock_manager
+from ..libvirt.connection import Connection, Domain, DomainMonitor
+from ..options import UpgradeOptions
+from ..process import cgroup_memory
+from ..records import journal
+from ..records.journal import HopRecord, Process
+from .rehearsal import Rehearsal, Subject
+from .rehearsal_command_line import Unrehearsable
+from .transaction import Transaction
+
+
+@dataclass(frozen=True)
+class CheckedDomain:
+    """
+    A domain that can be upgraded. See :func:`check`.
+
+    :ivar xml: the domain as it runs, without what earlier hops have added.
+    :ivar old, new: the emulator that it runs in, and the one to upgrade to.
+    """
+
+    connection: Connection
+    domain: Domain
+    monitor: DomainMonitor
+    source: QemuProcess
+    guest: inspection.Guest
+    disks: BlockGraph
+    xml: str
+    old: str
+    new: str
+
+    @property
+    def encrypted(self) -> frozenset[str]:
+        """Names of the RAM blocks whose content cannot be copied."""
+        return frozenset() if self.guest.context.kind == "none" else ENCRYPTED_BLOCKS
+
+    async def saved_by_another(self) -> bool:
+        """Whether somebody else has saved the domain, so that there is an image of it to restore."""
+        with contextlib.suppress(SevhopError):
+            return await self.domain.saved()
+        return False
+
+
+@dataclass(frozen=True)
+class PreparedDomain:
+    """
+    All that is needed to stop the guest. See :func:`prepare`.
+
+    :ivar piped: whether the new emulator can load a state only from a pipe.
+    :ivar displays: the ports that libvirt has chosen for the displays.
+    :ivar disks: guards those of the source.
+    :ivar state: the file that the device state is saved to.
+    """
+
+    piped: bool
+    displays: list[dict[str, str]]
+    disks: DiskGuard
+    state: SavedDeviceState
+
+
+async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) -> CheckedDomain:
+    """
+    Nothing is touched: can this guest hop, to this emulator, on this host?
+
+    :raises Refused: it cannot.
+    """
+    try:
+        connection = await Connection.open(uri)
+        hop.resources.callback(connection.close)
+        domain = await connection.domain(name)
+        # If an earlier hop was interrupted, the domain may be shut off because of that.
+        journal.expect_none(domain.uuid)
+        examined = await hop.resources.enter_async_context(examine(connection, domain, options.emulator, in_full=True))
+        if not options.dry_run and not examined.tree.failures():
+            await verification.ensure_hook(connection)
+    except SevhopError as err:
+        raise Refused(err.message, err.hint) from err
+    if failures := examined.tree.failures():
+        first = failures[0]
+        raise Refused(f"{first.name}: {first.detail}", first.hint)
+    checked = CheckedDomain(
+        connection,
+        domain,
+        examined.monitor,
+        examined.process,
+        examined.guest,
+        examined.disks,
+        examined.xml,
+        examined.old,
+        examined.new,
+    )
+    hop.report.emulator = checked.new
+    hop.report.context = checked.guest.context.kind
+    hop.report.source_pid = checked.source.pid
+    hop.report.source_version = checked.monitor.version
+    hop.rollback.push(lambda: _verify_alive(checked))
+    if checked.guest.state != "running":
+        hop.downtime.disown()
+    if not options.dry_run:
+        await hop.begin_record(
+            HopRecord(
+                kind="domain",
+                guest=domain.name,
+                uri=uri,
+                uuid=domain.uuid,
+                context=checked.guest.context.kind,
+                running=checked.guest.state == "running",
+                source=Process.of(checked.source),
+                old=checked.old,
+                new=checked.new,
+            )
+        )
+    return checked
+
+
+async def _verify_alive(checked: CheckedDomain) -> None:
+    """:raises GuestLost: the rollback has nobody to resume."""
+    if checked.source.alive:
+        return
+    if await checked.saved_by_another():
+        raise GuestLost(
+            "somebody else has saved the domain",
+            "resume the guest by restoring that image",
+            GuestState.SAVED,
+        )
+    raise GuestLost("the source's QEMU exited unexpectedly, and the guest with it")
+
+
+async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> KeeperClient:
+    """
+    Start a keeper, which takes the source's VM and memory.
+
+    :raises KeeperError: it cannot.
+    """
+    identity = checked.source.credentials
+    config = KeeperConfig(
+        name=checked.domain.name,
+        uuid=checked.domain.uuid,
+        pid=checked.source.pid,
+        uid=identity.uid,
+        gid=identity.gid,
+        emulator=checked.new,
+        context=checked.guest.context,
+        blocks=tuple(checked.guest.blocks.values()),
+        disks=checked.disks,
+        encrypted=tuple(checked.encrypted),
+        move_deadline=options.move_deadline,
+        step_timeout=options.step_timeout,
+    )
+    starting = asyncio.ensure_future(KeeperClient.start(config))
+    try:
+        await asyncio.shield(starting)
+    finally:
+        # Interrupted or not: a keeper that was started must be released later.
+        keeper = await starting
+        hop.resources.callback(keeper.close)
+        hop.rollback.push(keeper.release)
+        hop.record(directory=str(keeper.directory))
+    return keeper
+
+
+async def rehearse(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain, keeper: KeeperClient) -> bool:
+    """
+    Have the new emulator load a copy of the device state.
+
+    :return: whether the domain could be rehearsed.
+    :raises Refused: the new emulator cannot load it; or a rehearsal is not possible, and neither is a rollback.
+    """
+    subject = Subject(
+        name=checked.domain.name,
+        xml=checked.xml,
+        emulator=checked.new,
+        monitor=checked.monitor,
+        process=checked.source,
+        guest=checked.guest,
+        encrypted=checked.encrypted,
+        directory=keeper.directory / "rehearsal",
+        domain=checked.domain,
+        leases=lock_manager.in_use(),
+        stopped=lambda by_us: hop.record(stopped=by_us),
+    )
+    rehearsal = Rehearsal(checked.connection, subject, options.step_timeout, hop.emit)
+    try:
+        if gained := await rehearsal.run():
+            hop.note(gained)
+    except Unrehearsable as err:
+        if reason := await shielded(asyncio.to_thread(_rollback_blocker, checked)):
+            raise Refused(
+                f"cannot rehearse the upgrade ({err}), and cannot roll back to the old emulator: {reason}",
+                "sevhop upgrade --no-rehearsal skips both; if it fails then, the guest stays suspended in the keeper",
+            ) from err
+        hop.note(f"not rehearsed: {err}")
+        return False
+    finally:
+        hop.report.rehearsal_ms = rehearsal.downtime_ms
+    return True
+
+
+async def note_unrehearsed(hop: Transaction, checked: CheckedDomain) -> None:
+    """Without a rehearsal, report if a rollback to the old emulator is not possible either."""
+    if reason := await shielded(asyncio.to_thread(_rollback_blocker, checked)):
+        hop.note(f"not rehearsed, and cannot roll back to the old emulator: {reason}")
+
+
+def _rollback_blocker(checked: CheckedDomain) -> str:
+    """Why the guest could not be restored in the QEMU that it runs in; empty if it could."""
+    was = checked.source.on_disk
+    if was is not OnDisk.UNCHANGED:
+        return f"the QEMU that it runs in was {was.value} on disk"
+    try:
+        if os.path.samefile(checked.old, f"/proc/{checked.source.pid}/exe"):
+            return ""
+        # A link that was changed since, or a wrapper that runs QEMU.
+        version = emulator.probe(checked.old).version
+    except (OSError, SevhopError) as err:
+        return f"{checked.old}: {getattr(err, 'strerror', None) or err}"
+    return "" if version == checked.monitor.version else f"{checked.old} is QEMU {version} now"
+
+
+async def prepare(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient, *, rehearsed: bool) -> PreparedDomain:
+    """
+    Have libvirt probe the new emulator, store the run-time settings, and give the source a file to save to.
+
+    :param rehearsed: whether the processors of both emulators were compared.
+    :raises SevhopError: the domain was changed, or libvirt or QEMU refuses.
+    """
+    described = domain_xml.describe(checked.xml)
+    await checked.connection.probe_capabilities(checked.new, described.arch, described.machine, described.kind)
+    piped = emulator.probe(checked.new).needs_pipe
+    displays = domain_xml.ports(await checked.domain.live_xml())
+    settings = await runtime_settings.read(checked.monitor, checked.source)
+    words = None if rehearsed else await cpu_features.feature_words(checked.monitor)
+    runtime_settings.save(keeper.directory, settings, words)
+    if note := cgroup_memory.unaccounted(checked.source):
+        hop.note(note)
+    state = await hop.resources.enter_async_context(SavedDeviceState(checked.monitor, checked.guest.machine_type))
+    await state.arm()
+    disks = await DiskGuard.open(checked.monitor, checked.source)
+    hop.resources.callback(disks.close)
+    # The keeper has the disks as they were when the domain was examined, and compares the destination's with these.
+    if found := block_graph.changes(checked.disks, disks.graph):
+        raise SevhopError(f"somebody else has changed the domain: {found}", "try again")
+    return PreparedDomain(piped, displays, disks, state)

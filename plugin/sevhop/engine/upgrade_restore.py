@@ -1,0 +1,176 @@
+"""
+The phases of an upgrade after the old QEMU has exited: restore and define. The guest is suspended in the keeper, whose
+hook commits when libvirt has loaded the device state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from sevhop_qmp import move
+from sevhop_qmp.errors import SevhopError
+
+from ..disks import block_graph
+from ..errors import GuestLost
+from ..events import MoveAttempted
+from ..guest import runtime_settings
+from ..keeper.client import KeeperClient, KeeperError
+from ..keeper.state import State
+from ..libvirt import domain_xml
+from ..libvirt.connection import NO_DOMAIN, RESTORE_TIMEOUT, Connection, Domain, DomainError
+from ..report import Phase
+from .transaction import Transaction
+from .upgrade_prepare import CheckedDomain, PreparedDomain
+from .upgrade_save import StoppedDomain
+
+#: Seconds between two polls of a restore by another client.
+_POLL = 0.05
+
+
+async def restore(
+    hop: Transaction,
+    checked: CheckedDomain,
+    keeper: KeeperClient,
+    prepared: PreparedDomain,
+    stopped: StoppedDomain,
+) -> None:
+    """
+    Have libvirt start the destination from the image.
+
+    :raises GuestLost: the guest ran there, and the destination has exited.
+    :raises SevhopError: it did not start, and cannot any more; the guest is suspended in the keeper.
+    """
+    try:
+        await checked.connection.restore(str(keeper.image))
+    except DomainError as err:
+        if not await _arrived_all_the_same(hop, checked, keeper, stopped):
+            reason = (await keeper.status())["reason"]
+            raise SevhopError(reason or err.message) from err
+    hop.downtime_ends()
+    await _report_destination(hop, checked, keeper)
+    if not stopped.was_running:
+        await _activate(hop, checked)
+    if prepared.disks.graph.bitmaps():
+        with contextlib.suppress(SevhopError):
+            for text in await prepared.disks.lost_bitmaps(await checked.domain.monitor()):
+                hop.note(text)
+
+
+async def _activate(hop: Transaction, checked: CheckedDomain) -> None:
+    """A QEMU that is restored paused has not activated its images (10.0), and would not until it is resumed."""
+    try:
+        await block_graph.activate(await checked.domain.monitor())
+    except SevhopError as err:
+        hop.note(f"the disks of the paused guest are activated when it is resumed, not now: {err.message}")
+
+
+async def _arrived_all_the_same(
+    hop: Transaction, checked: CheckedDomain, keeper: KeeperClient, stopped: StoppedDomain
+) -> bool:
+    """
+    Whether the guest is in the destination although libvirt reports a failure: the daemon may have been killed after
+    the commit, or somebody else has restored our image. If not, there is no destination any more.
+
+    :raises GuestLost: the guest was in the destination, which has exited.
+    :raises SevhopError: that is not known.
+    """
+    domain = checked.domain
+    try:
+        if not await domain.reconnect():
+            return await _restored_by_another(domain, keeper)
+    except DomainError as err:
+        if err.code == NO_DOMAIN:
+            return await _restored_by_another(domain, keeper)
+        raise
+    if (await keeper.status())["state"] in (State.COMMITTED.value, State.OVER.value):
+        with contextlib.suppress(SevhopError):
+            # It answers when libvirt has reconnected to its domains.
+            if not (await checked.monitor.execute("query-status"))["running"] and stopped.was_running:
+                await domain.resume()
+            return True
+    pid = domain.living_pid() if await domain.active() else None
+    if pid is not None and not keeper.has_started(pid):
+        raise SevhopError(f"process {pid} runs domain {domain.name}, and was not started by this hop")
+    try:
+        await keeper.revoke()
+    except KeeperError as err:
+        hop.note(f"libvirt cannot connect to the destination, but {err.message}")
+        return True
+    # It has not run the guest, and cannot any more.
+    await domain.destroy()
+    return False
+
+
+async def _restored_by_another(domain: Domain, keeper: KeeperClient) -> bool:
+    """Whether another client's restore of our image succeeds; one in progress is waited for."""
+    deadline = time.monotonic() + RESTORE_TIMEOUT
+    while time.monotonic() < deadline:
+        active = await _is_active(domain)
+        status = await keeper.status()
+        if status["state"] == State.OVER.value:
+            return True
+        if status["state"] == State.LOST.value:
+            raise GuestLost(f"{status['reason']}, which has exited")
+        # A destination that exited after the commit: the keeper is about to find out whether the guest had run there.
+        if not active and status["state"] != State.COMMITTED.value:
+            return False
+        await asyncio.sleep(_POLL)
+    raise SevhopError(f"another client's restore of the domain is still in progress after {RESTORE_TIMEOUT:g} s")
+
+
+async def _is_active(domain: Domain) -> bool:
+    """A transient domain is unknown when its QEMU has exited."""
+    try:
+        return await domain.active()
+    except DomainError as err:
+        if err.code == NO_DOMAIN:
+            return False
+        raise
+
+
+async def _report_destination(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient) -> None:
+    """Report what the keeper has seen of the destination."""
+    status = await keeper.status()
+    if status["state"] not in (State.COMMITTED.value, State.OVER.value):
+        raise SevhopError(status["reason"] or "libvirt restored the domain without calling the hook of sevhop")
+    hop.report.destination_pid = status["destination"]
+    hop.report.destination_version = status["version"]
+    if status["move"]:
+        hop.report.move = move.MoveReport(**status["move"])
+        hop.emit(MoveAttempted(hop.named, hop.report.move.attempts, hop.report.move.errno))
+    hop.report.phases += [
+        Phase("restore: until the hook", status["until_started_ms"]),
+        Phase("restore: commit", status["commit_ms"]),
+    ]
+    moved = checked.guest.context.kind != "none"
+    for note in await runtime_settings.finish(keeper.directory, checked.monitor, status["destination"], moved=moved):
+        hop.note(note)
+
+
+async def define(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient) -> None:
+    """Give the persistent definition the new emulator, and release the keeper. Nothing here can hurt the guest."""
+    connection, uuid = checked.connection, checked.domain.uuid
+    try:
+        try:
+            await define_emulator(connection, uuid, checked.new)
+        except DomainError:
+            if not await connection.reconnect():
+                raise
+            await define_emulator(connection, uuid, checked.new)
+    except (SevhopError, domain_xml.DomainXmlError) as err:
+        hop.note(f"the persistent definition still has the old emulator: {err}")
+    # A guest that was paused stays so; its QEMU has everything, and the keeper is not needed.
+    await keeper.release()
+
+
+async def define_emulator(connection: Connection, uuid: str, emulator: str) -> None:
+    """
+    Set the emulator of a domain's persistent definition, if it has one.
+
+    :raises DomainError: libvirt refuses.
+    """
+    domain = await connection.domain_with(uuid)
+    if domain is not None and await domain.persistent():
+        await connection.define(domain_xml.with_emulator(await domain.inactive_xml(), emulator))

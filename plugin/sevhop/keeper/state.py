@@ -1,0 +1,114 @@
+"""
+How far the guest of a keeper has come, and what may be done in each state.
+
+Decisions only, without sockets and processes (those are in :mod:`sevhop.keeper.server`). Two facts decide: the state,
+and whether the guest has run in a destination (:mod:`sevhop_qmp.run_mark`). Each ``reason_against_*`` returns why a
+request is refused, empty when it is not. ::
+
+    held ──> retiring ──> waiting ──restore begin──> restoring ──started begin──> committed ──the guest runs──> over
+                             ^                          │                            │
+                             └──────────────────────────┴── the destination exited ──┴── it had run there ──> lost
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class State(enum.Enum):
+    """
+    How far the guest has come.
+
+    ``HELD``
+        the source has the guest; the keeper has duplicates of its memory and VM
+    ``RETIRING``
+        the device state is saved, and the source is being terminated
+    ``WAITING``
+        the source is gone: the guest is suspended in the keeper
+    ``RESTORING``
+        libvirt starts a destination from the save image
+    ``COMMITTED``
+        the destination has the guest, and may run it
+    ``OVER``
+        the guest runs in the destination, or has
+    ``LOST``
+        it has run there, and the destination exited before anybody was notified; what the keeper has is outdated
+    """
+
+    HELD = "held"
+    RETIRING = "retiring"
+    WAITING = "waiting"
+    RESTORING = "restoring"
+    COMMITTED = "committed"
+    OVER = "over"
+    LOST = "lost"
+
+
+#: The guest may exist nowhere but in the keeper.
+KEEPER_NEEDED = frozenset({State.RETIRING, State.WAITING, State.RESTORING, State.COMMITTED})
+#: The source has been terminated.
+SOURCE_GONE = frozenset({State.WAITING, State.RESTORING, State.COMMITTED, State.OVER, State.LOST})
+#: The domain is libvirt's again; nothing is kept for it any more.
+FINISHED = frozenset({State.OVER, State.LOST})
+#: No restore has begun.
+_NO_DESTINATION = frozenset({State.HELD, State.RETIRING, State.WAITING})
+
+#: Why a guest is not restored again.
+RAN = "the guest has run in a new QEMU already"
+
+#: Steps at which a domain is started that is not being restored.
+_COLD_STARTS = frozenset({("prepare", "begin"), ("prepare", "cold-start"), ("migrate", "begin")})
+
+
+def reason_against_request(state: State, request: str) -> str:
+    """Against a request of the command that is known, but impossible now."""
+    return f'cannot {request}: the keeper is in state "{state.value}"'
+
+
+def reason_against_restore(state: State, *, has_run: bool) -> str:
+    """Against ``restore begin``."""
+    if state in (State.HELD, State.RETIRING):
+        return "the guest has not been saved yet"
+    if state is State.OVER:
+        return "the guest runs"
+    return RAN if state is State.LOST or has_run else ""
+
+
+def reason_against_start(state: State, operation: str, sub: str, image: object) -> str:
+    """Against a cold start of the domain, or its migration to here. A restore has its ``prepare begin``, too."""
+    restoring = (operation, sub) == ("prepare", "begin") and state not in _NO_DESTINATION
+    if restoring or state in FINISHED or (operation, sub) not in _COLD_STARTS:
+        return ""
+    return f"cannot start the domain: the guest is suspended in the keeper; run: virsh restore {image}"
+
+
+def reason_against_commit(state: State, *, has_run: bool, committing: bool) -> str:
+    """Against ``started begin`` of a domain whose guest the keeper has."""
+    if has_run:
+        return RAN
+    possible = state is State.RESTORING and not committing
+    return "" if possible else f'cannot start the guest: the keeper is in state "{state.value}"'
+
+
+def reason_against_namesake(state: State, operation: str, sub: str, uuid: str, image: object) -> str:
+    """
+    Against another domain of the same name: one that was defined or created again without a UUID gets another one. Both
+    would have the same files, and libvirt could not restore the suspended one.
+
+    :param uuid: of the domain whose guest the keeper has.
+    """
+    starts = operation in ("prepare", "restore", "migrate") and sub in ("begin", "cold-start")
+    if not starts or state is State.OVER:
+        return ""
+    hint = f"run: virsh restore {image}" if state in SOURCE_GONE else "wait for it, or run: sevhop recover"
+    return f"cannot start the domain: a hop has reserved its name for the domain with UUID {uuid}; {hint}"
+
+
+def after_destination_exit(*, has_run: bool) -> tuple[State, str]:
+    """The state after a destination has exited that was committed to and not seen to run the guest, and why."""
+    return (State.LOST, RAN) if has_run else (State.WAITING, "the destination exited before the guest ran")
+
+
+def exits_with_command(state: State) -> bool:
+    """Whether nobody needs the keeper once the command is gone: the source still has everything, or libvirt has."""
+    return state is State.HELD or state in FINISHED

@@ -1,0 +1,48 @@
+"""Options and their defaults: the same for the command line, the Python API and the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sevhop_qmp.monitor import COMMAND_TIMEOUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopOptions:
+    """
+    Options of a hop outside libvirt.
+
+    :ivar emulator: the QEMU to hop to; by default the file that the source was started from, as it is on disk now.
+    :ivar command: the destination's whole command line; by default the source's own.
+    :ivar step_timeout: seconds for each step of the downtime.
+    :ivar start_timeout: seconds for the destination to start and answer on its monitor.
+    :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
+    """
+
+    emulator: str | None = None
+    command: Sequence[str] | None = None
+    step_timeout: float = COMMAND_TIMEOUT
+    start_timeout: float = 30.0
+    move_deadline: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpgradeOptions:
+    """
+    Options of the upgrade of a libvirt domain.
+
+    :ivar emulator: the QEMU to upgrade to; by default the one that the domain was started from, as it is on disk now.
+    :ivar prepare_only: stop when the guest is suspended in the keeper; ``virsh restore`` resumes it from there.
+    :ivar dry_run: check only; the outcome is ``checked``.
+    :ivar rehearse: load a copy of the device state into the new QEMU first.
+    :ivar step_timeout: seconds for each step of the downtime.
+    :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
+    """
+
+    emulator: str | None = None
+    prepare_only: bool = False
+    dry_run: bool = False
+    rehearse: bool = True
+    step_timeout: float = HopOptions.step_timeout
+    move_deadline: float = HopOptions.move_deadline

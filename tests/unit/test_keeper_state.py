@@ -1,0 +1,75 @@
+"""What may be done in each state of a keeper."""
+
+from __future__ import annotations
+
+import pytest
+from sevhop.keeper.state import (
+    FINISHED,
+    KEEPER_NEEDED,
+    RAN,
+    SOURCE_GONE,
+    State,
+    after_destination_exit,
+    exits_with_command,
+    reason_against_commit,
+    reason_against_namesake,
+    reason_against_restore,
+    reason_against_start,
+)
+
+IMAGE = "/run/sevhop/image"
+SUSPENDED = f"cannot start the domain: the guest is suspended in the keeper; run: virsh restore {IMAGE}"
+
+
+@pytest.mark.parametrize("state", State)
+def test_keeper_exits_with_its_command_unless_it_is_needed(state: State) -> None:
+    assert exits_with_command(state) == (state not in KEEPER_NEEDED)
+    assert (state in FINISHED) <= (state in SOURCE_GONE)
+
+
+@pytest.mark.parametrize("state", State)
+def test_restore_needs_a_saved_guest_that_has_not_run(state: State) -> None:
+    possible = state in (State.WAITING, State.RESTORING, State.COMMITTED)
+    assert bool(reason_against_restore(state, has_run=False)) == (not possible)
+    if possible:
+        assert reason_against_restore(state, has_run=True) == RAN
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("step", ["prepare begin", "prepare cold-start", "migrate begin"])
+def test_cold_start_is_refused_until_the_guest_runs_again(state: State, step: str) -> None:
+    operation, sub = step.split(" ")
+    restored = step == "prepare begin" and state in (State.RESTORING, State.COMMITTED)
+    expected = "" if restored or state in FINISHED else SUSPENDED
+    assert reason_against_start(state, operation, sub, IMAGE) == expected
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("step", ["restore begin", "started begin", "stopped end", "release end", "reconnect begin"])
+def test_other_steps_are_no_cold_start(state: State, step: str) -> None:
+    operation, sub = step.split(" ")
+    assert reason_against_start(state, operation, sub, IMAGE) == ""
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("committing", [False, True])
+def test_commit_happens_once_and_only_in_a_restore(state: State, committing: bool) -> None:
+    reason = reason_against_commit(state, has_run=False, committing=committing)
+    assert bool(reason) == (state is not State.RESTORING or committing)
+    assert not reason or f'"{state.value}"' in reason
+    assert reason_against_commit(state, has_run=True, committing=committing) == RAN
+
+
+@pytest.mark.parametrize("state", State)
+def test_namesake_is_refused_with_what_to_do(state: State) -> None:
+    reason = reason_against_namesake(state, "prepare", "begin", "UUID", IMAGE)
+    if state is State.OVER:
+        assert reason == ""
+    else:
+        assert reason.endswith(f"virsh restore {IMAGE}" if state in SOURCE_GONE else "sevhop recover")
+    assert reason_against_namesake(state, "started", "begin", "UUID", IMAGE) == ""
+
+
+def test_guest_is_lost_with_the_destination_only_if_it_has_run() -> None:
+    assert after_destination_exit(has_run=True) == (State.LOST, RAN)
+    assert after_destination_exit(has_run=False)[0] is State.WAITING
