@@ -141,7 +141,7 @@ def test_autodestroy_domain_is_refused(daemon: Daemon, start: StartDomain, new: 
         report = daemon.upgrade(guest.name, "--emulator", new)
         assert (report["status"], report["outcome"]) == (1, "refused"), report
         assert "destroys it when the client that started it disconnects" in report["reason"]
-        assert "destroyed when the client" in daemon.sevhop("check", guest.name).stdout
+        assert "destroys it when the client" in daemon.sevhop("check", guest.name).stdout
         assert guest.state == "running"
     wait_until(lambda: guest.state == "shut off", 60, "libvirt destroys it with its client")
 

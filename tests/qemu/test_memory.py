@@ -286,4 +286,4 @@ def test_ram_block_of_a_wrong_size_is_refused(
     words = (*backend("m", 32, ",seal=off"), "-machine", "memory-backend=m")
     guest = start(with_memory(counter_machine, 32, *words), old)
     os.truncate(memfd(guest.pid), 64 * MIB)
-    assert_refused(guest, new, f"RAM block m has {32 * MIB} bytes, but its memfd has {64 * MIB}")
+    assert_refused(guest, new, f"QEMU reports {32 * MIB} bytes, but its memfd has {64 * MIB}")
