@@ -61,11 +61,11 @@ HELD = (
     "after keeper retire 0",
     "before libvirt destroy 0",
     "phase restore",
-    "before libvirt restore 1",
+    "before libvirt restore 0",
 )
 #: From here on it runs in the new one.
 RUNNING = (
-    "after libvirt restore 1",
+    "after libvirt restore 0",
     "phase define",
     "before libvirt defineXML 0",
     "after libvirt defineXML 0",
@@ -98,8 +98,10 @@ def main(name: str, emulator: str, point: str, kind: str, operator: str = "") ->
         )
 
     async def call(original: Original, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        # Whether the hook is called is verified by a restore, once for each daemon.
+        probe = any("/probe-" in str(argument) for argument in arguments)
         return await fault.around(
-            f"libvirt {function.__name__}",
+            "libvirt probe" if probe else f"libvirt {function.__name__}",
             lambda: original(function, *arguments, **options),
             DomainError("refused for a test"),
             DomainError("libvirt did not answer, for a test"),
