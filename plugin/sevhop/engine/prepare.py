@@ -85,7 +85,7 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout)
     hop.rollback.push(undo)
     async with explaining_exit(checked, started.destination):
-        theirs, roles, disks, ram = await _compare(hop, options, checked, acquired, started)
+        theirs, roles, disks, ram = await _compare(hop, options, checked, started)
         undo.has_bitmaps = bool(disks.graph.bitmaps())
         settings = await _copy_settings(hop, options, checked, started)
         watchdog.watch(checked.source.pid, started.destination.process.pid)
@@ -116,7 +116,7 @@ async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:
 
 
 async def _compare(
-    hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, started: Started
+    hop: Transaction, options: HopOptions, checked: Checked, started: Started
 ) -> tuple[inspection.Guest, tuple[scheduling.Roles, scheduling.Roles], DiskGuard, ram_blocks.RamBlockSync]:
     """Verify that the destination is the same machine, on the same memory, and sync its private RAM blocks."""
     destination = started.destination

@@ -69,7 +69,7 @@ class Upgrade(Transaction):
                 await note_unrehearsed(self, checked)
             prepared = await self.run_phase("prepare", prepare(self, checked, keeper, rehearsed=rehearsed))
             stopped = await self.run_phase("stop", stop(self, checked, prepared))
-            await self.run_phase("save", save(self, options, checked, keeper, prepared, stopped))
+            await self.run_phase("save", save(options, checked, keeper, prepared, stopped))
             await self.run_phase("terminate", terminate(self, options, checked, keeper, prepared, stopped))
         except BaseException as err:
             failure = self.classify_error(err)

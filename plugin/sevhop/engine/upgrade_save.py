@@ -167,7 +167,6 @@ class SourceUndo:
 
 
 async def save(
-    hop: Transaction,
     options: UpgradeOptions,
     checked: CheckedDomain,
     keeper: KeeperClient,
