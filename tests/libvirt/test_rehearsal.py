@@ -220,7 +220,7 @@ FAULTS = {
     "hangs": ("os.kill(qemu, signal.SIGSTOP)", (1, "refused"), "has not loaded the device state"),
     "dies": ("os.kill(qemu, signal.SIGKILL)", (1, "refused"), "cannot take this guest over"),
     "interrupted": ("os.kill(os.getpid(), signal.SIGINT)", (3, "rolled-back"), "interrupted"),
-    "resumed": ("subprocess.run(['virsh', '-q', 'resume', name])", (1, "refused"), "somebody else resumed"),
+    "resumed": ("subprocess.run(['virsh', '-q', 'resume', name])", (1, "refused"), "another client resumed"),
     "libvirt dies": (
         "os.kill(int(Path('/run/libvirtd.pid').read_text()), signal.SIGKILL)",
         (3, "rolled-back"),
