@@ -4,7 +4,7 @@ Everything that sevhop raises on purpose, under one root.
 ::
 
     SevhopError                 has a message, and a hint: what to do next
-    ├── MonitorError            the monitor cannot be used: no socket, not QMP, in use by somebody else
+    ├── MonitorError            the monitor cannot be used: no socket, not QMP, in use by another client
     │   ├── MonitorClosed       QEMU exited, or closed the connection, in the middle of the conversation
     │   ├── MonitorTimeout      QEMU did not answer within the time allowed
     │   └── MoveUncertain       there was no answer to the move of the SEV context: it may have been moved, or not

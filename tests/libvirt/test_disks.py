@@ -109,7 +109,7 @@ def test_snapshot_while_an_upgrade_is_prepared_rolls_back(
         daemon.virsh("snapshot-create-as", guest.name, "--disk-only", "--no-metadata", "--diskspec", spec)
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
-    assert "was changed by somebody else" in report["reason"]
+    assert "was changed by another client" in report["reason"]
     guest.wait_for_ticks()
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     assert drive(guest)["inserted"]["file"] == str(overlay)

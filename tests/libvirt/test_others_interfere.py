@@ -65,7 +65,7 @@ def test_guest_survives_being_resumed_by_others(
         assert_unharmed(daemon, guest, new)
         return
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
-    assert "somebody else has resumed the guest" in report["reason"]
+    assert "another client has resumed the guest" in report["reason"]
     assert guest.pid == pid
     assert_unharmed(daemon, guest, old)
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
@@ -110,7 +110,7 @@ def test_upgrade_reports_guest_lost_if_others_save_the_domain(
         daemon.virsh("save", guest.name, saved)
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (5, "guest-lost"), report
-    assert "somebody else has saved the domain" in report["reason"]
+    assert "another client has saved the domain" in report["reason"]
     assert guest.state == "shut off"
     daemon.virsh("restore", "--running", saved)
     (daemon.root / saved.lstrip("/")).unlink()
@@ -127,7 +127,7 @@ def test_upgrade_rolls_back_if_others_change_the_domain(
         daemon.virsh("snapshot-create-as", guest.name, "snapshot", "--disk-only", "--no-metadata")
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
-    assert "somebody else has changed the domain" in report["reason"]
+    assert "another client has changed the domain" in report["reason"]
     assert_unharmed(daemon, guest, old)
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     assert_unharmed(daemon, guest, new)

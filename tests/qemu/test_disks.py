@@ -452,7 +452,7 @@ def test_snapshot_after_the_last_check_rolls_back(
     arguments = {"node-name": "disk", "snapshot-file": str(tmp_path / "overlay"), "snapshot-node-name": "overlay"}
 
     after_the_last_check(monkeypatch, on(second, ("blockdev-snapshot-sync", arguments)))
-    with pytest.raises(RolledBack, match="overlay was changed by somebody else"):
+    with pytest.raises(RolledBack, match="overlay was changed by another client"):
         HopDriver().run(guest, new)
     assert guest.pid == pid
     assert files(guest) == {"overlay"}
@@ -528,7 +528,7 @@ def test_guest_that_another_client_stops_stays_stopped(
     verify = transfer.verify_unchanged
     if late:
         monkeypatch.setattr(transfer, "verify_unchanged", stop_and_wait)
-    with pytest.raises(RolledBack, match="somebody else"):
+    with pytest.raises(RolledBack, match="another client"):
         HopDriver().run(guest, new, at="" if late else "stop", fault=stop)
     assert guest.pid == pid
     assert guest.execute("query-status")["status"] == "paused"

@@ -202,7 +202,7 @@ def test_source_that_was_resumed_keeps_running(tmp_path: Path, source: Source, r
     if resumed == "after that":
         source.proceed()
         source.proceed()
-    assert run(ask(server, "retire")) == "error somebody else has resumed the guest"
+    assert run(ask(server, "retire")) == "error another client has resumed the guest"
     assert server.state is State.HELD
     if resumed != "after that":
         source.proceed()

@@ -97,7 +97,7 @@ async def test_events_that_do_not_stop_the_guest_are_no_error(
 async def test_guest_that_our_order_has_not_stopped_is_not_resumed(source: Source, watch: SourceWatch) -> None:
     await source.emit("STOP")
     watch.stopping()
-    with pytest.raises(SevhopError, match="stopped by somebody else"):
+    with pytest.raises(SevhopError, match="stopped by another client"):
         await watch.verify_stopped(was_running=True)
     assert not await watch.stopped_by_us()
 

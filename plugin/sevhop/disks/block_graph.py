@@ -188,7 +188,7 @@ async def read(monitor: Commands) -> BlockGraph:
 
     :raises SevhopError: QEMU does not answer, or its answers make no sense, or the graph keeps changing.
     """
-    failure = SevhopError(f"{monitor.name}: the disks are being changed by somebody else", "try again")
+    failure = SevhopError(f"{monitor.name}: the disks are being changed by another client", "try again")
     for attempt in range(_ATTEMPTS):
         if attempt:
             await asyncio.sleep(attempt * _PAUSE)

@@ -80,7 +80,7 @@ class DiskGuard:
         :raises SevhopError: somebody has changed the disks.
         """
         if found := block_graph.changes(self.graph, await block_graph.read(monitor)):
-            raise SevhopError(f"{found} was changed by somebody else", "try again")
+            raise SevhopError(f"{found} was changed by another client", "try again")
         self._images.files.refresh()
         self._raise_for(set(self._images.identities.values()) - self._images.files.identities)
 
@@ -103,7 +103,7 @@ class DiskGuard:
         for identity in changed:
             names = [name for name, known in self._images.identities.items() if known == identity]
             where = self.graph.disk_of(names[0]) if names else self._images.files.path(identity) or "a disk"
-            raise SevhopError(f"{where} was changed by somebody else", "try again")
+            raise SevhopError(f"{where} was changed by another client", "try again")
 
     async def verify_given_up(
         self, monitor: Commands, *, again: bool, verify_stopped: Callable[[], Awaitable[None]]

@@ -90,7 +90,7 @@ async def open_images(monitor: Commands, process: QemuProcess) -> tuple[BlockGra
             graph = await read(monitor)
             after = images.allocated()
             if changed := changes(first, graph):
-                raise SevhopError(f"{changed} was changed by somebody else", "try again")
+                raise SevhopError(f"{changed} was changed by another client", "try again")
             known = images.identities
             unlike = {name for name in unlike if not _between(graph.nodes[name], before, after, known[name])}
             if not unlike:

@@ -175,7 +175,7 @@ class _InterruptedUpgrade:
             ) from err
         if pid is not None and not self._required_keeper().has_started(pid):
             raise RecoveryRequired(
-                f"somebody else runs domain {domain.name} (process {pid}) while its guest is suspended in the keeper",
+                f"another client runs domain {domain.name} (process {pid}) while its guest is suspended in the keeper",
                 f"decide which of the two to keep: for the guest in the keeper, run virsh destroy "
                 f"{shlex.quote(domain.name)}, then sevhop recover {shlex.quote(self._record.guest)}",
             )
@@ -193,7 +193,7 @@ class _InterruptedUpgrade:
             )
         monitor = await domain.monitor()
         status = await monitor.execute("query-status")
-        # One that has shut down since, had an I/O error, or was paused by somebody else, stays as it is.
+        # One that has shut down since, had an I/O error, or was paused by another client, stays as it is.
         ours = status["running"] or (status["status"] in STOPPED and self._record.stopped)
         if self._record.running and ours and not await domain.running():
             await domain.resume()

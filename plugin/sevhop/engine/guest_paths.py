@@ -110,7 +110,7 @@ class GuestPaths:
         """
         When the source has exited: give its names to the destination's sockets and pid file.
 
-        :return: what was not done, because somebody else has changed it.
+        :return: what was not done, because another client has changed it.
         """
         notes = []
         for path, spare in self.sockets:

@@ -91,7 +91,7 @@ class OldQemu:
         if not halted and self.process.alive:
             raise RecoveryRequired(f"cannot halt the old QEMU (process {self.process.pid})")
         if self._monitor is not None and self._resumes is not None and await self._monitor.has_events(self._resumes):
-            raise RecoveryRequired("somebody else has resumed the old QEMU")
+            raise RecoveryRequired("another client has resumed the old QEMU")
 
     async def resume(self, *, running: bool) -> str:
         """

@@ -13,7 +13,7 @@ The downtime includes the loading, because a virtio device compares what it load
 which must not change meanwhile. The guest is stopped by plain ``stop`` and ``cont``, which libvirt sees as events; with
 its own suspend and resume it would take the guest's network down and up. The downtime is bounded, and only SIGKILL
 prevents that the guest is resumed. A guest that is paused already stays so. One case is not detected: a ``virsh
-suspend`` by somebody else in those milliseconds finds the guest paused, and libvirt does nothing that we could see.
+suspend`` by another client in those milliseconds finds the guest paused, and libvirt does nothing that we could see.
 
 With a lock manager (lockd, sanlock) that is different: libvirt releases a domain's leases when it sees the stop, and
 acquires them again only in its own resume. So libvirt's suspend and resume are used then.
@@ -242,7 +242,7 @@ class Rehearsal:
         """
         Stop the guest, and resume it whatever happens.
 
-        :raises Refused: somebody else has resumed it meanwhile, so the rehearsal proves nothing.
+        :raises Refused: another client has resumed it meanwhile, so the rehearsal proves nothing.
         :raises RecoveryRequired: it cannot be resumed.
         """
         monitor = self._subject.monitor

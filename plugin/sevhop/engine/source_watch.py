@@ -3,7 +3,7 @@ What happens to a source while a hop is prepared: its QMP events, from the check
 
 What was checked may be different a moment later. A hop checks again right before it stops the guest, but some changes
 leave no trace in what QEMU answers then, and some happen after that. Events report them. They also report whether
-``stop`` is what stopped the guest: one that an I/O error, a panic or somebody else has stopped must not be resumed by
+``stop`` is what stopped the guest: one that an I/O error, a panic or another client has stopped must not be resumed by
 a hop, in either QEMU.
 """
 
@@ -87,14 +87,14 @@ class SourceWatch:
         await self._collect()
         events = self._since if was_running else self._before + self._since
         if "RESUME" in events:
-            raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
+            raise SevhopError("another client has resumed the guest in the source", "stop that client, then try again")
         for name in events:
             if name == "RESET":
-                raise SevhopError("the guest was reset by somebody else", "try again")
+                raise SevhopError("the guest was reset by another client", "try again")
             if name != "STOP" and (reason := self._disturbance(name)):
                 raise SevhopError(reason, "try again")
         if was_running and "STOP" not in events:
-            raise SevhopError("the guest was stopped by somebody else", "try again")
+            raise SevhopError("the guest was stopped by another client", "try again")
 
     async def stopped_by_us(self) -> bool:
         """Whether our ``stop`` has stopped the guest, and nothing has happened after which it must not be resumed."""
@@ -114,9 +114,9 @@ class SourceWatch:
 
     def _disturbance(self, name: str) -> str:
         if name == "STOP":
-            return "the guest was stopped by somebody else"
+            return "the guest was stopped by another client"
         if name == "RESUME":
-            return "the guest was resumed by somebody else"
+            return "the guest was resumed by another client"
         return _CHANGES.get(name) or _ENDS.get(name) or ""
 
 

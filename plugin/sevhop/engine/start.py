@@ -151,7 +151,7 @@ class DestinationUndo:
                 guest_state=GuestState.PAUSED_IN_NEW,
             )
         if self._run_mark.read() is not RunState.NOT:
-            # The keeper has refused the start, and it is about to exit; or somebody else has resumed the guest there.
+            # The keeper has refused the start, and it is about to exit; or another client has resumed the guest there.
             await process.wait(self._timeout)
             if self._run_mark.read() is not RunState.NOT:
                 raise RecoveryRequired(f"the guest has run in process {process.pid}")

@@ -84,7 +84,7 @@ async def verify_unchanged(checked: Checked, prepared: Prepared) -> None:
     await inspection.verify_unchanged(checked.monitor, checked.guest)
     now = await runtime_settings.read(checked.monitor, checked.source)
     if found := runtime_settings.changes(prepared.settings, now):
-        raise SevhopError(f"{found} of the guest was changed by somebody else", "try again")
+        raise SevhopError(f"{found} of the guest was changed by another client", "try again")
     if lost := scheduling.hand_over(*prepared.roles):
         raise SevhopError("; ".join(lost), "try again")
     await prepared.disks.verify_unchanged(checked.monitor)
@@ -94,7 +94,7 @@ async def verify_unchanged(checked: Checked, prepared: Prepared) -> None:
 async def _verify_stopped(checked: Checked) -> None:
     status = await checked.monitor.execute("query-status")
     if status["running"]:
-        raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
+        raise SevhopError("another client has resumed the guest in the source", "stop that client, then try again")
 
 
 async def _resume_source(hop: Transaction, checked: Checked, prepared: Prepared, boost: Boost) -> None:

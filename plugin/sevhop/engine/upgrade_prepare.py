@@ -57,7 +57,7 @@ class CheckedDomain:
         return frozenset() if self.guest.context.kind == "none" else ENCRYPTED_BLOCKS
 
     async def saved_by_another(self) -> bool:
-        """Whether somebody else has saved the domain, so that there is an image of it to restore."""
+        """Whether another client has saved the domain, so that there is an image of it to restore."""
         with contextlib.suppress(SevhopError):
             return await self.domain.saved()
         return False
@@ -141,7 +141,7 @@ async def _verify_alive(checked: CheckedDomain) -> None:
         return
     if await checked.saved_by_another():
         raise GuestLost(
-            "somebody else has saved the domain",
+            "another client has saved the domain",
             "resume the guest by restoring that image",
             GuestState.SAVED,
         )
@@ -261,5 +261,5 @@ async def prepare(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient
     hop.resources.callback(disks.close)
     # The keeper has the disks as they were when the domain was examined, and compares the destination's with these.
     if found := block_graph.changes(checked.disks, disks.graph):
-        raise SevhopError(f"somebody else has changed the domain: {found}", "try again")
+        raise SevhopError(f"another client has changed the domain: {found}", "try again")
     return PreparedDomain(piped, displays, disks, state)

@@ -71,7 +71,7 @@ async def _arrived_all_the_same(
 ) -> bool:
     """
     Whether the guest is in the destination although libvirt reports a failure: the daemon may have been killed after
-    the commit, or somebody else has restored our image. If not, there is no destination any more.
+    the commit, or another client has restored our image. If not, there is no destination any more.
 
     :raises GuestLost: the guest was in the destination, which has exited.
     :raises SevhopError: that is not known.

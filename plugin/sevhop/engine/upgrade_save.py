@@ -68,7 +68,7 @@ async def stop(hop: Transaction, checked: CheckedDomain, prepared: PreparedDomai
         hop.record(running=False)
     status = await checked.monitor.execute("query-status")
     if status["running"]:
-        raise SevhopError("the source runs although it was stopped", "somebody else resumes the guest")
+        raise SevhopError("another client has resumed the guest in the source", "stop that client, then try again")
     if status["status"] not in guest_checks.HOPPABLE_STATES:
         hop.downtime.disown()
         raise SevhopError(f"the guest is {status['status']}", "a guest can hop while it runs or is paused")
@@ -79,7 +79,7 @@ async def verify_stopped(checked: CheckedDomain, stopped: StoppedDomain) -> None
     """:raises SevhopError: the guest has run again, so the saved state is out of date."""
     status = await checked.monitor.execute("query-status")
     if status["running"] or status["status"] != stopped.state:
-        raise SevhopError("somebody else has resumed the guest", "try again")
+        raise SevhopError("another client has resumed the guest", "try again")
 
 
 class SourceUndo:
@@ -226,9 +226,9 @@ async def terminate(
             await prepared.disks.verify_unchanged_when_stopped()
             # The destination gets the devices and disks that the source had when it was examined.
             if domain_xml.without_additions(await checked.domain.xml()) != checked.xml:
-                raise SevhopError("somebody else has changed the domain", "try again")
+                raise SevhopError("another client has changed the domain", "try again")
         except SevhopError:
-            # Everything is saved, so a source that has exited is not needed any more. Unless somebody else has saved
+            # Everything is saved, so a source that has exited is not needed any more. Unless another client has saved
             # the domain: then there are two images, and theirs is the one to restore.
             if checked.source.alive or await checked.saved_by_another():
                 raise

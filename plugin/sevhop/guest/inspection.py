@@ -197,11 +197,11 @@ async def verify_unchanged(monitor: Commands, guest: Guest) -> None:
         devices = await _devices(monitor)
         jobs = await _jobs(monitor, await monitor.execute("query-migrate"))
     if status != guest.state:
-        raise SevhopError(f"the guest was {guest.state} and is {status}: somebody else has changed that", "try again")
+        raise SevhopError(f"the guest was {guest.state} and is {status}: another client has changed that", "try again")
     for name in devices.keys() ^ guest.devices.keys():
-        raise SevhopError(f"device {name} was plugged or unplugged by somebody else", "try again")
+        raise SevhopError(f"device {name} was plugged or unplugged by another client", "try again")
     if jobs:
-        raise SevhopError(f"somebody else has begun a job: {', '.join(jobs)}", "try again when it has ended")
+        raise SevhopError(f"another client has begun a job: {', '.join(jobs)}", "try again when it has ended")
 
 
 def differences(source: Guest, destination: Guest) -> list[str]:

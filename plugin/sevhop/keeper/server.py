@@ -373,11 +373,11 @@ class KeeperServer:
                 if self._source.alive:
                     refusal = f"error cannot stop process {self._source.pid}, the source"
             elif self._locks.known and not self._locks.given_up:
-                refusal = "error somebody else has resumed the guest"
+                refusal = "error another client has resumed the guest"
             elif self._locks.kept():
                 refusal = "error the source has not given up all of its disks"
             elif self._images is not None and self._images.files.changed():
-                refusal = "error somebody else has changed the disks"
+                refusal = "error another client has changed the disks"
             if refusal:
                 self._source.thaw()
                 self._enter(State.HELD)
