@@ -412,7 +412,7 @@ def test_guest_that_is_resumed_during_a_hop_keeps_its_disks(
 
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "execute", recorded)
-        with pytest.raises(RolledBack, match="the source runs although it was stopped"):
+        with pytest.raises(RolledBack, match="another client has resumed the guest"):
             HopDriver().run(guest, old, at=phase, fault=on(second, ("cont", {})))
     assert ("blockdev-set-active", False) not in commands
     assert guest.execute("query-status")["running"]

@@ -423,7 +423,7 @@ def test_hop_is_rolled_back_if_somebody_resumes_the_source(
         thread.start()
         thread.join()
 
-    with pytest.raises(RolledBack, match="the source runs although it was stopped"):
+    with pytest.raises(RolledBack, match="another client has resumed the guest"):
         HopDriver().run(guest, new, at="load", fault=interfere)
     assert_untouched(guest, pid)
 

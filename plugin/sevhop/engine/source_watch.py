@@ -87,7 +87,7 @@ class SourceWatch:
         await self._collect()
         events = self._since if was_running else self._before + self._since
         if "RESUME" in events:
-            raise SevhopError("another client has resumed the guest in the source", "stop that client, then try again")
+            raise SevhopError("another client has resumed the guest", "stop that client, then try again")
         for name in events:
             if name == "RESET":
                 raise SevhopError("the guest was reset by another client", "try again")

@@ -94,7 +94,7 @@ async def verify_unchanged(checked: Checked, prepared: Prepared) -> None:
 async def _verify_stopped(checked: Checked) -> None:
     status = await checked.monitor.execute("query-status")
     if status["running"]:
-        raise SevhopError("another client has resumed the guest in the source", "stop that client, then try again")
+        raise SevhopError("another client has resumed the guest", "stop that client, then try again")
 
 
 async def _resume_source(hop: Transaction, checked: Checked, prepared: Prepared, boost: Boost) -> None:

@@ -68,7 +68,7 @@ async def stop(hop: Transaction, checked: CheckedDomain, prepared: PreparedDomai
         hop.record(running=False)
     status = await checked.monitor.execute("query-status")
     if status["running"]:
-        raise SevhopError("another client has resumed the guest in the source", "stop that client, then try again")
+        raise SevhopError("another client has resumed the guest", "stop that client, then try again")
     if status["status"] not in guest_checks.HOPPABLE_STATES:
         hop.downtime.disown()
         raise SevhopError(f"the guest is {status['status']}", "a guest can hop while it runs or is paused")
