@@ -14,7 +14,7 @@ from typing import Any
 
 import shtab
 from sevhop.cli import parser as sevhop_parser
-from sevhop.libvirt.connection import DEFAULT_URI
+from sevhop.libvirt.daemon import DEFAULT_URI
 
 #: The completion functions of a domain and of a path.
 _DOMAINS = {"bash": "_sevhop_domains", "zsh": "_sevhop_domains", "fish": "(_sevhop_domains)"}

@@ -21,12 +21,13 @@ imports only from those below it.
 :mod:`sevhop.install`        ``sevhop install``: host, apparmor, units, atomic_file, verification
 :mod:`sevhop.keeper`         holds memory, VM and sockets between two QEMUs: handover (the protocol), local (inside a
                              command), server (a process), client, state, supervisor (restarts the server)
-:mod:`sevhop.records`        what an interrupted hop leaves behind: journal, run_directory
-:mod:`sevhop.libvirt`        its interfaces: connection, domain_xml, save_image, lock_manager, hook, hook_server
-:mod:`sevhop.disks`          block_graph (the disks that a guest has now), images (their files), present_disks (as
-                             options), disk_guard (changes meanwhile)
+:mod:`sevhop.records`        what an interrupted hop leaves behind: hop_record, journal, run_directory
+:mod:`sevhop.libvirt`        its interfaces: daemon, connection, domain, domain_monitor, domain_xml, save_image,
+                             lock_manager, hook, hook_server
+:mod:`sevhop.disks`          block_graph (the disks that a guest has now), comparison, images (their files), devices,
+                             present_disks (as options), disk_guard (changes meanwhile)
 :mod:`sevhop.guest`          what runs a guest: inspection, command_line, emulator, preload (adopt.so), cpu_features,
-                             runtime_settings, pid_file
+                             runtime_settings, saved_settings, vm_generation_id, block_queries, absent, pid_file
 :mod:`sevhop.process`        Linux processes: launch, launcher, confinement, seccomp_filter, scheduling, cgroup_memory
 :mod:`sevhop.cancellation`   work that is completed despite a cancellation
 :mod:`sevhop.events`         events that report hops in progress

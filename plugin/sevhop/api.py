@@ -152,7 +152,7 @@ async def upgrade(
     """
     expect_libvirt()
     from .engine import upgrade as engine
-    from .libvirt.connection import DEFAULT_URI
+    from .libvirt.daemon import DEFAULT_URI
 
     deferring = DeferringListener(listener)
     one = engine.Upgrade(connect or DEFAULT_URI, domain, options, deferring)
@@ -182,7 +182,7 @@ async def upgrade_fleet(
         raise ValueError(f"{jobs} jobs")
     expect_libvirt()
     from .engine import fleet
-    from .libvirt.connection import DEFAULT_URI
+    from .libvirt.daemon import DEFAULT_URI
 
     uri = connect or DEFAULT_URI
     by_rule = isinstance(domains, Choice)
@@ -226,7 +226,7 @@ async def check(
     if domain is not None:
         expect_libvirt()
         from .checks import domain as domain_checks
-        from .libvirt.connection import DEFAULT_URI
+        from .libvirt.daemon import DEFAULT_URI
 
         return await domain_checks.check_domain(connect or DEFAULT_URI, domain, emulator)
     assert qmp is not None
@@ -247,7 +247,7 @@ async def status(domains: Sequence[str] = (), *, connect: str | None = None) -> 
     """
     expect_libvirt()
     from .checks import status as domain_status
-    from .libvirt.connection import DEFAULT_URI
+    from .libvirt.daemon import DEFAULT_URI
 
     return await domain_status.survey(connect or DEFAULT_URI, domains)
 

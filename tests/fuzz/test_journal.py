@@ -12,7 +12,8 @@ import pytest
 from hypothesis import strategies as st
 from sevhop.engine.guest_paths import GuestPaths
 from sevhop.records import journal
-from sevhop.records.journal import HopRecord, JournalError, Process
+from sevhop.records.hop_record import HopRecord, Process
+from sevhop.records.journal import JournalError
 
 from .inputs import fuzzed, json_values, raw, texts
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from sevhop.guest import command_line, cpu_features, runtime_settings
+from sevhop.guest import command_line, cpu_features, runtime_settings, vm_generation_id
 from sevhop.guest.inspection import SevContext, inspect
 from sevhop.keeper.handover import HandoverProtocol, SourceHandles
 from sevhop_qmp import adopt
@@ -80,7 +80,7 @@ def test_settings_take_any_answer(told: list[Any]) -> None:
         ask(runtime_settings.read(liars[0], process))
         ask(cpu_features.feature_words(liars[1]))
         ask(cpu_features.compare(liars[2], {"1 ECX": 1 << 5}, liars[2]))
-        ask(runtime_settings.pinned(["-device", "vmgenid"], liars[3]))
+        ask(vm_generation_id.pinned(["-device", "vmgenid"], liars[3]))
     finally:
         process.close()
 

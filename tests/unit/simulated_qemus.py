@@ -35,7 +35,7 @@ from sevhop.guest.inspection import SevContext
 from sevhop.keeper.handover import SourceHandles
 from sevhop.keeper.local import LocalKeeper
 from sevhop.options import HopOptions
-from sevhop.records.journal import HopRecord, Process
+from sevhop.records.hop_record import HopRecord, Process
 from sevhop.report import Report
 from sevhop_qmp.errors import MonitorClosed, MonitorTimeout, SevhopError, StateError
 from sevhop_qmp.process import Descriptor

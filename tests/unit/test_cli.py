@@ -8,7 +8,7 @@ import json
 import pytest
 from sevhop import api
 from sevhop.cli import commands
-from sevhop.libvirt import connection
+from sevhop.libvirt import daemon
 from sevhop_qmp.errors import SevhopError
 
 LIBVIRT = (["upgrade", "web"], ["check", "web"], ["status"], ["install"], ["uninstall"])
@@ -74,7 +74,7 @@ def test_foreign_libvirt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_system_libvirt_is_recognized(uri: str, its: bool) -> None:
-    assert connection._is_the_systems(uri) is its
+    assert daemon.is_the_systems(uri) is its
 
 
 def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from sevhop.records import journal
-from sevhop.records.journal import HopInterrupted, HopRecord, Journal, JournalError, Process
+from sevhop.records.hop_record import HopRecord, Process
+from sevhop.records.journal import HopInterrupted, Journal, JournalError
 from sevhop.records.run_directory import HopInProgress
 from sevhop_qmp.process import QemuProcess
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sevhop.disks.block_graph import BlockGraph, Disk, Node, changes, differences, read
-from sevhop.disks.present_disks import Device, Plan, adapt
+from sevhop.disks.block_graph import BlockGraph, Disk, Node, read
+from sevhop.disks.comparison import changes, differences
+from sevhop.disks.devices import Device
+from sevhop.disks.present_disks import Plan, adapt
 from sevhop.guest.command_line import parse, properties
 from sevhop_qmp.errors import CommandError
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.guest import cpu_features, runtime_settings
+from sevhop.guest import cpu_features, runtime_settings, saved_settings, vm_generation_id
+from sevhop.guest.absent import unless_absent
 from sevhop.guest.runtime_settings import Settings
 from sevhop.libvirt import lock_manager
 from sevhop.process import cgroup_memory
@@ -74,11 +75,11 @@ BEFORE_IT_RUNS = [
 
 
 def test_settings_unknown_to_libvirt_are_set_before_the_guest_runs(tmp_path: Path) -> None:
-    runtime_settings.save(tmp_path, LIMITED, None)
+    saved_settings.save(tmp_path, LIMITED, None)
     failures: list[dict[str, Any]] = [{}, {"block-set-write-threshold": CommandError("it", "no such node")}]
     for failing in failures:
         qemu = Qemu(**failing)
-        assert asyncio.run(runtime_settings.set_before_it_runs(tmp_path, qemu)) == ""
+        assert asyncio.run(saved_settings.set_before_it_runs(tmp_path, qemu)) == ""
         assert qemu.executed == BEFORE_IT_RUNS
 
 
@@ -86,12 +87,12 @@ def test_settings_need_no_query_for_most_guests(tmp_path: Path) -> None:
     plain = Settings(disks=["/disk0"], objects={"io": {"poll-max-ns": 32768, "poll-grow": 0}}, types={"io": "iothread"})
     for text in (None, "", "[]", "{}", json.dumps({"settings": {"nonsense": 1}, "cpu": None})):
         if text is None:
-            runtime_settings.save(tmp_path, plain, None)
+            saved_settings.save(tmp_path, plain, None)
         else:
             (tmp_path / "settings").write_text(text)
         qemu = Qemu()
         del qemu._answers["query-named-block-nodes"]
-        assert asyncio.run(runtime_settings.set_before_it_runs(tmp_path, qemu)) == ""
+        assert asyncio.run(saved_settings.set_before_it_runs(tmp_path, qemu)) == ""
         assert qemu.executed == []
 
 
@@ -100,8 +101,8 @@ def test_cpu_features_are_compared_if_no_rehearsal_has_done_it(tmp_path: Path) -
     ours = asyncio.run(cpu_features.feature_words(Qemu(**cpus)))
     assert ours == {"1 EDX": 3, "7.0 EBX": 1 << 16}  # the number of processors is no feature
     for cpu, lost in ((ours, ""), (ours | {"7.0 EBX": 3 << 16}, "would lose CPUID 7.0 EBX bit 17")):
-        runtime_settings.save(tmp_path, Settings(), cpu)
-        assert asyncio.run(runtime_settings.set_before_it_runs(tmp_path, Qemu(**cpus))).endswith(lost)
+        saved_settings.save(tmp_path, Settings(), cpu)
+        assert asyncio.run(saved_settings.set_before_it_runs(tmp_path, Qemu(**cpus))).endswith(lost)
     assert cpu_features.gained(ours, ours | {"D.1 EAX": 2}) == ["CPUID D.1 EAX bit 1"]
 
 
@@ -120,7 +121,7 @@ def test_setting_that_cannot_be_set_is_noted() -> None:
 
 def test_settings_that_cannot_be_saved_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(SevhopError, match="cannot save the settings"):
-        runtime_settings.save(tmp_path / "missing", Settings(), None)
+        saved_settings.save(tmp_path / "missing", Settings(), None)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_settings_that_cannot_be_saved_are_an_error(tmp_path: Path) -> None:
 def test_vm_generation_id_is_set_on_the_command_line(written: str, pinned: str) -> None:
     qemu = Qemu(**{"query-vm-generation-id": {"guid": "G"}})
     arguments = ["-m", "1G", "-device", written, "-nodefaults"]
-    assert asyncio.run(runtime_settings.pinned(arguments, qemu)) == ["-m", "1G", "-device", pinned, "-nodefaults"]
+    assert asyncio.run(vm_generation_id.pinned(arguments, qemu)) == ["-m", "1G", "-device", pinned, "-nodefaults"]
 
 
 class Process:
@@ -186,3 +187,35 @@ def test_leases_are_in_use_where_they_are_configured(tmp_path: Path, text: str, 
     (tmp_path / "qemu.conf").write_text(text)
     assert lock_manager.in_use(tmp_path / "qemu.conf", ()) == used
     assert not lock_manager.in_use(tmp_path / "missing", (tmp_path / "missing.pid",))
+
+
+class Refusing(Qemu):
+    """Refuses each query in the same way."""
+
+    def __init__(self, refusal: CommandError) -> None:
+        super().__init__()
+        self._refusal = refusal
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        raise self._refusal
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        CommandError("query-spice", "The command query-spice has not been found", "CommandNotFound"),
+        CommandError("qom-list", "Device '/objects' not found", "DeviceNotFound"),
+        CommandError("qom-get", "Property 'iothread.thread-pool-min' not found"),
+        CommandError("query-vm-generation-id", "VM Generation ID device not found"),
+    ],
+)
+def test_setting_that_qemu_does_not_have_is_none(refusal: CommandError) -> None:
+    assert asyncio.run(unless_absent(Refusing(refusal), refusal.command)) is None
+
+
+def test_setting_that_qemu_refuses_to_report_is_an_error() -> None:
+    refusal = CommandError("qom-get", "Failed to read bitmap directory: Bad file descriptor")
+    with pytest.raises(CommandError, match="Bad file descriptor"):
+        asyncio.run(unless_absent(Refusing(refusal), "qom-get"))

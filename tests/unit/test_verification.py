@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from sevhop.install import verification
-from sevhop.libvirt.connection import DomainError
+from sevhop.libvirt.daemon import DomainError
 from sevhop_qmp.errors import SevhopError
 
 

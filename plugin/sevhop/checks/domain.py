@@ -19,7 +19,9 @@ from ..disks.block_graph import BlockGraph
 from ..guest import inspection
 from ..install import apparmor, verification
 from ..libvirt import domain_xml
-from ..libvirt.connection import Connection, Domain, DomainMonitor
+from ..libvirt.connection import Connection
+from ..libvirt.domain import Domain
+from ..libvirt.domain_monitor import DomainMonitor
 from . import guest as guest_checks
 from .result import CheckResult, Status, failed, passed
 

@@ -20,7 +20,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from ..disks import present_disks
+from ..disks import devices, present_disks
 from ..disks.block_graph import BlockGraph
 from ..disks.images import open_images
 from ..guest import command_line, emulator, pid_file, preload
@@ -76,13 +76,13 @@ async def standalone(
 async def _with_present_disks(
     arguments: command_line.Derived, graph: BlockGraph, monitor: Commands
 ) -> command_line.Derived:
-    present = await present_disks.devices(monitor)
-    added = await present_disks.plugged(monitor, arguments.arguments, present)
+    present = await devices.read(monitor)
+    added = await devices.plugged(monitor, arguments.arguments, present)
     if added:
         with contextlib.suppress(SevhopError):  # an emulator that cannot be probed is refused below
             drivers = {str(device["driver"]) for device in added}
             known = await asyncio.to_thread(emulator.properties, arguments.emulator, drivers)
-            added = present_disks.without_unknown(added, known)
+            added = devices.without_unknown(added, known)
     plan = present_disks.adapt(arguments.arguments, graph, present, added)
     return replace(arguments, arguments=plan.arguments, refused=[*arguments.refused, *plan.refused])
 

@@ -8,7 +8,8 @@ from sevhop_qmp.errors import SevhopError
 
 from ..guest.emulator import probe
 from ..keeper.client import KeeperClient
-from ..libvirt.connection import Connection, Domain
+from ..libvirt.connection import Connection
+from ..libvirt.domain import Domain
 from ..records.run_directory import alive, hop_of, hops_in_progress
 from .domain import examine
 from .domain_status import DomainStatus

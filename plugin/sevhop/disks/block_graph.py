@@ -12,29 +12,29 @@ Node names are compared if they were set explicitly; libvirt numbers its nodes a
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
 import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
+import tenacity
 from sevhop_qmp.errors import CommandError, SevhopError
 from sevhop_qmp.monitor import Commands, protocol_errors
+
+from ..guest.block_queries import STOP, WAIT, query_block, query_named_block_nodes
 
 #: Drivers of nodes that are a file or a block device of the host.
 FILE_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
 #: Drivers of nodes that are on a server.
 _REMOTE_DRIVERS = frozenset({"ftp", "ftps", "gluster", "http", "https", "iscsi", "nbd", "nfs", "rbd", "ssh"})
-#: How often the graph is read when other clients are changing it.
-_ATTEMPTS = 3
-#: Seconds before the second attempt, and twice that before the third.
-_PAUSE = 0.05
 #: Prefix of node names that QEMU has generated in the source, and that sevhop sets in the destination.
 GENERATED = "hop-"
 #: Id of the export that activates a node in a QEMU that has no command for it; it never comes to exist.
 _EXPORT = "sevhop-activate"
+
+
+class GraphChanged(SevhopError):
+    """Another client has changed the disks between two queries."""
 
 
 @dataclass(frozen=True)
@@ -182,39 +182,23 @@ class BlockGraph:
         return set(self.roots()) - {disk.root for disk in self.disks.values()}
 
 
+@tenacity.retry(retry=tenacity.retry_if_exception_type(GraphChanged), wait=WAIT, stop=STOP, reraise=True)
 async def read(monitor: Commands) -> BlockGraph:
     """
     Read the present graph.
 
-    :raises SevhopError: QEMU does not answer, or its answers make no sense, or the graph keeps changing.
+    :raises GraphChanged: it keeps changing.
+    :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
-    failure = SevhopError(f"{monitor.name}: the disks are being changed by another client", "try again")
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            await asyncio.sleep(attempt * _PAUSE)
-        try:
-            graph = await _read(monitor)
-        except CommandError as err:
-            # To report dirty bitmaps QEMU reads them from the image, which fails while it reopens that read-write
-            # (EBADF, seen with QEMU 7.2 that loads).
-            failure = err
-            continue
-        if graph is not None:
-            return graph
-    raise failure
-
-
-async def _read(monitor: Commands) -> BlockGraph | None:
-    """None if it has changed between two queries."""
     with protocol_errors(monitor.name):
-        rows = await monitor.execute("query-named-block-nodes", {"flat": True})
+        rows = await query_named_block_nodes(monitor)
         edges = await _children(monitor, rows)
         nodes = {str(row["node-name"]): _node(row, edges.get(str(row["node-name"]), {})) for row in rows}
-        disks = [_disk(row) for row in await monitor.execute("query-block")]
+        disks = [_disk(row) for row in await query_block(monitor)]
         exports = tuple(str(row["id"]) for row in await monitor.execute("query-block-exports"))
     used = {child for node in nodes.values() for child in node.children.values()} | {disk.root for disk in disks}
     if not used <= nodes.keys() | {""} or not edges.keys() <= nodes.keys():
-        return None
+        raise GraphChanged(f"{monitor.name}: the disks are being changed by another client", "try again")
     return BlockGraph({disk.key: disk for disk in disks}, nodes, exports)
 
 
@@ -243,7 +227,7 @@ def _disk(row: Mapping[str, Any]) -> Disk:
     return Disk(str(row["device"]), str(row.get("qdev", "")), str(inserted.get("node-name", "")))
 
 
-async def _children(monitor: Commands, rows: list[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+async def _children(monitor: Commands, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """Name of a node → role → name of the node below."""
     if all("children" in row for row in rows):  # newer QEMUs
         return {
@@ -257,102 +241,6 @@ async def _children(monitor: Commands, rows: list[Mapping[str, Any]]) -> dict[st
         if edge["parent"] in names and edge["child"] in names:
             children.setdefault(names[edge["parent"]], {})[str(edge["name"])] = names[edge["child"]]
     return children
-
-
-# -- comparing ---------------------------------------------------------------------------------------
-
-
-def differences(source: BlockGraph, destination: BlockGraph, *, names: bool) -> list[str]:
-    """
-    How the destination's disks differ from the source's; empty when a hop may continue. Each has the disk's name in it.
-
-    :param names: whether nodes whose names were set explicitly must have the same names.
-    """
-    found = []
-    for key, disk in source.disks.items():
-        theirs = destination.disks.get(key)
-        if theirs is None:
-            found.append(f"disk {disk.name} is missing in the destination")
-        elif bool(disk.root) != bool(theirs.root):
-            found.append(f"disk {disk.name} has {'no' if disk.root else 'a'} medium in the destination")
-        elif disk.root:
-            ours, other = source.nodes[disk.root], destination.nodes[theirs.root]
-            reason = _tree(source, _solid(source, disk.root), destination, _solid(destination, theirs.root))
-            if not reason and (ours.read_only, ours.direct) != (other.read_only, other.direct):
-                reason = f"{ours.filename} is opened in another mode in the destination"
-            if reason:
-                found.append(f"disk {disk.name}: {reason}")
-    for key, disk in destination.disks.items():
-        if key not in source.disks:
-            found.append(f"disk {disk.name} of the destination is not in the source")
-    if names and not found:
-        mine, other_names = _named(source), _named(destination)
-        found += [f"block node {name} is missing in the destination" for name in sorted(mine - other_names)]
-        found += [f"block node {name} of the destination is not in the source" for name in sorted(other_names - mine)]
-    return found
-
-
-def _named(graph: BlockGraph) -> set[str]:
-    return {name for name, node in graph.nodes.items() if node.named and not name.startswith(GENERATED)}
-
-
-def _solid(graph: BlockGraph, name: str) -> Node:
-    """A node, or what is below it if it is a ``raw`` of the same size; newer versions of libvirt omit that."""
-    node = graph.nodes[name]
-    while node.driver == "raw" and set(node.children) == {"file"}:
-        below = graph.nodes[node.children["file"]]
-        if below.size != node.size:
-            break
-        node = below
-    return node
-
-
-def _tree(source: BlockGraph, ours: Node, destination: BlockGraph, theirs: Node) -> str:
-    """How two trees differ, in the first node that does; empty if they do not."""
-    if ours.driver != theirs.driver:
-        return f"{theirs.filename or theirs.driver} in the destination, {ours.filename or ours.driver} in the source"
-    if (not ours.children or ours.driver == "raw") and not _same_name(ours.filename, theirs.filename):
-        return f"{theirs.filename} in the destination, {ours.filename} in the source"
-    if ours.children.keys() != theirs.children.keys():
-        below, expected = (", ".join(node.children) or "nothing" for node in (theirs, ours))
-        return f"{ours.filename} has {below} below it in the destination, {expected} in the source"
-    # A file grows below its format, and the destination sees that when it activates the images.
-    if ours.driver not in FILE_DRIVERS and ours.size != theirs.size:
-        return f"{ours.filename} has {theirs.size} bytes in the destination, {ours.size} in the source"
-    for role, child in ours.children.items():
-        reason = _tree(source, _solid(source, child), destination, _solid(destination, theirs.children[role]))
-        if reason:
-            return reason
-    return ""
-
-
-def _same_name(ours: str, theirs: str) -> bool:
-    """Whether two filenames mean the same; what paths lead to is compared by :class:`.images.Images`."""
-    if ours.startswith("json:") and theirs.startswith("json:"):
-        try:
-            return bool(json.loads(ours[5:]) == json.loads(theirs[5:]))
-        except ValueError:
-            return False
-    return os.path.normpath(ours) == os.path.normpath(theirs)
-
-
-def changes(before: BlockGraph, now: BlockGraph) -> str:
-    """The first disk, node or export that is not as it was in the same QEMU; empty when there is none."""
-    for key in before.disks.keys() | now.disks.keys():
-        if before.disks.get(key) != now.disks.get(key):
-            return f"disk {(before.disks.get(key) or now.disks[key]).name}"
-    for name in before.nodes.keys() | now.nodes.keys():
-        ours, theirs = before.nodes.get(name), now.nodes.get(name)
-        if ours is None or theirs is None or _lasting(ours) != _lasting(theirs):
-            return (before if ours is not None else now).disk_of(name)
-    if before.exports != now.exports:
-        return "an export of a disk"
-    return ""
-
-
-def _lasting(node: Node) -> Node:
-    """A node without what changes when the guest writes."""
-    return replace(node, size=0 if node.driver in FILE_DRIVERS else node.size, allocated=None)
 
 
 # -- activation --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sevhop_qmp.monitor import Commands
 from sevhop_qmp.open_images import Identity
 from sevhop_qmp.process import QemuProcess
 
-from . import block_graph
+from . import block_graph, comparison
 from .block_graph import BlockGraph, Node
 from .images import Images, open_images
 
@@ -71,7 +71,7 @@ class DiskGuard:
         :param names: whether the names of block nodes matter.
         """
         theirs = await block_graph.read(monitor)
-        return block_graph.differences(self.graph, theirs, names=names) or self._images.others_of(theirs, process)
+        return comparison.differences(self.graph, theirs, names=names) or self._images.others_of(theirs, process)
 
     async def verify_unchanged(self, monitor: Commands) -> None:
         """
@@ -79,7 +79,7 @@ class DiskGuard:
 
         :raises SevhopError: somebody has changed the disks.
         """
-        if found := block_graph.changes(self.graph, await block_graph.read(monitor)):
+        if found := comparison.changes(self.graph, await block_graph.read(monitor)):
             raise SevhopError(f"{found} was changed by another client", "try again")
         self._images.files.refresh()
         self._raise_for(set(self._images.identities.values()) - self._images.files.identities)

@@ -7,20 +7,17 @@ the images of source and destination are compared by device and inode.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 
+import tenacity
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands
 from sevhop_qmp.open_images import Identity, OpenFiles, identity_at
 from sevhop_qmp.process import QemuProcess
 
-from .block_graph import FILE_DRIVERS, BlockGraph, Node, changes, read
-
-#: How often graph and files are read when they contradict each other.
-_ATTEMPTS = 3
-#: Seconds before the second attempt, and twice that before the third.
-_PAUSE = 0.05
+from ..guest.block_queries import STOP, WAIT
+from .block_graph import FILE_DRIVERS, BlockGraph, Node, read
+from .comparison import changes
 
 
 class Images:
@@ -79,27 +76,30 @@ async def open_images(monitor: Commands, process: QemuProcess) -> tuple[BlockGra
 
     :raises SevhopError: QEMU does not answer, has exited, or its disks keep changing.
     """
-    first = await read(monitor)
+    first = graph = await read(monitor)
     images = Images(first, process)
+    unlike = set(images.identities)
+
+    # The file system reports another allocation from time to time, while the guest writes to the image.
+    @tenacity.retry(retry=tenacity.retry_if_result(bool), wait=WAIT, stop=STOP, retry_error_callback=lambda _: None)
+    async def compare_allocations() -> bool:
+        nonlocal graph
+        before = images.allocated()
+        graph = await read(monitor)
+        after = images.allocated()
+        if changed := changes(first, graph):
+            raise SevhopError(f"{changed} was changed by another client", "try again")
+        known = images.identities
+        unlike.difference_update({name for name in unlike if _between(graph.nodes[name], before, after, known[name])})
+        return bool(unlike)
+
     try:
-        unlike = set(images.identities)
-        for attempt in range(_ATTEMPTS):
-            # The file system reports another allocation from time to time, while the guest writes to the image.
-            await asyncio.sleep(attempt * _PAUSE)
-            before = images.allocated()
-            graph = await read(monitor)
-            after = images.allocated()
-            if changed := changes(first, graph):
-                raise SevhopError(f"{changed} was changed by another client", "try again")
-            known = images.identities
-            unlike = {name for name in unlike if not _between(graph.nodes[name], before, after, known[name])}
-            if not unlike:
-                break
-        # Two files whose names were swapped are both open. QEMU reports the allocation of the file that the node has.
-        images.misplaced += [f"{graph.disk_of(name)}: {graph.nodes[name].filename}" for name in sorted(unlike)]
+        await compare_allocations()
     except BaseException:
         images.close()
         raise
+    # Two files whose names were swapped are both open. QEMU reports the allocation of the file that the node has.
+    images.misplaced += [f"{graph.disk_of(name)}: {graph.nodes[name].filename}" for name in sorted(unlike)]
     return graph, images
 
 

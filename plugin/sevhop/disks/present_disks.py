@@ -26,11 +26,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.errors import SevhopError
 
 from ..guest.command_line import Option, parse, properties
 from .block_graph import FILE_DRIVERS, GENERATED, BlockGraph, Disk, Node
+from .devices import ANONYMOUS, PERIPHERAL, PLUGGABLE, Device
 
 #: Format drivers that need no more than the nodes below them.
 _FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vpc"})
@@ -38,39 +38,10 @@ _FORMATS = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vpc"})
 _IMAGE_KEYS = frozenset({"", "file", "format", "driver", "node-name"})
 #: Options of a disk that a snapshot or a copy inherits (block.c: flags of the node that it replaces).
 _INHERITED = ("aio", "discard")
-#: Devices that may have been plugged: QEMU reports all properties that they were created with.
-_PLUGGABLE = frozenset({"virtio-blk-pci", "virtio-scsi-pci", "scsi-hd", "scsi-cd", "virtio-rng-pci"})
-#: Network cards, of which the same is true. QEMU does not report their backends.
-CARDS = frozenset({"virtio-net-pci", "e1000", "e1000e", "rtl8139", "igb", "vmxnet3", "pcnet", "ne2k_pci", "usb-net"})
-#: Properties that follow from where a device is, or from others.
-_DERIVED = frozenset({"addr", "legacy-addr", "busnr", "type", "parent_bus", "realized", "hotplugged", "hotpluggable"})
-
-_PERIPHERAL = "/machine/peripheral"
-_ANONYMOUS = "/machine/peripheral-anon"
 
 
 class Undescribable(SevhopError):
     """QEMU does not report enough of a disk to describe it."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """
-    A device of the guest that was created by an option, or plugged.
-
-    :ivar address: slot and function on its PCI bus, in the form of ``addr=``; empty on other buses.
-    :ivar plugged: whether it was plugged since the start; an option with its id describes another device.
-    """
-
-    path: str
-    driver: str
-    address: str
-    plugged: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its id."""
-        return self.path.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -85,97 +56,6 @@ class Plan:
     refused: list[str] = field(default_factory=list)
 
 
-async def devices(monitor: Commands) -> dict[str, Device]:
-    """
-    All devices that were created by options or plugged, by QOM path.
-
-    :raises SevhopError: QEMU does not answer.
-    """
-    found = {}
-    with protocol_errors(monitor.name):
-        for container in (_PERIPHERAL, _ANONYMOUS):
-            for row in await monitor.execute("qom-list", {"path": container}):
-                if row["type"].startswith("child<"):
-                    path = f"{container}/{row['name']}"
-                    driver = row["type"].removeprefix("child<").removesuffix(">")
-                    hotplugged = await _property(monitor, path, "hotplugged")
-                    found[path] = Device(path, driver, await _address(monitor, path), hotplugged is True)
-    return found
-
-
-async def _address(monitor: Commands, path: str) -> str:
-    devfn = await _property(monitor, path, "addr")
-    return f"{devfn >> 3:#x}.{devfn & 7:x}" if isinstance(devfn, int) and devfn >= 0 else ""
-
-
-async def _property(monitor: Commands, path: str, name: str) -> Any:
-    """None if it has none of that name."""
-    try:
-        return await monitor.execute("qom-get", {"path": path, "property": name})
-    except CommandError:
-        return None
-
-
-async def plugged(
-    monitor: Commands,
-    arguments: Sequence[str],
-    present: Mapping[str, Device],
-    drivers: frozenset[str] = _PLUGGABLE,
-) -> list[dict[str, Any]]:
-    """
-    What was plugged, each as an argument of ``-device``.
-
-    :param arguments: of the source.
-    :param drivers: which are wanted: disks, controllers and random number generators, or :data:`CARDS`.
-    :raises SevhopError: QEMU does not answer.
-    """
-    known = {_parsed(option).get("id") for option in parse(list(arguments)) if option.name == "device"}
-    found = []
-    for device in present.values():
-        new = device.plugged or device.name not in known
-        if device.path.startswith(_PERIPHERAL + "/") and new and device.driver in drivers:
-            with protocol_errors(monitor.name):
-                found.append(await _described(monitor, device, device.name))
-    return found
-
-
-def without_unknown(devices: Sequence[Mapping[str, Any]], known: Mapping[str, frozenset[str]]) -> list[dict[str, Any]]:
-    """
-    Plugged devices for another emulator. A boolean that it does not know was set by the machine type for compatibility
-    with older versions, and is what the older version does without it.
-
-    :param known: properties by driver.
-    """
-    return [
-        {
-            key: value
-            for key, value in device.items()
-            if not isinstance(value, bool) or key in known.get(str(device["driver"]), (key,))
-        }
-        for device in devices
-    ]
-
-
-async def _described(monitor: Commands, device: Device, name: str) -> dict[str, Any]:
-    bus = await monitor.execute("qom-get", {"path": device.path, "property": "parent_bus"})
-    result: dict[str, Any] = {"driver": device.driver, "id": name, "bus": str(bus).rpartition("/")[2]}
-    if device.address:
-        result["addr"] = device.address
-    for row in await monitor.execute("device-list-properties", {"typename": device.driver}):
-        prop, kind = str(row["name"]), str(row["type"])
-        if prop in _DERIVED or prop.startswith("x-") or kind.startswith("child<"):
-            continue
-        try:
-            value = await monitor.execute("qom-get", {"path": device.path, "property": prop})
-        except CommandError:
-            continue
-        if kind.startswith("link<"):
-            value = str(value).rpartition("/")[2] if kind == "link<iothread>" else ""
-        if value not in ("", None) and ("default-value" not in row or value != row["default-value"]):
-            result[prop] = value
-    return result
-
-
 def adapt(
     arguments: Sequence[str],
     graph: BlockGraph,
@@ -187,8 +67,8 @@ def adapt(
 
     :param arguments: without the program, with those disks that the guest was started with.
     :param graph: the present disks.
-    :param present: the present :func:`devices`.
-    :param added: those that were :func:`plugged`.
+    :param present: the present ones, by QOM path; see :func:`.devices.read`.
+    :param added: those that were plugged; see :func:`.devices.plugged`.
     :return: the same arguments when the disks are the same.
     """
     return _Adapter(arguments, graph, present, added).plan()
@@ -356,7 +236,7 @@ class _Adapter:
     def _given_for(self, disk: Disk) -> list[dict[str, Any]]:
         """The options on the command line of the nodes that a disk was started with."""
         for option, path in zip(self._options, self._paths, strict=True):
-            if path and (name := _parsed(option).get("drive")) and self._disk_of(path) == disk:
+            if path and (name := option.properties().get("drive")) and self._disk_of(path) == disk:
                 return [self._scalars[node] for node in self._names_below(str(name))]
         return []
 
@@ -386,25 +266,25 @@ class _Adapter:
         return option
 
     def _device(self, option: Option, path: str) -> Option | None:
-        props = _parsed(option)
+        props = option.properties()
         device = self._present.get(path)
         if device is None:
             return None
-        if device.plugged and (device.driver in _PLUGGABLE or device.driver != props.get("driver", props.get(""))):
+        if device.plugged and (device.driver in PLUGGABLE or device.driver != props.get("driver", props.get(""))):
             return None  # another device with the same id
         disk = self._disk_of(path)
         drive = props.get("drive")
         if disk is None or disk.device or (drive or "") == disk.root:
             return option
-        if drive in {properties(other.value or "").get("id") for other in self._options if other.name == "drive"}:
+        if drive in {other.properties().get("id") for other in self._options if other.name == "drive"}:
             return option
         if not disk.root:
-            return _without(option, "drive")
+            return option.without("drive")
         name = self._try(self._describe, disk.root, disk.root)
-        return _with(_without(option, "drive"), "drive", name) if name else option
+        return option.without("drive").with_property("drive", name) if name else option
 
     def _drive(self, option: Option) -> Option | None:
-        props = properties(option.value or "")
+        props = option.properties()
         disk = next((disk for disk in self._graph.disks.values() if disk.device == props["id"]), None)
         if disk is None:
             return None
@@ -453,10 +333,10 @@ class _Adapter:
 
     def _pinned(self, option: Option, path: str) -> Option:
         """A device with its present PCI address, whatever else is on its bus."""
-        if not path or "addr" in _parsed(option):
+        if not path or "addr" in option.properties():
             return option
         device = self._present.get(path)
-        return _with(option, "addr", device.address) if device is not None and device.address else option
+        return option.with_property("addr", device.address) if device is not None and device.address else option
 
     def _number_devices(self) -> list[str]:
         """
@@ -465,32 +345,24 @@ class _Adapter:
         """
         paths = [""] * len(self._options)
         for at, option in enumerate(self._options):
-            if option.name == "device" and (name := _parsed(option).get("id")):
-                paths[at] = f"{_PERIPHERAL}/{name}"
+            if option.name == "device" and (name := option.properties().get("id")):
+                paths[at] = f"{PERIPHERAL}/{name}"
         nameless = [at for at, option in enumerate(self._options) if option.name == "device" and not paths[at]]
-        plain = [at for at in nameless if not _is_json(self._options[at])]
+        plain = [at for at in nameless if not self._options[at].is_json]
         by_drives = sum(
-            option.name == "drive" and properties(option.value or "").get("if") == "virtio" for option in self._options
+            option.name == "drive" and option.properties().get("if") == "virtio" for option in self._options
         )
         for number, at in enumerate(plain):
-            paths[at] = f"{_ANONYMOUS}/device[{number}]"
+            paths[at] = f"{ANONYMOUS}/device[{number}]"
         for number, at in enumerate((at for at in nameless if at not in plain), len(plain) + by_drives):
-            paths[at] = f"{_ANONYMOUS}/device[{number}]"
+            paths[at] = f"{ANONYMOUS}/device[{number}]"
         return paths
 
     def _disk_of(self, path: str) -> Disk | None:
         for disk in self._graph.disks.values():
-            if disk.qdev == path.removeprefix(_PERIPHERAL + "/") or f"{disk.qdev}/".startswith(f"{path}/"):
+            if disk.qdev == path.removeprefix(PERIPHERAL + "/") or f"{disk.qdev}/".startswith(f"{path}/"):
                 return disk
         return None
-
-
-def _is_json(option: Option) -> bool:
-    return (option.value or "").startswith("{")
-
-
-def _parsed(option: Option) -> dict[str, str]:
-    return properties(option.value or "")
 
 
 def _tree(value: str) -> dict[str, Any]:
@@ -525,28 +397,3 @@ def _names(tree: Mapping[str, Any]) -> set[str]:
 
 def _same_path(ours: str, theirs: str) -> bool:
     return os.path.normpath(ours.removeprefix("file:")) == os.path.normpath(theirs)
-
-
-def _without(option: Option, key: str) -> Option:
-    """The option without one of its keys."""
-    value = option.value or ""
-    if _is_json(option):
-        tree = json.loads(value)
-        tree.pop(key, None)
-        return Option(option.name, json.dumps(tree))
-    props = properties(value)
-    props.pop(key, None)
-    return Option(option.name, _joined(props))
-
-
-def _with(option: Option, key: str, text: str) -> Option:
-    """The option with one more key."""
-    if _is_json(option):
-        return Option(option.name, json.dumps(json.loads(option.value or "") | {key: text}))
-    return Option(option.name, _joined(_parsed(option) | {key: text}))
-
-
-def _joined(props: Mapping[str, str]) -> str:
-    """The reverse of :func:`.command_line.properties`."""
-    pairs = ((key, value.replace(",", ",,")) for key, value in props.items())
-    return ",".join(f"{key}={value}" if key else value for key, value in pairs)

@@ -18,7 +18,7 @@ from ..keeper.handover import SourceHandles
 from ..options import HopOptions
 from ..process import launch
 from ..records import journal
-from ..records.journal import HopRecord, Process
+from ..records.hop_record import HopRecord, Process
 from .destination import LaunchContext
 from .guest_paths import GuestPaths
 from .source_watch import SourceWatch

@@ -27,13 +27,16 @@ from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
 from ..errors import RecoveryRequired
-from ..guest import runtime_settings
+from ..guest import saved_settings
 from ..keeper.client import KeeperClient, KeeperError
 from ..keeper.state import State
 from ..libvirt import domain_xml
-from ..libvirt.connection import NO_DOMAIN, Connection, Domain, DomainError
+from ..libvirt.connection import Connection
+from ..libvirt.daemon import NO_DOMAIN, DomainError
+from ..libvirt.domain import Domain
 from ..records import run_directory
-from ..records.journal import HopRecord, Journal
+from ..records.hop_record import HopRecord
+from ..records.journal import Journal
 from .finish import STOPPED
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .upgrade_restore import define_emulator
@@ -244,7 +247,7 @@ class _InterruptedUpgrade:
                 await block_graph.activate(await (await self._domain()).monitor())
 
     async def _finish_settings(self) -> list[str]:
-        """See :func:`.runtime_settings.finish`."""
+        """See :func:`.saved_settings.finish`."""
         if self._keeper is None:
             return []
         try:
@@ -253,7 +256,7 @@ class _InterruptedUpgrade:
         except SevhopError as err:
             return [f"cannot verify the run-time settings: {err.message}"]
         moved = self._record.context != "none"
-        return await runtime_settings.finish(self._keeper.directory, monitor, pid, moved=moved)
+        return await saved_settings.finish(self._keeper.directory, monitor, pid, moved=moved)
 
     async def _without_keeper(self) -> RecoveredGuest:
         """Its old QEMU has exited, and there is no keeper."""

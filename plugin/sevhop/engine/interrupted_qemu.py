@@ -20,7 +20,7 @@ from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..disks import block_graph
 from ..errors import RecoveryRequired
-from ..records.journal import HopRecord
+from ..records.hop_record import HopRecord
 from . import ownership
 from .destination import Destination
 from .finish import finish, resume_guest, resume_source

@@ -22,7 +22,7 @@ from sevhop_qmp.run_mark import RunMark
 
 from ..disks.disk_guard import DiskGuard
 from ..errors import Refused
-from ..guest import command_line, cpu_features, inspection, runtime_settings
+from ..guest import command_line, cpu_features, inspection, runtime_settings, vm_generation_id
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
 from ..process import confinement, launch, scheduling, seccomp_filter
@@ -71,7 +71,7 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     hop.rollback.push(lambda: _restore_oom_score_adj(checked.source, acquired.oom_score_adj))
     launch.protect_from_oom(checked.source.pid)
     run_mark = await _leave_run_mark(hop, checked)
-    pinned = await runtime_settings.pinned(checked.arguments.arguments, checked.monitor)
+    pinned = await vm_generation_id.pinned(checked.arguments.arguments, checked.monitor)
     arguments = replace(checked.arguments, arguments=pinned)
     try:
         started = await start_destination(hop, options, checked, acquired, arguments, run_mark)

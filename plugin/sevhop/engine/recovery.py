@@ -27,7 +27,8 @@ from sevhop_qmp.run_mark import RunState
 from ..errors import RecoveryRequired
 from ..process import launch
 from ..records import journal, run_directory
-from ..records.journal import HopRecord, Journal, JournalError
+from ..records.hop_record import HopRecord
+from ..records.journal import Journal, JournalError
 from ..records.run_directory import HopInProgress
 from .guest_paths import GuestPaths
 from .interrupted_qemu import NewQemu, OldQemu

@@ -45,14 +45,15 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.saved_device_state import SavedDeviceState
 
 from ..cancellation import shielded
-from ..disks import present_disks
+from ..disks import devices
 from ..errors import GuestState, RecoveryRequired, Refused
 from ..events import GuestResumed, GuestStopped, Listener, ignore
 from ..guest import cpu_features, emulator, inspection
 from ..keeper.handover import SourceHandles
 from ..keeper.local import LocalKeeper
 from ..libvirt import domain_xml
-from ..libvirt.connection import Connection, Domain
+from ..libvirt.connection import Connection
+from ..libvirt.domain import Domain
 from ..options import HopOptions
 from . import rehearsal_command_line
 from .destination import Destination, LaunchContext
@@ -334,13 +335,13 @@ def _disks(rows: list[Mapping[str, Any]]) -> dict[str, Disk]:
 
 async def _cards(monitor: Commands, arguments: Sequence[str], program: str) -> Cards:
     """:raises SevhopError: QEMU does not answer."""
-    present = await present_disks.devices(monitor)
-    plugged = await present_disks.plugged(monitor, arguments, present, present_disks.CARDS)
+    present = await devices.read(monitor)
+    plugged = await devices.plugged(monitor, arguments, present, devices.CARDS)
     backends: dict[str, Backend] = {}
     if plugged:
         drivers = {str(card["driver"]) for card in plugged}
         known = await asyncio.to_thread(emulator.properties, program, drivers)
-        plugged = present_disks.without_unknown(plugged, known)
+        plugged = devices.without_unknown(plugged, known)
         text = await monitor.execute("human-monitor-command", {"command-line": "info network"})
         for found in _BACKEND.finditer(str(text)):
             backends[found["name"]] = Backend(found["kind"], int(found["index"]) + 1)

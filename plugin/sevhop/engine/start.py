@@ -27,7 +27,7 @@ from ..errors import GuestState, RecoveryRequired
 from ..guest import command_line
 from ..keeper.local import LocalKeeper
 from ..options import HopOptions
-from ..records.journal import Process
+from ..records.hop_record import Process
 from .check import Acquired, Checked
 from .destination import Destination
 from .state_transfer import StateTransfer

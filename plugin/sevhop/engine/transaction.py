@@ -26,7 +26,8 @@ from sevhop_qmp.errors import SevhopError
 from ..cancellation import shielded, wait_out
 from ..errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
 from ..events import Event, GuestResumed, GuestStopped, HopFinished, Listener, PhaseBegan, PhaseEnded
-from ..records.journal import HopRecord, Journal, JournalError
+from ..records.hop_record import HopRecord
+from ..records.journal import Journal, JournalError
 from ..report import Phase, Report
 
 Answer = TypeVar("Answer")

@@ -13,20 +13,22 @@ from sevhop_qmp.saved_device_state import SavedDeviceState
 
 from ..cancellation import shielded
 from ..checks.domain import examine
-from ..disks import block_graph
+from ..disks import comparison
 from ..disks.block_graph import BlockGraph
 from ..disks.disk_guard import DiskGuard
 from ..errors import GuestLost, GuestState, Refused
-from ..guest import cpu_features, emulator, inspection, runtime_settings
+from ..guest import cpu_features, emulator, inspection, runtime_settings, saved_settings
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..install import verification
 from ..keeper.client import KeeperClient, KeeperConfig
 from ..libvirt import domain_xml, lock_manager
-from ..libvirt.connection import Connection, Domain, DomainMonitor
+from ..libvirt.connection import Connection
+from ..libvirt.domain import Domain
+from ..libvirt.domain_monitor import DomainMonitor
 from ..options import UpgradeOptions
 from ..process import cgroup_memory
 from ..records import journal
-from ..records.journal import HopRecord, Process
+from ..records.hop_record import HopRecord, Process
 from .rehearsal import Rehearsal, Subject
 from .rehearsal_command_line import Unrehearsable
 from .transaction import Transaction
@@ -252,7 +254,7 @@ async def prepare(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient
     displays = domain_xml.ports(await checked.domain.live_xml())
     settings = await runtime_settings.read(checked.monitor, checked.source)
     words = None if rehearsed else await cpu_features.feature_words(checked.monitor)
-    runtime_settings.save(keeper.directory, settings, words)
+    saved_settings.save(keeper.directory, settings, words)
     if note := cgroup_memory.unaccounted(checked.source):
         hop.note(note)
     state = await hop.resources.enter_async_context(SavedDeviceState(checked.monitor, checked.guest.machine_type))
@@ -260,6 +262,6 @@ async def prepare(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient
     disks = await DiskGuard.open(checked.monitor, checked.source)
     hop.resources.callback(disks.close)
     # The keeper has the disks as they were when the domain was examined, and compares the destination's with these.
-    if found := block_graph.changes(checked.disks, disks.graph):
+    if found := comparison.changes(checked.disks, disks.graph):
         raise SevhopError(f"another client has changed the domain: {found}", "try again")
     return PreparedDomain(piped, displays, disks, state)

@@ -15,11 +15,13 @@ from sevhop_qmp.errors import SevhopError
 from ..disks import block_graph
 from ..errors import GuestLost
 from ..events import MoveAttempted
-from ..guest import runtime_settings
+from ..guest import saved_settings
 from ..keeper.client import KeeperClient, KeeperError
 from ..keeper.state import State
 from ..libvirt import domain_xml
-from ..libvirt.connection import NO_DOMAIN, RESTORE_TIMEOUT, Connection, Domain, DomainError
+from ..libvirt.connection import Connection
+from ..libvirt.daemon import NO_DOMAIN, RESTORE_TIMEOUT, DomainError
+from ..libvirt.domain import Domain
 from ..report import Phase
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
@@ -145,7 +147,7 @@ async def _report_destination(hop: Transaction, checked: CheckedDomain, keeper: 
         Phase("restore: commit", status["commit_ms"]),
     ]
     moved = checked.guest.context.kind != "none"
-    for note in await runtime_settings.finish(keeper.directory, checked.monitor, status["destination"], moved=moved):
+    for note in await saved_settings.finish(keeper.directory, checked.monitor, status["destination"], moved=moved):
         hop.note(note)
 
 

@@ -20,7 +20,7 @@ from ..disks import block_graph
 from ..errors import GuestState, RecoveryRequired
 from ..keeper.client import KeeperClient
 from ..libvirt import domain_xml, hook, lock_manager
-from ..libvirt.connection import DomainError
+from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
 from ..options import UpgradeOptions
 from .transaction import Transaction

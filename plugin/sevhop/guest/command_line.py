@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 #: Id of the monitor that sevhop adds to a destination.
@@ -65,6 +65,31 @@ class Option:
             return [self.value or ""]
         return [f"-{self.name}"] + ([] if self.value is None else [self.value])
 
+    def properties(self) -> dict[str, str]:
+        """See :func:`properties`."""
+        return properties(self.value or "")
+
+    @property
+    def is_json(self) -> bool:
+        """Whether its argument is in JSON."""
+        return (self.value or "").startswith("{")
+
+    def without(self, key: str) -> Option:
+        """The option without one of its keys."""
+        if self.is_json:
+            tree = json.loads(self.value or "")
+            tree.pop(key, None)
+            return Option(self.name, json.dumps(tree))
+        props = self.properties()
+        props.pop(key, None)
+        return Option(self.name, _joined(props))
+
+    def with_property(self, key: str, value: str) -> Option:
+        """The option with one more key."""
+        if self.is_json:
+            return Option(self.name, json.dumps(json.loads(self.value or "") | {key: value}))
+        return Option(self.name, _joined(self.properties() | {key: value}))
+
     def __str__(self) -> str:
         return " ".join(self.argv())
 
@@ -97,6 +122,12 @@ def parse(argv: list[str]) -> list[Option]:
         name = argument[2:] if argument.startswith("--") else argument[1:]
         options.append(Option(name) if name in _FLAGS else Option(name, next(iterator, "")))
     return options
+
+
+def _joined(props: Mapping[str, str]) -> str:
+    """The reverse of :func:`properties`."""
+    pairs = ((key, value.replace(",", ",,")) for key, value in props.items())
+    return ",".join(f"{key}={value}" if key else value for key, value in pairs)
 
 
 def properties(value: str) -> dict[str, str]:

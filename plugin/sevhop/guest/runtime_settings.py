@@ -21,20 +21,21 @@ cannot be carried over is noted in the report.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sevhop_qmp.errors import CommandError, SevhopError
+from sevhop_qmp.errors import CommandError
 from sevhop_qmp.exported import read_ints
 from sevhop_qmp.monitor import Commands, protocol_errors
 from sevhop_qmp.process import QemuProcess
 
-from . import cpu_features
-from .command_line import PRIVATE_MONITOR, parse, properties
+from . import vm_generation_id
+from .absent import unless_absent
+from .block_queries import query_block, query_named_block_nodes
+from .command_line import PRIVATE_MONITOR
 
 #: Of ``query-block``: mandatory and optional arguments of ``block_set_io_throttle``.
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
@@ -66,8 +67,6 @@ _FORWARD = re.compile(
     r"^\s*(?P<protocol>TCP|UDP)\[HOST_FORWARD\]\s+\S+\s+(?P<host>\S+)\s+(?P<port>\d+)\s+(?P<guest>\S+)\s+(?P<to>\d+)\s"
 )
 _REMOVED = "removed"
-#: In the keeper's directory.
-_FILE = "settings"
 #: Names of the settings in messages.
 _NAMES = {
     "throttles": "the throttling",
@@ -143,7 +142,7 @@ async def read(monitor: Commands, process: QemuProcess) -> Settings:
     :raises SevhopError: QEMU does not answer, or its answers make no sense.
     """
     with protocol_errors(monitor.name):
-        throttles, disks = _throttles(await monitor.execute("query-block"))
+        throttles, disks = _throttles(await query_block(monitor))
         types = dict(await _children(monitor, "/objects"))
         devices = [
             (f"{container}/{name}", kind)
@@ -155,27 +154,19 @@ async def read(monitor: Commands, process: QemuProcess) -> Settings:
             disks=disks,
             objects={name: found for name, kind in types.items() if (found := await _object(monitor, name, kind))},
             types=types,
-            thresholds=_thresholds(await _answer(monitor, "query-named-block-nodes", {"flat": True}) or []),
+            thresholds=_thresholds(await query_named_block_nodes(monitor)),
             statistics=await _statistics(monitor, devices),
             actions=actions(process),
             forwards=_forwards(await monitor.hmp("info usernet")),
-            displays=_displays(await _answer(monitor, "query-vnc-servers") or []),
-            tickets=(await _answer(monitor, "query-spice") or {}).get("auth") == "spice",
-            generation=str((await _answer(monitor, "query-vm-generation-id") or {}).get("guid", "")),
+            displays=_displays(await unless_absent(monitor, "query-vnc-servers") or []),
+            tickets=(await unless_absent(monitor, "query-spice") or {}).get("auth") == "spice",
+            generation=await vm_generation_id.read(monitor),
             chardevs=[str(row["label"]) for row in await monitor.execute("query-chardev")],
         )
 
 
-async def _answer(monitor: Commands, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-    """None where QEMU does not know the command, or has no such device."""
-    try:
-        return await monitor.execute(command, arguments)
-    except CommandError:
-        return None
-
-
 async def _children(monitor: Commands, path: str) -> list[tuple[str, str]]:
-    rows = await _answer(monitor, "qom-list", {"path": path}) or []
+    rows = await unless_absent(monitor, "qom-list", {"path": path}) or []
     return [(str(row["name"]), row["type"][6:-1]) for row in rows if row["type"].startswith("child<")]
 
 
@@ -202,7 +193,7 @@ async def _object(monitor: Commands, name: str, kind: str) -> dict[str, Any]:
         if kind.startswith(prefix):
             found = {}
             for one in names:
-                value = await _answer(monitor, "qom-get", {"path": f"/objects/{name}", "property": one})
+                value = await unless_absent(monitor, "qom-get", {"path": f"/objects/{name}", "property": one})
                 if value is not None:
                     found[one] = value
             return found
@@ -221,7 +212,7 @@ async def _statistics(monitor: Commands, devices: list[tuple[str, str]]) -> dict
     found = {}
     for path, kind in devices:
         if kind.startswith("virtio-balloon"):
-            value = await _answer(monitor, "qom-get", {"path": path, "property": _STATISTICS})
+            value = await unless_absent(monitor, "qom-get", {"path": path, "property": _STATISTICS})
             if value is not None:
                 found[path] = int(value)
     return found
@@ -256,38 +247,6 @@ def _displays(rows: list[dict[str, Any]]) -> dict[str, tuple[str, list[str]]]:
         password = any(kind == "vnc" or kind.endswith("-vnc") for kind in kinds)
         found[str(row["id"])] = ("password" if password else "", addresses)
     return found
-
-
-# -- the command line ------------------------------------------------------------------------------
-
-
-async def pinned(arguments: list[str], monitor: Commands) -> list[str]:
-    """
-    The destination's arguments with the values that the source has generated: a guest with another VM generation ID
-    takes itself for a copy.
-
-    :raises SevhopError: QEMU does not answer.
-    """
-    with protocol_errors(monitor.name):
-        answer = await _answer(monitor, "query-vm-generation-id")
-        guid = str(answer["guid"]) if answer else ""
-    if not guid:
-        return arguments
-    result: list[str] = []
-    for option in parse(arguments):
-        props = properties(option.value or "")
-        if option.name == "device" and props.get("", props.get("driver")) == "vmgenid":
-            result += ["-device", _with_generation(option.value or "", guid)]
-        else:
-            result += option.argv()
-    return result
-
-
-def _with_generation(value: str, guid: str) -> str:
-    if value.startswith("{"):
-        return json.dumps(json.loads(value) | {"guid": guid})
-    parts = [part for part in re.split(r"(?<!,),(?!,)", value) if not part.startswith("guid=")]
-    return ",".join([*parts, f"guid={guid}"])
 
 
 # -- the destination -------------------------------------------------------------------------------
@@ -325,79 +284,20 @@ async def carry_over(ours: Settings, theirs: Settings, monitor: Commands) -> lis
     return notes + not_carried_over(ours, theirs)
 
 
-def save(directory: Path, ours: Settings, cpu: cpu_features.FeatureWords | None) -> None:
+async def set_all(ours: Settings, monitor: Commands) -> None:
     """
-    Save the settings of a source that is about to be terminated, for its destination.
+    Set all of some settings in a destination, without comparing. What it refuses is left for :func:`carry_over`.
 
-    :param directory: of the keeper.
-    :param cpu: the guest's CPUID features, if the destination is to be compared with them before it runs.
-    :raises SevhopError: they cannot be saved.
-    """
-    path = directory / _FILE
-    try:
-        path.write_text(json.dumps({"settings": asdict(ours), "cpu": cpu}))
-    except OSError as err:
-        raise SevhopError(f"cannot save the settings of the source in {path}: {err.strerror}") from err
-
-
-def _load(directory: Path) -> tuple[Settings, cpu_features.FeatureWords | None] | None:
-    try:
-        saved = json.loads((directory / _FILE).read_text())
-        fields = saved["settings"]
-        fields["thresholds"] = [tuple(row) for row in fields["thresholds"]]
-        fields["displays"] = {name: tuple(row) for name, row in fields["displays"].items()}
-        return Settings(**fields), saved["cpu"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-async def set_before_it_runs(directory: Path, monitor: Commands) -> str:
-    """
-    Set in a destination of libvirt's what must be there before it runs. Nothing is compared: what cannot be set, or is
-    set otherwise by libvirt, is found by :func:`finish`.
-
-    :param directory: of the keeper.
-    :return: the CPU features that the guest would lose, if they were to be compared; empty when there are none.
     :raises SevhopError: the destination does not answer, or its answers make no sense.
     """
-    saved = _load(directory)
-    if saved is None:
-        return ""
-    ours, cpu = saved[0].before_it_runs(), saved[1]
     nothing = Settings(disks=ours.disks, objects={name: {} for name in ours.objects})
     with protocol_errors(monitor.name):
-        for step in [*_steps(ours, nothing), *await _threshold_steps(ours, nothing, monitor)]:
-            await _answer(monitor, step.command, step.arguments)
-    missing = [] if cpu is None else cpu_features.lost(cpu, await cpu_features.feature_words(monitor))
-    return f"the guest's processors would lose {', '.join(missing)}" if missing else ""
-
-
-async def finish(directory: Path, monitor: Commands, pid: int, *, moved: bool) -> list[str]:
-    """
-    Carry over to a destination of libvirt's, which runs, what is not there yet.
-
-    :param directory: of the keeper.
-    :param moved: whether it has got an SEV context. Then it cannot reboot, and its action was set accordingly.
-    :return: a note for each setting that is not as it was.
-    """
-    saved = _load(directory)
-    if saved is None:
-        return []
-    ours = saved[0]
-    if moved:
-        ours = replace(ours, actions={name: value for name, value in ours.actions.items() if name != "reboot"})
-    try:
-        process = QemuProcess.open(pid)
-        try:
-            theirs = await read(monitor, process)
-        finally:
-            process.close()
-        # libvirt has set the passwords that are in its XML.
-        ours = replace(ours, displays={name: ("", row[1]) for name, row in ours.displays.items()})
-        ours = replace(ours, tickets=False)
-        return await carry_over(ours, theirs, monitor) + differences(ours, theirs)
-    except SevhopError as err:
-        return [f"cannot compare the settings of the two QEMUs: {err.message}"]
+        steps = [*_steps(ours, nothing)]
+        with contextlib.suppress(CommandError):
+            steps += await _threshold_steps(ours, nothing, monitor)
+        for step in steps:
+            with contextlib.suppress(CommandError):
+                await monitor.execute(step.command, step.arguments)
 
 
 def _steps(ours: Settings, theirs: Settings) -> Iterator[_Step]:
@@ -433,10 +333,8 @@ async def _threshold_steps(ours: Settings, theirs: Settings, monitor: Commands) 
     wanted = [row for row in ours.thresholds if row not in theirs.thresholds]
     if not wanted:
         return []
-    nodes = {
-        (str(row["drv"]), str(row.get("file", ""))): str(row["node-name"])
-        for row in await _answer(monitor, "query-named-block-nodes", {"flat": True}) or []
-    }
+    rows = await query_named_block_nodes(monitor)
+    nodes = {(str(row["drv"]), str(row.get("file", ""))): str(row["node-name"]) for row in rows}
     return [
         _Step(
             f"the write threshold of {file}",

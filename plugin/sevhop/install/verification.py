@@ -23,7 +23,8 @@ from sevhop_qmp.process import Credentials, QemuProcess
 
 from ..guest import preload
 from ..libvirt import hook, hook_server
-from ..libvirt.connection import Connection, DomainError
+from ..libvirt.connection import Connection
+from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
 from ..records.run_directory import RUN, make_run_directories
 from . import atomic_file

@@ -57,10 +57,10 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock, RamBlockCopy
 from sevhop_qmp.run_mark import RunMark, RunState
 
-from ..disks import block_graph
+from ..disks import block_graph, comparison
 from ..disks.block_graph import BlockGraph
 from ..disks.images import Images
-from ..guest import runtime_settings
+from ..guest import saved_settings
 from ..libvirt import hook_server
 from ..records.run_directory import claim, listening, remove
 from .client import MESSAGE, KeeperConfig, KeeperError
@@ -545,7 +545,7 @@ class KeeperServer:
             await monitor.close()
             raise KeeperError(f"the destination's monitor is served by process {monitor.peer} of another user")
         try:
-            lost = await runtime_settings.set_before_it_runs(self._directory, monitor)
+            lost = await saved_settings.set_before_it_runs(self._directory, monitor)
             blocks = await ram_blocks.read(monitor, destination)
             return _ProbedDestination(monitor, destination, blocks, await block_graph.read(monitor), lost)
         except BaseException:
@@ -576,7 +576,7 @@ class KeeperServer:
         """:raises KeeperError: the destination has other disks than the source had."""
         if self._config.disks is None or self._images is None:
             return
-        found = block_graph.differences(self._config.disks, probed.disks, names=False)
+        found = comparison.differences(self._config.disks, probed.disks, names=False)
         if found := found or self._images.others_of(probed.disks, probed.process):
             raise KeeperError(found[0])
 

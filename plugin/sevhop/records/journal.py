@@ -25,24 +25,19 @@ import secrets
 import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.process import QemuProcess
 
+from .hop_record import VERSION, HopRecord, Process
 from .run_directory import HopInProgress
 
 #: Where journals are; root's alone.
 DIRECTORY = Path("/var/lib/sevhop/journal")
-#: Of the format. A journal of another version is refused.
-VERSION = 1
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ROOM = 64 << 10
-#: Above the limit of any kernel.
-_MOST_PIDS = 1 << 31
 _SUFFIX = ".journal"
 
 
@@ -52,135 +47,6 @@ class JournalError(SevhopError):
 
 class HopInterrupted(JournalError):
     """An earlier hop of this guest was interrupted, and must be recovered first."""
-
-
-@dataclass(frozen=True)
-class Process:
-    """
-    A process, distinguished from a later one with the same pid.
-
-    :ivar started: clock ticks since boot (``/proc/PID/stat``, field 22).
-    """
-
-    pid: int
-    started: int
-
-    def __post_init__(self) -> None:
-        """:raises ValueError: there can be no such process."""
-        if not (isinstance(self.pid, int) and isinstance(self.started, int) and 0 < self.pid < _MOST_PIDS):
-            raise ValueError(f"{self.pid!r}, started at {self.started!r}, is no process")
-
-    @classmethod
-    def of(cls, process: QemuProcess) -> Self:
-        """:raises ProcessError: it has exited."""
-        return cls(process.pid, process.start_time)
-
-    def open(self) -> QemuProcess | None:
-        """The process; None if it has exited."""
-        with contextlib.suppress(SevhopError):
-            process = QemuProcess.open(self.pid)
-            with contextlib.suppress(SevhopError):
-                if process.alive and process.start_time == self.started:
-                    return process
-            process.close()
-        return None
-
-
-@dataclass(frozen=True)
-class HopRecord:
-    """
-    All that a recovery must know of a hop.
-
-    :ivar kind: ``standalone`` or ``domain``.
-    :ivar guest: its name, for messages.
-    :ivar command: pid of the process that wrote this, for messages.
-    :ivar boot: the boot of the host in which it began (``/proc/sys/kernel/random/boot_id``).
-    :ivar context: ``none``, ``sev`` or ``sev-es``.
-    :ivar running: whether the guest ran when the hop began.
-    :ivar stopped: whether a rollback resumes it in the source: the hop has stopped it, or is about to.
-    :ivar source: its QEMU.
-    :ivar monitor: standalone: path of the source's QMP socket.
-    :ivar uri, uuid: domain: the daemon, and the domain there.
-    :ivar old, new: emulators.
-    :ivar directory: of the hop below ``/run/sevhop``: the destination's monitor, or the keeper.
-    :ivar destination: standalone: the new QEMU.
-    :ivar run_mark: standalone: inode of the mark that records whether the guest has run there, which the source has
-        open, too; see :mod:`sevhop_qmp.run_mark`.
-    :ivar phase: the last one that was begun.
-    :ivar loaded: standalone: all state of the guest is loaded in the destination.
-    :ivar committed: there is no rollback any more.
-    :ivar broken: why the destination must not run although the context is there.
-    :ivar oom_score_adj: standalone: the source's, which the destination gets when it has the guest.
-    :ivar guest_paths: standalone: paths that must lead to the destination after the hop; see
-        :mod:`sevhop.engine.guest_paths`.
-    """
-
-    kind: str
-    guest: str
-    context: str
-    running: bool
-    source: Process
-    monitor: str = ""
-    uri: str = ""
-    uuid: str = ""
-    old: str = ""
-    new: str = ""
-    directory: str = ""
-    destination: Process | None = None
-    run_mark: int = 0
-    phase: str = ""
-    stopped: bool = False
-    loaded: bool = False
-    committed: bool = False
-    broken: str = ""
-    guest_paths: dict[str, Any] = field(default_factory=dict)
-    oom_score_adj: int = 0
-    version: int = VERSION
-    command: int = field(default_factory=os.getpid)
-    boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())
-
-    def __post_init__(self) -> None:
-        """:raises ValueError: a field has an invalid value."""
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if not isinstance(value, _TYPES[one.type]) or (isinstance(value, str) and "\0" in value):
-                raise ValueError(f"{one.name} cannot be {value!r}")
-
-    @property
-    def key(self) -> str:
-        """The identity of the guest, as a file name."""
-        return f"domain-{self.uuid}" if self.kind == "domain" else f"process-{self.source.pid}-{self.source.started}"
-
-    @property
-    def this_boot(self) -> bool:
-        """Whether the host has not been rebooted since."""
-        return self.boot == _BOOT_ID.read_text().strip()
-
-    def with_fields(self, changed: dict[str, Any]) -> Self:
-        """
-        The record with the fields of a further line.
-
-        :raises JournalError: these are no fields of a record.
-        """
-        try:
-            for name in ("source", "destination"):
-                if changed.get(name) is not None:
-                    changed = changed | {name: Process(**changed[name])}
-            new = replace(self, **changed)
-        except (TypeError, ValueError) as err:
-            raise JournalError(f"the journal has an invalid field: {err}") from err
-        return new
-
-
-#: Of the fields, by annotation.
-_TYPES: dict[Any, Any] = {
-    "str": str,
-    "bool": bool,
-    "int": int,
-    "dict[str, Any]": dict,
-    "Process": Process,
-    "Process | None": Process | None,
-}
 
 
 class Journal:

@@ -17,8 +17,9 @@ from typing import Any
 
 from sevhop.engine.upgrade import Upgrade
 from sevhop.keeper.client import KeeperClient, KeeperError
-from sevhop.libvirt import connection
-from sevhop.libvirt.connection import DEFAULT_URI, DomainError, DomainMonitor
+from sevhop.libvirt import daemon as libvirt_daemon
+from sevhop.libvirt.daemon import DEFAULT_URI, DomainError
+from sevhop.libvirt.domain_monitor import DomainMonitor
 from sevhop.options import UpgradeOptions
 from sevhop_qmp.errors import CommandError, MonitorTimeout
 from sevhop_qmp.monitor import peer_credentials
@@ -118,7 +119,7 @@ def main(name: str, emulator: str, point: str, kind: str, operator: str = "") ->
         )
 
     patched(DomainMonitor, "_execute", execute)
-    patched(connection, "_call", call)
+    patched(libvirt_daemon, "call", call)
     patched(KeeperClient, "_ask", ask)
     return run(upgrade)
 

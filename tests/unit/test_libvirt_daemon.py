@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from sevhop.libvirt import connection
+from sevhop.libvirt import daemon
 
 
 def test_cancellation_is_kept_if_it_arrives_with_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,7 +15,7 @@ def test_cancellation_is_kept_if_it_arrives_with_the_reply(monkeypatch: pytest.M
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[str] = loop.create_future()
         monkeypatch.setattr(loop, "run_in_executor", lambda *_: answer)
-        call = asyncio.ensure_future(connection._call(str))
+        call = asyncio.ensure_future(daemon.call(str))
         await asyncio.sleep(0)
         answer.set_result("done")
         call.cancel()

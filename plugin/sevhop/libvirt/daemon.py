@@ -1,0 +1,158 @@
+"""
+A connection to the libvirt daemon, and calls to it. libvirt's exceptions are translated here.
+
+Every call runs in a thread with a timeout: libvirt has none, and a daemon that hangs must not block the command. A
+daemon that is too old is refused by :meth:`Daemon.open`, not found out in the middle of a hop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import libvirt
+from sevhop_qmp.errors import SevhopError
+
+#: Seconds that a call to the daemon may take.
+CALL_TIMEOUT = 30.0
+#: Seconds that starting an emulator under libvirt may take.
+RESTORE_TIMEOUT = 120.0
+#: Seconds to wait for a daemon whose connection was lost; one that is restarted is back within a few.
+RECONNECT_TIMEOUT = 30.0
+_RECONNECT_POLL = 0.1
+#: qemuMonitorCommandWithFiles came with this version (8.2.0), as libvirt counts.
+MINIMUM_VERSION = 8_002_000
+#: The oldest that all of this was tested with.
+TESTED_VERSION = 9_000_000
+DEFAULT_URI = "qemu:///system"
+#: libvirt's error for a domain that it does not know (virErrorNumber).
+NO_DOMAIN: int = libvirt.VIR_ERR_NO_DOMAIN
+
+
+class DomainError(SevhopError):
+    """
+    libvirt refused; the message is its own.
+
+    :param code: libvirt's number (virErrorNumber), -1 when there is none.
+    """
+
+    def __init__(self, message: str, code: int = -1, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
+#: For calls to libvirt. asyncio's own threads are few, and a call that resumes a guest must not wait for others.
+_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="libvirt")
+
+
+async def call(function: Callable[..., Any], *arguments: Any, timeout: float = CALL_TIMEOUT) -> Any:
+    """
+    Call a blocking function of libvirt's.
+
+    :param timeout: seconds.
+    :raises DomainError: it failed, or did not return in time.
+    """
+    try:
+        return await in_thread(timeout, function, *arguments)
+    except libvirt.libvirtError as err:
+        raise DomainError(err.get_error_message() or str(err), err.get_error_code() or -1) from err
+    except TimeoutError as err:
+        raise DomainError(f"libvirt did not answer within {timeout:g} s") from err
+
+
+async def in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """
+    Call a blocking function of libvirt's.
+
+    :param timeout: seconds.
+    :raises TimeoutError: the call is still running, but nobody waits for it.
+    :raises libvirt.libvirtError: it failed.
+    """
+    calling = asyncio.get_running_loop().run_in_executor(_THREADS, function, *arguments)
+    async with asyncio.timeout(timeout):
+        return await calling
+
+
+def is_the_systems(uri: str) -> bool:
+    """Whether a URI is the system's QEMU driver on this host; it may have the daemon's socket."""
+    parts = urlsplit(uri)
+    return (parts.scheme in ("qemu", "qemu+unix")) and (parts.netloc, parts.path) == ("", "/system")
+
+
+class Daemon:
+    """
+    A connection to the libvirt daemon of this host. Use :meth:`open`.
+
+    :ivar raw: libvirt's own object.
+    """
+
+    def __init__(self, raw: Any, uri: str) -> None:
+        self.raw = raw
+        self.uri = uri
+
+    @classmethod
+    async def open(cls, uri: str = DEFAULT_URI) -> Self:
+        """
+        Connect.
+
+        :raises DomainError: no daemon answers, or it is too old, is on another host, or does not run QEMU.
+        """
+        # By default libvirt prints errors to stderr as well.
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        raw = await call(libvirt.open, uri)
+        self = cls(raw, uri)
+        own = await call(raw.getURI)
+        if not is_the_systems(own):
+            self.close()
+            raise DomainError(f"{own} is not the system's QEMU on this host", hint="connect to qemu:///system")
+        version = await call(raw.getLibVersion)
+        if version < MINIMUM_VERSION:
+            self.close()
+            raise DomainError(f"libvirt {readable_version(version)} is too old", hint="8.2 or later is needed")
+        return self
+
+    def close(self) -> None:
+        """Disconnect."""
+        with contextlib.suppress(libvirt.libvirtError):
+            self.raw.close()
+
+    async def reconnect(self, patience: float = RECONNECT_TIMEOUT) -> bool:
+        """
+        Connect again if the connection was lost.
+
+        :return: whether it was.
+        :raises DomainError: the daemon is not back within ``patience`` seconds.
+        """
+        with contextlib.suppress(DomainError):
+            await call(self.raw.getLibVersion)
+            return False
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                again = await type(self).open(self.uri)
+                break
+            except DomainError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_RECONNECT_POLL)
+        self.close()
+        self.raw = again.raw
+        return True
+
+    async def version(self) -> str:
+        """The running daemon's version, such as ``9.0.0``."""
+        return readable_version(await call(self.raw.getLibVersion))
+
+    async def tested(self) -> bool:
+        """Whether the running daemon is one that sevhop was tested with, or newer."""
+        return bool(await call(self.raw.getLibVersion) >= TESTED_VERSION)
+
+
+def readable_version(number: int) -> str:
+    """A version in libvirt's numbers, as people write it."""
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

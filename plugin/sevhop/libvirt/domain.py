@@ -1,0 +1,180 @@
+"""The calls of libvirt's that concern one domain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from . import daemon
+from .daemon import CALL_TIMEOUT, NO_DOMAIN, RECONNECT_TIMEOUT, Daemon, DomainError
+from .domain_monitor import DomainMonitor
+
+#: Where the daemon of the system keeps the pid of each QEMU.
+_PID_FILES = Path("/run/libvirt/qemu")
+#: A URI at which there is no daemon.
+_NOWHERE = "qemu+unix:///system?socket=/dev/null"
+_POLL = 0.001
+#: libvirt's errors for a domain that has no QEMU, or was transient and is gone with it.
+_OFF = (libvirt.VIR_ERR_OPERATION_INVALID, NO_DOMAIN)
+
+
+class Domain:
+    """
+    One domain.
+
+    :ivar name: unique in its daemon.
+    """
+
+    def __init__(self, connection: Daemon, raw: Any) -> None:
+        self._connection = connection
+        self._raw = raw
+        self.name: str = raw.name()
+        self.uuid: str = raw.UUIDString()
+
+    async def reconnect(self, patience: float = RECONNECT_TIMEOUT) -> bool:
+        """
+        Connect again if the daemon was restarted; until then every call fails.
+
+        :return: whether it was.
+        :raises DomainError: it is not back in time, or does not know the domain any more.
+        """
+        lost = await self._connection.reconnect(patience)
+        if lost:
+            self._raw = await daemon.call(self._connection.raw.lookupByUUIDString, self.uuid)
+        return lost
+
+    async def active(self) -> bool:
+        """Whether it has a QEMU."""
+        return bool(await daemon.call(self._raw.isActive))
+
+    async def persistent(self) -> bool:
+        """Whether it stays defined without a QEMU."""
+        return bool(await daemon.call(self._raw.isPersistent))
+
+    async def running(self) -> bool:
+        """Whether its guest runs."""
+        state, _ = await daemon.call(self._raw.state)
+        return bool(state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED))
+
+    async def saved(self) -> bool:
+        """Whether its QEMU has exited because the guest was saved."""
+        state, reason = await daemon.call(self._raw.state)
+        return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
+
+    async def managed_save(self) -> bool:
+        """Whether libvirt keeps a saved state of it for the next start."""
+        return bool(await daemon.call(self._raw.hasManagedSaveImage))
+
+    async def snapshots_and_checkpoints(self) -> tuple[int, int]:
+        """Their numbers, as libvirt has them."""
+        checkpoints = await daemon.call(self._raw.listAllCheckpoints)
+        return int(await daemon.call(self._raw.snapshotNum)), len(checkpoints)
+
+    async def autodestroy(self) -> bool:
+        """
+        Whether libvirt destroys it when the client that started it disconnects. No call reports that, but libvirt
+        migrates no such domain, and checks that first; no daemon is at the URI, so the migration fails in any case.
+        """
+        flags = libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_LIVE
+        try:
+            await daemon.call(self._raw.migrateToURI3, _NOWHERE, {}, flags)
+        except DomainError as err:
+            return "auto destroy" in err.message
+        return False
+
+    async def job(self) -> bool:
+        """Whether a job of libvirt's is in progress on it."""
+        return bool((await daemon.call(self._raw.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE)
+
+    async def xml(self) -> str:
+        """As it runs, in the form of a save image."""
+        flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
+        return str(await daemon.call(self._raw.XMLDesc, flags))
+
+    async def live_xml(self) -> str:
+        """As it runs, with what libvirt has chosen for it."""
+        return str(await daemon.call(self._raw.XMLDesc, 0))
+
+    async def inactive_xml(self) -> str:
+        """As it will start the next time."""
+        return str(
+            await daemon.call(self._raw.XMLDesc, libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE)
+        )
+
+    async def suspend(self) -> None:
+        """Stop the guest."""
+        await daemon.call(self._raw.suspend)
+
+    async def resume(self) -> None:
+        """Resume the guest."""
+        await daemon.call(self._raw.resume)
+
+    async def destroy(self) -> None:
+        """Have libvirt clean up after a QEMU; one that still runs is killed. libvirt may be restarted meanwhile."""
+        try:
+            await daemon.call(self._raw.destroy)
+        except DomainError as err:
+            if err.code not in _OFF:
+                try:
+                    if not await self.reconnect():
+                        raise
+                    await daemon.call(self._raw.destroy)
+                except DomainError as again:
+                    if again.code not in _OFF:
+                        raise
+        # libvirt may be cleaning up already, since QEMU has exited. Its last step makes the domain inactive.
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while await self._still_active():
+            if time.monotonic() > deadline:
+                raise DomainError(f"libvirt reports domain {self.name} as active although its QEMU has exited")
+            await asyncio.sleep(_POLL)
+
+    async def _still_active(self) -> bool:
+        try:
+            return await self.active()
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return False
+            raise
+
+    async def monitor(self) -> DomainMonitor:
+        """:raises SevhopError: it does not answer."""
+        monitor = DomainMonitor(lambda: self._raw, self.name)
+        await monitor.greet()
+        return monitor
+
+    def pid(self) -> int:
+        """
+        The pid of its QEMU.
+
+        :raises DomainError: it cannot be found.
+        """
+        pid = self._last_pid()
+        if not self._is_its_qemu(pid):
+            raise DomainError(f"process {pid} is not the QEMU of domain {self.name}")
+        return pid
+
+    def living_pid(self) -> int | None:
+        """
+        The pid of an active domain; None if its QEMU has exited and libvirt has not cleaned up yet.
+
+        :raises DomainError: it cannot be found.
+        """
+        pid = self._last_pid()
+        return pid if self._is_its_qemu(pid) else None
+
+    def _last_pid(self) -> int:
+        try:
+            return int((_PID_FILES / f"{self.name}.pid").read_text())
+        except (OSError, ValueError) as err:
+            raise DomainError(f"cannot find the QEMU process of domain {self.name}: {err}") from err
+
+    def _is_its_qemu(self, pid: int) -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return self.uuid.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return False

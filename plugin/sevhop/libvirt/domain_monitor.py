@@ -1,0 +1,70 @@
+"""The monitor of a domain: libvirt has the only connection to it, and passes commands on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorTimeout
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, FD_MARK, Commands, protocol_errors, readable_version
+
+from .daemon import in_thread
+
+
+class DomainMonitor(Commands):
+    """
+    The monitor of a domain. libvirt is connected to it, and passes commands on.
+
+    :param raw: returns libvirt's own object, another one after a lost connection.
+    :param name: of the domain.
+    """
+
+    def __init__(self, raw: Callable[[], Any], name: str) -> None:
+        self._raw = raw
+        self.name = f"domain {name}"
+        self._version = ""
+
+    @property
+    def version(self) -> str:
+        """QEMU's version."""
+        return self._version
+
+    async def greet(self) -> None:
+        """Query QEMU's version."""
+        with protocol_errors(self.name):
+            self._version = readable_version(await self.execute("query-version"))
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """See :meth:`sevhop_qmp.monitor.Monitor.execute`."""
+        return await self._execute(command, arguments, (), COMMAND_TIMEOUT if timeout is None else timeout)
+
+    async def add_fd(self, fd: int) -> tuple[int, int]:
+        """See :meth:`sevhop_qmp.monitor.Monitor.add_fd`."""
+        added = await self._execute("add-fd", {"opaque": FD_MARK}, (fd,), COMMAND_TIMEOUT)
+        return int(added["fdset-id"]), int(added["fd"])
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None, fds: tuple[int, ...], timeout: float
+    ) -> Any:
+        request: dict[str, object] = {"execute": command}
+        if arguments:
+            request["arguments"] = dict(arguments)
+        function = libvirt_qemu.qemuMonitorCommandWithFiles
+        try:
+            text, returned = await in_thread(timeout, function, self._raw(), json.dumps(request), list(fds), 0)
+        except TimeoutError as err:
+            raise MonitorTimeout(f"QEMU did not answer {command} within {timeout:g} s") from err
+        except libvirt.libvirtError as err:
+            raise MonitorClosed(f"libvirt cannot send {command} to QEMU: {err.get_error_message()}") from err
+        for fd in returned or ():
+            os.close(fd)
+        answer = json.loads(text)
+        if "error" in answer:
+            raise CommandError(command, answer["error"]["desc"], answer["error"]["class"])
+        return answer["return"]
