@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
+import libvirt
+import libvirt_qemu
 import pytest
 from sevhop.libvirt import daemon
+from sevhop.libvirt.domain_monitor import DomainMonitor
+from sevhop_qmp.errors import MonitorTimeout
 
 
 def test_cancellation_is_kept_if_it_arrives_with_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +29,48 @@ def test_cancellation_is_kept_if_it_arrives_with_the_reply(monkeypatch: pytest.M
         return call.cancelled()
 
     assert asyncio.run(interrupted())
+
+
+def test_reply_is_kept_if_this_process_did_not_run_for_longer_than_the_timeout() -> None:
+    """One that was stopped, or got no processor: its timers have expired, although libvirt replies."""
+
+    async def stopped() -> str:
+        asyncio.get_running_loop().call_later(0.01, time.sleep, 1.0)
+        return str(await daemon.in_thread(0.5, lambda: time.sleep(1.1) or "reply"))  # type: ignore[func-returns-value]
+
+    assert asyncio.run(stopped()) == "reply"
+
+
+class Raw:
+    """libvirt's object of a domain, whose QEMU does not answer."""
+
+    def __init__(self, control: tuple[int, int, int] | libvirt.libvirtError) -> None:
+        self._control = control
+
+    def controlInfo(self) -> tuple[int, int, int]:
+        if isinstance(self._control, libvirt.libvirtError):
+            raise self._control
+        return self._control
+
+
+@pytest.mark.parametrize(
+    ("control", "doing"),
+    [
+        ((libvirt.VIR_DOMAIN_CONTROL_OCCUPIED, 0, 9900), "libvirt is waiting for QEMU, for 9.9 s"),
+        ((libvirt.VIR_DOMAIN_CONTROL_OK, 0, 0), "libvirt is not executing it"),
+        ((libvirt.VIR_DOMAIN_CONTROL_JOB, 0, 12_000), "a job of libvirt's is in progress, for 12.0 s"),
+        (libvirt.libvirtError("gone"), "libvirt does not answer, either"),
+    ],
+)
+def test_monitor_timeout_reports_what_libvirt_is_doing(
+    control: tuple[int, int, int] | libvirt.libvirtError, doing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommandWithFiles", lambda *_: released.wait(10))
+    monitor = DomainMonitor(lambda: Raw(control), "web")
+    try:
+        with pytest.raises(MonitorTimeout) as caught:
+            asyncio.run(monitor.execute("qom-get", timeout=0.05))
+    finally:
+        released.set()
+    assert caught.value.message == f"QEMU did not answer qom-get within 0.05 s ({doing})"

@@ -25,6 +25,8 @@ RESTORE_TIMEOUT = 120.0
 #: Seconds to wait for a daemon whose connection was lost; one that is restarted is back within a few.
 RECONNECT_TIMEOUT = 30.0
 _RECONNECT_POLL = 0.1
+#: Parts of a timeout.
+_SLICES = 10
 #: qemuMonitorCommandWithFiles came with this version (8.2.0), as libvirt counts.
 MINIMUM_VERSION = 8_002_000
 #: The oldest that all of this was tested with.
@@ -69,13 +71,21 @@ async def in_thread(timeout: float, function: Callable[..., Any], *arguments: An
     """
     Call a blocking function of libvirt's.
 
-    :param timeout: seconds.
+    :param timeout: seconds, of which those in which this process does not run do not count.
     :raises TimeoutError: the call is still running, but nobody waits for it.
     :raises libvirt.libvirtError: it failed.
     """
     calling = asyncio.get_running_loop().run_in_executor(_THREADS, function, *arguments)
-    async with asyncio.timeout(timeout):
-        return await calling
+    try:
+        # A process that was stopped, or got no processor, for longer than the timeout finds it expired, although
+        # libvirt has replied. So it is divided: such a time is one slice at the most, and the rest is still waited for.
+        for _ in range(_SLICES):
+            await asyncio.wait({calling}, timeout=timeout / _SLICES)
+            if calling.done():
+                return calling.result()
+        raise TimeoutError
+    finally:
+        calling.cancel()
 
 
 def is_the_systems(uri: str) -> bool:

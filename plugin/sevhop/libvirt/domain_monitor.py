@@ -14,6 +14,16 @@ from sevhop_qmp.monitor import COMMAND_TIMEOUT, FD_MARK, Commands, protocol_erro
 
 from .daemon import in_thread
 
+#: Seconds for a call that libvirt answers without QEMU.
+_CONTROL_TIMEOUT = 0.5
+#: What libvirt's connection to a QEMU is doing (virDomainControlState).
+_CONTROL_STATES = {
+    libvirt.VIR_DOMAIN_CONTROL_OK: "libvirt is not executing it",
+    libvirt.VIR_DOMAIN_CONTROL_JOB: "a job of libvirt's is in progress",
+    libvirt.VIR_DOMAIN_CONTROL_OCCUPIED: "libvirt is waiting for QEMU",
+    libvirt.VIR_DOMAIN_CONTROL_ERROR: "libvirt's connection to QEMU is broken",
+}
+
 
 class DomainMonitor(Commands):
     """
@@ -59,7 +69,8 @@ class DomainMonitor(Commands):
         try:
             text, returned = await in_thread(timeout, function, self._raw(), json.dumps(request), list(fds), 0)
         except TimeoutError as err:
-            raise MonitorTimeout(f"QEMU did not answer {command} within {timeout:g} s") from err
+            reason = f"QEMU did not answer {command} within {timeout:g} s"
+            raise MonitorTimeout(f"{reason} ({await self._control_state()})") from err
         except libvirt.libvirtError as err:
             raise MonitorClosed(f"libvirt cannot send {command} to QEMU: {err.get_error_message()}") from err
         for fd in returned or ():
@@ -68,3 +79,12 @@ class DomainMonitor(Commands):
         if "error" in answer:
             raise CommandError(command, answer["error"]["desc"], answer["error"]["class"])
         return answer["return"]
+
+    async def _control_state(self) -> str:
+        """What libvirt is doing with QEMU. It tells that while a command is executed (virDomainGetControlInfo)."""
+        try:
+            state, _, since = await in_thread(_CONTROL_TIMEOUT, self._raw().controlInfo)
+        except (TimeoutError, libvirt.libvirtError):
+            return "libvirt does not answer, either"
+        doing = _CONTROL_STATES.get(state, f"libvirt's control state is {state}")
+        return f"{doing}, for {since / 1000:.1f} s" if since else doing
