@@ -73,6 +73,23 @@ def built(name: str, sources: Sequence[Path | str], make: Callable[[Path], None]
     return wanted
 
 
+def firmware(name: str, source: Path) -> Path:
+    """
+    An image for ``-bios`` in assembly, which may include ``*.inc`` of its directory.
+
+    :param name: of the result, with its suffix.
+    :raises Unavailable: no assembler.
+    :raises BuildFailed: the source is wrong.
+    """
+
+    def assemble(image: Path) -> None:
+        unlinked = image.with_suffix(".o")
+        run(["gcc", "-m32", "-c", "-o", unlinked, source])
+        run(["ld", "-m", "elf_i386", "-Ttext", "0", "--entry", "0", "--oformat", "binary", "-o", image, unlinked])
+
+    return built(name, [source, *sorted(source.parent.glob("*.inc"))], assemble)
+
+
 def fetch(command: Sequence[str | Path]) -> str:
     """
     Run a tool that downloads, and return what it prints.

@@ -32,24 +32,10 @@
 #define PATTERN     0x00400000
 #define PATTERN_END 0x00800000
 #define STACK       0x00007000
-#define PAGE        4096
 
-#define MAGIC       0x746e6f63          /* "cont" */
-#define GENERATION_STEP 0x9e3779b9      /* odd: consecutive generations differ in many bits */
-#define COUNTS_PER_LOOK 256             /* counts between two looks at the timer, a power of two */
+#include "counting.inc"
 
-#define COM1_DATA         0x3f8
-#define COM1_LINE_STATUS  0x3fd
-#define TRANSMITTER_EMPTY 0x20
-
-/* The i8254 timer, channel 0: counts down 1193182 times a second, from 65535 to 0 and again. */
-#define TIMER_DATA    0x40
-#define TIMER_CONTROL 0x43
-#define RATE_GENERATOR 0x34
-#define LATCH         0x00
-#define TICKS_PER_LINE 11932            /* 10 ms */
-
-/* Registers with a meaning all the time: esi low half of the counter, ebp generation, edi next page of the pattern. */
+/* Besides those of counting.inc, edi has a meaning all the time: the next page of the pattern. */
 
         .text
         .org 0
@@ -91,48 +77,11 @@ in_ram:
         cmpl    $PATTERN_END, %edi
         jb      1b
 
-        movb    $RATE_GENERATOR, %al
-        outb    %al, $TIMER_CONTROL
-        movb    $0, %al
-        outb    %al, $TIMER_DATA
-        outb    %al, $TIMER_DATA
-
-        xorl    %esi, %esi
-        xorl    %ebp, %ebp
+        start_counting
         movl    $PATTERN, %edi
-        movl    %esi, COUNTER
-        movl    %esi, COUNTER + 4
-        movl    %esi, LINE
-        movl    %esi, BAD_LINES
-        movl    %esi, LAST_TIME
-        movl    $MAGIC, MAGIC_AT
+        clear_results esi
 
-count:
-        addl    $1, COUNTER
-        adcl    $0, COUNTER + 4
-        incl    %esi
-        testl   $(COUNTS_PER_LOOK - 1), %esi
-        jnz     count
-
-        movb    $LATCH, %al
-        outb    %al, $TIMER_CONTROL
-        inb     $TIMER_DATA, %al
-        movb    %al, %dl
-        inb     $TIMER_DATA, %al
-        movb    %al, %dh
-        movw    LAST_TIME, %ax
-        subw    %dx, %ax
-        cmpw    $TICKS_PER_LINE, %ax
-        jb      count
-        movw    %dx, LAST_TIME
-
-        /* vCPU state and memory of the same moment? */
-        cmpl    %esi, COUNTER
-        je      2f
-        movl    $COUNTER, %edx
-        call    put_bad
-        movl    COUNTER, %esi
-2:
+        count_for_a_line
         movl    %edi, %ebx
         movl    %ebp, %eax
         xorl    %ebx, %eax
@@ -152,12 +101,7 @@ count:
         movl    $PATTERN, %edi
         addl    $GENERATION_STEP, %ebp
 4:
-        incl    LINE
-        movl    LINE, %edx
-        call    put_hex
-        movb    $'\n', %al
-        call    put_char
-        jmp     count
+        print_line
 
 /* "BAD" and the address in edx. Changes eax, edx. */
 put_bad:
@@ -169,52 +113,10 @@ put_bad:
         popl    %edx
         call    put_hex
         popl    %ebx
-        movb    $'\n', %al
+        movb    $NEWLINE, %al
         jmp     put_char
 
-/* The zero-terminated string at ebx. Changes eax, ebx. */
-put_string:
-        movb    (%ebx), %al
-        testb   %al, %al
-        jz      5f
-        call    put_char
-        incl    %ebx
-        jmp     put_string
-5:      ret
-
-/* edx as eight hexadecimal digits. Changes eax, ebx, edx. */
-put_hex:
-        movl    $8, %ebx
-6:      roll    $4, %edx
-        movb    %dl, %al
-        andb    $15, %al
-        addb    $'0', %al
-        cmpb    $'9', %al
-        jbe     7f
-        addb    $('a' - '9' - 1), %al
-7:      call    put_char
-        decl    %ebx
-        jnz     6b
-        ret
-
-/* The character in al, when the port takes it. */
-put_char:
-        pushl   %edx
-        movb    %al, %ah
-        movw    $COM1_LINE_STATUS, %dx
-8:      inb     %dx, %al
-        testb   $TRANSMITTER_EMPTY, %al
-        jz      8b
-        movb    %ah, %al
-        movw    $COM1_DATA, %dx
-        outb    %al, %dx
-        popl    %edx
-        ret
-
-start_line:
-        .asciz  "START\n"
-bad_mark:
-        .asciz  "BAD "
+        define_printing ebx, edx
 
         .align  8
 gdt:    .quad   0

@@ -35,10 +35,4 @@ def firmware() -> Path:
 
     :raises build.Unavailable: no assembler.
     """
-    return build.built("counter.bin", [_SOURCE], _assemble)
-
-
-def _assemble(image: Path) -> None:
-    unlinked = image.with_suffix(".o")
-    build.run(["gcc", "-m32", "-c", "-o", unlinked, _SOURCE])
-    build.run(["ld", "-m", "elf_i386", "-Ttext", "0", "--entry", "0", "--oformat", "binary", "-o", image, unlinked])
+    return build.firmware("counter.bin", _SOURCE)

@@ -30,12 +30,6 @@ def firmware() -> Path:
     """
     The image for ``-bios``, assembled if need be.
 
-    :raises build.BuildFailed: no assembler.
+    :raises build.Unavailable: no assembler.
     """
-    return build.built("real-mode.bin", [_SOURCE], _assemble)
-
-
-def _assemble(image: Path) -> None:
-    unlinked = image.with_suffix(".o")
-    build.run(["gcc", "-m32", "-c", "-o", unlinked, _SOURCE])
-    build.run(["ld", "-m", "elf_i386", "-Ttext", "0", "--entry", "0", "--oformat", "binary", "-o", image, unlinked])
+    return build.firmware("real-mode.bin", _SOURCE)
