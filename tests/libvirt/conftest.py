@@ -26,15 +26,10 @@ StartDomain = Callable[..., DomainGuest]
 @pytest.fixture(scope="session")
 def daemon(libvirt_of_ones_own: None) -> Iterator[Daemon]:
     """A daemon, with sevhop's hook."""
-    daemon = Daemon.start()
-    try:
-        done = daemon.sevhop("install")
-        assert done.returncode == 0, done.stderr
+    with Daemon.installed() as daemon:
         yield daemon
         done = daemon.sevhop("uninstall")
         assert done.returncode == 0, done.stderr
-    finally:
-        daemon.stop()
 
 
 @pytest.fixture(scope="session")

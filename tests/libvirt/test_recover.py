@@ -244,7 +244,7 @@ def test_guest_that_was_paused_while_an_upgrade_was_prepared_stays_paused(
     point: str, daemon: Daemon, guest: LivedInDomain, new: Path
 ) -> None:
     """The command was killed before it stopped the guest, so it is not for recover to resume it."""
-    paused = Operator("phase prepare", "stop", 0, guest.name, f"{GUESTS}/{guest.name}.answer")
+    paused = Operator("phase prepare", "stop", 0, "domain", guest.name, f"{GUESTS}/{guest.name}.answer")
     break_off(daemon, guest, new, point, "command", paused)
     (one,) = recover(daemon)["guests"]
     assert one["result"] == "source"

@@ -72,13 +72,8 @@ def host(clean: Release, package: Path) -> Release:
 @pytest.fixture(scope="session")
 def daemon(host: Release) -> Iterator[Daemon]:
     """libvirt of that release, and ``sevhop install``."""
-    daemon = Daemon.start(inside=host)
-    try:
-        done = daemon.sevhop("install")
-        assert done.returncode == 0, done.stderr
+    with Daemon.installed(inside=host) as daemon:
         yield daemon
-    finally:
-        daemon.stop()
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_guest_that_was_paused_while_a_hop_was_prepared_stays_paused(
     point: str, marked: LivedInGuest, new: Path, tmp_path: Path
 ) -> None:
     """The command was killed before it stopped the guest, so it is not for recover to resume it."""
-    paused = Operator(point, "stop", 0, str(marked.machine.directory), str(tmp_path / "answer"))
+    paused = Operator(point, "stop", 0, "standalone", str(marked.machine.directory), str(tmp_path / "answer"))
     assert interrupt_hop(marked, new, "phase stop", "command", paused) == -signal.SIGKILL
     (one,) = recover()["guests"]
     assert (one["result"], one["detail"]) == ("source", "the guest is paused")

@@ -45,10 +45,11 @@ class Domains:
         self._daemon = Daemon.start()
 
     def __enter__(self) -> Domains:
-        done = self._daemon.sevhop("install")
-        if done.returncode:
+        try:
+            self._daemon.install()
+        except BaseException:
             self._daemon.stop()
-            raise GuestFailed(done.stderr)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -30,13 +30,8 @@ def daemon(kernel: str, request: pytest.FixtureRequest) -> Iterator[Daemon]:
     """A daemon, with sevhop's hook. Starting it and having it probe two QEMUs takes minutes in emulation."""
     if kernel != KERNELS[request.node.originalname]:
         pytest.skip("libvirt makes no difference between kernels: once is enough")
-    daemon = Daemon.start()
-    try:
-        done = daemon.sevhop("install")
-        assert done.returncode == 0, done.stderr
+    with Daemon.installed() as daemon:
         yield daemon
-    finally:
-        daemon.stop()
 
 
 @pytest.fixture

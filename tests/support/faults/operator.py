@@ -13,12 +13,15 @@ import subprocess
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 from sevhop_qmp.errors import SevhopError
 
 from tests.support.guests.domain_life import DomainLife, Done, VirshFailed
 from tests.support.guests.life import Changed, Facts, Life, NotNow, applied, differences
+
+#: A guest outside libvirt, or a domain.
+Kind: TypeAlias = Literal["standalone", "domain"]
 
 #: Seconds in which a QEMU must answer: one that is halted does not. And in which libvirt must, that may wait for one.
 _PATIENCE = 2.0
@@ -54,14 +57,16 @@ class Operator:
     :ivar point: of the hop, see :mod:`.fault`.
     :ivar what: to the guest, see :meth:`tests.support.guests.life.Life.do`.
     :ivar seed: of what it chooses.
-    :ivar directory: of the guest's machine; of a domain, its name.
+    :ivar kind: of the guest.
+    :ivar guest: outside libvirt the directory of its machine; a domain's name.
     :ivar answer: the file for what came of it.
     """
 
     point: str
     what: str
     seed: int
-    directory: str
+    kind: Kind
+    guest: str
     answer: str
 
     @classmethod
@@ -83,10 +88,11 @@ class Operator:
         changed: Changed | None = None
         choices = random.Random(self.seed)
         try:
-            if self.directory.startswith("/"):
-                changed = asyncio.run(Life(Path(self.directory), choices).done(self.what, _PATIENCE))
-            else:
-                changed = DomainLife(_run, self.directory, choices).do(self.what)
+            match self.kind:
+                case "standalone":
+                    changed = asyncio.run(Life(Path(self.guest), choices).done(self.what, _PATIENCE))
+                case "domain":
+                    changed = DomainLife(_run, self.guest, choices).do(self.what)
         except NotNow:
             changed = {}
         except (SevhopError, VirshFailed, OSError, subprocess.TimeoutExpired):

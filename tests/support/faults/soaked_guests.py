@@ -25,10 +25,10 @@ from tests.support.guests.domain_life import DomainLife
 from tests.support.guests.judge import Verdict
 from tests.support.guests.life import Life, lived_in
 from tests.support.guests.machine import Machine
-from tests.support.guests.running import Guest, GuestFailed, processes_of, processes_of_domain, wait_until
+from tests.support.guests.running import Guest, processes_of, processes_of_domain, wait_until
 
 from . import broken_hop, broken_upgrade
-from .operator import Operator
+from .operator import Kind, Operator
 
 Done: TypeAlias = subprocess.CompletedProcess[str]
 
@@ -50,7 +50,8 @@ class SoakedGuest(ABC):
     #: Points at which others may do something to it; and at which they may have it run.
     others_change: tuple[str, ...]
     others_continue: tuple[str, ...]
-    #: Its name for an operator.
+    #: What an operator calls it.
+    kind: Kind
     name: str
     #: What is done to it between hops.
     life: Life | DomainLife
@@ -97,9 +98,10 @@ class SoakedGuest(ABC):
         """The pid of the daemon that it depends on."""
 
 
-class Bare(SoakedGuest):
+class Standalone(SoakedGuest):
     """A guest outside libvirt."""
 
+    kind: Kind = "standalone"
     others_change = broken_hop.OTHERS_CHANGE
     others_continue = broken_hop.OTHERS_CONTINUE
 
@@ -110,7 +112,7 @@ class Bare(SoakedGuest):
 
     @classmethod
     @contextmanager
-    def start(cls, directory: Path, emulator: Path, choices: Random) -> Iterator[Bare]:
+    def start(cls, directory: Path, emulator: Path, choices: Random) -> Iterator[Standalone]:
         """Start one."""
         with Guest.start(lived_in(linux.on(Machine(directory, rich=True))), emulator) as guest:
             yield cls(guest, choices)
@@ -176,6 +178,7 @@ class Bare(SoakedGuest):
 class Domain(SoakedGuest):
     """A domain of a libvirt daemon that has no other."""
 
+    kind: Kind = "domain"
     others_change = broken_upgrade.OTHERS_CHANGE
     others_continue = broken_upgrade.OTHERS_CHANGE
 
@@ -193,18 +196,12 @@ class Domain(SoakedGuest):
     @contextmanager
     def start(cls, emulator: Path, choices: Random) -> Iterator[Domain]:
         """Start a daemon and a domain in it."""
-        daemon = Daemon.start()
-        try:
-            done = daemon.sevhop("install")
-            if done.returncode:
-                raise GuestFailed(done.stderr)
+        with Daemon.installed() as daemon:
             images = linux.images()
             domain_life.make_files(daemon.run, _NAME)
             more = domain_life.devices(_NAME)
             description = Description(_NAME, emulator, "tcg", memory_mib=_MEMORY_MIB, linux=images, more=more)
             yield cls(DomainGuest.start(daemon, description), choices)
-        finally:
-            daemon.stop()
 
     @staticmethod
     def faults() -> list[tuple[str, str]]:

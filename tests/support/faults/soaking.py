@@ -37,7 +37,7 @@ from tests.support.guests.running import GuestFailed, wait_until
 
 from .fault import kill
 from .operator import Operator
-from .soaked_guests import Bare, Domain, SoakedGuest
+from .soaked_guests import Domain, SoakedGuest, Standalone
 
 #: Ticks that the guest must count on after each hop.
 _TICKS = 2
@@ -234,7 +234,7 @@ class Soak:
             what, points = self._random.choice([("stop", points), ("cont", self._guest.others_continue)])
         seed = self._random.getrandbits(32)
         answer = self._scratch / f"operator-{self._soaked.hops}"
-        return Operator(self._random.choice(points), what, seed, self._guest.name, str(answer))
+        return Operator(self._random.choice(points), what, seed, self._guest.kind, self._guest.name, str(answer))
 
     def _let_time_pass(self, point: str, source: int) -> None:
         """What may be before somebody calls ``sevhop recover``."""
@@ -313,7 +313,7 @@ def soak(soaked: Soaked, hops: int, minutes: float, share: float, life: float) -
         if soaked.path == "libvirt":
             starting = Domain.start(old, choices)
         else:
-            starting = Bare.start(Path(scratch, "guest"), old, choices)
+            starting = Standalone.start(Path(scratch, "guest"), old, choices)
         with starting as guest:
             guest.wait_for_ticks(_TICKS)
             run = Soak(soaked, guest, choices, Path(scratch), share=share, life=life, old=old, new=new)

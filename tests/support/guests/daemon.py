@@ -70,6 +70,23 @@ class Daemon:
         self.wait_until_it_answers()
         return self
 
+    @classmethod
+    @contextlib.contextmanager
+    def installed(cls, *, inside: Release | None = None) -> Iterator[Self]:
+        """One with sevhop's hook, until the end of the context; see :meth:`start`."""
+        daemon = cls.start(inside=inside)
+        try:
+            daemon.install()
+            yield daemon
+        finally:
+            daemon.stop()
+
+    def install(self) -> None:
+        """``sevhop install``, which must succeed."""
+        done = self.sevhop("install")
+        if done.returncode:
+            raise GuestFailed(done.stderr)
+
     def stop(self) -> None:
         """End it, and everything that was started in it."""
         assert self._process.stdin is not None

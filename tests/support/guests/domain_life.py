@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
 from .enclosure import GUESTS
-from .life import LONGEST_CHAIN, Changed, Facts, NotNow
+from .life import LONGEST_CHAIN, AnyLife, Changed, Facts, NotNow, chain_of
 
 Done: TypeAlias = subprocess.CompletedProcess[str]
 #: Runs a command where the domain's libvirt is.
@@ -47,25 +47,13 @@ def make_files(run: Run, name: str) -> None:
     run("sh", "-c", 'printf %s "$1" >"$2"', "sh", _ENTROPY, _file(name, "rng.xml"))
 
 
-class DomainLife:
+class DomainLife(AnyLife):
     """What is done to one domain, with :func:`devices`."""
 
     def __init__(self, run: Run, name: str, choices: random.Random) -> None:
+        super().__init__(choices)
         self._run = run
         self._domain = name
-        self._choices = choices
-
-    #: All that can be done, in the order in which a guest that has everything behind it was given it.
-    ALL = ("snapshot", "medium", "unplug_disk", "plug_disk", "unplug_card", "plug_card", "throttle", "bitmap", "pin")
-
-    def live(self) -> None:
-        """Everything once, and a paused spell."""
-        for what in (*self.ALL, "stop", "cont"):
-            self.do(what)
-
-    def draw(self) -> str:
-        """Something to do."""
-        return self._choices.choice((*self.ALL, "commit", "remove_bitmap"))
 
     def do(self, what: str) -> Changed:
         """
@@ -175,11 +163,7 @@ class DomainLife:
         return image
 
     def _chain(self) -> list[str]:
-        image = self._top()["image"]
-        chain = [str(image["filename"])]
-        while image := image.get("backing-image"):
-            chain.append(str(image["filename"]))
-        return chain
+        return chain_of(self._top()["image"])
 
     def _sources(self) -> dict[str, str]:
         found = {}
@@ -236,9 +220,6 @@ class DomainLife:
         if done.returncode:
             raise VirshFailed(f"virsh {words[0]}: {done.stderr.strip()}")
         return done.stdout.strip()
-
-    def _name(self) -> str:
-        return f"life-{self._choices.getrandbits(32):08x}"
 
 
 def _file(name: str, suffix: str) -> str:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -67,31 +67,68 @@ def operator_monitor(directory: Path) -> Path:
     return directory / "operator.sock"
 
 
-class Life:
+class AnyLife:
+    """
+    What is done to one guest, outside libvirt or in it.
+
+    :param choices: what is drawn, and names of new files.
+    """
+
+    #: All that can be done, in the order in which a guest that has everything behind it was given it.
+    ALL = ("snapshot", "medium", "unplug_disk", "plug_disk", "unplug_card", "plug_card", "throttle", "bitmap", "pin")
+    #: What can be done besides, when something else was done before.
+    AFTERWARDS: tuple[str, ...] = ("commit", "remove_bitmap")
+
+    def __init__(self, choices: random.Random) -> None:
+        self._choices = choices
+
+    def live(self) -> None:
+        """Everything once, and a paused spell."""
+        for what in (*self.ALL, "stop", "cont"):
+            self.do(what)
+
+    def draw(self) -> str:
+        """Something to do."""
+        return self._choices.choice((*self.ALL, *self.AFTERWARDS))
+
+    def do(self, what: str) -> Changed:
+        """
+        Do one of :data:`ALL` or :data:`AFTERWARDS`, or ``stop``, ``cont``.
+
+        :return: what it changes.
+        :raises NotNow: it has no meaning now.
+        """
+        raise NotImplementedError
+
+    def facts(self) -> Facts:
+        """What the guest is now."""
+        raise NotImplementedError
+
+    def _name(self) -> str:
+        return f"life-{self._choices.getrandbits(32):08x}"
+
+
+def chain_of(image: Mapping[str, Any]) -> list[str]:
+    """The files of an image and of those below it, as QEMU reports them (``ImageInfo``)."""
+    chain = [str(image["filename"])]
+    while below := image.get("backing-image"):
+        image = below
+        chain.append(str(image["filename"]))
+    return chain
+
+
+class Life(AnyLife):
     """
     What is done to one guest outside libvirt, of :func:`lived_in`.
 
     :param directory: of its machine.
-    :param choices: what is drawn, and names of new files.
     """
 
+    AFTERWARDS = (*AnyLife.AFTERWARDS, "unplug_card_again")
+
     def __init__(self, directory: Path, choices: random.Random) -> None:
+        super().__init__(choices)
         self._directory = directory
-        self._choices = choices
-
-    #: All that can be done, in the order in which a guest that has everything behind it was given it.
-    ALL = ("snapshot", "medium", "unplug_disk", "plug_disk", "unplug_card", "plug_card", "throttle", "bitmap", "pin")
-
-    def live(self) -> None:
-        """Everything once, and a paused spell."""
-        for what in self.ALL:
-            self.do(what)
-        self.do("stop")
-        self.do("cont")
-
-    def draw(self) -> str:
-        """Something to do."""
-        return self._choices.choice((*self.ALL, "commit", "remove_bitmap", "unplug_card_again"))
 
     def do(self, what: str) -> Changed:
         """
@@ -140,7 +177,7 @@ class Life:
     async def _snapshot(self, monitor: Monitor) -> Changed:
         row = await _row(monitor, "disk")
         await self._remove_merged(monitor)
-        if len(await _chain(monitor, row)) > LONGEST_CHAIN:
+        if len(chain_of(row["inserted"]["image"])) > LONGEST_CHAIN:
             return await self._commit(monitor)
         path, node = str(self._directory / f"{self._name()}.qcow2"), self._name()
         arguments = {"node-name": row["inserted"]["node-name"], "snapshot-file": path, "snapshot-node-name": node}
@@ -149,7 +186,7 @@ class Life:
 
     async def _commit(self, monitor: Monitor) -> Changed:
         row = await _row(monitor, "disk")
-        chain = await _chain(monitor, row)
+        chain = chain_of(row["inserted"]["image"])
         if len(chain) < 2:
             raise NotNow("there is no snapshot")
         if await self._has_bitmaps(monitor):
@@ -263,9 +300,6 @@ class Life:
         await monitor.execute("cont")
         return {"status": "running"}
 
-    def _name(self) -> str:
-        return f"life-{self._choices.getrandbits(32):08x}"
-
 
 def applied(facts: Facts, changed: Changed) -> Facts:
     """The facts after something was done."""
@@ -297,15 +331,6 @@ async def _row(monitor: Monitor, name: str) -> dict[str, Any]:
         if _drive(row) == name:
             return row
     raise NotNow(f"there is no {name}")
-
-
-async def _chain(monitor: Monitor, row: dict[str, Any]) -> list[str]:
-    """The images of a drive, from the topmost down."""
-    image = row["inserted"]["image"]
-    chain = [str(image["filename"])]
-    while image := image.get("backing-image"):
-        chain.append(str(image["filename"]))
-    return chain
 
 
 async def _peripherals(monitor: Monitor) -> list[str]:
