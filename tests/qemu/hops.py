@@ -8,16 +8,18 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from sevhop.engine.check import Acquired, Checked
 from sevhop.engine.hop import Hop
 from sevhop.engine.prepare import Prepared
 from sevhop.events import Event, PhaseBegan
 from sevhop.options import HopOptions
 from sevhop.report import Report
+from sevhop_qmp.monitor import Monitor
 
 from tests.support.guests.running import Guest
 
@@ -73,6 +75,26 @@ def followed_by(step: Callable[..., Awaitable[Answer]], act: Callable[[], object
         return result
 
     return both
+
+
+def observe_commands(
+    patch: pytest.MonkeyPatch,
+    before: Callable[[str, Mapping[str, object]], object],
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Have something called before each QMP command of the engine, and after it."""
+    execute = Monitor.execute
+
+    async def observed(
+        self: Monitor, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        before(command, arguments or {})
+        try:
+            return await execute(self, command, arguments, timeout=timeout)
+        finally:
+            after()
+
+    patch.setattr(Monitor, "execute", observed)
 
 
 class HopDriver:

@@ -24,7 +24,7 @@ from sevhop_qmp.monitor import Monitor
 from tests.support.guests.running import Guest, wait_until
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import HopDriver, ObservedHop, assert_unharmed, followed_by, hop, kill_destination, sevhop
+from .hops import HopDriver, ObservedHop, assert_unharmed, followed_by, hop, kill_destination, observe_commands, sevhop
 
 MIB = 1 << 20
 
@@ -149,13 +149,7 @@ def test_unused_node_is_given_up_when_the_guest_has_stopped(
     merged_snapshot(guest)
     hop(guest, new)
     commands: list[str] = []
-    execute = Monitor.execute
-
-    async def recorded(self: Monitor, command: str, *arguments: Any, **options: Any) -> Any:
-        commands.append(command)
-        return await execute(self, command, *arguments, **options)
-
-    monkeypatch.setattr(Monitor, "execute", recorded)
+    observe_commands(monkeypatch, lambda command, _: commands.append(command))
     if rolled_back:
         with pytest.raises(RolledBack):
             HopDriver().run(guest, old, at="load", fault=kill_destination)
@@ -404,14 +398,8 @@ def test_guest_that_is_resumed_during_a_hop_keeps_its_disks(
     if paused:
         guest.execute("stop")
     commands: list[object] = []
-    execute = Monitor.execute
-
-    async def recorded(self: Monitor, command: str, arguments: Any = None, **options: Any) -> Any:
-        commands.append((command, (arguments or {}).get("active")))
-        return await execute(self, command, arguments, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "execute", recorded)
+        observe_commands(patch, lambda command, arguments: commands.append((command, arguments.get("active"))))
         with pytest.raises(RolledBack, match="another client has resumed the guest"):
             HopDriver().run(guest, old, at=phase, fault=on(second, ("cont", {})))
     assert ("blockdev-set-active", False) not in commands

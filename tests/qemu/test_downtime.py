@@ -12,13 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sevhop_qmp.monitor import Monitor
 
 from .conftest import DescribeCounter, StartGuest
-from .hops import STOP, STREAM_END, HopDriver
+from .hops import STOP, STREAM_END, HopDriver, observe_commands
 
 #: From the first phase in which the guest is stopped to the last.
 DOWNTIME = ("stop", "map", "save", "load", "commit", "resume")
@@ -74,23 +72,16 @@ def test_downtime_has_only_the_listed_commands(
     driver = HopDriver()
     commands: list[tuple[str, str]] = []
     slow: list[tuple[str, str]] = []
-    execute = Monitor.execute
 
     def note_slow() -> None:
         slow.extend((driver.phases[-1], event) for event in seen)
         seen.clear()
 
-    async def noted(
-        self: Monitor, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
-    ) -> Any:
+    def note(command: str, _: Mapping[str, object]) -> None:
         note_slow()
         commands.append((driver.phases[-1], command))
-        try:
-            return await execute(self, command, arguments, timeout=timeout)
-        finally:
-            note_slow()
 
-    monkeypatch.setattr(Monitor, "execute", noted)
+    observe_commands(monkeypatch, note, note_slow)
     with audited() as seen:
         report = driver.run(guest, new)
     assert report.outcome == "done"

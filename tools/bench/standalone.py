@@ -134,25 +134,30 @@ def cpr_transfer(given: Given) -> Outcome:
                 await source.execute("migrate", {"channels": [main, cpr]}, timeout=_START_TIMEOUT)
                 await _completed(source, events)
 
-    with Sampler(given.memory) as sampler:
-        sampler.wait()
-        began = time.monotonic()
-        with given.destination("-incoming", f"unix:{stream}", "-incoming", json.dumps(cpr)):
-            wait_until(state.exists, _START_TIMEOUT, "the destination listens")
-            asyncio.run(work())
-            ended = time.monotonic()
-            sampler.see_growth()
-            sampler.stop()
-    return Outcome(sampler.longest, began, ended)
+    def migrate() -> float:
+        wait_until(state.exists, _START_TIMEOUT, "the destination listens")
+        asyncio.run(work())
+        return time.monotonic()
+
+    return _in_shared_memory(given, ["-incoming", f"unix:{stream}", "-incoming", json.dumps(cpr)], migrate)
 
 
 def x_ignore_shared(given: Given) -> Outcome:
     """Migration without the memory."""
+
+    def migrate() -> float:
+        return asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}", "x-ignore-shared"))
+
+    return _in_shared_memory(given, ["-incoming", "defer"], migrate)
+
+
+def _in_shared_memory(given: Given, incoming: list[str], migrate: Callable[[], float]) -> Outcome:
+    """Both QEMUs have the same memory, so one sampler sees the whole downtime. ``migrate`` returns when it ended."""
     with Sampler(given.memory) as sampler:
         sampler.wait()
         began = time.monotonic()
-        with given.destination("-incoming", "defer"):
-            ended = asyncio.run(_migrate(given, f"unix:{given.directory / 'stream.sock'}", "x-ignore-shared"))
+        with given.destination(*incoming):
+            ended = migrate()
             sampler.see_growth()
             sampler.stop()
     return Outcome(sampler.longest, began, ended)
