@@ -293,7 +293,7 @@ def test_rehearsal_of_other_machine_is_refused(daemon: Daemon, start: StartDomai
     another = 'case "$*" in *-incoming*) set -- "$@" -device virtio-rng-pci,id=another,addr=1d;; esac'
     report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "another", new, another))
     assert (report["status"], report["outcome"]) == (1, "refused"), report
-    assert "device another is not in the source" in report["reason"]
+    assert "device another is not in the old QEMU" in report["reason"]
     assert "--no-rehearsal" not in report["reason"]
     assert guest.pid == pid
     assert_as_before(daemon, guest, old)

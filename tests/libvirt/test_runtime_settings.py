@@ -155,7 +155,7 @@ def test_new_vm_generation_id_is_noted(daemon: Daemon, start: StartDomain, new: 
     assert report["outcome"] == "done", report
     after = monitor(guest, "query-vm-generation-id")["guid"]
     assert after != before
-    assert report["notes"] == [f"the VM generation ID is {after} in the destination, {before} in the source"]
+    assert report["notes"] == [f"the VM generation ID is {after} in the new QEMU, {before} in the old QEMU"]
     guest.wait_for_ticks(3)
 
 

@@ -119,11 +119,11 @@ def test_guest_that_cannot_hop_is_refused(
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"type": I440FX}, "machine type is pc-i440fx-7.2 in the destination, pc-q35-7.2 in the source"),
-        ({"cpus": 2}, "number of vCPUs is 2 in the destination, 1 in the source"),
+        ({"type": I440FX}, "machine type is pc-i440fx-7.2 in the new QEMU, pc-q35-7.2 in the old QEMU"),
+        ({"cpus": 2}, "number of vCPUs is 2 in the new QEMU, 1 in the old QEMU"),
         ({"memory_mib": 48}, "memory"),
-        ({"accelerator": "tcg"}, "accelerator is tcg in the destination"),
-        ({"more": ("-device", "virtio-rng-pci,id=rng0")}, "device rng0 is not in the source"),
+        ({"accelerator": "tcg"}, "accelerator is tcg in the new QEMU"),
+        ({"more": ("-device", "virtio-rng-pci,id=rng0")}, "device rng0 is not in the old QEMU"),
         ({"more": ("-no-such-option",)}, "no-such-option"),
         ({"memory": "private"}, "memory"),
     ],

@@ -145,7 +145,7 @@ def test_plugged_memory_must_be_given_to_the_destination(
         guest.execute("chardev-remove", id=f"spare{n}")
     guest.execute("object-add", qom_type="memory-backend-memfd", id="more", size=128 * MIB, share=True)
     guest.execute("device_add", driver="pc-dimm", id="dimm", memdev="more")
-    assert_refused(guest, new, "device dimm is missing in the destination")
+    assert_refused(guest, new, "device dimm is missing in the new QEMU")
 
     before = {one.inode for one in memories(guest.pid)}
     assert len(before) == 2

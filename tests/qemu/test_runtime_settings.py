@@ -120,7 +120,7 @@ def test_display_that_was_moved_is_refused(
     guest.wait_for_ticks(3)
     pid = guest.pid
     guest.execute("display-update", type="vnc", addresses=[{"type": "unix", "path": f"{tmp_path}/moved"}])
-    with pytest.raises(Refused, match=f"VNC display default listens at unix {tmp_path}/vnc in the destination"):
+    with pytest.raises(Refused, match=f"VNC display default listens at unix {tmp_path}/vnc in the new QEMU"):
         HopDriver().run(guest, new)
     assert guest.pid == pid
     guest.wait_for_ticks(3)

@@ -22,23 +22,23 @@ def differences(source: BlockGraph, destination: BlockGraph, *, names: bool) -> 
     for key, disk in source.disks.items():
         theirs = destination.disks.get(key)
         if theirs is None:
-            found.append(f"disk {disk.name} is missing in the destination")
+            found.append(f"disk {disk.name} is missing in the new QEMU")
         elif bool(disk.root) != bool(theirs.root):
-            found.append(f"disk {disk.name} has {'no' if disk.root else 'a'} medium in the destination")
+            found.append(f"disk {disk.name} has {'no' if disk.root else 'a'} medium in the new QEMU")
         elif disk.root:
             ours, other = source.nodes[disk.root], destination.nodes[theirs.root]
             reason = _tree(source, _solid(source, disk.root), destination, _solid(destination, theirs.root))
             if not reason and (ours.read_only, ours.direct) != (other.read_only, other.direct):
-                reason = f"{ours.filename} is opened in another mode in the destination"
+                reason = f"{ours.filename} is opened in another mode in the new QEMU"
             if reason:
                 found.append(f"disk {disk.name}: {reason}")
     for key, disk in destination.disks.items():
         if key not in source.disks:
-            found.append(f"disk {disk.name} of the destination is not in the source")
+            found.append(f"disk {disk.name} of the new QEMU is not in the old QEMU")
     if names and not found:
         mine, other_names = _named(source), _named(destination)
-        found += [f"block node {name} is missing in the destination" for name in sorted(mine - other_names)]
-        found += [f"block node {name} of the destination is not in the source" for name in sorted(other_names - mine)]
+        found += [f"block node {name} is missing in the new QEMU" for name in sorted(mine - other_names)]
+        found += [f"block node {name} of the new QEMU is not in the old QEMU" for name in sorted(other_names - mine)]
     return found
 
 
@@ -60,15 +60,15 @@ def _solid(graph: BlockGraph, name: str) -> Node:
 def _tree(source: BlockGraph, ours: Node, destination: BlockGraph, theirs: Node) -> str:
     """How two trees differ, in the first node that does; empty if they do not."""
     if ours.driver != theirs.driver:
-        return f"{theirs.filename or theirs.driver} in the destination, {ours.filename or ours.driver} in the source"
+        return f"{theirs.filename or theirs.driver} in the new QEMU, {ours.filename or ours.driver} in the old QEMU"
     if (not ours.children or ours.driver == "raw") and not _same_name(ours.filename, theirs.filename):
-        return f"{theirs.filename} in the destination, {ours.filename} in the source"
+        return f"{theirs.filename} in the new QEMU, {ours.filename} in the old QEMU"
     if ours.children.keys() != theirs.children.keys():
         below, expected = (", ".join(node.children) or "nothing" for node in (theirs, ours))
-        return f"{ours.filename} has {below} below it in the destination, {expected} in the source"
+        return f"{ours.filename} has {below} below it in the new QEMU, {expected} in the old QEMU"
     # A file grows below its format, and the destination sees that when it activates the images.
     if ours.driver not in FILE_DRIVERS and ours.size != theirs.size:
-        return f"{ours.filename} has {theirs.size} bytes in the destination, {ours.size} in the source"
+        return f"{ours.filename} has {theirs.size} bytes in the new QEMU, {ours.size} in the old QEMU"
     for role, child in ours.children.items():
         reason = _tree(source, _solid(source, child), destination, _solid(destination, theirs.children[role]))
         if reason:

@@ -57,8 +57,8 @@ class Images:
         theirs = Images(graph, process)
         try:
             ours = set(self.identities.values())
-            return [f"{where} is not open in the destination" for where in theirs.misplaced] + [
-                f"{graph.disk_of(name)}: {graph.nodes[name].filename} is not the file that the source has open"
+            return [f"{where} is not open in the new QEMU" for where in theirs.misplaced] + [
+                f"{graph.disk_of(name)}: {graph.nodes[name].filename} is not the file that the old QEMU has open"
                 for name, identity in theirs.identities.items()
                 if identity not in ours
             ]

@@ -212,7 +212,7 @@ def differences(source: Guest, destination: Guest) -> list[str]:
     RAM blocks are compared where they are paired (:func:`sevhop_qmp.ram_blocks.private_pairs`).
     """
     found = [
-        f"{label} is {theirs} in the destination, {ours} in the source"
+        f"{label} is {theirs} in the new QEMU, {ours} in the old QEMU"
         for label, ours, theirs in (
             ("machine type", source.machine_type, destination.machine_type),
             ("accelerator", source.accelerator, destination.accelerator),
@@ -224,7 +224,7 @@ def differences(source: Guest, destination: Guest) -> list[str]:
         if ours != theirs
     ]
     found += [
-        f"device {name} is missing in the destination" for name in sorted(source.devices.keys() - destination.devices)
+        f"device {name} is missing in the new QEMU" for name in sorted(source.devices.keys() - destination.devices)
     ]
-    found += [f"device {name} is not in the source" for name in sorted(destination.devices.keys() - source.devices)]
+    found += [f"device {name} is not in the old QEMU" for name in sorted(destination.devices.keys() - source.devices)]
     return found

@@ -373,12 +373,12 @@ def differences(ours: Settings, theirs: Settings) -> list[str]:
     for name, (_, addresses) in ours.displays.items():
         others = theirs.displays.get(name, ("", []))[1]
         if addresses != others:
-            where = f"at {_listed(others)} in the destination, {_listed(addresses)} in the source"
+            where = f"at {_listed(others)} in the new QEMU, {_listed(addresses)} in the old QEMU"
             found.append(f"VNC display {name} listens {where}")
     if ours.generation != theirs.generation:
         found.append(
-            f"the VM generation ID is {theirs.generation or 'missing'} in the destination, "
-            f"{ours.generation or 'missing'} in the source"
+            f"the VM generation ID is {theirs.generation or 'missing'} in the new QEMU, "
+            f"{ours.generation or 'missing'} in the old QEMU"
         )
     return found
 

@@ -33,7 +33,9 @@ def save(directory: Path, ours: Settings, cpu: cpu_features.FeatureWords | None)
     try:
         path.write_text(json.dumps({"settings": asdict(ours), "cpu": cpu}))
     except OSError as err:
-        raise SevhopError(f"cannot save the settings of the source in {path}: {err.strerror}") from err
+        raise SevhopError(
+            f"cannot save the settings of the guest in {path}: {err.strerror}", "make room in /run, and try again"
+        ) from err
 
 
 def _load(directory: Path) -> tuple[Settings, cpu_features.FeatureWords | None] | None:

@@ -25,6 +25,8 @@ RESTORE_TIMEOUT = 120.0
 #: Seconds to wait for a daemon whose connection was lost; one that is restarted is back within a few.
 RECONNECT_TIMEOUT = 30.0
 _RECONNECT_POLL = 0.1
+#: What to do with a daemon that hangs.
+RESTART = "restart the libvirt daemon (guests keep running), and try again"
 #: Parts of a timeout.
 _SLICES = 10
 #: qemuMonitorCommandWithFiles came with this version (8.2.0), as libvirt counts.
@@ -64,7 +66,7 @@ async def call(function: Callable[..., Any], *arguments: Any, timeout: float = C
     except libvirt.libvirtError as err:
         raise DomainError(err.get_error_message() or str(err), err.get_error_code() or -1) from err
     except TimeoutError as err:
-        raise DomainError(f"libvirt did not answer within {timeout:g} s") from err
+        raise DomainError(f"libvirt did not answer within {timeout:g} s", hint=RESTART) from err
 
 
 async def in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:

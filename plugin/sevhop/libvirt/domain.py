@@ -11,7 +11,7 @@ from typing import Any
 import libvirt
 
 from . import daemon
-from .daemon import CALL_TIMEOUT, NO_DOMAIN, RECONNECT_TIMEOUT, Daemon, DomainError
+from .daemon import CALL_TIMEOUT, NO_DOMAIN, RECONNECT_TIMEOUT, RESTART, Daemon, DomainError
 from .domain_monitor import DomainMonitor
 
 #: Where the daemon of the system keeps the pid of each QEMU.
@@ -131,7 +131,9 @@ class Domain:
         deadline = time.monotonic() + CALL_TIMEOUT
         while await self._still_active():
             if time.monotonic() > deadline:
-                raise DomainError(f"libvirt reports domain {self.name} as active although its QEMU has exited")
+                raise DomainError(
+                    f"libvirt reports domain {self.name} as active although its QEMU has exited", hint=RESTART
+                )
             await asyncio.sleep(_POLL)
 
     async def _still_active(self) -> bool:
@@ -156,7 +158,9 @@ class Domain:
         """
         pid = self._last_pid()
         if not self._is_its_qemu(pid):
-            raise DomainError(f"process {pid} is not the QEMU of domain {self.name}")
+            raise DomainError(
+                f"process {pid} is not the QEMU of domain {self.name}", hint="see virsh list, and try again"
+            )
         return pid
 
     def living_pid(self) -> int | None:

@@ -118,12 +118,12 @@ class Journal:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as err:
-            raise JournalError(f"{path}: {err.strerror}") from err
+            raise JournalError(f"cannot read the journal {path}: {err.strerror}") from err
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             raw = os.pread(fd, os.fstat(fd).st_size, 0)
             if not os.fstat(fd).st_nlink:
-                raise JournalError(f"{path}: the hop has just finished")
+                raise JournalError(f"cannot recover the hop of {path}: it has just finished", "nothing is to be done")
             record, size = _read(raw, path)
         except BlockingIOError as err:
             os.close(fd)
@@ -199,7 +199,7 @@ def read(path: Path) -> HopRecord:
     try:
         raw = path.read_bytes()
     except OSError as err:
-        raise JournalError(f"{path}: {err.strerror}") from err
+        raise JournalError(f"cannot read the journal {path}: {err.strerror}") from err
     return _read(raw, path)[0]
 
 
@@ -220,7 +220,10 @@ def _read(raw: bytes, path: Path) -> tuple[HopRecord, int]:
         first, *rest = text.split(b"\n")
         values = json.loads(first)
         if values["version"] != VERSION:
-            raise JournalError(f"{path}: version {values['version']!r} of the journal is not supported")
+            raise JournalError(
+                f"cannot read the journal {path}: its version {values['version']!r} is not supported",
+                "recover with the version of sevhop that began the hop",
+            )
         known = {one.name for one in fields(HopRecord)}
         source = Process(**values.pop("source"))
         destination = values.pop("destination")
@@ -233,7 +236,7 @@ def _read(raw: bytes, path: Path) -> tuple[HopRecord, int]:
             record = record.with_fields(changed)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise JournalError(
-            f"{path} cannot be read: {err!r}", "manual action required: inspect the journal and the guest"
+            f"cannot read the journal {path}: {err!r}", "manual action required: inspect the journal and the guest"
         ) from err
     return record, len(text) + len(newline)
 
@@ -283,4 +286,6 @@ def _existing_hop(path: Path) -> SevhopError:
 
 
 def _write_error(err: OSError) -> JournalError:
-    return JournalError(f"the journal in {DIRECTORY} cannot be written: {err.strerror}")
+    return JournalError(
+        f"cannot write the journal in {DIRECTORY}: {err.strerror}", f"make {DIRECTORY} writable, with room for it"
+    )
