@@ -31,7 +31,7 @@ def test_output_without_a_command_is_an_error() -> None:
         ("two\n\nlines", "two\n\nlines\n\n"),
     ],
 )
-def test_output_matches(expected: str, output: str) -> None:
+def test_output_matches_whatever_its_numbers_and_ids_are(expected: str, output: str) -> None:
     assert not difference(Command("sevhop", 1, expected.splitlines()), output)
 
 
@@ -46,5 +46,5 @@ def test_output_matches(expected: str, output: str) -> None:
         ("echo $?", "3", "1"),
     ],
 )
-def test_output_differs(command: str, expected: str, output: str) -> None:
+def test_output_differs_if_a_word_or_a_unit_does(command: str, expected: str, output: str) -> None:
     assert difference(Command(command, 1, expected.splitlines()), output)

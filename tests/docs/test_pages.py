@@ -57,7 +57,7 @@ def test_blocks_have_known_languages(one: Page) -> None:
 
 
 @pytest.mark.parametrize(("where", "block"), blocks("xml"), ids=[where for where, _ in blocks("xml")])
-def test_xml_is_valid(where: str, block: Block, tmp_path: Path) -> None:
+def test_xml_in_pages_is_valid(where: str, block: Block, tmp_path: Path) -> None:
     """A whole domain is valid, a part of one is well-formed."""
     root = ElementTree.fromstring(block.text)
     if root.tag != "domain":
@@ -75,7 +75,7 @@ def test_json_is_valid(where: str, block: Block) -> None:
     json.loads(block.text)
 
 
-def test_python_is_valid() -> None:
+def test_python_in_pages_is_valid() -> None:
     for where, block in blocks("python"):
         ast.parse(block.text, where)
 

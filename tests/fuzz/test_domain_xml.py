@@ -80,7 +80,7 @@ def test_describe_agrees_with_a_real_parser(xml: str) -> None:
 
 
 @fuzzed(emulator=texts, monitor=texts, value=texts)
-def test_values_are_written_unchanged_or_refused(emulator: str, monitor: str, value: str) -> None:
+def test_additions_write_values_unchanged_or_refuse_them(emulator: str, monitor: str, value: str) -> None:
     xml = f"<domain type='kvm'><devices><emulator>{OLD}</emulator></devices></domain>"
     try:
         added = domain_xml.for_destination(xml, emulator, {"SEVHOP_X": value}, monitor)

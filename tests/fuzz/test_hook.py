@@ -189,7 +189,7 @@ def test_environment_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b;$(touch x)&'<\"", "-n", "--help", "$(touch x)", "`touch x`", "* ?[a]", "\\"])
-def test_name_is_not_run_by_the_shell(tmp_path: Path, name: str) -> None:
+def test_domain_name_is_not_executed_by_the_shell(tmp_path: Path, name: str) -> None:
     path = script(tmp_path)
     inside = tmp_path / "inside"
     inside.mkdir()

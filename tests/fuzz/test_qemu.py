@@ -64,7 +64,7 @@ def ask(work: Any) -> None:
 
 
 @fuzzed(told=st.lists(answers, max_size=14))
-def test_inspection_takes_any_answer(told: list[Any]) -> None:
+def test_inspection_is_robust_against_any_answer(told: list[Any]) -> None:
     process = QemuProcess.open(os.getpid())
     try:
         ask(inspect(Liar(told), process))
@@ -73,7 +73,7 @@ def test_inspection_takes_any_answer(told: list[Any]) -> None:
 
 
 @fuzzed(told=st.lists(answers, max_size=14))
-def test_settings_take_any_answer(told: list[Any]) -> None:
+def test_settings_are_robust_against_any_answer(told: list[Any]) -> None:
     process = QemuProcess.open(os.getpid())
     liars: list[Any] = [Liar(told) for _ in range(4)]
     try:
@@ -86,7 +86,7 @@ def test_settings_take_any_answer(told: list[Any]) -> None:
 
 
 @fuzzed(told=answers)
-def test_library_commands_take_any_answer(told: Any) -> None:
+def test_adopt_commands_are_robust_against_any_answer(told: Any) -> None:
     liars: list[Any] = [Liar([told]) for _ in range(3)]
     ask(adopt.adopt_ram(liars[0]))
     ask(adopt.adopt_status(liars[1]))

@@ -25,7 +25,7 @@ def _run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([RUN, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT)
 
 
-def test_command_goes_in_and_output_comes_out_as_they_are() -> None:
+def test_lab_passes_command_and_output_unchanged() -> None:
     words = [b"two words", b"", b"'\"", b"$HOME `id` \\n *", b"new\nline", b"\xff\xfe", "żółw".encode(), b"--", b"-x"]
     script = b"printf '%s\\0' \"$@\"; echo to stderr >&2; echo x >tools/lab/written && echo x >/etc/written && exit 7"
     done = _run(b"sh", b"-c", script, b"sh", *words)
@@ -69,13 +69,13 @@ def test_lab_reports_a_program_that_cannot_be_executed() -> None:
         assert program.encode() in output
 
 
-def test_wrong_use_boots_nothing() -> None:
+def test_lab_boots_nothing_on_wrong_usage() -> None:
     done = _run("--kernel", "2.4", "true")
     assert done.returncode == 125
     assert b"2.4" in done.stderr
 
 
-def test_lab_that_dies_is_not_the_command_s_failure() -> None:
+def test_lab_reports_a_kernel_panic_as_its_own_failure() -> None:
     done = _run("sh", "-c", "echo c >/proc/sysrq-trigger")
     assert done.returncode == 125
     assert b"sysrq triggered crash" in done.stderr
@@ -165,7 +165,7 @@ def test_lab_sees_no_sevhop_libvirt_or_temporary_files_of_host(tmp_path: Path) -
         ("0x2\tother\tccp\tEXPORT_SYMBOL_GPL\t\n", "other"),
     ],
 )
-def test_symbols_are_compared(ours: str, wrong: str, tmp_path: Path) -> None:
+def test_fake_symbols_are_refused_unless_they_match_the_kernel(ours: str, wrong: str, tmp_path: Path) -> None:
     for name, text in (("ours", ours), ("real", REAL)):
         (tmp_path / name).write_text(text)
     if not wrong:
@@ -175,7 +175,7 @@ def test_symbols_are_compared(ours: str, wrong: str, tmp_path: Path) -> None:
         compare_symbols(tmp_path / "ours", tmp_path / "real")
 
 
-def test_cache_has_no_leftovers() -> None:
+def test_kernel_cache_has_no_leftovers() -> None:
     names = {path.name for path in CACHE.iterdir()}
     assert names <= {"6.1", "6.1.lock", "6.12", "6.12.lock"}
     for directory in ("6.1", "6.12"):

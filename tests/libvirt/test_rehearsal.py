@@ -326,7 +326,9 @@ def leases(guest: DomainGuest, virtlockd: int) -> list[str]:
 
 
 @pytest.mark.parametrize("what", ["refuses", "is interrupted", "is done"])
-def test_lease_is_acquired_afterwards(daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str) -> None:
+def test_lease_is_acquired_after_an_upgrade(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str
+) -> None:
     """libvirt gives it up when the guest stops, and takes it again only in its own resume."""
     configuration = daemon.root / "etc/libvirt/qemu.conf"
     before = configuration.read_text()

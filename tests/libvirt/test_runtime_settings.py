@@ -94,7 +94,9 @@ def test_display_keeps_its_port(daemon: Daemon, start: StartDomain, old: Path, n
     guest.wait_for_ticks(3)
 
 
-def test_port_that_was_taken_rolls_back(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_upgrade_rolls_back_if_a_forwarded_port_is_taken(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
     guest = start(name="guest", more=VNC)
     guest.wait_for_ticks(3)
     before = display(guest)

@@ -72,7 +72,7 @@ def test_prepared_upgrade_to_newest_qemu_is_completed_by_virsh(
     assert daemon.sevhop("recover").returncode == 0
 
 
-def test_cpu_is_still_what_libvirt_found_it_to_be(daemon: Daemon, start: StartDomain, old: Path) -> None:
+def test_cpu_in_live_xml_is_unchanged_by_an_upgrade(daemon: Daemon, start: StartDomain, old: Path) -> None:
     """libvirt computes it at each start, and a destination reports only what matters (cpu_properties.c)."""
 
     def cpu() -> str:
@@ -130,7 +130,7 @@ def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDoma
     assert guest.emulator("--inactive") == str(new)
 
 
-def test_tap_is_created_again(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_tap_device_is_re_created(daemon: Daemon, start: StartDomain, new: Path) -> None:
     if not Path("/dev/net/tun").exists():
         pytest.skip("this host has no taps")
     name = "sevhop-test-tap"

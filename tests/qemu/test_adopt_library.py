@@ -142,7 +142,7 @@ def test_library_exports_only_what_it_interposes() -> None:
     )
 
 
-def test_other_programs_are_left_alone(tmp_path: Path) -> None:
+def test_library_is_inactive_in_other_programs(tmp_path: Path) -> None:
     """A wrapper script's shell must hand the environment on to the QEMU that it starts."""
     environment = preloaded("/no/keeper", 2)
     done = subprocess.run(
@@ -180,7 +180,7 @@ def test_memory_is_not_adopted_without_a_keeper(qemu: Path, accelerator: Acceler
 
 @EVERY_EMULATOR
 @pytest.mark.parametrize("prealloc", ["", ",prealloc=on"])
-def test_start_leaves_the_guest_alone(
+def test_destination_start_does_not_change_guest_memory(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper, prealloc: str
 ) -> None:
     before = memory.digest()
@@ -255,7 +255,7 @@ def unread(pipe: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
-def test_stream_that_cannot_be_used_is_refused(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_adopt_ram_refuses_unusable_stream_arguments(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination, open(os.devnull) as file:
         command = "x-sev-adopt-ram"
         for arguments, reason in (
@@ -633,7 +633,9 @@ def test_running_guest_is_not_touched(qemu: Path, kvm: Accelerator, keeper: Keep
 
 
 @pytest.mark.parametrize("command", ["x-sev-adopt-ram", "x-sev-adopt-status", "x-sev-adopt-finish"])
-def test_commands_take_no_arguments(command: str, qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
+def test_adopt_commands_refuse_unknown_arguments(
+    command: str, qemu: Path, accelerator: Accelerator, keeper: Keeper
+) -> None:
     with (
         Destination.adopting(qemu, machine(accelerator), keeper) as destination,
         pytest.raises(CommandError, match="Parameter is unexpected"),
@@ -649,7 +651,7 @@ def documented() -> dict[str, dict[str, Any]]:
     return {definition.get("command") or definition["struct"]: definition for definition in definitions}
 
 
-def test_commands_are_as_documented(qemu: Path, kvm: Accelerator, keeper: Keeper, vm: int) -> None:
+def test_adopt_commands_match_their_schema(qemu: Path, kvm: Accelerator, keeper: Keeper, vm: int) -> None:
     schema = documented()
     types = {"int": int, "str": str, "bool": bool}
     with Destination.adopting(qemu, machine(kvm), keeper) as destination:
@@ -925,7 +927,9 @@ def test_logs_of_the_source_are_appended_to(
         assert not flags[str(fresh)] & os.O_APPEND
 
 
-def test_stderr_is_handed_over(qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path) -> None:
+def test_stderr_of_the_source_is_handed_over(
+    qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path
+) -> None:
     with open(tmp_path / "messages", "wb") as messages:
         fd = messages.fileno()
         with Destination(
@@ -948,7 +952,9 @@ def test_stderr_that_is_not_open_is_refused(qemu: Path, accelerator: Accelerator
 
 
 @EVERY_EMULATOR
-def test_children_do_not_inherit(qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path) -> None:
+def test_children_inherit_neither_environment_nor_memfds(
+    qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path
+) -> None:
     seen = tmp_path / "environment"
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
         # The child prints what it has, and then exits without a stream.

@@ -39,7 +39,7 @@ def test_qxl_and_spice_survive_a_hop(
     assert verdict.unharmed, verdict
 
 
-def test_lines_and_watchdog_work_after_hops(
+def test_serial_lines_and_watchdog_work_after_hops(
     tmp_path: Path, old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest
 ) -> None:
     """A client may connect again. The watchdog does not expire because of a hop, and still works."""

@@ -28,7 +28,7 @@ def guest_memory(guest: Guest) -> Path:
 
 @BOTH
 @pytest.mark.parametrize("machine_type", [Q35, I440FX])
-def test_counter_counts(
+def test_counter_counts_in_its_memory(
     label: str,
     machine_type: str,
     emulator: Callable[[str], Path],

@@ -100,7 +100,9 @@ def test_paused_guest_stays_paused(old: Path, new: Path, counter_machine: Descri
     assert_unharmed(guest)
 
 
-def test_reset_after_a_hop_boots(old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest) -> None:
+def test_guest_boots_when_reset_after_a_hop(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
     """The firmware is in a RAM block of its own, which no device state has in it."""
     guest = start(counter_machine(), old)
     guest.wait_for_ticks(5)
@@ -174,7 +176,7 @@ def test_sockets_pidfile_and_logs_are_the_new_qemus(
     assert_unharmed(guest)
 
 
-def test_messages_go_where_the_sources_went(
+def test_messages_go_to_stderr_of_the_source(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
     guest = start(counter_machine(), old)

@@ -325,7 +325,7 @@ def test_hop_is_rolled_back_if_interrupted_while_preparing(guest: Guest, new: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_roll_the_hop_back(number: signal.Signals, guest: Guest, new: Path, tmp_path: Path) -> None:
+def test_hop_is_rolled_back_by_signals(number: signal.Signals, guest: Guest, new: Path, tmp_path: Path) -> None:
     pid = guest.pid
     # Its destination takes for ever to start, so the signal is in time.
     slow = write_emulator(tmp_path / "emulator", new, "time.sleep(600)")

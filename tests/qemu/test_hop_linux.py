@@ -44,7 +44,7 @@ def test_i440fx_guest_survives_hops(old: Path, new: Path, linux_machine: Describ
 
 
 @pytest.mark.parametrize("machine_type", [Q35, I440FX])
-def test_reset_after_a_hop_boots_linux(
+def test_linux_boots_when_reset_after_a_hop(
     machine_type: str, old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest
 ) -> None:
     """SeaBIOS, the option ROM that loads the kernel, and the ACPI tables are there again."""
@@ -58,7 +58,7 @@ def test_reset_after_a_hop_boots_linux(
     assert (verdict.restarts, verdict.disk_errors, verdict.network_errors, verdict.memory_errors) == (1, 0, 0, 0)
 
 
-def test_uefi_variable_survives(old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
+def test_uefi_variable_survives_a_hop(old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest) -> None:
     """
     A variable written shortly before the hop is in the file afterwards, and the firmware finds it after a reset.
 

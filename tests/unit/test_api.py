@@ -209,7 +209,7 @@ def test_error_of_a_listener_is_logged(caplog: pytest.LogCaptureFixture) -> None
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def test_wrong_arguments_raise() -> None:
+def test_wrong_arguments_raise_value_error() -> None:
     with pytest.raises(TypeError):
         asyncio.run(api.check())
     with pytest.raises(TypeError):

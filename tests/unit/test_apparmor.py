@@ -84,7 +84,7 @@ NAMES = ["plain", "two words", "star*", "any?", "one{two,three}", "@{HOME}", "^"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_path_is_quoted(name: str, profiles: Path) -> None:
+def test_path_in_a_rule_is_quoted(name: str, profiles: Path) -> None:
     """For a character with a special meaning the parser makes a bracket expression or an alternative."""
     assert as_compiled('"/srv/a?" r,') == "/srv/a[^\\x0/]"
     assert as_compiled(f"{apparmor.quoted(Path('/srv', name))} r,").replace("\\", "") == f"/srv/{name}"

@@ -64,7 +64,7 @@ def test_ratios_are_of_medians_and_of_measured_pairs() -> None:
     }
 
 
-def test_growth_is_most_memory_to_least() -> None:
+def test_growth_compares_most_memory_with_least() -> None:
     assert REPORT.growth() == {"hop": 9.0 / 6.0}
 
 
@@ -73,7 +73,7 @@ def test_phases_are_medians_in_order() -> None:
     assert REPORT.phases(("minimal", "precopy", 256)) == {}
 
 
-def test_json_has_everything() -> None:
+def test_json_has_ratios_runs_and_summary() -> None:
     report = json.loads(json.dumps(REPORT.as_json()))
     assert report["ratios"] == REPORT.ratios()
     assert report["foreign_hook_ms"]["median"] == 3.0
@@ -92,7 +92,7 @@ def test_tables_have_medians_and_ratios() -> None:
     assert "| hop | 256 MB | stop 2.0, save 4.0, finish 70.0 |" in text
 
 
-def test_run_is_made_of_measurements() -> None:
+def test_run_derives_downtime_and_usage_from_the_measurements() -> None:
     outcome = Outcome((2_500_000_000, 2_600_000_000), began=2.0, ended=3.0, phases={"save": 5.0})
     seen = Run.of(("hop", "rich", 256), outcome, None, "7.2.22", "10.0.13")
     assert (seen.downtime_ms, seen.prepare_ms, seen.total_ms) == (100.0, 500.0, 1000.0)
@@ -130,7 +130,7 @@ def test_usage_is_none_without_cgroups() -> None:
         assert used is None
 
 
-def test_failure_is_reported() -> None:
+def test_report_has_runs_that_failed() -> None:
     failed = dataclasses.replace(REPORT, failures=[Failed("file", "rich", 1024, "no space")])
     assert "rich file, 1 GB, did not arrive: no space" in failed.markdown()
     assert failed.as_json()["failures"] == [
@@ -227,7 +227,7 @@ def test_sampler_ignores_a_single_step(counting: Counting) -> None:
     assert sampler.began > loaded
 
 
-def test_memory_is_found_and_touched() -> None:
+def test_memory_of_a_process_is_found_and_touched() -> None:
     assert downtime.memory_of(os.getpid()) is None
     fd = os.memfd_create("memory-backend-memfd")
     os.ftruncate(fd, 16 << 20)

@@ -34,7 +34,7 @@ def group(path: Path, limit: str, used: int, cache: int, version: int) -> None:
     ("limit", "cache", "full"),
     [(120 * MIB, 0, False), (110 * MIB, 0, True), (110 * MIB, 12 * MIB, False), (90 * MIB, 0, True)],
 )
-def test_room_is_the_limit_less_what_is_used_and_not_reclaimable(
+def test_available_memory_is_the_limit_less_unreclaimable_usage(
     version: int, limit: int, cache: int, full: bool, hierarchy: Path
 ) -> None:
     group(hierarchy / "vm", str(limit), 100 * MIB, cache, version)

@@ -42,7 +42,7 @@ def test_option_of_an_earlier_hop_is_dropped() -> None:
     assert derived(*first) == ["-m", "64"]
 
 
-def test_incoming_adds_no_option_twice() -> None:
+def test_derived_command_line_has_no_option_twice() -> None:
     argv = incoming(["-m", "64", "-S", "-incoming", "defer"], 9)
     assert argv.count("-incoming") == 1
     assert argv.count("-S") == 1

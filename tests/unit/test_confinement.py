@@ -22,7 +22,7 @@ def own() -> Confinement:
         process.close()
 
 
-def test_copy_has_no_differences(own: Confinement) -> None:
+def test_confinement_of_a_copy_does_not_differ(own: Confinement) -> None:
     assert differences(own, replace(own)) == []
 
 
@@ -43,7 +43,7 @@ def test_copy_has_no_differences(own: Confinement) -> None:
         ({"cgroups": (("memory", "/x"),)}, "cgroup is [('memory', '/x')] in the destination, "),
     ],
 )
-def test_difference_is_reported(own: Confinement, changed: dict[str, object], reported: str) -> None:
+def test_difference_is_reported_for_each_attribute(own: Confinement, changed: dict[str, object], reported: str) -> None:
     (found,) = differences(own, replace(own, **changed))  # type: ignore[arg-type]
     assert found.startswith(reported)
 

@@ -53,11 +53,11 @@ def test_devices_fail_that_cannot_be_re_created(device: str) -> None:
     assert result.hint
 
 
-def test_every_row_has_an_example() -> None:
+def test_every_unsupported_device_has_an_example() -> None:
     assert len(EXAMPLES) == len(_NOT_RECREATABLE)
 
 
-def test_devices_are_all_reported() -> None:
+def test_unsupported_devices_are_all_reported() -> None:
     result = devices(DOMAIN.format("<shmem/><hostdev/>"))
     assert "<shmem>" in result.detail
     assert "<hostdev>" in result.detail

@@ -66,7 +66,7 @@ def test_pipe_is_needed_from_version_11(version: str) -> None:
         ["\udcff"],
     ],
 )
-def test_other_program_is_refused(lines: list[str], tmp_path: Path) -> None:
+def test_program_that_is_no_qemu_is_refused(lines: list[str], tmp_path: Path) -> None:
     path = tmp_path / "qemu"
     path.write_bytes(b"#!/bin/sh\ncat <<'END'\n" + os.fsencode("\n".join(lines)) + b"\nEND\n")
     path.chmod(0o755)
@@ -141,7 +141,7 @@ def test_file_is_untrusted_if_a_group_may_write_to_it(binary: Path) -> None:
     assert untrusted_writer(str(binary)) == f"group 54321 may write to {binary}"
 
 
-def test_links_are_followed(binary: Path, tmp_path: Path) -> None:
+def test_emulator_behind_links_is_found(binary: Path, tmp_path: Path) -> None:
     others = tmp_path / "others"
     others.mkdir()
     link = others / "link"

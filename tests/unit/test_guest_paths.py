@@ -56,7 +56,7 @@ def test_socket_and_pid_file_of_the_source_become_the_destinations(directory: Pa
     assert mine.publish() == []  # once more, as sevhop recover does
 
 
-def test_names_stay_if_the_source_exited_unexpectedly(directory: Path, listener: socket.socket) -> None:
+def test_paths_stay_if_the_source_exited_unexpectedly(directory: Path, listener: socket.socket) -> None:
     mine = guest_paths(directory)
     mine.link()
     assert mine.publish() == []

@@ -139,7 +139,7 @@ def test_hook_prints_only_at_a_restore(keeper: FakeKeeper) -> None:
         assert run(keeper, "web", "prepare", "begin", "-") == (0, "", "")
 
 
-def test_refusal_has_a_reason(keeper: FakeKeeper) -> None:
+def test_refusal_of_the_keeper_has_a_reason(keeper: FakeKeeper) -> None:
     with keeper.alive():
         keeper.answer = "error the guest is suspended"
         assert run(keeper, "web", "prepare", "begin", "-") == (1, "", "sevhop: the guest is suspended\n")
@@ -197,7 +197,7 @@ def test_additions_of_an_earlier_hop_are_removed(keeper: FakeKeeper, operation: 
     assert "".join(printed.split()) == "".join(XML.split())
 
 
-def test_script_runs_python_only_at_some_steps(keeper: FakeKeeper, tmp_path: Path) -> None:
+def test_hook_script_runs_python_only_at_some_steps(keeper: FakeKeeper, tmp_path: Path) -> None:
     text = SCRIPT.read_text().replace("/run/sevhop/domains", str(keeper.domains))
     text = text.replace("@PYTHON@", "/bin/false").replace("@CLIENT@", "/no/such/file")
     path = tmp_path / "script"
@@ -231,7 +231,7 @@ def test_renamed_domain_is_found_by_its_uuid(keeper: FakeKeeper) -> None:
 
 
 @pytest.mark.parametrize("client", [True, False])
-def test_script_looks_for_a_uuid_only_during_a_hop(tmp_path: Path, client: bool) -> None:
+def test_hook_script_looks_for_a_uuid_only_during_a_hop(tmp_path: Path, client: bool) -> None:
     asks = tmp_path / "asks"
     asks.write_text("#!/bin/sh\ncat >&2\nexit 7\n")
     asks.chmod(0o755)
@@ -255,7 +255,7 @@ def test_script_looks_for_a_uuid_only_during_a_hop(tmp_path: Path, client: bool)
     assert call("prepare", HOPPED.replace(UUID, "22222222-2222-3333-4444-555555555501")) == (0, "", "")
 
 
-def test_script_runs_the_hook(tmp_path: Path) -> None:
+def test_hook_script_runs_the_hook(tmp_path: Path) -> None:
     """As libvirt calls it: a domain that was in a hop is restored later."""
     path = tmp_path / "script"
     path.write_text(host.hook_script())
@@ -268,5 +268,5 @@ def test_script_runs_the_hook(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_script_is_executable() -> None:
+def test_hook_script_is_executable() -> None:
     assert os.stat(SCRIPT).st_mode & stat.S_IXUSR

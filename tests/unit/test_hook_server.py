@@ -103,7 +103,7 @@ def test_xml_may_be_larger_than_a_pipe(keeper: FakeKeeper) -> None:
     asyncio.run(work())
 
 
-def test_script_runs_the_client(keeper: FakeKeeper, tmp_path: Path) -> None:
+def test_hook_script_runs_the_client(keeper: FakeKeeper, tmp_path: Path) -> None:
     """As libvirt calls it."""
     domains = tmp_path / "domains"
     domains.mkdir()

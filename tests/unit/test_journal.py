@@ -38,7 +38,7 @@ def test_read_returns_what_was_written() -> None:
     assert list(journal.journals()) == []
 
 
-def test_begin_syncs_file_name_and_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_begin_syncs_file_name_and_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file first, then its name, then the directory's list of names: in any other order a crash could lose it."""
     done: list[str] = []
     fsync, link = os.fsync, os.link
@@ -60,7 +60,7 @@ def test_begin_syncs_file_name_and_directory(directory: Path, monkeypatch: pytes
     assert done[-1] == "directory"
 
 
-def test_write_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_is_flushed_after_write(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[bytes] = []
     monkeypatch.setattr(os, "fdatasync", lambda fd: flushed.append(os.pread(fd, 4096, 0).rstrip(b"\0")))
     mine = Journal.begin(record())
@@ -69,7 +69,7 @@ def test_write_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert b'"stop"' in flushed[-1]
 
 
-def test_begin_refuses_a_second_hop() -> None:
+def test_journal_begin_refuses_a_second_hop() -> None:
     mine = Journal.begin(record())
     with pytest.raises(HopInProgress, match=f"process {os.getpid()} is hopping web"):
         Journal.begin(record())
@@ -79,7 +79,7 @@ def test_begin_refuses_a_second_hop() -> None:
     Journal.begin(record()).end()
 
 
-def test_begin_refuses_after_an_interrupted_hop() -> None:
+def test_journal_begin_refuses_after_an_interrupted_hop() -> None:
     mine = Journal.begin(record())
     mine.write({"phase": "save"})
     mine.leave()
@@ -144,7 +144,7 @@ def test_read_refuses_an_unknown_field() -> None:
         journal.read(mine.path)
 
 
-def test_begin_fails_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+def test_journal_begin_fails_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     def full(fd: int, offset: int, length: int) -> None:
         raise OSError(28, os.strerror(28))
 

@@ -27,7 +27,7 @@ def test_log_without_ticks_is_not_unharmed() -> None:
     assert not verdict_of("START").unharmed
 
 
-def test_missing_numbers_are_lost() -> None:
+def test_missing_numbers_are_lost_ticks() -> None:
     verdict = verdict_of("START", "00000001", "00000005", "00000006")
     assert verdict.ticks_lost == 3
     assert not verdict.ticks_repeated

@@ -46,7 +46,7 @@ def test_cold_start_is_refused_until_the_guest_runs_again(state: State, step: st
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("step", ["restore begin", "started begin", "stopped end", "release end", "reconnect begin"])
-def test_other_steps_are_no_cold_start(state: State, step: str) -> None:
+def test_hook_steps_besides_prepare_are_no_cold_start(state: State, step: str) -> None:
     operation, sub = step.split(" ")
     assert reason_against_start(state, operation, sub, IMAGE) == ""
 

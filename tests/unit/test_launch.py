@@ -134,7 +134,7 @@ def test_working_directory_is_a_descriptor(own: Identity, tmp_path: Path) -> Non
         ({"command": "/no/qemu"}, "cannot execute /no/qemu: No such file or directory"),
     ],
 )
-def test_step_that_fails_fails_the_start(own: Identity, changed: dict[str, object], reason: str) -> None:
+def test_process_does_not_start_if_a_step_fails(own: Identity, changed: dict[str, object], reason: str) -> None:
     command = [str(changed.pop("command", "/bin/true"))]
     code, out, err = run(own, *command, **changed)
     assert (code, out) == (1, "")
@@ -142,7 +142,7 @@ def test_step_that_fails_fails_the_start(own: Identity, changed: dict[str, objec
     assert len(err.splitlines()) == 1
 
 
-def test_limit_above_ones_own_fails_the_start(own: Identity) -> None:
+def test_process_does_not_start_with_a_limit_above_our_own(own: Identity) -> None:
     limits = ((resource.RLIMIT_NOFILE, 1 << 40, 1 << 40),)
     code, _, err = run(replace(own, confinement=replace(own.confinement, limits=limits)), "/bin/true")
     assert code == 1

@@ -57,7 +57,7 @@ def test_counters_are_zero_at_first(directory: Path) -> None:
     assert "sevhop_outdated_domains" not in found
 
 
-def test_counters_are_added_to(directory: Path) -> None:
+def test_counters_are_incremented_by_each_hop(directory: Path) -> None:
     metrics.add(directory, [done(9.3), done(None), Report(outcome="rolled-back", downtime_ms=100.0)], 3)
     metrics.add(directory, [done(228.25), done(60_000.0), Report(outcome="checked"), Report(outcome="prepared")])
     found = samples(directory)

@@ -105,14 +105,14 @@ def test_cgroup_is_not_full_below_its_limit(cgroups: Path) -> None:
     assert find(cgroups) is None
 
 
-def test_limit_of_a_parent_counts(cgroups: Path) -> None:
+def test_cgroup_is_full_at_the_limit_of_a_parent(cgroups: Path) -> None:
     slice_ = cgroups / "cgroup" / "machine.slice"
     (slice_ / "misc.max").write_text("sev 3\nsev_es max\n")
     (slice_ / "misc.current").write_text("sev 3\nsev_es 0\n")
     assert find(cgroups) == misc_cgroup.FullCgroup("/machine.slice", "sev", 3, 3)
 
 
-def test_capacity_of_the_machine_counts(cgroups: Path) -> None:
+def test_cgroup_is_full_at_the_capacity_of_the_machine(cgroups: Path) -> None:
     (cgroups / "cgroup" / "misc.current").write_text("sev 3\nsev_es 4\n")
     assert find(cgroups) == misc_cgroup.FullCgroup("/", "sev_es", 4, 4)
 

@@ -47,7 +47,7 @@ def test_process_lives_until_its_last_thread_exits() -> None:
         assert not process.alive
 
 
-def test_zombie_does_not_live() -> None:
+def test_zombie_is_not_alive() -> None:
     with started("true") as (child, process):
         wait_until(lambda: state(child.pid) == "Z", 10, "it has exited")
         assert not process.alive
@@ -55,7 +55,7 @@ def test_zombie_does_not_live() -> None:
         assert not process.alive
 
 
-def test_limits_are_all_that_the_kernel_has() -> None:
+def test_limits_are_those_of_the_kernel() -> None:
     with started("sleep", "infinity") as (_, process):
         text = Path(f"/proc/{process.pid}/limits").read_text()
         assert len(process.limits) == len(text.splitlines()) - 1 == 16

@@ -48,7 +48,7 @@ def test_table_of_new_qemu_has_addresses() -> None:
 @pytest.mark.parametrize(
     "text", ["", "unknown command: 'info ramblock'", QEMU_7 + "ram1 4 KiB\n", QEMU_7 + "x y z 1 2 size\n"]
 )
-def test_table_is_refused_if_invalid(text: str) -> None:
+def test_ram_block_table_is_refused_if_invalid(text: str) -> None:
     with pytest.raises(RamError):
         parse_ramblock_table(text)
 
@@ -164,7 +164,7 @@ def test_endless_list_is_refused() -> None:
         old.read()
 
 
-def test_populated_finds_the_parts_that_have_pages() -> None:
+def test_populated_returns_only_ranges_that_have_pages() -> None:
     page = mmap.PAGESIZE
     me = QemuProcess.open(os.getpid())
     with contextlib.closing(me), mmap.mmap(-1, 8 * page) as memory:
@@ -191,7 +191,7 @@ def test_shared_blocks_are_not_copied() -> None:
     assert private_pairs(by_name(ram, bios), by_name(ram, bios)) == [(bios, bios)]
 
 
-def test_private_view_of_the_same_memory_is_the_same_memory() -> None:
+def test_private_mapping_of_the_same_memfd_is_shared_memory() -> None:
     assert private_pairs(by_name(block("r", inode=5, shared=True)), by_name(block("r", inode=5))) == []
 
 
@@ -204,7 +204,7 @@ def test_private_view_of_the_same_memory_is_the_same_memory() -> None:
         by_name(block("r")),
     ],
 )
-def test_other_memory_is_refused(theirs: dict[str, RamBlock]) -> None:
+def test_destination_with_other_memory_is_refused(theirs: dict[str, RamBlock]) -> None:
     with pytest.raises(RamError):
         private_pairs(by_name(block("r", inode=5, shared=True)), theirs)
 

@@ -30,7 +30,7 @@ def read(path: Path, content: bytes) -> SaveImage:
         return SaveImage.read(file)
 
 
-def test_layout_is_libvirts(tmp_path: Path) -> None:
+def test_save_image_layout_is_that_of_libvirt(tmp_path: Path) -> None:
     content = written(tmp_path / "image")
     magic, version, length, running, compression, cookie = struct.unpack("=16s5I", content[:36])
     assert (magic, version, running, compression, cookie) == (b"LibvirtQemudSave", 2, 1, 0, 0)

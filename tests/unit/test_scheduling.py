@@ -69,7 +69,7 @@ def test_thread_that_has_exited_is_an_error() -> None:
         Thread.of(2**22 + 1)
 
 
-def test_cgroup_is_found_by_its_mount() -> None:
+def test_cgroup_directory_is_found_by_its_mount() -> None:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         directory = cgroup_directory(controllers, path)

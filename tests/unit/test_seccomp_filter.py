@@ -62,7 +62,7 @@ def test_system_call_that_is_allowed_now_is_reported() -> None:
     assert lost([forbids(59, action=LOG)], [forbids()]) == []
 
 
-def test_arguments_are_compared() -> None:
+def test_filter_is_lost_if_it_tests_other_arguments() -> None:
     other = tuple((code, true, false, 6 if value == 5 else value) for code, true, false, value in FORBIDS_A_POLICY)
     assert "144 of x86-64" in lost([FORBIDS_A_POLICY], [forbids()])
     assert "144 of x86-64" in lost([FORBIDS_A_POLICY], [other])

@@ -98,7 +98,7 @@ def test_kvm_amd_fails_without_sev(host: Host, value: str | None) -> None:
     assert host.found("kvm_amd").status is Status.FAIL
 
 
-def test_each_kind_has_its_parameter(host: Host) -> None:
+def test_module_parameter_depends_on_the_sev_generation(host: Host) -> None:
     host.guest = dataclasses.replace(host.guest, context=SevContext("sev-es"))
     assert host.found("kvm_amd").status is Status.FAIL
     host.write("sys/module/kvm_amd/parameters/sev_es", "Y\n")

@@ -32,7 +32,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_status_is_one_line(line: str) -> None:
+def test_status_of_a_domain_is_one_line(line: str) -> None:
     assert str(LINES[line]) == line
 
 
@@ -61,22 +61,22 @@ def process(program: Path) -> Iterator[QemuProcess]:
         child.wait()
 
 
-def test_file_is_unchanged(process: QemuProcess) -> None:
+def test_executable_is_unchanged_at_first(process: QemuProcess) -> None:
     assert process.on_disk is OnDisk.UNCHANGED
 
 
-def test_file_is_replaced(process: QemuProcess, program: Path) -> None:
+def test_executable_is_replaced_after_a_rename(process: QemuProcess, program: Path) -> None:
     shutil.copy(program, f"{program}.new")
     os.replace(f"{program}.new", program)
     assert process.on_disk is OnDisk.REPLACED
 
 
-def test_file_is_deleted(process: QemuProcess, program: Path) -> None:
+def test_executable_is_deleted_after_unlink(process: QemuProcess, program: Path) -> None:
     program.unlink()
     assert process.on_disk is OnDisk.DELETED
 
 
-def test_file_of_an_exited_process_is_an_error(process: QemuProcess) -> None:
+def test_executable_of_an_exited_process_is_an_error(process: QemuProcess) -> None:
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ProcessError, match="has exited"):

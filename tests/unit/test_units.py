@@ -109,7 +109,7 @@ def test_units_can_be_enabled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "exposure"), _EXPOSURE.items())
-def test_exposure_is_limited(name: str, exposure: int, analyze: str, tmp_path: Path) -> None:
+def test_exposure_of_units_is_below_the_limit(name: str, exposure: int, analyze: str, tmp_path: Path) -> None:
     unit = tmp_path / name
     unit.write_text(units.text(name))
     command = [analyze, "security", "--offline=yes", f"--threshold={exposure}", "--json=short", str(unit)]
@@ -120,7 +120,7 @@ def test_exposure_is_limited(name: str, exposure: int, analyze: str, tmp_path: P
 @pytest.mark.parametrize(
     ("path", "quoted"), [("/usr/bin/python3", '"/usr/bin/python3"'), ('/a b/"%i$x\\', '"/a b/\\"%%i$$x\\\\"')]
 )
-def test_path_is_quoted(path: str, quoted: str) -> None:
+def test_path_in_a_unit_is_quoted(path: str, quoted: str) -> None:
     assert units.quoted(path) == quoted
 
 

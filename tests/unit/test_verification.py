@@ -90,6 +90,6 @@ def test_check_changes_nothing(script: Path) -> None:
 
 
 @pytest.mark.parametrize("record", ["", "script", "\udcff"])
-def test_record_of_something_else_is_no_record(script: Path, record: str) -> None:
+def test_invalid_record_does_not_verify_the_hook(script: Path, record: str) -> None:
     verification.RECORD.write_bytes(record.encode(errors="surrogateescape"))
     assert not verification.is_recorded()

@@ -60,7 +60,7 @@ def lines() -> Iterator[tuple[str, int, str]]:
                 yield name, number, line
 
 
-def test_old_words_do_not_come_back() -> None:
+def test_words_outside_the_vocabulary_are_not_used() -> None:
     forbidden = re.compile("|".join(f"(?:{word})" for word in WORDS), re.IGNORECASE)
     found = [f"{name}:{number}: {line.strip()}" for name, number, line in lines() if forbidden.search(line)]
     assert found == []

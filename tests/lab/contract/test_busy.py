@@ -91,7 +91,7 @@ def test_charge_moves_from_group_to_group(ours: Group, theirs: Group) -> None:
         assert theirs.used == 0
 
 
-def test_full_group_of_both_is_no_obstacle(ours: Group) -> None:
+def test_move_succeeds_within_a_full_cgroup(ours: Group) -> None:
     with SevVm.launched() as source, Vm() as destination:
         assert ours.used == 1
         assert destination.move_from(source.descriptor) == OK

@@ -151,7 +151,7 @@ def test_guest_moves_on_after_destination_was_killed(source: Source, memory: Mem
         source.continue_in(third)
 
 
-def test_program_is_the_one_that_the_tests_believe(memory: Memory) -> None:
+def test_guest_program_writes_each_number_once(memory: Memory) -> None:
     """COUNT writes each number once; without this the other tests would prove nothing."""
     with Vm(memory=memory.again()) as plain:
         memory.map[PROGRAM : PROGRAM + len(COUNT)] = COUNT

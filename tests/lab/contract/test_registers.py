@@ -66,16 +66,16 @@ def destination() -> Iterator[Vm]:
         yield vm
 
 
-def test_long_mode_without_the_bit_is_accepted_before_the_move(destination: Vm) -> None:
+def test_long_mode_without_encryption_bit_is_accepted_before_the_move(destination: Vm) -> None:
     """This is how registers can be validated while there is a way back."""
     assert outcome(destination.vcpu.set_sregs, _long_mode(destination.vcpu, 0x1000)) == OK
 
 
-def test_bit_is_refused_before_the_move(destination: Vm) -> None:
+def test_encryption_bit_is_refused_before_the_move(destination: Vm) -> None:
     assert outcome(destination.vcpu.set_sregs, _encrypted(destination.vcpu)) == "EINVAL"
 
 
-def test_bit_is_refused_after_the_move_until_cpuid_is_set_again(source: SevVm, destination: Vm) -> None:
+def test_encryption_bit_is_refused_after_the_move_until_cpuid_is_set(source: SevVm, destination: Vm) -> None:
     wanted = source.vcpu.sregs()
     assert wanted.cr3 >> C_BIT == 1
     assert destination.move_from(source.descriptor) == OK

@@ -19,7 +19,7 @@ def test_guest_with_encrypted_registers_is_moved(vcpus: int) -> None:
         assert contexts() == [context]
 
 
-def test_calls_about_registers_have_no_error_and_no_meaning() -> None:
+def test_register_ioctls_succeed_without_effect() -> None:
     """They reach only KVM's own copy, which the guest does not use. (VMs of type SEV_ES refuse them: test_types.)"""
     with SevVm.launched(es=True) as source, Vm() as destination:
         registers = source.vcpu.regs()

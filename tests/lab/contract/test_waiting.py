@@ -82,7 +82,7 @@ def test_signal_does_not_end_the_waiting(source: SevVm, inside: Running, destina
     assert move.result == OK
 
 
-def test_others_are_busy_while_a_move_waits(source: SevVm, inside: Running, destination: Vm) -> None:
+def test_other_moves_are_busy_while_one_waits(source: SevVm, inside: Running, destination: Vm) -> None:
     move = Move(destination, source.descriptor)
     move.see_it_wait()
     with Vm() as competitor, SevVm.launched() as guest:
@@ -98,7 +98,7 @@ def test_others_are_busy_while_a_move_waits(source: SevVm, inside: Running, dest
     assert move.result == OK
 
 
-def test_busy_is_over_with_the_move(source: SevVm, inside: Running, destination: Vm) -> None:
+def test_source_is_not_busy_after_a_killed_move(source: SevVm, inside: Running, destination: Vm) -> None:
     """What the retries are made for: the competitor fails, the source remains, the next attempt succeeds."""
 
     def work(parent: socket.socket) -> None:
