@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -39,6 +41,40 @@ def test_reply_is_kept_if_this_process_did_not_run_for_longer_than_the_timeout()
         return str(await daemon.in_thread(0.5, lambda: time.sleep(1.1) or "reply"))  # type: ignore[func-returns-value]
 
     assert asyncio.run(stopped()) == "reply"
+
+
+HANGS = """
+import asyncio
+import subprocess
+import sys
+import threading
+from sevhop.libvirt import daemon
+
+class Raw:
+    def close(self):
+        threading.Event().wait()
+
+async def hangs():
+    try:
+        await daemon.call(threading.Event().wait, timeout=0.1)
+    finally:
+        daemon.Daemon(Raw(), "").close()
+
+asyncio.run(hangs())
+"""
+
+
+def test_program_exits_if_the_daemon_hangs() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "DomainError: libvirt did not answer within 0.1 s (restart the libvirt daemon" in done.stderr
+
+
+def test_calls_use_a_free_thread_again() -> None:
+    async def idents() -> list[int]:
+        return [await daemon.call(threading.get_ident) for _ in range(20)]
+
+    assert len(set(asyncio.run(idents()))) <= 2
 
 
 class Raw:

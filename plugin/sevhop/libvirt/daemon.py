@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -27,6 +30,8 @@ RECONNECT_TIMEOUT = 30.0
 _RECONNECT_POLL = 0.1
 #: What to do with a daemon that hangs.
 RESTART = "restart the libvirt daemon (guests keep running), and try again"
+#: Seconds to disconnect, which blocks.
+_CLOSE_TIMEOUT = 1.0
 #: Parts of a timeout.
 _SLICES = 10
 #: qemuMonitorCommandWithFiles came with this version (8.2.0), as libvirt counts.
@@ -50,8 +55,50 @@ class DomainError(SevhopError):
         self.code = code
 
 
-#: For calls to libvirt. asyncio's own threads are few, and a call that resumes a guest must not wait for others.
-_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="libvirt")
+class _DaemonThreads(Executor):
+    """
+    Threads for calls that may never return: the interpreter does not wait for them when it exits. There is always a
+    free one, since a call that resumes a guest must not wait for others.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._free = 0
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        """See :class:`concurrent.futures.Executor`."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._free:
+                self._free -= 1
+            else:
+                threading.Thread(target=self._work, name="libvirt", daemon=True).start()
+        self._calls.put((future, functools.partial(function, *arguments, **options)))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, function = self._calls.get()
+            result = error = None
+            if running := future.set_running_or_notify_cancel():
+                try:
+                    result = function()
+                except BaseException as err:
+                    error = err
+            with self._lock:
+                self._free += 1
+            if not running:
+                continue
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+            # Not kept until the next call.
+            del future, function, result, error
+
+
+_THREADS = _DaemonThreads()
 
 
 async def call(function: Callable[..., Any], *arguments: Any, timeout: float = CALL_TIMEOUT) -> Any:
@@ -130,8 +177,9 @@ class Daemon:
 
     def close(self) -> None:
         """Disconnect."""
-        with contextlib.suppress(libvirt.libvirtError):
-            self.raw.close()
+        # A daemon that hangs does not reply to this, either.
+        with contextlib.suppress(libvirt.libvirtError, TimeoutError):
+            _THREADS.submit(self.raw.close).result(_CLOSE_TIMEOUT)
 
     async def reconnect(self, patience: float = RECONNECT_TIMEOUT) -> bool:
         """
