@@ -364,12 +364,22 @@ def with_second_monitor(tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
     return second, ("-qmp", f"unix:{second},server=on,wait=off")
 
 
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    """The second monitor of ``guest``, for another client."""
+    return with_second_monitor(tmp_path)[0]
+
+
+@pytest.fixture
+def guest(tmp_path: Path, old: Path, counter_machine: DescribeCounter, start: StartGuest) -> Guest:
+    """A guest in the older QEMU, with a disk and a second monitor."""
+    return start(counter_machine(disk_mib=16, more=with_second_monitor(tmp_path)[1]), old)
+
+
 @pytest.mark.parametrize("phase", ["prepare", "stop"])
 def test_snapshot_while_a_hop_is_prepared_rolls_back(
-    phase: str, tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+    phase: str, guest: Guest, second: Path, new: Path, tmp_path: Path
 ) -> None:
-    second, more = with_second_monitor(tmp_path)
-    guest = start(counter_machine(disk_mib=16, more=more), old)
     arguments = {"node-name": "disk", "snapshot-file": str(tmp_path / "overlay"), "snapshot-node-name": "overlay"}
     with pytest.raises((Refused, RolledBack), match=r"disk disk|overlay"):
         HopDriver().run(guest, new, at=phase, fault=on(second, ("blockdev-snapshot-sync", arguments)))
@@ -410,12 +420,8 @@ def test_guest_that_is_resumed_during_a_hop_keeps_its_disks(
     assert_unharmed(guest)
 
 
-def test_throttle_while_a_hop_is_prepared_rolls_back(
-    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
-) -> None:
+def test_throttle_while_a_hop_is_prepared_rolls_back(guest: Guest, second: Path, new: Path) -> None:
     """Settings are carried over when the destination has been started, and verified before the guest stops."""
-    second, more = with_second_monitor(tmp_path)
-    guest = start(counter_machine(disk_mib=16, more=more), old)
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0)
     arguments = {"id": disk(guest)["qdev"], "iops": 4711, **limits}
     with pytest.raises(RolledBack, match=r"the throttling of the guest was changed"):
@@ -426,16 +432,9 @@ def test_throttle_while_a_hop_is_prepared_rolls_back(
 
 
 def test_snapshot_after_the_last_check_rolls_back(
-    tmp_path: Path,
-    old: Path,
-    new: Path,
-    counter_machine: DescribeCounter,
-    start: StartGuest,
-    monkeypatch: pytest.MonkeyPatch,
+    guest: Guest, second: Path, new: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """QEMU is not queried any more, but the files that the process has open are compared."""
-    second, more = with_second_monitor(tmp_path)
-    guest = start(counter_machine(disk_mib=16, more=more), old)
     pid = guest.pid
     arguments = {"node-name": "disk", "snapshot-file": str(tmp_path / "overlay"), "snapshot-node-name": "overlay"}
 
@@ -447,11 +446,7 @@ def test_snapshot_after_the_last_check_rolls_back(
     assert_unharmed(guest)
 
 
-def test_block_job_while_a_hop_is_prepared_rolls_back(
-    tmp_path: Path, old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
-) -> None:
-    second, more = with_second_monitor(tmp_path)
-    guest = start(counter_machine(disk_mib=16, more=more), old)
+def test_block_job_while_a_hop_is_prepared_rolls_back(guest: Guest, second: Path, new: Path, tmp_path: Path) -> None:
     target: dict[str, object] = {"job-id": "move", "device": "disk", "target": str(tmp_path / "copy"), "sync": "full"}
     with pytest.raises(RolledBack, match="job"):
         HopDriver().run(guest, new, at="stop", fault=on(second, ("drive-mirror", target)))
@@ -493,17 +488,9 @@ def test_disk_that_the_source_does_not_give_up_rolls_back(
 
 @pytest.mark.parametrize("late", [False, True])
 def test_guest_that_another_client_stops_stays_stopped(
-    late: bool,
-    tmp_path: Path,
-    old: Path,
-    new: Path,
-    counter_machine: DescribeCounter,
-    start: StartGuest,
-    monkeypatch: pytest.MonkeyPatch,
+    late: bool, guest: Guest, second: Path, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also right before the hop stops it, when its state is saved and its images are given up all the same."""
-    second, more = with_second_monitor(tmp_path)
-    guest = start(counter_machine(disk_mib=16, more=more), old)
     guest.wait_for_ticks(3)
     pid = guest.pid
     stop = on(second, ("stop", {}))
