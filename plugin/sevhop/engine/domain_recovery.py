@@ -37,6 +37,7 @@ from ..records.journal import HopRecord, Journal
 from .finish import STOPPED
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .upgrade_restore import define_emulator
+from .upgrade_save import resume_hint
 
 #: Seconds for which an operation in progress is waited for, such as a restore by another client.
 RESTORE_TIMEOUT = 60.0
@@ -218,7 +219,7 @@ class _InterruptedUpgrade:
             except SevhopError as again:
                 raise RecoveryRequired(
                     f"{reason}; in the old emulator: {again.message}",
-                    f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}",
+                    resume_hint(keeper),
                 ) from again
             text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])
             await self._activate_images()

@@ -40,7 +40,7 @@ from .commit import activate, commit, resume
 from .finish import finish
 from .prepare import Prepared, prepare
 from .start import Started, explaining_exit
-from .transaction import CommitState, Transaction
+from .transaction import Transaction
 from .transfer import load, map_memory, save, stop
 
 
@@ -55,28 +55,20 @@ class Hop(Transaction):
 
     async def _script(self) -> None:
         options = self._options
-        try:
-            checked = await self.run_phase("check", check(self, self._qmp, options))
-            acquired = await self.run_phase("acquire", acquire(self, checked))
-            prepared = await self.run_phase("prepare", prepare(self, options, checked, acquired))
-            async with explaining_exit(checked, prepared.started.destination):
-                stopped = await self.run_phase("stop", stop(self, checked, prepared))
-                await self.run_phase("map", map_memory(prepared))
-                await self.run_phase("save", save(prepared))
-                await self.run_phase("load", load(self, options, checked, prepared, stopped))
-                started = await self.run_phase("commit", commit(self, options, checked, acquired, prepared, stopped))
-            async with explaining_exit(checked, started.destination):
-                started = await self.run_phase(
-                    "resume", resume(self, options, checked, acquired, prepared, stopped, started)
-                )
-            await self.run_phase("finish", self._finish(checked, acquired, prepared, started))
-        except BaseException as err:
-            failure = self.classify_error(err)
-            if self.state is not CommitState.COMMITTED:
-                await self.uncancelled(self.roll_back(failure))
-            if failure is err:
-                raise
-            raise failure from err
+        checked = await self.run_phase("check", check(self, self._qmp, options))
+        acquired = await self.run_phase("acquire", acquire(self, checked))
+        prepared = await self.run_phase("prepare", prepare(self, options, checked, acquired))
+        async with explaining_exit(checked, prepared.started.destination):
+            stopped = await self.run_phase("stop", stop(self, checked, prepared))
+            await self.run_phase("map", map_memory(prepared))
+            await self.run_phase("save", save(prepared))
+            await self.run_phase("load", load(self, options, checked, prepared, stopped))
+            started = await self.run_phase("commit", commit(self, options, checked, acquired, prepared, stopped))
+        async with explaining_exit(checked, started.destination):
+            started = await self.run_phase(
+                "resume", resume(self, options, checked, acquired, prepared, stopped, started)
+            )
+        await self.run_phase("finish", self._finish(checked, acquired, prepared, started))
 
     async def _finish(self, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started) -> None:
         """:raises RecoveryRequired: the destination has exited; ``sevhop recover`` decides about the source."""

@@ -237,11 +237,16 @@ async def terminate(
                 await keeper.retire()
             finally:
                 if not checked.source.alive:
-                    hop.commit(GuestState.SUSPENDED)
+                    hop.commit(GuestState.SUSPENDED, resume_hint(keeper))
         prepared.state.source_ended()
         # Not every init reaps at once; libvirt would wait for it.
         await checked.source.wait_reaped(options.step_timeout)
         await checked.domain.destroy()
+
+
+def resume_hint(keeper: KeeperClient) -> str:
+    """What to do with a guest that is suspended in a keeper."""
+    return f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}"
 
 
 def _connections_of_libvirt(source: QemuProcess) -> list[int]:
