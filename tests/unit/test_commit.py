@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from sevhop import events
 from sevhop.engine import commit as phase
-from sevhop.engine import finish
 from sevhop.engine.start import Started
 from sevhop.engine.transaction import Transaction
 from sevhop.errors import GuestLost, GuestState
@@ -139,7 +138,7 @@ def test_guest_survives_two_destinations_that_fail(checked: Any, monkeypatch: py
         if monitor is not third.destination:
             raise MonitorClosed("it exited")
 
-    monkeypatch.setattr(finish, "resume_guest", resume_guest)
+    monkeypatch.setattr(phase, "resume_guest", resume_guest)
 
     async def both() -> Started:
         now = await phase.commit(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED)

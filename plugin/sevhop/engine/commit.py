@@ -32,10 +32,10 @@ from ..events import MoveAttempted
 from ..guest import inspection, runtime_settings
 from ..options import HopOptions
 from ..process import scheduling
-from . import finish
 from .check import Acquired, Checked
 from .prepare import Prepared
 from .start import PATIENCE, Started, start_destination
+from .stopped_guest import resume_guest
 from .transaction import CommitState, Transaction
 from .transfer import Stopped, verify_not_resumed
 
@@ -118,11 +118,11 @@ async def resume(
         await _start_and_commit(hop, started)
     else:
         try:
-            await finish.resume_guest(destination.monitor)
+            await resume_guest(destination.monitor)
         except MonitorError as err:
             await _verify_not_run(checked, prepared, started, err)
             started = await _retry_in_new_destination(hop, options, checked, acquired, prepared, stopped, started, err)
-            await finish.resume_guest(started.destination.monitor)
+            await resume_guest(started.destination.monitor)
     stopped.boost.reset()
     hop.downtime_ends()
     hop.committed_state = GuestState.RUNNING_IN_NEW

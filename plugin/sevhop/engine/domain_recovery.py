@@ -34,8 +34,8 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import NO_DOMAIN, Connection, Domain, DomainError
 from ..records import run_directory
 from ..records.journal import HopRecord, Journal
-from .finish import STOPPED
 from .recovery_result import RecoveredGuest, RecoveryOutcome
+from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator
 from .upgrade_save import resume_hint
 

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import tenacity
 from sevhop_qmp import adopt
-from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from ..disks import block_graph
 from .destination import Destination
 from .guest_paths import GuestPaths
-
-#: Seconds for which ``cont`` is retried, while something else has locked the guest's disk images.
-CONT_DEADLINE = 10.0
 
 
 async def finish(
@@ -69,47 +63,3 @@ async def finish(
         return False
     await destination.release()
     return True
-
-
-#: Run states in which a ``stop`` leaves a guest. In any other it is not ours to resume.
-STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
-
-
-async def resume_source(monitor: Monitor, *, running: bool) -> str:
-    """
-    Resume a source that a hop may have stopped, and activate its disk images.
-
-    :param running: whether a hop has stopped it. One that has shut down since, or had an I/O error, stays as it is.
-    :return: its run state then.
-    :raises SevhopError: it cannot be resumed.
-    """
-    status = await monitor.execute("query-status")
-    state = str(status["status"])
-    if running and state in STOPPED:
-        await resume_guest(monitor)
-        state = "running"
-    elif not status["running"]:
-        await block_graph.activate(monitor)
-    await block_graph.activate_spares(monitor)
-    return state
-
-
-async def resume_guest(monitor: Monitor) -> None:
-    """
-    Let a guest run. Something else may have locked its disk images for a moment, so a refusal is retried for
-    :data:`CONT_DEADLINE` seconds.
-
-    :raises CommandError: QEMU's last refusal.
-    """
-    async for attempt in tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(CommandError),
-        stop=tenacity.stop_after_delay(CONT_DEADLINE),
-        wait=tenacity.wait_exponential(multiplier=0.01, max=0.5),
-        reraise=True,
-    ):
-        with attempt:
-            await monitor.execute("cont", timeout=max(CONT_DEADLINE, monitor.timeout))
-            # A QEMU that could not activate its disk images after loading returns success, and stays paused.
-            status = await monitor.execute("query-status")
-            if not status["running"]:
-                raise CommandError("cont", f"the guest is still {status['status']}")

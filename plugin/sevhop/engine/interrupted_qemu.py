@@ -23,8 +23,9 @@ from ..errors import RecoveryRequired
 from ..records.journal import HopRecord
 from . import ownership
 from .destination import Destination
-from .finish import finish, resume_guest, resume_source
+from .finish import finish
 from .guest_paths import GuestPaths
+from .stopped_guest import resume_guest, resume_source
 
 
 class OldQemu:

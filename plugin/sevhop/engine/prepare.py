@@ -17,7 +17,6 @@ from sevhop_qmp.errors import (
     MonitorError,
     SevhopError,
 )
-from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark
 
 from ..disks.disk_guard import DiskGuard
@@ -32,6 +31,7 @@ from .destination import Destination
 from .realtime import Watchdog
 from .start import DestinationUndo, Started, explaining_exit, start_destination
 from .state_transfer import StateTransfer
+from .stopped_guest import restore_oom_score_adj
 from .transaction import Transaction
 
 
@@ -68,7 +68,7 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     watchdog = Watchdog.start()
     hop.resources.push_async_callback(watchdog.close)
     hop.rollback.push(acquired.guest_paths.discard)
-    hop.rollback.push(lambda: _restore_oom_score_adj(checked.source, acquired.oom_score_adj))
+    hop.rollback.push(lambda: restore_oom_score_adj(checked.source, acquired.oom_score_adj))
     launch.protect_from_oom(checked.source.pid)
     run_mark = await _leave_run_mark(hop, checked)
     pinned = await runtime_settings.pinned(checked.arguments.arguments, checked.monitor)
@@ -93,11 +93,6 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
         identity = acquired.launch_context.credentials
         await outgoing.arm(identity.uid, identity.gid)
     return Prepared(started, arguments, run_mark, theirs, disks, ram, settings, roles, transfer, undo)
-
-
-def _restore_oom_score_adj(source: QemuProcess, score: int) -> None:
-    with contextlib.suppress(OSError):  # it has exited
-        launch.set_oom_score_adj(source.pid, score)
 
 
 async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:

@@ -12,7 +12,6 @@ command is still alive, and nothing is done twice: a recovery may be interrupted
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +24,6 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunState
 
 from ..errors import RecoveryRequired
-from ..process import launch
 from ..records import journal, run_directory
 from ..records.journal import HopRecord, Journal, JournalError
 from ..records.run_directory import HopInProgress
@@ -34,6 +32,7 @@ from .interrupted_qemu import NewQemu, OldQemu
 from .ownership import Course, Destination, Facts, Source, decide
 from .realtime_reset import reset_boosted
 from .recovery_result import RecoveredGuest, RecoveryOutcome
+from .stopped_guest import restore_oom_score_adj
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +241,7 @@ class InterruptedHop:
         record = self._record
         self._guest_paths.discard()
         if self._old.process is not None and record.phase not in ("", "check", "acquire"):
-            with contextlib.suppress(OSError):  # it has just exited
-                launch.set_oom_score_adj(self._old.process.pid, record.oom_score_adj)
+            restore_oom_score_adj(self._old.process, record.oom_score_adj)
         try:
             state = await self._old.resume(running=record.running and record.stopped)
         except MonitorError:

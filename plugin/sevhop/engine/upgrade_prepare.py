@@ -27,8 +27,10 @@ from ..options import UpgradeOptions
 from ..process import cgroup_memory
 from ..records import journal
 from ..records.journal import HopRecord, Process
+from .check import verify_can_hop
 from .rehearsal import Rehearsal, Subject
 from .rehearsal_command_line import Unrehearsable
+from .stopped_guest import verify_alive
 from .transaction import Transaction
 
 
@@ -97,9 +99,7 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
             await verification.ensure_hook(connection)
     except SevhopError as err:
         raise Refused(err.message, err.hint) from err
-    if failures := examined.tree.failures():
-        first = failures[0]
-        raise Refused(f"{first.name}: {first.detail}", first.hint)
+    verify_can_hop(examined.tree)
     checked = CheckedDomain(
         connection,
         domain,
@@ -137,15 +137,13 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
 
 async def _verify_alive(checked: CheckedDomain) -> None:
     """:raises GuestLost: the rollback has nobody to resume."""
-    if checked.source.alive:
-        return
-    if await checked.saved_by_another():
+    if not checked.source.alive and await checked.saved_by_another():
         raise GuestLost(
             "another client has saved the domain",
             "resume the guest by restoring that image",
             GuestState.SAVED,
         )
-    raise GuestLost("the source's QEMU exited unexpectedly, and the guest with it")
+    verify_alive(checked.source)
 
 
 async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> KeeperClient:

@@ -23,6 +23,7 @@ from ..libvirt import domain_xml, hook, lock_manager
 from ..libvirt.connection import DomainError
 from ..libvirt.save_image import SaveImage
 from ..options import UpgradeOptions
+from .stopped_guest import verify_stopped
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
 
@@ -66,20 +67,11 @@ async def stop(hop: Transaction, checked: CheckedDomain, prepared: PreparedDomai
     elif checked.guest.state == "running":
         hop.downtime.disown()
         hop.record(running=False)
-    status = await checked.monitor.execute("query-status")
-    if status["running"]:
-        raise SevhopError("another client has resumed the guest", "stop that client, then try again")
-    if status["status"] not in guest_checks.HOPPABLE_STATES:
+    state = await verify_stopped(checked.monitor)
+    if state not in guest_checks.HOPPABLE_STATES:
         hop.downtime.disown()
-        raise SevhopError(f"the guest is {status['status']}", "a guest can hop while it runs or is paused")
-    return StoppedDomain(running, status["status"], undo)
-
-
-async def verify_stopped(checked: CheckedDomain, stopped: StoppedDomain) -> None:
-    """:raises SevhopError: the guest has run again, so the saved state is out of date."""
-    status = await checked.monitor.execute("query-status")
-    if status["running"] or status["status"] != stopped.state:
-        raise SevhopError("another client has resumed the guest", "try again")
+        raise SevhopError(f"the guest is {state}", "a guest can hop while it runs or is paused")
+    return StoppedDomain(running, state, undo)
 
 
 class SourceUndo:
@@ -187,7 +179,7 @@ async def save(
     keeping.result()
 
     async def verify_still_stopped() -> None:
-        await verify_stopped(checked, stopped)
+        await verify_stopped(checked.monitor, stopped.state)
 
     try:
         await prepared.disks.verify_given_up(
@@ -222,7 +214,7 @@ async def terminate(
     # then libvirt polls once.
     with _kept_open(_connections_of_libvirt(checked.source)):
         try:
-            await verify_stopped(checked, stopped)
+            await verify_stopped(checked.monitor, stopped.state)
             await prepared.disks.verify_unchanged_when_stopped()
             # The destination gets the devices and disks that the source had when it was examined.
             if domain_xml.without_additions(await checked.domain.xml()) != checked.xml:
