@@ -14,8 +14,8 @@ imports only from those below it.
                              realtime_reset. A libvirt domain: upgrade, with its phases in upgrade_prepare,
                              upgrade_save, upgrade_restore; rehearsal, rehearsal_command_line, isolated_tap, fleet.
                              Both: transaction (rollback and commit), stopped_guest (verified, resumed). After an
-                             interruption: recovery, domain_recovery, interrupted_qemu, ownership (which QEMU may
-                             run the guest), recovery_result
+                             interruption: recovery, hop_recovery, domain_recovery, interrupted_qemu, ownership (which
+                             QEMU may run the guest), recovery_result
 :mod:`sevhop.checks`         can a guest hop: guest, domain (what depends on libvirt), confinement, sev_host, result;
                              status and domain_status
 :mod:`sevhop.install`        ``sevhop install``: host, apparmor, units, atomic_file, verification

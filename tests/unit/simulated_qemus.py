@@ -25,8 +25,8 @@ from sevhop.engine.check import Acquired, Checked
 from sevhop.engine.destination import Destination
 from sevhop.engine.guest_paths import GuestPaths
 from sevhop.engine.hop import Hop
+from sevhop.engine.hop_recovery import InterruptedHop
 from sevhop.engine.interrupted_qemu import NewQemu, OldQemu
-from sevhop.engine.recovery import InterruptedHop
 from sevhop.engine.recovery_result import RecoveredGuest
 from sevhop.engine.source_watch import SourceWatch
 from sevhop.engine.start import Started
@@ -650,7 +650,7 @@ class SimulatedRecovery:
         old = OldQemu(self._process(world.source), entry.monitor, entry.run_mark, 0.0)
         new = NewQemu(self._process(world.destination), world.directory, 0.0)
         try:
-            self.result = await InterruptedHop(entry, old, new, 0.0).settle()
+            self.result = await InterruptedHop(old, new, 0.0).settle(entry)
         except SevhopError as err:
             self.stuck = err
         else:

@@ -33,7 +33,7 @@ from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import NO_DOMAIN, Connection, Domain, DomainError
 from ..records import run_directory
-from ..records.journal import HopRecord, Journal
+from ..records.journal import HopRecord
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator
@@ -44,20 +44,19 @@ RESTORE_TIMEOUT = 60.0
 _POLL = 0.05
 
 
-async def complete_or_roll_back(mine: Journal, *, named: bool) -> RecoveredGuest:
+async def settle(record: HopRecord, *, named: bool) -> RecoveredGuest:
     """
-    Complete the hop of a domain, or roll it back.
+    Finish the hop of a domain, or roll it back.
 
     :param named: whether the caller has named this domain. An upgrade that was prepared on purpose waits for that.
     :raises SevhopError: that is not possible now; nothing of the guest is lost.
     """
-    record = mine.record
     connection = await Connection.open(record.uri)
     try:
         keeper = await _keeper(record)
         source = record.source.open()
         try:
-            return await _InterruptedUpgrade(record, connection, keeper, source).complete_or_roll_back(named)
+            return await InterruptedUpgrade(record, connection, keeper, source).settle(named)
         finally:
             if keeper is not None:
                 keeper.close()
@@ -81,7 +80,7 @@ async def _keeper(record: HopRecord) -> KeeperClient | None:
     return None
 
 
-class _InterruptedUpgrade:
+class InterruptedUpgrade:
     """An upgrade that was interrupted."""
 
     def __init__(
@@ -96,10 +95,11 @@ class _InterruptedUpgrade:
         self._keeper = keeper
         self._source = source
 
-    async def complete_or_roll_back(self, named: bool) -> RecoveredGuest:
+    async def settle(self, named: bool) -> RecoveredGuest:
+        """:raises SevhopError: see :func:`settle`."""
         state = await self._settled()
         if self._source is not None and state in (State.HELD, None):
-            return await self._resume_source(self._source)
+            return await self.rollback(self._record, self._source)
         if state is State.WAITING and self._record.phase == "prepared" and not named:
             return RecoveredGuest(
                 self._record.guest,
@@ -109,7 +109,7 @@ class _InterruptedUpgrade:
         if state is State.WAITING:
             return await self._restore()
         if state is State.OVER:
-            return await self._define()
+            return await self.finish(self._record)
         if state is State.LOST:
             await self._release_keeper()
             return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, "it ran in the new QEMU, which has exited")
@@ -184,7 +184,12 @@ class _InterruptedUpgrade:
         await self._required_keeper().revoke()
         await domain.destroy()
 
-    async def _resume_source(self, source: QemuProcess) -> RecoveredGuest:
+    async def rollback(self, record: HopRecord, source: QemuProcess) -> RecoveredGuest:
+        """
+        The guest is in its old QEMU: resume it, and release the keeper.
+
+        :raises SevhopError: it cannot be resumed.
+        """
         source.thaw()  # a keeper that was killed may have left it halted
         domain = await self._domain()
         if domain.living_pid() != source.pid:
@@ -195,8 +200,8 @@ class _InterruptedUpgrade:
         monitor = await domain.monitor()
         status = await monitor.execute("query-status")
         # One that has shut down since, had an I/O error, or was paused by another client, stays as it is.
-        ours = status["running"] or (status["status"] in STOPPED and self._record.stopped)
-        if self._record.running and ours and not await domain.running():
+        ours = status["running"] or (status["status"] in STOPPED and record.stopped)
+        if record.running and ours and not await domain.running():
             await domain.resume()
         elif not status["running"]:
             await block_graph.activate(monitor)
@@ -204,7 +209,7 @@ class _InterruptedUpgrade:
         with contextlib.suppress(SevhopError):
             await monitor.remove_fds()
         await self._release_keeper()
-        return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE)
+        return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE)
 
     async def _restore(self) -> RecoveredGuest:
         keeper = self._required_keeper()
@@ -225,18 +230,19 @@ class _InterruptedUpgrade:
             await self._activate_images()
             await self._release_keeper()
             return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, text)
-        return await self._define()
+        return await self.finish(self._record)
 
-    async def _define(self) -> RecoveredGuest:
+    async def finish(self, record: HopRecord) -> RecoveredGuest:
+        """The guest is in its new QEMU: what is left of the phases restore and define."""
         note = ""
         try:
-            await define_emulator(self._connection, self._record.uuid, self._record.new)
+            await define_emulator(self._connection, record.uuid, record.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = f"the persistent definition still has the old emulator: {err}"
         notes = await self._finish_settings()
         await self._activate_images()
         await self._release_keeper()
-        return RecoveredGuest(self._record.guest, RecoveryOutcome.DESTINATION, "; ".join(filter(None, [note, *notes])))
+        return RecoveredGuest(record.guest, RecoveryOutcome.DESTINATION, "; ".join(filter(None, [note, *notes])))
 
     async def _activate_images(self) -> None:
         """Activate the images of a paused guest. If that fails, they are activated when it is resumed."""
@@ -266,7 +272,7 @@ class _InterruptedUpgrade:
                 "neither a QEMU nor a keeper has its memory; start the guest again",
             )
         if domain_xml.describe(await domain.xml()).emulator == self._record.new:
-            return await self._define()
+            return await self.finish(self._record)
         return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, "in a new process")
 
     async def _release_keeper(self) -> None:

@@ -11,15 +11,47 @@ from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
+from ..errors import RecoveryRequired
+from ..options import HopOptions
+from .check import Acquired, Checked
+from .commit import activate
 from .destination import Destination
 from .guest_paths import GuestPaths
+from .prepare import Prepared
+from .start import Started
+from .transaction import Transaction
 
 
 async def finish(
+    hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started
+) -> None:
+    """
+    The guest runs in the destination: give it what it has not yet, and kill the source.
+
+    :raises RecoveryRequired: the destination has exited; ``sevhop recover`` decides about the source.
+    """
+    if prepared.disks.graph.spare():
+        await activate(hop, started, "block nodes that no device has are not in use")
+    for text in await prepared.disks.lost_bitmaps(started.destination.monitor):
+        hop.note(text)
+    completed = await complete(
+        checked.source,
+        started.destination,
+        acquired.guest_paths,
+        oom_score_adj=acquired.oom_score_adj,
+        context=checked.guest.context.kind,
+        timeout=options.step_timeout,
+        note=hop.note,
+    )
+    hop.unfinished = not completed
+
+
+async def complete(
     source: QemuProcess | None,
     destination: Destination,
     guest_paths: GuestPaths,
     *,
+    oom_score_adj: int,
     context: str,
     timeout: float,
     note: Callable[[str], None],
@@ -31,16 +63,19 @@ async def finish(
     The source is not asked to quit: nothing of the guest is left for it to do, and it would tell its clients of a
     shutdown that is none, and remove the paths of sockets that are the destination's.
 
+    :param oom_score_adj: that the source had.
     :param context: of the guest.
     :param timeout: seconds in which the source must have exited.
     :param note: called with what went wrong; none of it matters to the guest.
-    :return: whether the destination was released. Otherwise its sockets do not answer yet, and this should be
-        repeated; or it has exited, and the source was left as it is.
+    :return: whether the destination was released. Otherwise its sockets do not answer yet, and this should be repeated.
+    :raises RecoveryRequired: the destination has exited; the source was left as it is.
     """
     if not destination.process.alive:
-        note("the new QEMU has exited")
         await destination.monitor.close()
-        return False
+        raise RecoveryRequired(
+            "the new QEMU exited after the commit", "sevhop recover finds out whether the guest has run there"
+        )
+    destination.protect(oom_score_adj, note)
     if source is not None:
         guest_paths.link()
         source.kill()

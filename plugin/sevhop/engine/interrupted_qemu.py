@@ -1,13 +1,12 @@
 """
 The two QEMUs of an interrupted hop outside libvirt: what they do now, and what can be done to them.
 
-:mod:`sevhop.engine.ownership` decides what is done, and :mod:`sevhop.engine.recovery` does it by what is here.
+:mod:`sevhop.engine.ownership` decides what is done, and :mod:`sevhop.engine.hop_recovery` does it by what is here.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +19,8 @@ from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..disks import block_graph
 from ..errors import RecoveryRequired
-from ..records.journal import HopRecord
 from . import ownership
 from .destination import Destination
-from .finish import finish
-from .guest_paths import GuestPaths
 from .stopped_guest import resume_guest, resume_source
 
 
@@ -230,16 +226,11 @@ class NewQemu:
         """
         await block_graph.activate((await self._destination()).monitor)
 
-    async def finish(
-        self, old: OldQemu, guest_paths: GuestPaths, record: HopRecord, note: Callable[[str], None]
-    ) -> bool:
-        """Kill the source, and let its paths lead to this one; see :func:`sevhop.engine.finish.finish`."""
+    async def take(self) -> Destination:
+        """Connected to it, and the caller's to release."""
         destination = await self._destination()
         self._reached = None
-        destination.protect(record.oom_score_adj, note)
-        return await finish(
-            old.process, destination, guest_paths, context=record.context, timeout=self._timeout, note=note
-        )
+        return destination
 
     async def close(self) -> None:
         """Hang up."""
