@@ -86,7 +86,7 @@ def test_rollback_stops_at_an_undo_that_fails() -> None:
     [
         RecoveryRequired("it is there", guest_state=GuestState.RUNNING_IN_NEW),
         GuestLost("its QEMU has exited"),
-        GuestLost("it was saved", guest_state=GuestState.SAVED),
+        RolledBack("it was saved", guest_state=GuestState.SAVED),
     ],
 )
 def test_rollback_reports_where_the_guest_is(undo: HopError) -> None:

@@ -1,14 +1,14 @@
 """
 Recover for a domain of libvirt: see :mod:`sevhop.engine.recovery`.
 
-===================================  ==================================================================
+===================================  =========================================================================
 its old QEMU is alive                it is resumed there, and the keeper is released
 the guest is in the keeper           the domain is restored from the image, in the new emulator, or the old
 somebody restores it                 that is waited for
 it runs in the new QEMU              the persistent definition gets the new emulator
 it ran there, and that QEMU exited   the guest is reported as gone
-neither a QEMU nor a keeper          the guest is reported as gone
-===================================  ==================================================================
+neither a QEMU nor a keeper          the guest is reported as gone, or as saved if another client has saved it
+===================================  =========================================================================
 
 The domain is identified by the UUID in the journal, not by its name. A QEMU that this hop did not start is never
 terminated: if one runs the domain while its guest is suspended in the keeper, manual action is required.
@@ -26,7 +26,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
-from ..errors import RecoveryRequired
+from ..errors import SAVED_HINT, RecoveryRequired
 from ..guest import runtime_settings
 from ..keeper.client import KeeperClient, KeeperError
 from ..keeper.state import State
@@ -265,6 +265,8 @@ class InterruptedUpgrade:
     async def _without_keeper(self) -> RecoveredGuest:
         """Its old QEMU has exited, and there is no keeper."""
         domain = await self._active()
+        if domain is None and await self._saved_by_another():
+            return RecoveredGuest(self._record.guest, RecoveryOutcome.SAVED, SAVED_HINT)
         if domain is None:
             return RecoveredGuest(
                 self._record.guest,
@@ -274,6 +276,12 @@ class InterruptedUpgrade:
         if domain_xml.describe(await domain.xml()).emulator == self._record.new:
             return await self.finish(self._record)
         return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, "in a new process")
+
+    async def _saved_by_another(self) -> bool:
+        with contextlib.suppress(SevhopError):
+            domain = await self._connection.domain_with(self._record.uuid)
+            return domain is not None and await domain.saved()
+        return False
 
     async def _release_keeper(self) -> None:
         if self._keeper is not None:

@@ -26,7 +26,7 @@ STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
 def verify_alive(source: QemuProcess) -> None:
     """:raises GuestLost: the rollback has nobody to resume."""
     if not source.alive:
-        raise GuestLost("the source's QEMU exited unexpectedly, and the guest with it")
+        raise GuestLost("the old QEMU exited unexpectedly, and the guest with it", "start the guest, as after a crash")
 
 
 def resumed_by_another() -> SevhopError:

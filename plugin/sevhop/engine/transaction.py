@@ -282,11 +282,12 @@ class Transaction(abc.ABC):
         Roll back, because of a failure.
 
         :raises RecoveryRequired: that is not possible; nothing of the guest is lost.
+        :raises RolledBack: all is undone, and the guest is where another client has put it.
         :raises GuestLost: its QEMU has exited, and no other process had all of it.
         """
         try:
             await self.rollback.unwind()
-        except (RecoveryRequired, GuestLost) as err:
+        except HopError as err:
             raise type(err)(f"{failure.message}; {err.message}", err.hint, err.guest_state) from failure
         except SevhopError as err:
             raise RecoveryRequired(f"{failure.message}; rollback failed: {err.message}", err.hint) from failure

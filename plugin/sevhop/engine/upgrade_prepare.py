@@ -16,7 +16,7 @@ from ..checks.domain import examine
 from ..disks import block_graph
 from ..disks.block_graph import BlockGraph
 from ..disks.disk_guard import DiskGuard
-from ..errors import GuestLost, GuestState, Refused
+from ..errors import SAVED_HINT, GuestState, Refused, RolledBack
 from ..guest import cpu_features, emulator, inspection, runtime_settings
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..install import verification
@@ -136,13 +136,12 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
 
 
 async def _verify_alive(checked: CheckedDomain) -> None:
-    """:raises GuestLost: the rollback has nobody to resume."""
+    """
+    :raises GuestLost: the rollback has nobody to resume.
+    :raises RolledBack: that is so because another client has saved the guest, in whose image it is.
+    """
     if not checked.source.alive and await checked.saved_by_another():
-        raise GuestLost(
-            "another client has saved the domain",
-            "resume the guest by restoring that image",
-            GuestState.SAVED,
-        )
+        raise RolledBack("another client has saved the domain", SAVED_HINT, GuestState.SAVED)
     verify_alive(checked.source)
 
 
