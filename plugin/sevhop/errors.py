@@ -33,6 +33,8 @@ class GuestState(enum.Enum):
     UNKNOWN = "in a state that must be looked at"
 
 
+#: What to do with a guest that is ``GONE``.
+LOST_HINT = "start the guest, as after a crash"
 #: What to do with a guest that is ``SAVED``.
 SAVED_HINT = "resume the guest with virsh restore of that image, or virsh start after virsh managedsave"
 

@@ -364,7 +364,7 @@ def test_hop_requires_recovery_if_interrupted_when_guest_runs(guest: Guest, new:
         state.end = followed_by(state.end, interrupt_when_reported)  # type: ignore[assignment]
 
     driver = HopDriver()
-    with pytest.raises(RecoveryRequired, match="interrupted; the guest runs in process"):
+    with pytest.raises(RecoveryRequired, match="interrupted; the guest runs in the new QEMU"):
         driver.run(guest, new, at="load", fault=late)
     assert "runs in the new QEMU" in sevhop("recover").stdout
     assert guest.pid == driver.hop.report.destination_pid

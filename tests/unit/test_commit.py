@@ -162,6 +162,6 @@ def test_guest_is_lost_if_no_destination_gets_the_context(checked: Any, monkeypa
         error = MonitorClosed("it exited")
         await phase._retry_in_new_destination(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED, first, error)
 
-    with pytest.raises(GuestLost, match="a second destination failed as well"):
+    with pytest.raises(GuestLost, match="another new QEMU failed as well"):
         asyncio.run(lost())
     assert second.destination.killed == 1

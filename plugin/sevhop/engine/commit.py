@@ -35,7 +35,7 @@ from ..process import scheduling
 from .check import Acquired, Checked
 from .prepare import Prepared
 from .start import PATIENCE, Started, start_destination
-from .stopped_guest import resume_guest
+from .stopped_guest import LOCKED_HINT, resume_guest
 from .transaction import CommitState, Transaction
 from .transfer import Stopped, verify_not_resumed
 
@@ -135,7 +135,7 @@ async def _start_and_commit(hop: Transaction, started: Started) -> None:
     with hop.committing():  # from here on it must not be terminated: it activates the images
         await started.destination.monitor.execute("cont")
     if not started.keeper.revoke_start():
-        raise StateError("the destination cannot start the guest")
+        raise StateError("the new QEMU cannot start the guest", LOCKED_HINT)
     hop.commit(GuestState.RUNNING_IN_NEW)
 
 
@@ -165,7 +165,8 @@ async def _verify_not_run(checked: Checked, prepared: Prepared, started: Started
     if process.alive:
         process.thaw()
         raise RecoveryRequired(
-            f"{failure.message}; the guest is in process {process.pid}", guest_state=GuestState.RUNNING_IN_NEW
+            f"{failure.message}; the guest is in the new QEMU (process {process.pid})",
+            guest_state=GuestState.RUNNING_IN_NEW,
         )
     checked.source.kill()
     await started.destination.kill()
@@ -218,7 +219,9 @@ async def _retry_in_new_destination(
     except SevhopError as err:
         if started is not None:
             await started.destination.kill()
-        raise GuestLost(f"{failure.message}; a second destination failed as well: {err.message}") from err
+        raise GuestLost(
+            f"{failure.message}; another new QEMU failed as well: {err.message}", "start the guest, and report this"
+        ) from err
     return started
 
 

@@ -26,7 +26,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
-from ..errors import SAVED_HINT, RecoveryRequired
+from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired
 from ..guest import runtime_settings
 from ..keeper.client import KeeperClient, KeeperError
 from ..keeper.state import State
@@ -36,7 +36,7 @@ from ..records import run_directory
 from ..records.journal import HopRecord
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
-from .upgrade_restore import define_emulator
+from .upgrade_restore import define_emulator, not_defined
 from .upgrade_save import resume_hint
 
 #: Seconds for which an operation in progress is waited for, such as a restore by another client.
@@ -112,7 +112,9 @@ class InterruptedUpgrade:
             return await self.finish(self._record)
         if state is State.LOST:
             await self._release_keeper()
-            return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, "it ran in the new QEMU, which has exited")
+            return RecoveredGuest(
+                self._record.guest, RecoveryOutcome.GONE, f"it ran in the new QEMU, which has exited; {LOST_HINT}"
+            )
         return await self._without_keeper()
 
     async def _settled(self) -> State | None:
@@ -172,7 +174,8 @@ class InterruptedUpgrade:
             if await self._active() is None:
                 return  # it has just exited
             raise RecoveryRequired(
-                f"domain {domain.name} is active while its guest is suspended in the keeper: {err.message}"
+                f"domain {domain.name} is active while its guest is suspended in the keeper: {err.message}",
+                "see virsh list; then run sevhop recover again",
             ) from err
         if pid is not None and not self._required_keeper().has_started(pid):
             raise RecoveryRequired(
@@ -238,7 +241,7 @@ class InterruptedUpgrade:
         try:
             await define_emulator(self._connection, record.uuid, record.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
-            note = f"the persistent definition still has the old emulator: {err}"
+            note = not_defined(record.guest, err)
         notes = await self._finish_settings()
         await self._activate_images()
         await self._release_keeper()
@@ -271,7 +274,7 @@ class InterruptedUpgrade:
             return RecoveredGuest(
                 self._record.guest,
                 RecoveryOutcome.GONE,
-                "neither a QEMU nor a keeper has its memory; start the guest again",
+                f"neither a QEMU nor a keeper has its memory; {LOST_HINT}",
             )
         if domain_xml.describe(await domain.xml()).emulator == self._record.new:
             return await self.finish(self._record)

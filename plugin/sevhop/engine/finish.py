@@ -80,7 +80,7 @@ async def complete(
         guest_paths.link()
         source.kill()
         if not await source.wait(timeout):
-            note("the source was killed and has not exited yet")
+            note(f"the old QEMU (process {source.pid}) was killed and has not exited yet; it waits for storage")
     for text in guest_paths.publish():
         note(text)
     if context != "none":
@@ -89,11 +89,11 @@ async def complete(
         try:
             await destination.monitor.execute("set-action", {"reboot": "shutdown"})
         except SevhopError as err:
-            note(f"a reboot of the guest will fail: {err.message}")
+            note(f"a reboot of the guest will fail, so shut it down and start it instead: {err.message}")
     try:
         await adopt.finish(destination.monitor)
     except SevhopError as err:
-        note(f"the destination's sockets do not answer until sevhop recover has run: {err.message}")
+        note(f"the new QEMU's sockets do not answer until sevhop recover has run: {err.message}")
         await destination.leave()
         return False
     await destination.release()

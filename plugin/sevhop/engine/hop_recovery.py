@@ -19,7 +19,8 @@ from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunState
 
-from ..errors import RecoveryRequired
+from ..errors import LOST_HINT, RecoveryRequired
+from ..records import journal
 from ..records.journal import HopRecord, JournalError
 from .finish import complete
 from .guest_paths import GuestPaths
@@ -147,7 +148,7 @@ class InterruptedHop:
             what = (
                 "its SEV context had been moved to the new QEMU" if record.context != "none" else "its QEMU has exited"
             )
-            return RecoveredGuest(record.guest, RecoveryOutcome.GONE, what)
+            return RecoveredGuest(record.guest, RecoveryOutcome.GONE, f"{what}; {LOST_HINT}")
         # If something other than the hop has stopped it, it stays stopped.
         text = f"the guest is {state}" if record.running and state != "running" else ""
         return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE, text)
@@ -212,7 +213,7 @@ class InterruptedHop:
         await self._new.terminate()
         _guest_paths(record).discard()
         await self._old.terminate()
-        return RecoveredGuest(record.guest, RecoveryOutcome.GONE, reason)
+        return RecoveredGuest(record.guest, RecoveryOutcome.GONE, f"{reason}; {LOST_HINT}")
 
 
 def _guest_paths(record: HopRecord) -> GuestPaths:
@@ -220,4 +221,7 @@ def _guest_paths(record: HopRecord) -> GuestPaths:
     try:
         return GuestPaths.from_fields(record.guest_paths) if record.guest_paths else GuestPaths([])
     except (ValueError, TypeError, KeyError) as err:
-        raise JournalError(f"the journal of {record.guest} has invalid guest paths: {err!r}") from err
+        raise JournalError(
+            f"the journal of {record.guest} has invalid guest paths: {err!r}",
+            f"find out which QEMU has the guest, then remove its journal in {journal.DIRECTORY}",
+        ) from err

@@ -18,10 +18,9 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..disks import block_graph
-from ..errors import RecoveryRequired
 from . import ownership
-from .destination import Destination
-from .stopped_guest import resume_guest, resume_source
+from .destination import Destination, connect
+from .stopped_guest import halt, resume_guest, resume_source, resumed_by_another
 
 
 class OldQemu:
@@ -80,15 +79,13 @@ class OldQemu:
         """
         From now on it executes nothing, so nobody can resume the guest in it.
 
-        :raises RecoveryRequired: somebody has, since the last :meth:`probe`; or it cannot be halted.
+        :raises SevhopError: somebody has, since the last :meth:`probe`; or it cannot be halted.
         """
         if self.process is None or self.process.frozen:
             return
-        halted = await self.process.freeze(self._timeout)
-        if not halted and self.process.alive:
-            raise RecoveryRequired(f"cannot halt the old QEMU (process {self.process.pid})")
+        await halt(self.process, self._timeout)
         if self._monitor is not None and self._resumes is not None and await self._monitor.has_events(self._resumes):
-            raise RecoveryRequired("another client has resumed the old QEMU")
+            raise resumed_by_another()
 
     async def resume(self, *, running: bool) -> str:
         """
@@ -127,12 +124,8 @@ class OldQemu:
         if self._monitor is not None and self._monitor.closed:
             await self.close()
         if self._monitor is None:
-            monitor = await Monitor.connect(self._path, timeout=self._timeout, greeting_timeout=self._timeout)
-            if monitor.peer != self.process.pid:
-                await monitor.close()
-                raise MonitorError(f"{self._path} is not served by process {self.process.pid}")
-            self._monitor = monitor
-            self._resumes = self._listening.enter_context(monitor.events("RESUME"))
+            self._monitor = await connect(self.process, self._path, timeout=self._timeout)
+            self._resumes = self._listening.enter_context(self._monitor.events("RESUME"))
         return self._monitor
 
 

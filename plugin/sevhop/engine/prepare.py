@@ -78,7 +78,10 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     except SevhopError as err:
         if not (remote := checked.disks.remote()):
             raise
-        raise SevhopError(f"{err.message}; {remote}, whose server may take one client only", err.hint) from err
+        raise SevhopError(
+            f"{err.message}; {remote}, whose server may take one client only",
+            err.hint or "allow a second client there for the time of the hop",
+        ) from err
     outgoing = OutgoingState(checked.monitor, started.incoming)
     transfer = StateTransfer(outgoing, started.incoming, options.step_timeout)
     hop.resources.callback(transfer.close)

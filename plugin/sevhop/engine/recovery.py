@@ -16,6 +16,7 @@ from pathlib import Path
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
 
+from ..errors import LOST_HINT
 from ..records import journal, run_directory
 from ..records.journal import HopRecord, Journal, JournalError
 from ..records.run_directory import HopInProgress
@@ -80,7 +81,7 @@ async def _settle(record: HopRecord, named: bool, timeout: float) -> RecoveredGu
         return RecoveredGuest(
             record.guest,
             RecoveryOutcome.GONE,
-            "the host was rebooted during the hop, and its memory is lost; start the guest again",
+            f"the host was rebooted during the hop, and its memory is lost; {LOST_HINT}",
         )
     if record.kind == "domain":
         # libvirt is only needed here, and is optional.

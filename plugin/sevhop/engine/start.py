@@ -141,20 +141,20 @@ class DestinationUndo:
             self._hop.commit(GuestState.RUNNING_IN_NEW)
             await destination.leave()
             raise RecoveryRequired(
-                f"the guest runs in process {process.pid} already", guest_state=GuestState.RUNNING_IN_NEW
+                f"the guest runs in the new QEMU (process {process.pid}) already", guest_state=GuestState.RUNNING_IN_NEW
             )
         if transfer.forwarded and not self._checked.source.alive and process.alive:
             # Only the destination has the guest. Leave it there, paused.
             await destination.leave()
             raise RecoveryRequired(
-                f"the source has exited, the guest is in process {process.pid}",
+                f"the old QEMU has exited, and the guest is in the new one (process {process.pid})",
                 guest_state=GuestState.PAUSED_IN_NEW,
             )
         if self._run_mark.read() is not RunState.NOT:
             # The keeper has refused the start, and it is about to exit; or another client has resumed the guest there.
             await process.wait(self._timeout)
             if self._run_mark.read() is not RunState.NOT:
-                raise RecoveryRequired(f"the guest has run in process {process.pid}")
+                raise RecoveryRequired(f"the guest has run in the new QEMU (process {process.pid})")
         if transfer.loaded and self.has_bitmaps:
             # It may have activated the images: on a regular exit it stores the bitmaps as they were.
             with contextlib.suppress(MonitorError, CommandError):
@@ -175,4 +175,5 @@ async def explaining_exit(checked: Checked, destination: Destination) -> AsyncIt
         if destination.process.alive:
             raise
         printed = destination.last_error()
-        raise StateError("the destination exited" + (f": {printed}" if printed else ""), err.hint) from err
+        hint = err.hint or ("" if printed else "see dmesg for why, then try again")
+        raise StateError("the new QEMU exited" + (f": {printed}" if printed else ""), hint) from err

@@ -12,13 +12,16 @@ import tenacity
 from sevhop_qmp.errors import CommandError, SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.thread_states import ThreadStates
 
 from ..disks import block_graph
-from ..errors import GuestLost
+from ..errors import LOST_HINT, GuestLost
 from ..process import launch
 
 #: Seconds for which ``cont`` is retried, while something else has locked the guest's disk images.
 CONT_DEADLINE = 10.0
+#: What to do if a QEMU does not start the guest.
+LOCKED_HINT = "usually another process has locked a disk image: find that process, then try again"
 #: Run states in which a ``stop`` leaves a guest. In any other it is not ours to resume.
 STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
 
@@ -26,7 +29,7 @@ STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
 def verify_alive(source: QemuProcess) -> None:
     """:raises GuestLost: the rollback has nobody to resume."""
     if not source.alive:
-        raise GuestLost("the old QEMU exited unexpectedly, and the guest with it", "start the guest, as after a crash")
+        raise GuestLost("the old QEMU exited unexpectedly, and the guest with it", LOST_HINT)
 
 
 def resumed_by_another() -> SevhopError:
@@ -46,6 +49,19 @@ async def verify_stopped(monitor: Commands, state: str | None = None) -> str:
     if status["running"] or state not in (None, status["status"]):
         raise resumed_by_another()
     return str(status["status"])
+
+
+async def halt(source: QemuProcess, timeout: float, states: ThreadStates | None = None) -> None:
+    """
+    From now on the source executes nothing, whatever command it gets on any monitor: nobody can resume the guest there.
+
+    :param timeout: seconds.
+    :param states: see :meth:`sevhop_qmp.process.QemuProcess.freeze`.
+    :raises SevhopError: it cannot be halted.
+    """
+    if not await source.freeze(timeout, states) and source.alive:
+        hint = "it waits in the kernel, usually for storage: restore that, then try again"
+        raise SevhopError(f"cannot halt the old QEMU (process {source.pid})", hint)
 
 
 async def resume_source(monitor: Monitor, *, running: bool) -> str:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from sevhop_qmp.errors import SevhopError
 
 from ..cancellation import shielded, wait_out
-from ..errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
+from ..errors import LOST_HINT, GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
 from ..events import Event, GuestResumed, GuestStopped, HopFinished, Listener, PhaseBegan, PhaseEnded
 from ..records.journal import HopRecord, Journal, JournalError
 from ..report import Phase, Report
@@ -171,6 +171,8 @@ class Transaction(abc.ABC):
         except SevhopError as err:
             if isinstance(err, RecoveryRequired) and not err.hint:
                 err.hint = f"run: sevhop recover {shlex.quote(self.report.guest)}"
+            elif isinstance(err, GuestLost) and not err.hint:
+                err.hint = LOST_HINT
             self.report.outcome = _OUTCOMES.get(type(err), "rolled-back")
             self.report.reason = str(err)
             if isinstance(err, HopError):
@@ -353,4 +355,4 @@ def expected(error: BaseException) -> SevhopError:
     if isinstance(error, SevhopError):
         return error
     log.error("unexpected error", exc_info=error)
-    return SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop")
+    return SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop: report it")

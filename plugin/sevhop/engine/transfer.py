@@ -22,7 +22,7 @@ from . import stopped_guest
 from .check import Checked
 from .prepare import Prepared
 from .realtime import Boost
-from .stopped_guest import resume_guest, verify_stopped
+from .stopped_guest import LOCKED_HINT, halt, resume_guest, verify_stopped
 from .transaction import Transaction
 
 
@@ -167,7 +167,7 @@ async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared
         if not keeper.runs.is_set() and not keeper.revoke_start():
             # QEMU stays paused if it cannot activate the disk images, and reports that only in its log.
             why = " ".join(prepared.started.destination.log_lines()[-2:]) or "QEMU gives no reason"
-            raise StateError(f"the destination cannot start the guest: {why}")
+            raise StateError(f"the new QEMU cannot start the guest: {why}", LOCKED_HINT)
         hop.commit(GuestState.RUNNING_IN_NEW)
     hop.record(loaded=True)
 
@@ -185,8 +185,7 @@ async def _halt_source(
     hop.resources.push_async_callback(hang_up_if_halted)
     source.halt()
     await prepared.disks.verify_unchanged_when_stopped()  # its threads stop meanwhile
-    if not await source.freeze(options.step_timeout, stopped.threads) and source.alive:
-        raise SevhopError("the source cannot be halted")
+    await halt(source, options.step_timeout, stopped.threads)
 
 
 async def verify_not_resumed(hop: Transaction, checked: Checked) -> None:

@@ -111,7 +111,7 @@ class SourceUndo:
             if hop.downtime.began and not await self._runs():
                 raise RecoveryRequired(
                     f"cannot resume the guest: {err.message}",
-                    f"virsh resume {shlex.quote(domain.name)}",
+                    "virsh resume {0}, then sevhop recover {0}".format(shlex.quote(domain.name)),
                     GuestState.PAUSED_IN_OLD,
                 ) from err
         hop.downtime_ends()
@@ -150,7 +150,7 @@ class SourceUndo:
         for _, path, *_ in listeners:
             if path.endswith(f"/{_LIBVIRT_MONITOR}"):
                 return f"/proc/{source.pid}/root{path}"
-        raise SevhopError("the source's monitor does not listen")
+        raise SevhopError("the monitor of the old QEMU does not listen")
 
     async def _runs(self) -> bool:
         with contextlib.suppress(SevhopError):
@@ -194,7 +194,7 @@ async def save(
         with open(keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             SaveImage(xml, stopped.was_running, stream, prepared.piped).write(file)
     except OSError as err:
-        raise SevhopError(f"cannot write the save image: {err.strerror}") from err
+        raise SevhopError(f"cannot write the save image: {err.strerror}", "free space in /run, then try again") from err
 
 
 async def terminate(
