@@ -11,12 +11,12 @@ import pytest
 from sevhop import events
 from sevhop.engine import commit as phase
 from sevhop.engine.start import Started
-from sevhop.engine.transaction import Transaction
+from sevhop.engine.transaction import CommitState, Transaction
 from sevhop.errors import GuestLost, GuestState
 from sevhop.guest import inspection, runtime_settings
 from sevhop.options import HopOptions
 from sevhop_qmp import ram_blocks
-from sevhop_qmp.errors import MonitorClosed, MoveError, MoveUncertain
+from sevhop_qmp.errors import MonitorClosed, MoveError, MoveUncertain, SevhopError
 from sevhop_qmp.move import MoveReport
 from sevhop_qmp.run_mark import RunState
 
@@ -165,3 +165,20 @@ def test_guest_is_lost_if_no_destination_gets_the_context(checked: Any, monkeypa
     with pytest.raises(GuestLost, match="another new QEMU failed as well"):
         asyncio.run(lost())
     assert second.destination.killed == 1
+
+
+def test_guest_is_not_lost_if_the_failed_destination_cannot_be_killed(
+    checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The context may be there."""
+    first = started("first", 1)
+    hop = Committed(monkeypatch, [], SOURCE_VM)
+
+    async def kill() -> None:
+        raise SevhopError("cannot kill it")
+
+    first.destination.kill = kill
+    with pytest.raises(SevhopError, match="cannot kill it") as caught:
+        asyncio.run(phase.commit(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED))
+    assert not isinstance(caught.value, GuestLost)
+    assert hop.state is CommitState.COMMITTED

@@ -189,6 +189,7 @@ async def _retry_in_new_destination(
 
     :param failed: the destination that failed. Its VM may have the context.
     :raises GuestLost: the new one failed as well.
+    :raises SevhopError: the one that failed cannot be killed, and may have the guest.
     """
     assert acquired.handles.source_vm_fd is not None
     hop.note(f"{hop.phase}: {failure.message}; retrying in another process")
@@ -199,8 +200,8 @@ async def _retry_in_new_destination(
     )
     image = prepared.transfer.image
     started: Started | None = None
+    await failed.destination.kill()
     try:
-        await failed.destination.kill()
         started = await start_destination(hop, options, checked, acquired, prepared.arguments, prepared.run_mark)
         monitor, process = started.destination.monitor, started.destination.process
         with contextlib.suppress(CommandError):
