@@ -160,7 +160,7 @@ def test_guest_is_lost_if_no_destination_gets_the_context(checked: Any, monkeypa
             await phase.commit(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED)
         hop.commit(GuestState.UNKNOWN)
         error = MonitorClosed("it exited")
-        await phase._retry_in_new_destination(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED, first, error)
+        await phase._retry_in_new_destination(hop, OPTIONS, checked, ACQUIRED, prepared(first), first, error)
 
     with pytest.raises(GuestLost, match="another new QEMU failed as well"):
         asyncio.run(lost())

@@ -64,9 +64,8 @@ async def commit(
             except MoveUncertain as err:
                 # The kernel may have moved the context or not; there is no rollback either way.
                 hop.commit(GuestState.UNKNOWN)
-                return await _retry_in_new_destination(
-                    hop, options, checked, acquired, prepared, stopped, prepared.started, err
-                )
+                stopped.boost.reset_all()
+                return await _retry_in_new_destination(hop, options, checked, acquired, prepared, prepared.started, err)
             hop.commit(GuestState.PAUSED_IN_NEW)
     elif not hop.downtime.began:
         hop.commit(GuestState.PAUSED_IN_NEW)  # it stays so
@@ -121,7 +120,8 @@ async def resume(
             await resume_guest(destination.monitor)
         except MonitorError as err:
             await _verify_not_run(checked, prepared, started, err)
-            started = await _retry_in_new_destination(hop, options, checked, acquired, prepared, stopped, started, err)
+            stopped.boost.reset_all()
+            started = await _retry_in_new_destination(hop, options, checked, acquired, prepared, started, err)
             await resume_guest(started.destination.monitor)
     stopped.boost.reset()
     hop.downtime_ends()
@@ -179,13 +179,12 @@ async def _retry_in_new_destination(
     checked: Checked,
     acquired: Acquired,
     prepared: Prepared,
-    stopped: Stopped,
     failed: Started,
     failure: SevhopError,
 ) -> Started:
     """
     A destination failed during the move of the context, or after it. Start another one, and move the context there
-    from wherever it is.
+    from wherever it is. Nobody may be boosted any more: a boost is not the source's own policy, which is handed over.
 
     :param failed: the destination that failed. Its VM may have the context.
     :raises GuestLost: the new one failed as well.
@@ -207,7 +206,7 @@ async def _retry_in_new_destination(
         with contextlib.suppress(CommandError):
             there = await runtime_settings.read(monitor, process)
             await runtime_settings.carry_over(prepared.settings, there, monitor)
-        await _schedule_again(hop, prepared, stopped, started)
+        await _schedule_again(hop, prepared, started)
         theirs = await inspection.inspect(monitor, process)
         pairs = [(copy, theirs.blocks[copy.block.name]) for copy in prepared.ram.copies()]
         await asyncio.to_thread(ram_blocks.write, pairs, process)
@@ -240,9 +239,8 @@ async def _move_from_either(
         return await _move(hop, options, started, source_vm_fd=failed.vm)
 
 
-async def _schedule_again(hop: Transaction, prepared: Prepared, stopped: Stopped, started: Started) -> None:
+async def _schedule_again(hop: Transaction, prepared: Prepared, started: Started) -> None:
     """Schedule the threads of another destination like those of the source, as far as possible."""
-    stopped.boost.reset_all()  # a boost is not the source's own policy
     try:
         theirs = await scheduling.Roles.of(started.destination.monitor, started.destination.process)
         lost = scheduling.hand_over(prepared.roles[0], theirs)

@@ -85,7 +85,8 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     outgoing = OutgoingState(checked.monitor, started.incoming)
     transfer = StateTransfer(outgoing, started.incoming, options.step_timeout)
     hop.resources.callback(transfer.close)
-    undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout)
+    has_bitmaps = bool(checked.disks.bitmaps())
+    undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout, has_bitmaps)
     hop.rollback.push(undo)
     async with explaining_exit(checked, started.destination):
         theirs, roles, disks, ram = await _compare(hop, options, checked, started)

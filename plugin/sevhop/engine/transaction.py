@@ -160,7 +160,7 @@ class Transaction(abc.ABC):
         Run the transaction.
 
         :raises Refused: the guest cannot hop; nothing was touched.
-        :raises RolledBack: a phase failed, and the guest runs in the old QEMU.
+        :raises RolledBack: a phase failed, and the guest is in the old QEMU as before, or where another client put it.
         :raises RecoveryRequired: a phase failed, nothing of the guest is lost, and ``sevhop recover`` must act.
         :raises GuestLost: its QEMU exited before its state was saved, or all that had the guest did.
         """
