@@ -121,14 +121,14 @@ async def _compare(
     destination = started.destination
     theirs = await inspection.inspect(destination.monitor, destination.process)
     if found := inspection.differences(checked.guest, theirs):
-        raise Refused("; ".join(found), "give the destination the source's command line")
+        raise Refused("; ".join(found), "give the new QEMU the command line of the old one")
     roles = await _compare_processes(hop, checked, destination)
     disks = await DiskGuard.open(checked.monitor, checked.source)
     hop.resources.callback(disks.close)
     # A command line given by the caller may name block nodes differently.
     found = await disks.differences(destination.monitor, destination.process, names=not options.command)
     if found:
-        raise Refused(found[0], "give the destination the disks that the guest has now, or try again")
+        raise Refused(found[0], "give the new QEMU the disks that the guest has now, or try again")
     encrypted = ENCRYPTED_BLOCKS if checked.has_context else frozenset()
     pairs = ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks, encrypted=encrypted)
     ram = ram_blocks.RamBlockSync(checked.source, destination.process, pairs)
@@ -167,7 +167,7 @@ async def _copy_settings(
     theirs = await runtime_settings.read(destination, started.destination.process)
     found = runtime_settings.differences(settings, theirs)
     if found and not options.command:  # a whole command line may differ on purpose
-        raise Refused("; ".join(found), "give the destination's whole command line after --")
+        raise Refused("; ".join(found), "give the whole command line of the new QEMU after --")
     notes = await runtime_settings.carry_over(settings, theirs, destination)
     for note in filter(None, [gained, *found, *notes]):
         hop.note(note)
