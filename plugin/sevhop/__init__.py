@@ -13,9 +13,9 @@ imports only from those below it.
                              commit, finish; start, destination, guest_paths, source_watch, state_transfer, realtime,
                              realtime_reset. A libvirt domain: upgrade, with its phases in upgrade_prepare,
                              upgrade_save, upgrade_restore; rehearsal, rehearsal_command_line, isolated_tap, fleet.
-                             Both: transaction (rollback and commit). After an interruption: recovery,
-                             domain_recovery, interrupted_qemu, ownership (which QEMU may run the guest),
-                             recovery_result
+                             Both: transaction (rollback and commit), stopped_guest (verified, resumed). After an
+                             interruption: recovery, hop_recovery, domain_recovery, interrupted_qemu, ownership (which
+                             QEMU may run the guest), recovery_result
 :mod:`sevhop.checks`         can a guest hop: guest, domain (what depends on libvirt), confinement, sev_host, result;
                              status and domain_status
 :mod:`sevhop.install`        ``sevhop install``: host, apparmor, units, atomic_file, verification

@@ -6,7 +6,7 @@ How a hop can end other than well. The class decides the exit status; the error 
     SevhopError                 (sevhop_qmp.errors, the root of everything raised on purpose)
     └── HopError                carries ``guest_state``
         ├── Refused             1: nothing was touched
-        ├── RolledBack          3: failed, and the guest is in its old QEMU as before
+        ├── RolledBack          3: failed, and the guest is in its old QEMU as before, or where another client put it
         │   └── Interrupted     3: somebody asked for it
         ├── RecoveryRequired    4: nothing of the guest is lost, but ``sevhop recover`` or a person must act
         └── GuestLost           5: the guest is gone, though not by the hop: its QEMU exited before its state was saved
@@ -33,6 +33,12 @@ class GuestState(enum.Enum):
     UNKNOWN = "in a state that must be looked at"
 
 
+#: What to do with a guest that is ``GONE``.
+LOST_HINT = "start the guest, as after a crash"
+#: What to do with a guest that is ``SAVED``.
+SAVED_HINT = "resume the guest with virsh restore of that image, or virsh start after virsh managedsave"
+
+
 class HopError(SevhopError):
     """
     A hop did not end well.
@@ -55,7 +61,10 @@ class Refused(HopError):
 
 
 class RolledBack(HopError):
-    """The hop failed before its commit, and everything was undone."""
+    """
+    The hop failed before its commit, and everything was undone. A guest that another client has saved to disk meanwhile
+    is that client's to resume: nothing is left to do for ``sevhop recover``.
+    """
 
     guest_state = GuestState.RUNNING_IN_OLD
 

@@ -364,7 +364,7 @@ def test_hop_requires_recovery_if_interrupted_when_guest_runs(guest: Guest, new:
         state.end = followed_by(state.end, interrupt_when_reported)  # type: ignore[assignment]
 
     driver = HopDriver()
-    with pytest.raises(RecoveryRequired, match="interrupted; the guest runs in process"):
+    with pytest.raises(RecoveryRequired, match="interrupted; the guest runs in the new QEMU"):
         driver.run(guest, new, at="load", fault=late)
     assert "runs in the new QEMU" in sevhop("recover").stdout
     assert guest.pid == driver.hop.report.destination_pid
@@ -442,7 +442,7 @@ def test_guest_is_reported_lost_if_the_source_exits_before_save(at: str, guest: 
     The guest is lost with its QEMU, not by the hop. That is reported, and nothing is left. (At "save" its state may be
     in the pipe already: see test_recover.py.)
     """
-    with pytest.raises(GuestLost, match=r"the source's QEMU exited unexpectedly"):
+    with pytest.raises(GuestLost, match=r"the old QEMU exited unexpectedly"):
         HopDriver().run(guest, new, at=at, fault=kill_source)
 
 

@@ -19,17 +19,18 @@ from typing import Any
 
 import pytest
 from sevhop.disks.block_graph import BlockGraph
-from sevhop.engine import check, finish, prepare, realtime, transfer
 from sevhop.engine import hop as engine
+from sevhop.engine import prepare, realtime, stopped_guest, transfer
 from sevhop.engine.check import Acquired, Checked
 from sevhop.engine.destination import Destination
 from sevhop.engine.guest_paths import GuestPaths
 from sevhop.engine.hop import Hop
+from sevhop.engine.hop_recovery import InterruptedHop
 from sevhop.engine.interrupted_qemu import NewQemu, OldQemu
-from sevhop.engine.recovery import InterruptedHop
 from sevhop.engine.recovery_result import RecoveredGuest
 from sevhop.engine.source_watch import SourceWatch
 from sevhop.engine.start import Started
+from sevhop.engine.stopped_guest import verify_alive
 from sevhop.guest.command_line import Derived
 from sevhop.guest.inspection import SevContext
 from sevhop.keeper.handover import SourceHandles
@@ -584,12 +585,12 @@ class SimulatedHop(Hop):
         patch.setattr(transfer, "verify_unchanged", cls._verify_unchanged)
         patch.setattr(realtime, "boosted", lambda *threads, **options: contextlib.nullcontext())
         patch.setattr(gc, "freeze", lambda: None)
-        patch.setattr(finish, "CONT_DEADLINE", 0.0)
+        patch.setattr(stopped_guest, "CONT_DEADLINE", 0.0)
 
     async def _check(self, *_: object) -> Checked:
         world = self.world
         source: Any = SimulatedProcess(world, self.actor, world.source)
-        self.rollback.push(lambda: check._verify_alive(source))
+        self.rollback.push(lambda: verify_alive(source))
         monitor: Any = SimulatedMonitor(world, self.actor, world.source)
         watch = self.resources.enter_context(SourceWatch.begin(monitor))
         status = "running" if world.running else "paused"
@@ -649,7 +650,7 @@ class SimulatedRecovery:
         old = OldQemu(self._process(world.source), entry.monitor, entry.run_mark, 0.0)
         new = NewQemu(self._process(world.destination), world.directory, 0.0)
         try:
-            self.result = await InterruptedHop(entry, old, new, 0.0).settle()
+            self.result = await InterruptedHop(old, new, 0.0).settle(entry)
         except SevhopError as err:
             self.stuck = err
         else:

@@ -45,13 +45,8 @@ class SimulatedHop(Transaction):
         self.cleaned_up = False
 
     async def _script(self) -> None:
-        try:
-            await self.work(self)
-        except BaseException as err:
-            await self.uncancelled(self.undo_in_steps())
-            if isinstance(err, asyncio.CancelledError):
-                raise api.Interrupted("interrupted") from err
-            raise
+        self.rollback.push(self.undo_in_steps)
+        await self.work(self)
 
     async def undo_in_steps(self) -> None:
         self.rolling_back.set()

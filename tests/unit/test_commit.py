@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from sevhop import events
 from sevhop.engine import commit as phase
-from sevhop.engine import finish
 from sevhop.engine.start import Started
-from sevhop.engine.transaction import Transaction
+from sevhop.engine.transaction import CommitState, Transaction
 from sevhop.errors import GuestLost, GuestState
 from sevhop.guest import inspection, runtime_settings
 from sevhop.options import HopOptions
 from sevhop_qmp import ram_blocks
-from sevhop_qmp.errors import MonitorClosed, MoveError, MoveUncertain
+from sevhop_qmp.errors import MonitorClosed, MoveError, MoveUncertain, SevhopError
 from sevhop_qmp.move import MoveReport
 from sevhop_qmp.run_mark import RunState
 
@@ -139,7 +138,7 @@ def test_guest_survives_two_destinations_that_fail(checked: Any, monkeypatch: py
         if monitor is not third.destination:
             raise MonitorClosed("it exited")
 
-    monkeypatch.setattr(finish, "resume_guest", resume_guest)
+    monkeypatch.setattr(phase, "resume_guest", resume_guest)
 
     async def both() -> Started:
         now = await phase.commit(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED)
@@ -161,8 +160,25 @@ def test_guest_is_lost_if_no_destination_gets_the_context(checked: Any, monkeypa
             await phase.commit(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED)
         hop.commit(GuestState.UNKNOWN)
         error = MonitorClosed("it exited")
-        await phase._retry_in_new_destination(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED, first, error)
+        await phase._retry_in_new_destination(hop, OPTIONS, checked, ACQUIRED, prepared(first), first, error)
 
-    with pytest.raises(GuestLost, match="a second destination failed as well"):
+    with pytest.raises(GuestLost, match="another new QEMU failed as well"):
         asyncio.run(lost())
     assert second.destination.killed == 1
+
+
+def test_guest_is_not_lost_if_the_failed_destination_cannot_be_killed(
+    checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The context may be there."""
+    first = started("first", 1)
+    hop = Committed(monkeypatch, [], SOURCE_VM)
+
+    async def kill() -> None:
+        raise SevhopError("cannot kill it")
+
+    first.destination.kill = kill
+    with pytest.raises(SevhopError, match="cannot kill it") as caught:
+        asyncio.run(phase.commit(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED))
+    assert not isinstance(caught.value, GuestLost)
+    assert hop.state is CommitState.COMMITTED

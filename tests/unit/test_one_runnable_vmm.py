@@ -2,7 +2,7 @@
 At most one QEMU runs the guest, and it is not lost while a process that has it lives: searched for, not shown by
 example.
 
-The real engine (:mod:`sevhop.engine.hop`) and the real recovery (:mod:`sevhop.engine.recovery`,
+The real engine (:mod:`sevhop.engine.hop`) and the real recovery (:mod:`sevhop.engine.hop_recovery`,
 :mod:`sevhop.engine.ownership`) act on simulated QEMUs. Before each of their actions anything may happen: they are
 killed, or interrupted; the destination proceeds, halts, exits; somebody resumes, stops or kills either QEMU at its
 monitor; a recovery runs, and is killed as well.

@@ -15,7 +15,7 @@ from sevhop_qmp.errors import SevhopError
 
 
 class Scripted(Transaction):
-    """A transaction that does what a test says, and fails as engines do."""
+    """A transaction that does what a test says."""
 
     def __init__(self, script: Callable[[Scripted], Awaitable[None]], journal: Any = None) -> None:
         super().__init__("guest", events.ignore)
@@ -24,13 +24,7 @@ class Scripted(Transaction):
         self.undone: list[str] = []
 
     async def _script(self) -> None:
-        try:
-            await self._do(self)
-        except BaseException as err:
-            failure = self.classify_error(err)
-            if self.state is not CommitState.COMMITTED:
-                await self.uncancelled(self.roll_back(failure))
-            raise failure from err
+        await self._do(self)
 
     def undo(self, name: str, error: SevhopError | None = None) -> None:
         """Push an undo that is remembered, and may fail."""
@@ -92,7 +86,7 @@ def test_rollback_stops_at_an_undo_that_fails() -> None:
     [
         RecoveryRequired("it is there", guest_state=GuestState.RUNNING_IN_NEW),
         GuestLost("its QEMU has exited"),
-        GuestLost("it was saved", guest_state=GuestState.SAVED),
+        RolledBack("it was saved", guest_state=GuestState.SAVED),
     ],
 )
 def test_rollback_reports_where_the_guest_is(undo: HopError) -> None:
@@ -135,6 +129,32 @@ def test_commit_leaves_nothing_to_undo() -> None:
     assert transaction.undone == []
     assert isinstance(error, RecoveryRequired)
     assert error.guest_state is GuestState.PAUSED_IN_NEW
+
+
+def test_failure_after_the_commit_has_the_hint_of_the_commit() -> None:
+    """That of the failure says what to do before the next try; there is none."""
+
+    async def script(transaction: Scripted) -> None:
+        transaction.commit(GuestState.SUSPENDED, hint)
+        raise SevhopError("it does not answer", "try again")
+
+    hint = "virsh restore image"
+    assert failed(script)[1].hint == hint
+    hint = ""
+    assert failed(script)[1].hint == "run: sevhop recover guest"
+
+
+def test_error_that_says_where_the_guest_is_is_raised_as_it_is() -> None:
+    reason = OSError("why")
+    restored = RolledBack("it was restored", guest_state=GuestState.PAUSED_IN_OLD)
+
+    async def script(transaction: Scripted) -> None:
+        transaction.commit(GuestState.SUSPENDED)
+        raise restored from reason
+
+    transaction, error = failed(script)
+    assert error is restored
+    assert (error.__cause__, transaction.report.outcome) == (reason, "rolled-back")
 
 
 def test_commit_that_was_refused_is_rolled_back() -> None:

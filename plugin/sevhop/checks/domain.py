@@ -71,7 +71,9 @@ async def examine(
             new = emulator or path_on_disk(old)
             domain_xml.with_emulator(xml, new)
         except domain_xml.DomainXmlError as err:
-            raise SevhopError(f"the XML of domain {domain.name}: {err}") from err
+            raise SevhopError(
+                f"cannot read the XML of domain {domain.name}: {err}", f"see virsh dumpxml {domain.name}"
+            ) from err
         found = await inspection.inspect(monitor, process)
         graph, disks = await guest_checks.disks(monitor, process)
         if disks.status is Status.PASS and (unknown := unknown_to_libvirt(graph, xml)):

@@ -246,7 +246,7 @@ def _arguments(arguments: command_line.Derived) -> CheckResult:
         return failed(
             "command line",
             "; ".join(arguments.refused),
-            "remove the device, or give the destination's whole command line after --",
+            "remove the device, or give the whole command line of the new QEMU after --",
         )
     return passed("command line", "everything can be shared")
 
@@ -301,7 +301,7 @@ def _emulator(path: str, guest: Guest, process: QemuProcess) -> CheckResult:
     except SevhopError as err:
         return failed("emulator", err.message, err.hint, skipped=skipped)
     was = process.on_disk
-    note = "" if was is OnDisk.UNCHANGED else f"; the source's binary was {was.value} on disk"
+    note = "" if was is OnDisk.UNCHANGED else f"; the old QEMU's binary was {was.value} on disk"
     return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))
 
 

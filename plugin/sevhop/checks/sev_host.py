@@ -117,7 +117,7 @@ def _room(context: SevContext, pid: int, own_group: re.Pattern[str] | None, syst
     """A move from one cgroup into another is charged to both for a moment, and to those above both twice."""
     name = "ASID"
     if own_group is None:
-        return passed(name, "the destination will be in the source's cgroup, which has one")
+        return passed(name, "the new QEMU will be in the cgroup of the old one, which has one")
     full = misc_cgroup.find_full(
         pid,
         system / "sys/fs/cgroup",
@@ -126,7 +126,7 @@ def _room(context: SevContext, pid: int, own_group: re.Pattern[str] | None, syst
         above=own_group,
     )
     if full is not None:
-        return failed(name, f"none is left for the destination: {full}", "raise misc.max, or shut another guest down")
+        return failed(name, f"none is left for the new QEMU: {full}", "raise misc.max, or shut another guest down")
     return passed(name, "there is room for one more")
 
 
@@ -136,7 +136,7 @@ def _memory_lock(guest: Guest, process: QemuProcess) -> CheckResult:
         limit = process.limits[resource.RLIMIT_MEMLOCK][0]
         unlimited = limit == resource.RLIM_INFINITY or process.credentials.may_lock_memory
     except (SevhopError, KeyError) as err:
-        return failed(name, f"the limit of process {process.pid} cannot be read: {err}")
+        return failed(name, f"the limit of process {process.pid} cannot be read: {err}", "run sevhop as root")
     if unlimited:
         return passed(name, "unlimited")
     if limit < guest.memory:

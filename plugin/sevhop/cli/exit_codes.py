@@ -1,8 +1,9 @@
 """
 Exit codes of the command, for scripts, units and fleet tools.
 
-0 done; 1 refused, nothing was touched; 2 usage; 3 rolled back, the guest is in its old QEMU as before; 4 recovery
-required, nothing of the guest is lost; 5 the guest is gone. Which state the guest is in is in the message.
+0 done; 1 refused, nothing was touched; 2 usage; 3 rolled back, the guest is in its old QEMU as before, or where another
+client has put it; 4 recovery required, nothing of the guest is lost; 5 the guest is gone. Which state the guest is in
+is in the message.
 """
 
 from __future__ import annotations

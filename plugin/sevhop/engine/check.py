@@ -11,8 +11,9 @@ from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 
 from ..checks import guest as guest_checks
+from ..checks.result import CheckResult
 from ..disks.block_graph import BlockGraph
-from ..errors import GuestLost, Refused
+from ..errors import Refused
 from ..guest import command_line, inspection
 from ..keeper.handover import SourceHandles
 from ..options import HopOptions
@@ -22,6 +23,7 @@ from ..records.hop_record import HopRecord, Process
 from .destination import LaunchContext
 from .guest_paths import GuestPaths
 from .source_watch import SourceWatch
+from .stopped_guest import verify_alive
 from .transaction import Transaction
 
 
@@ -91,7 +93,7 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions) -> Checked:
         monitor = await hop.resources.enter_async_context(await _connect(qmp, options.step_timeout))
         source = QemuProcess.open(monitor.peer)
         hop.resources.callback(source.close)
-        hop.rollback.push(lambda: _verify_alive(source))
+        hop.rollback.push(lambda: verify_alive(source))
         hop.report.source_pid = source.pid
         hop.report.source_version = monitor.version
         watch = hop.resources.enter_context(SourceWatch.begin(monitor))
@@ -105,9 +107,7 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions) -> Checked:
     hop.report.context = checked.guest.context.kind
     if not checked.was_running:
         hop.downtime.disown()
-    if failures := verdict.tree.failures():
-        first = failures[0]
-        raise Refused(f"{first.name}: {first.detail}", first.hint)
+    verify_can_hop(verdict.tree)
     await hop.begin_record(
         HopRecord(
             kind="standalone",
@@ -123,6 +123,12 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions) -> Checked:
     return checked
 
 
+def verify_can_hop(tree: CheckResult) -> None:
+    """:raises Refused: a test has failed."""
+    if failures := tree.failures():
+        raise Refused(f"{failures[0].name}: {failures[0].detail}", failures[0].hint)
+
+
 async def _connect(qmp: Path, timeout: float) -> Monitor:
     try:
         return await Monitor.connect(qmp, timeout=timeout, greeting_timeout=timeout)
@@ -130,12 +136,6 @@ async def _connect(qmp: Path, timeout: float) -> Monitor:
         # An earlier hop may have left it halted, or its socket without a listener.
         journal.expect_none(os.path.abspath(qmp))
         raise
-
-
-def _verify_alive(source: QemuProcess) -> None:
-    """:raises GuestLost: the rollback has nobody to resume."""
-    if not source.alive:
-        raise GuestLost("the source's QEMU exited unexpectedly, and the guest with it")
 
 
 async def acquire(hop: Transaction, checked: Checked) -> Acquired:

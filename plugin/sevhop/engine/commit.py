@@ -32,10 +32,10 @@ from ..events import MoveAttempted
 from ..guest import inspection, runtime_settings
 from ..options import HopOptions
 from ..process import scheduling
-from . import finish
 from .check import Acquired, Checked
 from .prepare import Prepared
 from .start import PATIENCE, Started, start_destination
+from .stopped_guest import LOCKED_HINT, resume_guest
 from .transaction import CommitState, Transaction
 from .transfer import Stopped, verify_not_resumed
 
@@ -64,9 +64,8 @@ async def commit(
             except MoveUncertain as err:
                 # The kernel may have moved the context or not; there is no rollback either way.
                 hop.commit(GuestState.UNKNOWN)
-                return await _retry_in_new_destination(
-                    hop, options, checked, acquired, prepared, stopped, prepared.started, err
-                )
+                stopped.boost.reset_all()
+                return await _retry_in_new_destination(hop, options, checked, acquired, prepared, prepared.started, err)
             hop.commit(GuestState.PAUSED_IN_NEW)
     elif not hop.downtime.began:
         hop.commit(GuestState.PAUSED_IN_NEW)  # it stays so
@@ -118,11 +117,12 @@ async def resume(
         await _start_and_commit(hop, started)
     else:
         try:
-            await finish.resume_guest(destination.monitor)
+            await resume_guest(destination.monitor)
         except MonitorError as err:
             await _verify_not_run(checked, prepared, started, err)
-            started = await _retry_in_new_destination(hop, options, checked, acquired, prepared, stopped, started, err)
-            await finish.resume_guest(started.destination.monitor)
+            stopped.boost.reset_all()
+            started = await _retry_in_new_destination(hop, options, checked, acquired, prepared, started, err)
+            await resume_guest(started.destination.monitor)
     stopped.boost.reset()
     hop.downtime_ends()
     hop.committed_state = GuestState.RUNNING_IN_NEW
@@ -135,7 +135,7 @@ async def _start_and_commit(hop: Transaction, started: Started) -> None:
     with hop.committing():  # from here on it must not be terminated: it activates the images
         await started.destination.monitor.execute("cont")
     if not started.keeper.revoke_start():
-        raise StateError("the destination cannot start the guest")
+        raise StateError("the new QEMU cannot start the guest", LOCKED_HINT)
     hop.commit(GuestState.RUNNING_IN_NEW)
 
 
@@ -165,7 +165,8 @@ async def _verify_not_run(checked: Checked, prepared: Prepared, started: Started
     if process.alive:
         process.thaw()
         raise RecoveryRequired(
-            f"{failure.message}; the guest is in process {process.pid}", guest_state=GuestState.RUNNING_IN_NEW
+            f"{failure.message}; the guest is in the new QEMU (process {process.pid})",
+            guest_state=GuestState.RUNNING_IN_NEW,
         )
     checked.source.kill()
     await started.destination.kill()
@@ -178,16 +179,16 @@ async def _retry_in_new_destination(
     checked: Checked,
     acquired: Acquired,
     prepared: Prepared,
-    stopped: Stopped,
     failed: Started,
     failure: SevhopError,
 ) -> Started:
     """
     A destination failed during the move of the context, or after it. Start another one, and move the context there
-    from wherever it is.
+    from wherever it is. Nobody may be boosted any more: a boost is not the source's own policy, which is handed over.
 
     :param failed: the destination that failed. Its VM may have the context.
     :raises GuestLost: the new one failed as well.
+    :raises SevhopError: the one that failed cannot be killed, and may have the guest.
     """
     assert acquired.handles.source_vm_fd is not None
     hop.note(f"{hop.phase}: {failure.message}; retrying in another process")
@@ -198,14 +199,14 @@ async def _retry_in_new_destination(
     )
     image = prepared.transfer.image
     started: Started | None = None
+    await failed.destination.kill()
     try:
-        await failed.destination.kill()
         started = await start_destination(hop, options, checked, acquired, prepared.arguments, prepared.run_mark)
         monitor, process = started.destination.monitor, started.destination.process
         with contextlib.suppress(CommandError):
             there = await runtime_settings.read(monitor, process)
             await runtime_settings.carry_over(prepared.settings, there, monitor)
-        await _schedule_again(hop, prepared, stopped, started)
+        await _schedule_again(hop, prepared, started)
         theirs = await inspection.inspect(monitor, process)
         pairs = [(copy, theirs.blocks[copy.block.name]) for copy in prepared.ram.copies()]
         await asyncio.to_thread(ram_blocks.write, pairs, process)
@@ -218,7 +219,9 @@ async def _retry_in_new_destination(
     except SevhopError as err:
         if started is not None:
             await started.destination.kill()
-        raise GuestLost(f"{failure.message}; a second destination failed as well: {err.message}") from err
+        raise GuestLost(
+            f"{failure.message}; another new QEMU failed as well: {err.message}", "start the guest, and report this"
+        ) from err
     return started
 
 
@@ -236,9 +239,8 @@ async def _move_from_either(
         return await _move(hop, options, started, source_vm_fd=failed.vm)
 
 
-async def _schedule_again(hop: Transaction, prepared: Prepared, stopped: Stopped, started: Started) -> None:
+async def _schedule_again(hop: Transaction, prepared: Prepared, started: Started) -> None:
     """Schedule the threads of another destination like those of the source, as far as possible."""
-    stopped.boost.reset_all()  # a boost is not the source's own policy
     try:
         theirs = await scheduling.Roles.of(started.destination.monitor, started.destination.process)
         lost = scheduling.hand_over(prepared.roles[0], theirs)

@@ -86,6 +86,20 @@ class LaunchContext:
                 os.close(descriptor)
 
 
+async def connect(process: QemuProcess, path: Path | str, *, timeout: float) -> Monitor:
+    """
+    Connect to the monitor of a known process.
+
+    :param timeout: seconds for each command.
+    :raises MonitorError: it does not answer, or the path leads to another process.
+    """
+    monitor = await Monitor.connect(path, timeout=timeout, greeting_timeout=timeout)
+    if monitor.peer != process.pid:
+        await monitor.close()
+        raise MonitorError(f"{path} is not served by process {process.pid}", "find out which process has that socket")
+    return monitor
+
+
 class Destination:
     """
     A started destination. :meth:`start`, then either :meth:`release` or :meth:`kill` it.
@@ -127,10 +141,7 @@ class Destination:
         :raises MonitorError: it does not answer.
         """
         self = cls(process, directory)
-        self.monitor = await Monitor.connect(directory / _MONITOR, timeout=timeout, greeting_timeout=timeout)
-        if self.monitor.peer != process.pid:
-            await self.monitor.close()
-            raise MonitorError(f"{directory / _MONITOR} is not served by process {process.pid}")
+        self.monitor = await connect(process, directory / _MONITOR, timeout=timeout)
         return self
 
     @classmethod
@@ -185,7 +196,8 @@ class Destination:
         except (OSError, subprocess.SubprocessError) as err:
             log.close()
             shutil.rmtree(directory, ignore_errors=True)
-            raise SevhopError(f"cannot start {emulator}: {getattr(err, 'strerror', None) or err}") from err
+            reason = getattr(err, "strerror", None) or err
+            raise SevhopError(f"cannot start {emulator}: {reason}", "correct that, then try again") from err
         finally:
             # Then the socket is closed when QEMU exits, and a client that waits to be accepted gets an error.
             listener.close()
@@ -201,10 +213,12 @@ class Destination:
         except MonitorError as err:
             killed = await self.process.wait(_JUST_ENDED)
             await self.kill()
-            reason = self.last_error() or err.message
+            reason, hint = self.last_error(), ""
             if killed and child.returncode == -signal.SIGKILL:
-                reason = "it was killed, by somebody or by the OOM killer"
-            raise SevhopError(f"the destination did not start: {reason}") from err
+                reason, hint = "it was killed, by somebody or by the OOM killer", "see dmesg for why, then try again"
+            elif not reason:
+                reason, hint = err.message, "on a slow host, raise --start-timeout"
+            raise SevhopError(f"the new QEMU did not start: {reason}", hint) from err
         except BaseException:
             await self.kill()
             raise
@@ -227,7 +241,10 @@ class Destination:
         try:
             launch.set_oom_score_adj(self.process.pid, oom_score_adj)
         except OSError as err:
-            note(f"oom_score_adj of process {self.process.pid} is still {launch.FIRST_TO_DIE}: {err.strerror}")
+            note(
+                f"cannot set oom_score_adj of the new QEMU (process {self.process.pid}): {err.strerror}; set it to "
+                f"{oom_score_adj}, or the OOM killer terminates it first"
+            )
 
     async def kill(self) -> None:
         """
@@ -240,7 +257,8 @@ class Destination:
         self.process.kill()
         gone = await self.process.wait(KILL_TIMEOUT)
         if not gone:
-            raise SevhopError(f"cannot kill the destination (process {self.process.pid})")
+            hint = "it waits in the kernel, usually for storage: restore that, then run sevhop recover"
+            raise SevhopError(f"cannot kill the new QEMU (process {self.process.pid})", hint)
         if self._child is not None:
             self._child.wait()
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,14 +1,14 @@
 """
 Recover for a domain of libvirt: see :mod:`sevhop.engine.recovery`.
 
-===================================  ==================================================================
+===================================  =========================================================================
 its old QEMU is alive                it is resumed there, and the keeper is released
 the guest is in the keeper           the domain is restored from the image, in the new emulator, or the old
 somebody restores it                 that is waited for
 it runs in the new QEMU              the persistent definition gets the new emulator
 it ran there, and that QEMU exited   the guest is reported as gone
-neither a QEMU nor a keeper          the guest is reported as gone
-===================================  ==================================================================
+neither a QEMU nor a keeper          the guest is reported as gone, or as saved if another client has saved it
+===================================  =========================================================================
 
 The domain is identified by the UUID in the journal, not by its name. A QEMU that this hop did not start is never
 terminated: if one runs the domain while its guest is suspended in the keeper, manual action is required.
@@ -26,7 +26,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
-from ..errors import RecoveryRequired
+from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient, KeeperError
 from ..keeper.state import State
@@ -36,30 +36,29 @@ from ..libvirt.daemon import NO_DOMAIN, DomainError
 from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
-from ..records.journal import Journal
-from .finish import STOPPED
 from .recovery_result import RecoveredGuest, RecoveryOutcome
-from .upgrade_restore import define_emulator
+from .stopped_guest import STOPPED
+from .upgrade_restore import define_emulator, not_defined
+from .upgrade_save import resume_hint
 
 #: Seconds for which an operation in progress is waited for, such as a restore by another client.
 RESTORE_TIMEOUT = 60.0
 _POLL = 0.05
 
 
-async def complete_or_roll_back(mine: Journal, *, named: bool) -> RecoveredGuest:
+async def settle(record: HopRecord, *, named: bool) -> RecoveredGuest:
     """
-    Complete the hop of a domain, or roll it back.
+    Finish the hop of a domain, or roll it back.
 
     :param named: whether the caller has named this domain. An upgrade that was prepared on purpose waits for that.
     :raises SevhopError: that is not possible now; nothing of the guest is lost.
     """
-    record = mine.record
     connection = await Connection.open(record.uri)
     try:
         keeper = await _keeper(record)
         source = record.source.open()
         try:
-            return await _InterruptedUpgrade(record, connection, keeper, source).complete_or_roll_back(named)
+            return await InterruptedUpgrade(record, connection, keeper, source).settle(named)
         finally:
             if keeper is not None:
                 keeper.close()
@@ -83,7 +82,7 @@ async def _keeper(record: HopRecord) -> KeeperClient | None:
     return None
 
 
-class _InterruptedUpgrade:
+class InterruptedUpgrade:
     """An upgrade that was interrupted."""
 
     def __init__(
@@ -98,10 +97,11 @@ class _InterruptedUpgrade:
         self._keeper = keeper
         self._source = source
 
-    async def complete_or_roll_back(self, named: bool) -> RecoveredGuest:
+    async def settle(self, named: bool) -> RecoveredGuest:
+        """:raises SevhopError: see :func:`settle`."""
         state = await self._settled()
         if self._source is not None and state in (State.HELD, None):
-            return await self._resume_source(self._source)
+            return await self.rollback(self._record, self._source)
         if state is State.WAITING and self._record.phase == "prepared" and not named:
             return RecoveredGuest(
                 self._record.guest,
@@ -111,10 +111,12 @@ class _InterruptedUpgrade:
         if state is State.WAITING:
             return await self._restore()
         if state is State.OVER:
-            return await self._define()
+            return await self.finish(self._record)
         if state is State.LOST:
             await self._release_keeper()
-            return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, "it ran in the new QEMU, which has exited")
+            return RecoveredGuest(
+                self._record.guest, RecoveryOutcome.GONE, f"it ran in the new QEMU, which has exited; {LOST_HINT}"
+            )
         return await self._without_keeper()
 
     async def _settled(self) -> State | None:
@@ -174,7 +176,8 @@ class _InterruptedUpgrade:
             if await self._active() is None:
                 return  # it has just exited
             raise RecoveryRequired(
-                f"domain {domain.name} is active while its guest is suspended in the keeper: {err.message}"
+                f"domain {domain.name} is active while its guest is suspended in the keeper: {err.message}",
+                "see virsh list; then run sevhop recover again",
             ) from err
         if pid is not None and not self._required_keeper().has_started(pid):
             raise RecoveryRequired(
@@ -186,7 +189,12 @@ class _InterruptedUpgrade:
         await self._required_keeper().revoke()
         await domain.destroy()
 
-    async def _resume_source(self, source: QemuProcess) -> RecoveredGuest:
+    async def rollback(self, record: HopRecord, source: QemuProcess) -> RecoveredGuest:
+        """
+        The guest is in its old QEMU: resume it, and release the keeper.
+
+        :raises SevhopError: it cannot be resumed.
+        """
         source.thaw()  # a keeper that was killed may have left it halted
         domain = await self._domain()
         if domain.living_pid() != source.pid:
@@ -197,8 +205,8 @@ class _InterruptedUpgrade:
         monitor = await domain.monitor()
         status = await monitor.execute("query-status")
         # One that has shut down since, had an I/O error, or was paused by another client, stays as it is.
-        ours = status["running"] or (status["status"] in STOPPED and self._record.stopped)
-        if self._record.running and ours and not await domain.running():
+        ours = status["running"] or (status["status"] in STOPPED and record.stopped)
+        if record.running and ours and not await domain.running():
             await domain.resume()
         elif not status["running"]:
             await block_graph.activate(monitor)
@@ -206,7 +214,7 @@ class _InterruptedUpgrade:
         with contextlib.suppress(SevhopError):
             await monitor.remove_fds()
         await self._release_keeper()
-        return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE)
+        return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE)
 
     async def _restore(self) -> RecoveredGuest:
         keeper = self._required_keeper()
@@ -221,24 +229,25 @@ class _InterruptedUpgrade:
             except SevhopError as again:
                 raise RecoveryRequired(
                     f"{reason}; in the old emulator: {again.message}",
-                    f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}",
+                    resume_hint(keeper),
                 ) from again
             text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])
             await self._activate_images()
             await self._release_keeper()
             return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, text)
-        return await self._define()
+        return await self.finish(self._record)
 
-    async def _define(self) -> RecoveredGuest:
+    async def finish(self, record: HopRecord) -> RecoveredGuest:
+        """The guest is in its new QEMU: what is left of the phases restore and define."""
         note = ""
         try:
-            await define_emulator(self._connection, self._record.uuid, self._record.new)
+            await define_emulator(self._connection, record.uuid, record.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
-            note = f"the persistent definition still has the old emulator: {err}"
+            note = not_defined(record.guest, err)
         notes = await self._finish_settings()
         await self._activate_images()
         await self._release_keeper()
-        return RecoveredGuest(self._record.guest, RecoveryOutcome.DESTINATION, "; ".join(filter(None, [note, *notes])))
+        return RecoveredGuest(record.guest, RecoveryOutcome.DESTINATION, "; ".join(filter(None, [note, *notes])))
 
     async def _activate_images(self) -> None:
         """Activate the images of a paused guest. If that fails, they are activated when it is resumed."""
@@ -261,15 +270,23 @@ class _InterruptedUpgrade:
     async def _without_keeper(self) -> RecoveredGuest:
         """Its old QEMU has exited, and there is no keeper."""
         domain = await self._active()
+        if domain is None and await self._saved_by_another():
+            return RecoveredGuest(self._record.guest, RecoveryOutcome.SAVED, SAVED_HINT)
         if domain is None:
             return RecoveredGuest(
                 self._record.guest,
                 RecoveryOutcome.GONE,
-                "neither a QEMU nor a keeper has its memory; start the guest again",
+                f"neither a QEMU nor a keeper has its memory; {LOST_HINT}",
             )
         if domain_xml.describe(await domain.xml()).emulator == self._record.new:
-            return await self._define()
+            return await self.finish(self._record)
         return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, "in a new process")
+
+    async def _saved_by_another(self) -> bool:
+        with contextlib.suppress(SevhopError):
+            domain = await self._connection.domain_with(self._record.uuid)
+            return domain is not None and await domain.saved()
+        return False
 
     async def _release_keeper(self) -> None:
         if self._keeper is not None:

@@ -7,25 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import tenacity
 from sevhop_qmp import adopt
-from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from ..disks import block_graph
+from ..errors import RecoveryRequired
+from ..options import HopOptions
+from .check import Acquired, Checked
+from .commit import activate
 from .destination import Destination
 from .guest_paths import GuestPaths
-
-#: Seconds for which ``cont`` is retried, while something else has locked the guest's disk images.
-CONT_DEADLINE = 10.0
+from .prepare import Prepared
+from .start import Started
+from .transaction import Transaction
 
 
 async def finish(
+    hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started
+) -> None:
+    """
+    The guest runs in the destination: give it what it has not yet, and kill the source.
+
+    :raises RecoveryRequired: the destination has exited; ``sevhop recover`` decides about the source.
+    """
+    if prepared.disks.graph.spare():
+        await activate(hop, started, "block nodes that no device has are not in use")
+    for text in await prepared.disks.lost_bitmaps(started.destination.monitor):
+        hop.note(text)
+    completed = await complete(
+        checked.source,
+        started.destination,
+        acquired.guest_paths,
+        oom_score_adj=acquired.oom_score_adj,
+        context=checked.guest.context.kind,
+        timeout=options.step_timeout,
+        note=hop.note,
+    )
+    hop.unfinished = not completed
+
+
+async def complete(
     source: QemuProcess | None,
     destination: Destination,
     guest_paths: GuestPaths,
     *,
+    oom_score_adj: int,
     context: str,
     timeout: float,
     note: Callable[[str], None],
@@ -37,21 +63,24 @@ async def finish(
     The source is not asked to quit: nothing of the guest is left for it to do, and it would tell its clients of a
     shutdown that is none, and remove the paths of sockets that are the destination's.
 
+    :param oom_score_adj: that the source had.
     :param context: of the guest.
     :param timeout: seconds in which the source must have exited.
     :param note: called with what went wrong; none of it matters to the guest.
-    :return: whether the destination was released. Otherwise its sockets do not answer yet, and this should be
-        repeated; or it has exited, and the source was left as it is.
+    :return: whether the destination was released. Otherwise its sockets do not answer yet, and this should be repeated.
+    :raises RecoveryRequired: the destination has exited; the source was left as it is.
     """
     if not destination.process.alive:
-        note("the new QEMU has exited")
         await destination.monitor.close()
-        return False
+        raise RecoveryRequired(
+            "the new QEMU exited after the commit", "sevhop recover finds out whether the guest has run there"
+        )
+    destination.protect(oom_score_adj, note)
     if source is not None:
         guest_paths.link()
         source.kill()
         if not await source.wait(timeout):
-            note("the source was killed and has not exited yet")
+            note(f"the old QEMU (process {source.pid}) was killed and has not exited yet; it waits for storage")
     for text in guest_paths.publish():
         note(text)
     if context != "none":
@@ -60,56 +89,12 @@ async def finish(
         try:
             await destination.monitor.execute("set-action", {"reboot": "shutdown"})
         except SevhopError as err:
-            note(f"a reboot of the guest will fail: {err.message}")
+            note(f"a reboot of the guest will fail, so shut it down and start it instead: {err.message}")
     try:
         await adopt.finish(destination.monitor)
     except SevhopError as err:
-        note(f"the destination's sockets do not answer until sevhop recover has run: {err.message}")
+        note(f"the new QEMU's sockets do not answer until sevhop recover has run: {err.message}")
         await destination.leave()
         return False
     await destination.release()
     return True
-
-
-#: Run states in which a ``stop`` leaves a guest. In any other it is not ours to resume.
-STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
-
-
-async def resume_source(monitor: Monitor, *, running: bool) -> str:
-    """
-    Resume a source that a hop may have stopped, and activate its disk images.
-
-    :param running: whether a hop has stopped it. One that has shut down since, or had an I/O error, stays as it is.
-    :return: its run state then.
-    :raises SevhopError: it cannot be resumed.
-    """
-    status = await monitor.execute("query-status")
-    state = str(status["status"])
-    if running and state in STOPPED:
-        await resume_guest(monitor)
-        state = "running"
-    elif not status["running"]:
-        await block_graph.activate(monitor)
-    await block_graph.activate_spares(monitor)
-    return state
-
-
-async def resume_guest(monitor: Monitor) -> None:
-    """
-    Let a guest run. Something else may have locked its disk images for a moment, so a refusal is retried for
-    :data:`CONT_DEADLINE` seconds.
-
-    :raises CommandError: QEMU's last refusal.
-    """
-    async for attempt in tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(CommandError),
-        stop=tenacity.stop_after_delay(CONT_DEADLINE),
-        wait=tenacity.wait_exponential(multiplier=0.01, max=0.5),
-        reraise=True,
-    ):
-        with attempt:
-            await monitor.execute("cont", timeout=max(CONT_DEADLINE, monitor.timeout))
-            # A QEMU that could not activate its disk images after loading returns success, and stays paused.
-            status = await monitor.execute("query-status")
-            if not status["running"]:
-                raise CommandError("cont", f"the guest is still {status['status']}")

@@ -32,15 +32,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import RecoveryRequired
 from ..events import Listener, ignore
 from ..options import HopOptions
-from .check import Acquired, Checked, acquire, check
-from .commit import activate, commit, resume
+from .check import acquire, check
+from .commit import commit, resume
 from .finish import finish
-from .prepare import Prepared, prepare
-from .start import Started, explaining_exit
-from .transaction import CommitState, Transaction
+from .prepare import prepare
+from .start import explaining_exit
+from .transaction import Transaction
 from .transfer import load, map_memory, save, stop
 
 
@@ -55,44 +54,17 @@ class Hop(Transaction):
 
     async def _script(self) -> None:
         options = self._options
-        try:
-            checked = await self.run_phase("check", check(self, self._qmp, options))
-            acquired = await self.run_phase("acquire", acquire(self, checked))
-            prepared = await self.run_phase("prepare", prepare(self, options, checked, acquired))
-            async with explaining_exit(checked, prepared.started.destination):
-                stopped = await self.run_phase("stop", stop(self, checked, prepared))
-                await self.run_phase("map", map_memory(prepared))
-                await self.run_phase("save", save(prepared))
-                await self.run_phase("load", load(self, options, checked, prepared, stopped))
-                started = await self.run_phase("commit", commit(self, options, checked, acquired, prepared, stopped))
-            async with explaining_exit(checked, started.destination):
-                started = await self.run_phase(
-                    "resume", resume(self, options, checked, acquired, prepared, stopped, started)
-                )
-            await self.run_phase("finish", self._finish(checked, acquired, prepared, started))
-        except BaseException as err:
-            failure = self.classify_error(err)
-            if self.state is not CommitState.COMMITTED:
-                await self.uncancelled(self.roll_back(failure))
-            if failure is err:
-                raise
-            raise failure from err
-
-    async def _finish(self, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started) -> None:
-        """:raises RecoveryRequired: the destination has exited; ``sevhop recover`` decides about the source."""
-        destination = started.destination
-        if not destination.process.alive:
-            raise RecoveryRequired("finish: the new QEMU exited after the commit; the old one is stopped")
-        destination.protect(acquired.oom_score_adj, self.note)
-        if prepared.disks.graph.spare():
-            await activate(self, started, "block nodes that no device has are not in use")
-        for text in await prepared.disks.lost_bitmaps(destination.monitor):
-            self.note(text)
-        self.unfinished = not await finish(
-            checked.source,
-            destination,
-            acquired.guest_paths,
-            context=checked.guest.context.kind,
-            timeout=self._options.step_timeout,
-            note=self.note,
-        )
+        checked = await self.run_phase("check", check(self, self._qmp, options))
+        acquired = await self.run_phase("acquire", acquire(self, checked))
+        prepared = await self.run_phase("prepare", prepare(self, options, checked, acquired))
+        async with explaining_exit(checked, prepared.started.destination):
+            stopped = await self.run_phase("stop", stop(self, checked, prepared))
+            await self.run_phase("map", map_memory(prepared))
+            await self.run_phase("save", save(prepared))
+            await self.run_phase("load", load(self, options, checked, prepared, stopped))
+            started = await self.run_phase("commit", commit(self, options, checked, acquired, prepared, stopped))
+        async with explaining_exit(checked, started.destination):
+            started = await self.run_phase(
+                "resume", resume(self, options, checked, acquired, prepared, stopped, started)
+            )
+        await self.run_phase("finish", finish(self, options, checked, acquired, prepared, started))

@@ -1,13 +1,12 @@
 """
 The two QEMUs of an interrupted hop outside libvirt: what they do now, and what can be done to them.
 
-:mod:`sevhop.engine.ownership` decides what is done, and :mod:`sevhop.engine.recovery` does it by what is here.
+:mod:`sevhop.engine.ownership` decides what is done, and :mod:`sevhop.engine.hop_recovery` does it by what is here.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +18,9 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..disks import block_graph
-from ..errors import RecoveryRequired
-from ..records.hop_record import HopRecord
 from . import ownership
-from .destination import Destination
-from .finish import finish, resume_guest, resume_source
-from .guest_paths import GuestPaths
+from .destination import Destination, connect
+from .stopped_guest import halt, resume_guest, resume_source, resumed_by_another
 
 
 class OldQemu:
@@ -83,15 +79,13 @@ class OldQemu:
         """
         From now on it executes nothing, so nobody can resume the guest in it.
 
-        :raises RecoveryRequired: somebody has, since the last :meth:`probe`; or it cannot be halted.
+        :raises SevhopError: somebody has, since the last :meth:`probe`; or it cannot be halted.
         """
         if self.process is None or self.process.frozen:
             return
-        halted = await self.process.freeze(self._timeout)
-        if not halted and self.process.alive:
-            raise RecoveryRequired(f"cannot halt the old QEMU (process {self.process.pid})")
+        await halt(self.process, self._timeout)
         if self._monitor is not None and self._resumes is not None and await self._monitor.has_events(self._resumes):
-            raise RecoveryRequired("another client has resumed the old QEMU")
+            raise resumed_by_another()
 
     async def resume(self, *, running: bool) -> str:
         """
@@ -130,12 +124,8 @@ class OldQemu:
         if self._monitor is not None and self._monitor.closed:
             await self.close()
         if self._monitor is None:
-            monitor = await Monitor.connect(self._path, timeout=self._timeout, greeting_timeout=self._timeout)
-            if monitor.peer != self.process.pid:
-                await monitor.close()
-                raise MonitorError(f"{self._path} is not served by process {self.process.pid}")
-            self._monitor = monitor
-            self._resumes = self._listening.enter_context(monitor.events("RESUME"))
+            self._monitor = await connect(self.process, self._path, timeout=self._timeout)
+            self._resumes = self._listening.enter_context(self._monitor.events("RESUME"))
         return self._monitor
 
 
@@ -229,16 +219,11 @@ class NewQemu:
         """
         await block_graph.activate((await self._destination()).monitor)
 
-    async def finish(
-        self, old: OldQemu, guest_paths: GuestPaths, record: HopRecord, note: Callable[[str], None]
-    ) -> bool:
-        """Kill the source, and let its paths lead to this one; see :func:`sevhop.engine.finish.finish`."""
+    async def take(self) -> Destination:
+        """Connected to it, and the caller's to release."""
         destination = await self._destination()
         self._reached = None
-        destination.protect(record.oom_score_adj, note)
-        return await finish(
-            old.process, destination, guest_paths, context=record.context, timeout=self._timeout, note=note
-        )
+        return destination
 
     async def close(self) -> None:
         """Hang up."""

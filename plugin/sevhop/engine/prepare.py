@@ -17,7 +17,6 @@ from sevhop_qmp.errors import (
     MonitorError,
     SevhopError,
 )
-from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark
 
 from ..disks.disk_guard import DiskGuard
@@ -32,6 +31,7 @@ from .destination import Destination
 from .realtime import Watchdog
 from .start import DestinationUndo, Started, explaining_exit, start_destination
 from .state_transfer import StateTransfer
+from .stopped_guest import restore_oom_score_adj
 from .transaction import Transaction
 
 
@@ -68,7 +68,7 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     watchdog = Watchdog.start()
     hop.resources.push_async_callback(watchdog.close)
     hop.rollback.push(acquired.guest_paths.discard)
-    hop.rollback.push(lambda: _restore_oom_score_adj(checked.source, acquired.oom_score_adj))
+    hop.rollback.push(lambda: restore_oom_score_adj(checked.source, acquired.oom_score_adj))
     launch.protect_from_oom(checked.source.pid)
     run_mark = await _leave_run_mark(hop, checked)
     pinned = await vm_generation_id.pinned(checked.arguments.arguments, checked.monitor)
@@ -78,11 +78,15 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     except SevhopError as err:
         if not (remote := checked.disks.remote()):
             raise
-        raise SevhopError(f"{err.message}; {remote}, whose server may take one client only", err.hint) from err
+        raise SevhopError(
+            f"{err.message}; {remote}, whose server may take one client only",
+            err.hint or "allow a second client there for the time of the hop",
+        ) from err
     outgoing = OutgoingState(checked.monitor, started.incoming)
     transfer = StateTransfer(outgoing, started.incoming, options.step_timeout)
     hop.resources.callback(transfer.close)
-    undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout)
+    has_bitmaps = bool(checked.disks.bitmaps())
+    undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout, has_bitmaps)
     hop.rollback.push(undo)
     async with explaining_exit(checked, started.destination):
         theirs, roles, disks, ram = await _compare(hop, options, checked, started)
@@ -93,11 +97,6 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
         identity = acquired.launch_context.credentials
         await outgoing.arm(identity.uid, identity.gid)
     return Prepared(started, arguments, run_mark, theirs, disks, ram, settings, roles, transfer, undo)
-
-
-def _restore_oom_score_adj(source: QemuProcess, score: int) -> None:
-    with contextlib.suppress(OSError):  # it has exited
-        launch.set_oom_score_adj(source.pid, score)
 
 
 async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:
@@ -122,14 +121,14 @@ async def _compare(
     destination = started.destination
     theirs = await inspection.inspect(destination.monitor, destination.process)
     if found := inspection.differences(checked.guest, theirs):
-        raise Refused("; ".join(found), "give the destination the source's command line")
+        raise Refused("; ".join(found), "give the new QEMU the command line of the old one")
     roles = await _compare_processes(hop, checked, destination)
     disks = await DiskGuard.open(checked.monitor, checked.source)
     hop.resources.callback(disks.close)
     # A command line given by the caller may name block nodes differently.
     found = await disks.differences(destination.monitor, destination.process, names=not options.command)
     if found:
-        raise Refused(found[0], "give the destination the disks that the guest has now, or try again")
+        raise Refused(found[0], "give the new QEMU the disks that the guest has now, or try again")
     encrypted = ENCRYPTED_BLOCKS if checked.has_context else frozenset()
     pairs = ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks, encrypted=encrypted)
     ram = ram_blocks.RamBlockSync(checked.source, destination.process, pairs)
@@ -168,7 +167,7 @@ async def _copy_settings(
     theirs = await runtime_settings.read(destination, started.destination.process)
     found = runtime_settings.differences(settings, theirs)
     if found and not options.command:  # a whole command line may differ on purpose
-        raise Refused("; ".join(found), "give the destination's whole command line after --")
+        raise Refused("; ".join(found), "give the whole command line of the new QEMU after --")
     notes = await runtime_settings.carry_over(settings, theirs, destination)
     for note in filter(None, [gained, *found, *notes]):
         hop.note(note)

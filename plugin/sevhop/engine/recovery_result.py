@@ -11,6 +11,7 @@ class RecoveryOutcome(enum.Enum):
 
     SOURCE = "runs in the old QEMU"
     DESTINATION = "runs in the new QEMU"
+    SAVED = "is saved to disk by another client"
     GONE = "is gone"
     IN_PROGRESS = "hop in progress"
     MANUAL = "manual action required"

@@ -17,6 +17,8 @@ from qemu.qmp import EventListener
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 
+from .stopped_guest import resumed_by_another
+
 #: Events after which a guest is not what it was when it was checked, and their message.
 _CHANGES = {
     "BLOCK_EXPORT_DELETED": "an export of a disk was removed",
@@ -87,7 +89,7 @@ class SourceWatch:
         await self._collect()
         events = self._since if was_running else self._before + self._since
         if "RESUME" in events:
-            raise SevhopError("another client has resumed the guest", "stop that client, then try again")
+            raise resumed_by_another()
         for name in events:
             if name == "RESET":
                 raise SevhopError("the guest was reset by another client", "try again")

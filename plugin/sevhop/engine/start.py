@@ -101,67 +101,60 @@ async def start_destination(
     return Started(destination, keeper, incoming, vm)
 
 
+@dataclass
 class DestinationUndo:
     """
     Terminates the destination, so that the source may run the guest; done once, however often it is called.
 
+    :ivar timeout: seconds for each step.
     :ivar has_bitmaps: whether there are dirty bitmaps in the guest's images.
 
     :raises RecoveryRequired: the destination has the guest, and was left as it is.
     :raises SevhopError: it cannot be terminated.
     """
 
-    def __init__(
-        self,
-        hop: Transaction,
-        checked: Checked,
-        started: Started,
-        transfer: StateTransfer,
-        run_mark: RunMark,
-        timeout: float,
-    ) -> None:
-        self._hop = hop
-        self._checked = checked
-        self._started = started
-        self._transfer = transfer
-        self._run_mark = run_mark
-        self._timeout = timeout
-        self._done = False
-        self.has_bitmaps = bool(checked.disks.bitmaps())
+    hop: Transaction
+    checked: Checked
+    started: Started
+    transfer: StateTransfer
+    run_mark: RunMark
+    timeout: float
+    has_bitmaps: bool
+    done: bool = False
 
     async def __call__(self) -> None:
-        if self._done:
+        if self.done:
             return
-        destination, transfer = self._started.destination, self._transfer
+        destination, transfer = self.started.destination, self.transfer
         process = destination.process
-        source_ended = transfer.forwarded and not self._checked.source.alive
+        source_ended = transfer.forwarded and not self.checked.source.alive
         if source_ended:
             await transfer.arrival(PATIENCE)
-        if self._started.keeper.revoke_start():
-            self._hop.commit(GuestState.RUNNING_IN_NEW)
+        if self.started.keeper.revoke_start():
+            self.hop.commit(GuestState.RUNNING_IN_NEW)
             await destination.leave()
             raise RecoveryRequired(
-                f"the guest runs in process {process.pid} already", guest_state=GuestState.RUNNING_IN_NEW
+                f"the guest runs in the new QEMU (process {process.pid}) already", guest_state=GuestState.RUNNING_IN_NEW
             )
-        if transfer.forwarded and not self._checked.source.alive and process.alive:
+        if transfer.forwarded and not self.checked.source.alive and process.alive:
             # Only the destination has the guest. Leave it there, paused.
             await destination.leave()
             raise RecoveryRequired(
-                f"the source has exited, the guest is in process {process.pid}",
+                f"the old QEMU has exited, and the guest is in the new one (process {process.pid})",
                 guest_state=GuestState.PAUSED_IN_NEW,
             )
-        if self._run_mark.read() is not RunState.NOT:
+        if self.run_mark.read() is not RunState.NOT:
             # The keeper has refused the start, and it is about to exit; or another client has resumed the guest there.
-            await process.wait(self._timeout)
-            if self._run_mark.read() is not RunState.NOT:
-                raise RecoveryRequired(f"the guest has run in process {process.pid}")
+            await process.wait(self.timeout)
+            if self.run_mark.read() is not RunState.NOT:
+                raise RecoveryRequired(f"the guest has run in the new QEMU (process {process.pid})")
         if transfer.loaded and self.has_bitmaps:
             # It may have activated the images: on a regular exit it stores the bitmaps as they were.
             with contextlib.suppress(MonitorError, CommandError):
                 await destination.monitor.execute("quit")
-                await process.wait(self._timeout)
+                await process.wait(self.timeout)
         await destination.kill()
-        self._done = True
+        self.done = True
 
 
 @contextlib.asynccontextmanager
@@ -175,4 +168,5 @@ async def explaining_exit(checked: Checked, destination: Destination) -> AsyncIt
         if destination.process.alive:
             raise
         printed = destination.last_error()
-        raise StateError("the destination exited" + (f": {printed}" if printed else ""), err.hint) from err
+        hint = err.hint or ("" if printed else "see dmesg for why, then try again")
+        raise StateError("the new QEMU exited" + (f": {printed}" if printed else ""), hint) from err

@@ -18,13 +18,13 @@ import inspect
 import logging
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from sevhop_qmp.errors import SevhopError
 
 from ..cancellation import shielded, wait_out
-from ..errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
+from ..errors import LOST_HINT, GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
 from ..events import Event, GuestResumed, GuestStopped, HopFinished, Listener, PhaseBegan, PhaseEnded
 from ..records.hop_record import HopRecord
 from ..records.journal import Journal, JournalError
@@ -134,6 +134,7 @@ class Transaction(abc.ABC):
     :ivar rollback: what is rolled back if a phase fails before the commit.
     :ivar state: whether a failure is rolled back.
     :ivar committed_state: what the guest is since the commit.
+    :ivar committed_hint: what to do if the completion fails; empty if that is ``sevhop recover``.
     :ivar phase: the phase in progress.
     :ivar unfinished: the guest is fine, but something is left to do for ``sevhop recover``.
     """
@@ -146,6 +147,7 @@ class Transaction(abc.ABC):
         self.downtime = DowntimeClock()
         self.state = CommitState.UNDOABLE
         self.committed_state = GuestState.UNKNOWN
+        self.committed_hint = ""
         self.phase = ""
         self.unfinished = False
         self.named = guest
@@ -159,17 +161,19 @@ class Transaction(abc.ABC):
         Run the transaction.
 
         :raises Refused: the guest cannot hop; nothing was touched.
-        :raises RolledBack: a phase failed, and the guest runs in the old QEMU.
+        :raises RolledBack: a phase failed, and the guest is in the old QEMU as before, or where another client put it.
         :raises RecoveryRequired: a phase failed, nothing of the guest is lost, and ``sevhop recover`` must act.
         :raises GuestLost: its QEMU exited before its state was saved, or all that had the guest did.
         """
         self._task = asyncio.current_task()
         try:
-            async with self.resources:
+            async with self.resources, self._rolled_back_on_failure():
                 await self._script()
         except SevhopError as err:
             if isinstance(err, RecoveryRequired) and not err.hint:
                 err.hint = f"run: sevhop recover {shlex.quote(self.report.guest)}"
+            elif isinstance(err, GuestLost) and not err.hint:
+                err.hint = LOST_HINT
             self.report.outcome = _OUTCOMES.get(type(err), "rolled-back")
             self.report.reason = str(err)
             if isinstance(err, HopError):
@@ -196,7 +200,7 @@ class Transaction(abc.ABC):
 
     @abc.abstractmethod
     async def _script(self) -> None:
-        """All phases in their order, and :meth:`roll_back` if one raises before the commit."""
+        """All phases in their order. What it raises before the commit is rolled back."""
 
     def _outcome(self) -> str:
         return "done"
@@ -238,20 +242,33 @@ class Transaction(abc.ABC):
             if self.state is CommitState.COMMITTING:
                 self.state = CommitState.UNDOABLE
 
-    def commit(self, guest_state: GuestState) -> None:
+    def commit(self, guest_state: GuestState, hint: str = "") -> None:
         """
         From here on there is no rollback, only completion.
 
         :param guest_state: what the guest is now; reported if the completion fails.
+        :param hint: what to do then, if it is not to run ``sevhop recover``.
         """
         self.state = CommitState.COMMITTED
         self.committed_state = guest_state
+        self.committed_hint = hint
         self.rollback.clear()
         self.record(committed=True)
 
-    def classify_error(self, error: BaseException) -> HopError:
+    @contextlib.asynccontextmanager
+    async def _rolled_back_on_failure(self) -> AsyncIterator[None]:
+        """Around the script: an error before the commit is rolled back, whatever it is, and raised as a HopError."""
+        try:
+            yield
+        except BaseException as err:
+            failure = self._classify(err)
+            if self.state is not CommitState.COMMITTED:
+                await self.uncancelled(self._roll_back(failure))
+            raise failure from (err.__cause__ if failure is err else err)
+
+    def _classify(self, error: BaseException) -> HopError:
         """The error to raise for one in a phase; its class and ``guest_state`` say what became of the guest."""
-        if isinstance(error, (Refused, RecoveryRequired, GuestLost)):
+        if isinstance(error, HopError):
             return error
         interrupted = Interrupted("interrupted") if isinstance(error, asyncio.CancelledError) else None
         if interrupted is not None and self.state is not CommitState.COMMITTED:
@@ -259,19 +276,21 @@ class Transaction(abc.ABC):
         failure = interrupted or expected(error)
         message = f"{self.phase}: {failure.message}"
         if self.state is CommitState.COMMITTED:
-            return RecoveryRequired(message, failure.hint, self.committed_state)
+            # The hint of the failure is that of a hop that was rolled back.
+            return RecoveryRequired(message, self.committed_hint, self.committed_state)
         return RolledBack(message, failure.hint)
 
-    async def roll_back(self, failure: HopError) -> None:
+    async def _roll_back(self, failure: HopError) -> None:
         """
         Roll back, because of a failure.
 
         :raises RecoveryRequired: that is not possible; nothing of the guest is lost.
+        :raises RolledBack: all is undone, and the guest is where another client has put it.
         :raises GuestLost: its QEMU has exited, and no other process had all of it.
         """
         try:
             await self.rollback.unwind()
-        except (RecoveryRequired, GuestLost) as err:
+        except HopError as err:
             raise type(err)(f"{failure.message}; {err.message}", err.hint, err.guest_state) from failure
         except SevhopError as err:
             raise RecoveryRequired(f"{failure.message}; rollback failed: {err.message}", err.hint) from failure
@@ -337,4 +356,4 @@ def expected(error: BaseException) -> SevhopError:
     if isinstance(error, SevhopError):
         return error
     log.error("unexpected error", exc_info=error)
-    return SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop")
+    return SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop: report it")

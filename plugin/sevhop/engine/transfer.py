@@ -18,10 +18,11 @@ from ..errors import GuestState, RecoveryRequired
 from ..guest import inspection, runtime_settings
 from ..options import HopOptions
 from ..process import scheduling
-from . import finish
+from . import stopped_guest
 from .check import Checked
 from .prepare import Prepared
 from .realtime import Boost
+from .stopped_guest import LOCKED_HINT, halt, resume_guest, verify_stopped
 from .transaction import Transaction
 
 
@@ -68,7 +69,7 @@ async def stop(hop: Transaction, checked: Checked, prepared: Prepared) -> Stoppe
             boost.ourselves()
             await stopped
     else:
-        await _verify_stopped(checked)
+        await verify_stopped(checked.monitor)
         boost.source(readers)
         prepared.transfer.begin()
     boost.source(checked.guest.vcpu_threads)
@@ -89,12 +90,6 @@ async def verify_unchanged(checked: Checked, prepared: Prepared) -> None:
         raise SevhopError("; ".join(lost), "try again")
     await prepared.disks.verify_unchanged(checked.monitor)
     await checked.watch.verify_undisturbed()
-
-
-async def _verify_stopped(checked: Checked) -> None:
-    status = await checked.monitor.execute("query-status")
-    if status["running"]:
-        raise SevhopError("another client has resumed the guest", "stop that client, then try again")
 
 
 async def _resume_source(hop: Transaction, checked: Checked, prepared: Prepared, boost: Boost) -> None:
@@ -119,9 +114,9 @@ async def _resume_stopped_source(hop: Transaction, checked: Checked, prepared: P
     boost.reset()
     if hop.downtime.began:
         # The answer to this comes after all that our order to stop has caused, however late that was executed.
-        await monitor.execute("query-status", timeout=max(finish.CONT_DEADLINE, monitor.timeout))
+        await monitor.execute("query-status", timeout=max(stopped_guest.CONT_DEADLINE, monitor.timeout))
     if hop.downtime.began and await checked.watch.stopped_by_us():
-        await finish.resume_guest(monitor)
+        await resume_guest(monitor)
     elif saved:
         # It has given up its images, but the guest is not ours to resume.
         await block_graph.activate(monitor)
@@ -172,7 +167,7 @@ async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared
         if not keeper.runs.is_set() and not keeper.revoke_start():
             # QEMU stays paused if it cannot activate the disk images, and reports that only in its log.
             why = " ".join(prepared.started.destination.log_lines()[-2:]) or "QEMU gives no reason"
-            raise StateError(f"the destination cannot start the guest: {why}")
+            raise StateError(f"the new QEMU cannot start the guest: {why}", LOCKED_HINT)
         hop.commit(GuestState.RUNNING_IN_NEW)
     hop.record(loaded=True)
 
@@ -190,8 +185,7 @@ async def _halt_source(
     hop.resources.push_async_callback(hang_up_if_halted)
     source.halt()
     await prepared.disks.verify_unchanged_when_stopped()  # its threads stop meanwhile
-    if not await source.freeze(options.step_timeout, stopped.threads) and source.alive:
-        raise SevhopError("the source cannot be halted")
+    await halt(source, options.step_timeout, stopped.threads)
 
 
 async def verify_not_resumed(hop: Transaction, checked: Checked) -> None:

@@ -27,7 +27,7 @@ from ..errors import GuestLost, GuestState, RecoveryRequired, RolledBack
 from ..events import Listener, ignore
 from ..keeper.client import KeeperClient
 from ..options import UpgradeOptions
-from .transaction import CommitState, Transaction
+from .transaction import Transaction
 from .upgrade_prepare import (
     CheckedDomain,
     PreparedDomain,
@@ -56,30 +56,19 @@ class Upgrade(Transaction):
 
     async def _script(self) -> None:
         options = self._options
-        keeper: KeeperClient | None = None
-        try:
-            checked = await self.run_phase("check", check(self, self._uri, self._name, options))
-            if options.dry_run:
-                return
-            keeper = await self.run_phase("acquire", acquire(self, options, checked))
-            rehearsed = False
-            if options.rehearse:
-                rehearsed = await self.run_phase("rehearse", rehearse(self, options, checked, keeper))
-            else:
-                await note_unrehearsed(self, checked)
-            prepared = await self.run_phase("prepare", prepare(self, checked, keeper, rehearsed=rehearsed))
-            stopped = await self.run_phase("stop", stop(self, checked, prepared))
-            await self.run_phase("save", save(options, checked, keeper, prepared, stopped))
-            await self.run_phase("terminate", terminate(self, options, checked, keeper, prepared, stopped))
-        except BaseException as err:
-            failure = self.classify_error(err)
-            if self.state is not CommitState.COMMITTED:
-                await self.uncancelled(self.roll_back(failure))
-            elif keeper is not None:
-                failure.hint = f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}"
-            if failure is err:
-                raise
-            raise failure from err
+        checked = await self.run_phase("check", check(self, self._uri, self._name, options))
+        if options.dry_run:
+            return
+        keeper = await self.run_phase("acquire", acquire(self, options, checked))
+        rehearsed = False
+        if options.rehearse:
+            rehearsed = await self.run_phase("rehearse", rehearse(self, options, checked, keeper))
+        else:
+            await note_unrehearsed(self, checked)
+        prepared = await self.run_phase("prepare", prepare(self, checked, keeper, rehearsed=rehearsed))
+        stopped = await self.run_phase("stop", stop(self, checked, prepared))
+        await self.run_phase("save", save(options, checked, keeper, prepared, stopped))
+        await self.run_phase("terminate", terminate(self, options, checked, keeper, prepared, stopped))
         if options.prepare_only:
             self.report.image = keeper.image
             self.record(phase="prepared")
@@ -92,6 +81,8 @@ class Upgrade(Transaction):
             raise
         except SevhopError as err:
             await self.uncancelled(self._restore_old_emulator(err, checked, keeper, prepared, stopped))
+        self.committed_state = GuestState.RUNNING_IN_NEW if stopped.was_running else GuestState.PAUSED_IN_NEW
+        self.committed_hint = ""
         await self.run_phase("define", define(self, checked, keeper))
 
     async def _restore_old_emulator(
@@ -117,7 +108,7 @@ class Upgrade(Transaction):
         except SevhopError as err:
             raise RecoveryRequired(
                 f"{self.phase}: {failure.message}; in the old emulator: {err.message}",
-                f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}",
+                self.committed_hint,
                 GuestState.SUSPENDED,
             ) from failure
         await keeper.release()

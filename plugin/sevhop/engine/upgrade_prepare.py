@@ -16,7 +16,7 @@ from ..checks.domain import examine
 from ..disks import comparison
 from ..disks.block_graph import BlockGraph
 from ..disks.disk_guard import DiskGuard
-from ..errors import GuestLost, GuestState, Refused
+from ..errors import SAVED_HINT, GuestState, Refused, RolledBack
 from ..guest import cpu_features, emulator, inspection, runtime_settings, saved_settings
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..install import verification
@@ -29,8 +29,10 @@ from ..options import UpgradeOptions
 from ..process import cgroup_memory
 from ..records import journal
 from ..records.hop_record import HopRecord, Process
+from .check import verify_can_hop
 from .rehearsal import Rehearsal, Subject
 from .rehearsal_command_line import Unrehearsable
+from .stopped_guest import verify_alive
 from .transaction import Transaction
 
 
@@ -99,9 +101,7 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
             await verification.ensure_hook(connection)
     except SevhopError as err:
         raise Refused(err.message, err.hint) from err
-    if failures := examined.tree.failures():
-        first = failures[0]
-        raise Refused(f"{first.name}: {first.detail}", first.hint)
+    verify_can_hop(examined.tree)
     checked = CheckedDomain(
         connection,
         domain,
@@ -138,16 +138,13 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
 
 
 async def _verify_alive(checked: CheckedDomain) -> None:
-    """:raises GuestLost: the rollback has nobody to resume."""
-    if checked.source.alive:
-        return
-    if await checked.saved_by_another():
-        raise GuestLost(
-            "another client has saved the domain",
-            "resume the guest by restoring that image",
-            GuestState.SAVED,
-        )
-    raise GuestLost("the source's QEMU exited unexpectedly, and the guest with it")
+    """
+    :raises GuestLost: the rollback has nobody to resume.
+    :raises RolledBack: that is so because another client has saved the guest, in whose image it is.
+    """
+    if not checked.source.alive and await checked.saved_by_another():
+        raise RolledBack("another client has saved the domain", SAVED_HINT, GuestState.SAVED)
+    verify_alive(checked.source)
 
 
 async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> KeeperClient:

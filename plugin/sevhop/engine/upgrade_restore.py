@@ -98,7 +98,7 @@ async def _arrived_all_the_same(
     try:
         await keeper.revoke()
     except KeeperError as err:
-        hop.note(f"libvirt cannot connect to the destination, but {err.message}")
+        hop.note(f"libvirt cannot connect to the new QEMU, but {err.message}")
         return True
     # It has not run the guest, and cannot any more.
     await domain.destroy()
@@ -136,7 +136,9 @@ async def _report_destination(hop: Transaction, checked: CheckedDomain, keeper: 
     """Report what the keeper has seen of the destination."""
     status = await keeper.status()
     if status["state"] not in (State.COMMITTED.value, State.OVER.value):
-        raise SevhopError(status["reason"] or "libvirt restored the domain without calling the hook of sevhop")
+        if status["reason"]:
+            raise SevhopError(status["reason"])
+        raise SevhopError("libvirt restored the domain without calling the hook of sevhop", "run: sevhop install")
     hop.report.destination_pid = status["destination"]
     hop.report.destination_version = status["version"]
     if status["move"]:
@@ -162,9 +164,14 @@ async def define(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient)
                 raise
             await define_emulator(connection, uuid, checked.new)
     except (SevhopError, domain_xml.DomainXmlError) as err:
-        hop.note(f"the persistent definition still has the old emulator: {err}")
+        hop.note(not_defined(checked.domain.name, err))
     # A guest that was paused stays so; its QEMU has everything, and the keeper is not needed.
     await keeper.release()
+
+
+def not_defined(name: str, error: Exception) -> str:
+    """The note that the persistent definition could not be changed."""
+    return f"the persistent definition still has the old emulator: {error}; change it with: virsh edit {name}"
 
 
 async def define_emulator(connection: Connection, uuid: str, emulator: str) -> None:

@@ -23,6 +23,7 @@ from ..libvirt import domain_xml, hook, lock_manager
 from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
 from ..options import UpgradeOptions
+from .stopped_guest import verify_stopped
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
 
@@ -66,20 +67,11 @@ async def stop(hop: Transaction, checked: CheckedDomain, prepared: PreparedDomai
     elif checked.guest.state == "running":
         hop.downtime.disown()
         hop.record(running=False)
-    status = await checked.monitor.execute("query-status")
-    if status["running"]:
-        raise SevhopError("another client has resumed the guest", "stop that client, then try again")
-    if status["status"] not in guest_checks.HOPPABLE_STATES:
+    state = await verify_stopped(checked.monitor)
+    if state not in guest_checks.HOPPABLE_STATES:
         hop.downtime.disown()
-        raise SevhopError(f"the guest is {status['status']}", "a guest can hop while it runs or is paused")
-    return StoppedDomain(running, status["status"], undo)
-
-
-async def verify_stopped(checked: CheckedDomain, stopped: StoppedDomain) -> None:
-    """:raises SevhopError: the guest has run again, so the saved state is out of date."""
-    status = await checked.monitor.execute("query-status")
-    if status["running"] or status["status"] != stopped.state:
-        raise SevhopError("another client has resumed the guest", "try again")
+        raise SevhopError(f"the guest is {state}", "a guest can hop while it runs or is paused")
+    return StoppedDomain(running, state, undo)
 
 
 class SourceUndo:
@@ -119,7 +111,7 @@ class SourceUndo:
             if hop.downtime.began and not await self._runs():
                 raise RecoveryRequired(
                     f"cannot resume the guest: {err.message}",
-                    f"virsh resume {shlex.quote(domain.name)}",
+                    "virsh resume {0}, then sevhop recover {0}".format(shlex.quote(domain.name)),
                     GuestState.PAUSED_IN_OLD,
                 ) from err
         hop.downtime_ends()
@@ -158,7 +150,7 @@ class SourceUndo:
         for _, path, *_ in listeners:
             if path.endswith(f"/{_LIBVIRT_MONITOR}"):
                 return f"/proc/{source.pid}/root{path}"
-        raise SevhopError("the source's monitor does not listen")
+        raise SevhopError("the monitor of the old QEMU does not listen")
 
     async def _runs(self) -> bool:
         with contextlib.suppress(SevhopError):
@@ -187,7 +179,7 @@ async def save(
     keeping.result()
 
     async def verify_still_stopped() -> None:
-        await verify_stopped(checked, stopped)
+        await verify_stopped(checked.monitor, stopped.state)
 
     try:
         await prepared.disks.verify_given_up(
@@ -202,7 +194,7 @@ async def save(
         with open(keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             SaveImage(xml, stopped.was_running, stream, prepared.piped).write(file)
     except OSError as err:
-        raise SevhopError(f"cannot write the save image: {err.strerror}") from err
+        raise SevhopError(f"cannot write the save image: {err.strerror}", "free space in /run, then try again") from err
 
 
 async def terminate(
@@ -222,7 +214,7 @@ async def terminate(
     # then libvirt polls once.
     with _kept_open(_connections_of_libvirt(checked.source)):
         try:
-            await verify_stopped(checked, stopped)
+            await verify_stopped(checked.monitor, stopped.state)
             await prepared.disks.verify_unchanged_when_stopped()
             # The destination gets the devices and disks that the source had when it was examined.
             if domain_xml.without_additions(await checked.domain.xml()) != checked.xml:
@@ -237,11 +229,16 @@ async def terminate(
                 await keeper.retire()
             finally:
                 if not checked.source.alive:
-                    hop.commit(GuestState.SUSPENDED)
+                    hop.commit(GuestState.SUSPENDED, resume_hint(keeper))
         prepared.state.source_ended()
         # Not every init reaps at once; libvirt would wait for it.
         await checked.source.wait_reaped(options.step_timeout)
         await checked.domain.destroy()
+
+
+def resume_hint(keeper: KeeperClient) -> str:
+    """What to do with a guest that is suspended in a keeper."""
+    return f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}"
 
 
 def _connections_of_libvirt(source: QemuProcess) -> list[int]:

@@ -156,7 +156,7 @@ def test_destination_that_did_not_adopt_cannot_run(guest: Guest, there: Path, mo
         guest,
         there,
         skip_the_move,
-        r"the destination exited: sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+        r"the new QEMU exited: sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
     )
 
 
@@ -171,7 +171,7 @@ def test_guest_survives_source_killed_before_commit(guest: Guest, there: Path) -
 
 
 def test_hop_is_rolled_back_if_destination_killed_before_commit(guest: Guest, there: Path) -> None:
-    hop_rolled_back(guest, there, kill_destination, "the destination exited")
+    hop_rolled_back(guest, there, kill_destination, "the new QEMU exited")
 
 
 def test_guest_survives_destination_killed_after_commit(guest: Guest, there: Path) -> None:
