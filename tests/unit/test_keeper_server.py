@@ -573,6 +573,13 @@ def test_memory_is_for_one_destination_alone(server: KeeperServer, open_director
     assert run(again())[0][0].startswith("ok ")
 
 
+def test_keeper_is_not_released_by_the_destination(server: KeeperServer, open_directory: Path) -> None:
+    server.state = State.RESTORING
+    answers = run(served(server, open_directory / "s", NOBODY, server.answer_destination, (NOBODY, "release")))
+    assert answers == [["error invalid request"]]
+    assert not server.end.is_set()
+
+
 # -- where the context is --------------------------------------------------------------------------
 
 

@@ -253,8 +253,6 @@ class KeeperServer:
                 text, fd = await serve(sock, request)
                 log.info("%r -> %s", request, text)
                 socket.send_fds(sock, [_message(text)], [] if fd is None else [fd])
-                if request == b"release":
-                    self.end.set()
         if sock in self._commands:
             self._commands.discard(sock)
             if not self._commands and not self._command_expected:
@@ -336,6 +334,8 @@ class KeeperServer:
             case "release":
                 self._released = True
                 self._checkpoint()
+                # Not before the reply, which is sent without a pause in this task, is on its way.
+                asyncio.get_running_loop().call_soon(self.end.set)
                 return "ok"
         return f"error {reason_against_request(self.state, request)}"
 
