@@ -8,8 +8,12 @@ from sevhop.keeper.state import (
     KEEPER_NEEDED,
     RAN,
     SOURCE_GONE,
+    Attempt,
+    Facts,
+    HookAction,
     State,
     after_destination_exit,
+    at_hook,
     exits_with_command,
     reason_against_commit,
     reason_against_namesake,
@@ -73,3 +77,58 @@ def test_namesake_is_refused_with_what_to_do(state: State) -> None:
 def test_guest_is_lost_with_the_destination_only_if_it_has_run() -> None:
     assert after_destination_exit(has_run=True) == (State.LOST, RAN)
     assert after_destination_exit(has_run=False)[0] is State.WAITING
+
+
+def hooked(facts: Facts, step: str, *, own: bool = True) -> tuple[HookAction, str]:
+    operation, sub = step.split(" ")
+    return at_hook(facts, operation, sub, own=own, uuid="UUID", image=IMAGE)
+
+
+@pytest.mark.parametrize("state", State)
+def test_restore_begins_where_nothing_is_against_it(state: State) -> None:
+    reason = reason_against_restore(state, has_run=False)
+    expected = (HookAction.REFUSE, reason) if reason else (HookAction.BEGIN_RESTORE, "")
+    assert hooked(Facts(state), "restore begin") == expected
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [Facts(State.RESTORING, committing=True), Facts(State.RESTORING, attempt=Attempt.IN_PROGRESS)],
+    ids=["committing", "destination lives"],
+)
+def test_second_restore_is_refused_while_the_first_may_succeed(facts: Facts) -> None:
+    assert hooked(facts, "restore begin") == (HookAction.REFUSE, "the guest is being restored already")
+
+
+@pytest.mark.parametrize("attempt", Attempt)
+def test_guest_that_has_run_is_not_restored_whatever_lives(attempt: Attempt) -> None:
+    facts = Facts(State.COMMITTED, has_run=True, attempt=attempt)
+    assert hooked(facts, "restore begin") == (HookAction.REFUSE, RAN)
+
+
+def test_orphan_does_not_prevent_a_restore() -> None:
+    facts = Facts(State.RESTORING, attempt=Attempt.ORPHANED)
+    assert hooked(facts, "restore begin") == (HookAction.BEGIN_RESTORE, "")
+
+
+@pytest.mark.parametrize("state", State)
+def test_start_commits_only_in_a_restore(state: State) -> None:
+    action, reason = hooked(Facts(state), "started begin")
+    if state in FINISHED:
+        assert action is HookAction.ALLOW
+    else:
+        assert action is (HookAction.COMMIT if state is State.RESTORING else HookAction.REFUSE)
+    assert bool(reason) == (action is HookAction.REFUSE)
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("step", ["stopped end", "release end", "reconnect begin", "attach begin", "start begin"])
+def test_other_steps_are_allowed_in_every_state(state: State, step: str) -> None:
+    assert hooked(Facts(state, has_run=True, committing=True), step) == (HookAction.ALLOW, "")
+
+
+@pytest.mark.parametrize("state", State)
+def test_other_domains_are_ignored_unless_they_take_the_name(state: State) -> None:
+    assert hooked(Facts(state), "started begin", own=False) == (HookAction.IGNORE, "")
+    taken = HookAction.IGNORE if state is State.OVER else HookAction.REFUSE
+    assert hooked(Facts(state), "restore begin", own=False)[0] is taken

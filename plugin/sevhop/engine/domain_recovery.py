@@ -28,7 +28,8 @@ from sevhop_qmp.process import QemuProcess
 from ..disks import block_graph
 from ..errors import RecoveryRequired
 from ..guest import runtime_settings
-from ..keeper.client import KeeperClient, KeeperError
+from ..keeper.client import KeeperClient
+from ..keeper.config import KeeperError
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import NO_DOMAIN, Connection, Domain, DomainError

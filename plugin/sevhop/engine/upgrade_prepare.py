@@ -20,7 +20,8 @@ from ..errors import GuestLost, GuestState, Refused
 from ..guest import cpu_features, emulator, inspection, runtime_settings
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..install import verification
-from ..keeper.client import KeeperClient, KeeperConfig
+from ..keeper.client import KeeperClient
+from ..keeper.config import KeeperConfig
 from ..libvirt import domain_xml, lock_manager
 from ..libvirt.connection import Connection, Domain, DomainMonitor
 from ..options import UpgradeOptions

@@ -1,4 +1,4 @@
-"""The command's side of a keeper: starting it, and sending it requests. It is in :mod:`sevhop.keeper.server`."""
+"""The command's side of a keeper: starting it, and sending it requests. It is in :mod:`sevhop.keeper.main`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
-from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT
-from sevhop_qmp.ram_blocks import RamBlock
-
-from ..disks.block_graph import BlockGraph
-from ..guest.inspection import SevContext
 from ..records.run_directory import alive, hop_of, remove
+from .config import MESSAGE, KeeperConfig, KeeperError
+from .paths import KeeperPaths
 
 log = logging.getLogger(__name__)
 
@@ -33,63 +28,6 @@ START_TIMEOUT = 60.0
 ANSWER_TIMEOUT = 30.0
 #: Exists where systemd runs (sd_booted(3)).
 _SYSTEMD = Path("/run/systemd/system")
-#: Bytes of the longest request or reply.
-MESSAGE = 4096
-
-
-class KeeperError(SevhopError):
-    """The keeper refused, or has exited."""
-
-
-@dataclass(frozen=True)
-class KeeperConfig:
-    """
-    What a new keeper needs.
-
-    :ivar name, uuid: of the domain.
-    :ivar pid: of the source.
-    :ivar uid, gid: that QEMU runs as.
-    :ivar emulator: for the destination.
-    :ivar blocks: the source's RAM blocks.
-    :ivar disks: the source's disks, which the destination must have.
-    :ivar encrypted: names of those whose content cannot be copied.
-    :ivar move_deadline: seconds for which a move that is refused as busy is retried.
-    :ivar step_timeout: seconds within which the destination must answer.
-    :ivar command: pid of the command that starts the keeper.
-    """
-
-    name: str
-    uuid: str
-    pid: int
-    uid: int
-    gid: int
-    emulator: str
-    context: SevContext
-    blocks: tuple[RamBlock, ...]
-    encrypted: tuple[str, ...]
-    disks: BlockGraph | None = None
-    move_deadline: float = 2.0
-    step_timeout: float = COMMAND_TIMEOUT
-    command: int = field(default_factory=os.getpid)
-
-    def as_json(self) -> str:
-        """For the keeper's standard input."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The reverse of :meth:`as_json`."""
-        fields = json.loads(text)
-        fields["context"] = SevContext(**fields["context"])
-        rows = [row | {"inode": row["inode"] and tuple(row["inode"])} for row in fields["blocks"]]
-        fields["blocks"] = tuple(RamBlock(**row) for row in rows)
-        if fields["disks"] is not None:
-            fields["disks"] = BlockGraph.from_fields(fields["disks"])
-        fields["encrypted"] = tuple(fields["encrypted"])
-        return cls(**fields)
-
-
-# -- the command's side ----------------------------------------------------------------------------
 
 
 class KeeperClient:
@@ -101,6 +39,7 @@ class KeeperClient:
 
     def __init__(self, directory: Path, control: socket.socket) -> None:
         self.directory = directory
+        self._paths = KeeperPaths(directory)
         self._control = control
 
     @classmethod
@@ -150,17 +89,17 @@ class KeeperClient:
     @property
     def image(self) -> Path:
         """Where the save image is written."""
-        return self.directory / "image"
+        return self._paths.image
 
     @property
     def socket(self) -> Path:
         """Where adopt.so connects."""
-        return self.directory / "keeper"
+        return self._paths.keeper
 
     @property
     def monitor(self) -> Path:
         """Where the destination opens a monitor for the keeper."""
-        return self.directory / "monitor" / "qmp"
+        return self._paths.monitor
 
     def has_started(self, pid: int) -> bool:
         """Whether libvirt has started this QEMU from the image: then it has the keeper's monitor."""
@@ -240,7 +179,7 @@ async def _connect(directory: Path) -> socket.socket:
     control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control.setblocking(False)
     try:
-        await asyncio.get_running_loop().sock_connect(control, str(directory / "control"))
+        await asyncio.get_running_loop().sock_connect(control, str(KeeperPaths(directory).control))
     except OSError as err:
         control.close()
         raise KeeperError(f"the keeper in {directory} is gone") from err
@@ -252,7 +191,7 @@ def _command() -> list[str]:
     What starts a keeper. Where systemd runs it gets a scope of its own, so that it is not terminated with the login
     session or the service that the command belongs to.
     """
-    keeper = [sys.executable, "-m", "sevhop.keeper.server"]
+    keeper = [sys.executable, "-m", "sevhop.keeper.main"]
     systemd_run = shutil.which("systemd-run")
     if not _SYSTEMD.is_dir() or systemd_run is None:
         return keeper

@@ -1,9 +1,9 @@
 """
 How far the guest of a keeper has come, and what may be done in each state.
 
-Decisions only, without sockets and processes (those are in :mod:`sevhop.keeper.server`). Two facts decide: the state,
-and whether the guest has run in a destination (:mod:`sevhop_qmp.run_mark`). Each ``reason_against_*`` returns why a
-request is refused, empty when it is not. ::
+Decisions only, without sockets and processes (those are in :mod:`sevhop.keeper.server`). :class:`Facts` decide, above
+all the state, and whether the guest has run in a destination (:mod:`sevhop_qmp.run_mark`). Each ``reason_against_*``
+returns why a request is refused, empty when it is not. ::
 
     held ──> retiring ──> waiting ──restore begin──> restoring ──started begin──> committed ──the guest runs──> over
                              ^                          │                            │
@@ -13,6 +13,7 @@ request is refused, empty when it is not. ::
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 
 class State(enum.Enum):
@@ -42,6 +43,48 @@ class State(enum.Enum):
     COMMITTED = "committed"
     OVER = "over"
     LOST = "lost"
+
+
+class Attempt(enum.Enum):
+    """
+    What has become of the last restore.
+
+    ``NONE``
+        it has no destination that lives
+    ``IN_PROGRESS``
+        it has one, which may run the guest yet
+    ``ORPHANED``
+        it has one that can never run, since the daemon that was restoring it has died
+    """
+
+    NONE = enum.auto()
+    IN_PROGRESS = enum.auto()
+    ORPHANED = enum.auto()
+
+
+class HookAction(enum.Enum):
+    """What the keeper does at a step of the hook: refuse it, allow it, or do something first."""
+
+    REFUSE = enum.auto()
+    IGNORE = enum.auto()
+    ALLOW = enum.auto()
+    BEGIN_RESTORE = enum.auto()
+    COMMIT = enum.auto()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """
+    What decides.
+
+    :ivar has_run: the guest has run in a destination, or may have.
+    :ivar committing: a commit is in progress.
+    """
+
+    state: State
+    has_run: bool = False
+    committing: bool = False
+    attempt: Attempt = Attempt.NONE
 
 
 #: The guest may exist nowhere but in the keeper.
@@ -102,6 +145,29 @@ def reason_against_namesake(state: State, operation: str, sub: str, uuid: str, i
         return ""
     hint = f"run: virsh restore {image}" if state in SOURCE_GONE else "wait for it, or run: sevhop recover"
     return f"cannot start the domain: a hop has reserved its name for the domain with UUID {uuid}; {hint}"
+
+
+def at_hook(facts: Facts, operation: str, sub: str, *, own: bool, uuid: str, image: object) -> tuple[HookAction, str]:
+    """
+    What to do at a step of a domain, and why it is refused if it is.
+
+    :param own: whether it is the domain whose guest the keeper has; ``uuid`` is that one's.
+    """
+    action, reason = HookAction.ALLOW, ""
+    if not own:
+        action, reason = HookAction.IGNORE, reason_against_namesake(facts.state, operation, sub, uuid, image)
+    elif reason := reason_against_start(facts.state, operation, sub, image):
+        pass
+    elif (operation, sub) == ("restore", "begin"):
+        action = HookAction.BEGIN_RESTORE
+        if facts.committing or (not facts.has_run and facts.attempt is Attempt.IN_PROGRESS):
+            reason = "the guest is being restored already"
+        else:
+            reason = reason_against_restore(facts.state, has_run=facts.has_run)
+    elif (operation, sub) == ("started", "begin") and facts.state not in FINISHED:
+        action = HookAction.COMMIT
+        reason = reason_against_commit(facts.state, has_run=facts.has_run, committing=facts.committing)
+    return (HookAction.REFUSE, reason) if reason else (action, "")
 
 
 def after_destination_exit(*, has_run: bool) -> tuple[State, str]:

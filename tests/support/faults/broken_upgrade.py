@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sevhop.engine.upgrade import Upgrade
-from sevhop.keeper.client import KeeperClient, KeeperError
+from sevhop.keeper.client import KeeperClient
+from sevhop.keeper.config import KeeperError
 from sevhop.libvirt import connection
 from sevhop.libvirt.connection import DEFAULT_URI, DomainError, DomainMonitor
 from sevhop.options import UpgradeOptions
