@@ -17,7 +17,8 @@ from sevhop.keeper.handover import SourceHandles
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import MemoryMapping, QemuProcess
-from sevhop_qmp.ram_blocks import RamBlock, parse_ramblock_table, private_pairs, read
+from sevhop_qmp.ram_block_table import parse_ramblock_table
+from sevhop_qmp.ram_blocks import RamBlock, private_pairs, read
 
 QEMU_7 = """\
               Block Name    PSize              Offset               Used              Total

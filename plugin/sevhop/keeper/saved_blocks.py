@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-from sevhop_qmp import ram_blocks
+from sevhop_qmp import ram_block_sync, saved_ram_blocks
 from sevhop_qmp.process import QemuProcess
-from sevhop_qmp.ram_blocks import RamBlock, RamBlockCopy
+from sevhop_qmp.ram_block_sync import RamBlockCopy
+from sevhop_qmp.ram_blocks import RamBlock, private_pairs
 
 from .config import KeeperConfig
 
@@ -38,7 +39,7 @@ class SavedBlocks:
         """
         self._fd = descriptors.pop(_NAME, None)
         if self._fd is not None:
-            self.copies = ram_blocks.unpack(self._fd, self._to_save)
+            self.copies = saved_ram_blocks.unpack(self._fd, self._to_save)
 
     def take(self, source: QemuProcess) -> None:
         """
@@ -46,10 +47,10 @@ class SavedBlocks:
 
         :raises RamError: a block cannot be copied.
         """
-        self.copies = ram_blocks.copy(source, self._to_save)
+        self.copies = saved_ram_blocks.copy(source, self._to_save)
         if self._fd is not None:
             os.close(self._fd)
-        self._fd = ram_blocks.pack(self.copies.values())
+        self._fd = saved_ram_blocks.pack(self.copies.values())
 
     def write(self, destination: QemuProcess, blocks: dict[str, RamBlock]) -> None:
         """
@@ -58,5 +59,5 @@ class SavedBlocks:
         :param blocks: the destination's.
         :raises RamError: it has other blocks, or one could not be written.
         """
-        pairs = ram_blocks.private_pairs(self._source, blocks, encrypted=self._encrypted)
-        ram_blocks.write(((self.copies[theirs.name], ours) for theirs, ours in pairs), destination)
+        pairs = private_pairs(self._source, blocks, encrypted=self._encrypted)
+        ram_block_sync.write(((self.copies[theirs.name], ours) for theirs, ours in pairs), destination)
