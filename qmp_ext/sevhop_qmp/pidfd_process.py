@@ -42,7 +42,7 @@ class PidfdProcess:
         try:
             return cls(pid, os.pidfd_open(pid))
         except OSError as err:
-            raise ProcessError(f"process {pid}: {err.strerror}") from err
+            raise ProcessError(f"cannot open process {pid}: {err.strerror}") from err
 
     def close(self) -> None:
         """Close the pidfd. The process is not affected."""
@@ -180,4 +180,4 @@ class PidfdProcess:
         if not self.alive:
             return ProcessError(f"process {self.pid} has exited")
         hint = "run sevhop as root" if isinstance(err, PermissionError) else ""
-        return ProcessError(f"/proc/{self.pid}/{name}: {err.strerror}", hint)
+        return ProcessError(f"cannot read /proc/{self.pid}/{name}: {err.strerror}", hint)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import errno
 import os
 import re
 import resource
@@ -233,8 +234,10 @@ class QemuProcess(PidfdProcess):
         """
         fd = int(_libc.syscall(_SYS_PIDFD_GETFD, self._pidfd, number, 0))
         if fd < 0:
-            reason = os.strerror(ctypes.get_errno())
-            raise ProcessError(f"cannot duplicate descriptor {number} of process {self.pid}: {reason}")
+            code = ctypes.get_errno()
+            reason = os.strerror(code)
+            hint = "run sevhop as root" if code == errno.EPERM else ""
+            raise ProcessError(f"cannot duplicate descriptor {number} of process {self.pid}: {reason}", hint)
         return fd
 
     # -- what it has mapped ----------------------------------------------------------------------

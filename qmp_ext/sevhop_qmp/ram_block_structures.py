@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from .errors import RamError
 from .process import MemoryMapping, QemuProcess
-from .ram_block_table import Row
+from .ram_block_table import UNKNOWN_HINT, Row
 
 # A part of struct RAMBlock (include/exec/ramblock.h, QEMU 2.9 to 11): host, colo_cache, offset, used_length,
 # max_length, resized, flags, idstr, next.
@@ -42,7 +42,7 @@ def locate(rows: list[Row], process: QemuProcess) -> list[Row]:
                 hosts = _hosts(mem, block, rows)
                 if hosts is not None:
                     return [replace(row, host=host) for row, host in zip(rows, hosts, strict=True)]
-    raise RamError(f"RAM block {rows[0].name}, and those after it, were not found in QEMU's memory")
+    raise RamError(f"cannot find RAM block {rows[0].name} and those after it in QEMU's memory", UNKNOWN_HINT)
 
 
 def _candidates(mem: int, heap: MemoryMapping, name: bytes) -> Iterator[int]:

@@ -107,7 +107,7 @@ def read_area(fd: int, address: int, count: int) -> bytes:
     """:raises RamError: only a part of it can be read."""
     data = os.pread(fd, count, address)
     if len(data) != count:
-        raise RamError(f"only {len(data)} of {count} bytes of a RAM block can be read")
+        raise RamError(f"cannot read a RAM block: {len(data)} of {count} bytes are there")
     return data
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from .errors import RamError
 
+#: For a QEMU whose RAM blocks are not understood.
+UNKNOWN_HINT = "report this, with QEMU's version and the output of its HMP command info ramblock"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -26,7 +29,7 @@ def parse_ramblock_table(text: str) -> list[Row]:
     """
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not lines or not lines[0].split()[:2] == ["Block", "Name"]:
-        raise RamError("QEMU's list of RAM blocks has an unknown form")
+        raise RamError("cannot read QEMU's list of RAM blocks: unknown form", UNKNOWN_HINT)
     with_host = "HVA" in lines[0]
     rows = []
     for line in lines[1:]:
@@ -41,5 +44,7 @@ def parse_ramblock_table(text: str) -> list[Row]:
                 raise ValueError("no process has such a block")
             rows.append(Row(words[0].strip(), numbers[0], numbers[1], numbers[2], numbers[3] if with_host else None))
         except (ValueError, IndexError) as err:
-            raise RamError(f"QEMU's list of RAM blocks has an unknown line: {line.strip()}") from err
+            raise RamError(
+                f"cannot read QEMU's list of RAM blocks: unknown line: {line.strip()}", UNKNOWN_HINT
+            ) from err
     return rows

@@ -17,6 +17,8 @@ from .process import MemoryMapping, QemuProcess
 from .ram_block_structures import locate
 from .ram_block_table import Row, parse_ramblock_table
 
+_SAME_MACHINE = "start both with the same machine type, devices and firmware"
+
 
 @dataclass(frozen=True)
 class RamBlock:
@@ -61,10 +63,10 @@ def _describe(row: Row, mappings: list[MemoryMapping]) -> RamBlock:
     assert row.host is not None
     behind = next((m for m in mappings if m.start <= row.host < m.end), None)
     if behind is None:
-        raise RamError(f"RAM block {row.name} is not mapped where QEMU reports it")
+        raise RamError(f"cannot use RAM block {row.name}: it is not mapped where QEMU reports it")
     mapped = _mapped(row.host, behind, mappings)
     if mapped < row.size:
-        raise RamError(f"QEMU reports that RAM block {row.name} has {row.size} bytes, but {mapped} are mapped there")
+        raise RamError(f"cannot use RAM block {row.name}: QEMU reports {row.size} bytes, but {mapped} are mapped there")
     file = (behind.device, behind.inode) if behind.inode else None
     return RamBlock(row.name, row.host, row.used, row.size, file, behind.shared and file is not None)
 
@@ -93,12 +95,12 @@ def private_pairs(
     for name, block in source.items():
         other = destination.get(name)
         if other is None:
-            raise RamError(f"the destination has no RAM block {name}")
+            raise RamError(f"cannot hand over RAM block {name}: the new QEMU has none of this name", _SAME_MACHINE)
         if block.shared or other.inode is not None:
             if block.inode != other.inode:
-                raise RamError(f"RAM block {name} is not the same memory in source and destination")
+                raise RamError(f"cannot hand over RAM block {name}: the new QEMU has other memory for it")
             if block.size != other.size:
-                raise RamError(f"RAM block {name} has {block.size} bytes, in the destination {other.size}")
+                raise RamError(_sizes(name, block.size, other.size), _SAME_MACHINE)
             continue
         if name in encrypted:
             continue
@@ -107,6 +109,10 @@ def private_pairs(
             # own again when the guest reads them after a reset, so its copy is as good.
             if name.startswith("/rom@"):
                 continue
-            raise RamError(f"RAM block {name} has {block.used} bytes, in the destination {other.used}")
+            raise RamError(_sizes(name, block.used, other.used), _SAME_MACHINE)
         pairs.append((block, other))
     return pairs
+
+
+def _sizes(name: str, ours: int, theirs: int) -> str:
+    return f"cannot hand over RAM block {name}: it has {ours} bytes in the old QEMU, {theirs} in the new one"

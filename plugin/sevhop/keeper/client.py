@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 START_TIMEOUT = 60.0
 #: Seconds within which it must reply. A commit may retry for seconds.
 ANSWER_TIMEOUT = 30.0
+_TRY_AGAIN = "try again; the system log may have the reason"
+_RECOVER = "run: sevhop recover"
 #: Exists where systemd runs (sd_booted(3)).
 _SYSTEMD = Path("/run/systemd/system")
 
@@ -70,9 +72,11 @@ class KeeperClient:
             process.wait()
             if (left := hop_of(config.name)) is not None and not alive(left):
                 remove(config.name, left)
-            raise KeeperError("the keeper did not start") from err
+            raise KeeperError(
+                f"cannot start the keeper: it did not answer within {START_TIMEOUT:g} s", _TRY_AGAIN
+            ) from err
         if not line.startswith("ready "):
-            raise KeeperError(line or "the keeper did not start")
+            raise KeeperError(line or "cannot start the keeper: it has exited", "" if line else _TRY_AGAIN)
         self = await cls.connect(Path(line.removeprefix("ready ")))
         await self.status()
         return self
@@ -136,7 +140,7 @@ class KeeperClient:
         try:
             answer: dict[str, Any] = json.loads(await self._ask("status"))
         except ValueError as err:
-            raise KeeperError("invalid reply from the keeper") from err
+            raise KeeperError("cannot read the state of the keeper: invalid reply", _RECOVER) from err
         return answer
 
     async def release(self) -> None:
@@ -156,12 +160,12 @@ class KeeperClient:
                 self._control = await _connect(self.directory)
                 answer = await self._exchange(request)
         except TimeoutError as err:
-            raise KeeperError(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s") from err
+            raise KeeperError(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s", _RECOVER) from err
         except OSError as err:
-            raise KeeperError("the keeper is gone") from err
+            raise KeeperError("the keeper is gone", _RECOVER) from err
         verdict, _, rest = answer.partition(" ")
         if verdict != "ok":
-            raise KeeperError(rest or "the keeper is gone")
+            raise KeeperError(rest or "the keeper is gone", "" if rest else _RECOVER)
         return rest
 
     async def _exchange(self, request: str) -> str:
@@ -182,7 +186,7 @@ async def _connect(directory: Path) -> socket.socket:
         await asyncio.get_running_loop().sock_connect(control, str(KeeperPaths(directory).control))
     except OSError as err:
         control.close()
-        raise KeeperError(f"the keeper in {directory} is gone") from err
+        raise KeeperError(f"the keeper in {directory} is gone", _RECOVER) from err
     return control
 
 

@@ -93,11 +93,17 @@ async def verify(probed: ProbedDestination, config: KeeperConfig, images: Images
     monitor, process = probed.monitor, probed.process
     status = await adopt.adopt_status(monitor)
     if status.source != "ended" or status.ram != "shared":
-        raise KeeperError(f"the destination has not adopted the guest's memory (it is {status.ram})")
+        raise KeeperError(
+            f"cannot start the guest: the new QEMU has not adopted the guest's memory (it is {status.ram})",
+            "run: sevhop install --verify, then restore the domain again",
+        )
     if process.pid != peer:
-        raise KeeperError(f"process {process.pid} has the monitor, but {peer} asked for the memory")
+        raise KeeperError(
+            f"cannot start the guest: process {peer} was given its memory, but process {process.pid} is the new QEMU",
+            "find out what the first one is, and restore the domain again when it has exited",
+        )
     if (await monitor.execute("query-status"))["running"]:
-        raise KeeperError("the destination runs already")
+        raise KeeperError("cannot start the guest: the new QEMU runs already", "restore the domain again")
     if probed.lost:
         raise KeeperError(probed.lost)
     if config.disks is not None and images is not None:

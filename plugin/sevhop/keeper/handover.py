@@ -39,6 +39,7 @@ PROTOCOL = 1
 _MEMFD_LINK = re.compile(r"/memfd:(?P<name>.*) \(deleted\)$")
 #: The name that QEMU gives to the memfd of every memory-backend-memfd object.
 _BACKEND_MEMFD = "memory-backend-memfd"
+_MEMORY_HINT = "start the guest with its memory in a memory-backend-memfd object with share=on"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ class SourceHandles:
                 self.memfds.setdefault(_BACKEND_MEMFD, []).extend(plugged)
         if by_inode:
             names = ", ".join(sorted(block.name for block in by_inode.values()))
-            raise RamError(f"cannot hand over the memory of {names}: the source has no descriptor of it")
+            raise RamError(
+                f"cannot hand over the memory of {names}: the old QEMU has no descriptor of it", _MEMORY_HINT
+            )
 
     def close(self) -> None:
         """Close all descriptors."""

@@ -172,7 +172,7 @@ class KeeperServer:
             self._restore.started(pid)
             self._checkpoint()
         elif self.record.peer != pid:
-            return f"error process {self.record.peer} is the destination", None
+            return f"error process {self.record.peer} is the new QEMU of this guest", None
         return HandoverProtocol(self._handles, self._config.context, self._run_mark, source_ended=True).answer(request)
 
     # -- the command and the hook ------------------------------------------------------------------
@@ -340,7 +340,7 @@ class KeeperServer:
                     await probed.monitor.close()
                     raise
             except TimeoutError as err:
-                self.record.reason = "the destination's monitor does not answer"
+                self.record.reason = "cannot start the guest: the monitor of the new QEMU does not answer"
                 raise KeeperError(self.record.reason) from err
             except SevhopError as err:
                 self.record.reason = str(err)

@@ -172,7 +172,7 @@ def at_hook(facts: Facts, operation: str, sub: str, *, own: bool, uuid: str, ima
 
 def after_destination_exit(*, has_run: bool) -> tuple[State, str]:
     """The state after a destination has exited that was committed to and not seen to run the guest, and why."""
-    return (State.LOST, RAN) if has_run else (State.WAITING, "the destination exited before the guest ran")
+    return (State.LOST, RAN) if has_run else (State.WAITING, "the new QEMU exited before the guest ran")
 
 
 def exits_with_command(state: State) -> bool:
