@@ -64,7 +64,7 @@ class ContextVms:
         descriptor = destination.vm_descriptor()
         if descriptor is None or not self._vms:
             which = "new" if descriptor is None else "old"
-            raise KeeperError(f"cannot move the SEV context: the {which} QEMU has no KVM VM")
+            raise KeeperError(f"cannot move the SEV context: the {which} QEMU has no KVM VM", "run both with accel=kvm")
         before = dict(self._vms)
         name = next(name for number in itertools.count(1) if (name := f"vm {number}") not in before)
         self._vms[name] = destination.duplicate(descriptor)

@@ -273,7 +273,7 @@ class KeeperServer:
                 return f"error {RAN}"
             process.kill()
             if not await process.wait(KILL_TIMEOUT):
-                return f"error cannot terminate the new QEMU: process {process.pid} was killed and has not exited yet"
+                return f"error cannot terminate the new QEMU: process {process.pid} does not exit; see dmesg"
             self._destination = None
             self._enter(State.WAITING)
         if self.record.state is State.RESTORING and not self._has_run():

@@ -49,11 +49,13 @@ class Source:
         # One that has exited unexpectedly has nothing that is not saved.
         if not await self.process.freeze(timeout):
             if self.process.alive:
-                reason = f"cannot stop the old QEMU: process {self.process.pid} ignores SIGSTOP for {timeout:g} s"
+                reason = (
+                    f"cannot stop the old QEMU: process {self.process.pid} still runs after {timeout:g} s; see dmesg"
+                )
         elif self._locks.known and not self._locks.given_up:
             reason = "another client has resumed the guest"
         elif self._locks.kept():
-            reason = "cannot terminate the old QEMU: it has not given up all of its disks"
+            reason = "cannot terminate the old QEMU: it has not given up all disks; find the job that uses one"
         elif self.images is not None and self.images.files.changed():
             reason = "another client has changed the disks"
         if reason:

@@ -98,6 +98,7 @@ _NO_DESTINATION = frozenset({State.HELD, State.RETIRING, State.WAITING})
 
 #: Why a guest is not restored again.
 RAN = "the guest has run in a new QEMU already"
+_RECOVER = "run: sevhop recover"
 
 #: Steps at which a domain is started that is not being restored.
 _COLD_STARTS = frozenset({("prepare", "begin"), ("prepare", "cold-start"), ("migrate", "begin")})
@@ -105,16 +106,16 @@ _COLD_STARTS = frozenset({("prepare", "begin"), ("prepare", "cold-start"), ("mig
 
 def reason_against_request(state: State, request: str) -> str:
     """Against a request of the command that is known, but impossible now."""
-    return f'cannot {request}: the keeper is in state "{state.value}"'
+    return f'cannot {request}: the keeper is in state "{state.value}"; see: sevhop status'
 
 
 def reason_against_restore(state: State, *, has_run: bool) -> str:
     """Against ``restore begin``."""
     if state in (State.HELD, State.RETIRING):
-        return "the guest has not been saved yet"
+        return "cannot restore the guest: it has not been saved yet; wait for its hop"
     if state is State.OVER:
-        return "the guest runs"
-    return RAN if state is State.LOST or has_run else ""
+        return "cannot restore the guest: it runs; see: sevhop status"
+    return f"cannot restore the guest: {RAN}; {_RECOVER}" if state is State.LOST or has_run else ""
 
 
 def reason_against_start(state: State, operation: str, sub: str, image: object) -> str:
@@ -128,9 +129,9 @@ def reason_against_start(state: State, operation: str, sub: str, image: object) 
 def reason_against_commit(state: State, *, has_run: bool, committing: bool) -> str:
     """Against ``started begin`` of a domain whose guest the keeper has."""
     if has_run:
-        return RAN
+        return f"cannot start the guest: {RAN}; {_RECOVER}"
     possible = state is State.RESTORING and not committing
-    return "" if possible else f'cannot start the guest: the keeper is in state "{state.value}"'
+    return "" if possible else reason_against_request(state, "start the guest")
 
 
 def reason_against_namesake(state: State, operation: str, sub: str, uuid: str, image: object) -> str:
@@ -161,7 +162,7 @@ def at_hook(facts: Facts, operation: str, sub: str, *, own: bool, uuid: str, ima
     elif (operation, sub) == ("restore", "begin"):
         action = HookAction.BEGIN_RESTORE
         if facts.committing or (not facts.has_run and facts.attempt is Attempt.IN_PROGRESS):
-            reason = "the guest is being restored already"
+            reason = f"cannot restore the guest: it is being restored already; wait, or {_RECOVER}"
         else:
             reason = reason_against_restore(facts.state, has_run=facts.has_run)
     elif (operation, sub) == ("started", "begin") and facts.state not in FINISHED:
