@@ -47,7 +47,7 @@ def configuration_section(machine_type: str) -> bytes:
     try:
         name = machine_type.encode("ascii")
     except UnicodeEncodeError as err:
-        raise StateError(f"{machine_type!a} is no machine type") from err
+        raise StateError(f"cannot write a device state: {machine_type!a} is no machine type") from err
     return struct.pack(">BI", _CONFIGURATION, len(name)) + name
 
 
@@ -60,13 +60,21 @@ def header(machine_type: str) -> bytes:
     return MAGIC + configuration_section(machine_type)
 
 
+def cannot_save(refusal: CommandError) -> StateError:
+    """The error for a source that refuses."""
+    return StateError(
+        f"cannot save the device state of the old QEMU: {refusal.desc}", "remove what blocks its migration"
+    )
+
+
 def no_state(written: bytes | bytearray) -> StateError:
     """The error for a stream that does not begin as every device state does, with :data:`MAGIC`."""
     found = f", its stream begins with {written[: len(_BEGINNING)].hex()}" if written else ""
-    return StateError(f"the source wrote no device state{found}")
+    return StateError(f"cannot save the device state: the old QEMU wrote none{found}")
 
 
 _BEGINNING = MAGIC + _SECTION
+_OTHER_VERSION = "try another version of QEMU"
 #: An empty JSON description; QEMU expects one unless the machine has suppress-vmdesc=on.
 EMPTY_DESCRIPTION = struct.pack(">BI", _DESCRIPTION, 0)
 
@@ -138,7 +146,7 @@ class IncomingState:
         """
         await self._drained.wait()
         if self._broken:
-            raise StateError("the destination stopped reading the device state")
+            raise StateError("cannot load the device state into the new QEMU: it stopped reading")
 
     async def write(self, data: bytes) -> None:
         """Feed the next part of the stream, and wait until it is :meth:`drained`."""
@@ -185,7 +193,7 @@ class IncomingState:
             if status == "failed":
                 info = await self._destination.execute("query-migrate")
                 reason = info.get("error-desc", "no reason given")
-                raise StateError(f"the destination cannot load the device state: {reason}")
+                raise StateError(f"cannot load the device state into the new QEMU: {reason}", _OTHER_VERSION)
 
 
 class OutgoingState:
@@ -273,7 +281,7 @@ class OutgoingState:
         try:
             self._saving.result()
         except CommandError as err:
-            raise StateError(f"the source cannot save its device state: {err.desc}") from err
+            raise cannot_save(err) from err
         # Its fd set keeps the pipe open, so there is no end of file: its answer means that this is all.
         self._receive()
         self._stop_receiving()
@@ -298,7 +306,10 @@ class OutgoingState:
             async with asyncio.timeout(timeout):
                 await self._incoming.drained()
         except TimeoutError as err:
-            raise StateError(f"the destination did not read the device state within {timeout:g} s") from err
+            raise StateError(
+                f"cannot load the device state into the new QEMU: not read within {timeout:g} s",
+                "raise --timeout on a busy host",
+            ) from err
 
     async def abandon(self) -> bool:
         """

@@ -145,12 +145,15 @@ class Monitor(Commands):
         except TimeoutError as err:
             sock.close()
             raise MonitorError(
-                f"{name}: no QMP greeting within {greeting_timeout:g} s",
+                f"cannot use the monitor {name}: no QMP greeting within {greeting_timeout:g} s",
                 "another client is connected, or it is not a QMP monitor; give the guest a second one for sevhop",
             ) from err
         except QMPError as err:
             sock.close()
-            raise MonitorError(f"{name}: this is not a QMP monitor ({_root_cause(err)})") from err
+            raise MonitorError(
+                f"cannot use the monitor {name}: it does not speak QMP ({_root_cause(err)})",
+                "name a QMP socket of QEMU",
+            ) from err
         return cls(client, sock, name, peer, timeout)
 
     async def __aenter__(self) -> Self:
@@ -177,7 +180,7 @@ class Monitor(Commands):
         """QEMU's version as it greeted, such as ``7.2.22``."""
         greeting = self._client.greeting
         if greeting is None:
-            raise MonitorClosed(f"{self.name}: not connected")
+            raise MonitorClosed(f"cannot use the monitor {self.name}: not connected")
         with protocol_errors(self.name):
             return readable_version(greeting.QMP.version)
 
@@ -228,7 +231,7 @@ class Monitor(Commands):
         try:
             self._client.send_fd_scm(fd)
         except (OSError, QMPError, AttributeError, AssertionError) as err:
-            raise MonitorClosed(f"{self.name}: cannot pass a descriptor") from err
+            raise MonitorClosed(f"cannot pass a descriptor to QEMU over {self.name}: {_root_cause(err)}") from err
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventListener]:
@@ -279,7 +282,7 @@ class Monitor(Commands):
             # The event loop watches qemu.qmp's own descriptor already, and only once.
             descriptor = os.dup(self._socket.fileno())
         except OSError as err:
-            raise MonitorClosed(f"{self.name}: QEMU has hung up") from err
+            raise MonitorClosed(f"cannot use the monitor {self.name}: QEMU has hung up") from err
 
         def on_readable() -> None:
             loop.remove_reader(descriptor)
@@ -305,10 +308,13 @@ async def _connect_unix(path: str, timeout: float) -> socket.socket:
             await asyncio.get_running_loop().sock_connect(sock, path)
     except TimeoutError as err:
         sock.close()
-        raise MonitorError(f"{path}: the connection was not accepted within {timeout:g} s") from err
+        raise MonitorError(
+            f"cannot connect to the monitor {path}: not accepted within {timeout:g} s",
+            "disconnect other clients, or give the guest a second monitor for sevhop",
+        ) from err
     except OSError as err:
         sock.close()
-        raise MonitorError(f"{path}: {err.strerror or err}") from err
+        raise MonitorError(f"cannot connect to the monitor {path}: {err.strerror or err}") from err
     return sock
 
 

@@ -39,7 +39,7 @@ class OpenFiles(ProcDirectory):
         try:
             super().__init__(process.pid, "fd")
         except OSError as err:
-            raise ProcessError(f"/proc/{process.pid}/fd: {err.strerror}") from err
+            raise ProcessError(f"cannot read /proc/{process.pid}/fd: {err.strerror}") from err
         self._names: frozenset[str] = frozenset()
         self._files: dict[str, Identity] = {}
         try:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 
-from .device_state import EMPTY_DESCRIPTION, MAGIC, STATE_TIMEOUT, header, no_state
-from .errors import CommandError, MonitorError, StateError
+from .device_state import EMPTY_DESCRIPTION, MAGIC, STATE_TIMEOUT, cannot_save, header, no_state
+from .errors import CommandError, MonitorError
 from .monitor import Commands
 
 
@@ -68,7 +68,7 @@ class SavedDeviceState:
         try:
             await self._source.execute("xen-save-devices-state", arguments, timeout=timeout)
         except CommandError as err:
-            raise StateError(f"the source cannot save its device state: {err.desc}") from err
+            raise cannot_save(err) from err
         written = os.pread(self._file, os.fstat(self._file).st_size, 0)
         return complete(written, self._header)
 

@@ -20,7 +20,7 @@ from sevhop_qmp.device_state import configuration_section, header
 from sevhop_qmp.errors import ProcessError, SevhopError
 from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import QemuProcess
-from sevhop_qmp.ram_blocks import parse_ramblock_table
+from sevhop_qmp.ram_block_table import parse_ramblock_table
 from sevhop_qmp.saved_device_state import complete
 
 from .inputs import clean_texts, fuzzed, json_values, raw, texts

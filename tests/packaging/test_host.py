@@ -57,7 +57,7 @@ def test_package_cannot_be_purged_during_a_hop(daemon: Daemon, guest: DomainGues
     assert (report["outcome"], report["reason"]) == ("prepared", "")
     done = daemon.run("apt-get", "--yes", "purge", "sevhop")
     assert done.returncode != 0
-    assert f"sevhop: hops are in progress: {NAME} (see sevhop status)\n" in done.stdout + done.stderr
+    assert f"sevhop: cannot uninstall: hops are in progress: {NAME} (see sevhop status)\n" in done.stdout + done.stderr
     assert daemon.run("dpkg-query", "--show", "--showformat=${db:Status-Abbrev}", "sevhop").stdout == "ii "
     assert daemon.sevhop("recover").returncode == 0
     daemon.virsh("restore", report["image"])

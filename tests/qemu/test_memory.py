@@ -20,7 +20,7 @@ from bench.downtime import memory_of
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import MemoryMapping, QemuProcess
-from sevhop_qmp.ram_blocks import parse_ramblock_table
+from sevhop_qmp.ram_block_table import parse_ramblock_table
 
 from tests.support.guests import counter, host_memory
 from tests.support.guests.build import Unavailable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from sevhop.guest.inspection import SevContext
-from sevhop.keeper.client import KeeperConfig
+from sevhop.keeper.config import KeeperConfig
 from sevhop_qmp.ram_blocks import RamBlock
 
 UUID = "11111111-2222-3333-4444-55555555550a"

@@ -37,6 +37,23 @@ def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture
     assert "usage: sevhop" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--timeout", "soon", "a number of seconds: give one above 0 and below 86400"),
+        ("--timeout", "0", "a number of seconds: give one above 0 and below 86400"),
+        ("--jobs", "many", "a number from 1 to 64"),
+        ("--jobs", "65", "a number from 1 to 64"),
+    ],
+)
+def test_wrong_number_is_reported_with_what_is_allowed(
+    option: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        commands.main(["upgrade", "web", option, value])
+    assert capsys.readouterr().err.endswith(f"error: argument {option}: {value} is not {allowed}\n")
+
+
 @pytest.mark.parametrize("argv", LIBVIRT)
 def test_missing_libvirt_package_is_reported(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

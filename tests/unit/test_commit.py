@@ -15,7 +15,7 @@ from sevhop.engine.transaction import CommitState, Transaction
 from sevhop.errors import GuestLost, GuestState
 from sevhop.guest import inspection, runtime_settings
 from sevhop.options import HopOptions
-from sevhop_qmp import ram_blocks
+from sevhop_qmp import ram_block_sync
 from sevhop_qmp.errors import MonitorClosed, MoveError, MoveUncertain, SevhopError
 from sevhop_qmp.move import MoveReport
 from sevhop_qmp.run_mark import RunState
@@ -85,7 +85,7 @@ class Committed(Transaction):
         patch.setattr(runtime_settings, "read", self._nothing)
         patch.setattr(runtime_settings, "carry_over", self._nothing)
         patch.setattr(inspection, "inspect", self._inspect)
-        patch.setattr(ram_blocks, "write", lambda *_: None)
+        patch.setattr(ram_block_sync, "write", lambda *_: None)
 
     async def _script(self) -> None: ...
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from sevhop.keeper import client as keeper_client
-from sevhop.keeper.client import KeeperClient, KeeperError
+from sevhop.keeper.client import KeeperClient
+from sevhop.keeper.config import KeeperError
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def test_keeper_that_is_gone_is_reported(tmp_path: Path) -> None:
 
 def test_keeper_has_only_a_session_without_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(keeper_client, "_SYSTEMD", tmp_path / "missing")
-    assert keeper_client._command() == [sys.executable, "-m", "sevhop.keeper.server"]
+    assert keeper_client._command() == [sys.executable, "-m", "sevhop.keeper.main"]
 
 
 def test_keeper_has_a_scope_of_its_own_under_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -97,4 +98,4 @@ def test_keeper_has_a_scope_of_its_own_under_systemd(monkeypatch: pytest.MonkeyP
     assert first[:4] == [str(program), "--scope", "--quiet", "--collect"]
     assert first[4].startswith("--unit=sevhop-keeper-")
     assert first[4] != second[4]
-    assert first[first.index("--") + 1 :] == [sys.executable, "-m", "sevhop.keeper.server"]
+    assert first[first.index("--") + 1 :] == [sys.executable, "-m", "sevhop.keeper.main"]

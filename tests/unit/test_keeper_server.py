@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.keeper.client import KeeperConfig
+from sevhop.keeper import destination as keeper_destination
+from sevhop.keeper.config import KeeperConfig
+from sevhop.keeper.fdstore import FdStore
 from sevhop.keeper.handover import SourceHandles
+from sevhop.keeper.paths import KeeperPaths
 from sevhop.keeper.server import KeeperServer
-from sevhop.keeper.state import State
-from sevhop.keeper.supervisor import FdStore
+from sevhop.keeper.state import RAN, State
 from sevhop.libvirt import hook_server
 from sevhop.records.run_directory import listening
 from sevhop_qmp import monitor
@@ -51,7 +53,7 @@ async def ask(server: KeeperServer, request: str) -> str:
 @pytest.fixture
 def server(tmp_path: Path) -> KeeperServer:
     (tmp_path / "monitor").mkdir()
-    return KeeperServer(config(), tmp_path, SourceHandles(None, {}))
+    return KeeperServer(config(), KeeperPaths(tmp_path), SourceHandles(None, {}))
 
 
 def test_config_survives_json() -> None:
@@ -62,9 +64,9 @@ def test_config_survives_json() -> None:
 @pytest.mark.parametrize("step", ["started begin", "reconnect begin", "stopped end", "gibberish -"])
 @pytest.mark.parametrize("uuid", ["22222222-2222-3333-4444-555555555501", "-"])
 def test_foreign_domain_is_ignored(server: KeeperServer, state: State, step: str, uuid: str) -> None:
-    server.state = state
+    server.record.state = state
     assert run(ask(server, f"hook {step} {uuid}")) == "foreign"
-    assert server.state is state
+    assert server.record.state is state
 
 
 @pytest.mark.parametrize("state", State)
@@ -73,14 +75,14 @@ def test_foreign_domain_is_ignored(server: KeeperServer, state: State, step: str
 def test_reserved_name_is_not_started_by_another_domain(
     server: KeeperServer, state: State, step: str, uuid: str
 ) -> None:
-    server.state = state
+    server.record.state = state
     answer = run(ask(server, f"hook {step} {uuid}"))
     assert (
         answer == "foreign"
         if state is State.OVER
         else f"has reserved its name for the domain with UUID {UUID}" in answer
     )
-    assert server.state is state
+    assert server.record.state is state
 
 
 RESTORABLE = {State.WAITING, State.RESTORING, State.COMMITTED}
@@ -88,37 +90,37 @@ RESTORABLE = {State.WAITING, State.RESTORING, State.COMMITTED}
 
 @pytest.mark.parametrize("state", State)
 def test_restore_needs_a_suspended_guest(server: KeeperServer, state: State) -> None:
-    server.state = state
+    server.record.state = state
     answer = run(ask(server, f"hook restore begin {UUID.upper()}"))
     assert answer == "ok /opt/qemu" if state in RESTORABLE else answer.startswith("error ")
-    assert server.state is (State.RESTORING if state in RESTORABLE else state)
+    assert server.record.state is (State.RESTORING if state in RESTORABLE else state)
 
 
 @pytest.mark.parametrize("state", State)
 def test_domain_of_a_suspended_guest_is_not_started_cold(server: KeeperServer, state: State) -> None:
-    server.state = state
+    server.record.state = state
     answer = run(ask(server, f"hook prepare cold-start {UUID}"))
     assert answer.startswith("error ") == (state not in (State.OVER, State.LOST))
 
 
 @pytest.mark.parametrize("state", State)
 def test_restored_domain_is_prepared_after_the_restore_began(server: KeeperServer, state: State) -> None:
-    server.state = state
+    server.record.state = state
     answer = run(ask(server, f"hook prepare begin {UUID}"))
     assert answer.startswith("error ") == (state in {State.HELD, State.RETIRING, State.WAITING})
 
 
 @pytest.mark.parametrize("state", set(State) - {State.RESTORING})
 def test_commit_is_refused_without_a_restore(server: KeeperServer, state: State) -> None:
-    server.state = state
+    server.record.state = state
     answer = run(ask(server, f"hook started begin {UUID}"))
-    free = state in (State.OVER, State.LOST)
-    assert answer == ("ok" if free else f'error cannot start the guest: the keeper is in state "{state.value}"')
+    refused = f'error cannot start the guest: the keeper is in state "{state.value}"; see: sevhop status'
+    assert answer == ("ok" if state in (State.OVER, State.LOST) else refused)
 
 
 @pytest.mark.parametrize("state", set(State) - {State.RESTORING})
 def test_destination_is_refused_without_a_restore(server: KeeperServer, state: State) -> None:
-    server.state = state
+    server.record.state = state
     with socket.socket() as sock:
         answer, fd = run(server.answer_destination(sock, b"hello 1"))
     assert answer.startswith("error ")
@@ -134,14 +136,14 @@ def test_restore_is_refused_while_one_is_in_progress(server: KeeperServer) -> No
             await server.answer_control(ours, f"hook restore begin {UUID}".encode())
             await server.answer_destination(ours, b"hello 1")
             answer, _ = await server.answer_control(ours, f"hook restore begin {UUID}".encode())
-            assert answer == "error the guest is being restored already"
+            assert "it is being restored already" in answer
 
-    server.state = State.WAITING
+    server.record.state = State.WAITING
     run(work())
 
 
 def test_destination_is_notified_that_the_source_has_ended(server: KeeperServer) -> None:
-    server.state = State.RESTORING
+    server.record.state = State.RESTORING
     with socket.socket() as sock:
         answer, _ = run(server.answer_destination(sock, b"hello 1"))
     assert answer.startswith("ok context=sev source=ended handle=7 measurement=abab")
@@ -189,31 +191,31 @@ def source(tmp_path: Path) -> Iterator[Source]:
 
 
 def test_source_is_terminated_once_it_has_given_up_its_images(tmp_path: Path, source: Source) -> None:
-    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
+    server = KeeperServer(replace(config(), pid=source.process.pid), KeeperPaths(tmp_path), SourceHandles(None, {}))
     source.proceed()
     assert run(ask(server, "retire")) == "ok"
-    assert server.state is State.WAITING
+    assert server.record.state is State.WAITING
     assert source.process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("resumed", ["before it gave up its images", "after that"])
 def test_source_that_was_resumed_keeps_running(tmp_path: Path, source: Source, resumed: str) -> None:
-    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
+    server = KeeperServer(replace(config(), pid=source.process.pid), KeeperPaths(tmp_path), SourceHandles(None, {}))
     if resumed == "after that":
         source.proceed()
         source.proceed()
     assert run(ask(server, "retire")) == "error another client has resumed the guest"
-    assert server.state is State.HELD
+    assert server.record.state is State.HELD
     if resumed != "after that":
         source.proceed()
 
 
 def test_source_that_exited_unexpectedly_is_not_needed(tmp_path: Path, source: Source) -> None:
-    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
+    server = KeeperServer(replace(config(), pid=source.process.pid), KeeperPaths(tmp_path), SourceHandles(None, {}))
     source.process.kill()
     source.process.wait()
     assert run(ask(server, "retire")) == "ok"
-    assert server.state is State.WAITING
+    assert server.record.state is State.WAITING
 
 
 # -- whether the guest has run ---------------------------------------------------------------------
@@ -235,17 +237,17 @@ def leave_mark(server: KeeperServer, state: RunState) -> None:
 
 def committed(server: KeeperServer, destination: subprocess.Popen[bytes]) -> None:
     """The destination may run the guest, and the keeper does not know yet whether it does."""
-    server.state = State.COMMITTED
+    server.record.state = State.COMMITTED
     server._destination = QemuProcess.open(destination.pid)
 
 
 @pytest.mark.parametrize("state", [State.WAITING, State.RESTORING, State.COMMITTED])
 def test_guest_that_has_run_is_not_restored_again(server: KeeperServer, state: State) -> None:
-    server.state = state
+    server.record.state = state
     leave_mark(server, RunState.RAN)
-    assert run(ask(server, f"hook restore begin {UUID}")) == "error the guest has run in a new QEMU already"
-    assert run(ask(server, f"hook started begin {UUID}")) == "error the guest has run in a new QEMU already"
-    assert server.state is state
+    assert run(ask(server, f"hook restore begin {UUID}")).startswith(f"error cannot restore the guest: {RAN}")
+    assert run(ask(server, f"hook started begin {UUID}")).startswith(f"error cannot start the guest: {RAN}")
+    assert server.record.state is state
 
 
 @pytest.mark.parametrize("ran", [False, True])
@@ -265,15 +267,15 @@ def test_guest_is_lost_with_the_destination_only_if_it_has_run(
         destination.wait()
         successor = server
         if keeper != "lives":
-            successor = KeeperServer(config(), tmp_path, SourceHandles(None, {}))
+            successor = KeeperServer(config(), KeeperPaths(tmp_path), SourceHandles(None, {}))
             successor._run_mark = server._run_mark  # inherited from the supervisor
             successor.restore(shelf)
         await successor._until_it_runs(successor._destination or pytest.fail("it has no destination"), None)
         return successor
 
     successor = run(work())
-    assert successor.state is (State.LOST if ran else State.WAITING)
-    assert successor.reason
+    assert successor.record.state is (State.LOST if ran else State.WAITING)
+    assert successor.record.reason
 
 
 def test_keeper_is_over_once_the_guest_has_run_in_a_stuck_qemu(
@@ -286,7 +288,7 @@ def test_keeper_is_over_once_the_guest_has_run_in_a_stuck_qemu(
         await server._until_it_runs(server._destination or pytest.fail("it has no destination"), None)
 
     run(work())
-    assert server.state is State.OVER
+    assert server.record.state is State.OVER
 
 
 @pytest.mark.parametrize("ran", [False, True])
@@ -297,15 +299,15 @@ def test_revoke_kills_only_a_destination_that_has_not_run(
     leave_mark(server, RunState.RAN if ran else RunState.NOT)
     answer = run(ask(server, "revoke"))
     if ran:
-        assert (answer, server.state) == ("error the guest has run in a new QEMU already", State.COMMITTED)
+        assert (answer, server.record.state) == ("error the guest has run in a new QEMU already", State.COMMITTED)
         assert destination.poll() is None
     else:
-        assert (answer, server.state) == ("ok", State.WAITING)
+        assert (answer, server.record.state) == ("ok", State.WAITING)
         assert destination.wait() == -signal.SIGKILL
 
 
 def test_revoked_restore_is_not_committed(server: KeeperServer) -> None:
-    server.state = State.WAITING
+    server.record.state = State.WAITING
     assert run(ask(server, f"hook restore begin {UUID}")) == "ok /opt/qemu"
     assert run(ask(server, "revoke")) == "ok"
     assert run(ask(server, f"hook started begin {UUID}")).startswith("error ")
@@ -314,21 +316,21 @@ def test_revoked_restore_is_not_committed(server: KeeperServer) -> None:
 
 @pytest.mark.parametrize("request_text", ["", " ", "emulator", "emulator ", "hook", "hook a b", "nonsense", "blocks x"])
 def test_invalid_request_changes_nothing(server: KeeperServer, request_text: str) -> None:
-    server.state = State.WAITING
+    server.record.state = State.WAITING
     assert run(ask(server, request_text)).startswith("error ")
-    assert server.state is State.WAITING
+    assert server.record.state is State.WAITING
 
 
 def test_emulator_of_the_next_restore_can_be_replaced(server: KeeperServer) -> None:
-    server.state = State.WAITING
+    server.record.state = State.WAITING
     assert run(ask(server, "emulator /old qemu")) == "ok"
     assert run(ask(server, f"hook restore begin {UUID}")) == "ok /old qemu"
 
 
 def test_second_restore_is_reported_as_one(server: KeeperServer, tmp_path: Path) -> None:
-    server.state = State.WAITING
+    server.record.state = State.WAITING
     assert run(ask(server, f"hook restore begin {UUID}")) == "ok /opt/qemu"
-    server.state = State.WAITING
+    server.record.state = State.WAITING
     assert run(ask(server, f"hook restore begin {UUID}")) == "again /opt/qemu"
 
 
@@ -353,7 +355,7 @@ async def succession(server: KeeperServer, state: State, tmp_path: Path) -> Keep
     shelf = Shelf()
     server.restore(shelf)
     server._enter(state)
-    successor = KeeperServer(config(), tmp_path, SourceHandles(None, {}))
+    successor = KeeperServer(config(), KeeperPaths(tmp_path), SourceHandles(None, {}))
     successor.restore(shelf)
     return successor
 
@@ -363,8 +365,8 @@ def test_successor_continues_in_the_same_state(server: KeeperServer, tmp_path: P
     async def work() -> None:
         await ask(server, "emulator /other")
         successor = await succession(server, state, tmp_path)
-        assert successor.state is state
-        assert successor._status() == server._status()
+        assert successor.record.state is state
+        assert successor.status() == server.status()
         assert not successor.end.is_set()
 
     run(work())
@@ -387,16 +389,16 @@ def test_saved_blocks_outlive_the_keeper(server: KeeperServer, tmp_path: Path) -
 
     async def work() -> None:
         shelf = Shelf()
-        server = KeeperServer(of_this_test, tmp_path, SourceHandles(None, {}))
+        server = KeeperServer(of_this_test, KeeperPaths(tmp_path), SourceHandles(None, {}))
         server.restore(shelf)
         assert await ask(server, "blocks") == "ok"
         assert await ask(server, "blocks") == "ok"
-        successor = KeeperServer(of_this_test, tmp_path, SourceHandles(None, {}))
+        successor = KeeperServer(of_this_test, KeeperPaths(tmp_path), SourceHandles(None, {}))
         successor.restore(shelf)
-        assert successor._kept == server._kept
-        assert successor._kept["pc.rom"].parts == ((page, b"first".ljust(page, b"\0")),)
-        assert successor._kept["tables"].parts == ((page, b"las"),)
-        assert successor._kept["empty"].parts == ()
+        assert successor._saved_blocks.copies == server._saved_blocks.copies
+        assert successor._saved_blocks.copies["pc.rom"].parts == ((page, b"first".ljust(page, b"\0")),)
+        assert successor._saved_blocks.copies["tables"].parts == ((page, b"las"),)
+        assert successor._saved_blocks.copies["empty"].parts == ()
 
     run(work())
 
@@ -419,19 +421,19 @@ def test_sigterm_does_not_terminate_a_needed_keeper(server: KeeperServer, state:
 
 
 def test_requests_may_be_repeated(tmp_path: Path, source: Source) -> None:
-    server = KeeperServer(replace(config(), pid=source.process.pid), tmp_path, SourceHandles(None, {}))
+    server = KeeperServer(replace(config(), pid=source.process.pid), KeeperPaths(tmp_path), SourceHandles(None, {}))
     source.proceed()
     for state in (State.HELD, State.WAITING, State.RESTORING, State.COMMITTED, State.OVER):
-        server.state = state
+        server.record.state = state
         assert run(ask(server, "retire")) == "ok"
-        assert server.state is (State.WAITING if state is State.HELD else state)
+        assert server.record.state is (State.WAITING if state is State.HELD else state)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_successor_terminates_a_stopped_source(tmp_path: Path, source: Source, resumed: bool) -> None:
     of_source = replace(config(), pid=source.process.pid)
-    server = KeeperServer(of_source, tmp_path, SourceHandles(None, {}))
-    successor = KeeperServer(of_source, tmp_path, SourceHandles(None, {}))
+    server = KeeperServer(of_source, KeeperPaths(tmp_path), SourceHandles(None, {}))
+    successor = KeeperServer(of_source, KeeperPaths(tmp_path), SourceHandles(None, {}))
     if not resumed:
         source.proceed()
 
@@ -444,7 +446,7 @@ def test_successor_terminates_a_stopped_source(tmp_path: Path, source: Source, r
         assert (await ask(successor, "retire") == "ok") == (not resumed)
 
     run(work())
-    assert successor.state is (State.HELD if resumed else State.WAITING)
+    assert successor.record.state is (State.HELD if resumed else State.WAITING)
     if resumed:
         source.proceed()
 
@@ -456,7 +458,7 @@ def test_keeper_that_dies_after_release_has_no_successor(server: KeeperServer, t
         server._enter(State.WAITING)
         assert await ask(server, "release") == "ok"
         assert not shelf.needed
-        successor = KeeperServer(config(), tmp_path, SourceHandles(None, {}))
+        successor = KeeperServer(config(), KeeperPaths(tmp_path), SourceHandles(None, {}))
         successor.restore(shelf)
         return successor
 
@@ -469,8 +471,8 @@ def test_keeper_waits_for_its_command_to_reconnect(server: KeeperServer) -> None
     async def work() -> None:
         server.restore(Shelf())
         ours, tsuccessors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        serving = asyncio.ensure_future(server._until_hangup(tsuccessors, answer_stranger))
-        server._commands.add(tsuccessors)
+        serving = asyncio.ensure_future(server.clients._until_hangup(tsuccessors, answer_stranger))
+        server.clients._commands.add(tsuccessors)
         ours.close()
         await serving
         assert not server.end.is_set()
@@ -510,7 +512,7 @@ async def served(server: KeeperServer, path: Path, uid: int, serve: Any, *peers:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.stat().st_uid == uid
         path.chmod(0o666)
-        task = asyncio.ensure_future(server.listen(listener, uid, serve))
+        task = asyncio.ensure_future(server.clients.listen(listener, uid, serve))
         answers = [await connect_as(peer, path, request) for peer, request in peers]
         task.cancel()
         await asyncio.wait({task})
@@ -521,7 +523,7 @@ def test_control_socket_is_for_root_alone(server: KeeperServer, open_directory: 
     serve = server.answer_control
     answers = run(served(server, open_directory / "s", 0, serve, (NOBODY, "status"), (0, f"hook x y {UUID}")))
     assert answers == [[], ["ok"]]
-    assert server.state is State.HELD
+    assert server.record.state is State.HELD
 
 
 def test_hook_socket_is_for_root_alone(server: KeeperServer, open_directory: Path) -> None:
@@ -548,7 +550,7 @@ def test_hook_socket_is_for_root_alone(server: KeeperServer, open_directory: Pat
 
 
 def test_memory_is_for_the_user_of_qemu_alone(server: KeeperServer, open_directory: Path) -> None:
-    server.state = State.RESTORING
+    server.record.state = State.RESTORING
     serve = server.answer_destination
     answers = run(served(server, open_directory / "s", 1234, serve, (NOBODY, "hello 1"), (1234, "hello 1")))
     assert answers[0] == []
@@ -557,7 +559,7 @@ def test_memory_is_for_the_user_of_qemu_alone(server: KeeperServer, open_directo
 
 def test_memory_is_for_one_destination_alone(server: KeeperServer, open_directory: Path) -> None:
     """The first to connect is the destination, until libvirt starts another one."""
-    server.state = State.RESTORING
+    server.record.state = State.RESTORING
     serve = server.answer_destination
     path = open_directory / "s"
     answers = run(served(server, path, NOBODY, serve, (NOBODY, "hello 1"), (NOBODY, "hello 1")))
@@ -571,6 +573,14 @@ def test_memory_is_for_one_destination_alone(server: KeeperServer, open_director
 
     (open_directory / "monitor").mkdir()
     assert run(again())[0][0].startswith("ok ")
+
+
+def test_keeper_is_not_released_by_the_destination(server: KeeperServer, open_directory: Path) -> None:
+    server.record.state = State.RESTORING
+    answers = run(served(server, open_directory / "s", NOBODY, server.answer_destination, (NOBODY, "release")))
+    assert answers == [["error invalid request"]]
+    assert not server.end.is_set()
+    assert not server.record.released
 
 
 # -- where the context is --------------------------------------------------------------------------
@@ -590,9 +600,6 @@ class Destination:
 
 class Monitor:
     """Its monitor."""
-
-    async def execute(self, command: str, arguments: object) -> None:
-        pass
 
 
 class Kernel:
@@ -615,7 +622,7 @@ class Kernel:
 
 @pytest.fixture
 def moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[KeeperServer, Shelf, Kernel]:
-    server = KeeperServer(config(), tmp_path, SourceHandles(os.memfd_create("source"), {}))
+    server = KeeperServer(config(), KeeperPaths(tmp_path), SourceHandles(os.memfd_create("source"), {}))
     shelf = Shelf()
     kernel = Kernel(shelf)
     monkeypatch.setattr("sevhop_qmp.move.move", kernel.move)
@@ -624,7 +631,7 @@ def moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[KeeperServe
 
 
 def move_context(server: KeeperServer) -> None:
-    run(server._move_context(Monitor(), Destination()))  # type: ignore[arg-type]
+    run(server._context_vms.move_to(Monitor(), Destination(), 2.0))  # type: ignore[arg-type]
 
 
 def test_vm_is_stored_before_the_context_is_moved_there(moving: tuple[KeeperServer, Shelf, Kernel]) -> None:
@@ -656,7 +663,7 @@ def test_successor_finds_the_context_after_an_uncertain_move(
     kernel.failure, kernel.has_it = None, has_it
 
     async def succeed() -> KeeperServer:
-        successor = KeeperServer(config(), tmp_path, server._handles)
+        successor = KeeperServer(config(), KeeperPaths(tmp_path), server._handles)
         successor.restore(shelf)
         return successor
 
@@ -666,7 +673,8 @@ def test_successor_finds_the_context_after_an_uncertain_move(
 
 def test_monitor_that_does_not_listen_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its bind(2) and its listen(2), QEMU refuses connections."""
-    path = tmp_path / "qmp"
+    paths = KeeperPaths(tmp_path)
+    paths.monitor.parent.mkdir()
     connect = monitor.Monitor.connect
     failures: list[BaseException | None] = []
 
@@ -678,10 +686,10 @@ def test_monitor_that_does_not_listen_yet_is_waited_for(tmp_path: Path, monkeypa
         except MonitorError as err:
             failures.append(err.__cause__)
             if len(failures) == 1:
-                bound.bind(str(path))
+                bound.bind(str(paths.monitor))
             raise
 
     monkeypatch.setattr(monitor.Monitor, "connect", connected)
     with socket.socket(socket.AF_UNIX) as bound, pytest.raises(MonitorError, match="it answers"):
-        run(KeeperServer(config(), tmp_path, SourceHandles(None, {}))._probe(path))
+        run(keeper_destination.probe(config(), paths))
     assert [type(failure) for failure in failures] == [FileNotFoundError, ConnectionRefusedError]

@@ -119,7 +119,7 @@ def test_links_and_fifos_are_replaced(kind: str, directory: Path, tmp_path: Path
 
 
 def test_missing_directory_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SevhopError, match=r"cannot be written to .*/missing: No such file"):
+    with pytest.raises(SevhopError, match=r"cannot write metrics to .*/missing: No such file"):
         metrics.add(tmp_path / "missing", [done(1.0)])
 
 

@@ -61,5 +61,5 @@ def test_events_before_the_capabilities_are_answered_are_no_answer(count: int) -
 
 
 def test_monitor_is_refused_if_its_message_is_unknown() -> None:
-    with pytest.raises(MonitorError, match="not a QMP monitor"):
+    with pytest.raises(MonitorError, match="does not speak QMP"):
         play(answer={"error": {"class": "GenericError", "desc": "no"}})

@@ -17,7 +17,8 @@ from sevhop.keeper.handover import SourceHandles
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import MemoryMapping, QemuProcess
-from sevhop_qmp.ram_blocks import RamBlock, parse_ramblock_table, private_pairs, read
+from sevhop_qmp.ram_block_table import parse_ramblock_table
+from sevhop_qmp.ram_blocks import RamBlock, private_pairs, read
 
 QEMU_7 = """\
               Block Name    PSize              Offset               Used              Total
@@ -142,7 +143,7 @@ def test_blocks_of_an_old_qemu_are_found_on_its_heap() -> None:
 def test_structures_are_refused_unless_they_match_the_table(field: str) -> None:
     old = Old("pc.ram", "vga.vram", "pc.bios")
     old.fill(**{field: 8})
-    with pytest.raises(RamError, match=r"RAM block pc\.ram, and those after it, were not found"):
+    with pytest.raises(RamError, match=r"cannot find RAM block pc\.ram and those after it"):
         old.read()
 
 
@@ -151,7 +152,7 @@ def test_broken_list_is_refused(behind: int) -> None:
     old = Old("pc.ram", "")
     old.fill(behind=behind)
     old.blocks.append(("pc.bios", 0, 4096))
-    with pytest.raises(RamError, match="were not found"):
+    with pytest.raises(RamError, match="cannot find RAM block"):
         old.read()
 
 
@@ -160,7 +161,7 @@ def test_endless_list_is_refused() -> None:
     old.places[2] = old.places[1]
     old.fill(behind=old.places[1], back=0)
     old.blocks.append(("pc.bios", 0, 4096))
-    with pytest.raises(RamError, match="were not found"):
+    with pytest.raises(RamError, match="cannot find RAM block"):
         old.read()
 
 

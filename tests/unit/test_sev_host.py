@@ -10,7 +10,7 @@ import pytest
 from sevhop.checks import sev_host
 from sevhop.checks.result import CheckResult, Status
 from sevhop.guest.inspection import Guest, SevContext
-from sevhop_qmp.process import Credentials
+from sevhop_qmp.credentials import Credentials
 
 from .inspected_guest import guest
 

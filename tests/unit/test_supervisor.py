@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sevhop.keeper.supervisor import FdStore, Supervisor, protect
+from sevhop.keeper.fdstore import FdStore
+from sevhop.keeper.supervisor import Supervisor, protect
 
 _PATIENCE = 30.0
 _CAP_SYS_RESOURCE = 24

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sevhop.keeper.client import KeeperError
+from sevhop.keeper import destination
+from sevhop.keeper.config import KeeperError
 from sevhop.keeper.handover import SourceHandles
+from sevhop.keeper.paths import KeeperPaths
 from sevhop.keeper.server import KeeperServer
 from sevhop.keeper.state import State
 from sevhop.libvirt import hook_server
@@ -86,16 +88,18 @@ class Serving:
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         self.server = KeeperServer(
-            replace(config(), uid=QEMU, gid=QEMU, step_timeout=20), self.directory, SourceHandles(None, {})
+            replace(config(), uid=QEMU, gid=QEMU, step_timeout=20),
+            KeeperPaths(self.directory),
+            SourceHandles(None, {}),
         )
-        self.server.state = State.RESTORING
+        self.server.record.state = State.RESTORING
         control, qemus, hook = (
             run_directory.listening(self.directory / name, uid)
             for name, uid in (("control", 0), ("keeper", QEMU), ("hook", 0))
         )
         tasks = [
-            asyncio.ensure_future(self.server.listen(control, 0, self.server.answer_control)),
-            asyncio.ensure_future(self.server.listen(qemus, QEMU, self.server.answer_destination)),
+            asyncio.ensure_future(self.server.clients.listen(control, 0, self.server.answer_control)),
+            asyncio.ensure_future(self.server.clients.listen(qemus, QEMU, self.server.answer_destination)),
             asyncio.ensure_future(hook_server.listen(hook, self.server.answer_hook)),
         ]
         self._ready.set()
@@ -194,10 +198,10 @@ def test_monitor_of_another_user_is_refused(keeper: Serving, tmp_path: Path, mon
         async def connect(*_: object, **__: object) -> _ForeignMonitor:
             return monitor
 
-        monkeypatch.setattr("sevhop.keeper.server.Monitor.connect", connect)
+        monkeypatch.setattr("sevhop.keeper.destination.Monitor.connect", connect)
         try:
             with pytest.raises(KeeperError, match="of another user"):
-                asyncio.run(keeper.server._probe(tmp_path))
+                asyncio.run(destination.probe(config(), KeeperPaths(tmp_path)))
         finally:
             process.kill()
     assert monitor.closed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ..options import HopOptions
 
 #: Each job needs a few threads and, for a moment, a second QEMU.
 MAX_JOBS = 64
+#: Longest timeout, seconds.
+_DAY = 86400
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,20 +33,9 @@ def parser() -> argparse.ArgumentParser:
     hop.add_argument(
         "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the source's, as it is on disk now)"
     )
-    hop.add_argument("--json", action="store_true", help="print one JSON object, errors included")
-    hop.add_argument(
-        "--start-timeout",
-        type=_seconds,
-        default=HopOptions.start_timeout,
-        metavar="S",
-        help="seconds for the new QEMU to start (default: %(default)g)",
-    )
-    hop.add_argument(
-        "--move-deadline",
-        type=_seconds,
-        default=HopOptions.move_deadline,
-        metavar="S",
-        help="seconds for which a busy move of the SEV context is retried (default: %(default)g)",
+    _add_seconds(hop, "--start-timeout", HopOptions.start_timeout, "for the new QEMU to start")
+    _add_seconds(
+        hop, "--move-deadline", HopOptions.move_deadline, "for which a busy move of the SEV context is retried"
     )
     hop.add_argument(
         "destination",
@@ -115,20 +107,15 @@ def parser() -> argparse.ArgumentParser:
         "one. Safe at any time, also when no hop was interrupted.",
     )
     recover.add_argument("guests", nargs="*", metavar="DOMAIN", help="default: all")
-    recover.add_argument("--json", action="store_true", help="print one JSON object, errors included")
     recover.set_defaults(command="recover")
 
     for command in (hop, upgrade, recover):
-        command.add_argument(
-            "--timeout",
-            type=_seconds,
-            default=HopOptions.step_timeout,
-            metavar="S",
-            help="seconds for each step (default: %(default)g)",
-        )
+        _add_seconds(command, "--timeout", HopOptions.step_timeout, "for each step")
 
     for command in (upgrade, examine, status):
         command.add_argument("--connect", metavar="URI", help="libvirt connection (default: qemu:///system)")
+
+    for command in (hop, upgrade, examine, status, recover):
         command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
 
     for command in (hop, upgrade, status):
@@ -150,15 +137,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_seconds(command: argparse.ArgumentParser, option: str, default: float, purpose: str) -> None:
+    command.add_argument(
+        option, type=_seconds, default=default, metavar="S", help=f"seconds {purpose} (default: %(default)g)"
+    )
+
+
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < _DAY:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds: give one above 0 and below {_DAY}")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if not 0 < value <= MAX_JOBS:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {MAX_JOBS}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := int(text)) <= MAX_JOBS:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {MAX_JOBS}")

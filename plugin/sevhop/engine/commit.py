@@ -14,7 +14,7 @@ import errno
 import os
 from dataclasses import replace
 
-from sevhop_qmp import move, ram_blocks
+from sevhop_qmp import move, ram_block_sync
 from sevhop_qmp.errors import (
     CommandError,
     MonitorError,
@@ -209,7 +209,7 @@ async def _retry_in_new_destination(
         await _schedule_again(hop, prepared, started)
         theirs = await inspection.inspect(monitor, process)
         pairs = [(copy, theirs.blocks[copy.block.name]) for copy in prepared.ram.copies()]
-        await asyncio.to_thread(ram_blocks.write, pairs, process)
+        await asyncio.to_thread(ram_block_sync.write, pairs, process)
         await started.incoming.write(image)
         started.incoming.end()
         await started.incoming.loaded(timeout=options.step_timeout)

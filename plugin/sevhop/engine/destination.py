@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from sevhop_qmp import adopt
+from sevhop_qmp.credentials import Credentials
 from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
-from sevhop_qmp.process import Credentials, QemuProcess
+from sevhop_qmp.process import QemuProcess
 
 from ..guest import command_line
 from ..keeper.local import LocalKeeper

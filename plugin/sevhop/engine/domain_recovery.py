@@ -28,7 +28,8 @@ from sevhop_qmp.process import QemuProcess
 from ..disks import block_graph
 from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired
 from ..guest import saved_settings
-from ..keeper.client import KeeperClient, KeeperError
+from ..keeper.client import KeeperClient
+from ..keeper.config import KeeperError
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection

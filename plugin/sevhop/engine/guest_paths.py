@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.process import Address
+from sevhop_qmp.stream_sockets import Address
 
 #: Device and inode.
 Identity = tuple[int, int]

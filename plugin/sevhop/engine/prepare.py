@@ -17,6 +17,7 @@ from sevhop_qmp.errors import (
     MonitorError,
     SevhopError,
 )
+from sevhop_qmp.ram_block_sync import RamBlockSync
 from sevhop_qmp.run_mark import RunMark
 
 from ..disks.disk_guard import DiskGuard
@@ -52,7 +53,7 @@ class Prepared:
     run_mark: RunMark
     guest: inspection.Guest
     disks: DiskGuard
-    ram: ram_blocks.RamBlockSync
+    ram: RamBlockSync
     settings: runtime_settings.Settings
     roles: tuple[scheduling.Roles, scheduling.Roles]
     transfer: StateTransfer
@@ -116,7 +117,7 @@ async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:
 
 async def _compare(
     hop: Transaction, options: HopOptions, checked: Checked, started: Started
-) -> tuple[inspection.Guest, tuple[scheduling.Roles, scheduling.Roles], DiskGuard, ram_blocks.RamBlockSync]:
+) -> tuple[inspection.Guest, tuple[scheduling.Roles, scheduling.Roles], DiskGuard, RamBlockSync]:
     """Verify that the destination is the same machine, on the same memory, and sync its private RAM blocks."""
     destination = started.destination
     theirs = await inspection.inspect(destination.monitor, destination.process)
@@ -131,7 +132,7 @@ async def _compare(
         raise Refused(found[0], "give the new QEMU the disks that the guest has now, or try again")
     encrypted = ENCRYPTED_BLOCKS if checked.has_context else frozenset()
     pairs = ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks, encrypted=encrypted)
-    ram = ram_blocks.RamBlockSync(checked.source, destination.process, pairs)
+    ram = RamBlockSync(checked.source, destination.process, pairs)
     await asyncio.to_thread(ram.sync)
     return theirs, roles, disks, ram
 

@@ -20,7 +20,8 @@ from ..errors import SAVED_HINT, GuestState, Refused, RolledBack
 from ..guest import cpu_features, emulator, inspection, runtime_settings, saved_settings
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..install import verification
-from ..keeper.client import KeeperClient, KeeperConfig
+from ..keeper.client import KeeperClient
+from ..keeper.config import KeeperConfig
 from ..libvirt import domain_xml, lock_manager
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain

@@ -16,7 +16,8 @@ from ..disks import block_graph
 from ..errors import GuestLost
 from ..events import MoveAttempted
 from ..guest import saved_settings
-from ..keeper.client import KeeperClient, KeeperError
+from ..keeper.client import KeeperClient
+from ..keeper.config import KeeperError
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection

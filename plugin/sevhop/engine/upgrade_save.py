@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt, stream_sockets
 from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import QemuProcess
@@ -144,7 +144,7 @@ class SourceUndo:
     def _libvirt_monitor(self) -> str:
         """The socket's path, as seen from our mount namespace."""
         source = self._checked.source
-        listeners = source.listeners()
+        listeners = stream_sockets.listeners(source)
         for fd in listeners.values():
             os.close(fd)
         for _, path, *_ in listeners:
@@ -243,7 +243,7 @@ def resume_hint(keeper: KeeperClient) -> str:
 
 def _connections_of_libvirt(source: QemuProcess) -> list[int]:
     with contextlib.suppress(SevhopError):
-        return source.connections(_LIBVIRT_MONITOR)
+        return stream_sockets.connections(source, _LIBVIRT_MONITOR)
     return []
 
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sevhop_qmp import adopt
+from sevhop_qmp.credentials import Credentials
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.process import Credentials
 
 from ..process import launch
 from ..process.launch import Identity

@@ -180,9 +180,11 @@ def _rewrite(path: Path, rules: bytes) -> bool:
         if wanted != contents:
             atomic_file.write(path.resolve(), wanted, 0o644, keep_owner=True)
     except ValueError as err:
-        raise SevhopError(f"{path}: {err}", "repair the file, or remove both lines and what is between them") from err
+        raise SevhopError(
+            f"cannot change {path}: {err}", "repair the file, or remove both lines and what is between them"
+        ) from err
     except OSError as err:
-        raise SevhopError(f"{path} cannot be read: {err.strerror}", "run sevhop as root") from err
+        raise SevhopError(f"cannot read {path}: {err.strerror}", "run sevhop as root") from err
     return wanted != contents
 
 
@@ -214,7 +216,7 @@ def _parse(*arguments: str | Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as err:
-        raise SevhopError(f"{program}: {err.strerror}", "install the package apparmor") from err
+        raise SevhopError(f"cannot run {program}: {err.strerror}", "install the package apparmor") from err
     if done.returncode:
         reason = (done.stderr.strip() or "no reason was given").splitlines()[-1]
         raise SevhopError(f"AppArmor does not accept {arguments[-1]}: {reason}", "nothing was changed")

@@ -35,7 +35,7 @@ def write(path: Path, contents: bytes, mode: int, *, beside: Path | None = None,
                 os.unlink(file.name)
                 raise
     except OSError as err:
-        raise SevhopError(f"{path} cannot be written: {err.strerror}", "run sevhop as root") from err
+        raise SevhopError(f"cannot write {path}: {err.strerror}", "run sevhop as root") from err
 
 
 def _copy_owner(path: Path, fd: int) -> None:

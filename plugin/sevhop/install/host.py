@@ -55,11 +55,12 @@ def uninstall() -> bool:
     :raises SevhopError: a hop is in progress or was interrupted, or a file cannot be removed.
     """
     if DOMAINS.is_dir() and (in_progress := sorted(os.listdir(DOMAINS))):
-        raise SevhopError(f"hops are in progress: {', '.join(in_progress)}", "see sevhop status")
+        raise SevhopError(f"cannot uninstall: hops are in progress: {', '.join(in_progress)}", "see sevhop status")
     # Those of guests outside libvirt, and interrupted ones.
     for path in journal.journals():
         raise SevhopError(
-            f"a hop is in progress or was interrupted: {path}", "see sevhop status, or run: sevhop recover"
+            f"cannot uninstall: a hop is in progress or was interrupted: {path}",
+            "see sevhop status, or run: sevhop recover",
         )
     verification.forget()
     removed = units.uninstall() | apparmor.uninstall()
@@ -68,7 +69,7 @@ def uninstall() -> bool:
     except FileNotFoundError:
         return removed
     except OSError as err:
-        raise SevhopError(f"{SCRIPT} cannot be removed: {err.strerror}", "run sevhop as root") from err
+        raise SevhopError(f"cannot remove {SCRIPT}: {err.strerror}", "run sevhop as root") from err
     with contextlib.suppress(OSError):
         SCRIPT.parent.rmdir()
     return True

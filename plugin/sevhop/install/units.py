@@ -78,6 +78,6 @@ def _systemctl(*arguments: str) -> None:
     try:
         done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
     except OSError as err:
-        raise SevhopError(f"systemctl cannot be run: {err.strerror}") from err
+        raise SevhopError(f"cannot run systemctl: {err.strerror}", "install the package systemd") from err
     if done.returncode:
-        raise SevhopError(f"systemctl {arguments[0]}: {done.stderr.strip()}")
+        raise SevhopError(f"cannot run systemctl {' '.join(arguments)}: {done.stderr.strip()}", "run that command")

@@ -18,8 +18,9 @@ import tempfile
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from sevhop_qmp.credentials import Credentials
 from sevhop_qmp.errors import ProcessError, SevhopError
-from sevhop_qmp.process import Credentials, QemuProcess
+from sevhop_qmp.process import QemuProcess
 
 from ..guest import preload
 from ..libvirt import hook, hook_server

@@ -1,4 +1,4 @@
-"""The command's side of a keeper: starting it, and sending it requests. It is in :mod:`sevhop.keeper.server`."""
+"""The command's side of a keeper: starting it, and sending it requests. It is in :mod:`sevhop.keeper.main`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
-from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT
-from sevhop_qmp.ram_blocks import RamBlock
-
-from ..disks.block_graph import BlockGraph
-from ..guest.inspection import SevContext
 from ..records.run_directory import alive, hop_of, remove
+from .config import MESSAGE, KeeperConfig, KeeperError
+from .paths import KeeperPaths
 
 log = logging.getLogger(__name__)
 
@@ -31,65 +26,10 @@ log = logging.getLogger(__name__)
 START_TIMEOUT = 60.0
 #: Seconds within which it must reply. A commit may retry for seconds.
 ANSWER_TIMEOUT = 30.0
+_TRY_AGAIN = "try again; the system log may have the reason"
+_RECOVER = "run: sevhop recover"
 #: Exists where systemd runs (sd_booted(3)).
 _SYSTEMD = Path("/run/systemd/system")
-#: Bytes of the longest request or reply.
-MESSAGE = 4096
-
-
-class KeeperError(SevhopError):
-    """The keeper refused, or has exited."""
-
-
-@dataclass(frozen=True)
-class KeeperConfig:
-    """
-    What a new keeper needs.
-
-    :ivar name, uuid: of the domain.
-    :ivar pid: of the source.
-    :ivar uid, gid: that QEMU runs as.
-    :ivar emulator: for the destination.
-    :ivar blocks: the source's RAM blocks.
-    :ivar disks: the source's disks, which the destination must have.
-    :ivar encrypted: names of those whose content cannot be copied.
-    :ivar move_deadline: seconds for which a move that is refused as busy is retried.
-    :ivar step_timeout: seconds within which the destination must answer.
-    :ivar command: pid of the command that starts the keeper.
-    """
-
-    name: str
-    uuid: str
-    pid: int
-    uid: int
-    gid: int
-    emulator: str
-    context: SevContext
-    blocks: tuple[RamBlock, ...]
-    encrypted: tuple[str, ...]
-    disks: BlockGraph | None = None
-    move_deadline: float = 2.0
-    step_timeout: float = COMMAND_TIMEOUT
-    command: int = field(default_factory=os.getpid)
-
-    def as_json(self) -> str:
-        """For the keeper's standard input."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The reverse of :meth:`as_json`."""
-        fields = json.loads(text)
-        fields["context"] = SevContext(**fields["context"])
-        rows = [row | {"inode": row["inode"] and tuple(row["inode"])} for row in fields["blocks"]]
-        fields["blocks"] = tuple(RamBlock(**row) for row in rows)
-        if fields["disks"] is not None:
-            fields["disks"] = BlockGraph.from_fields(fields["disks"])
-        fields["encrypted"] = tuple(fields["encrypted"])
-        return cls(**fields)
-
-
-# -- the command's side ----------------------------------------------------------------------------
 
 
 class KeeperClient:
@@ -101,6 +41,7 @@ class KeeperClient:
 
     def __init__(self, directory: Path, control: socket.socket) -> None:
         self.directory = directory
+        self._paths = KeeperPaths(directory)
         self._control = control
 
     @classmethod
@@ -131,9 +72,11 @@ class KeeperClient:
             process.wait()
             if (left := hop_of(config.name)) is not None and not alive(left):
                 remove(config.name, left)
-            raise KeeperError("the keeper did not start") from err
+            raise KeeperError(
+                f"cannot start the keeper: it did not answer within {START_TIMEOUT:g} s", _TRY_AGAIN
+            ) from err
         if not line.startswith("ready "):
-            raise KeeperError(line or "the keeper did not start")
+            raise KeeperError(line or "cannot start the keeper: it has exited", "" if line else _TRY_AGAIN)
         self = await cls.connect(Path(line.removeprefix("ready ")))
         await self.status()
         return self
@@ -150,17 +93,17 @@ class KeeperClient:
     @property
     def image(self) -> Path:
         """Where the save image is written."""
-        return self.directory / "image"
+        return self._paths.image
 
     @property
     def socket(self) -> Path:
         """Where adopt.so connects."""
-        return self.directory / "keeper"
+        return self._paths.keeper
 
     @property
     def monitor(self) -> Path:
         """Where the destination opens a monitor for the keeper."""
-        return self.directory / "monitor" / "qmp"
+        return self._paths.monitor
 
     def has_started(self, pid: int) -> bool:
         """Whether libvirt has started this QEMU from the image: then it has the keeper's monitor."""
@@ -197,7 +140,7 @@ class KeeperClient:
         try:
             answer: dict[str, Any] = json.loads(await self._ask("status"))
         except ValueError as err:
-            raise KeeperError("invalid reply from the keeper") from err
+            raise KeeperError("cannot read the state of the keeper: invalid reply", _RECOVER) from err
         return answer
 
     async def release(self) -> None:
@@ -217,12 +160,12 @@ class KeeperClient:
                 self._control = await _connect(self.directory)
                 answer = await self._exchange(request)
         except TimeoutError as err:
-            raise KeeperError(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s") from err
+            raise KeeperError(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s", _RECOVER) from err
         except OSError as err:
-            raise KeeperError("the keeper is gone") from err
+            raise KeeperError("the keeper is gone", _RECOVER) from err
         verdict, _, rest = answer.partition(" ")
         if verdict != "ok":
-            raise KeeperError(rest or "the keeper is gone")
+            raise KeeperError(rest or "the keeper is gone", "" if rest else _RECOVER)
         return rest
 
     async def _exchange(self, request: str) -> str:
@@ -240,10 +183,10 @@ async def _connect(directory: Path) -> socket.socket:
     control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control.setblocking(False)
     try:
-        await asyncio.get_running_loop().sock_connect(control, str(directory / "control"))
+        await asyncio.get_running_loop().sock_connect(control, str(KeeperPaths(directory).control))
     except OSError as err:
         control.close()
-        raise KeeperError(f"the keeper in {directory} is gone") from err
+        raise KeeperError(f"the keeper in {directory} is gone", _RECOVER) from err
     return control
 
 
@@ -252,7 +195,7 @@ def _command() -> list[str]:
     What starts a keeper. Where systemd runs it gets a scope of its own, so that it is not terminated with the login
     session or the service that the command belongs to.
     """
-    keeper = [sys.executable, "-m", "sevhop.keeper.server"]
+    keeper = [sys.executable, "-m", "sevhop.keeper.main"]
     systemd_run = shutil.which("systemd-run")
     if not _SYSTEMD.is_dir() or systemd_run is None:
         return keeper

@@ -25,10 +25,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
+from sevhop_qmp import stream_sockets
 from sevhop_qmp.errors import RamError
-from sevhop_qmp.process import Address, QemuProcess, address_from_sockaddr
+from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 from sevhop_qmp.run_mark import RunMark
+from sevhop_qmp.stream_sockets import Address
 
 from ..guest import command_line
 from ..guest.inspection import Guest, SevContext
@@ -37,6 +39,7 @@ PROTOCOL = 1
 _MEMFD_LINK = re.compile(r"/memfd:(?P<name>.*) \(deleted\)$")
 #: The name that QEMU gives to the memfd of every memory-backend-memfd object.
 _BACKEND_MEMFD = "memory-backend-memfd"
+_MEMORY_HINT = "start the guest with its memory in a memory-backend-memfd object with share=on"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class SourceHandles:
         """
         handles = cls.take_machine(process, guest.blocks.values())
         try:
-            handles.listeners.update(process.listeners())
+            handles.listeners.update(stream_sockets.listeners(process))
         except BaseException:
             handles.close()
             raise
@@ -117,7 +120,9 @@ class SourceHandles:
                 self.memfds.setdefault(_BACKEND_MEMFD, []).extend(plugged)
         if by_inode:
             names = ", ".join(sorted(block.name for block in by_inode.values()))
-            raise RamError(f"cannot hand over the memory of {names}: the source has no descriptor of it")
+            raise RamError(
+                f"cannot hand over the memory of {names}: the old QEMU has no descriptor of it", _MEMORY_HINT
+            )
 
     def close(self) -> None:
         """Close all descriptors."""
@@ -162,7 +167,7 @@ class HandoverProtocol:
                     fd = self._handles.memfds.get(name, [])[int(number)]
                     return f"fd {os.fstat(fd).st_size}", fd
                 case ["listener", hexadecimal]:
-                    address = address_from_sockaddr(bytes.fromhex(hexadecimal))
+                    address = stream_sockets.address_from_sockaddr(bytes.fromhex(hexadecimal))
                     fd_or_none = self._handles.listeners.get(address) if address else None
                     return ("none", None) if fd_or_none is None else ("fd", fd_or_none)
                 case ["run-mark"]:

@@ -1,9 +1,9 @@
 """
 How far the guest of a keeper has come, and what may be done in each state.
 
-Decisions only, without sockets and processes (those are in :mod:`sevhop.keeper.server`). Two facts decide: the state,
-and whether the guest has run in a destination (:mod:`sevhop_qmp.run_mark`). Each ``reason_against_*`` returns why a
-request is refused, empty when it is not. ::
+Decisions only, without sockets and processes (those are in :mod:`sevhop.keeper.server`). :class:`Facts` decide, above
+all the state, and whether the guest has run in a destination (:mod:`sevhop_qmp.run_mark`). Each ``reason_against_*``
+returns why a request is refused, empty when it is not. ::
 
     held ──> retiring ──> waiting ──restore begin──> restoring ──started begin──> committed ──the guest runs──> over
                              ^                          │                            │
@@ -13,6 +13,7 @@ request is refused, empty when it is not. ::
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 
 class State(enum.Enum):
@@ -44,6 +45,48 @@ class State(enum.Enum):
     LOST = "lost"
 
 
+class Attempt(enum.Enum):
+    """
+    What has become of the last restore.
+
+    ``NONE``
+        it has no destination that lives
+    ``IN_PROGRESS``
+        it has one, which may run the guest yet
+    ``ORPHANED``
+        it has one that can never run, since the daemon that was restoring it has died
+    """
+
+    NONE = enum.auto()
+    IN_PROGRESS = enum.auto()
+    ORPHANED = enum.auto()
+
+
+class HookAction(enum.Enum):
+    """What the keeper does at a step of the hook: refuse it, allow it, or do something first."""
+
+    REFUSE = enum.auto()
+    IGNORE = enum.auto()
+    ALLOW = enum.auto()
+    BEGIN_RESTORE = enum.auto()
+    COMMIT = enum.auto()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """
+    What decides.
+
+    :ivar has_run: the guest has run in a destination, or may have.
+    :ivar committing: a commit is in progress.
+    """
+
+    state: State
+    has_run: bool = False
+    committing: bool = False
+    attempt: Attempt = Attempt.NONE
+
+
 #: The guest may exist nowhere but in the keeper.
 KEEPER_NEEDED = frozenset({State.RETIRING, State.WAITING, State.RESTORING, State.COMMITTED})
 #: The source has been terminated.
@@ -55,6 +98,7 @@ _NO_DESTINATION = frozenset({State.HELD, State.RETIRING, State.WAITING})
 
 #: Why a guest is not restored again.
 RAN = "the guest has run in a new QEMU already"
+_RECOVER = "run: sevhop recover"
 
 #: Steps at which a domain is started that is not being restored.
 _COLD_STARTS = frozenset({("prepare", "begin"), ("prepare", "cold-start"), ("migrate", "begin")})
@@ -62,16 +106,16 @@ _COLD_STARTS = frozenset({("prepare", "begin"), ("prepare", "cold-start"), ("mig
 
 def reason_against_request(state: State, request: str) -> str:
     """Against a request of the command that is known, but impossible now."""
-    return f'cannot {request}: the keeper is in state "{state.value}"'
+    return f'cannot {request}: the keeper is in state "{state.value}"; see: sevhop status'
 
 
 def reason_against_restore(state: State, *, has_run: bool) -> str:
     """Against ``restore begin``."""
     if state in (State.HELD, State.RETIRING):
-        return "the guest has not been saved yet"
+        return "cannot restore the guest: it has not been saved yet; wait for its hop"
     if state is State.OVER:
-        return "the guest runs"
-    return RAN if state is State.LOST or has_run else ""
+        return "cannot restore the guest: it runs; see: sevhop status"
+    return f"cannot restore the guest: {RAN}; {_RECOVER}" if state is State.LOST or has_run else ""
 
 
 def reason_against_start(state: State, operation: str, sub: str, image: object) -> str:
@@ -85,9 +129,9 @@ def reason_against_start(state: State, operation: str, sub: str, image: object) 
 def reason_against_commit(state: State, *, has_run: bool, committing: bool) -> str:
     """Against ``started begin`` of a domain whose guest the keeper has."""
     if has_run:
-        return RAN
+        return f"cannot start the guest: {RAN}; {_RECOVER}"
     possible = state is State.RESTORING and not committing
-    return "" if possible else f'cannot start the guest: the keeper is in state "{state.value}"'
+    return "" if possible else reason_against_request(state, "start the guest")
 
 
 def reason_against_namesake(state: State, operation: str, sub: str, uuid: str, image: object) -> str:
@@ -104,9 +148,32 @@ def reason_against_namesake(state: State, operation: str, sub: str, uuid: str, i
     return f"cannot start the domain: a hop has reserved its name for the domain with UUID {uuid}; {hint}"
 
 
+def at_hook(facts: Facts, operation: str, sub: str, *, own: bool, uuid: str, image: object) -> tuple[HookAction, str]:
+    """
+    What to do at a step of a domain, and why it is refused if it is.
+
+    :param own: whether it is the domain whose guest the keeper has; ``uuid`` is that one's.
+    """
+    action, reason = HookAction.ALLOW, ""
+    if not own:
+        action, reason = HookAction.IGNORE, reason_against_namesake(facts.state, operation, sub, uuid, image)
+    elif reason := reason_against_start(facts.state, operation, sub, image):
+        pass
+    elif (operation, sub) == ("restore", "begin"):
+        action = HookAction.BEGIN_RESTORE
+        if facts.committing or (not facts.has_run and facts.attempt is Attempt.IN_PROGRESS):
+            reason = f"cannot restore the guest: it is being restored already; wait, or {_RECOVER}"
+        else:
+            reason = reason_against_restore(facts.state, has_run=facts.has_run)
+    elif (operation, sub) == ("started", "begin") and facts.state not in FINISHED:
+        action = HookAction.COMMIT
+        reason = reason_against_commit(facts.state, has_run=facts.has_run, committing=facts.committing)
+    return (HookAction.REFUSE, reason) if reason else (action, "")
+
+
 def after_destination_exit(*, has_run: bool) -> tuple[State, str]:
     """The state after a destination has exited that was committed to and not seen to run the guest, and why."""
-    return (State.LOST, RAN) if has_run else (State.WAITING, "the destination exited before the guest ran")
+    return (State.LOST, RAN) if has_run else (State.WAITING, "the new QEMU exited before the guest ran")
 
 
 def exits_with_command(state: State) -> bool:

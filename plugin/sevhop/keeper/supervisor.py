@@ -13,8 +13,7 @@ with its next instruction: no reply is awaited. When the keeper dies, the superv
 the last checkpoint. When the supervisor dies, the keeper continues alone. Sockets that listened before the fork belong
 to both and accept connections at any time.
 
-This is what the file descriptor store of systemd does for its services (sd_pid_notify_with_fds(3)). The supervisor
-works without systemd, too. A guest is lost only if both are killed at once.
+The keeper's end of this is in :mod:`sevhop.keeper.fdstore`. A guest is lost only if both are killed at once.
 """
 
 from __future__ import annotations
@@ -26,9 +25,11 @@ import signal
 import socket
 import syslog
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .fdstore import FdStore
 
 #: Keepers that are restarted immediately; after that only if the guest is nowhere else, and slowly.
 RESPAWNS = 5
@@ -37,38 +38,6 @@ PAUSE = 60.0
 #: Bytes that no checkpoint can have: more than a socket takes.
 _LONGEST = 1 << 18
 _MOST_DESCRIPTORS = 64
-
-
-class FdStore:
-    """
-    The keeper's side: the last checkpoint of its predecessor, and where it stores its own.
-
-    :ivar record: what was stored last; empty for the first keeper.
-    :ivar descriptors: by name, those that were stored with it.
-    """
-
-    def __init__(
-        self, record: dict[str, Any], descriptors: dict[str, int], supervisor: socket.socket | None = None
-    ) -> None:
-        self.record = record
-        self.descriptors = descriptors
-        self._supervisor = supervisor
-
-    def store(self, record: Mapping[str, Any], descriptors: Mapping[str, int], *, needed: bool) -> None:
-        """
-        Replace what is stored. Without a supervisor nothing happens.
-
-        :param needed: whether the guest exists nowhere else.
-        """
-        if self._supervisor is None:
-            return
-        text = json.dumps({"record": record, "names": list(descriptors), "needed": needed})
-        try:
-            socket.send_fds(self._supervisor, [text.encode()], list(descriptors.values()))
-        except OSError:
-            # It has died. This process has everything as well.
-            self._supervisor.close()
-            self._supervisor = None
 
 
 class Supervisor:

@@ -61,7 +61,9 @@ def add(path: Path, reports: Iterable[Report] = (), outdated: int | None = None)
                 samples[_OUTDATED] = outdated
             _write(directory, samples)
     except OSError as err:
-        raise SevhopError(f"metrics cannot be written to {path}: {err.strerror}") from err
+        raise SevhopError(
+            f"cannot write metrics to {path}: {err.strerror}", "correct --metrics-dir, or the directory's permissions"
+        ) from err
 
 
 def _count(samples: dict[str, float], report: Report) -> None:

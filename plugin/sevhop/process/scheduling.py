@@ -214,7 +214,7 @@ def cgroup_directory(controllers: str, path: str) -> Path:
             inside = os.path.relpath(path, root)
             if not inside.startswith(".."):
                 return Path(point, inside)
-    raise SevhopError(f"cannot find the cgroup {controllers}:{path} of the source: not mounted", "mount its hierarchy")
+    raise SevhopError(f"cannot find the cgroup {controllers}:{path} of QEMU: not mounted", "mount its hierarchy")
 
 
 def _checked(result: int) -> int:

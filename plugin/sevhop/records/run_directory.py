@@ -3,7 +3,7 @@ Where the hops in progress are: ``/run/sevhop``.
 
 Each hop has a directory there, with a name that cannot be guessed. That of a domain also has a link in ``domains``,
 named like the domain, and one beside it that has the domain's UUID in its name, since a domain that is shut off can be
-renamed; both are claimed by the keeper (:mod:`sevhop.keeper.server`) and removed with it. That of a guest outside
+renamed; both are claimed by the keeper (:mod:`sevhop.keeper.main`) and removed with it. That of a guest outside
 libvirt has the destination's monitor in it (:mod:`sevhop.engine.destination`).
 """
 

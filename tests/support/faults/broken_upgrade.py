@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sevhop.engine.upgrade import Upgrade
-from sevhop.keeper.client import KeeperClient, KeeperError
+from sevhop.keeper.client import KeeperClient
+from sevhop.keeper.config import KeeperError
 from sevhop.libvirt import daemon as libvirt_daemon
 from sevhop.libvirt.daemon import DEFAULT_URI, DomainError
 from sevhop.libvirt.domain_monitor import DomainMonitor

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tests.support.guests import build
+
 from . import initramfs, kernels, machine, wire
 from .errors import LabError, LabTimeout
 
@@ -53,7 +55,7 @@ def _environment(series: str) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "SEVHOP_LAB": series,
         # Here everybody is root, whose cache may be another one.
-        "SEVHOP_CACHE": str(kernels.SHARED_CACHE),
+        "SEVHOP_CACHE": str(build.CACHE),
     }
 
 

@@ -17,19 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.guests import build
+
 from .errors import LabError
 
-TREE = Path(__file__).resolve().parents[3]
-
-
-def _cache_directory() -> Path:
-    command = [TREE / "tools" / "cache-directory"]
-    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.removesuffix("\n"))
-
-
-#: Of all commands in tools/.
-SHARED_CACHE = _cache_directory()
-CACHE = SHARED_CACHE / "lab"
+#: The lab's part of the cache.
+CACHE = build.CACHE / "lab"
 
 _PACKAGES = "linux-(image|headers|kbuild)-[0-9].*|busybox-static"
 
@@ -119,7 +112,7 @@ def _fetch(series: Series, root: Path) -> None:
     partial = root.with_name("root.partial")
     shutil.rmtree(partial, ignore_errors=True)
     names = (f"linux-image-{series.metapackage}", f"linux-headers-{series.metapackage}", "busybox-static")
-    fetch = [str(TREE / "tools" / "fetch-packages"), "--only", _PACKAGES, series.suite, str(partial), *names]
+    fetch = [str(build.ROOT / "tools" / "fetch-packages"), "--only", _PACKAGES, series.suite, str(partial), *names]
     done = subprocess.run(fetch, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise LabError("the kernel's packages could not be fetched", done.stderr)

@@ -18,9 +18,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.guests import build
+
 from . import initramfs, wire
 from .errors import LabError, LabTimeout
-from .kernels import SHARED_CACHE, TREE, Kernel
+from .kernels import Kernel
 
 EMULATOR = "qemu-system-x86_64"
 BOOT_LIMIT = 120.0  # seconds; it takes about 5 on an idle machine
@@ -167,7 +169,7 @@ def _command(lab: Lab, initrd: int, console: int, port: int) -> list[str]:
 def _instructions(lab: Lab, job: wire.Job) -> bytes:
     """The part of the first file system that is for this run only."""
     empty = _EMPTY | dict.fromkeys(_temporary(), "1777")
-    needed = (TREE, SHARED_CACHE, Path(job.directory), Path(sys.prefix), Path(sys.base_prefix), *lab.shown)
+    needed = (build.ROOT, build.CACHE, Path(job.directory), Path(sys.prefix), Path(sys.base_prefix), *lab.shown)
     return initramfs.archive(
         {
             "run/job": (0o600, job.to_bytes()),

@@ -1,0 +1,70 @@
+"""What a command and its keeper agree on: the configuration on standard input, the size of a request, the error."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Self
+
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.monitor import COMMAND_TIMEOUT
+from sevhop_qmp.ram_blocks import RamBlock
+
+from ..disks.block_graph import BlockGraph
+from ..guest.inspection import SevContext
+
+#: Bytes of the longest request or reply.
+MESSAGE = 4096
+
+
+class KeeperError(SevhopError):
+    """The keeper refused, or has exited."""
+
+
+@dataclass(frozen=True)
+class KeeperConfig:
+    """
+    What a new keeper needs.
+
+    :ivar name, uuid: of the domain.
+    :ivar pid: of the source.
+    :ivar uid, gid: that QEMU runs as.
+    :ivar emulator: for the destination.
+    :ivar blocks: the source's RAM blocks.
+    :ivar disks: the source's disks, which the destination must have.
+    :ivar encrypted: names of those whose content cannot be copied.
+    :ivar move_deadline: seconds for which a move that is refused as busy is retried.
+    :ivar step_timeout: seconds within which the destination must answer.
+    :ivar command: pid of the command that starts the keeper.
+    """
+
+    name: str
+    uuid: str
+    pid: int
+    uid: int
+    gid: int
+    emulator: str
+    context: SevContext
+    blocks: tuple[RamBlock, ...]
+    encrypted: tuple[str, ...]
+    disks: BlockGraph | None = None
+    move_deadline: float = 2.0
+    step_timeout: float = COMMAND_TIMEOUT
+    command: int = field(default_factory=os.getpid)
+
+    def as_json(self) -> str:
+        """For the keeper's standard input."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The reverse of :meth:`as_json`."""
+        fields = json.loads(text)
+        fields["context"] = SevContext(**fields["context"])
+        rows = [row | {"inode": row["inode"] and tuple(row["inode"])} for row in fields["blocks"]]
+        fields["blocks"] = tuple(RamBlock(**row) for row in rows)
+        if fields["disks"] is not None:
+            fields["disks"] = BlockGraph.from_fields(fields["disks"])
+        fields["encrypted"] = tuple(fields["encrypted"])
+        return cls(**fields)
