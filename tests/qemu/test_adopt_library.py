@@ -952,7 +952,7 @@ def test_stderr_that_is_not_open_is_refused(qemu: Path, accelerator: Accelerator
 
 
 @EVERY_EMULATOR
-def test_children_inherit_neither_environment_nor_memfds(
+def test_children_inherit_neither_environment_nor_descriptors(
     qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path
 ) -> None:
     seen = tmp_path / "environment"

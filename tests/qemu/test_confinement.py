@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from sevhop_qmp import adopt
 from sevhop_qmp.process import QemuProcess
 
 from tests.support.guests.machine import Machine
-from tests.support.guests.running import Guest, processes_of
+from tests.support.guests.running import Guest, processes_of, wait_until
 
 from .conftest import DescribeCounter, DescribeLinux, StartGuest
 from .hops import HopDriver, assert_unharmed, hop, sevhop
@@ -139,8 +140,9 @@ def test_threads_are_scheduled_as_those_of_the_source_are(
 
 
 @contextmanager
-def cgroup(name: str) -> Iterator[dict[str, Path]]:
-    """A cgroup of that name in each of some hierarchies, by controller; cgroup v1 alone has several."""
+def cgroup() -> Iterator[dict[str, Path]]:
+    """A cgroup in each of some hierarchies, by controller; cgroup v1 alone has several. Its name is this run's own."""
+    name = f"sevhop-test-{os.getpid()}"
     made = {}
     for controller in ("memory", "cpuset", "pids"):
         root = Path("/sys/fs/cgroup", controller)
@@ -155,13 +157,20 @@ def cgroup(name: str) -> Iterator[dict[str, Path]]:
     finally:
         for group in made.values():
             for inner in [*(path for path in group.iterdir() if path.is_dir()), group]:
-                inner.rmdir()
+                # Busy while the kernel removes processes that have exited.
+                wait_until(functools.partial(_removed, inner), 10, f"{inner} is empty")
+
+
+def _removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()
 
 
 def test_process_and_threads_are_in_the_cgroups_of_the_source(
-    old: Path, new: Path, tmp_path: Path, counter_machine: DescribeCounter, start: StartGuest
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
-    with cgroup(tmp_path.name) as groups:
+    with cgroup() as groups:
         if "cpuset" not in groups:
             pytest.skip("no cpuset hierarchy of cgroup v1")
         inner = groups["cpuset"] / "vcpu0"
@@ -173,7 +182,7 @@ def test_process_and_threads_are_in_the_cgroups_of_the_source(
         guest.wait_for_ticks(3)
         (inner / "tasks").write_text(str(threads(guest)["vCPU 0"]))
         before = {name: Path(f"/proc/{thread}/cgroup").read_text() for name, thread in threads(guest).items()}
-        assert f"cpuset:/{tmp_path.name}/vcpu0\n" in before["vCPU 0"]
+        assert f"cpuset:/{groups['cpuset'].name}/vcpu0\n" in before["vCPU 0"]
         hop(guest, new)
         assert {name: Path(f"/proc/{one}/cgroup").read_text() for name, one in threads(guest).items()} == before
         assert_unharmed(guest)
@@ -184,9 +193,9 @@ def test_process_and_threads_are_in_the_cgroups_of_the_source(
 
 
 def test_cgroup_that_takes_no_more_processes_refuses(
-    old: Path, new: Path, tmp_path: Path, counter_machine: DescribeCounter, start: StartGuest
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
-    with cgroup(tmp_path.name) as groups:
+    with cgroup() as groups:
         if "pids" not in groups:
             pytest.skip("no pids hierarchy of cgroup v1")
         guest = start(Launched.like(counter_machine(), *shell(f"echo $$ >{groups['pids']}/cgroup.procs")), old)
@@ -203,18 +212,17 @@ def test_cgroup_that_takes_no_more_processes_refuses(
 def test_destination_in_another_cgroup_is_refused(
     old: Path,
     new: Path,
-    tmp_path: Path,
     counter_machine: DescribeCounter,
     start: StartGuest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If joining fails without an error."""
-    with cgroup(tmp_path.name) as groups:
+    with cgroup() as groups:
         join = "; ".join(f"echo $$ >{group}/cgroup.procs" for group in groups.values())
         guest = start(Launched.like(counter_machine(), *shell(join)), old)
         guest.wait_for_ticks(3)
         monkeypatch.setattr(Confinement, "cgroups_to_join", lambda _: [])
-        assert_refused(guest, new, "cgroup is .* in the destination")
+        assert_refused(guest, new, "cgroup is .* in the new QEMU")
         guest.stop()
 
 
@@ -250,7 +258,7 @@ def test_sandbox_that_only_the_destination_lacks_refuses(
     guest = start(counter_machine(more=("-sandbox", "on")), old)
     write_arguments(guest, b"-sandbox\0on\0", b"-smp\0cpus=1\0")
     monkeypatch.setattr("sevhop.checks.guest.reason_against", lambda *_: "")
-    assert_refused(guest, new, "seccomp mode is 0 in the destination, 2 in the source")
+    assert_refused(guest, new, "seccomp mode is 0 in the new QEMU, 2 in the old one")
 
 
 def test_sandbox_that_forbids_less_refuses(
@@ -401,10 +409,10 @@ def test_destination_is_killed_first_until_it_has_the_guest(
 
 @pytest.mark.parametrize("room", [2, 6, 15, 40, 70])
 def test_full_cgroup_does_not_kill_the_source(
-    room: int, old: Path, new: Path, tmp_path: Path, linux_machine: DescribeLinux, start: StartGuest
+    room: int, old: Path, new: Path, linux_machine: DescribeLinux, start: StartGuest
 ) -> None:
     """:param room: mebibytes that are left in it."""
-    with cgroup(tmp_path.name) as groups:
+    with cgroup() as groups:
         if "memory" not in groups:
             pytest.skip("no memory hierarchy of cgroup v1")
         group = groups["memory"]

@@ -61,7 +61,7 @@ def test_scheduling_that_cannot_be_applied_is_reported(
 
     monkeypatch.setattr(Thread, "apply", forbidden)
     found = hand_over(Roles({"first thread": one}, ()), Roles({"first thread": other}, ()))
-    assert found == [f"first thread: nice is {os.nice(0)} in the destination, 4 in the source (not allowed)"]
+    assert found == [f"first thread: nice is {os.nice(0)} in the new QEMU, 4 in the old one (not allowed)"]
 
 
 def test_thread_that_has_exited_is_an_error() -> None:

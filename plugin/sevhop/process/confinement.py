@@ -141,7 +141,7 @@ def differences(source: Confinement, destination: Confinement) -> list[str]:
             ours, theirs = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
         if one.name in _HEXADECIMAL:
             ours, theirs = f"{ours:#x}", f"{theirs:#x}"
-        found.append(f"{_LABELS[one.name]} is {theirs} in the destination, {ours} in the source")
+        found.append(f"{_LABELS[one.name]} is {theirs} in the new QEMU, {ours} in the old one")
     return found
 
 

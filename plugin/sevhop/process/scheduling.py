@@ -112,7 +112,7 @@ class Thread:
             if one.name == "affinity":
                 ours, theirs = sorted(ours), sorted(theirs)
             if ours != theirs and not (one.name == "timer_slack" and "" in (ours, theirs)):
-                found.append(f"{one.name.replace('_', ' ')} is {theirs} in the destination, {ours} in the source")
+                found.append(f"{one.name.replace('_', ' ')} is {theirs} in the new QEMU, {ours} in the old one")
         return found
 
 
