@@ -482,7 +482,7 @@ class SimulatedState:
         destination = self._world.destination
         assert destination is not None
         if not destination.alive:
-            raise StateError("the destination stopped reading the device state")
+            raise StateError("cannot load the device state into the new QEMU: it stopped reading")
         self._world.stream_ended = True
 
     async def abandon(self) -> bool:

@@ -103,7 +103,7 @@ def main(monitor: str, emulator: str, point: str, kind: str, operator: str = "")
         await fault.around(
             "stream-end",
             lambda: original(*arguments, **options),
-            StateError("the destination stopped reading the device state, for a test"),
+            StateError("cannot load the device state into the new QEMU: it stopped reading, for a test"),
             StateError("the destination did not take the device state, for a test"),
         )
 
