@@ -12,7 +12,7 @@ from sevhop import events
 from sevhop.engine import commit as phase
 from sevhop.engine.start import Started
 from sevhop.engine.transaction import CommitState, Transaction
-from sevhop.errors import GuestLost, GuestState
+from sevhop.errors import GuestLost, GuestState, RecoveryRequired
 from sevhop.guest import inspection, runtime_settings
 from sevhop.options import HopOptions
 from sevhop_qmp import ram_block_sync
@@ -165,6 +165,20 @@ def test_guest_is_lost_if_no_destination_gets_the_context(checked: Any, monkeypa
     with pytest.raises(GuestLost, match="another new QEMU failed as well"):
         asyncio.run(lost())
     assert second.destination.killed == 1
+
+
+def test_guest_is_not_lost_if_the_source_may_have_the_context(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows how the first move went, and there is no other destination to try it in."""
+    first = started("first", 1)
+    hop = Committed(monkeypatch, [], SOURCE_VM)
+
+    async def start(*_: object) -> Started:
+        raise SevhopError("it does not start")
+
+    monkeypatch.setattr(phase, "start_destination", start)
+    with pytest.raises(RecoveryRequired, match="another new QEMU failed as well") as caught:
+        asyncio.run(phase.commit(hop, OPTIONS, checked, ACQUIRED, prepared(first), STOPPED))
+    assert caught.value.guest_state is GuestState.UNKNOWN
 
 
 def test_guest_is_not_lost_if_the_failed_destination_cannot_be_killed(

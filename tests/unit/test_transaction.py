@@ -115,6 +115,33 @@ def test_refused_hop_touches_nothing() -> None:
     assert (error.guest_state, transaction.report.outcome) == (GuestState.UNTOUCHED, "refused")
 
 
+def test_undo_with_a_bug_requires_recovery() -> None:
+    async def script(transaction: Scripted) -> None:
+        def undo() -> None:
+            raise KeyError("missing")
+
+        transaction.rollback.push(undo)
+        await stop_and_fail(transaction)
+
+    transaction, error = failed(script)
+    assert isinstance(error, RecoveryRequired)
+    assert "it failed; rollback failed: unexpected KeyError" in error.message
+    assert transaction.report.outcome == "recovery-required"
+
+
+def test_unknown_commit_is_not_recorded_as_one() -> None:
+    """The journal must not have ``sevhop recover`` terminate a source that may have the guest."""
+
+    async def script(transaction: Scripted) -> None:
+        transaction.commit(GuestState.UNKNOWN)
+        assert journal.written[-1]["committed"] is False
+        transaction.commit(GuestState.PAUSED_IN_NEW)
+        assert journal.written[-1]["committed"] is True
+
+    journal = Journal()
+    asyncio.run(Scripted(script, journal).run())
+
+
 def test_commit_leaves_nothing_to_undo() -> None:
     async def script(transaction: Scripted) -> None:
         transaction.undo("stop")
@@ -196,16 +223,18 @@ def test_cancellation_after_the_commit_requires_recovery() -> None:
 
 
 class Journal:
-    """Notes which lines were flushed, and may be full."""
+    """Notes what was written, and which lines were flushed; may be full."""
 
     def __init__(self) -> None:
         self.flushed: list[bool] = []
+        self.written: list[dict[str, Any]] = []
         self.full = False
 
     def write(self, fields: dict[str, Any], *, flush: bool) -> None:
         if self.full:
             raise JournalError("no space")
         self.flushed.append(flush)
+        self.written.append(fields)
 
     def end(self) -> None:
         pass

@@ -39,6 +39,9 @@ from .stopped_guest import LOCKED_HINT, resume_guest
 from .transaction import CommitState, Transaction
 from .transfer import Stopped, verify_not_resumed
 
+#: Errors of a move from a VM that has no context, or none any more.
+_NO_CONTEXT = (errno.EINVAL, errno.EIO)
+
 
 async def commit(
     hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, prepared: Prepared, stopped: Stopped
@@ -62,7 +65,7 @@ async def commit(
                     hop, options, prepared.started, source_vm_fd=acquired.handles.source_vm_fd
                 )
             except MoveUncertain as err:
-                # The kernel may have moved the context or not; there is no rollback either way.
+                # The kernel may have moved the context or not, and the retry finds the context in either case.
                 hop.commit(GuestState.UNKNOWN)
                 stopped.boost.reset_all()
                 return await _retry_in_new_destination(hop, options, checked, acquired, prepared, prepared.started, err)
@@ -187,7 +190,8 @@ async def _retry_in_new_destination(
     from wherever it is. Nobody may be boosted any more: a boost is not the source's own policy, which is handed over.
 
     :param failed: the destination that failed. Its VM may have the context.
-    :raises GuestLost: the new one failed as well.
+    :raises GuestLost: the new one failed as well, and the source has no context any more.
+    :raises RecoveryRequired: it failed as well, and the source may have the context.
     :raises SevhopError: the one that failed cannot be killed, and may have the guest.
     """
     assert acquired.handles.source_vm_fd is not None
@@ -219,9 +223,12 @@ async def _retry_in_new_destination(
     except SevhopError as err:
         if started is not None:
             await started.destination.kill()
-        raise GuestLost(
-            f"{failure.message}; another new QEMU failed as well: {err.message}", "start the guest, and report this"
-        ) from err
+        message = f"{failure.message}; another new QEMU failed as well: {err.message}"
+        tried = isinstance(err, MoveError) and err.errno in _NO_CONTEXT
+        if hop.committed_state is GuestState.UNKNOWN and not tried:
+            raise RecoveryRequired(message, guest_state=GuestState.UNKNOWN) from err
+        raise GuestLost(message, "start the guest, and report this") from err
+    hop.commit(GuestState.PAUSED_IN_NEW)
     return started
 
 
@@ -233,7 +240,7 @@ async def _move_from_either(
     try:
         return await _move(hop, options, started, source_vm_fd=acquired.handles.source_vm_fd)
     except MoveError as err:
-        if err.errno != errno.EINVAL or failed.vm is None:
+        if err.errno not in _NO_CONTEXT or failed.vm is None:
             raise
         # The source has no context any more: the move had been done.
         return await _move(hop, options, started, source_vm_fd=failed.vm)

@@ -31,7 +31,7 @@ from ..records.hop_record import Process
 from .check import Acquired, Checked
 from .destination import Destination
 from .state_transfer import StateTransfer
-from .transaction import Transaction
+from .transaction import CommitState, Transaction
 
 #: Seconds for each step, at least, where there is no rollback: late is better than lost.
 PATIENCE = 60.0
@@ -96,6 +96,8 @@ async def start_destination(
             await shielded(destination.kill())
         except SevhopError as err:
             state = GuestState.RUNNING_IN_OLD if checked.was_running else GuestState.PAUSED_IN_OLD
+            if hop.state is CommitState.COMMITTED:
+                state = hop.committed_state
             raise RecoveryRequired(err.message, err.hint, state) from err
         raise
     return Started(destination, keeper, incoming, vm)

@@ -246,14 +246,15 @@ class Transaction(abc.ABC):
         """
         From here on there is no rollback, only completion.
 
-        :param guest_state: what the guest is now; reported if the completion fails.
+        :param guest_state: what the guest is now; reported if the completion fails. As long as it is unknown, the
+            journal does not have the commit: the source may have the guest, and ``sevhop recover`` finds that out.
         :param hint: what to do then, if it is not to run ``sevhop recover``.
         """
         self.state = CommitState.COMMITTED
         self.committed_state = guest_state
         self.committed_hint = hint
         self.rollback.clear()
-        self.record(committed=True)
+        self.record(committed=guest_state is not GuestState.UNKNOWN)
 
     @contextlib.asynccontextmanager
     async def _rolled_back_on_failure(self) -> AsyncIterator[None]:
@@ -294,6 +295,8 @@ class Transaction(abc.ABC):
             raise type(err)(f"{failure.message}; {err.message}", err.hint, err.guest_state) from failure
         except SevhopError as err:
             raise RecoveryRequired(f"{failure.message}; rollback failed: {err.message}", err.hint) from failure
+        except Exception as err:
+            raise RecoveryRequired(f"{failure.message}; rollback failed: {expected(err).message}") from failure
         self.downtime_ends()
         if self.downtime.disowned and failure.guest_state is GuestState.RUNNING_IN_OLD:
             failure.guest_state = GuestState.PAUSED_IN_OLD
