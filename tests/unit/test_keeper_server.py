@@ -142,6 +142,15 @@ def test_restore_is_refused_while_one_is_in_progress(server: KeeperServer) -> No
     run(work())
 
 
+@pytest.mark.parametrize("state", State)
+def test_guest_is_not_released_while_its_source_is_being_killed(server: KeeperServer, state: State) -> None:
+    """Nobody knows then which of the two has it."""
+    server.record.state = state
+    answer = run(ask(server, "release"))
+    assert answer.startswith("error ") == (state is State.RETIRING)
+    assert server.record.released == (state is not State.RETIRING)
+
+
 def test_destination_is_notified_that_the_source_has_ended(server: KeeperServer) -> None:
     server.record.state = State.RESTORING
     with socket.socket() as sock:

@@ -286,6 +286,10 @@ class Rehearsal:
                     await monitor.execute("cont", timeout=_LIBVIRT_PATIENCE)
                 return
             except SevhopError as err:
+                # It was not stopped, or another client has resumed it: then libvirt refuses.
+                with contextlib.suppress(SevhopError):
+                    if (await monitor.execute("query-status"))["running"]:
+                        return
                 if time.monotonic() > deadline:
                     message = f"cannot resume the guest after the rehearsal: {err.message}"
                     raise RecoveryRequired(message, f"virsh resume {subject.name}", GuestState.PAUSED_IN_OLD) from err

@@ -15,10 +15,13 @@ from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import QemuProcess
 
+from ..cancellation import shielded
 from ..checks import guest as guest_checks
 from ..disks import block_graph
 from ..errors import GuestState, RecoveryRequired
 from ..keeper.client import KeeperClient
+from ..keeper.config import KeeperError, KeeperTimeout
+from ..keeper.state import State
 from ..libvirt import domain_xml, hook, lock_manager
 from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
@@ -63,7 +66,8 @@ async def stop(hop: Transaction, checked: CheckedDomain, prepared: PreparedDomai
     if running:
         hop.record(stopped=True)
         hop.downtime_begins()
-        await checked.domain.suspend()
+        # Shielded, so that it cannot be executed after what resumes the guest.
+        await shielded(checked.domain.suspend())
     elif checked.guest.state == "running":
         hop.downtime.disown()
         hop.record(running=False)
@@ -230,10 +234,22 @@ async def terminate(
             finally:
                 if not checked.source.alive:
                     hop.commit(GuestState.SUSPENDED, resume_hint(keeper))
+                elif await _may_be_killed(keeper):
+                    hop.commit(GuestState.UNKNOWN)
         prepared.state.source_ended()
         # Not every init reaps at once; libvirt would wait for it.
         await checked.source.wait_reaped(options.step_timeout)
         await checked.domain.destroy()
+
+
+async def _may_be_killed(keeper: KeeperClient) -> bool:
+    """Whether the keeper has begun to kill a source that has not exited, or may yet begin."""
+    try:
+        return bool((await keeper.status())["state"] != State.HELD.value)
+    except KeeperTimeout:
+        return True
+    except KeeperError:
+        return False
 
 
 def resume_hint(keeper: KeeperClient) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from ..records.run_directory import alive, hop_of, remove
-from .config import MESSAGE, KeeperConfig, KeeperError
+from .config import MESSAGE, KeeperConfig, KeeperError, KeeperTimeout
 from .paths import KeeperPaths
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class KeeperClient:
                 self._control = await _connect(self.directory)
                 answer = await self._exchange(request)
         except TimeoutError as err:
-            raise KeeperError(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s", _RECOVER) from err
+            raise KeeperTimeout(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s", _RECOVER) from err
         except OSError as err:
             raise KeeperError("the keeper is gone", _RECOVER) from err
         verdict, _, rest = answer.partition(" ")

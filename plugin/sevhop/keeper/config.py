@@ -22,6 +22,10 @@ class KeeperError(SevhopError):
     """The keeper refused, or has exited."""
 
 
+class KeeperTimeout(KeeperError):
+    """It did not reply in time, and may still do what was requested."""
+
+
 @dataclass(frozen=True)
 class KeeperConfig:
     """

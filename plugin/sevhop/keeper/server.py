@@ -215,7 +215,7 @@ class KeeperServer:
                 return "ok"
             case "revoke" if not self._committing.locked():
                 return await self._revoke()
-            case "release":
+            case "release" if self.record.state is not State.RETIRING:
                 self.record.released = True
                 self._checkpoint()
                 # Not before the reply, which is sent without a pause in this task, is on its way.
