@@ -145,8 +145,8 @@ async def save(prepared: Prepared) -> None:
 
 async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared: Prepared, stopped: Stopped) -> None:
     """
-    Halt the source (SIGSTOP), and have the destination load everything. With autostart this is the commit: the
-    destination reports the start to the keeper right before, which can refuse it.
+    Halt the source (SIGSTOP), and have the destination load everything. With autostart this is the commit point:
+    the destination reports the start to the keeper right before, which can refuse it.
 
     :raises SevhopError: somebody has resumed the source, it keeps a disk, or the destination cannot load the state.
     """

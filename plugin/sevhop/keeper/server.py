@@ -328,7 +328,11 @@ class KeeperServer:
     # -- commit ------------------------------------------------------------------------------------
 
     async def _commit(self) -> str:
-        """Give the guest to the destination. :return: ``ok`` if and only if it may run there."""
+        """
+        The commit point of a domain: give the guest to the destination.
+
+        :return: ``ok`` if and only if it may run there.
+        """
         async with self._committing:
             began = time.monotonic()
             self.record.until_started_ms = (began - self.record.restore_began) * 1e3
