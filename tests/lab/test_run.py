@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -180,4 +181,5 @@ def test_kernel_cache_has_no_leftovers() -> None:
     assert names <= {"6.1", "6.1.lock", "6.12", "6.12.lock"}
     for directory in ("6.1", "6.12"):
         inside = os.listdir(CACHE / directory)
-        assert sorted(name.partition(".")[0] for name in inside) == ["initramfs", "root"]
+        # Another version of the project has an initramfs of its own there.
+        assert {re.sub(r"\.[0-9a-f]{16}$", "", name) for name in inside} == {"initramfs", "root"}
