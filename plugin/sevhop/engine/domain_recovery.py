@@ -33,7 +33,7 @@ from ..keeper.config import KeeperError
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
-from ..libvirt.daemon import NO_DOMAIN, DomainError
+from ..libvirt.daemon import DomainError
 from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
@@ -157,14 +157,9 @@ class InterruptedUpgrade:
         return domain
 
     async def _active(self) -> Domain | None:
-        """The domain, if it is active in libvirt. A transient domain is unknown otherwise."""
+        """The domain, if it is active in libvirt."""
         domain = await self._connection.domain_with(self._record.uuid)
-        try:
-            return domain if domain is not None and await domain.active() else None
-        except DomainError as err:
-            if err.code == NO_DOMAIN:
-                return None
-            raise
+        return domain if domain is not None and await domain.active() else None
 
     async def _verify_not_started_by_another(self) -> None:
         """:raises RecoveryRequired: the domain has a QEMU that this hop did not start."""

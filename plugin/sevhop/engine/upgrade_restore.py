@@ -110,7 +110,7 @@ async def _restored_by_another(domain: Domain, keeper: KeeperClient) -> bool:
     """Whether another client's restore of our image succeeds; one in progress is waited for."""
     deadline = time.monotonic() + RESTORE_TIMEOUT
     while time.monotonic() < deadline:
-        active = await _is_active(domain)
+        active = await domain.active()
         status = await keeper.status()
         if status["state"] == State.OVER.value:
             return True
@@ -121,16 +121,6 @@ async def _restored_by_another(domain: Domain, keeper: KeeperClient) -> bool:
             return False
         await asyncio.sleep(_POLL)
     raise SevhopError(f"another client's restore of the domain is still in progress after {RESTORE_TIMEOUT:g} s")
-
-
-async def _is_active(domain: Domain) -> bool:
-    """A transient domain is unknown when its QEMU has exited."""
-    try:
-        return await domain.active()
-    except DomainError as err:
-        if err.code == NO_DOMAIN:
-            return False
-        raise
 
 
 async def _report_destination(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient) -> None:

@@ -49,8 +49,13 @@ class Domain:
         return lost
 
     async def active(self) -> bool:
-        """Whether it has a QEMU."""
-        return bool(await daemon.call(self._raw.isActive))
+        """Whether it has a QEMU. A transient domain is unknown when that has exited."""
+        try:
+            return bool(await daemon.call(self._raw.isActive))
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return False
+            raise
 
     async def persistent(self) -> bool:
         """Whether it stays defined without a QEMU."""
@@ -129,20 +134,12 @@ class Domain:
                         raise
         # libvirt may be cleaning up already, since QEMU has exited. Its last step makes the domain inactive.
         deadline = time.monotonic() + CALL_TIMEOUT
-        while await self._still_active():
+        while await self.active():
             if time.monotonic() > deadline:
                 raise DomainError(
                     f"libvirt reports domain {self.name} as active although its QEMU has exited", hint=RESTART
                 )
             await asyncio.sleep(_POLL)
-
-    async def _still_active(self) -> bool:
-        try:
-            return await self.active()
-        except DomainError as err:
-            if err.code == NO_DOMAIN:
-                return False
-            raise
 
     async def monitor(self) -> DomainMonitor:
         """:raises SevhopError: it does not answer."""
