@@ -62,7 +62,7 @@ ERRNOS: Mapping[int, MoveErrno] = {
         MoveErrno(errno.EINTR, "the wait for a lock of the VM was interrupted", retry=True),
         MoveErrno(
             errno.EINVAL,
-            "the source has no SEV context (any more), the destination has one already, or the two VMs do not "
+            "the old QEMU has no SEV context (any more), the new one has one already, or the two VMs do not "
             "match (VM type, number of SEV-ES vCPUs, VMSA)",
             retry=False,
             hint="compare the sev-guest objects and the vCPU counts of both QEMUs",
@@ -70,7 +70,7 @@ ERRNOS: Mapping[int, MoveErrno] = {
         MoveErrno(errno.EBADF, "the descriptor that was passed is not that of a KVM VM", retry=False),
         MoveErrno(
             errno.EIO,
-            "the destination VM is dead because its own context was moved away, or the wrong process called",
+            "the VM of the new QEMU is dead because its context was moved away, or the wrong process called",
             retry=False,
         ),
         MoveErrno(errno.ENOMEM, "the kernel is out of memory", retry=False),

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     hop.add_argument("--qmp", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
     hop.add_argument(
-        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the source's, as it is on disk now)"
+        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the old QEMU's, as it is on disk now)"
     )
     _add_seconds(hop, "--start-timeout", HopOptions.start_timeout, "for the new QEMU to start")
     _add_seconds(
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "destination",
         nargs="*",
         metavar="COMMAND",
-        help="after --: the destination's whole command line (default: the source's own)",
+        help="after --: the new QEMU's whole command line (default: the old QEMU's own)",
     )
     hop.set_defaults(command="hop")
 

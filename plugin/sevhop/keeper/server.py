@@ -375,7 +375,7 @@ class KeeperServer:
                 if monitor is not None:
                     await destination.wait_running(monitor, self._run_mark)
             except SevhopError as err:
-                log.info("the destination does not respond: %s", err)
+                log.info("the new QEMU does not respond: %s", err)
                 monitor = None
                 await process.wait(_REACH_POLL)
                 continue

@@ -70,7 +70,7 @@ class Source:
         self._keep_mappings()
         self.process.kill()
         while not await self.process.wait(KILL_TIMEOUT):
-            log.warning("process %d (the source) was killed and has not exited yet", self.process.pid)
+            log.warning("the old QEMU (process %d) was killed and has not exited yet", self.process.pid)
         self._locks.close()
         if self.images is not None:
             self.images.close()
