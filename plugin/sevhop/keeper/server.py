@@ -341,7 +341,8 @@ class KeeperServer:
                     raise
             except TimeoutError as err:
                 self.record.reason = "cannot start the guest: the monitor of the new QEMU does not answer"
-                raise KeeperError(self.record.reason) from err
+                hint = "see its log in /var/log/libvirt/qemu, then restore the domain again"
+                raise KeeperError(self.record.reason, hint) from err
             except SevhopError as err:
                 self.record.reason = str(err)
                 raise
