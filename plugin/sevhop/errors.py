@@ -1,5 +1,5 @@
 """
-How a hop can end other than well. The class decides the exit status; the error itself says what state the guest is in.
+How a hop can end other than well. The class decides the exit status; the error itself has the state of the guest.
 
 ::
 

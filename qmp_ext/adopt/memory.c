@@ -60,7 +60,7 @@ struct advice {
 };
 
 /*
- * How often each memfd name was asked for: all backends of a guest have the same name, so the order tells them apart.
+ * How often each memfd name was asked for: all backends of a guest have the same name, so the order distinguishes them.
  */
 struct request {
     struct request *next;
