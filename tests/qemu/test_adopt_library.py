@@ -207,7 +207,7 @@ def test_destination_start_does_not_change_guest_memory(
 
 
 @EVERY_EMULATOR
-def test_memory_is_mapped_at_once_after_the_source_has_ended(
+def test_memory_is_mapped_at_once_after_the_source_has_exited(
     qemu: Path, accelerator: Accelerator, memory: Memory
 ) -> None:
     """... but not before start-up has written what it writes."""
@@ -230,7 +230,7 @@ def test_memory_is_mapped_at_once_after_the_source_has_ended(
 def test_memory_is_mapped_when_the_device_state_arrives(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper
 ) -> None:
-    """The head of the stream says nothing of the guest, and may be read while the source runs."""
+    """The header of the stream does not depend on the guest, and may be read while the source runs."""
     head = device_state.header(Q35)
     reader, writer = os.pipe()
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
@@ -316,7 +316,7 @@ def test_mapping_keeps_its_madvise_settings_after_adoption(
     assert flags - {"sd"} == expected - {"sd"}
 
 
-def test_several_backends_are_told_apart_by_order(qemu: Path, accelerator: Accelerator) -> None:
+def test_several_backends_are_identified_by_order(qemu: Path, accelerator: Accelerator) -> None:
     half = RAM // 2
     numa = [
         *["-smp", "2", "-object", f"memory-backend-memfd,id=ram1,size={half >> 20}M,share=on,seal=off"],
@@ -1019,7 +1019,7 @@ def kernel_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
 
 @pytest.fixture(scope="session")
 def c_bit(emulator: Callable[[str], Path], fake_kernel: str) -> int:
-    """Where this machine's CPUID says that the C-bit is, with or without SEV: QEMU insists on it."""
+    """Where this machine's CPUID reports the C-bit, with or without SEV: QEMU insists on it."""
     arguments = [*machine("kvm", *sev_guest(63)), "-S"]
     _, lines = fails_to_start(emulator(emulators.OLD), arguments, {**os.environ, "LD_PRELOAD": fake_kernel})
     found = re.search(r"host '(\d+)' requested '63'", "\n".join(lines))

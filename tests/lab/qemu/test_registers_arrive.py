@@ -1,8 +1,8 @@
 """
 Registers with the C-bit in CR3 arrive in the kernel with the move: adopt.so against the real KVM.
 
-``../contract/test_registers.py`` shows what the kernel demands. The destination is no QEMU but ``stub_qemu.c``, which
-says why.
+``../contract/test_registers.py`` shows what the kernel demands. The destination is no QEMU but ``stub_qemu.c``, where
+the reason is.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def test_old_qemu_cannot_run_the_guest_any_more(
     async def run_it(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)  # sevhop has halted it, and the kernel has to refuse all the same
         async with await Monitor.connect(second, timeout=PATIENCE) as monitor:
-            # It says yes, and then its first KVM_RUN fails.
+            # It succeeds, and then its first KVM_RUN fails.
             with contextlib.suppress(MonitorClosed):
                 await monitor.execute("cont")
 
