@@ -142,6 +142,6 @@ def test_destination_does_not_run_without_the_context(stub_qemu: Path, source: S
     assert output.status == 1
     assert output.stderr.splitlines() == [
         "sevhop adopt: this QEMU has not adopted the guest yet: it must not run",
-        "sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+        "sevhop adopt: this QEMU must not run: the guest's SEV context is still the old QEMU's",
     ]
     assert contexts() == before

@@ -156,7 +156,7 @@ def test_destination_that_did_not_adopt_cannot_run(guest: Guest, there: Path, mo
         guest,
         there,
         skip_the_move,
-        r"the new QEMU exited: sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+        r"the new QEMU exited: sevhop adopt: this QEMU must not run: the guest's SEV context is still the old QEMU's",
     )
 
 
