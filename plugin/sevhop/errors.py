@@ -30,7 +30,7 @@ class GuestState(enum.Enum):
     SUSPENDED = "suspended in the keeper"
     SAVED = "saved to disk by another client"
     GONE = "gone"
-    UNKNOWN = "in a state that must be looked at"
+    UNKNOWN = "in an unknown state"
 
 
 #: What to do with a guest that is ``GONE``.

@@ -80,7 +80,7 @@ async def complete(
         guest_paths.link()
         source.kill()
         if not await source.wait(timeout):
-            note(f"the old QEMU (process {source.pid}) was killed and has not exited yet; it waits for storage")
+            note(f"the old QEMU (process {source.pid}) was killed and has not exited: restore its storage")
     for text in guest_paths.publish():
         note(text)
     if context != "none":

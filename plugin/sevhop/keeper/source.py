@@ -55,7 +55,7 @@ class Source:
         elif self._locks.known and not self._locks.given_up:
             reason = "another client has resumed the guest"
         elif self._locks.kept():
-            reason = "cannot terminate the old QEMU: it has not given up all disks; find the job that uses one"
+            reason = "cannot terminate the old QEMU: it has not released all disks; find the job that uses one"
         elif self.images is not None and self.images.files.changed():
             reason = "another client has changed the disks"
         if reason:
