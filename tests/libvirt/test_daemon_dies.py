@@ -57,7 +57,7 @@ def test_guest_stays_in_source_if_daemon_dies_before_restore(
 def test_upgrade_rolls_back_if_daemon_dies_after_source_exit(
     daemon: Daemon, start: StartDomain, old: Path, new: Path
 ) -> None:
-    """The restore is asked of a daemon that is not there any more; the next one brings the guest back."""
+    """The restore is asked of a daemon that is not there any more; the next one restores the guest."""
     guest = start()
     guest.wait_for_ticks()
     with PausedUpgrade.at("restore", guest, new) as upgrade:

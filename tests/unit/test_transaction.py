@@ -1,4 +1,4 @@
-"""Transactions: what is undone, in which order, when there is no way back, and in which state the guest is left."""
+"""Transactions: what is rolled back and in which order, when there is no rollback, and the state of the guest then."""
 
 from __future__ import annotations
 
