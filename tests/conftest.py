@@ -29,7 +29,7 @@ NoteFault = Callable[[str, str, str, Cell], None]
 
 _FAULT = "fault"
 
-#: A property of a test: what is to be told in pytest's summary.
+#: A property of a test: what is to be reported in pytest's summary.
 NOTED = "noted"
 
 
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell what tests have noted."""
+    """Report what tests have noted."""
     reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
     if lines := [str(noted) for report in reports for name, noted in report.user_properties if name == NOTED]:
         terminalreporter.section("noted")

@@ -19,8 +19,11 @@ imports only from those below it.
 :mod:`sevhop.checks`         can a guest hop: guest, domain (what depends on libvirt), confinement, sev_host, result;
                              status and domain_status
 :mod:`sevhop.install`        ``sevhop install``: host, apparmor, units, atomic_file, verification
-:mod:`sevhop.keeper`         holds memory, VM and sockets between two QEMUs: handover (the protocol), local (inside a
-                             command), server (a process), client, state, supervisor (restarts the server)
+:mod:`sevhop.keeper`         has memory, VM and sockets between two QEMUs: handover (the protocol with adopt.so), local
+                             (inside a command). As a process: main, supervisor (restarts the keeper), fdstore (its
+                             checkpoints), server (what it does), state (what it may do), record, source,
+                             destination, restore, context_vms, saved_blocks, clients, tasks; config and paths (known to
+                             both sides), client (the command's side)
 :mod:`sevhop.records`        what an interrupted hop leaves behind: hop_record, journal, run_directory
 :mod:`sevhop.libvirt`        its interfaces: daemon, connection, domain, domain_monitor, domain_xml, save_image,
                              lock_manager, hook, hook_server

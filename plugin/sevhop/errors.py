@@ -1,5 +1,5 @@
 """
-How a hop can end other than well. The class decides the exit status; the error itself says what state the guest is in.
+How a hop can end other than well. The class decides the exit status; the error itself has the state of the guest.
 
 ::
 
@@ -30,7 +30,7 @@ class GuestState(enum.Enum):
     SUSPENDED = "suspended in the keeper"
     SAVED = "saved to disk by another client"
     GONE = "gone"
-    UNKNOWN = "in a state that must be looked at"
+    UNKNOWN = "in an unknown state"
 
 
 #: What to do with a guest that is ``GONE``.

@@ -206,9 +206,9 @@ static const char *reason_against_running(void)
     if (memory_state() == RAM_NONE)
         return "no guest memory was adopted";
     if (memory_state() == RAM_PRIVATE)
-        return "the guest's memory is still the source's";
+        return "the guest's memory is still the old QEMU's";
     if (hop.context != CONTEXT_NONE && !sev_moved())
-        return "the guest's SEV context is still the source's";
+        return "the guest's SEV context is still the old QEMU's";
     return NULL;
 }
 

@@ -160,7 +160,7 @@ void hand_over_stderr(void)
     if (later_stderr < 0)
         return;
     if (dup3(later_stderr, STDERR_FILENO, 0) < 0)
-        warn("cannot redirect stderr to where the source's went: %s", strerror(errno));
+        warn("cannot redirect stderr to where the old QEMU's went: %s", strerror(errno));
     close(later_stderr);
     later_stderr = -1;
 }

@@ -60,7 +60,7 @@ struct advice {
 };
 
 /*
- * How often each memfd name was asked for: all backends of a guest have the same name, so the order tells them apart.
+ * How often each memfd name was asked for: all backends of a guest have the same name, so the order distinguishes them.
  */
 struct request {
     struct request *next;
@@ -151,7 +151,8 @@ static void check_memory(const char *name, int fd, const char *size, bool huge)
     if ((unsigned long long)file.st_size != expected)
         fatal("guest memory '%s' has %lld bytes, the keeper reports %llu", name, (long long)file.st_size, expected);
     if ((filesystem.f_type == HUGETLBFS_MAGIC) != huge)
-        fatal("guest memory '%s' has %s pages in the source: use the same hugetlb= setting", name, huge ? "small" : "huge");
+        fatal("guest memory '%s' has %s pages in the old QEMU: use the same hugetlb= setting", name,
+            huge ? "small" : "huge");
 }
 
 static void remember_memory(const char *name, int fd)
@@ -193,7 +194,7 @@ EXPORT int memfd_create(const char *name, unsigned int flags)
     if (!strcmp(reply, "none")) {
         /* Without the source's pages in this backend the guest would lose a part of its memory. */
         if (is_ram(name) && !atomic_load(&hop.machine_complete))
-            fatal("the source has fewer memory-backend-memfd objects: use the same memory backends");
+            fatal("the old QEMU has fewer memory-backend-memfd objects: use the same memory backends");
         return libc()->memfd_create(name, flags);
     }
     if (strncmp(reply, "fd ", 3))
@@ -241,8 +242,8 @@ static int truncate_file(int fd, off64_t length)
     /* Memory that QEMU sizes later (aux-ram-share) is first cut to nothing, which would wipe the guest. */
     if (length == 0 || length == memory->size)
         return 0;
-    fatal("guest memory '%s' has %lld bytes in the source and %lld here: use the same -m and memory backends", memory->name,
-        (long long)memory->size, (long long)length);
+    fatal("guest memory '%s' has %lld bytes in the old QEMU and %lld here: use the same -m and memory backends",
+        memory->name, (long long)memory->size, (long long)length);
 }
 
 static int allocate_file(int fd, int mode, off64_t offset, off64_t length)
@@ -296,7 +297,7 @@ static void *map_privately(struct memory *memory, void *address, size_t length, 
         fatal("guest memory '%s' is to be private here: it needs share=on", memory->name);
     /* Checked by the mapping, since that is what QEMU really uses. */
     if (offset < 0 || offset > memory->size || length > (uint64_t)(memory->size - offset))
-        fatal("guest memory '%s' has %lld bytes in the source, and %zu from %lld on are mapped here", memory->name,
+        fatal("guest memory '%s' has %lld bytes in the old QEMU, and %zu from %lld on are mapped here", memory->name,
             (long long)memory->size, length, (long long)offset);
     start = libc()->mmap(address, length, prot, (flags & ~(MAP_TYPE | MAP_SYNC)) | MAP_PRIVATE | MAP_NORESERVE, fd, offset);
     if (start == MAP_FAILED)

@@ -44,7 +44,7 @@ static bool passed_to_kernel(int vm)
 static int initialise(enum guest_context wanted)
 {
     if (wanted != hop.context)
-        fatal("this QEMU starts a guest of context %s, the source's is %s: use the same sev-guest object",
+        fatal("this QEMU starts a guest of context %s, the old QEMU's is %s: use the same sev-guest object",
             context_name(wanted), context_name(hop.context));
     launched = true;
     return 0;
@@ -197,7 +197,7 @@ int sev_unregister_region(int vm, unsigned long request, struct kvm_enc_region *
 void sev_check_launch(void)
 {
     if (hop.context != CONTEXT_NONE && !launched)
-        fatal("the source runs a guest of context %s, this QEMU none: use the same sev-guest object",
+        fatal("the old QEMU runs a guest of context %s, this QEMU none: use the same sev-guest object",
             context_name(hop.context));
 }
 

@@ -70,7 +70,7 @@ def cannot_save(refusal: CommandError) -> StateError:
 def no_state(written: bytes | bytearray) -> StateError:
     """The error for a stream that does not begin as every device state does, with :data:`MAGIC`."""
     found = f", its stream begins with {written[: len(_BEGINNING)].hex()}" if written else ""
-    return StateError(f"cannot save the device state: the old QEMU wrote none{found}")
+    return StateError(f"cannot save the device state: the old QEMU wrote none{found}", "try again, and report this")
 
 
 _BEGINNING = MAGIC + _SECTION

@@ -126,7 +126,7 @@ class Monitor(Commands):
         Connect and negotiate.
 
         :param address: path of a UNIX socket, or a connected socket, which the monitor then owns.
-        :param timeout: seconds for each later command unless it says otherwise.
+        :param timeout: seconds for each later command that has none of its own.
         :param greeting_timeout: seconds until QEMU must have greeted.
         :raises MonitorError: no such socket, no permission, not a QMP monitor, or in use by another client.
         """
@@ -314,7 +314,8 @@ async def _connect_unix(path: str, timeout: float) -> socket.socket:
         ) from err
     except OSError as err:
         sock.close()
-        raise MonitorError(f"cannot connect to the monitor {path}: {err.strerror or err}") from err
+        hint = "run sevhop as root" if isinstance(err, PermissionError) else "name the QMP socket of a running QEMU"
+        raise MonitorError(f"cannot connect to the monitor {path}: {err.strerror or err}", hint) from err
     return sock
 
 
@@ -328,7 +329,8 @@ def protocol_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as err:
-        raise MonitorError(f"{name}: invalid answer from QEMU ({err!r})") from err
+        hint = "report this, with the version of QEMU"
+        raise MonitorError(f"{name}: invalid answer from QEMU ({err!r})", hint) from err
 
 
 def readable_version(version: Mapping[str, Any]) -> str:

@@ -59,21 +59,29 @@ ERRNOS: Mapping[int, MoveErrno] = {
             retry=True,
             hint="find out what else migrates this guest; see misc.max and misc.current of its cgroup",
         ),
-        MoveErrno(errno.EINTR, "the wait for a lock of the VM was interrupted", retry=True),
+        MoveErrno(errno.EINTR, "the wait for a lock of the VM was interrupted", retry=True, hint="try again"),
         MoveErrno(
             errno.EINVAL,
-            "the source has no SEV context (any more), the destination has one already, or the two VMs do not "
+            "the old QEMU has no SEV context (any more), the new one has one already, or the two VMs do not "
             "match (VM type, number of SEV-ES vCPUs, VMSA)",
             retry=False,
             hint="compare the sev-guest objects and the vCPU counts of both QEMUs",
         ),
-        MoveErrno(errno.EBADF, "the descriptor that was passed is not that of a KVM VM", retry=False),
+        MoveErrno(
+            errno.EBADF,
+            "the descriptor that was passed is not that of a KVM VM",
+            retry=False,
+            hint="this is a bug in sevhop: report it",
+        ),
         MoveErrno(
             errno.EIO,
-            "the destination VM is dead because its own context was moved away, or the wrong process called",
+            "the VM of the new QEMU is dead because its context was moved away, or the wrong process called",
             retry=False,
+            hint="this is a bug in sevhop: report it",
         ),
-        MoveErrno(errno.ENOMEM, "the kernel is out of memory", retry=False),
+        MoveErrno(
+            errno.ENOMEM, "the kernel is out of memory", retry=False, hint="free memory on the host, then try again"
+        ),
         MoveErrno(
             errno.ENOTTY, "this kernel cannot move a SEV context", retry=False, hint="Linux 5.16 or later is needed"
         ),

@@ -15,7 +15,7 @@ from .errors import RamError
 from .monitor import Commands
 from .process import MemoryMapping, QemuProcess
 from .ram_block_structures import locate
-from .ram_block_table import Row, parse_ramblock_table
+from .ram_block_table import UNKNOWN_HINT, Row, parse_ramblock_table
 
 _SAME_MACHINE = "start both with the same machine type, devices and firmware"
 
@@ -63,10 +63,11 @@ def _describe(row: Row, mappings: list[MemoryMapping]) -> RamBlock:
     assert row.host is not None
     behind = next((m for m in mappings if m.start <= row.host < m.end), None)
     if behind is None:
-        raise RamError(f"cannot use RAM block {row.name}: it is not mapped where QEMU reports it")
+        raise RamError(f"cannot use RAM block {row.name}: it is not mapped where QEMU reports it", UNKNOWN_HINT)
     mapped = _mapped(row.host, behind, mappings)
     if mapped < row.size:
-        raise RamError(f"cannot use RAM block {row.name}: QEMU reports {row.size} bytes, but {mapped} are mapped there")
+        sizes = f"QEMU reports {row.size} bytes, but {mapped} are mapped there"
+        raise RamError(f"cannot use RAM block {row.name}: {sizes}", UNKNOWN_HINT)
     file = (behind.device, behind.inode) if behind.inode else None
     return RamBlock(row.name, row.host, row.used, row.size, file, behind.shared and file is not None)
 
@@ -98,7 +99,9 @@ def private_pairs(
             raise RamError(f"cannot hand over RAM block {name}: the new QEMU has none of this name", _SAME_MACHINE)
         if block.shared or other.inode is not None:
             if block.inode != other.inode:
-                raise RamError(f"cannot hand over RAM block {name}: the new QEMU has other memory for it")
+                raise RamError(
+                    f"cannot hand over RAM block {name}: the new QEMU has other memory for it", _SAME_MACHINE
+                )
             if block.size != other.size:
                 raise RamError(_sizes(name, block.size, other.size), _SAME_MACHINE)
             continue

@@ -20,7 +20,7 @@ _CAMPAIGN = os.environ.get("SEVHOP_FUZZ_EXAMPLES")
 #: Where the campaign wants the number of inputs that each property has seen.
 _REPORT = os.environ.get("SEVHOP_FUZZ_REPORT")
 
-# The machine may be busy, and a deadline would only tell that.
+# The machine may be busy, and a deadline would only report that.
 settings.register_profile(
     "sevhop",
     max_examples=int(_CAMPAIGN or 60),
@@ -33,6 +33,6 @@ settings.load_profile("sevhop")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the campaign."""
+    """Report to the campaign."""
     if _REPORT:
         Path(_REPORT).write_text(json.dumps(COUNTS))

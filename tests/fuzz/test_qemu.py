@@ -1,4 +1,4 @@
-"""What a QEMU says and shows of itself: a guest may have taken it over, and sevhop runs as root."""
+"""What a QEMU reports and shows of itself: a guest may have taken it over, and sevhop runs as root."""
 
 from __future__ import annotations
 
@@ -63,19 +63,19 @@ def ask(work: Any) -> None:
         asyncio.run(work)
 
 
-@fuzzed(told=st.lists(answers, max_size=14))
-def test_inspection_is_robust_against_any_answer(told: list[Any]) -> None:
+@fuzzed(replies=st.lists(answers, max_size=14))
+def test_inspection_is_robust_against_any_answer(replies: list[Any]) -> None:
     process = QemuProcess.open(os.getpid())
     try:
-        ask(inspect(Liar(told), process))
+        ask(inspect(Liar(replies), process))
     finally:
         process.close()
 
 
-@fuzzed(told=st.lists(answers, max_size=14))
-def test_settings_are_robust_against_any_answer(told: list[Any]) -> None:
+@fuzzed(replies=st.lists(answers, max_size=14))
+def test_settings_are_robust_against_any_answer(replies: list[Any]) -> None:
     process = QemuProcess.open(os.getpid())
-    liars: list[Any] = [Liar(told) for _ in range(4)]
+    liars: list[Any] = [Liar(replies) for _ in range(4)]
     try:
         ask(runtime_settings.read(liars[0], process))
         ask(cpu_features.feature_words(liars[1]))
@@ -85,9 +85,9 @@ def test_settings_are_robust_against_any_answer(told: list[Any]) -> None:
         process.close()
 
 
-@fuzzed(told=answers)
-def test_adopt_commands_are_robust_against_any_answer(told: Any) -> None:
-    liars: list[Any] = [Liar([told]) for _ in range(3)]
+@fuzzed(replies=answers)
+def test_adopt_commands_are_robust_against_any_answer(replies: Any) -> None:
+    liars: list[Any] = [Liar([replies]) for _ in range(3)]
     ask(adopt.adopt_ram(liars[0]))
     ask(adopt.adopt_status(liars[1]))
     ask(adopt.move_from(liars[2], "fd"))
@@ -157,7 +157,7 @@ FILES = ("status", "maps", "cgroup", "limits", "stat", "cmdline", "environ")
 
 
 def looked_at(files: dict[str, bytes]) -> QemuProcess:
-    """A process whose /proc says this."""
+    """A process whose /proc contains this."""
     directory = Path(tempfile.mkdtemp())
     for name, content in files.items():
         (directory / name).write_bytes(content)

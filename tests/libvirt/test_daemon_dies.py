@@ -27,7 +27,7 @@ def assert_unharmed(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
     guest.wait_for_ticks()
 
 
-#: libvirt takes its time to come back.
+#: libvirt takes its time to restart.
 THE_REST = pytest.mark.faults
 #: By phase; without libvirt there is no rehearsal, and nothing has been done before it.
 ENDS = {
@@ -57,7 +57,7 @@ def test_guest_stays_in_source_if_daemon_dies_before_restore(
 def test_upgrade_rolls_back_if_daemon_dies_after_source_exit(
     daemon: Daemon, start: StartDomain, old: Path, new: Path
 ) -> None:
-    """The restore is asked of a daemon that is not there any more; the next one brings the guest back."""
+    """The restore is asked of a daemon that is not there any more; the next one restores the guest."""
     guest = start()
     guest.wait_for_ticks()
     with PausedUpgrade.at("restore", guest, new) as upgrade:
@@ -117,7 +117,7 @@ def test_guest_suspended_in_keeper_survives_daemon_death(daemon: Daemon, start: 
     assert daemon.sevhop("recover").returncode == 0
 
 
-def test_guest_resumes_if_daemon_does_not_come_back(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+def test_guest_resumes_if_daemon_is_not_restarted(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """Then the guest is resumed without it."""
     guest = start()
     guest.wait_for_ticks()

@@ -211,7 +211,7 @@ def test_dry_run_touches_nothing(daemon: Daemon, start: StartDomain, old: Path, 
 def test_upgrade_rolls_back_if_other_hook_refuses(
     daemon: Daemon, start: StartDomain, old: Path, destination: str, request: pytest.FixtureRequest
 ) -> None:
-    """Another hook of the administrator's says no, after ours has committed: the guest comes back all the same."""
+    """Another hook of the administrator's refuses, after ours has committed: the guest is restored all the same."""
     new: Path = request.getfixturevalue(destination)
     guest = start()
     guest.wait_for_ticks()

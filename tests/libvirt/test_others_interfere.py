@@ -179,7 +179,7 @@ def test_upgrade_completes_if_others_terminate_saved_source(
 def test_upgrade_rolls_back_if_others_kill_the_destination(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, behind: bool
 ) -> None:
-    """The keeper has the guest until it runs: it comes back."""
+    """The keeper has the guest until it runs: it is restored."""
     guest = start()
     guest.wait_for_ticks()
     with (
@@ -212,7 +212,7 @@ def test_upgrade_completes_if_others_restore_the_domain_first(daemon: Daemon, st
 
 
 def test_start_by_others_is_refused_during_restore(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """The domain is not active yet then: only the hook can tell."""
+    """The domain is not active yet then: only the hook can refuse."""
     guest = start()
     guest.wait_for_ticks()
     with (

@@ -40,7 +40,7 @@ def break_off(
 
 
 def recover(daemon: Daemon) -> dict[str, Any]:
-    """Run ``sevhop recover``; what it says, and its exit status."""
+    """Run ``sevhop recover``; what it prints, and its exit status."""
     done = daemon.sevhop("recover", "--json")
     assert done.stderr == "", done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)

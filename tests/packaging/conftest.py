@@ -19,7 +19,7 @@ from tests.support.guests.enclosure import GUESTS
 from tests.support.guests.machine import Accelerator
 from tests.support.guests.release import Release
 
-#: Where the package is in a release; the name does not tell whose it is.
+#: Where the package is in a release; the name does not show whose it is.
 PACKAGE = Path("/root/package.deb")
 #: A host as the package finds it: with libvirt and QEMU, and without Python.
 _HOST = (

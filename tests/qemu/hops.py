@@ -179,7 +179,7 @@ def _kill(pid: int) -> None:
 
 
 def assert_unharmed(guest: Guest, ticks: int = 10) -> None:
-    """The guest counts on, and has counted without a gap from its start to now."""
+    """The guest counts on, and has counted without a missing tick from its start to now."""
     guest.wait_for_ticks(ticks)
     verdict = guest.stop()
     assert verdict.unharmed, verdict

@@ -207,7 +207,7 @@ def test_destination_start_does_not_change_guest_memory(
 
 
 @EVERY_EMULATOR
-def test_memory_is_mapped_at_once_after_the_source_has_ended(
+def test_memory_is_mapped_at_once_after_the_source_has_exited(
     qemu: Path, accelerator: Accelerator, memory: Memory
 ) -> None:
     """... but not before start-up has written what it writes."""
@@ -230,7 +230,7 @@ def test_memory_is_mapped_at_once_after_the_source_has_ended(
 def test_memory_is_mapped_when_the_device_state_arrives(
     qemu: Path, accelerator: Accelerator, memory: Memory, keeper: Keeper
 ) -> None:
-    """The head of the stream says nothing of the guest, and may be read while the source runs."""
+    """The header of the stream does not depend on the guest, and may be read while the source runs."""
     head = device_state.header(Q35)
     reader, writer = os.pipe()
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
@@ -316,7 +316,7 @@ def test_mapping_keeps_its_madvise_settings_after_adoption(
     assert flags - {"sd"} == expected - {"sd"}
 
 
-def test_several_backends_are_told_apart_by_order(qemu: Path, accelerator: Accelerator) -> None:
+def test_several_backends_are_identified_by_order(qemu: Path, accelerator: Accelerator) -> None:
     half = RAM // 2
     numa = [
         *["-smp", "2", "-object", f"memory-backend-memfd,id=ram1,size={half >> 20}M,share=on,seal=off"],
@@ -385,7 +385,7 @@ def test_memory_of_another_size_is_refused(
     before = memory.digest()
     line = refused(qemu, machine(accelerator, size=2 * RAM), keeper)
     assert line == (
-        f"guest memory '{BACKEND}' has {RAM} bytes in the source and {2 * RAM} here: "
+        f"guest memory '{BACKEND}' has {RAM} bytes in the old QEMU and {2 * RAM} here: "
         "use the same -m and memory backends"
     )
     assert memory.digest() == before
@@ -402,7 +402,7 @@ def test_backends_that_the_source_lacks_are_refused(qemu: Path, accelerator: Acc
         machine(accelerator, "-object", "memory-backend-memfd,id=more,size=2M,share=on"),
         keeper,
     )
-    assert line == "the source has fewer memory-backend-memfd objects: use the same memory backends"
+    assert line == "the old QEMU has fewer memory-backend-memfd objects: use the same memory backends"
 
 
 def test_mapping_beyond_the_memory_is_refused(
@@ -424,7 +424,7 @@ def test_mapping_beyond_the_memory_is_refused(
     environment = preloaded(f"fd:{keeper.theirs.fileno()}")
     environment["LD_PRELOAD"] = f"{build(code, tmp_path / 'greedy.so')}:{environment['LD_PRELOAD']}"
     status, lines = fails_to_start(qemu, machine(accelerator), environment, [keeper.theirs.fileno()])
-    line = f"guest memory '{BACKEND}' has {RAM} bytes in the source, and {2 * RAM} from 0 on are mapped here"
+    line = f"guest memory '{BACKEND}' has {RAM} bytes in the old QEMU, and {2 * RAM} from 0 on are mapped here"
     assert (status, lines) == (1, [f"sevhop adopt: {line}"])
 
 
@@ -776,13 +776,13 @@ def test_destination_does_not_run_on_copies(qemu: Path, accelerator: Accelerator
             destination.execute("cont")
         assert destination.exited() == (
             1,
-            ["sevhop adopt: this QEMU must not run: the guest's memory is still the source's"],
+            ["sevhop adopt: this QEMU must not run: the guest's memory is still the old QEMU's"],
         )
 
 
 def test_destination_does_not_run_at_start(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     command = [word for word in machine(accelerator, incoming=False) if word != "-S"]
-    assert refused(qemu, command, keeper) == "this QEMU must not run: the guest's memory is still the source's"
+    assert refused(qemu, command, keeper) == "this QEMU must not run: the guest's memory is still the old QEMU's"
 
 
 def test_destination_does_not_run_on_memory_of_its_own(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
@@ -792,7 +792,7 @@ def test_destination_does_not_run_on_memory_of_its_own(qemu: Path, accelerator: 
 
 def test_hop_is_not_over_before_memory_is_adopted(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
-        with pytest.raises(CommandError, match="The hop is not over: the guest's memory is still the source's"):
+        with pytest.raises(CommandError, match="The hop is not over: the guest's memory is still the old QEMU's"):
             destination.finish()
         destination.adopt_ram()
         destination.finish()
@@ -1019,7 +1019,7 @@ def kernel_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
 
 @pytest.fixture(scope="session")
 def c_bit(emulator: Callable[[str], Path], fake_kernel: str) -> int:
-    """Where this machine's CPUID says that the C-bit is, with or without SEV: QEMU insists on it."""
+    """Where this machine's CPUID reports the C-bit, with or without SEV: QEMU insists on it."""
     arguments = [*machine("kvm", *sev_guest(63)), "-S"]
     _, lines = fails_to_start(emulator(emulators.OLD), arguments, {**os.environ, "LD_PRELOAD": fake_kernel})
     found = re.search(r"host '(\d+)' requested '63'", "\n".join(lines))
@@ -1059,7 +1059,7 @@ def test_sev_guest_is_adopted(
         with pytest.raises(CommandError, match="Guest memory is still private"):
             destination.move_from(vm)
         destination.adopt_ram()
-        with pytest.raises(CommandError, match="the guest's SEV context is still the source's"):
+        with pytest.raises(CommandError, match="the guest's SEV context is still the old QEMU's"):
             destination.finish()
         assert destination.move_from(vm) == adopt.MoveResult(0, "OK", vcpus=2, registers=0, restore_errno=0)
         assert kernel_log() == ["moved", "cpuid", "cpuid"]
@@ -1153,7 +1153,7 @@ def test_destination_does_not_run_after_a_refused_move(
             destination.execute("cont")
         assert destination.exited() == (
             1,
-            ["sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's"],
+            ["sevhop adopt: this QEMU must not run: the guest's SEV context is still the old QEMU's"],
         )
 
 
@@ -1197,13 +1197,17 @@ def test_plugged_memory_is_registered_once_there_is_a_context(
 @pytest.mark.parametrize(
     ("context", "guest", "line"),
     [
-        ("sev", None, "the source runs a guest of context sev, this QEMU none: use the same sev-guest object"),
+        ("sev", None, "the old QEMU runs a guest of context sev, this QEMU none: use the same sev-guest object"),
         (
             "sev-es",
             "sev",
-            "this QEMU starts a guest of context sev, the source's is sev-es: use the same sev-guest object",
+            "this QEMU starts a guest of context sev, the old QEMU's is sev-es: use the same sev-guest object",
         ),
-        ("none", "sev", "this QEMU starts a guest of context sev, the source's is none: use the same sev-guest object"),
+        (
+            "none",
+            "sev",
+            "this QEMU starts a guest of context sev, the old QEMU's is none: use the same sev-guest object",
+        ),
     ],
 )
 def test_context_other_than_the_sources_is_refused(

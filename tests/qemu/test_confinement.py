@@ -244,7 +244,7 @@ def test_sandbox_that_is_not_on_the_command_line_any_more_refuses(
     write_arguments(guest, b"-sandbox\0on\0", b"-smp\0cpus=1\0")
     checked = sevhop("check", "--qmp", guest.machine.monitor, "--emulator", new)
     assert "FAIL confinement" in checked.stdout
-    assert_refused(guest, new, "confinement: .*1 seccomp filter.*a destination would have 0")
+    assert_refused(guest, new, "confinement: .*1 seccomp filter.*the new QEMU would have 0")
 
 
 def test_sandbox_that_only_the_destination_lacks_refuses(
@@ -267,7 +267,7 @@ def test_sandbox_that_forbids_less_refuses(
     """The kernel reports the number of filters, which is the same."""
     guest = start(counter_machine(more=("-sandbox", "on,spawn=deny")), old)
     write_arguments(guest, b"on,spawn=deny\0", b"on,enable=yes\0")
-    assert_refused(guest, new, "the sandbox of the source forbids system calls that the destination's allows")
+    assert_refused(guest, new, "the sandbox of the old QEMU forbids system calls that the new QEMU's allows")
 
 
 @pytest.mark.parametrize("sandbox", ["on", SANDBOX])

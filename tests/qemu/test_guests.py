@@ -1,4 +1,4 @@
-"""The guests themselves, without a hop: each runs on each QEMU and can tell when it is harmed."""
+"""The guests themselves, without a hop: each runs on each QEMU and reports when it is harmed."""
 
 from __future__ import annotations
 

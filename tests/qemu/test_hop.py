@@ -138,7 +138,7 @@ def test_disk_images_stay_in_the_page_cache(
 
 
 def talk(path: Path) -> str:
-    """The first line that a stream socket says."""
+    """The first line that a stream socket sends."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(10)
         sock.connect(str(path))

@@ -1,8 +1,8 @@
 """
-Bad input and failures: a clear line, and the guest untouched or back.
+Bad input and failures: a clear line, and the guest untouched or rolled back.
 
-In every test the guest's counter keeps running afterwards, without a gap. The only exception is a source that exits
-before its state was saved: that guest is lost, which is reported.
+In every test the guest's counter keeps running afterwards, without a missing tick. The only exception is a source that
+exits before its state was saved: that guest is lost, which is reported.
 """
 
 from __future__ import annotations

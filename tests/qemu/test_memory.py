@@ -84,7 +84,7 @@ def assert_refused(guest: Guest, emulator: Path, reason: str) -> None:
 
 
 class Mute(Commands):
-    """A QEMU that does not tell where its RAM blocks are, like those before 8, but could."""
+    """A QEMU that does not report where its RAM blocks are, like those before 8, but could."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.name = monitor.name
@@ -282,7 +282,7 @@ def test_dimm_in_a_file_is_refused(
 def test_ram_block_of_a_wrong_size_is_refused(
     old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
 ) -> None:
-    """What it says is compared with the memory itself."""
+    """What it reports is compared with the memory itself."""
     words = (*backend("m", 32, ",seal=off"), "-machine", "memory-backend=m")
     guest = start(with_memory(counter_machine, 32, *words), old)
     os.truncate(memfd(guest.pid), 64 * MIB)

@@ -103,6 +103,6 @@ def test_directory_that_was_replaced_is_not_touched(
 
     report = HopDriver().run(guest, new, at="finish", fault=replace)
     assert report.outcome == "done"
-    assert any("somebody has replaced the directory" in note for note in report.notes)
+    assert any("another process has replaced the directory" in note for note in report.notes)
     assert not (others / "qemu.pid").exists()
     guest.wait_for_ticks(3)

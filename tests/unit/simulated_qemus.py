@@ -265,7 +265,7 @@ class World:
 
     def destination_step(self, command_is_dead: bool) -> bool:
         """
-        Let it do what it does next: load, leave its mark, tell the keeper, run.
+        Let it do what it does next: load, leave its mark, notify the keeper, run.
 
         :return: whether there was anything to do.
         """

@@ -70,7 +70,7 @@ def started(name: str, vm: int) -> Any:
 
 
 class Committed(Transaction):
-    """A hop whose SEV context moves where a test says."""
+    """A hop whose SEV context moves as a test decides."""
 
     def __init__(self, patch: pytest.MonkeyPatch, destinations: list[Any], context: int) -> None:
         super().__init__("guest", events.ignore)

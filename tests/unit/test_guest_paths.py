@@ -84,7 +84,7 @@ def test_replaced_directory_is_not_touched(directory: Path, listener: socket.soc
     notes = mine.publish()
     mine.discard()
     assert len(notes) == 2
-    assert all("somebody has replaced the directory" in note for note in notes)
+    assert all("another process has replaced the directory" in note for note in notes)
     assert sorted(os.listdir(others)) == sorted([spare, "pid.hop-01234567"])
 
 
@@ -96,7 +96,7 @@ def test_replaced_second_link_is_not_renamed(directory: Path, listener: socket.s
     spare.write_text("planted\n")
     (directory / "qmp").unlink()
     (note,) = mine.publish()
-    assert "somebody has replaced" in note
+    assert "another process has replaced" in note
     assert not (directory / "qmp").exists()
 
 
@@ -116,7 +116,7 @@ def test_file_that_is_not_the_sources_pid_file_is_not_replaced(directory: Path) 
     (directory / "kept").rename(directory / "pid")
     (directory / "pid.hop-01234567").write_text("2\n")
     (note,) = mine.publish()
-    assert "somebody has replaced" in note
+    assert "another process has replaced" in note
     assert (directory / "pid").read_text() == "somebody else's\n"
 
 

@@ -145,7 +145,7 @@ def test_call_is_refused_if_the_keeper_exits_during_it(keeper: FakeKeeper) -> No
             sock.recv(1)
             sock.close()
             status, out, err, _ = await calling
-        assert (status, out, err) == (1, "", "sevhop: the keeper of domain web does not answer\n")
+        assert (status, out, err) == (1, "", "sevhop: the keeper of domain web did not reply: try again\n")
 
     asyncio.run(work())
 

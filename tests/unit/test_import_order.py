@@ -11,7 +11,7 @@ import pytest
 import sevhop
 import sevhop_qmp
 
-#: From top to bottom; docs/architecture.md tells what each is for.
+#: From top to bottom; docs/architecture.md has what each is for.
 ROOMS = (
     "cli",
     "observe",

@@ -151,7 +151,7 @@ def test_guest_is_not_released_while_its_source_is_being_killed(server: KeeperSe
     assert server.record.released == (state is not State.RETIRING)
 
 
-def test_destination_is_notified_that_the_source_has_ended(server: KeeperServer) -> None:
+def test_destination_is_notified_that_the_source_has_exited(server: KeeperServer) -> None:
     server.record.state = State.RESTORING
     with socket.socket() as sock:
         answer, _ = run(server.answer_destination(sock, b"hello 1"))

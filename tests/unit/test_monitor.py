@@ -16,7 +16,7 @@ EVENT = {"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RTC_CHANGE", 
 
 
 def play(*before_the_answer: object, before_the_greeting: Sequence[object] = (), answer: object = None) -> list[object]:
-    """What a client gets who connects, asks for the status, and listens, when QEMU says something before it answers."""
+    """What a client gets who connects, asks for the status, and listens, when QEMU sends something before its reply."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for message in (*before_the_greeting, GREETING, *before_the_answer):

@@ -61,7 +61,7 @@ STRUCTURE = 352
 
 
 class Old(Commands):
-    """A QEMU that does not tell addresses, and its process: a heap with RAMBlock structures in it."""
+    """A QEMU that does not report addresses, and its process: a heap with RAMBlock structures in it."""
 
     def __init__(self, *names: str) -> None:
         self.name = "old"
@@ -226,8 +226,8 @@ def test_encrypted_blocks_are_not_copied() -> None:
 PAGE = mmap.PAGESIZE
 
 
-class Told(Commands):
-    """A QEMU that says that it has one RAM block."""
+class Reporting(Commands):
+    """A QEMU that reports that it has one RAM block."""
 
     def __init__(self, host: int, size: int) -> None:
         self.name = "reported"
@@ -251,7 +251,7 @@ def read_block(host: int, size: int) -> RamBlock:
     """What is made of it, this test being the QEMU."""
     process = QemuProcess.open(os.getpid())
     try:
-        return asyncio.run(read(Told(host, size), process))["m"]
+        return asyncio.run(read(Reporting(host, size), process))["m"]
     finally:
         process.close()
 

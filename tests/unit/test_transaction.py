@@ -1,4 +1,4 @@
-"""Transactions: what is undone, in which order, when there is no way back, and in which state the guest is left."""
+"""Transactions: what is rolled back and in which order, when there is no rollback, and the state of the guest then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sevhop_qmp.errors import SevhopError
 
 
 class Scripted(Transaction):
-    """A transaction that does what a test says."""
+    """A transaction that runs the script of a test."""
 
     def __init__(self, script: Callable[[Scripted], Awaitable[None]], journal: Any = None) -> None:
         super().__init__("guest", events.ignore)
@@ -159,7 +159,7 @@ def test_commit_leaves_nothing_to_undo() -> None:
 
 
 def test_failure_after_the_commit_has_the_hint_of_the_commit() -> None:
-    """That of the failure says what to do before the next try; there is none."""
+    """That of the failure is for the next try; there is none."""
 
     async def script(transaction: Scripted) -> None:
         transaction.commit(GuestState.SUSPENDED, hint)
@@ -171,7 +171,7 @@ def test_failure_after_the_commit_has_the_hint_of_the_commit() -> None:
     assert failed(script)[1].hint == "run: sevhop recover guest"
 
 
-def test_error_that_says_where_the_guest_is_is_raised_as_it_is() -> None:
+def test_error_with_a_guest_state_is_raised_unchanged() -> None:
     reason = OSError("why")
     restored = RolledBack("it was restored", guest_state=GuestState.PAUSED_IN_OLD)
 

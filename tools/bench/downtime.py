@@ -2,7 +2,7 @@
 Guest downtime, measured in the guest.
 
 The guest is the bare-metal counter: a number in its memory grows for as long as it runs. Its memory is a file that is
-shared with QEMU, so a small program with real-time priority (``sampler.c``) reads that number from outside, 10 times in
+shared with QEMU, so a small program with realtime priority (``sampler.c``) reads that number from outside, 10 times in
 a millisecond; less often while the guest is stopped, so that a downtime is known to 1.6 %. What a tool reports is not
 used.
 """

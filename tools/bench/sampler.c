@@ -12,7 +12,7 @@
  *                 sampler itself may have been without a processor
  *   last T        at the end (SIGTERM): when it grew for the last time
  *
- * It runs with a real-time priority, so that other processes do not cause gaps, and sleeps nearly all of the time.
+ * It runs with a realtime priority, so that other processes do not cause gaps, and sleeps nearly all of the time.
  */
 #include <fcntl.h>
 #include <inttypes.h>

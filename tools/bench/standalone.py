@@ -276,7 +276,7 @@ def _for(mode: str, machine: Machine, memory: Path) -> Machine:
     if mode == "cpr-transfer":
         return dataclasses.replace(machine, more=("-machine", "aux-ram-share=on"))
     if mode == "x-ignore-shared":
-        # Only memory in a named file is left out of the migration.
+        # Only memory in a named file is not in the migration.
         backend = f"memory-backend-file,id=memory,size={machine.memory_mib}M,share=on,mem-path={memory}"
         more = ("-object", backend, "-machine", "memory-backend=memory")
         return dataclasses.replace(machine, memory="private", more=more)

@@ -34,7 +34,7 @@ def reason_against(source: Confinement, arguments: list[str], environment: Mappi
         expected = int(status["Seccomp_filters"]) + sandboxed(arguments)
         if expected != source.filters:
             return (
-                f"it has {source.filters} seccomp filter(s), a destination would have {expected}: "
+                f"it has {source.filters} seccomp filter(s), the new QEMU would have {expected}: "
                 "its -sandbox option is not what the kernel reports, or it was started by a program with a filter"
             )
     return ""

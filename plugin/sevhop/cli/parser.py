@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     hop.add_argument("--qmp", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
     hop.add_argument(
-        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the source's, as it is on disk now)"
+        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the old QEMU's, as it is on disk now)"
     )
     _add_seconds(hop, "--start-timeout", HopOptions.start_timeout, "for the new QEMU to start")
     _add_seconds(
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "destination",
         nargs="*",
         metavar="COMMAND",
-        help="after --: the destination's whole command line (default: the source's own)",
+        help="after --: the new QEMU's whole command line (default: the old QEMU's own)",
     )
     hop.set_defaults(command="hop")
 
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--no-rehearsal",
         action="store_true",
-        help="do not load a copy of the device state into the new QEMU first, which stops the guest briefly",
+        help="skip the rehearsal, in which the new QEMU loads a copy of the device state, and the guest stops briefly",
     )
     upgrade.add_argument(
         "--jobs", type=_count, default=1, metavar="N", help="domains to upgrade at a time (default: %(default)s)"
@@ -88,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
     which = examine.add_mutually_exclusive_group(required=True)
     which.add_argument("domain", nargs="?", metavar="DOMAIN", help="libvirt domain")
     which.add_argument("--qmp", type=Path, metavar="PATH", help="QMP socket of a QEMU outside libvirt")
-    examine.add_argument("--emulator", metavar="PATH", help="QEMU binary to hop to")
+    examine.add_argument(
+        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the guest's own, as it is on disk now)"
+    )
     examine.set_defaults(command="check")
 
     status = commands.add_parser(
@@ -106,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         description="Complete or roll back every interrupted hop: its guest then runs in the new QEMU, or in the old "
         "one. Safe at any time, also when no hop was interrupted.",
     )
-    recover.add_argument("guests", nargs="*", metavar="DOMAIN", help="default: all")
+    recover.add_argument("guests", nargs="*", metavar="DOMAIN", help="domain, or guest outside libvirt (default: all)")
     recover.set_defaults(command="recover")
 
     for command in (hop, upgrade, recover):
@@ -124,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
         )
 
     install = commands.add_parser(
-        "install", help="install the libvirt hook", description="Install the hook, and verify that libvirt calls it."
+        "install",
+        help="install the libvirt hook",
+        description="Install the libvirt hook, AppArmor rules and systemd units; verify that libvirt calls the hook.",
     )
     install.add_argument(
         "--verify",
@@ -132,7 +136,9 @@ def parser() -> argparse.ArgumentParser:
         help="install nothing: verify that libvirt calls the hook, and that its QEMU can load the library",
     )
     install.set_defaults(command="install")
-    uninstall = commands.add_parser("uninstall", help="remove the libvirt hook", description="Remove the hook.")
+    uninstall = commands.add_parser(
+        "uninstall", help="remove the libvirt hook", description="Remove the hook, the rules and the units."
+    )
     uninstall.set_defaults(command="uninstall")
     return top
 

@@ -23,7 +23,7 @@ from .images import Images, open_images
 
 #: Seconds within which a source that closes its images should have exited, if that is why.
 _EXIT = 0.1
-#: What to do about a disk that is not given up.
+#: What to do about a disk that is not released.
 _KEPT_HINT = "find the job or export that uses it, then try again"
 #: Drivers that store nothing.
 _NOTHING = frozenset({"null-aio", "null-co"})
@@ -130,13 +130,13 @@ class DiskGuard:
         if kept := self._locks.kept():
             names = [name for name, known in self._images.identities.items() if known in kept]
             where = self.graph.disk_of(names[0]) if names else "a disk"
-            raise StateError(f"the old QEMU has not given up {where}", _KEPT_HINT)
+            raise StateError(f"the old QEMU has not released {where}", _KEPT_HINT)
         # One that has exited, now that its state is saved, has none.
         if any(self._unlocked(self.graph.nodes[name]) for name in self._used) and self._process.alive:
             graph = await block_graph.read(monitor)
             for node in (graph.nodes[name] for name in graph.used()):
                 if node.active and not node.read_only:
-                    raise StateError(f"the old QEMU has not given up {graph.disk_of(node.name)}", _KEPT_HINT)
+                    raise StateError(f"the old QEMU has not released {graph.disk_of(node.name)}", _KEPT_HINT)
 
     async def _give_up_spares(self, monitor: Commands) -> None:
         """

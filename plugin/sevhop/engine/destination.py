@@ -216,7 +216,7 @@ class Destination:
             await self.kill()
             reason, hint = self.last_error(), ""
             if killed and child.returncode == -signal.SIGKILL:
-                reason, hint = "it was killed, by somebody or by the OOM killer", "see dmesg for why, then try again"
+                reason, hint = "it was killed, perhaps by the OOM killer", "see dmesg for why, then try again"
             elif not reason:
                 reason, hint = err.message, "on a slow host, raise --start-timeout"
             raise SevhopError(f"the new QEMU did not start: {reason}", hint) from err

@@ -60,7 +60,7 @@ async def complete(
     The guest runs in the destination: kill the source, if it is still there, and let its guest paths lead to the
     destination. May be repeated.
 
-    The source is not asked to quit: nothing of the guest is left for it to do, and it would tell its clients of a
+    The source is not asked to quit: nothing of the guest is left for it to do, and it would notify its clients of a
     shutdown that is none, and remove the paths of sockets that are the destination's.
 
     :param oom_score_adj: that the source had.
@@ -80,7 +80,7 @@ async def complete(
         guest_paths.link()
         source.kill()
         if not await source.wait(timeout):
-            note(f"the old QEMU (process {source.pid}) was killed and has not exited yet; it waits for storage")
+            note(f"the old QEMU (process {source.pid}) was killed and has not exited: restore its storage")
     for text in guest_paths.publish():
         note(text)
     if context != "none":

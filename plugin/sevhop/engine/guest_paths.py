@@ -134,7 +134,10 @@ class GuestPaths:
             if there is None:
                 return  # this was done before
             if there != self.files.get(path):
-                raise SevhopError(f"somebody has replaced {spare}: {path} may not lead to the new QEMU")
+                raise SevhopError(
+                    f"another process has replaced {spare}, and {path} may not lead to the new QEMU: "
+                    "see who can write there"
+                )
             if _at(name, fd) is not None:
                 os.unlink(second, dir_fd=fd)
             else:
@@ -144,9 +147,13 @@ class GuestPaths:
         with self._directory(final) as fd:
             name, first = os.path.basename(final), os.path.basename(temporary)
             if not stat.S_ISREG(os.stat(first, dir_fd=fd, follow_symlinks=False).st_mode):
-                raise SevhopError(f"{temporary} is not a regular file any more: there is no pid file")
+                raise SevhopError(
+                    f"{temporary} is not a regular file any more: write the pid of the new QEMU to {final}"
+                )
             if (there := _at(name, fd)) is not None and there != self.files.get(final):
-                raise SevhopError(f"somebody has replaced {final}: the pid file of the new QEMU is {temporary}")
+                raise SevhopError(
+                    f"another process has replaced {final}: rename {temporary}, the pid file of the new QEMU"
+                )
             os.replace(first, name, src_dir_fd=fd, dst_dir_fd=fd)
 
     def discard(self) -> None:
@@ -168,7 +175,10 @@ class GuestPaths:
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if _identity(os.fstat(fd)) != self.directories.get(directory):
-                raise SevhopError(f"somebody has replaced the directory {directory}: {path} is left as it is")
+                raise SevhopError(
+                    f"another process has replaced the directory {directory}, so {path} is unchanged: "
+                    "see who can write there"
+                )
             yield fd
         finally:
             os.close(fd)

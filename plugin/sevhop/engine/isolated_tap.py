@@ -43,5 +43,6 @@ def _open(queues: int) -> list[int]:
     except OSError as err:
         for descriptor in descriptors:
             os.close(descriptor)
-        raise SevhopError(f"cannot create a tap device for the rehearsal: {err.strerror}") from err
+        hint = "load the kernel module tun, or skip the rehearsal: sevhop upgrade --no-rehearsal"
+        raise SevhopError(f"cannot create a tap device for the rehearsal: {err.strerror}", hint) from err
     return descriptors

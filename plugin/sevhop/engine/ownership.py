@@ -131,7 +131,7 @@ def _without_destination(facts: Facts) -> Decision:
         return Decision(Course.GONE, "its QEMU has exited" + (", and the new one" if facts.phase in _MAY_RUN else ""))
     match facts.has_run:
         case True if facts.source is Source.RUNS:
-            return _manual("it ran in the new QEMU, which has exited, and somebody has resumed the old one since")
+            return _manual("it ran in the new QEMU, which has exited, and another client has resumed the old one since")
         case True:
             return Decision(Course.GONE, "it ran in the new QEMU, which has exited")
         case None:
@@ -159,7 +159,8 @@ def _with_both(facts: Facts) -> Decision:
         if has_run is False:
             return Decision(Course.ROLL_BACK)
         return _manual(
-            "somebody has resumed the old QEMU, and the guest may run in BOTH: terminate one now, its disks are at risk"
+            "another client has resumed the old QEMU, and the guest may run in BOTH: terminate one now, its disks "
+            "are at risk"
         )
     if has_run is None or (has_run and silent):
         return _manual("the new QEMU may have the guest, and does not answer")

@@ -255,7 +255,7 @@ def _reason_against(option: Option, options: list[Option]) -> str:
         return f"{path} is relative to a directory that -daemonize has left"
     props = properties(value)
     if name == "add-fd" or _FD_KEYS & {key.rsplit(".", 1)[-1] for key in props} or "/dev/fdset/" in value:
-        return "a descriptor that the source inherited cannot be inherited again"
+        return "a descriptor that the old QEMU inherited cannot be inherited again"
     if name in ("netdev", "nic", "net"):
         kind = props.get("", props.get("type", ""))
         if kind not in _SHAREABLE_NETDEVS:
@@ -265,9 +265,9 @@ def _reason_against(option: Option, options: list[Option]) -> str:
     if name == "tpmdev":
         return "a TPM serves one QEMU only"
     if name in ("curses",) or (name == "display" and value.startswith("curses")):
-        return "the terminal belongs to the source"
+        return "the terminal belongs to the old QEMU"
     if name == "nographic" and _nographic_takes_stdio(options):
-        return "standard input and output belong to the source"
+        return "standard input and output belong to the old QEMU"
     if name == "vnc" and "reverse" in props:
         return "a VNC viewer that was called back cannot be handed over"
     if name == "device":
@@ -302,7 +302,7 @@ def _relative_log(option: Option) -> str:
 
 def _reason_against_chardev(kind: str, value: str) -> str:
     if kind == "stdio":
-        return "standard input and output belong to the source"
+        return "standard input and output belong to the old QEMU"
     if kind not in _SHAREABLE_CHARDEVS:
         return f"a {kind} character device cannot be opened twice"
     if kind == "socket" and not _chardev_is_server(value):

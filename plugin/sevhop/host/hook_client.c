@@ -88,7 +88,7 @@ int main(int argc, char **argv)
         return 1;
     }
     if (send_call(keeper, message, length) < 0 || recv(keeper, &status, 1, 0) != 1) {
-        fprintf(stderr, "sevhop: the keeper of domain %s does not answer\n", argv[argc - ARGUMENTS]);
+        fprintf(stderr, "sevhop: the keeper of domain %s did not reply: try again\n", argv[argc - ARGUMENTS]);
         return 1;
     }
     return status;

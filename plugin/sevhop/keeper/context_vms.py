@@ -79,7 +79,10 @@ class ContextVms:
         self._forget(before)
         if self.report.restore_errno:
             reason = os.strerror(self.report.restore_errno)
-            raise KeeperError(f"the context was moved, but vCPU registers could not be set: {reason}")
+            raise KeeperError(
+                f"the context was moved, but vCPU registers could not be set: {reason}",
+                "the guest cannot run any more: shut it down, start it again, and report this",
+            )
 
     def _forget(self, names: Iterable[str]) -> None:
         for name in names:

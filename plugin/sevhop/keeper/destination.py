@@ -105,7 +105,7 @@ async def verify(probed: ProbedDestination, config: KeeperConfig, images: Images
     if (await monitor.execute("query-status"))["running"]:
         raise KeeperError("cannot start the guest: the new QEMU runs already", "restore the domain again")
     if probed.lost:
-        raise KeeperError(probed.lost)
+        raise KeeperError(probed.lost, "choose another version of QEMU, or one with these features")
     if config.disks is not None and images is not None:
         found = comparison.differences(config.disks, probed.disks, names=False)
         if found := found or images.others_of(probed.disks, process):
@@ -127,7 +127,7 @@ async def reach(process: QemuProcess, config: KeeperConfig, paths: KeeperPaths) 
 
 async def wait_running(monitor: Monitor, run_mark: RunMark) -> None:
     """
-    Wait until the guest runs there, or has: the run mark tells if it was stopped again, or if QEMU sends no event.
+    Wait until the guest runs there, or has: the run mark records that, if it was stopped again or QEMU sends no event.
 
     :raises MonitorError: QEMU has exited, or does not answer.
     """

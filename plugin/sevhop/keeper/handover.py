@@ -28,6 +28,7 @@ from typing import Self
 from sevhop_qmp import stream_sockets
 from sevhop_qmp.errors import RamError
 from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.ram_block_table import UNKNOWN_HINT
 from sevhop_qmp.ram_blocks import RamBlock
 from sevhop_qmp.run_mark import RunMark
 from sevhop_qmp.stream_sockets import Address
@@ -114,7 +115,7 @@ class SourceHandles:
                 (plugged if later else self.memfds.setdefault(link["name"], [])).append(fd)
                 if block is not None and block.size != stat.st_size:
                     sizes = f"QEMU reports {block.size} bytes, but its memfd has {stat.st_size}"
-                    raise RamError(f"cannot hand over RAM block {block.name}: {sizes}")
+                    raise RamError(f"cannot hand over RAM block {block.name}: {sizes}", UNKNOWN_HINT)
         finally:
             if plugged:
                 self.memfds.setdefault(_BACKEND_MEMFD, []).extend(plugged)

@@ -345,7 +345,8 @@ class KeeperServer:
                     raise
             except TimeoutError as err:
                 self.record.reason = "cannot start the guest: the monitor of the new QEMU does not answer"
-                raise KeeperError(self.record.reason) from err
+                hint = "see its log in /var/log/libvirt/qemu, then restore the domain again"
+                raise KeeperError(self.record.reason, hint) from err
             except SevhopError as err:
                 self.record.reason = str(err)
                 raise
@@ -379,7 +380,7 @@ class KeeperServer:
                 if monitor is not None:
                     await destination.wait_running(monitor, self._run_mark)
             except SevhopError as err:
-                log.info("the destination does not respond: %s", err)
+                log.info("the new QEMU does not respond: %s", err)
                 monitor = None
                 await process.wait(_REACH_POLL)
                 continue

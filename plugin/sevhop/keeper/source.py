@@ -55,7 +55,7 @@ class Source:
         elif self._locks.known and not self._locks.given_up:
             reason = "another client has resumed the guest"
         elif self._locks.kept():
-            reason = "cannot terminate the old QEMU: it has not given up all disks; find the job that uses one"
+            reason = "cannot terminate the old QEMU: it has not released all disks; find the job that uses one"
         elif self.images is not None and self.images.files.changed():
             reason = "another client has changed the disks"
         if reason:
@@ -70,7 +70,7 @@ class Source:
         self._keep_mappings()
         self.process.kill()
         while not await self.process.wait(KILL_TIMEOUT):
-            log.warning("process %d (the source) was killed and has not exited yet", self.process.pid)
+            log.warning("the old QEMU (process %d) was killed and has not exited yet", self.process.pid)
         self._locks.close()
         if self.images is not None:
             self.images.close()

@@ -173,7 +173,8 @@ class Domain:
         try:
             return int((_PID_FILES / f"{self.name}.pid").read_text())
         except (OSError, ValueError) as err:
-            raise DomainError(f"cannot find the QEMU process of domain {self.name}: {err}") from err
+            message = f"cannot find the QEMU process of domain {self.name}: {err}"
+            raise DomainError(message, hint="see virsh list, and try again") from err
 
     def _is_its_qemu(self, pid: int) -> bool:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -81,7 +81,7 @@ class DomainMonitor(Commands):
         return answer["return"]
 
     async def _control_state(self) -> str:
-        """What libvirt is doing with QEMU. It tells that while a command is executed (virDomainGetControlInfo)."""
+        """What libvirt is doing with QEMU. It reports that while a command is executed (virDomainGetControlInfo)."""
         try:
             state, _, since = await in_thread(_CONTROL_TIMEOUT, self._raw().controlInfo)
         except (TimeoutError, libvirt.libvirtError):

@@ -110,7 +110,7 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
     if verdict == "foreign":
         # Not in a hop, or left behind by a dead keeper: that must stop nothing but a destination of that hop.
         if f"'{IMAGE_MARK}'" in xml or (operation == "started" and f"'{_RESTORED_MARK}'" in xml):
-            return f"the keeper of domain {name} is gone, and the guest's memory with it", ""
+            return f"the keeper of domain {name} is gone, and the guest's memory with it: start the domain", ""
         if operation in ("restore", "migrate") and "'SEVHOP_" in xml:
             return "", _domain_xml().without_additions(xml)
         return "", ""

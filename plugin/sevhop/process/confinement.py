@@ -155,7 +155,7 @@ def filters_lost(source: int, destination: int) -> list[str]:
     if not found:
         return []
     some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return [f"the sandbox of the source forbids system calls that the destination's allows ({some})"]
+    return [f"the sandbox of the old QEMU forbids system calls that the new QEMU's allows ({some})"]
 
 
 def _limits(limits: tuple[tuple[int, int, int], ...]) -> list[tuple[str, int, int]]:

@@ -179,7 +179,7 @@ def _hand_over(name: str, wanted: Thread, groups: dict[str, str], thread: int) -
         reason = f" ({getattr(err, 'strerror', None) or err})"
     found = wanted.differences(Thread.of(thread))
     if groups != _groups(thread):
-        found.append("cgroup is not that of the source")
+        found.append("cgroup is not that of the old QEMU")
     return [f"{name}: {text}{reason}" for text in found]
 
 

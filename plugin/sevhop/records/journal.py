@@ -8,8 +8,8 @@ that is torn was never acted upon, and is ignored.
 Before anything of the guest is touched, the file is on the disk: written under another name, synchronised, linked into
 place, the directory synchronised. Its blocks are allocated then, too, so that a full disk is found early. Further lines
 are not waited for: they are in the page cache at once, where they survive this process, and a thread flushes them, but
-not while the guest is stopped. When the host crashes the guest is lost as well; then the journal need only tell that a
-hop was in progress, which its first line does.
+not while the guest is stopped. When the host crashes the guest is lost as well; then the journal need only record
+that a hop was in progress, which its first line does.
 
 The process that hops holds a lock on the file (flock(2)), which the kernel drops when it exits. So a journal without a
 lock is that of an interrupted hop.

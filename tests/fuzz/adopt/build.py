@@ -33,7 +33,7 @@ def build(directory: Path, compiler: str = "gcc", *, libfuzzer: bool = False) ->
 
     :param libfuzzer: with clang's libFuzzer; otherwise with ``random.c``.
     :return: target → program.
-    :raises subprocess.CalledProcessError: the compiler says why.
+    :raises subprocess.CalledProcessError: the compiler reports why.
     """
     sanitizers = "address,undefined"
     instrument = [f"-fsanitize={sanitizers}" + (",fuzzer-no-link" if libfuzzer else "")]

@@ -46,7 +46,7 @@ int main(int count, char **arguments)
 
         for (size_t j = 0; j < size; j++)
             bytes[j] = (uint8_t)(number() % 4 ? number() : number() % 8);
-        /* What a keeper says first is as it should be, mostly: otherwise nothing comes after it. */
+        /* What a keeper sends first is as it should be, mostly: otherwise nothing comes after it. */
         if (number() % 8)
             for (size_t j = 0; j < size && j < 8; j++)
                 bytes[j] = (uint8_t)(3 + number() % 5);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What QEMU does with the library, as the input wants. TARGET chooses which part of it:
- *   hello      where the keeper is, and what it says first
+ *   hello      where the keeper is, and what it sends first
  *   memory     memfds, mappings, the hand-over
  *   listeners  sockets and files
  *   kvm        ioctls

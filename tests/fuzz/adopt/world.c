@@ -175,7 +175,7 @@ void world_exit(int status)
     longjmp(world.ended, 1);
 }
 
-/* What the library says is one line, whoever it quotes. */
+/* What the library prints is one line, whoever it quotes. */
 ssize_t world_write(int fd, const void *text, size_t length);
 ssize_t world_write(int fd, const void *text, size_t length)
 {

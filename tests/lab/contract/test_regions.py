@@ -40,7 +40,7 @@ def test_regions_of_the_source_move_with_the_context(source: SevVm, destination:
     assert outcome(destination.unregister_region, source.memory) == "EINVAL"
 
 
-def test_pinned_pages_are_held_until_the_destination_ends(source: SevVm, destination: Vm) -> None:
+def test_pages_are_pinned_until_the_destination_exits(source: SevVm, destination: Vm) -> None:
     source.memory.map[0x4000:0x4004] = b"page"
     assert destination.move_from(source.descriptor) == OK
     source.close()

@@ -81,7 +81,7 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
 
 @pytest.mark.faults
 def test_upgrade_is_rolled_back_if_other_hook_refuses_after_move(daemon: Daemon, guest: DomainGuest) -> None:
-    """The context is in the destination already, and comes back from there."""
+    """The context is in the destination already, and is restored from there."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"
     other.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0\n')

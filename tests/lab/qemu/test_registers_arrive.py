@@ -1,8 +1,8 @@
 """
 Registers with the C-bit in CR3 arrive in the kernel with the move: adopt.so against the real KVM.
 
-``../contract/test_registers.py`` shows what the kernel demands. The destination is no QEMU but ``stub_qemu.c``, which
-says why.
+``../contract/test_registers.py`` shows what the kernel demands. The destination is no QEMU but ``stub_qemu.c``, where
+the reason is.
 """
 
 from __future__ import annotations
@@ -142,6 +142,6 @@ def test_destination_does_not_run_without_the_context(stub_qemu: Path, source: S
     assert output.status == 1
     assert output.stderr.splitlines() == [
         "sevhop adopt: this QEMU has not adopted the guest yet: it must not run",
-        "sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+        "sevhop adopt: this QEMU must not run: the guest's SEV context is still the old QEMU's",
     ]
     assert contexts() == before

@@ -129,7 +129,7 @@ def test_old_qemu_cannot_run_the_guest_any_more(
     async def run_it(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)  # sevhop has halted it, and the kernel has to refuse all the same
         async with await Monitor.connect(second, timeout=PATIENCE) as monitor:
-            # It says yes, and then its first KVM_RUN fails.
+            # It succeeds, and then its first KVM_RUN fails.
             with contextlib.suppress(MonitorClosed):
                 await monitor.execute("cont")
 
@@ -156,7 +156,7 @@ def test_destination_that_did_not_adopt_cannot_run(guest: Guest, there: Path, mo
         guest,
         there,
         skip_the_move,
-        r"the new QEMU exited: sevhop adopt: this QEMU must not run: the guest's SEV context is still the source's",
+        r"the new QEMU exited: sevhop adopt: this QEMU must not run: the guest's SEV context is still the old QEMU's",
     )
 
 

@@ -7,7 +7,7 @@ It hops like ``sevhop hop``; see :mod:`.fault` for POINT and FAULT, and :mod:`.o
 it gives to a QEMU, or
 
 ``halt``        the source is halted
-``stream-end``  the destination is told that its stream was all
+``stream-end``  the stream to the destination is closed
 ``end-source``  the source is killed, and seen to have ended
 
 Exit status: that of ``sevhop hop``.

@@ -79,11 +79,11 @@ class SoakedGuest(ABC):
 
     @abstractmethod
     def seen(self) -> Verdict:
-        """What it says so far."""
+        """What it reports so far."""
 
     @abstractmethod
     def stop(self) -> Verdict:
-        """End it; what is said of it then."""
+        """Terminate it; the verdict then."""
 
     @abstractmethod
     def said(self) -> str:

@@ -3,7 +3,7 @@ What ``tools/soak`` runs: a guest that works, hopping to and fro between two QEM
 
 It lives meanwhile (:mod:`tests.support.guests.life`): between hops, and at random points of them. After every hop,
 interrupted or not, ``sevhop recover`` runs, sometimes when time has passed or the new QEMU hangs or has ended, and the
-guest must go on in exactly one QEMU (see :mod:`.soaked_guests`) as what it was. What hops keep on the host is kept in
+guest must run in exactly one QEMU (see :mod:`.soaked_guests`) as what it was. What hops keep on the host is kept in
 file systems of this process's own.
 """
 
@@ -62,7 +62,7 @@ class Soaked:
     """
     What has come of it.
 
-    :ivar verdict: what the guest says.
+    :ivar verdict: what the guest reports.
     :ivar steps: faults by point and kind.
     :ivar lived: what was done to the guest, and what came of it.
     :ivar ends: hops by exit status of the command; -9 and 137 are a command that was killed.
@@ -136,7 +136,7 @@ class Soak:
     """
     Hops of one guest.
 
-    :param scratch: a directory for what operators tell.
+    :param scratch: a directory for what operators report.
     :param share: of hops that get a fault; ``life``: of those before, during, or after which something is done to it.
     """
 

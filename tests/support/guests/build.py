@@ -25,7 +25,7 @@ _GUESTS = CACHE / "guests"
 
 
 class Unavailable(Exception):
-    """Something is not installed or cannot be downloaded, and a guest cannot do without; one line says what and why."""
+    """Something is not installed or cannot be downloaded, and a guest cannot do without; one line has what and why."""
 
 
 class BuildFailed(Exception):

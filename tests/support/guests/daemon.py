@@ -219,7 +219,7 @@ class Description:
     :ivar elements: further elements of the domain, in XML.
     :ivar linux: instead of the counter.
     :ivar uefi: Linux is started by OVMF, with variables of its own.
-    :ivar serial: ``file``, or a ``pty`` for the console; what the guest says is in its log in any case.
+    :ivar serial: ``file``, or a ``pty`` for the console; what the guest prints is in its log in any case.
     """
 
     name: str
@@ -337,11 +337,11 @@ class DomainGuest:
 
     @property
     def state(self) -> str:
-        """As virsh says."""
+        """As virsh reports it."""
         return self.daemon.virsh("domstate", self.name)
 
     def xml(self, *options: str) -> str:
-        """As virsh says."""
+        """As virsh reports it."""
         return self.daemon.virsh("dumpxml", self.name, *options)
 
     def emulator(self, *options: str) -> str:
@@ -353,7 +353,7 @@ class DomainGuest:
         return json.loads(self.daemon.virsh("qemu-monitor-command", self.name, json.dumps({"execute": command})))
 
     def seen(self) -> Verdict:
-        """What its serial log says so far."""
+        """What its serial log contains so far."""
         path = self.file("log")
         return judge_log(path.read_text(encoding="ascii", errors="replace") if path.exists() else "")
 
@@ -375,7 +375,7 @@ class DomainGuest:
         return verdict
 
     def wait_for_ticks(self, more: int = 10) -> Verdict:
-        """Wait until it has counted on, without a gap since its start."""
+        """Wait until it has counted on, without a missing tick since its start."""
         wanted = self.seen().ticks + more
         wait_until(lambda: self.seen().ticks >= wanted, PATIENCE, f"{more} more ticks")
         verdict = self.seen()

@@ -67,7 +67,7 @@ class DomainLife(AnyLife):
         return step()
 
     def facts(self) -> Facts:
-        """What the domain is now: as libvirt says, and as QEMU does."""
+        """What the domain is now: as libvirt reports it, and as QEMU does."""
         facts = {"status": self._virsh("domstate", self._domain)}
         tree = self._xml()
         for disk in tree.iterfind("devices/disk"):

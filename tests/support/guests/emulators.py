@@ -24,7 +24,7 @@ UNSTABLE = "sid"
 
 def version(emulator: Path) -> str:
     """
-    A QEMU's version as it says itself, such as ``7.2.22``.
+    A QEMU's version as it reports it, such as ``7.2.22``.
 
     :raises BuildFailed: it does not run, or is no QEMU.
     """

@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def _start() -> int:
-    # libvirtd -t would end when it is idle. Its messages repeat what virsh says.
+    # libvirtd -t would end when it is idle. Its messages repeat what virsh prints.
     program = shutil.which("libvirtd") or "/usr/sbin/libvirtd"
     return subprocess.Popen([program], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
 

@@ -27,7 +27,7 @@ DISK_BLOCK = 4096
 @dataclass
 class Verdict:
     """
-    What a serial log says. A guest that was never harmed has only ``ticks`` and ``last``.
+    What a serial log contains. A guest that was never harmed has only ``ticks`` and ``last``.
 
     :ivar ticks: how many numbers there are.
     :ivar last: the highest number since the last start.

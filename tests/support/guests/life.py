@@ -1,9 +1,9 @@
 """
 The life of a guest: what is done to one while it runs, by its owner or by somebody who does not know of hops.
 
-A guest that was just started is what its command line says. One that has lived is not: its disk has got snapshots, a
+A guest that was just started is what its command line describes. One that has lived is not: its disk has snapshots, a
 medium was changed, a disk and a card were plugged and others unplugged; it was throttled, paused, pinned. After a hop
-it must be what it was before, so :class:`Facts` tells that, and what is done tells what it changes in them.
+it must be what it was before, so :class:`Facts` records that, and what is done returns what it changes in them.
 
 :class:`Life` does it to a guest outside libvirt, :class:`.domain_life.DomainLife` to a domain.
 """

@@ -1,4 +1,4 @@
-"""Lines to the Linux guest: serial lines and virtio ports, on which it says back what it hears (linux_init.c)."""
+"""Lines to the Linux guest: serial lines and virtio ports, which it repeats (linux_init.c)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATIENCE = 150.0
 
 class Line:
     """
-    A line to the guest. Each word is said by somebody who connects again, as after a hop everybody has to.
+    A line to the guest. Each word is sent over a new connection, as after a hop everybody has to.
 
     :param open_it: open the line; the descriptor.
     """
@@ -36,7 +36,7 @@ class Line:
         return cls(connect)
 
     def answers(self, word: str) -> bool:
-        """Whether the guest says it back."""
+        """Whether the guest repeats it."""
         fd = self._open()
         try:
             os.write(fd, f"{word}\n".encode())

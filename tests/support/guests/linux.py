@@ -26,7 +26,7 @@ _DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "i6300es
 #: What is kept of a kernel's package, see _fetch_kernel. A change there needs a new value here, and another download.
 _KEPT = "vmlinuz, vmlinux, drivers"
 
-#: What the kernel is told.
+#: The command line of the kernel.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
 
 #: Whom the guest expects to answer.

@@ -1,5 +1,5 @@
 /*
- * The only program in the Linux guest: its init. It uses what a guest has, tick by tick, and says on the serial port
+ * The only program in the Linux guest: its init. It uses what a guest has, tick by tick, and prints on the serial port
  * whether it was all right:
  *
  *   START                            it begins; again: it was restarted
@@ -17,9 +17,9 @@
  *   TPM                              there is a TPM, and it works
  *   TPM-LOST n                       from tick n on it does not, or not with the registers that it had
  *
- * Whoever says a line to it, on a serial line or a virtio port, hears "GOT" and the line; JSON is answered as a guest
+ * Whoever sends a line to it, on a serial line or a virtio port, hears "GOT" and the line; JSON is answered as a guest
  * agent answers `guest-sync` and `guest-ping`. If there is a watchdog it is armed, and fed at each tick until somebody
- * says "STARVE".
+ * prints "STARVE".
  *
  * Static, without a shell beside it: a tick is then some milliseconds also under emulation.
  */

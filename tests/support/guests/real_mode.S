@@ -1,7 +1,7 @@
 /*
  * The bare-metal counter for SEV guests in the lab: the same as counter.S, but it never leaves real mode.
  *
- * Entering protected mode is an exit that KVM must emulate if the processor does not tell it which register was written
+ * Entering protected mode is an exit that KVM must emulate if the processor does not report which register was written
  * (the lab's does not), and of an encrypted guest KVM emulates nothing. For the same reason there is no `cpuid`, no
  * `rdmsr`, no `hlt`: `in` and `out` of a register are all that leaves the guest. It runs on any other machine as well.
  *

@@ -28,18 +28,18 @@ from .machine import Machine
 
 #: Seconds until an emulator must answer.
 START_TIMEOUT = 30.0
-#: Seconds until a guest must have said something. Linux with UEFI takes 30 under emulation on a busy machine.
+#: Seconds until a guest must have printed something. Linux with UEFI takes 30 under emulation on a busy machine.
 PATIENCE = 150.0
 #: Seconds until a monitor must answer that is asked by a test, not by sevhop: the machine may be busy.
 ANSWER_TIMEOUT = 60.0
-#: Seconds until a guest must have ended that was told to.
+#: Seconds until a guest that was terminated must have exited.
 STOP_TIMEOUT = 20.0
 #: Seconds between two looks at something that cannot be waited for.
 _POLL = 0.01
 
 
 class GuestFailed(Exception):
-    """A guest did not do what was expected of it in time; the message has what its QEMU said."""
+    """A guest did not do what was expected of it in time; the message has what its QEMU printed."""
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
@@ -188,7 +188,7 @@ class Guest:
         return path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
 
     def seen(self) -> Verdict:
-        """What the log says so far."""
+        """What the log contains so far."""
         return judge_log(self.log())
 
     def wait_for_ticks(self, more: int, timeout: float = PATIENCE) -> Verdict:

@@ -1,4 +1,4 @@
-"""Building the fake security processor, and proof that kvm-amd cannot tell it from ccp.ko by its symbols."""
+"""Building the fake security processor, and proof that kvm-amd cannot distinguish it from ccp.ko by its symbols."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build(kernel: Kernel) -> bytes:
 def compare_symbols(ours: Path, kernels: Path) -> None:
     """Compare the symbols of two Module.symvers files by CRC.
 
-    The kernel compares them as well, but only those that kvm-amd uses, and it says so in its log only.
+    The kernel compares them as well, but only those that kvm-amd uses, and it reports that in its log only.
 
     :raise LabError: a symbol of ours is not a symbol of the kernel's ccp.ko, or has another CRC.
     """

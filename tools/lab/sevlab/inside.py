@@ -82,7 +82,7 @@ def run(job: wire.Job, port: int) -> int:
 
 
 def execute(job: wire.Job, out: int, err: int) -> None:
-    """Become the command. Does not return; a failure is told on its stderr, with a shell's exit status."""
+    """Become the command. Does not return; a failure is reported on its stderr, with a shell's exit status."""
     status = CANNOT_EXECUTE
     try:
         os.dup2(out, 1)

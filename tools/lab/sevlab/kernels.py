@@ -1,6 +1,6 @@
 """The kernels that the lab can boot: Debian's own builds, downloaded and unpacked, never installed.
 
-A kernel is named by its series ("6.1"). Which version that is today is told by Debian's metapackage, at the first
+A kernel is named by its series ("6.1"). Which version that is today is determined by Debian's metapackage, at the first
 use; it is then kept in the cache. Remove the series' directory there to get a newer one.
 """
 
@@ -51,7 +51,7 @@ class Kernel:
     """An unpacked kernel.
 
     :param series: its key in SERIES.
-    :param release: what uname -r says, such as "6.1.0-56-amd64".
+    :param release: what uname -r prints, such as "6.1.0-56-amd64".
     :param root: the directory that the packages were unpacked into.
     """
 

@@ -36,7 +36,7 @@ _KERNEL = (
     "console=ttyS0 quiet loglevel=4 panic=-1 norandmaps nokaslr mitigations=off cryptomgr.notests "
     "tsc=reliable no_timer_check random.trust_cpu=on"
 )
-# What the emulator always says, to stderr.
+# What the emulator always prints, to stderr.
 _EXPECTED = "warning: TCG doesn't support requested feature"
 # Directories whose contents the lab does not see (see the script init), and their modes: what belongs to the running
 # machine, and what its libvirt and sevhop keep.
@@ -87,7 +87,7 @@ def run(lab: Lab, base: bytes, job: wire.Job, timeout: float, out: Sink, err: Si
     :param timeout: seconds for all of it.
     :param out: gets what the command writes to stdout as it is written; `err`: the same of stderr.
     :return: the command's exit status as a shell sees it.
-    :raise LabError: the machine did not come up or died; what the console said is in it.
+    :raise LabError: the machine did not come up or died; the output of the console is in it.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -144,7 +144,7 @@ def run(lab: Lab, base: bytes, job: wire.Job, timeout: float, out: Sink, err: Si
 
 
 def _receive(end: socket.socket) -> bytes:
-    """What is there; nothing if the other side is gone or says nothing."""
+    """What is there; nothing if the other side is gone or sends nothing."""
     try:
         return end.recv(1 << 18)
     except (BlockingIOError, ConnectionResetError):
