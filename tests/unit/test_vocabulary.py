@@ -27,6 +27,8 @@ WORDS = {
     r"needs.?recover": "recovery required",
     r"remed(y|ies)": "hint",
     r"hurry|hurries": "realtime, boost",
+    r"real-time(?! clock)": "realtime",
+    r"\b(tells|told)\b": "says, names, shows, reports",
     r"urgenc?": "realtime, boost",
     r"name.?plates?": "guest paths",
     r"custody": "keeper server",
