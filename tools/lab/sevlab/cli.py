@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tests.support.guests import build
 
-from . import initramfs, kernels, machine, wire
+from . import emulator, initramfs, kernels, machine, wire
 from .errors import LabError, LabTimeout
 
 TIMED_OUT = 124  # as timeout(1) has it
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with kernels.locked(options.kernel):
             kernel = kernels.obtain(options.kernel)
             base = initramfs.base(kernel)
-        lab = machine.Lab(kernel, options.memory, options.processors, tuple(options.show))
+        lab = machine.Lab(emulator.obtain(), kernel, options.memory, options.processors, tuple(options.show))
         return machine.run(lab, base, job, options.timeout, _writer(1), _writer(2))
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
