@@ -34,6 +34,7 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import NO_DOMAIN, Connection, Domain, DomainError
 from ..records import run_directory
 from ..records.journal import HopRecord, Journal
+from . import protected_state
 from .finish import STOPPED
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .upgrade_restore import define_emulator
@@ -185,6 +186,7 @@ class _InterruptedUpgrade:
 
     async def _resume_source(self, source: QemuProcess) -> RecoveredGuest:
         source.thaw()  # a keeper that was killed may have left it halted
+        protected_state.restore(source, self._record.protected_state)
         domain = await self._domain()
         if domain.living_pid() != source.pid:
             raise RecoveryRequired(

@@ -29,6 +29,7 @@ from ..process import launch
 from ..records import journal, run_directory
 from ..records.journal import HopRecord, Journal, JournalError
 from ..records.run_directory import HopInProgress
+from . import protected_state
 from .guest_paths import GuestPaths
 from .interrupted_qemu import NewQemu, OldQemu
 from .ownership import Course, Destination, Facts, Source, decide
@@ -244,6 +245,7 @@ class InterruptedHop:
         if self._old.process is not None and record.phase not in ("", "check", "acquire"):
             with contextlib.suppress(OSError):  # it has just exited
                 launch.set_oom_score_adj(self._old.process.pid, record.oom_score_adj)
+        protected_state.restore(self._old.process, record.protected_state)
         try:
             state = await self._old.resume(running=record.running and record.stopped)
         except MonitorError:
