@@ -18,7 +18,7 @@ typedef struct SevCpuState {
     /* Physical address of an SEV-ES guest's VMSA. */
     uint64_t vmsa;
     uint32_t asid;
-    /* Of the page table walk under way: the C-bit of the last entry read. */
+    /* Of the current page table walk: the C-bit of the last entry read. */
     bool leaf_is_private;
 } SevCpuState;
 
