@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from lab.sevlab import emulator
 from lab.sevlab.kernels import CACHE
 
 from tests.support.guests.running import wait_ended, wait_until
@@ -17,6 +18,12 @@ from tests.support.guests.running import wait_ended, wait_until
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "tools" / "lab" / "run")
 LIMIT = 180  # seconds; the first use of a kernel downloads it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """The emulator, which is built at the first use: that takes minutes, and is reported on stderr."""
+    emulator.obtain()
 
 
 def _run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:

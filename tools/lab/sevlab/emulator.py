@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.guests import build
@@ -29,9 +32,16 @@ def obtain() -> Path:
             builds.mkdir(exist_ok=True)
             _build(wanted)
         wanted.touch()
-        for outdated in sorted(builds.iterdir(), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
-            shutil.rmtree(outdated)
+        _clean(builds)
         return wanted / "qemu-system-x86_64"
+
+
+def _clean(builds: Path) -> None:
+    """Remove old builds, and what one that was killed has left."""
+    complete = [one for one in builds.iterdir() if (one / "source").is_file()]
+    kept = sorted(complete, key=lambda one: one.stat().st_mtime)[-_KEPT:]
+    for one in set(builds.iterdir()) - set(kept):
+        shutil.rmtree(one)
 
 
 def _digest() -> str:
@@ -47,7 +57,18 @@ def _digest() -> str:
 
 def _build(directory: Path) -> None:
     print("lab: building its emulator, once; this takes some minutes", file=sys.stderr, flush=True)
-    command = [PROCESSOR / "build", directory]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise LabError("the lab's emulator cannot be built", done.stdout + done.stderr)
+    pipe = subprocess.PIPE
+    builder = subprocess.Popen(
+        [PROCESSOR / "build", directory],
+        stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = builder.communicate()
+    finally:
+        if builder.poll() is None:  # we are interrupted, and so are its compilers
+            with suppress(ProcessLookupError):
+                os.killpg(builder.pid, signal.SIGTERM)
+            builder.wait()
+    if builder.returncode:
+        raise LabError("the lab's emulator cannot be built", output)
