@@ -317,14 +317,18 @@ class Vcpu:
 
     def output(self, times: int) -> list[int]:
         """Run until the guest has written to its port this often; what it wrote."""
-        assert self.state
         written = []
         for _ in range(times):
             reason = self.run()
             assert reason == KVM_EXIT_IO, f"exit reason {reason}"
-            written.append(ctypes.c_uint32.from_buffer(self._map, self.state.io_data_offset).value)
+            written.append(self.written())
         self.complete()
         return written
+
+    def written(self) -> int:
+        """What the guest has written to its port when it exited for that."""
+        assert self.state
+        return ctypes.c_uint32.from_buffer(self._map, self.state.io_data_offset).value
 
     def close(self) -> None:
         self.state = None

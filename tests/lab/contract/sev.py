@@ -116,18 +116,20 @@ class SevVm(Vm):
         vcpus: int = 1,
         program: bytes = COUNT,
         vmsa: bool = True,
+        pages: int = 1,
     ) -> SevVm:
         """
         All of the launch.
 
         :param vmsa: for SEV-ES: encrypt the registers, as QEMU does when the machine is complete.
+        :param pages: how many are encrypted, from PROGRAM on.
         """
         vm = cls(es=es, type=type, memory=memory, vcpus=vcpus)
         vm.memory.map[PROGRAM : PROGRAM + len(program)] = program
         for vcpu in vm.vcpus:
             vcpu.start_at(PROGRAM)
         vm.sev(kvm.KVM_SEV_LAUNCH_START, kvm.kvm_sev_launch_start(policy=POLICY_SEV_ES if es else POLICY_SEV))
-        data = kvm.kvm_sev_launch_update_data(uaddr=vm.memory.address + PROGRAM, len=0x1000)
+        data = kvm.kvm_sev_launch_update_data(uaddr=vm.memory.address + PROGRAM, len=0x1000 * pages)
         vm.sev(kvm.KVM_SEV_LAUNCH_UPDATE_DATA, data)
         if es and vmsa:
             vm.sev(kvm.KVM_SEV_LAUNCH_UPDATE_VMSA)

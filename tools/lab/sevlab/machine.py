@@ -60,6 +60,7 @@ class Lab:
     :param kernel: what it boots.
     :param memory: its size in MiB.
     :param processors: their number.
+    :param encrypt: guests' memory is kept encrypted, which is slow.
     :param shown: directories of the machine that are visible in the lab although they lie in one that is not.
     """
 
@@ -67,6 +68,7 @@ class Lab:
     kernel: Kernel
     memory: int
     processors: int
+    encrypt: bool = False
     shown: tuple[Path, ...] = ()
 
 
@@ -158,7 +160,8 @@ def _receive(end: socket.socket) -> bytes:
 
 def _command(lab: Lab, initrd: int, console: int, port: int) -> list[str]:
     return [
-        str(lab.emulator), *_MACHINE.split(), *_FIRMWARE.split(), "-device", "sev-psp", "-no-reboot",
+        str(lab.emulator), *_MACHINE.split(), *_FIRMWARE.split(), "-no-reboot",
+        "-device", f"sev-psp,encrypt={'on' if lab.encrypt else 'off'}",
         "-m", str(lab.memory), "-smp", str(lab.processors),
         "-kernel", str(lab.kernel.image), "-initrd", f"/dev/fd/{initrd}", "-append", _KERNEL,
         "-chardev", f"socket,id=console,fd={console}", "-serial", "chardev:console",
