@@ -13,7 +13,8 @@
  *   files.c      files that the source still writes
  *   kvm.c        which of QEMU's ioctls concern the hop
  *   sev.c        emulated launch commands, the move
- *   registers.c  vCPU registers that the kernel accepts only after the move
+ *   registers.c  vCPU registers that the kernel accepts only after the move, and halted vCPUs
+ *   protected_state.c  the flag for which QEMU leaves vCPU state alone
  *   realtime.c   resets the realtime priority that the hop has given to threads of this process
  *   cpu_properties.c  properties that libvirt need not query while the guest waits
  *   commands.c   the QMP commands and the guard against running too early
@@ -199,14 +200,23 @@ int sev_deferred_regions(void);
 /* ---- registers.c ---- */
 
 struct kvm_cpuid2;
+struct kvm_mp_state;
 
 void vcpu_created(int vcpu);
 int vcpu_set_cpuid(int vcpu, unsigned long request, struct kvm_cpuid2 *cpuid);
 int vcpu_set_registers(int vcpu, unsigned long request, void *registers);
 int vcpu_get_registers(int vcpu, unsigned long request, void *registers);
+int vcpu_set_mp_state(int vcpu, unsigned long request, struct kvm_mp_state *state);
 void vcpus_restore(struct move *move);
 int vcpus_count(void);
 int vcpus_deferred(void);
+
+/* ---- protected_state.c ---- */
+
+void protected_state_launch(void);
+void protected_state_launched(void);
+size_t protected_state_offset(void); /* of the flag in QEMU's KVMState; 0: there is none */
+void protected_state_finish(void);
 
 /* ---- realtime.c ---- */
 

@@ -194,6 +194,7 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
     qdict_put_int(answer, "vm-type", kvm_vm_type());
     qdict_put_int(answer, "vcpus", vcpus_count());
     qdict_put_int(answer, "deferred-registers", vcpus_deferred());
+    qdict_put_int(answer, "protected-state-offset", (int64_t)protected_state_offset());
     qdict_put_int(answer, "listeners", listeners_adopted());
     qdict_put_obj(answer, "memfds", (QObject *)memories);
     *result = (QObject *)answer;
@@ -265,6 +266,7 @@ static void adopt_finish(QDict *arguments, QObject **result, Error **error)
     }
     if (!atomic_exchange(&hop.finished, true)) {
         notify_keeper = false;
+        protected_state_finish();
         listeners_serve();
         keeper_close();
         memory_lock_pages();

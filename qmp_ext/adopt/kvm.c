@@ -90,6 +90,8 @@ static int kvm_ioctl(int fd, unsigned long request, void *argument)
     case KVM_GET_SREGS:
     case (unsigned int)KVM_GET_SREGS2:
         return vcpu_get_registers(fd, request, argument);
+    case KVM_SET_MP_STATE:
+        return vcpu_set_mp_state(fd, request, argument);
     case KVM_MEMORY_ENCRYPT_OP:
         if (argument) /* without one, QEMU only asks whether the kernel knows SEV */
             return sev_command(fd, request, argument);

@@ -67,6 +67,10 @@ WEAK bool runstate_is_running(void);
 WEAK AioContext *qemu_get_aio_context(void);
 WEAK void aio_bh_schedule_oneshot_full(AioContext *context, QEMUBHFunc *function, void *opaque, const char *name);
 
+/* Only of SEV-ES guests, see protected_state.c. The second is there if QEMU has the flag. */
+extern WEAK unsigned char *kvm_state; /* a KVMState */
+WEAK void kvm_mark_guest_state_protected(void);
+
 /* Without these a hop takes longer, see cpu_properties.c. */
 WEAK struct QmpCommand *qmp_find_command(QmpCommandList *list, const char *name);
 WEAK QmpCommandFunc qmp_marshal_qom_list;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * vCPU registers that the kernel accepts only after the move.
+ * vCPU registers that the kernel accepts only after the move, and halted vCPUs of SEV-ES guests.
  *
  * An encrypted guest has the C-bit set in CR3. To KVM that is a reserved address bit until KVM_SET_CPUID2 is called on
  * a VM that is an SEV guest; the destination becomes one only by the move, long after its CPUID was set. So the device
@@ -96,10 +96,17 @@ static uint64_t encryption_bit(const struct vcpu *vcpu)
     return 0;
 }
 
+#define REFUSED "the kernel refuses vCPU registers: %s (cr0 %#llx cr3 %#llx cr4 %#llx efer %#llx apic_base %#llx)"
+
 static void report(const struct kvm_sregs *registers, int error)
 {
-    warn("the kernel refuses vCPU registers: %s (cr0 %#llx cr3 %#llx cr4 %#llx efer %#llx apic_base %#llx)", strerror(error),
-        registers->cr0, registers->cr3, registers->cr4, registers->efer, registers->apic_base);
+    warn(REFUSED, strerror(error), registers->cr0, registers->cr3, registers->cr4, registers->efer, registers->apic_base);
+}
+
+/* Before the move, so that the hop is rolled back. */
+static void __attribute__((noreturn)) refuse(const struct kvm_sregs *registers, int error)
+{
+    fatal(REFUSED, strerror(error), registers->cr0, registers->cr3, registers->cr4, registers->efer, registers->apic_base);
 }
 
 static int defer(struct vcpu *vcpu, unsigned long request, void *registers, uint64_t bit)
@@ -134,9 +141,12 @@ int vcpu_set_registers(int fd, unsigned long request, void *registers)
         return result;
     if (vcpu && errno == EINVAL && (bit = encryption_bit(vcpu)) && common->cr3 & bit)
         result = defer(vcpu, request, registers, bit);
-    /* QEMU 7.2 ignores the result: this line is the only sign that the guest cannot run. */
-    if (result)
-        report(common, errno);
+    if (!result)
+        return result;
+    /* QEMU 7.2 ignores the result, and sets neither MSRs nor events nor the MP state then: the guest could not run. */
+    if (vcpu)
+        refuse(common, errno);
+    report(common, errno);
     return result;
 }
 
@@ -150,6 +160,20 @@ int vcpu_get_registers(int fd, unsigned long request, void *registers)
     if (vcpu && vcpu->deferred_request && common->cr3 == (vcpu->deferred.first.cr3 & ~encryption_bit(vcpu)))
         common->cr3 = vcpu->deferred.first.cr3;
     return result;
+}
+
+/*
+ * KVM takes the interrupt flag of an SEV-ES vCPU from the int_state of its VMCB. The processor writes that at an exit, and
+ * the move does not take it along: in its new VM a halted vCPU seems to have its interrupts disabled, and never wakes up.
+ * So it continues after its HLT, as it does after any interrupt.
+ */
+int vcpu_set_mp_state(int fd, unsigned long request, struct kvm_mp_state *state)
+{
+    struct kvm_mp_state runnable = {.mp_state = KVM_MP_STATE_RUNNABLE};
+
+    if (hop.context == CONTEXT_SEV_ES && hop_in_progress() && state->mp_state == KVM_MP_STATE_HALTED)
+        state = &runnable;
+    return libc()->ioctl(fd, request, state);
 }
 
 /* After the move, for all vCPUs: first CPUID, which makes the C-bit valid in addresses, then the registers. */

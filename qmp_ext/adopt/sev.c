@@ -110,14 +110,18 @@ static int emulate(const struct kvm_sev_cmd *command)
         fatal("this QEMU uses KVM_SEV_INIT2, after which a moved guest cannot run: use legacy-vm-type=on");
     case KVM_SEV_LAUNCH_START:
         return launch_start(data);
+    case KVM_SEV_LAUNCH_UPDATE_VMSA: /* the source's are encrypted already */
+        protected_state_launch();
+        return 0;
     case KVM_SEV_LAUNCH_MEASURE:
+        protected_state_launched();
         return launch_measure(data);
     case KVM_SEV_LAUNCH_FINISH:
         return launch_finish();
     case KVM_SEV_LAUNCH_SECRET: /* requested by the owner, not a part of every launch: it would be lost */
         errno = EPERM;
         return -1;
-    default: /* LAUNCH_UPDATE_DATA, LAUNCH_UPDATE_VMSA: the source's pages are encrypted already */
+    default: /* LAUNCH_UPDATE_DATA: the source's pages are encrypted already */
         return 0;
     }
 }

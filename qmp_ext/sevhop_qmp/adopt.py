@@ -115,6 +115,7 @@ class AdoptStatus:
     :ivar vm_type: as given to KVM_CREATE_VM; 0 is the only one that a destination may have.
     :ivar vcpus: vCPUs that QEMU has created.
     :ivar deferred_registers: vCPUs whose registers are set after the move.
+    :ivar protected_state_offset: see :mod:`.protected_state`; 0 if this QEMU has no such flag.
     :ivar listeners: listening sockets taken over.
     :ivar memfds: memory taken over, in the order in which QEMU asked for it.
     """
@@ -131,6 +132,7 @@ class AdoptStatus:
     vm_type: int
     vcpus: int
     deferred_registers: int
+    protected_state_offset: int
     listeners: int
     memfds: tuple[AdoptedMemfd, ...]
 

@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .errors import ProcessError
@@ -25,6 +25,10 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 #: ET_DYN: a position-independent program; its symbols are offsets from where it is mapped.
 _SHARED = 3
 _DYNSYM = 11
+#: Of a note: lengths of name and content, type. The build ID is one of GNU's.
+_NOTE = struct.Struct("<III")
+_NOTES, _BUILD_ID = 7, 3
+_GNU = b"GNU\0"
 #: endbr64, mov DISTANCE(%rip),%eax, ret: what a compiler makes of ``return variable``.
 _RETURNS_VARIABLE = re.compile(rb"(?:\xf3\x0f\x1e\xfa)?\x8b\x05(?P<distance>.{4})\xc3", re.DOTALL)
 _CODE = 16
@@ -62,6 +66,52 @@ def read_ints(process: QemuProcess, variables: Mapping[str, str]) -> dict[str, i
     return {}
 
 
+def addresses(process: QemuProcess, symbols: Iterable[str]) -> dict[str, int]:
+    """
+    Where a QEMU has functions and variables that it exports, in its memory. Those that it does not export are omitted.
+
+    :raises ProcessError: the process has exited, or permission is denied.
+    """
+    wanted = {symbol.encode() for symbol in symbols}
+    for mapping in _programs(process):
+        if found := _addresses(process, mapping, wanted):
+            return {name.decode(): mapping.start + offset for name, (offset, _) in found.items()}
+    return {}
+
+
+def build_id(process: QemuProcess) -> str:
+    """
+    The build ID of its program, in hexadecimal (ld(1), ``--build-id``); empty if it was linked without one.
+
+    :raises ProcessError: the process has exited, or permission is denied.
+    """
+    try:
+        with (
+            open(f"/proc/{process.pid}/exe", "rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text,
+        ):
+            for section in _sections(text):
+                at, end = section[4], section[4] + section[5]
+                while section[1] == _NOTES and at < end:
+                    name_size, size, kind = _NOTE.unpack_from(text, at)
+                    name = at + _NOTE.size
+                    content = name + _aligned(name_size)
+                    if (text[name : name + name_size], kind) == (_GNU, _BUILD_ID):
+                        return text[content : content + size].hex()
+                    at = content + _aligned(size)
+    except (struct.error, IndexError):
+        pass  # this is no program
+    except (OSError, ValueError) as err:
+        if not process.alive:
+            raise ProcessError(f"process {process.pid} has exited") from err
+        raise ProcessError(f"/proc/{process.pid}/exe cannot be read: {err}") from err
+    return ""
+
+
+def _aligned(size: int) -> int:
+    return size + 3 & ~3
+
+
 def _returned(code: bytes, address: int) -> int:
     """The address of the variable that a function returns; 0 if it does more than that."""
     if (match := _RETURNS_VARIABLE.match(code)) is None:
@@ -94,11 +144,16 @@ def _addresses(process: QemuProcess, mapping: MemoryMapping, names: set[bytes]) 
     return {}
 
 
+def _sections(text: mmap.mmap) -> list[tuple[int, ...]]:
+    _, first, size, count = _HEADER.unpack_from(text)
+    return [_SECTION.unpack_from(text, first + size * number) for number in range(count)]
+
+
 def _symbols(text: mmap.mmap, names: set[bytes]) -> dict[bytes, tuple[int, bool]]:
     if text[: len(_ELF64_LITTLE)] != _ELF64_LITTLE:
         return {}
-    kind, first, size, count = _HEADER.unpack_from(text)
-    sections = [_SECTION.unpack_from(text, first + size * number) for number in range(count)]
+    kind = _HEADER.unpack_from(text)[0]
+    sections = _sections(text)
     table = next(section for section in [*sections, None] if section is None or section[1] == _DYNSYM)
     if table is None or kind != _SHARED:
         return {}

@@ -24,9 +24,13 @@ from .remote import Remote
 
 HERE = Path(__file__).parent
 KERNELS = ("6.1", "6.12")
+#: Tests in this directory run in a lab that keeps the memory of guests encrypted, on the first kernel only.
+ENCRYPTED = HERE / "encrypted"
 INSIDE = os.environ.get("SEVHOP_LAB")
 
-_remotes = pytest.StashKey[dict[str, Remote]]()
+#: Which lab a test runs in: the kernel, and whether it encrypts.
+Lab = tuple[str, bool]
+_remotes = pytest.StashKey[dict[Lab, Remote]]()
 
 
 def _runs_in_lab(path: Path) -> bool:
@@ -41,7 +45,8 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if _runs_in_lab(metafunc.definition.path):
-        metafunc.parametrize("kernel", [INSIDE] if INSIDE else KERNELS, indirect=True)
+        kernels = KERNELS[:1] if ENCRYPTED in metafunc.definition.path.parents else KERNELS
+        metafunc.parametrize("kernel", [INSIDE] if INSIDE else kernels, indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -60,13 +65,13 @@ def _remote_of(item: pytest.Item) -> Remote:
     """The lab that the item runs in. At the first call all labs that are needed start, side by side."""
     stash = item.session.stash
     if _remotes not in stash:
-        selected: dict[str, list[str]] = {}
+        selected: dict[Lab, list[str]] = {}
         for other in item.session.items:
             if _runs_in_lab(other.path) and HERE in other.path.parents:
-                selected.setdefault(_kernel_of(other), []).append(other.nodeid)
+                selected.setdefault(_lab_of(other), []).append(other.nodeid)
         _fetch_emulators()
-        stash[_remotes] = {kernel: Remote(item.config, kernel, tests) for kernel, tests in selected.items()}
-    return stash[_remotes][_kernel_of(item)]
+        stash[_remotes] = {lab: Remote(item.config, *lab, tests) for lab, tests in selected.items()}
+    return stash[_remotes][_lab_of(item)]
 
 
 def _fetch_emulators() -> None:
@@ -76,9 +81,9 @@ def _fetch_emulators() -> None:
             emulators.emulator(label)
 
 
-def _kernel_of(item: pytest.Item) -> str:
+def _lab_of(item: pytest.Item) -> Lab:
     assert isinstance(item, pytest.Function)
-    return str(item.callspec.params["kernel"])
+    return str(item.callspec.params["kernel"]), ENCRYPTED in item.path.parents
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -23,13 +23,14 @@ class Remote:
     One lab with one pytest in it.
 
     :param kernel: the series that the lab boots.
+    :param encrypt: whether it keeps the memory of guests encrypted.
     :param tests: node ids. They are run in this order, and the same ones must be asked for.
     """
 
     MARK = "\x1e"
     REPORTS = "SEVHOP_LAB_REPORTS"
 
-    def __init__(self, config: pytest.Config, kernel: str, tests: Iterable[str]) -> None:
+    def __init__(self, config: pytest.Config, kernel: str, encrypt: bool, tests: Iterable[str]) -> None:
         self._config = config
         self._kernel = kernel
         self._kept: dict[str, list[pytest.TestReport]] = {}
@@ -38,8 +39,9 @@ class Remote:
         inner = ["env", f"{self.REPORTS}=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         # Tests that run only if their marker is asked for.
         inner += [f"-m={config.option.markexpr}", *tests]
+        options = ["--kernel", kernel, *(["--encrypt"] if encrypt else [])]
         self._process = subprocess.Popen(
-            [RUN, "--kernel", kernel, "--timeout", str(TIME_LIMIT), "--show", sys.prefix, *inner],
+            [RUN, *options, "--timeout", str(TIME_LIMIT), "--show", sys.prefix, *inner],
             cwd=config.rootpath,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

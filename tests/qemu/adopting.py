@@ -317,3 +317,24 @@ def refused(emulator: Path | str, arguments: Sequence[str], keeper: Keeper, more
     assert len(lines) == 1, lines
     assert lines[0].startswith("sevhop adopt: "), lines
     return lines[0].removeprefix("sevhop adopt: ")
+
+
+def build(source: str | Path, target: Path) -> Path:
+    """Compile a library for a test: a file, or C code."""
+    code = source.read_text() if isinstance(source, Path) else source
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", target, "-x", "c", "-"],
+        input=code.encode(),
+        check=True,
+    )
+    return target
+
+
+#: Of the contexts.
+POLICY = {"sev": 1, "sev-es": 5}
+
+
+def sev_guest(c_bit: int, context: str = "sev", more: str = "") -> list[str]:
+    """The options of an SEV guest."""
+    sev = f"sev-guest,id=sev0,cbitpos={c_bit},reduced-phys-bits=1,policy={POLICY[context]}{more}"
+    return ["-object", sev, "-machine", "confidential-guest-support=sev0"]

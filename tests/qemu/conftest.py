@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,10 +19,12 @@ from pathlib import Path
 import pytest
 from sevhop.records import journal
 
-from tests.support.guests import counter, linux
+from tests.support.guests import counter, emulators, linux
 from tests.support.guests.build import Unavailable
 from tests.support.guests.machine import Accelerator, Machine
 from tests.support.guests.running import Guest, processes_of
+
+from .adopting import build, fails_to_start, machine, sev_guest
 
 #: Starts a guest in an emulator; the guest is killed when the test ends.
 StartGuest = Callable[[Machine, Path], Guest]
@@ -69,6 +72,30 @@ def linux_machine(tmp_path: Path, _linux_images: None) -> DescribeLinux:
         return linux.on(Machine(tmp_path, **fields))  # type: ignore[arg-type]
 
     return describe
+
+
+@pytest.fixture
+def kvm(accelerator: Accelerator) -> Accelerator:
+    if accelerator != "kvm":
+        pytest.skip("KVM is not usable here")
+    return accelerator
+
+
+@pytest.fixture(scope="session")
+def fake_kernel(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library that plays SEV."""
+    directory = tmp_path_factory.mktemp("fake")
+    return str(build(Path(__file__).with_name("fake_sev_kernel.c"), directory / "fake_sev_kernel.so"))
+
+
+@pytest.fixture(scope="session")
+def c_bit(emulator: Callable[[str], Path], fake_kernel: str) -> int:
+    """Where this machine's CPUID says that the C-bit is, with or without SEV: QEMU insists on it."""
+    arguments = [*machine("kvm", *sev_guest(63)), "-S"]
+    _, lines = fails_to_start(emulator(emulators.OLD), arguments, {**os.environ, "LD_PRELOAD": fake_kernel})
+    found = re.search(r"host '(\d+)' requested '63'", "\n".join(lines))
+    assert found, lines
+    return int(found[1])
 
 
 def _children() -> set[int]:

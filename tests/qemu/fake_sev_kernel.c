@@ -8,6 +8,9 @@
  *   SET_SREGS with bit $FAKE_SEV_BIT in CR3: EINVAL, unless CPUID was set since the context is here
  *   GET_SREGS reports CR3 as $FAKE_SEV_CR3, if that is given: an encrypted guest's
  *   VMs of all SEV types are offered
+ *   $FAKE_SEV_LAUNCH: there is a context from the beginning, as for a source, and launch commands are accepted
+ *   $FAKE_SEV_STATE: vCPU state that is set goes to the log as well: local APIC and MP state
+ *   GET_MP_STATE reports $FAKE_SEV_MP_STATE, if that is given
  *   $FAKE_SEV_MOVE_ERRNO: what the move gives
  */
 #define _GNU_SOURCE
@@ -75,6 +78,11 @@ static int fail(int error)
     return -1;
 }
 
+static int context_is_here(void)
+{
+    return has_context || getenv("FAKE_SEV_LAUNCH");
+}
+
 static int set_registers(int fd, unsigned long request, struct kvm_sregs *registers)
 {
     unsigned long long bit = 1ULL << number("FAKE_SEV_BIT"), cr3 = registers->cr3;
@@ -104,16 +112,34 @@ static int sev_command(int fd, unsigned long request, struct kvm_sev_cmd *comman
 {
     if (!command)
         return fail(EFAULT); /* so the kernel reports that it supports SEV */
-    if (fd != vm || !has_context)
+    if (fd != vm || !context_is_here())
         return fail(ENOTTY);
     (void)request;
     note("command %u\n", command->id);
+    if (command->id == KVM_SEV_LAUNCH_MEASURE)
+        ((struct kvm_sev_launch_measure *)(uintptr_t)command->data)->len = 48;
     return 0;
+}
+
+static int set_mp_state(int fd, unsigned long request, struct kvm_mp_state *state)
+{
+    if (getenv("FAKE_SEV_STATE"))
+        note("mp state %u\n", state->mp_state);
+    return real(fd, request, state);
+}
+
+static int get_mp_state(int fd, unsigned long request, struct kvm_mp_state *state)
+{
+    int result = real(fd, request, state);
+
+    if (!result && getenv("FAKE_SEV_MP_STATE"))
+        state->mp_state = (unsigned int)number("FAKE_SEV_MP_STATE");
+    return result;
 }
 
 static int register_region(const struct kvm_enc_region *region)
 {
-    if (!has_context)
+    if (!context_is_here())
         return fail(ENOTTY);
     if (region_count == sizeof regions / sizeof *regions)
         return fail(ENOMEM);
@@ -124,7 +150,7 @@ static int register_region(const struct kvm_enc_region *region)
 
 static int unregister_region(const struct kvm_enc_region *region)
 {
-    if (!has_context)
+    if (!context_is_here())
         return fail(ENOTTY);
     for (int i = 0; i < region_count; i++)
         if (regions[i].addr == region->addr && regions[i].size == region->size) {
@@ -196,6 +222,14 @@ int ioctl(int fd, unsigned long request, ...)
     case KVM_GET_SREGS:
     case (unsigned int)KVM_GET_SREGS2:
         return get_registers(fd, request, argument);
+    case KVM_SET_MP_STATE:
+        return set_mp_state(fd, request, argument);
+    case KVM_GET_MP_STATE:
+        return get_mp_state(fd, request, argument);
+    case KVM_SET_LAPIC:
+        if (getenv("FAKE_SEV_STATE"))
+            note("local APIC\n");
+        break;
     case SEV_ISSUE_CMD:
         if (fd == sev)
             return platform_command(argument);

@@ -401,6 +401,7 @@ class SimulatedMonitor:
                     "vm-type",
                     "vcpus",
                     "deferred-registers",
+                    "protected-state-offset",
                     "listeners",
                 )
                 flags = {"moved": False, "finished": False, "ran": self._qemu.ran, "memfds": []}

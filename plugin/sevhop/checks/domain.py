@@ -23,6 +23,8 @@ from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
 from . import guest as guest_checks
+from . import registers
+from .registers import Registers
 from .result import CheckResult, Status, failed, passed
 
 
@@ -34,6 +36,7 @@ class Examined:
     :ivar tree: the results.
     :ivar xml: the domain as it runs, without what earlier hops have added.
     :ivar old, new: the emulator it runs in, and the one to upgrade to.
+    :ivar flag: see :class:`.registers.Registers`.
     """
 
     tree: CheckResult
@@ -44,6 +47,7 @@ class Examined:
     xml: str
     old: str
     new: str
+    flag: int = 0
 
 
 @contextlib.asynccontextmanager
@@ -82,17 +86,20 @@ async def examine(
                 f"libvirt does not know of it, and would start the new QEMU with another disk: {unknown}",
                 "undo what was changed behind libvirt's back, or shut the domain down and start it",
             )
+        state = await registers.examine(found, process, monitor)
         # In a thread: it runs emulators to probe them, and another guest may be stopped meanwhile.
-        tree = await shielded(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid))
+        tree = await shielded(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid, state))
         tree.children += [disks, await _libvirt(connection, domain, in_full)]
-        yield Examined(tree, monitor, process, found, graph, xml, old, new)
+        yield Examined(tree, monitor, process, found, graph, xml, old, new, state.flag)
     finally:
         process.close()
 
 
-def _without_libvirt(found: inspection.Guest, process: QemuProcess, new: str, xml: str, uuid: str) -> CheckResult:
+def _without_libvirt(
+    found: inspection.Guest, process: QemuProcess, new: str, xml: str, uuid: str, state: Registers
+) -> CheckResult:
     """What is checked without the daemon."""
-    tree = guest_checks.domain(found, process, new)
+    tree = guest_checks.domain(found, process, new, state)
     # First: a device that cannot be re-created may have memory of its own, for which there is no hint either.
     tree.children[:0] = [devices(xml)]
     tree.children += [guest_checks.library(process), _confinement(process, uuid)]

@@ -29,8 +29,9 @@ from ..process import cgroup_memory
 from ..process.confinement import Confinement
 from ..process.launch import Identity, inheritable
 from ..process.scheduling import Thread
-from . import sev_host
+from . import registers, sev_host
 from .confinement import reason_against
+from .registers import Registers
 from .result import CheckResult, Status, failed, passed
 
 #: Run states in which a guest can hop; it is in the same one afterwards.
@@ -43,12 +44,15 @@ _SERVICE = re.compile(r"\.service(/|$)")
 class Verdict:
     """
     The outcome of a check: the tree, the guest and its disks as they were found, and the destination's command line.
+
+    :ivar flag: see :class:`.registers.Registers`.
     """
 
     tree: CheckResult
     guest: Guest
     disks: BlockGraph
     arguments: command_line.Derived
+    flag: int = 0
 
 
 async def standalone(
@@ -70,7 +74,8 @@ async def standalone(
         program = emulator or path_on_disk(process.executable)
         argv = pid_file.absolute(process, source[1:])
         arguments = await _with_present_disks(command_line.derive(program, argv, secrets.token_hex(4)), graph, monitor)
-    return Verdict(_examine(guest, process, arguments, result), guest, graph, arguments)
+    found = await registers.examine(guest, process, monitor)
+    return Verdict(_examine(guest, process, arguments, result, found), guest, graph, arguments, found.flag)
 
 
 async def _with_present_disks(
@@ -87,14 +92,16 @@ async def _with_present_disks(
     return replace(arguments, arguments=plan.arguments, refused=[*arguments.refused, *plan.refused])
 
 
-def _examine(guest: Guest, process: QemuProcess, arguments: command_line.Derived, disks: CheckResult) -> CheckResult:
+def _examine(
+    guest: Guest, process: QemuProcess, arguments: command_line.Derived, disks: CheckResult, found: Registers
+) -> CheckResult:
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
         _process(process),
         _state(guest),
         _memory(guest),
-        _context(guest, process, own_group=None, sandbox=False),
+        _context(guest, process, found, own_group=None, sandbox=False),
         _blockers(guest),
         _jobs(guest),
         disks,
@@ -145,10 +152,11 @@ def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> CheckResult:
     return passed(name, f"{sum(1 for disk in graph.disks.values() if disk.root)} in use, as their files are on disk")
 
 
-def domain(guest: Guest, process: QemuProcess, path: str) -> CheckResult:
+def domain(guest: Guest, process: QemuProcess, path: str, found: Registers) -> CheckResult:
     """
     Test the guest of a libvirt domain. Its command line and the environment of its QEMU are libvirt's job.
 
+    :param found: see :func:`.registers.examine`.
     :param path: of the QEMU to upgrade to.
     """
     return passed(
@@ -156,7 +164,7 @@ def domain(guest: Guest, process: QemuProcess, path: str) -> CheckResult:
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
         _state(guest),
         _memory(guest, "set <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"),
-        _context(guest, process, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
+        _context(guest, process, found, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
         _blockers(guest),
         _jobs(guest),
         _emulator(path, guest, process),
@@ -211,20 +219,16 @@ def _memory(
     return passed("memory", f"{shared >> 20} MiB in {len(guest.backends)} shared memfd(s)")
 
 
-def _context(guest: Guest, process: QemuProcess, *, own_group: re.Pattern[str] | None, sandbox: bool) -> CheckResult:
+def _context(
+    guest: Guest, process: QemuProcess, found: Registers, *, own_group: re.Pattern[str] | None, sandbox: bool
+) -> CheckResult:
     context = guest.context
     if context.kind == "sev-snp":
         return failed("context", "SEV-SNP", "an SNP context cannot be moved between VMs by any kernel", sev_host.NAMES)
-    if context.kind == "sev-es":
-        return failed(
-            "context",
-            "SEV-ES: its context can be moved, but it is untested whether such a guest runs afterwards",
-            "wait for a version of sevhop that was tested on hardware",
-            sev_host.NAMES,
-        )
     if context.kind == "none":
         return passed("context", "none: there is nothing to move, only the QEMU changes")
     host = sev_host.examine(guest, process, own_group=own_group, sandbox=sandbox)
+    host += [found.result] if found.result is not None else []
     return passed("context", f"{context.kind}, policy {context.policy:#x}", *host)
 
 

@@ -36,6 +36,7 @@ class Checked:
     :ivar disks: as the source reports them.
     :ivar watch: the events of the source since.
     :ivar arguments: the destination's command line.
+    :ivar flag: see :class:`sevhop.checks.registers.Registers`.
     """
 
     monitor: Monitor
@@ -45,6 +46,7 @@ class Checked:
     watch: SourceWatch
     arguments: command_line.Derived
     working_directory: str
+    flag: int = 0
 
     @property
     def was_running(self) -> bool:
@@ -101,7 +103,9 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions) -> Checked:
         verdict = await guest_checks.standalone(monitor, source, options.emulator, options.command)
     except SevhopError as err:
         raise Refused(err.message, err.hint) from err
-    checked = Checked(monitor, source, verdict.guest, verdict.disks, watch, verdict.arguments, working_directory)
+    checked = Checked(
+        monitor, source, verdict.guest, verdict.disks, watch, verdict.arguments, working_directory, verdict.flag
+    )
     hop.report.emulator = checked.arguments.emulator
     hop.report.guest = checked.guest.name
     hop.report.context = checked.guest.context.kind
@@ -118,6 +122,7 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions) -> Checked:
             monitor=os.path.abspath(qmp),
             old=source.executable,
             new=checked.arguments.emulator,
+            protected_state=checked.flag,
         )
     )
     return checked

@@ -37,6 +37,7 @@ from ..libvirt.daemon import DomainError
 from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
+from . import protected_state
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator, not_defined
@@ -192,6 +193,7 @@ class InterruptedUpgrade:
         :raises SevhopError: it cannot be resumed.
         """
         source.thaw()  # a keeper that was killed may have left it halted
+        protected_state.restore(source, record.protected_state)
         domain = await self._domain()
         if domain.living_pid() != source.pid:
             raise RecoveryRequired(

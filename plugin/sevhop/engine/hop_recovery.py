@@ -23,6 +23,7 @@ from ..errors import LOST_HINT, RecoveryRequired
 from ..records import journal
 from ..records.hop_record import HopRecord
 from ..records.journal import JournalError
+from . import protected_state
 from .finish import complete
 from .guest_paths import GuestPaths
 from .interrupted_qemu import NewQemu, OldQemu
@@ -141,6 +142,7 @@ class InterruptedHop:
         _guest_paths(record).discard()
         if self._old.process is not None and record.phase not in ("", "check", "acquire"):
             restore_oom_score_adj(self._old.process, record.oom_score_adj)
+        protected_state.restore(self._old.process, record.protected_state)
         try:
             state = await self._old.resume(running=record.running and record.stopped)
         except MonitorError:

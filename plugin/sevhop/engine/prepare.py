@@ -17,6 +17,7 @@ from sevhop_qmp.errors import (
     MonitorError,
     SevhopError,
 )
+from sevhop_qmp.protected_state import ProtectedState
 from sevhop_qmp.ram_block_sync import RamBlockSync
 from sevhop_qmp.run_mark import RunMark
 
@@ -27,6 +28,7 @@ from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
 from ..process import confinement, launch, scheduling, seccomp_filter
 from ..process.confinement import Confinement
+from . import protected_state
 from .check import Acquired, Checked
 from .destination import Destination
 from .realtime import Watchdog
@@ -46,6 +48,7 @@ class Prepared:
     :ivar ram: keeps the RAM blocks of the destination that are not shared equal to those of the source.
     :ivar settings: of the source, made since its start.
     :ivar roles: how the threads of source and destination are scheduled.
+    :ivar flag: of the source, which is cleared for the time of the stop; None if it need not be.
     """
 
     started: Started
@@ -58,6 +61,7 @@ class Prepared:
     roles: tuple[scheduling.Roles, scheduling.Roles]
     transfer: StateTransfer
     terminate_destination: DestinationUndo
+    flag: ProtectedState | None = None
 
 
 async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired) -> Prepared:
@@ -97,7 +101,8 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
         await hop.resources.enter_async_context(outgoing)
         identity = acquired.launch_context.credentials
         await outgoing.arm(identity.uid, identity.gid)
-    return Prepared(started, arguments, run_mark, theirs, disks, ram, settings, roles, transfer, undo)
+        flag = protected_state.open_flag(hop, checked.source, checked.flag)
+    return Prepared(started, arguments, run_mark, theirs, disks, ram, settings, roles, transfer, undo, flag)
 
 
 async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:

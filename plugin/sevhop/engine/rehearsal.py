@@ -55,7 +55,8 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..options import HopOptions
-from . import rehearsal_command_line
+from ..process.namespaces import PROGRAMS, within_namespaces_of
+from . import protected_state, rehearsal_command_line
 from .destination import Destination, LaunchContext
 from .isolated_tap import open_tap
 from .rehearsal_command_line import Backend, Cards, Disk, Unrehearsable
@@ -74,8 +75,6 @@ _POLL = 0.1
 _EXIT_TIMEOUT = 2.0
 _SKIP = "sevhop upgrade --no-rehearsal skips the rehearsal"
 _ANOTHER = "choose another version of QEMU"
-#: Programs that start the rehearsal QEMU in the source's mount namespace.
-_PROGRAMS = ("nsenter", "unshare", "setpriv")
 _QDEV = re.compile(r"/machine/peripheral/(?P<id>[^/]+)|/machine/system\.flash(?P<flash>[01])$|(?P<name>[^/]+)$")
 _PREFIX = re.compile(r"^[^ ]*qemu[^ :]*: ")
 #: A backend in what ``info network`` prints, once for each of its queues.
@@ -97,6 +96,7 @@ class Subject:
     :ivar domain: as libvirt knows it.
     :ivar leases: whether libvirt holds leases for it while it runs.
     :ivar stopped: called before the guest is stopped, and when it was resumed.
+    :ivar flag: see :class:`sevhop.checks.registers.Registers`.
     """
 
     name: str
@@ -110,6 +110,7 @@ class Subject:
     domain: Domain
     leases: bool
     stopped: Callable[[bool], None] = lambda by_us: None
+    flag: int = 0
 
 
 class Rehearsal:
@@ -162,7 +163,7 @@ class Rehearsal:
 
     async def _start(self) -> Destination:
         subject = self._subject
-        if missing := [program for program in _PROGRAMS if shutil.which(program) is None]:
+        if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
             raise Refused(f"a rehearsal needs {', '.join(missing)}, which is not installed", _SKIP)
         xml = domain_xml.with_emulator(domain_xml.without_interfaces(subject.xml), subject.emulator)
         try:
@@ -191,7 +192,7 @@ class Rehearsal:
                     timeout=max(HopOptions.start_timeout, self._step_timeout),
                     command_timeout=self._step_timeout,
                     directory=subject.directory,
-                    within=_in_namespaces_of(subject.process),
+                    within=within_namespaces_of(subject.process),
                     keep=[tap for group in taps.values() for tap in group],
                 )
             except SevhopError as err:
@@ -226,13 +227,14 @@ class Rehearsal:
         logged = len(qemu.log_lines())
         limit = self._step_timeout * _PART_OF_STEP
         failure: SevhopError | None = None
-        async with self._guest_stopped():
-            try:
-                async with asyncio.timeout(limit):
-                    stream = await state.save(release_images=False, timeout=limit)
-                    failure = await _load_stream(incoming, stream, limit)
-            except TimeoutError:
-                failure = StateError(f"it has not loaded the device state within {limit:g} s")
+        with protected_state.cleared(self._subject.process, self._subject.flag):
+            async with self._guest_stopped():
+                try:
+                    async with asyncio.timeout(limit):
+                        stream = await state.save(release_images=False, timeout=limit)
+                        failure = await _load_stream(incoming, stream, limit)
+                except TimeoutError:
+                    failure = StateError(f"it has not loaded the device state within {limit:g} s")
         if failure is not None:
             # QEMU prints the reason before it exits.
             await qemu.process.wait(_EXIT_TIMEOUT)
@@ -386,18 +388,3 @@ def _launch_context(source: QemuProcess, environment: Mapping[str, str]) -> Iter
         yield launch_context
     finally:
         launch_context.close()
-
-
-def _in_namespaces_of(source: QemuProcess) -> list[str]:
-    """
-    Command prefix: in the source's mount namespace, without a network, as the source's user. It is killed when we exit.
-
-    ``/dev`` is the domain's own under libvirt, with those devices in it that this user may use.
-    """
-    identity = source.credentials
-    groups = f"--groups={','.join(map(str, identity.groups))}" if identity.groups else "--clear-groups"
-    return [
-        *("nsenter", f"--mount=/proc/{source.pid}/ns/mnt", "--"),
-        *("unshare", "--net", "--"),
-        *("setpriv", f"--reuid={identity.uid}", f"--regid={identity.gid}", groups, "--pdeathsig=KILL", "--"),
-    ]

@@ -18,7 +18,7 @@ from ..errors import GuestState, RecoveryRequired
 from ..guest import inspection, runtime_settings
 from ..options import HopOptions
 from ..process import scheduling
-from . import stopped_guest
+from . import protected_state, stopped_guest
 from .check import Checked
 from .prepare import Prepared
 from .realtime import Boost
@@ -59,6 +59,7 @@ async def stop(hop: Transaction, checked: Checked, prepared: Prepared) -> Stoppe
     boost.destination([destination.pid, *prepared.guest.vcpu_threads])
     boost.source([source.pid])
     checked.watch.stopping()
+    protected_state.clear(hop, prepared.flag)
     if checked.was_running:
         hop.downtime_begins()
         # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import OnDisk, QemuProcess
+from sevhop_qmp.protected_state import ProtectedState
 from sevhop_qmp.saved_device_state import SavedDeviceState
 
 from ..cancellation import shielded
@@ -30,6 +31,7 @@ from ..options import UpgradeOptions
 from ..process import cgroup_memory
 from ..records import journal
 from ..records.hop_record import HopRecord, Process
+from . import protected_state
 from .check import verify_can_hop
 from .rehearsal import Rehearsal, Subject
 from .rehearsal_command_line import Unrehearsable
@@ -44,6 +46,7 @@ class CheckedDomain:
 
     :ivar xml: the domain as it runs, without what earlier hops have added.
     :ivar old, new: the emulator that it runs in, and the one to upgrade to.
+    :ivar flag: see :class:`sevhop.checks.registers.Registers`.
     """
 
     connection: Connection
@@ -55,6 +58,7 @@ class CheckedDomain:
     xml: str
     old: str
     new: str
+    flag: int = 0
 
     @property
     def encrypted(self) -> frozenset[str]:
@@ -77,12 +81,14 @@ class PreparedDomain:
     :ivar displays: the ports that libvirt has chosen for the displays.
     :ivar disks: guards those of the source.
     :ivar state: the file that the device state is saved to.
+    :ivar flag: of the source, which is cleared for the time of the stop; None if it need not be.
     """
 
     piped: bool
     displays: list[dict[str, str]]
     disks: DiskGuard
     state: SavedDeviceState
+    flag: ProtectedState | None = None
 
 
 async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) -> CheckedDomain:
@@ -113,6 +119,7 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
         examined.xml,
         examined.old,
         examined.new,
+        examined.flag,
     )
     hop.report.emulator = checked.new
     hop.report.context = checked.guest.context.kind
@@ -133,6 +140,7 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
                 source=Process.of(checked.source),
                 old=checked.old,
                 new=checked.new,
+                protected_state=checked.flag,
             )
         )
     return checked
@@ -200,6 +208,7 @@ async def rehearse(hop: Transaction, options: UpgradeOptions, checked: CheckedDo
         domain=checked.domain,
         leases=lock_manager.in_use(),
         stopped=lambda by_us: hop.record(stopped=by_us),
+        flag=checked.flag,
     )
     rehearsal = Rehearsal(checked.connection, subject, options.step_timeout, hop.emit)
     try:
@@ -262,4 +271,5 @@ async def prepare(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient
     # The keeper has the disks as they were when the domain was examined, and compares the destination's with these.
     if found := comparison.changes(checked.disks, disks.graph):
         raise SevhopError(f"another client has changed the domain: {found}", "try again")
-    return PreparedDomain(piped, displays, disks, state)
+    flag = protected_state.open_flag(hop, checked.source, checked.flag)
+    return PreparedDomain(piped, displays, disks, state, flag)

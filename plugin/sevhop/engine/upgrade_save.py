@@ -26,6 +26,7 @@ from ..libvirt import domain_xml, hook, lock_manager
 from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
 from ..options import UpgradeOptions
+from . import protected_state
 from .stopped_guest import verify_stopped
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
@@ -63,6 +64,7 @@ async def stop(hop: Transaction, checked: CheckedDomain, prepared: PreparedDomai
     hop.rollback.push(undo)
     await prepared.disks.verify_unchanged(checked.monitor)
     running = bool((await checked.monitor.execute("query-status"))["running"])
+    protected_state.clear(hop, prepared.flag)
     if running:
         hop.record(stopped=True)
         hop.downtime_begins()

@@ -67,6 +67,8 @@ class HopRecord:
     :ivar monitor: standalone: path of the source's QMP socket.
     :ivar uri, uuid: domain: the daemon, and the domain there.
     :ivar old, new: emulators.
+    :ivar protected_state: offset of the source's flag that may be cleared for the time of the stop, see
+        :mod:`sevhop_qmp.protected_state`; 0 if there is none.
     :ivar directory: of the hop below ``/run/sevhop``: the destination's monitor, or the keeper.
     :ivar destination: standalone: the new QEMU.
     :ivar run_mark: standalone: inode of the mark that records whether the guest has run there, which the source has
@@ -90,6 +92,7 @@ class HopRecord:
     uuid: str = ""
     old: str = ""
     new: str = ""
+    protected_state: int = 0
     directory: str = ""
     destination: Process | None = None
     run_mark: int = 0

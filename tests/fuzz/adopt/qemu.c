@@ -29,6 +29,15 @@ struct QList {
 
 char qmp_commands[1];
 
+/* As the launch of an SEV-ES guest changes it; world_reset() clears it. */
+static unsigned char state[KVM_STATE_SIZE];
+unsigned char *kvm_state = state;
+
+void kvm_mark_guest_state_protected(void)
+{
+    demand(!"only QEMU itself calls this");
+}
+
 static char *copied(const char *text)
 {
     char *copy = world_keep(malloc(strlen(text) + 1));

@@ -224,6 +224,24 @@ static void use_sev(int vm)
     adopt_ioctl(vm, KVM_MEMORY_ENCRYPT_OP, command);
 }
 
+/* Meanwhile QEMU sets a flag in its KVMState, or does what else the input wants. */
+static void launch_registers(int vm)
+{
+    struct kvm_sev_cmd update = {.id = KVM_SEV_LAUNCH_UPDATE_VMSA}, measure = {.id = KVM_SEV_LAUNCH_MEASURE};
+    unsigned int changes = input_chance(4) ? input_byte() % 4 : 1, where = input_word() % KVM_STATE_SIZE;
+    bool emulated = hop.keeper && vm == world.vm && !world.kernel_moves;
+    unsigned char before[KVM_STATE_SIZE];
+
+    memcpy(before, kvm_state, sizeof before);
+    adopt_ioctl(vm, KVM_MEMORY_ENCRYPT_OP, &update);
+    for (unsigned int i = 0; i < changes; i++)
+        kvm_state[1 + (where + i * 7) % (KVM_STATE_SIZE - 1)] = input_chance(8) ? input_byte() : 1;
+    measure.data = (uintptr_t)sev_data(measure.id);
+    adopt_ioctl(vm, KVM_MEMORY_ENCRYPT_OP, &measure);
+    /* It came back, so that was the flag, and QEMU accesses the vCPUs. */
+    demand(!emulated || !memcmp(before, kvm_state, sizeof before));
+}
+
 static void set_cpuid(int vcpu)
 {
     uint32_t entries = input_byte() % 9;
@@ -238,8 +256,9 @@ static void set_cpuid(int vcpu)
 static void use_kvm(void)
 {
     int vm = input_chance(8) ? pick() : world.vm, vcpu = vcpu_count ? vcpus[input_byte() % vcpu_count] : pick();
+    struct kvm_mp_state *state;
 
-    switch (input_byte() % 10) {
+    switch (input_byte() % 12) {
     case 0:
         if (world.vm < 0)
             adopt_ioctl(3, KVM_CREATE_VM, (long)(input_chance(16) ? input_byte() : 0));
@@ -275,6 +294,14 @@ static void use_kvm(void)
     case 9:
         /* Whatever else an ioctl can be; the ones that are known have the arguments above. */
         adopt_ioctl(vcpu, input_chance(2) ? KVM_RUN : (input_word() & 0x00ff) | 0x5400, NULL);
+        break;
+    case 10:
+        state = exactly(sizeof *state);
+        state->mp_state %= KVM_MP_STATE_AP_RESET_HOLD + 1;
+        adopt_ioctl(vcpu, KVM_SET_MP_STATE, state);
+        break;
+    case 11:
+        launch_registers(vm);
     }
 }
 

@@ -163,6 +163,7 @@ void world_reset(void)
     memset(&world, 0, sizeof world);
     world.notifier = notifier;
     world.vm = -1;
+    memset(kvm_state, 0, KVM_STATE_SIZE);
     demand(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, world.keeper));
 }
 
@@ -336,6 +337,10 @@ static int kernel_ioctl(int fd, unsigned long request, ...)
     case KVM_MEMORY_ENCRYPT_OP:
         if (argument)
             check_sev(fd, argument);
+        break;
+    case KVM_SET_MP_STATE: /* it would never wake up */
+        demand(hop.context != CONTEXT_SEV_ES || !hop_in_progress() ||
+               ((struct kvm_mp_state *)argument)->mp_state != KVM_MP_STATE_HALTED);
         break;
     case KVM_ENABLE_CAP:
         if (((struct kvm_enable_cap *)argument)->cap == MOVE_CAPABILITY) {

@@ -29,6 +29,7 @@ static inline bool input_chance(unsigned int of) { return input_byte() % of == 0
 
 #define POOL_MEMORY 4
 #define POOL_LISTENERS 3
+#define KVM_STATE_SIZE 512
 #define BOTTOM_HALVES 8
 
 struct world {

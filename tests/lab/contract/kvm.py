@@ -138,6 +138,15 @@ class kvm_sev_launch_measure(ctypes.Structure):
     _fields_: ClassVar = [("uaddr", ctypes.c_uint64), ("len", ctypes.c_uint32), ("pad0", ctypes.c_uint32)]
 
 
+class kvm_sev_dbg(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("src_uaddr", ctypes.c_uint64),
+        ("dst_uaddr", ctypes.c_uint64),
+        ("len", ctypes.c_uint32),
+        ("pad0", ctypes.c_uint32),
+    ]
+
+
 class kvm_sev_guest_status(ctypes.Structure):
     _fields_: ClassVar = [("handle", ctypes.c_uint32), ("policy", ctypes.c_uint32), ("state", ctypes.c_uint32)]
 
@@ -198,6 +207,8 @@ KVM_SEV_LAUNCH_UPDATE_VMSA = 4
 KVM_SEV_LAUNCH_MEASURE = 6
 KVM_SEV_LAUNCH_FINISH = 7
 KVM_SEV_GUEST_STATUS = 16
+KVM_SEV_DBG_DECRYPT = 17
+KVM_SEV_DBG_ENCRYPT = 18
 KVM_SEV_INIT2 = 22
 
 OK = "OK"
@@ -306,14 +317,18 @@ class Vcpu:
 
     def output(self, times: int) -> list[int]:
         """Run until the guest has written to its port this often; what it wrote."""
-        assert self.state
         written = []
         for _ in range(times):
             reason = self.run()
             assert reason == KVM_EXIT_IO, f"exit reason {reason}"
-            written.append(ctypes.c_uint32.from_buffer(self._map, self.state.io_data_offset).value)
+            written.append(self.written())
         self.complete()
         return written
+
+    def written(self) -> int:
+        """What the guest has written to its port when it exited for that."""
+        assert self.state
+        return ctypes.c_uint32.from_buffer(self._map, self.state.io_data_offset).value
 
     def close(self) -> None:
         self.state = None
@@ -409,5 +424,25 @@ def command(vm: int, device: int, number: int, argument: ctypes.Structure | None
     :param device: descriptor of /dev/sev.
     :param number: KVM_SEV_*.
     """
+    _set(vm, KVM_MEMORY_ENCRYPT_OP, _command(device, number, argument))
+
+
+def firmware_status(vm: int, device: int, number: int, argument: ctypes.Structure | None = None) -> int:
+    """
+    Make a SEV command.
+
+    :return: the firmware's status; 0 if it did what the command asks for.
+    :raises OSError: the kernel has refused the command.
+    """
+    made = _command(device, number, argument)
+    try:
+        _set(vm, KVM_MEMORY_ENCRYPT_OP, made)
+    except OSError as error:
+        if error.errno != errno.EIO or not made.error:
+            raise
+    return int(made.error)
+
+
+def _command(device: int, number: int, argument: ctypes.Structure | None) -> kvm_sev_cmd:
     address = ctypes.addressof(argument) if argument is not None else 0
-    _set(vm, KVM_MEMORY_ENCRYPT_OP, kvm_sev_cmd(id=number, data=address, sev_fd=device))
+    return kvm_sev_cmd(id=number, data=address, sev_fd=device)

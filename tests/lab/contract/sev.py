@@ -1,8 +1,9 @@
-"""SEV guests: launched as QEMU launches them, and what the fake firmware knows of them."""
+"""SEV guests: launched as QEMU launches them, and what the firmware of the security processor knows of them."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ POLICY_SEV_ES = 4
 
 @dataclass(frozen=True)
 class Context:
-    """A guest as the firmware sees it, a line of /proc/fake_psp."""
+    """A guest as the firmware sees it."""
 
     handle: int
     asid: int
@@ -46,8 +47,36 @@ class Context:
 
 def contexts() -> list[Context]:
     """All guests that the firmware knows."""
-    lines = Path("/proc/fake_psp").read_text().splitlines()
-    return [Context(**{name: int(value) for name, value in map(_pair, line.split())}) for line in lines]
+    return [Context(**fields) for kind, fields in account() if kind == "guest"]
+
+
+def account() -> list[tuple[str, dict[str, int]]]:
+    """What the security processor of the lab knows: lines that begin with "platform" or "guest", and their fields.
+
+    Its ports are described in tools/lab/processor/qemu/psp.c.
+    """
+    text = b""
+    descriptor = os.open(_security_processor() / "resource4", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.pwrite(descriptor, bytes(4), 0)
+        while not text.endswith(b"\0"):
+            text += os.pread(descriptor, 4, 4)
+    finally:
+        os.close(descriptor)
+    lines = text.rstrip(b"\0").decode().splitlines()
+    return [
+        (kind, {name: int(value) for name, value in map(_pair, words)})
+        for kind, *words in (line.split() for line in lines)
+    ]
+
+
+def _security_processor() -> Path:
+    for device in Path("/sys/bus/pci/devices").iterdir():
+        identity = [(device / name).read_text().strip() for name in ("vendor", "device")]
+        if identity == ["0x1022", "0x1456"]:
+            return device
+    raise LookupError("the machine has no security processor whose account can be read")
 
 
 def _pair(word: str) -> tuple[str, str]:
@@ -87,18 +116,20 @@ class SevVm(Vm):
         vcpus: int = 1,
         program: bytes = COUNT,
         vmsa: bool = True,
+        pages: int = 1,
     ) -> SevVm:
         """
         All of the launch.
 
         :param vmsa: for SEV-ES: encrypt the registers, as QEMU does when the machine is complete.
+        :param pages: how many are encrypted, from PROGRAM on.
         """
         vm = cls(es=es, type=type, memory=memory, vcpus=vcpus)
         vm.memory.map[PROGRAM : PROGRAM + len(program)] = program
         for vcpu in vm.vcpus:
             vcpu.start_at(PROGRAM)
         vm.sev(kvm.KVM_SEV_LAUNCH_START, kvm.kvm_sev_launch_start(policy=POLICY_SEV_ES if es else POLICY_SEV))
-        data = kvm.kvm_sev_launch_update_data(uaddr=vm.memory.address + PROGRAM, len=0x1000)
+        data = kvm.kvm_sev_launch_update_data(uaddr=vm.memory.address + PROGRAM, len=0x1000 * pages)
         vm.sev(kvm.KVM_SEV_LAUNCH_UPDATE_DATA, data)
         if es and vmsa:
             vm.sev(kvm.KVM_SEV_LAUNCH_UPDATE_VMSA)

@@ -1,4 +1,4 @@
-"""SEV-ES: the registers are part of the encrypted guest, and move with it. Such guests cannot be run in the lab."""
+"""SEV-ES: the registers are part of the encrypted guest, and move with it."""
 
 from __future__ import annotations
 

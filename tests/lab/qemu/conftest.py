@@ -25,8 +25,8 @@ def sev_machine(tmp_path: Path) -> DescribeSev:
     """Describe a SEV guest in a directory of its own."""
 
     def describe(name: str = "guest", policy: int = 0, more: tuple[str, ...] = ()) -> Machine:
-        # The lab's processor shows user space no CPUID leaf of encryption, and QEMU compares these with it.
-        sev = ("-object", f"sev-guest,id=sev,cbitpos=0,reduced-phys-bits=1,policy={policy}")
+        # QEMU compares these with the processor's CPUID.
+        sev = ("-object", f"sev-guest,id=sev,cbitpos=47,reduced-phys-bits=1,policy={policy}")
         use = ("-machine", "confidential-guest-support=sev")
         return Machine(
             tmp_path / name,

@@ -247,7 +247,7 @@ class Description:
         backing = f"<memoryBacking>{huge}<source type='{source}'/><access mode='shared'/></memoryBacking>"
         model = "EPYC" if self.sev else "qemu64"
         cpu = f"<cpu mode='custom' match='exact' check='none'><model fallback='allow'>{model}</model></cpu>"
-        policy = "<cbitpos>0</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
+        policy = "<cbitpos>47</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
         sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
   <name>{self.name}</name>

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tests.support.guests import build
 
-from . import initramfs, kernels, machine, wire
+from . import emulator, initramfs, kernels, machine, wire
 from .errors import LabError, LabTimeout
 
 TIMED_OUT = 124  # as timeout(1) has it
@@ -40,6 +40,7 @@ def _parser() -> _Parser:
     option("--timeout", type=float, default=300, metavar="S", help="seconds for all of it; %(default)s")
     option("--memory", type=int, default=2048, metavar="MIB", help="size of the lab; %(default)s")
     option("--processors", type=int, default=2, metavar="N", help="of the lab; %(default)s")
+    option("--encrypt", action="store_true", help="keep the memory of guests encrypted, so that a copy is garbage")
     show = "a directory in /tmp, /var/tmp or /run to be visible as well as the project and the current directory"
     option("--show", type=Path, action="append", default=[], metavar="DIRECTORY", help=show)
     option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="and its arguments")
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with kernels.locked(options.kernel):
             kernel = kernels.obtain(options.kernel)
             base = initramfs.base(kernel)
-        lab = machine.Lab(kernel, options.memory, options.processors, tuple(options.show))
+        size = options.memory, options.processors
+        lab = machine.Lab(emulator.obtain(), kernel, *size, options.encrypt, tuple(options.show))
         return machine.run(lab, base, job, options.timeout, _writer(1), _writer(2))
     except BrokenPipeError:
         return 128 + signal.SIGPIPE

@@ -14,15 +14,14 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from . import fake_psp
 from .errors import LabError
 from .kernels import Kernel
 
 INIT = Path(__file__).resolve().parents[1] / "init"
 
 # In the order of loading; what they depend on is found and loaded before them. 9p and overlay make the root file
-# system, virtio_console carries input and output. ccp is ours, and must be there before kvm-amd asks for it. Bridges,
-# taps and vhost-net are for domains of libvirt.
+# system, virtio_console carries input and output. kvm-amd looks for the security processor when it is loaded, so that
+# its driver comes first. Bridges, taps and vhost-net are for domains of libvirt.
 MODULES = (
     *("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "ccp", "kvm-amd"),
     *("bridge", "tun", "vhost_net"),
@@ -35,9 +34,9 @@ def base(kernel: Kernel) -> bytes:
 
     Call it in `kernels.locked`.
 
-    :raise LabError: see `fake_psp.build`; or the kernel lacks a module.
+    :raise LabError: the kernel lacks a module.
     """
-    ingredients = [INIT, Path(__file__), *sorted(fake_psp.SOURCES.iterdir())]
+    ingredients = [INIT, Path(__file__)]
     digest = hashlib.sha256((kernel.root / "packages").read_bytes())
     for file in ingredients:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -77,7 +76,7 @@ def _entry(inode: int, path: str, entry: tuple[int, bytes]) -> bytes:
 
 
 def _build(kernel: Kernel) -> bytes:
-    modules = _load_order(kernel, {"ccp": fake_psp.build(kernel)})
+    modules = _load_order(kernel)
     order = "".join(f"{name} {OPTIONS.get(name, '')}\n" for name in modules)
     files = {
         "init": (0o755, INIT.read_bytes()),
@@ -89,10 +88,9 @@ def _build(kernel: Kernel) -> bytes:
     return archive(files)
 
 
-def _load_order(kernel: Kernel, ours: Mapping[str, bytes]) -> dict[str, bytes]:
+def _load_order(kernel: Kernel) -> dict[str, bytes]:
     """MODULES and all that they depend on, each after its dependencies.
 
-    :param ours: modules that take the place of the kernel's.
     :raise LabError: a module is neither in the kernel nor among its modules.
     """
     files = {_canonical(file.name.partition(".ko")[0]): file for file in kernel.modules.rglob("*.ko*")}
@@ -103,12 +101,9 @@ def _load_order(kernel: Kernel, ours: Mapping[str, bytes]) -> dict[str, bytes]:
         for name in names:
             if name in order or _canonical(name) in builtin:
                 continue
-            if name in ours:
-                contents = ours[name]
-            elif _canonical(name) in files:
-                contents = _read(files[_canonical(name)])
-            else:
+            if _canonical(name) not in files:
                 raise LabError(f"kernel {kernel.release} has no module {name}")
+            contents = _read(files[_canonical(name)])
             add(_dependencies(contents))
             order[name] = contents
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import lzma
-import re
 import shutil
 import struct
 import subprocess
@@ -24,15 +23,15 @@ from .errors import LabError
 #: The lab's part of the cache.
 CACHE = build.CACHE / "lab"
 
-_PACKAGES = "linux-(image|headers|kbuild)-[0-9].*|busybox-static"
+_PACKAGES = "linux-image-[0-9].*|busybox-static"
 
 
 @dataclass(frozen=True)
 class Series:
     """Where a kernel series comes from.
 
-    :param suite: the Debian suite. Its build tools are executed, so its C library must not be newer than the machine's.
-    :param metapackage: what follows "linux-image-" and "linux-headers-" in the metapackages' names.
+    :param suite: the Debian suite.
+    :param metapackage: what follows "linux-image-" in the metapackage's name.
     """
 
     suite: str
@@ -68,11 +67,6 @@ class Kernel:
     @property
     def modules(self) -> Path:
         return self.root / "lib" / "modules" / self.release
-
-    @property
-    def headers(self) -> Path:
-        """The directory against which modules are built; its Module.symvers has the CRCs of all symbols."""
-        return self.root / "usr" / "src" / f"linux-headers-{self.release}"
 
     @property
     def busybox(self) -> Path:
@@ -111,17 +105,13 @@ def _fetch(series: Series, root: Path) -> None:
     """Download and unpack; `root` appears complete or not at all."""
     partial = root.with_name("root.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    names = (f"linux-image-{series.metapackage}", f"linux-headers-{series.metapackage}", "busybox-static")
+    names = (f"linux-image-{series.metapackage}", "busybox-static")
     fetch = [str(build.ROOT / "tools" / "fetch-packages"), "--only", _PACKAGES, series.suite, str(partial), *names]
     done = subprocess.run(fetch, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise LabError("the kernel's packages could not be fetched", done.stderr)
     for image in (partial / "boot").glob("vmlinuz-*"):
         _decompress(image, image.with_name("vmlinux"))
-    # The headers expect to be installed: their Makefile includes the common one by its absolute path.
-    for makefile in (partial / "usr" / "src").glob("linux-headers-*/Makefile"):
-        text = makefile.read_text()
-        makefile.write_text(re.sub(r"^include /usr/src/", f"include {root}/usr/src/", text, flags=re.MULTILINE))
     partial.rename(root)
 
 

@@ -6,7 +6,6 @@ import collections
 import ctypes
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,12 +23,16 @@ from . import initramfs, wire
 from .errors import LabError, LabTimeout
 from .kernels import Kernel
 
-EMULATOR = "qemu-system-x86_64"
 BOOT_LIMIT = 120.0  # seconds; it takes about 5 on an idle machine
 CONSOLE_LINES = 60
 
-# SVM by emulation. One thread for all processors: with one each, the emulation of nested guests has hung and crashed.
-_MACHINE = "-machine q35 -accel tcg,thread=single -cpu EPYC,+svm,+npt -nodefaults -no-user-config -display none"
+# The processor of tools/lab/processor has SEV if its leaves of CPUID reach that of encryption. KVM asks for the other
+# features before it offers SEV. The C-bit is the highest of 48 address bits. One thread for all processors: with one
+# each, the emulation of nested guests has hung and crashed.
+_CPU = "EPYC,phys-bits=48,xlevel=0x8000001f,+svm,+npt,+nrip-save,+decodeassists,+flushbyasid,+lbrv,+vgif"
+_MACHINE = f"-machine q35 -accel tcg,thread=single -cpu {_CPU} -nodefaults -no-user-config -display none"
+# Firmware images are no part of the emulator: Debian has them in packages of their own.
+_FIRMWARE = "-L /usr/share/seabios -L /usr/share/qemu"
 # The emulator keeps what it has translated by address, so that programs start twice as fast if theirs do not change
 # (norandmaps). A kernel that panics ends the machine (with -no-reboot).
 _KERNEL = (
@@ -53,15 +56,19 @@ Sink = Callable[[bytes], None]
 class Lab:
     """One run of the lab.
 
+    :param emulator: from `emulator.obtain`.
     :param kernel: what it boots.
     :param memory: its size in MiB.
     :param processors: their number.
+    :param encrypt: guests' memory is kept encrypted, which is slow.
     :param shown: directories of the machine that are visible in the lab although they lie in one that is not.
     """
 
+    emulator: Path
     kernel: Kernel
     memory: int
     processors: int
+    encrypt: bool = False
     shown: tuple[Path, ...] = ()
 
 
@@ -152,11 +159,10 @@ def _receive(end: socket.socket) -> bytes:
 
 
 def _command(lab: Lab, initrd: int, console: int, port: int) -> list[str]:
-    emulator = shutil.which(EMULATOR)
-    if emulator is None:
-        raise LabError(f"{EMULATOR} is not installed")
     return [
-        emulator, *_MACHINE.split(), "-no-reboot", "-m", str(lab.memory), "-smp", str(lab.processors),
+        str(lab.emulator), *_MACHINE.split(), *_FIRMWARE.split(), "-no-reboot",
+        "-device", f"sev-psp,encrypt={'on' if lab.encrypt else 'off'}",
+        "-m", str(lab.memory), "-smp", str(lab.processors),
         "-kernel", str(lab.kernel.image), "-initrd", f"/dev/fd/{initrd}", "-append", _KERNEL,
         "-chardev", f"socket,id=console,fd={console}", "-serial", "chardev:console",
         "-chardev", f"socket,id=port,fd={port}",
