@@ -131,7 +131,7 @@ def test_program_is_started_once_for_each_build(
     monkeypatch.setattr(exported, "build_id", lambda _: "")
     examine(source)
     examine(source)
-    assert len(starts) == 4, "two builds without an ID are not told apart"
+    assert len(starts) == 4, "two builds without an ID are not distinguished"
 
 
 def test_flag_that_is_not_found_fails(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """
 Memory of an encrypted guest, under a key of the guest and of the page's place: a copy of it is garbage, and only what
-is moved with its pages runs on. Elsewhere in the lab a copied page cannot be told from the page.
+is moved with its pages runs on. Elsewhere in the lab nothing distinguishes a copied page from the page.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ static void write_bytes(SevFirmware *firmware, hwaddr at, const void *data,
 
 /*
  * Hands out data of a known length. Who does not know it asks with a length
- * that is too small, and is told.
+ * that is too small, and gets it.
  */
 static Status hand_out(SevFirmware *firmware, hwaddr address_field,
                        hwaddr length_field, size_t needed, uint8_t byte)

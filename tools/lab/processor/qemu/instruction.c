@@ -1,5 +1,5 @@
 /*
- * What a #VMEXIT tells the hypervisor of the instruction: its bytes, its
+ * What a #VMEXIT reports to the hypervisor of the instruction: its bytes, its
  * register, and the address of the next one [APM 15.7.1, 15.10].
  *
  * TCG has forgotten the instruction when a helper decides to exit, so it is
