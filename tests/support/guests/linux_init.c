@@ -6,7 +6,7 @@
  *   TICK n w=0 r=n ping=0 mem=0      n from 1, one more each time
  *        w     errno of writing n to the disk and flushing it (0: done), all over block n modulo the disk's size
  *        r     what was read back from there, past all caches
- *        ping  1 if the gateway did not answer within a second
+ *        ping  1 if the gateway did not answer within 5 seconds
  *        mem   how many words of its memory did not hold what it had written there
  *   UEFI-FOUND n                     at the start: the UEFI variable has the value n
  *   UEFI n                           the variable has been set to n (every 20 ticks, if it was started by UEFI)
@@ -151,7 +151,7 @@ static int use_disk(int disk, uint64_t blocks, uint64_t tick, uint64_t *seen)
 /* A raw socket on the configured network card; -1 if there is none. The addresses are those of QEMU's user network. */
 static int open_network(void)
 {
-    struct timeval second = { 1, 0 };
+    struct timeval patience = { 5, 0 };
     struct ifreq request = { .ifr_name = "eth0" };
     struct sockaddr_in *address = (struct sockaddr_in *)&request.ifr_addr;
     int plain = socket(AF_INET, SOCK_DGRAM, 0);
@@ -169,7 +169,7 @@ static int open_network(void)
         return -1;
     close(plain);
     raw = socket(AF_INET, SOCK_RAW, IPPROTO_ICMP);
-    setsockopt(raw, SOL_SOCKET, SO_RCVTIMEO, &second, sizeof second);
+    setsockopt(raw, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     return raw;
 }
 
@@ -380,17 +380,28 @@ static const uint8_t pcr_read[] = { 0x80, 1, 0, 0, 0, 20, 0, 0, 1, 0x7e, 0, 0, 0
 static const uint8_t pcr_extend[] = { 0x80, 2,    0, 0, 0, 65, 0, 0, 1, 0x82, 0, 0, 0, 16,  0, 0, 0,  9,
                                       0x40, 0, 0, 9, 0, 0,  0, 0, 0, 0,    0, 0, 1, 0, 0xb };
 
+#define TPM_ATTEMPTS 3
 #define PCR_SIZE 32
 #define PCR_READ_ANSWER 62 /* bytes, the last ones are the register */
+
+/* The length of the answer. The kernel gives up a command that takes too long, as it may on a busy host: once more then. */
+static ssize_t transmit(int tpm, const void *command, size_t size, void *answer, size_t space)
+{
+    for (int attempt = 0;; attempt++) {
+        ssize_t length = write(tpm, command, size);
+
+        if (length == (ssize_t)size)
+            length = read(tpm, answer, space);
+        if (length > 0 || attempt == TPM_ATTEMPTS)
+            return length;
+    }
+}
 
 static int ask_tpm(int tpm, const void *command, size_t size, uint8_t answer[PCR_READ_ANSWER], ssize_t expected)
 {
     uint8_t all[4096];
-    ssize_t length;
+    ssize_t length = transmit(tpm, command, size, all, sizeof all);
 
-    if (write(tpm, command, size) != (ssize_t)size)
-        return -1;
-    length = read(tpm, all, sizeof all);
     if (length < 10 || memcmp(all + 6, "\0\0\0", 4) || (expected && length != expected))
         return -1;
     if (expected)
