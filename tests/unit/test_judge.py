@@ -23,6 +23,12 @@ def test_linux_without_errors_is_unharmed() -> None:
     assert verdict.writes
 
 
+def test_warnings_are_kept_and_do_no_harm() -> None:
+    verdict = verdict_of("START", "WARNING clock is slow\r", "TICK 1 w=0 r=1 ping=0 mem=0\r", "WARNING again\r")
+    assert verdict.warnings == ["clock is slow", "again"]
+    assert verdict.unharmed
+
+
 def test_log_without_ticks_is_not_unharmed() -> None:
     assert not verdict_of("START").unharmed
 
