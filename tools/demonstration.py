@@ -1,8 +1,8 @@
 """
 The program of ``tools/demo``: guests hop between two QEMU versions, by ``sevhop hop``.
 
-The SEV guest hops on this machine if it has SEV, and otherwise in the SEV lab (``tools/lab``), where this program runs
-again, for that guest only.
+The SEV-ES guest, Linux as well, hops on this machine if it has SEV-ES, and otherwise in the SEV lab (``tools/lab``),
+where this program runs again, for that guest only.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.guests import counter, emulators, linux, real_mode
+from tests.support.guests import counter, emulators, linux
 from tests.support.guests.isolation import isolate
 from tests.support.guests.judge import Verdict
 from tests.support.guests.machine import Accelerator, Machine
@@ -26,6 +27,12 @@ from tests.support.guests.running import Guest, GuestFailed
 
 #: Numbers that a guest must count before and after each hop.
 _TICKS = 10
+#: Seconds until it must have done so. In the lab Linux boots for minutes.
+_PATIENCE = 900.0
+#: Seconds between two lines of progress.
+_PROGRESS = 20.0
+#: No debugging, and encrypted registers (SEV API specification, "guest policy").
+_SEV_ES_POLICY = 1 | 1 << 2
 
 
 @dataclass(frozen=True)
@@ -79,16 +86,31 @@ def sevhop_hop(guest: Guest, emulator: Path) -> dict[str, Any]:
     return report
 
 
+def wait_for_ticks(name: str, guest: Guest) -> Verdict:
+    """Wait until a guest has counted on, and print progress meanwhile."""
+    begin = time.monotonic()
+    wanted = guest.seen().ticks + _TICKS
+    while True:
+        missing = wanted - guest.seen().ticks
+        try:
+            return guest.wait_for_ticks(max(missing, 1), timeout=_PROGRESS)
+        except GuestFailed:
+            waited = time.monotonic() - begin
+            if waited > _PATIENCE:
+                raise
+            say(f"{name}: {'counts' if guest.seen().ticks else 'boots'}, for {waited:.0f} s")
+
+
 def hops_of(name: str, machine: Machine, old: Path, new: Path) -> Iterator[Shown]:
     """Start a guest in the old QEMU, hop it to the new one and back, and verify it."""
     say(f"{name}: starting")
     with Guest.start(machine, old) as guest:
-        before = guest.wait_for_ticks(_TICKS, timeout=120)
+        before = wait_for_ticks(name, guest)
         shown: list[tuple[dict[str, Any], Verdict, Verdict]] = []
         for emulator in (new, old):
             report = sevhop_hop(guest, emulator)
             say(f"{name}: {report['outcome']} {report['reason']}".rstrip())
-            after = guest.wait_for_ticks(_TICKS, timeout=120)
+            after = wait_for_ticks(name, guest)
             shown.append((report, before, after))
             before = after
         last = guest.stop()  # verifies the disk, too
@@ -109,29 +131,35 @@ def hops_of(name: str, machine: Machine, old: Path, new: Path) -> Iterator[Shown
         )
 
 
-def _host_has_sev() -> bool:
-    parameter = Path("/sys/module/kvm_amd/parameters/sev")
+def _host_has_sev_es() -> bool:
+    parameter = Path("/sys/module/kvm_amd/parameters/sev_es")
     return Path("/dev/sev").exists() and parameter.exists() and parameter.read_text().strip() in ("Y", "1")
 
 
-def _sev_machine(directory: Path, emulator: Path) -> Machine:
-    """A machine with SEV, with the parameters of this processor."""
-    plain = Machine(directory / "probe", accelerator="kvm", cpu="host", memory_mib=32, bios=real_mode.firmware())
-    with Guest.start(plain, emulator) as guest:
-        processor = guest.execute("query-sev-capabilities")
-    bits = f"cbitpos={processor['cbitpos']},reduced-phys-bits={processor['reduced-phys-bits']}"
-    sev = ("-object", f"sev-guest,id=sev,policy=1,{bits}", "-machine", "confidential-guest-support=sev")
+def _sev_es_hops(directory: Path, old: Path, new: Path) -> Iterator[Shown]:
+    """Linux with SEV-ES, with the parameters of this processor."""
     # A named model: with "host" the newer QEMU adds features, which the older one lacks on the way back.
-    return dataclasses.replace(plain, directory=directory / "sev", cpu="EPYC", more=sev)
+    plain = Machine(directory / "capabilities", accelerator="kvm", cpu="EPYC")
+    with Guest.start(plain, old) as guest:
+        processor = guest.execute("query-sev-capabilities")
+    machine = dataclasses.replace(
+        plain,
+        directory=directory / "sev-es",
+        sev_policy=_SEV_ES_POLICY,
+        c_bit=processor["cbitpos"],
+        reduced_phys_bits=processor["reduced-phys-bits"],
+    )
+    return hops_of("Linux, SEV-ES", linux.on(machine), old, new)
 
 
-def _sev_hops(directory: Path, old: Path, new: Path) -> list[Shown]:
-    if _host_has_sev():
-        return list(hops_of("SEV counter", _sev_machine(directory, old), old, new))
-    say("this machine has no SEV: the SEV guest hops in the lab")
+def _encrypted_hops(directory: Path, old: Path, new: Path) -> list[Shown]:
+    if _host_has_sev_es():
+        return list(_sev_es_hops(directory, old, new))
+    say("this machine has no SEV-ES: that guest hops in the lab, where it boots for some minutes")
+    linux.images()  # there is no network in the lab
     root = Path(__file__).resolve().parent.parent
-    inside = ["env", f"PYTHONPATH={root}:{root / 'tools'}", sys.executable, "-m", "demonstration", "--json", "--sev"]
-    lab = [str(root / "tools/lab/run"), "--timeout", "300", "--show", sys.prefix, *inside]
+    inside = ["env", f"PYTHONPATH={root}:{root / 'tools'}", sys.executable, "-m", "demonstration", "--json", "--sev-es"]
+    lab = [str(root / "tools/lab/run"), "--timeout", "3600", "--show", sys.prefix, *inside]
     done = subprocess.run(lab, cwd=root, stdout=subprocess.PIPE, check=False)
     try:
         report = json.loads(done.stdout.splitlines()[-1])
@@ -166,22 +194,22 @@ def main() -> int:
     """Hop the guests, and print the results."""
     parser = argparse.ArgumentParser(prog="tools/demo", description="Hop guests between two QEMU versions.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--sev", action="store_true", help="only the SEV guest; this machine must have SEV")
+    parser.add_argument("--sev-es", action="store_true", help="only the SEV-ES guest; this machine must have SEV-ES")
     options = parser.parse_args()
     isolate()
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     hops: list[Shown] = []
     with tempfile.TemporaryDirectory(prefix="sevhop-demo-") as scratch:
         directory = Path(scratch)
-        if options.sev:
-            hops += hops_of("SEV counter", _sev_machine(directory, old), old, new)
+        if options.sev_es:
+            hops += _sev_es_hops(directory, old, new)
         else:
             accelerator = _accelerator(directory / "probe", old)
             say(f"bare-metal guests run under {accelerator.upper()}")
             machine = Machine(directory / "counter", accelerator=accelerator, bios=counter.firmware(), rich=True)
             hops += hops_of("bare-metal counter", machine, old, new)
             hops += hops_of("Linux", linux.on(Machine(directory / "linux")), old, new)
-            hops += _sev_hops(directory, old, new)
+            hops += _encrypted_hops(directory, old, new)
     print(json.dumps({"hops": [hop.as_json() for hop in hops]}) if options.json else _table(hops))
     return 0 if all(hop.good for hop in hops) else 1
 

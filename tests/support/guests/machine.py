@@ -18,9 +18,8 @@ I440FX = "pc-i440fx-7.2"
 OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 
-#: What QEMU must be given of the processor's encryption, and compares with CPUID: that of the SEV lab's.
+#: The C-bit of the SEV lab's processor.
 C_BIT = 47
-_REDUCED_PHYS_BITS = 1
 
 #: What a virtio device of an encrypted guest needs: it reaches only the memory that the guest lends it.
 _LENT_MEMORY = ",iommu_platform=on,disable-legacy=on"
@@ -51,6 +50,7 @@ class Machine:
         flash, with variables.
     :ivar uefi_template: the variables that it starts with, those of its firmware.
     :ivar sev_policy: encrypted by SEV, under this policy; None for a plain guest.
+    :ivar c_bit, reduced_phys_bits: of the processor's encryption; QEMU compares them with CPUID. Those of the SEV lab.
     :ivar kernel: with its initial file system and command line, booted by the firmware.
     :ivar disk_mib: size of a qcow2 disk on virtio-blk; 0 for none.
     :ivar network: virtio-net, with QEMU's user network.
@@ -69,6 +69,8 @@ class Machine:
     uefi: bool = False
     uefi_template: Path = OVMF_VARIABLES
     sev_policy: int | None = None
+    c_bit: int = C_BIT
+    reduced_phys_bits: int = 1
     kernel: Path | None = None
     initrd: Path | None = None
     kernel_arguments: str = ""
@@ -119,7 +121,7 @@ class Machine:
             machine += ",memory-backend=memory"
         virtio = ""
         if self.sev_policy is not None:
-            sev = f"cbitpos={C_BIT},reduced-phys-bits={_REDUCED_PHYS_BITS},policy={self.sev_policy}"
+            sev = f"cbitpos={self.c_bit},reduced-phys-bits={self.reduced_phys_bits},policy={self.sev_policy}"
             words += ["-object", f"sev-guest,id=sev,{sev}"]
             machine += ",confidential-guest-support=sev"
             virtio = _LENT_MEMORY
