@@ -76,7 +76,7 @@ def _remote_of(item: pytest.Item) -> Remote:
 
 def _fetch_emulators() -> None:
     """There is no network in the lab, so what tests there need of other Debian releases is fetched here."""
-    for label in (emulators.OLD, emulators.NEW):
+    for label in (emulators.OLD, emulators.NEW, emulators.UNSTABLE):
         with contextlib.suppress(Unavailable):  # the test that needs it will say so
             emulators.emulator(label)
 
