@@ -9,6 +9,7 @@
  *   memory.c     the guest's memory: mapped privately until the hand-over, shared after it
  *   listeners.c  the source's listening sockets
  *   run_mark.c   records whether the guest has run here, for when this process has exited
+ *   reboot_mark.c  records whether this process has shut down because of a reboot
  *   stream.c     the stream of the device state, whose first byte is the hand-over
  *   files.c      files that the source still writes
  *   kvm.c        which of QEMU's ioctls concern the hop
@@ -103,6 +104,10 @@ enum run_mark {
 void run_mark_use(int fd);
 bool run_mark_write(enum run_mark state); /* false: it could not be written; without a mark nothing is written */
 bool run_mark_ran(void);
+
+/* ---- reboot_mark.c ---- */
+
+int reboot_mark_use(int fd); /* 0, or a negative errno; fd stays the caller's */
 
 /* ---- libc.c ---- */
 

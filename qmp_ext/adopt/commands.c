@@ -252,6 +252,26 @@ static void before_run(void *opaque, bool running, int state)
         realtime_reset();
 }
 
+/* ---- x-sev-reboot-mark ---- */
+
+static void leave_reboot_mark(QDict *arguments, QObject **result, Error **error)
+{
+    const char *name = string_argument(arguments, "fd", error);
+    int fd, failure;
+
+    if (!name || !check_argument_count(arguments, 1, error))
+        return;
+    fd = monitor_get_fd(monitor_cur(), name, error);
+    if (fd < 0)
+        return;
+    failure = reboot_mark_use(fd);
+    close(fd);
+    if (failure)
+        fail(error, "The reboot mark cannot be used: %s", strerror(-failure));
+    else
+        *result = (QObject *)qdict_new();
+}
+
 /* ---- x-sev-adopt-finish ---- */
 
 static void adopt_finish(QDict *arguments, QObject **result, Error **error)
@@ -299,6 +319,7 @@ static void machine_complete(Notifier *notifier, void *data)
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-migrate-from", migrate_from, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-status", adopt_status, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-finish", adopt_finish, 0, 0);
+    qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-reboot-mark", leave_reboot_mark, 0, 0);
     /* Before all other handlers: devices start when theirs are called. */
     qemu_add_vm_change_state_handler_prio(before_run, NULL, INT_MIN);
     if (!hop.keeper)

@@ -67,6 +67,9 @@ WEAK bool runstate_is_running(void);
 WEAK AioContext *qemu_get_aio_context(void);
 WEAK void aio_bh_schedule_oneshot_full(AioContext *context, QEMUBHFunc *function, void *opaque, const char *name);
 
+/* Without it no reboot is recorded, see reboot_mark.c. */
+WEAK void qemu_register_shutdown_notifier(Notifier *notifier);
+
 /* Only of SEV-ES guests, see protected_state.c. The second is there if QEMU has the flag. */
 extern WEAK unsigned char *kvm_state; /* a KVMState */
 WEAK void kvm_mark_guest_state_protected(void);

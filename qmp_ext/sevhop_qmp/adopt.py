@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from .monitor import Monitor, protocol_errors
+from .monitor import Commands, Monitor, protocol_errors
 
 #: The commands that the library adds, as ``query-commands`` lists them.
-COMMANDS = ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status", "x-sev-adopt-finish")
+COMMANDS = ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status", "x-sev-adopt-finish", "x-sev-reboot-mark")
 
 _PRELOAD = "LD_PRELOAD"
 _KEEPER = "SEVHOP_KEEPER"
 _STDERR = "SEVHOP_STDERR"
+#: Name of the descriptor in :func:`use_reboot_mark`.
+_REBOOT_MARK = "sevhop-reboot-mark"
 
 
 def library_path() -> Path:
@@ -87,6 +89,13 @@ class MoveResult:
     vcpus: int
     registers: int
     restore_errno: int
+
+
+class DescriptorSender(Commands, Protocol):
+    """Passes commands to a QEMU, and descriptors that commands refer to by name."""
+
+    async def send_fd(self, name: str, fd: int) -> None:
+        """See :meth:`sevhop_qmp.monitor.Monitor.send_fd`."""
 
 
 @dataclass(frozen=True)
@@ -184,3 +193,13 @@ async def finish(monitor: Monitor) -> None:
     source's went, and the keeper is disconnected. May be repeated.
     """
     await monitor.execute("x-sev-adopt-finish")
+
+
+async def use_reboot_mark(monitor: DescriptorSender, fd: int) -> None:
+    """
+    Have the destination record it when it shuts down because of a reboot. May be repeated; the last file counts.
+
+    :param fd: of a file, whose first byte becomes 1 then; stays ours.
+    """
+    await monitor.send_fd(_REBOOT_MARK, fd)
+    await monitor.execute("x-sev-reboot-mark", {"fd": _REBOOT_MARK})

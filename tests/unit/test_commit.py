@@ -14,13 +14,18 @@ from sevhop.engine.start import Started
 from sevhop.engine.transaction import CommitState, Transaction
 from sevhop.errors import GuestLost, GuestState, RecoveryRequired
 from sevhop.guest import inspection, runtime_settings
+from sevhop.guest.inspection import SevContext
+from sevhop.guest.runtime_settings import Settings
 from sevhop.options import HopOptions
 from sevhop_qmp import ram_block_sync
 from sevhop_qmp.errors import MonitorClosed, MoveError, MoveUncertain, SevhopError
 from sevhop_qmp.move import MoveReport
 from sevhop_qmp.run_mark import RunState
 
+from .inspected_guest import guest
+
 SOURCE_VM = 100
+SEV = SevContext("sev")
 
 
 class Anything:
@@ -77,19 +82,23 @@ class Committed(Transaction):
         self.context = context  # the VM that has it
         self.moves: list[tuple[str, int]] = []
         self.destinations = destinations
+        self.actions: list[dict[str, str]] = []
         self.downtime.begin()
         patch.setattr(phase, "start_destination", self._start)
         patch.setattr(phase, "_move", self._move)
         patch.setattr(phase, "verify_not_resumed", self._nothing)
         patch.setattr(phase, "_schedule_again", self._nothing)
         patch.setattr(runtime_settings, "read", self._nothing)
-        patch.setattr(runtime_settings, "carry_over", self._nothing)
+        patch.setattr(runtime_settings, "carry_over", self._carry_over)
         patch.setattr(inspection, "inspect", self._inspect)
         patch.setattr(ram_block_sync, "write", lambda *_: None)
 
     async def _script(self) -> None: ...
 
     async def _nothing(self, *_: object) -> None: ...
+
+    async def _carry_over(self, ours: Settings, *_: object) -> None:
+        self.actions.append(ours.actions)
 
     async def _inspect(self, *_: object) -> Anything:
         return Anything(blocks={})
@@ -109,7 +118,7 @@ class Committed(Transaction):
 
 @pytest.fixture
 def checked() -> Any:
-    return Anything(has_context=True, autostart=False, source=Anything(kill=lambda: None))
+    return Anything(has_context=True, autostart=False, source=Anything(kill=lambda: None), guest=guest(context=SEV))
 
 
 def prepared(first: Any) -> Any:
@@ -118,7 +127,7 @@ def prepared(first: Any) -> Any:
         arguments=None,
         run_mark=Anything(read=lambda: RunState.NOT),
         transfer=Anything(image=b""),
-        settings=None,
+        settings=Settings(),
         ram=Anything(copies=list),
     )
 
@@ -149,6 +158,7 @@ def test_guest_survives_two_destinations_that_fail(checked: Any, monkeypatch: py
     assert hop.moves == [("first", 100), ("second", 100), ("second", 1), ("third", 100), ("third", 2)]
     assert [one.destination.killed for one in names] == [1, 1, 0]
     assert hop.committed_state is GuestState.RUNNING_IN_NEW
+    assert hop.actions == [{"reboot": "shutdown"}] * 2, "its firmware is private"
 
 
 def test_guest_is_lost_if_no_destination_gets_the_context(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:

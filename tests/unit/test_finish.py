@@ -34,7 +34,7 @@ def test_source_is_kept_if_the_destination_has_exited() -> None:
     """It may have exited before the guest ran there: then the source has all of it."""
     source: Any = Qemu(alive=True)
     destination: Any = Qemu(alive=False)
-    work = complete(source, destination, GuestPaths([]), oom_score_adj=0, context="none", timeout=1.0, note=pytest.fail)
+    work = complete(source, destination, GuestPaths([]), oom_score_adj=0, timeout=1.0, note=pytest.fail)
     with pytest.raises(RecoveryRequired, match="the new QEMU exited after the commit"):
         asyncio.run(work)
     assert (source.done, destination.done) == ([], ["closed"])

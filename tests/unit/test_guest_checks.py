@@ -24,7 +24,7 @@ def ourselves() -> Iterator[QemuProcess]:
 
 
 def test_context_fails_of_snp(ourselves: QemuProcess) -> None:
-    result = _context(guest(context=SevContext("sev-snp")), ourselves, Registers(), own_group=None, sandbox=False)
+    result = _context(guest(context=SevContext("sev-snp")), ourselves, Registers(), [], own_group=None, sandbox=False)
     assert result.status is Status.FAIL
     assert result.hint
     assert {child.status for child in result.children} == {Status.SKIP}
@@ -33,13 +33,13 @@ def test_context_fails_of_snp(ourselves: QemuProcess) -> None:
 def test_context_of_sev_es_has_a_test_of_its_registers(ourselves: QemuProcess) -> None:
     for found in (passed("registers", "fine"), failed("registers", "lost", "hint")):
         es = guest(context=SevContext("sev-es"))
-        result = _context(es, ourselves, Registers(found), own_group=None, sandbox=False)
+        result = _context(es, ourselves, Registers(found), [], own_group=None, sandbox=False)
         assert (result.status, result.detail) == (Status.PASS, "sev-es, policy 0x0")
         assert result.children[-1] is found
 
 
 def test_host_is_not_tested_without_a_context(ourselves: QemuProcess) -> None:
-    result = _context(guest(), ourselves, Registers(), own_group=None, sandbox=False)
+    result = _context(guest(), ourselves, Registers(), [], own_group=None, sandbox=False)
     assert (result.status, result.children) == (Status.PASS, [])
 
 

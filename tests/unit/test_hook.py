@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sevhop
@@ -195,6 +196,113 @@ def test_additions_of_an_earlier_hop_are_removed(keeper: FakeKeeper, operation: 
     status, printed, _ = run(keeper, "other", operation, "begin", "-", xml=xml)
     assert status == 0
     assert "".join(printed.split()) == "".join(XML.split())
+
+
+REBOOTING = XML.replace("<devices>", "<on_reboot>restart</on_reboot><devices>")
+
+
+class Reboots:
+    """The mark of the domain ``web``, and what is started."""
+
+    def __init__(self, domains: Path) -> None:
+        self.directory = domains.parent / "reboot" / "web"
+        self.domains = domains
+        self.started: list[tuple[str, str]] = []
+
+    def mark(self, byte: bytes, uuid: str = UUID) -> None:
+        self.directory.mkdir(parents=True)
+        (self.directory / "mark").write_bytes(byte)
+        (self.directory / "domain").write_text(f"{uuid} qemu:///system")
+
+    def released(self, name: str = "web", xml: str = REBOOTING) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        words = [name, "release", "end", "shutdown"]
+        options: dict[str, Any] = {"domains": str(self.domains), "start": lambda *domain: self.started.append(domain)}
+        assert hook.main(words, io.StringIO(xml), out, err, **options) == 0
+        assert out.getvalue() == err.getvalue() == ""
+
+
+@pytest.fixture
+def reboots(tmp_path: Path) -> Reboots:
+    return Reboots(tmp_path / "domains")
+
+
+def test_domain_that_has_rebooted_is_started_once(reboots: Reboots) -> None:
+    reboots.mark(b"\1")
+    reboots.released()
+    assert reboots.started == [(UUID, "qemu:///system")]
+    assert not reboots.directory.exists()
+    reboots.released()
+    assert len(reboots.started) == 1
+
+
+@pytest.mark.parametrize(
+    ("byte", "uuid", "xml"),
+    [
+        (b"\0", UUID, REBOOTING),
+        (b"", UUID, REBOOTING),
+        (b"\1\1", UUID, REBOOTING),
+        (b"\1", UUID, XML),
+        (b"\1", UUID, REBOOTING.replace("restart", "destroy")),
+        (b"\1", UUID, REBOOTING.replace("on_reboot", "metadata")),
+        (b"\1", UUID, REBOOTING.replace("</domain>", "")),
+        (b"\1", "22222222-2222-3333-4444-555555555501", REBOOTING),
+    ],
+)
+def test_domain_is_started_only_after_a_reboot_and_if_it_says_so(
+    reboots: Reboots, byte: bytes, uuid: str, xml: str
+) -> None:
+    reboots.mark(byte, uuid)
+    reboots.released(xml=xml)
+    assert reboots.started == []
+    assert not reboots.directory.exists()
+
+
+def test_other_domains_are_not_started(reboots: Reboots) -> None:
+    reboots.mark(b"\1")
+    for name in ("other", "..", "../reboot/web", ""):
+        reboots.released(name)
+    assert reboots.started == []
+    assert reboots.directory.exists()
+
+
+def test_hook_script_looks_at_the_mark_when_the_domain_is_off(tmp_path: Path) -> None:
+    asks = tmp_path / "asks"
+    asks.write_text("#!/bin/sh\nexit 7\n")
+    asks.chmod(0o755)
+    path = tmp_path / "script"
+    path.write_text(SCRIPT.read_text().replace("/run/sevhop", str(tmp_path)).replace("@PYTHON@", str(asks)))
+    path.chmod(0o755)
+
+    def status(operation: str, sub: str) -> int:
+        return subprocess.run([path, "web", operation, sub, "-"], input=XML, text=True, check=False).returncode
+
+    assert status("release", "end") == 0
+    (tmp_path / "reboot" / "web").mkdir(parents=True)
+    mark = tmp_path / "reboot" / "web" / "mark"
+    mark.touch()
+    assert (status("release", "end"), status("stopped", "end"), status("started", "begin")) == (7, 0, 0)
+    assert mark.exists()
+    assert status("prepare", "begin") == 0
+    assert not mark.exists(), "it is of an earlier QEMU"
+    (tmp_path / "domains").mkdir()
+    (tmp_path / "domains" / "web").symlink_to("../0123")
+    assert status("release", "end") == 0, "during a hop nothing is done when the source has exited"
+
+
+def test_domain_is_started_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libvirt waits until the hook has exited, and nobody has its pipes open."""
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nreadlink /proc/self/fd/2 >{tmp_path}/out\necho $PYTHONPATH $* >>{tmp_path}/out\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    hook.start_again(UUID, "qemu:///system")
+    _, status = os.wait()
+    assert status == 0
+    null, words = (tmp_path / "out").read_text().splitlines()
+    assert null == "/dev/null"
+    packages = Path(sevhop.__file__).parents[1]
+    assert words == f"{packages} -s -P -m sevhop.cli.cold_start {UUID} qemu:///system"
 
 
 def test_hook_script_runs_python_only_at_some_steps(keeper: FakeKeeper, tmp_path: Path) -> None:

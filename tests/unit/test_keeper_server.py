@@ -16,6 +16,7 @@ import sys
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -702,3 +703,31 @@ def test_monitor_that_does_not_listen_yet_is_waited_for(tmp_path: Path, monkeypa
     with socket.socket(socket.AF_UNIX) as bound, pytest.raises(MonitorError, match="it answers"):
         run(keeper_destination.probe(config(), paths))
     assert [type(failure) for failure in failures] == [FileNotFoundError, ConnectionRefusedError]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_destination_is_set_to_shut_down_at_a_reboot_before_the_guest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    """Only that of a guest that cannot be reset: no command more than necessary while the guest is stopped."""
+
+    executed: list[tuple[str, Any]] = []
+
+    class Executing(Monitor):
+        version = "10.0.0"
+
+        async def execute(self, command: str, arguments: Any = None) -> Any:
+            executed.append((command, arguments))
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(keeper_destination, "verify", nothing)
+    server = KeeperServer(replace(config(), stops_at_reboot=stops), KeeperPaths(tmp_path), SourceHandles(None, {}))
+    monkeypatch.setattr(server._saved_blocks, "write", lambda *_: None)
+    monkeypatch.setattr(server._context_vms, "move_to", nothing)
+    server._source = SimpleNamespace(images=None)  # type: ignore[assignment]
+    probed: Any = SimpleNamespace(monitor=Executing(), process=Destination(), blocks={})
+    run(server._hand_over(probed))
+    expected = [("set-action", {"reboot": "shutdown"})] if stops else []
+    assert executed == [*expected, ("x-sev-adopt-finish", None)]

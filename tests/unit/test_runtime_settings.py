@@ -219,3 +219,10 @@ def test_setting_that_qemu_refuses_to_report_is_an_error() -> None:
     refusal = CommandError("qom-get", "Failed to read bitmap directory: Bad file descriptor")
     with pytest.raises(CommandError, match="Bad file descriptor"):
         asyncio.run(unless_absent(Refusing(refusal), "qom-get"))
+
+
+def test_action_is_set_if_that_of_the_destination_is_unknown() -> None:
+    """A guest that cannot be reset there must not be."""
+    qemu = Qemu()
+    asyncio.run(runtime_settings.carry_over(Settings(actions={"reboot": "shutdown"}), Settings(), qemu))
+    assert ("set-action", {"reboot": "shutdown"}) in qemu.executed

@@ -99,7 +99,7 @@ def _without_libvirt(
     found: inspection.Guest, process: QemuProcess, new: str, xml: str, uuid: str, state: Registers
 ) -> CheckResult:
     """What is checked without the daemon."""
-    tree = guest_checks.domain(found, process, new, state)
+    tree = guest_checks.domain(found, process, new, state, domain_xml.describe(xml).on_reboot)
     # First: a device that cannot be re-created may have memory of its own, for which there is no hint either.
     tree.children[:0] = [devices(xml)]
     tree.children += [guest_checks.library(process), _confinement(process, uuid)]

@@ -29,7 +29,7 @@ from ..process import cgroup_memory
 from ..process.confinement import Confinement
 from ..process.launch import Identity, inheritable
 from ..process.scheduling import Thread
-from . import registers, sev_host
+from . import reboot, registers, sev_host
 from .confinement import reason_against
 from .registers import Registers
 from .result import CheckResult, Status, failed, passed
@@ -101,7 +101,7 @@ def _examine(
         _process(process),
         _state(guest),
         _memory(guest),
-        _context(guest, process, found, own_group=None, sandbox=False),
+        _context(guest, process, found, reboot.standalone(guest), own_group=None, sandbox=False),
         _blockers(guest),
         _jobs(guest),
         disks,
@@ -152,19 +152,21 @@ def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> CheckResult:
     return passed(name, f"{sum(1 for disk in graph.disks.values() if disk.root)} in use, as their files are on disk")
 
 
-def domain(guest: Guest, process: QemuProcess, path: str, found: Registers) -> CheckResult:
+def domain(guest: Guest, process: QemuProcess, path: str, found: Registers, on_reboot: str) -> CheckResult:
     """
     Test the guest of a libvirt domain. Its command line and the environment of its QEMU are libvirt's job.
 
     :param found: see :func:`.registers.examine`.
     :param path: of the QEMU to upgrade to.
+    :param on_reboot: the action in its XML.
     """
+    rebooted = reboot.domain(guest, on_reboot)
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
         _state(guest),
         _memory(guest, "set <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"),
-        _context(guest, process, found, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
+        _context(guest, process, found, rebooted, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
         _blockers(guest),
         _jobs(guest),
         _emulator(path, guest, process),
@@ -220,7 +222,13 @@ def _memory(
 
 
 def _context(
-    guest: Guest, process: QemuProcess, found: Registers, *, own_group: re.Pattern[str] | None, sandbox: bool
+    guest: Guest,
+    process: QemuProcess,
+    found: Registers,
+    rebooted: list[CheckResult],
+    *,
+    own_group: re.Pattern[str] | None,
+    sandbox: bool,
 ) -> CheckResult:
     context = guest.context
     if context.kind == "sev-snp":
@@ -229,7 +237,7 @@ def _context(
         return passed("context", "none: there is nothing to move, only the QEMU changes")
     host = sev_host.examine(guest, process, own_group=own_group, sandbox=sandbox)
     host += [found.result] if found.result is not None else []
-    return passed("context", f"{context.kind}, policy {context.policy:#x}", *host)
+    return passed("context", f"{context.kind}, policy {context.policy:#x}", *host, *rebooted)
 
 
 def _blockers(guest: Guest) -> CheckResult:

@@ -25,7 +25,7 @@ class CheckResult:
     The result of one test, and those that depend on it.
 
     :ivar detail: what was found, in a few words.
-    :ivar hint: for a FAIL, what to do.
+    :ivar hint: for a FAIL, what to do; for a PASS with a disadvantage, how to do without it.
     """
 
     name: str

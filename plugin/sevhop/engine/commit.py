@@ -29,7 +29,7 @@ from sevhop_qmp.run_mark import RunState
 from ..disks import block_graph
 from ..errors import GuestLost, GuestState, RecoveryRequired
 from ..events import MoveAttempted
-from ..guest import inspection, runtime_settings
+from ..guest import inspection, reboot, runtime_settings
 from ..options import HopOptions
 from ..process import scheduling
 from .check import Acquired, Checked
@@ -209,7 +209,8 @@ async def _retry_in_new_destination(
         monitor, process = started.destination.monitor, started.destination.process
         with contextlib.suppress(CommandError):
             there = await runtime_settings.read(monitor, process)
-            await runtime_settings.carry_over(prepared.settings, there, monitor)
+            wanted = reboot.settings_after_hop(checked.guest, prepared.settings)
+            await runtime_settings.carry_over(wanted, there, monitor)
         await _schedule_again(hop, prepared, started)
         theirs = await inspection.inspect(monitor, process)
         pairs = [(copy, theirs.blocks[copy.block.name]) for copy in prepared.ram.copies()]

@@ -38,6 +38,7 @@ from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from . import protected_state
+from .domain_reboot import record_reboots
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator, not_defined
@@ -262,8 +263,9 @@ class InterruptedUpgrade:
             monitor, pid = await domain.monitor(), domain.pid()
         except SevhopError as err:
             return [f"cannot verify the run-time settings: {err.message}"]
-        moved = self._record.context != "none"
-        return await saved_settings.finish(self._keeper.directory, monitor, pid, moved=moved)
+        record = self._record
+        notes = await saved_settings.finish(self._keeper.directory, monitor, pid)
+        return notes + await record_reboots(monitor, domain.name, domain.uuid, record.uri, stops=record.stops_at_reboot)
 
     async def _without_keeper(self) -> RecoveredGuest:
         """Its old QEMU has exited, and there is no keeper."""

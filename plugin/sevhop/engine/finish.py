@@ -39,7 +39,6 @@ async def finish(
         started.destination,
         acquired.guest_paths,
         oom_score_adj=acquired.oom_score_adj,
-        context=checked.guest.context.kind,
         timeout=options.step_timeout,
         note=hop.note,
     )
@@ -52,7 +51,6 @@ async def complete(
     guest_paths: GuestPaths,
     *,
     oom_score_adj: int,
-    context: str,
     timeout: float,
     note: Callable[[str], None],
 ) -> bool:
@@ -64,7 +62,6 @@ async def complete(
     shutdown that is none, and remove the paths of sockets that are the destination's.
 
     :param oom_score_adj: that the source had.
-    :param context: of the guest.
     :param timeout: seconds in which the source must have exited.
     :param note: called with what went wrong; none of it matters to the guest.
     :return: whether the destination was released. Otherwise its sockets do not answer yet, and this should be repeated.
@@ -83,13 +80,6 @@ async def complete(
             note(f"the old QEMU (process {source.pid}) was killed and has not exited: restore its storage")
     for text in guest_paths.publish():
         note(text)
-    if context != "none":
-        # The firmware of an SEV guest was encrypted in place at launch, in pages of the source. A reset would execute
-        # what is no code here, so a guest that reboots is shut down; it can be started from a cold start.
-        try:
-            await destination.monitor.execute("set-action", {"reboot": "shutdown"})
-        except SevhopError as err:
-            note(f"a reboot of the guest will fail, so shut it down and start it instead: {err.message}")
     try:
         await adopt.finish(destination.monitor)
     except SevhopError as err:

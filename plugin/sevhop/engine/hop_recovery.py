@@ -125,7 +125,6 @@ class InterruptedHop:
             await self._new.take(),
             _guest_paths(record),
             oom_score_adj=record.oom_score_adj,
-            context=record.context,
             timeout=self._timeout,
             note=notes.append,
         )

@@ -23,7 +23,7 @@ from sevhop_qmp.run_mark import RunMark
 
 from ..disks.disk_guard import DiskGuard
 from ..errors import Refused
-from ..guest import command_line, cpu_features, inspection, runtime_settings, vm_generation_id
+from ..guest import command_line, cpu_features, inspection, reboot, runtime_settings, vm_generation_id
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
 from ..process import confinement, launch, scheduling, seccomp_filter
@@ -174,7 +174,8 @@ async def _copy_settings(
     found = runtime_settings.differences(settings, theirs)
     if found and not options.command:  # a whole command line may differ on purpose
         raise Refused("; ".join(found), "give the whole command line of the new QEMU after --")
-    notes = await runtime_settings.carry_over(settings, theirs, destination)
+    wanted = reboot.settings_after_hop(checked.guest, settings)
+    notes = await runtime_settings.carry_over(wanted, theirs, destination)
     for note in filter(None, [gained, *found, *notes]):
         hop.note(note)
     return settings

@@ -18,7 +18,7 @@ from ..disks import comparison
 from ..disks.block_graph import BlockGraph
 from ..disks.disk_guard import DiskGuard
 from ..errors import SAVED_HINT, GuestState, Refused, RolledBack
-from ..guest import cpu_features, emulator, inspection, runtime_settings, saved_settings
+from ..guest import cpu_features, emulator, inspection, reboot, runtime_settings, saved_settings
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..install import verification
 from ..keeper.client import KeeperClient
@@ -141,6 +141,7 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
                 old=checked.old,
                 new=checked.new,
                 protected_state=checked.flag,
+                stops_at_reboot=reboot.stops(checked.guest),
             )
         )
     return checked
@@ -174,6 +175,7 @@ async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDom
         blocks=tuple(checked.guest.blocks.values()),
         disks=checked.disks,
         encrypted=tuple(checked.encrypted),
+        stops_at_reboot=reboot.stops(checked.guest),
         move_deadline=options.move_deadline,
         step_timeout=options.step_timeout,
     )
@@ -261,7 +263,7 @@ async def prepare(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient
     displays = domain_xml.ports(await checked.domain.live_xml())
     settings = await runtime_settings.read(checked.monitor, checked.source)
     words = None if rehearsed else await cpu_features.feature_words(checked.monitor)
-    saved_settings.save(keeper.directory, settings, words)
+    saved_settings.save(keeper.directory, reboot.settings_after_hop(checked.guest, settings), words)
     if note := cgroup_memory.unaccounted(checked.source):
         hop.note(note)
     state = await hop.resources.enter_async_context(SavedDeviceState(checked.monitor, checked.guest.machine_type))

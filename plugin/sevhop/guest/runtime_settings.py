@@ -316,7 +316,7 @@ def _steps(ours: Settings, theirs: Settings) -> Iterator[_Step]:
         if theirs.statistics.get(path, seconds) != seconds:
             arguments = {"path": path, "property": _STATISTICS, "value": seconds}
             yield _Step("the polling of the balloon's statistics", "qom-set", arguments)
-    changed = {name: value for name, value in ours.actions.items() if theirs.actions.get(name, value) != value}
+    changed = {name: value for name, value in ours.actions.items() if theirs.actions.get(name) != value}
     if changed:
         yield _Step(f"the actions at {', '.join(changed)}", "set-action", changed)
     for row in (row for row in theirs.forwards if row not in ours.forwards):

@@ -67,20 +67,17 @@ async def set_before_it_runs(directory: Path, monitor: Commands) -> str:
     return f"the guest's processors would lose {', '.join(missing)}" if missing else ""
 
 
-async def finish(directory: Path, monitor: Commands, pid: int, *, moved: bool) -> list[str]:
+async def finish(directory: Path, monitor: Commands, pid: int) -> list[str]:
     """
     Carry over to a destination of libvirt's, which runs, what is not there yet.
 
     :param directory: of the keeper.
-    :param moved: whether it has got an SEV context. Then it cannot reboot, and its action was set accordingly.
     :return: a note for each setting that is not as it was.
     """
     saved = _load(directory)
     if saved is None:
         return []
     ours = saved[0]
-    if moved:
-        ours = replace(ours, actions={name: value for name, value in ours.actions.items() if name != "reboot"})
     try:
         process = QemuProcess.open(pid)
         try:

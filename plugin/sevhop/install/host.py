@@ -15,7 +15,7 @@ from pathlib import Path
 from sevhop_qmp.errors import SevhopError
 
 from ..libvirt import hook, hook_server
-from ..records import journal
+from ..records import journal, reboot_mark
 from ..records.run_directory import DOMAINS
 from . import apparmor, atomic_file, units, verification
 from .verification import HOOKS, SCRIPT
@@ -63,6 +63,7 @@ def uninstall() -> bool:
             "see sevhop status, or run: sevhop recover",
         )
     verification.forget()
+    reboot_mark.remove_all()
     removed = units.uninstall() | apparmor.uninstall()
     try:
         SCRIPT.unlink()

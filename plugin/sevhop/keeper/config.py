@@ -38,6 +38,7 @@ class KeeperConfig:
     :ivar blocks: the source's RAM blocks.
     :ivar disks: the source's disks, which the destination must have.
     :ivar encrypted: names of those whose content cannot be copied.
+    :ivar stops_at_reboot: whether a reboot of the guest becomes a shutdown.
     :ivar move_deadline: seconds for which a move that is refused as busy is retried.
     :ivar step_timeout: seconds within which the destination must answer.
     :ivar command: pid of the command that starts the keeper.
@@ -52,6 +53,7 @@ class KeeperConfig:
     context: SevContext
     blocks: tuple[RamBlock, ...]
     encrypted: tuple[str, ...]
+    stops_at_reboot: bool = False
     disks: BlockGraph | None = None
     move_deadline: float = 2.0
     step_timeout: float = COMMAND_TIMEOUT

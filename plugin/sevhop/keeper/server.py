@@ -363,7 +363,7 @@ class KeeperServer:
         self._saved_blocks.write(probed.process, probed.blocks)
         if self._config.context.kind != "none":
             await self._context_vms.move_to(probed.monitor, probed.process, self._config.move_deadline)
-            # The firmware was encrypted in place at launch, in pages of the source: a reset would execute garbage.
+        if self._config.stops_at_reboot:
             await probed.monitor.execute("set-action", {"reboot": "shutdown"})
         await adopt.finish(probed.monitor)
 

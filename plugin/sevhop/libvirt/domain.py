@@ -11,7 +11,7 @@ from typing import Any
 import libvirt
 
 from . import daemon
-from .daemon import CALL_TIMEOUT, NO_DOMAIN, RECONNECT_TIMEOUT, RESTART, Daemon, DomainError
+from .daemon import CALL_TIMEOUT, NO_DOMAIN, RECONNECT_TIMEOUT, RESTART, RESTORE_TIMEOUT, Daemon, DomainError
 from .domain_monitor import DomainMonitor
 
 #: Where the daemon of the system keeps the pid of each QEMU.
@@ -70,6 +70,26 @@ class Domain:
         """Whether its QEMU has exited because the guest was saved."""
         state, reason = await daemon.call(self._raw.state)
         return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
+
+    async def stopped_by_itself(self) -> bool:
+        """Whether it is off, and nobody has destroyed, saved or migrated it."""
+        state, reason = await daemon.call(self._raw.state)
+        others = (
+            libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED,
+            libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED,
+            libvirt.VIR_DOMAIN_SHUTOFF_SAVED,
+            libvirt.VIR_DOMAIN_SHUTOFF_FAILED,
+            libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT,
+        )
+        return bool(state == libvirt.VIR_DOMAIN_SHUTOFF and reason not in others)
+
+    async def start(self) -> None:
+        """
+        Start it from a cold start.
+
+        :raises DomainError: libvirt refuses, also if it is active.
+        """
+        await daemon.call(self._raw.create, timeout=RESTORE_TIMEOUT)
 
     async def managed_save(self) -> bool:
         """Whether libvirt keeps a saved state of it for the next start."""

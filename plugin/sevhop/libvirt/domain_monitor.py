@@ -54,6 +54,10 @@ class DomainMonitor(Commands):
         """See :meth:`sevhop_qmp.monitor.Monitor.execute`."""
         return await self._execute(command, arguments, (), COMMAND_TIMEOUT if timeout is None else timeout)
 
+    async def send_fd(self, name: str, fd: int) -> None:
+        """See :meth:`sevhop_qmp.monitor.Monitor.send_fd`."""
+        await self._execute("getfd", {"fdname": name}, (fd,), COMMAND_TIMEOUT)
+
     async def add_fd(self, fd: int) -> tuple[int, int]:
         """See :meth:`sevhop_qmp.monitor.Monitor.add_fd`."""
         added = await self._execute("add-fd", {"opaque": FD_MARK}, (fd,), COMMAND_TIMEOUT)

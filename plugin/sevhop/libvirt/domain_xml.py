@@ -83,6 +83,7 @@ class Description:
     arch: str
     machine: str
     emulator: str
+    on_reboot: str = ""
 
 
 def describe(xml: str) -> Description:
@@ -102,6 +103,7 @@ def describe(xml: str) -> Description:
         arch=kind.attributes.get("arch", "") if kind else "",
         machine=kind.attributes.get("machine", "") if kind else "",
         emulator=content("devices", "emulator"),
+        on_reboot=content("on_reboot"),
     )
 
 

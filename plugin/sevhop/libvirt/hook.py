@@ -13,6 +13,8 @@ hop. The keeper of that hop decides. The hook's request and the keeper's replies
 ``prepare cold-start``  the same for a domain that is started, not restored: refused while its guest is suspended in
                         the keeper, or the guest of another domain of that name is
 ``started begin``       the state is loaded, nothing runs: the keeper commits, and only then the guest may run
+``release end``         the domain is off: if its QEMU has shut down because of a reboot, and ``<on_reboot>`` is
+                        ``restart``, it is started by a process of its own (:mod:`sevhop.records.reboot_mark`)
 everything else         0. libvirt would kill a running guest if ``reconnect`` failed
 ======================  =============================================================================================
 
@@ -61,6 +63,7 @@ def main(
     *,
     domains: str = DOMAINS,
     keeper: Callable[[str], str] | None = None,
+    start: Callable[[str, str], None] | None = None,
 ) -> int:
     """
     Run the hook.
@@ -70,10 +73,15 @@ def main(
     :param stdout: for the XML, if it is to be changed; otherwise nothing may be written to it.
     :param stderr: for the reason of a refusal, which libvirt quotes.
     :param keeper: sends a request to the domain's keeper; by default to the one whose directory is in ``domains``.
+    :param start: starts a domain, given UUID and URI, without waiting for it; by default :func:`start_again`.
     :return: 0 if libvirt may continue.
     """
     name, operation, sub = (*arguments, "", "", "")[:3]
-    if (operation, sub) not in _KEEPER_STEPS or name in ("", ".", "..") or "/" in name or "\0" in name:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        return 0
+    if (operation, sub) == ("release", "end"):
+        _released(os.path.join(os.path.dirname(domains), "reboot", name), stdin.read(), start)
+    if (operation, sub) not in _KEEPER_STEPS:
         return 0
 
     def linked(request: str) -> str:
@@ -126,6 +134,40 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
     return "", xml
 
 
+def _released(directory: str, xml: str, start: Callable[[str, str], None] | None) -> None:
+    """The domain is off. Its reboot mark is removed; if that is set, the domain is started as its XML has it."""
+    found = {}
+    for name in ("mark", "domain"):
+        path = os.path.join(directory, name)
+        try:
+            with open(path, "rb") as file:
+                found[name] = file.read(_MESSAGE)
+            os.unlink(path)
+        except OSError:
+            continue
+    try:
+        os.rmdir(directory)
+    except OSError:
+        return
+    uuid, _, uri = found.get("domain", b"").decode(errors="replace").partition(" ")
+    try:
+        if found.get("mark") == b"\1" and uuid == _uuid(xml) and _domain_xml().describe(xml).on_reboot == "restart":
+            (start or start_again)(uuid, uri)
+    except ValueError:  # the XML cannot be parsed
+        return
+
+
+def start_again(uuid: str, uri: str) -> None:
+    """
+    Have a domain started by a process of its own, as soon as libvirt has finished with it. That waits for this hook, so
+    nothing of libvirt's is called here, and none of libvirt's streams is kept open.
+    """
+    null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
+    words = [sys.executable, "-s", "-P", "-m", "sevhop.cli.cold_start", uuid, uri]
+    environment = {**os.environ, "PYTHONPATH": _packages()}
+    os.posix_spawn(sys.executable, words, environment, file_actions=null, setsid=True)
+
+
 def ask(path: str, request: str) -> str:
     """
     Send a keeper one request.
@@ -153,10 +195,15 @@ def _uuid(xml: str) -> str:
 
 def _domain_xml() -> ModuleType:
     """The module; rarely needed. It is not on the path: the hook runs without the environment's packages."""
-    sys.path.insert(0, os.path.abspath(__file__).rsplit("/", 3)[0])
+    sys.path.insert(0, _packages())
     from sevhop.libvirt import domain_xml
 
     return domain_xml
+
+
+def _packages() -> str:
+    """The directory that has the package of this module."""
+    return os.path.abspath(__file__).rsplit("/", 3)[0]
 
 
 def stream(descriptor: int, mode: str) -> TextIO:

@@ -24,6 +24,8 @@ from sevhop_qmp.errors import SevhopError
 RUN = Path("/run/sevhop")
 #: One link for each hop in progress, named like the domain; the hook looks here.
 DOMAINS = RUN / "domains"
+#: One directory for each domain whose reboots are recorded, see :mod:`.reboot_mark`.
+REBOOTS = RUN / "reboot"
 #: The target of such a link: a directory beside it. Any other was not made by sevhop.
 _TARGET = re.compile(r"\.\./[0-9a-f]{32}")
 #: Prefix of a domain's UUID in the name of its link; the hook has it as well.
@@ -46,15 +48,20 @@ def make_run_directories() -> None:
     :raises RunDirectoryError: they cannot be made, or something else is in their place.
     """
     _make_outer()
-    _make_or_check(DOMAINS, 0o700)
+    make_or_check(DOMAINS, 0o700)
 
 
 def _make_outer() -> None:
     """QEMU's user may search it, but not list it."""
-    _make_or_check(RUN, 0o711)
+    make_or_check(RUN, 0o711)
 
 
-def _make_or_check(path: Path, mode: int) -> None:
+def make_or_check(path: Path, mode: int) -> None:
+    """
+    Make a directory, unless it is there and nobody else can write to it.
+
+    :raises RunDirectoryError: it cannot be made, or something else is in its place.
+    """
     try:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=mode)
@@ -205,7 +212,7 @@ def sweep(used: set[str]) -> None:
             link.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         for path in RUN.iterdir():
-            if path != DOMAINS and not path.is_symlink() and str(path) not in used and not _served(path):
+            if path not in (DOMAINS, REBOOTS) and not path.is_symlink() and str(path) not in used and not _served(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 

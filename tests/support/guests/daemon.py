@@ -188,7 +188,7 @@ class Daemon:
         """What hops have left behind in there."""
         run, state = self.root / "run/sevhop", self.root / "var/lib/sevhop"
         names = {str(path.relative_to(root)) for root in (run, state) if root.exists() for path in root.rglob("*")}
-        return sorted(names - {"domains", "journal", "hook-verified"})
+        return sorted(names - {"domains", "reboot", "journal", "hook-verified"})
 
     def processes(self) -> list[int]:
         """All processes in its namespace but daemons, of which a restarted one is another process."""

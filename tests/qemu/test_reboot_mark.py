@@ -1,0 +1,111 @@
+"""The mark of a QEMU that has shut down because it was to be reset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sevhop_qmp import adopt
+from sevhop_qmp.errors import CommandError
+
+from tests.support.guests import emulators
+
+from .adopting import Destination, machine
+
+EVERY_EMULATOR = pytest.mark.parametrize("label", [emulators.OLD, emulators.NEW, emulators.UNSTABLE])
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    path = tmp_path / "mark"
+    path.write_bytes(b"\0")
+    return path
+
+
+def with_mark(emulator: Path, mark: Path) -> Destination:
+    """A QEMU that uses this file, and nothing else of the library."""
+    environment = dict(os.environ) | adopt.library_environment({})
+    destination = Destination([emulator, *machine("tcg", incoming=False)], environment)
+    try:
+        give(destination, mark)
+    except BaseException:
+        destination.kill()
+        raise
+    return destination
+
+
+def give(destination: Destination, mark: Path) -> None:
+    with mark.open("r+b") as file:
+        destination.send_fd("mark", file.fileno())
+    assert destination.execute("x-sev-reboot-mark", {"fd": "mark"}) == {}
+
+
+def guest_reset(destination: Destination) -> None:
+    """What a guest does by the reset register of its chipset."""
+    destination.hmp("o /b 0xcf9 6")
+
+
+def host_reset(destination: Destination) -> None:
+    """``virsh reset``."""
+    destination.execute("system_reset")
+
+
+def host_quit(destination: Destination) -> None:
+    """``virsh destroy``, in a gentle way."""
+    destination.execute("quit")
+
+
+@EVERY_EMULATOR
+@pytest.mark.parametrize(("end", "byte"), [(guest_reset, b"\1"), (host_reset, b"\1"), (host_quit, b"\0")])
+def test_mark_is_set_by_a_shutdown_that_was_to_be_a_reset(
+    end: Callable[[Destination], None], byte: bytes, label: str, emulator: Callable[[str], Path], mark: Path
+) -> None:
+    with with_mark(emulator(label), mark) as destination:
+        destination.execute("set-action", {"reboot": "shutdown"})
+        end(destination)
+        assert destination.exited()[0] == 0
+    assert mark.read_bytes() == byte
+
+
+@EVERY_EMULATOR
+def test_mark_is_not_set_by_a_reset(label: str, emulator: Callable[[str], Path], mark: Path) -> None:
+    with with_mark(emulator(label), mark) as destination:
+        guest_reset(destination)
+        assert destination.execute("query-status")["status"] == "prelaunch"
+        host_quit(destination)
+        assert destination.exited()[0] == 0
+    assert mark.read_bytes() == b"\0"
+
+
+def test_last_mark_counts_and_no_descriptor_is_kept(new: Path, mark: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"\0")
+    with with_mark(new, mark) as destination:
+        give(destination, other)
+        open_files = {os.readlink(path) for path in Path(f"/proc/{destination.pid}/fd").iterdir()}
+        assert not {str(mark), str(other)} & open_files
+        assert str(mark) not in Path(f"/proc/{destination.pid}/maps").read_text()
+        destination.execute("set-action", {"reboot": "shutdown"})
+        host_reset(destination)
+        assert destination.exited()[0] == 0
+    assert (mark.read_bytes(), other.read_bytes()) == (b"\0", b"\1")
+
+
+def test_invalid_mark_is_refused(new: Path, mark: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    with with_mark(new, mark) as destination:
+        with pytest.raises(CommandError, match="The reboot mark cannot be used: Invalid argument"):
+            give(destination, empty)
+        with pytest.raises(CommandError, match="File descriptor named 'none' has not been found"):
+            destination.execute("x-sev-reboot-mark", {"fd": "none"})
+        with pytest.raises(CommandError, match="Parameter 'fd' is missing"):
+            destination.execute("x-sev-reboot-mark")
+        with pytest.raises(CommandError, match="Parameter is unexpected"):
+            destination.execute("x-sev-reboot-mark", {"fd": "mark", "surprise": 1})
+        destination.execute("set-action", {"reboot": "shutdown"})
+        host_reset(destination)
+        assert destination.exited()[0] == 0
+    assert mark.read_bytes() == b"\1", "the one before is used"
