@@ -16,6 +16,8 @@ import os
 from pathlib import Path
 
 import pytest
+from lab.sevlab import kernels, selftests
+from lab.sevlab.errors import LabError
 
 from tests.support.guests import emulators, linux
 from tests.support.guests.build import Unavailable
@@ -26,6 +28,8 @@ HERE = Path(__file__).parent
 KERNELS = ("6.1", "6.12")
 #: Tests in this directory run in a lab that keeps the memory of guests encrypted, on the first kernel only.
 ENCRYPTED = HERE / "encrypted"
+#: Tests for which programs are built first.
+SELFTESTS = "test_selftests.py"
 INSIDE = os.environ.get("SEVHOP_LAB")
 
 #: Which lab a test runs in: the kernel, and whether it encrypts.
@@ -70,6 +74,7 @@ def _remote_of(item: pytest.Item) -> Remote:
             if _runs_in_lab(other.path) and HERE in other.path.parents:
                 selected.setdefault(_lab_of(other), []).append(other.nodeid)
         _fetch_emulators()
+        _build_selftests({lab[0] for lab, tests in selected.items() if any(SELFTESTS in test for test in tests)})
         stash[_remotes] = {lab: Remote(item.config, *lab, tests) for lab, tests in selected.items()}
     return stash[_remotes][_lab_of(item)]
 
@@ -81,6 +86,13 @@ def _fetch_emulators() -> None:
             emulators.emulator(label)
     with contextlib.suppress(Unavailable):
         linux.images()
+
+
+def _build_selftests(series: set[str]) -> None:
+    """As there are no packages to be had in the lab."""
+    for one in series & kernels.SERIES.keys():
+        with contextlib.suppress(LabError):
+            selftests.programs(one)
 
 
 def _lab_of(item: pytest.Item) -> Lab:
