@@ -26,6 +26,9 @@ from .remote import Remote
 
 HERE = Path(__file__).parent
 KERNELS = ("6.1", "6.12")
+#: A further kernel, on request (marker "long"), for tests in these directories.
+NEWEST = "sid"
+ON_NEWEST = HERE / "contract", HERE / "qemu"
 #: Tests in this directory run in a lab that keeps the memory of guests encrypted, on the first kernel only.
 ENCRYPTED = HERE / "encrypted"
 #: Tests for which programs are built first.
@@ -48,9 +51,21 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if _runs_in_lab(metafunc.definition.path):
-        kernels = KERNELS[:1] if ENCRYPTED in metafunc.definition.path.parents else KERNELS
-        metafunc.parametrize("kernel", [INSIDE] if INSIDE else kernels, indirect=True)
+    path = metafunc.definition.path
+    if not _runs_in_lab(path):
+        return
+    if INSIDE:
+        # The pytest outside has selected, by the marker, too.
+        wanted: list[object] = [_on_request(INSIDE) if INSIDE == NEWEST and Remote.REPORTS in os.environ else INSIDE]
+    else:
+        wanted = [*(KERNELS[:1] if ENCRYPTED in path.parents else KERNELS)]
+        if any(directory in path.parents for directory in ON_NEWEST):
+            wanted.append(_on_request(NEWEST))
+    metafunc.parametrize("kernel", wanted, indirect=True)
+
+
+def _on_request(kernel: str) -> object:
+    return pytest.param(kernel, marks=pytest.mark.long)
 
 
 @pytest.hookimpl(tryfirst=True)
