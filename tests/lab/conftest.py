@@ -16,6 +16,8 @@ import os
 from pathlib import Path
 
 import pytest
+from lab.sevlab import kernels, selftests
+from lab.sevlab.errors import LabError
 
 from tests.support.guests import emulators, linux
 from tests.support.guests.build import Unavailable
@@ -24,8 +26,13 @@ from .remote import Remote
 
 HERE = Path(__file__).parent
 KERNELS = ("6.1", "6.12")
+#: A further kernel, on request (marker "long"), for tests in these directories.
+NEWEST = "sid"
+ON_NEWEST = HERE / "contract", HERE / "qemu"
 #: Tests in this directory run in a lab that keeps the memory of guests encrypted, on the first kernel only.
 ENCRYPTED = HERE / "encrypted"
+#: Tests for which programs are built first.
+SELFTESTS = "test_selftests.py"
 INSIDE = os.environ.get("SEVHOP_LAB")
 
 #: Which lab a test runs in: the kernel, and whether it encrypts.
@@ -44,9 +51,21 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if _runs_in_lab(metafunc.definition.path):
-        kernels = KERNELS[:1] if ENCRYPTED in metafunc.definition.path.parents else KERNELS
-        metafunc.parametrize("kernel", [INSIDE] if INSIDE else kernels, indirect=True)
+    path = metafunc.definition.path
+    if not _runs_in_lab(path):
+        return
+    if INSIDE:
+        # The pytest outside has selected, by the marker, too.
+        wanted: list[object] = [_on_request(INSIDE) if INSIDE == NEWEST and Remote.REPORTS in os.environ else INSIDE]
+    else:
+        wanted = [*(KERNELS[:1] if ENCRYPTED in path.parents else KERNELS)]
+        if any(directory in path.parents for directory in ON_NEWEST):
+            wanted.append(_on_request(NEWEST))
+    metafunc.parametrize("kernel", wanted, indirect=True)
+
+
+def _on_request(kernel: str) -> object:
+    return pytest.param(kernel, marks=pytest.mark.long)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,6 +89,7 @@ def _remote_of(item: pytest.Item) -> Remote:
             if _runs_in_lab(other.path) and HERE in other.path.parents:
                 selected.setdefault(_lab_of(other), []).append(other.nodeid)
         _fetch_emulators()
+        _build_selftests({lab[0] for lab, tests in selected.items() if any(SELFTESTS in test for test in tests)})
         stash[_remotes] = {lab: Remote(item.config, *lab, tests) for lab, tests in selected.items()}
     return stash[_remotes][_lab_of(item)]
 
@@ -81,6 +101,13 @@ def _fetch_emulators() -> None:
             emulators.emulator(label)
     with contextlib.suppress(Unavailable):
         linux.images()
+
+
+def _build_selftests(series: set[str]) -> None:
+    """As there are no packages to be had in the lab."""
+    for one in series & kernels.SERIES.keys():
+        with contextlib.suppress(LabError):
+            selftests.programs(one)
 
 
 def _lab_of(item: pytest.Item) -> Lab:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from lab.sevlab import emulator
+from lab.sevlab import emulator, kernels
 from lab.sevlab.kernels import CACHE
 
 from tests.support.guests.running import wait_ended, wait_until
@@ -161,10 +161,12 @@ def test_lab_sees_no_sevhop_libvirt_or_temporary_files_of_host(tmp_path: Path) -
 
 def test_cache_has_no_leftovers() -> None:
     names = {path.name for path in CACHE.iterdir()}
-    assert names <= {"6.1", "6.1.lock", "6.12", "6.12.lock", "processor", "processor.lock"}
-    for directory in ("6.1", "6.12"):
+    entries = {*kernels.SERIES, "processor"}
+    assert names <= {name for entry in entries for name in (entry, f"{entry}.lock")}
+    for directory in kernels.SERIES.keys() & names:
         inside = os.listdir(CACHE / directory)
         # Another version of the project has an initramfs of its own there.
-        assert {re.sub(r"\.[0-9a-f]{16}$", "", name) for name in inside} == {"initramfs", "root"}
+        kinds = {re.sub(r"\.[0-9a-f]{16}$|(?<=^selftests)-.*-[0-9a-f]{8}$", "", name) for name in inside}
+        assert kinds - {"selftests"} == {"initramfs", "root"}
     for build in (CACHE / "processor").iterdir():
         assert sorted(path.name for path in build.iterdir()) == ["qemu-system-x86_64", "source"]

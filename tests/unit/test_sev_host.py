@@ -38,6 +38,7 @@ class Host:
         root.chmod(0o755)
         self.write("sys/module/kvm_amd/parameters/sev", "Y\n")
         self.write("dev/sev", "")
+        self.write("proc/sys/kernel/osrelease", "6.12.0-124.el10.x86_64\n")
         self.write(f"proc/{PID}/cgroup", f"0::/{SCOPE}/libvirt/emulator\n")
         self.write("sys/fs/cgroup/misc.capacity", "sev 10\nsev_es 5\n")
         self.write("sys/fs/cgroup/misc.current", "sev 1\nsev_es 5\n")
@@ -85,9 +86,50 @@ def test_checks_pass_on_a_host_that_has_everything(host: Host, libvirt: bool) ->
     ],
 )
 def test_kernel_passes_from_5_16(release: str, status: Status) -> None:
-    result = sev_host.kernel(release)
+    result = sev_host.kernel(release, b"")
     assert result.status is status
     assert bool(result.hint) == (status is Status.FAIL)
+
+
+#: Names in kvm_amd's type information: as of Debian's 6.16, 6.17 and 7.3.
+TYPES = {
+    "none": b"",
+    "before": b"\0asid\0misc_cg\0",
+    "selective": b"\0asid\0have_run_cpus\0misc_cg\0",
+    "fixed": b"\0asid\0have_run_cpus\0misc_cg\0sev_free_have_run_cpus\0",
+}
+
+
+@pytest.mark.parametrize(
+    ("release", "types", "status"),
+    [
+        ("6.16.12+deb13-amd64", "none", Status.PASS),
+        ("6.17.0-5-generic", "none", Status.FAIL),
+        ("6.18.55", "none", Status.FAIL),
+        ("6.18.56", "none", Status.PASS),
+        ("7.1.99", "none", Status.FAIL),
+        ("7.2", "none", Status.FAIL),
+        ("7.2.9+deb13-amd64", "none", Status.FAIL),
+        ("7.2.10", "none", Status.PASS),
+        ("7.3-amd64", "none", Status.PASS),
+        ("7.3.4+deb13-amd64", "fixed", Status.PASS),
+        ("6.17.13+deb13-amd64", "selective", Status.FAIL),
+        ("7.2.10", "selective", Status.PASS),
+        # Changes of later kernels in those of distributions.
+        ("6.12.0-124.el10.x86_64", "selective", Status.FAIL),
+        ("6.12.0-200.el10.x86_64", "fixed", Status.PASS),
+        ("7.0.0-30-generic", "fixed", Status.PASS),
+        ("6.17.0-5-generic", "before", Status.PASS),
+    ],
+)
+def test_kernel_fails_if_it_forgets_who_has_cached_data_of_the_source(release: str, types: str, status: Status) -> None:
+    assert sev_host.kernel(release, TYPES[types]).status is status
+
+
+def test_kernel_is_judged_by_the_types_of_its_module(host: Host) -> None:
+    assert host.found("kernel").status is Status.PASS
+    host.write("sys/kernel/btf/kvm_amd", TYPES["selective"].decode())
+    assert host.found("kernel").status is Status.FAIL
 
 
 @pytest.mark.parametrize("value", ["N", "0", None])

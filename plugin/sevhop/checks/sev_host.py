@@ -25,6 +25,15 @@ from .result import CheckResult, failed, passed
 NAMES = ("kernel", "kvm_amd", "device", "VM type", "ASID", "memory lock")
 #: The first kernel with KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM.
 FIRST_KERNEL = (5, 16)
+#: Since this kernel KVM remembers which processors have run a VM, and writes back the caches of those alone when memory
+#: of the VM is freed. A move forgets those of the source, but for FIXED_KERNEL and later, and these stable releases, in
+#: which it writes back theirs.
+SELECTIVE_KERNEL = (6, 17)
+FIXED_KERNEL = (7, 3)
+FIXED_STABLE = {(6, 18): 56, (7, 2): 10}
+#: Names in kvm_amd's type information: of what remembers those processors, and of what came with the fix. Distributions
+#: have either in kernels of other versions.
+_SELECTIVE, _FIXED = b"\0have_run_cpus\0", b"\0sev_free_have_run_cpus\0"
 #: libvirt's cgroup of one domain; its destination gets another one.
 DOMAIN_GROUP = re.compile(r"machine-qemu.*\.scope|.*\.libvirt-qemu|qemu-\d+-.*")
 # <linux/kvm.h>
@@ -45,7 +54,7 @@ def examine(
     :param system: where /sys, /dev and /proc are.
     """
     return [
-        kernel(os.uname().release),
+        kernel((system / "proc/sys/kernel/osrelease").read_text().strip(), _types(system)),
         _module(guest.context, system),
         _device(guest.context, process, sandbox, system),
         _vm_type(guest.context, system),
@@ -54,14 +63,40 @@ def examine(
     ]
 
 
-def kernel(release: str) -> CheckResult:
-    """Whether a kernel of this release can move a context."""
-    found = re.match(r"(\d+)\.(\d+)", release)
+def kernel(release: str, types: bytes) -> CheckResult:
+    """
+    Whether a kernel can move a context, and does no harm by it.
+
+    :param release: what uname -r prints.
+    :param types: the type information (BTF) of its kvm_amd; empty if it has none.
+    """
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
     if found is None:
         return failed("kernel", f"cannot parse release {release}", "Linux 5.16 or later is needed")
-    if (int(found[1]), int(found[2])) < FIRST_KERNEL:
+    series, update = (int(found[1]), int(found[2])), int(found[3] or 0)
+    if series < FIRST_KERNEL:
         return failed("kernel", f"Linux {release} cannot move a context", "Linux 5.16 or later is needed")
+    if _leaves_caches(series, update, types):
+        return failed(
+            "kernel",
+            f"Linux {release} moves a context and forgets which processors have cached data of the guest: when it "
+            "has shut down, that may be written over memory in use",
+            "boot Linux 7.3 or later, 7.2 from 7.2.10 on, 6.18 from 6.18.56 on, or one before 6.17",
+        )
     return passed("kernel", f"Linux {release}")
+
+
+def _leaves_caches(series: tuple[int, int], update: int, types: bytes) -> bool:
+    selective = _SELECTIVE in types if types else series >= SELECTIVE_KERNEL
+    fixed = series >= FIXED_KERNEL or update >= FIXED_STABLE.get(series, update + 1) or _FIXED in types
+    return selective and not fixed
+
+
+def _types(system: Path) -> bytes:
+    try:
+        return (system / "sys/kernel/btf/kvm_amd").read_bytes()
+    except OSError:
+        return b""
 
 
 def _module(context: SevContext, system: Path) -> CheckResult:

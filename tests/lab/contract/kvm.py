@@ -138,6 +138,23 @@ class kvm_sev_launch_measure(ctypes.Structure):
     _fields_: ClassVar = [("uaddr", ctypes.c_uint64), ("len", ctypes.c_uint32), ("pad0", ctypes.c_uint32)]
 
 
+class kvm_sev_launch_secret(ctypes.Structure):
+    _fields_: ClassVar = [
+        (name + suffix, kind)
+        for name in ("hdr", "guest", "trans")
+        for suffix, kind in (("_uaddr", ctypes.c_uint64), ("_len", ctypes.c_uint32), ("_pad", ctypes.c_uint32))
+    ]
+
+
+class kvm_sev_attestation_report(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("mnonce", ctypes.c_uint8 * 16),
+        ("uaddr", ctypes.c_uint64),
+        ("len", ctypes.c_uint32),
+        ("pad0", ctypes.c_uint32),
+    ]
+
+
 class kvm_sev_dbg(ctypes.Structure):
     _fields_: ClassVar = [
         ("src_uaddr", ctypes.c_uint64),
@@ -204,11 +221,13 @@ KVM_SEV_ES_INIT = 1
 KVM_SEV_LAUNCH_START = 2
 KVM_SEV_LAUNCH_UPDATE_DATA = 3
 KVM_SEV_LAUNCH_UPDATE_VMSA = 4
+KVM_SEV_LAUNCH_SECRET = 5
 KVM_SEV_LAUNCH_MEASURE = 6
 KVM_SEV_LAUNCH_FINISH = 7
 KVM_SEV_GUEST_STATUS = 16
 KVM_SEV_DBG_DECRYPT = 17
 KVM_SEV_DBG_ENCRYPT = 18
+KVM_SEV_GET_ATTESTATION_REPORT = 20
 KVM_SEV_INIT2 = 22
 
 OK = "OK"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +37,10 @@ POLICY_SEV_ES = 4
 
 @dataclass(frozen=True)
 class Context:
-    """A guest as the firmware sees it."""
+    """A guest as the firmware sees it.
+
+    :ivar tik: the key for the integrity of what firmware and owner exchange, and `tek` for its encryption.
+    """
 
     handle: int
     asid: int
@@ -43,6 +48,8 @@ class Context:
     state: int
     bytes: int
     vmsas: int
+    tik: int
+    tek: int
 
 
 def contexts() -> list[Context]:
@@ -56,19 +63,33 @@ def account() -> list[tuple[str, dict[str, int]]]:
     Its ports are described in tools/lab/processor/qemu/psp.c.
     """
     text = b""
+    with _ports() as ports:
+        os.pwrite(ports, bytes(4), 0)
+        while not text.endswith(b"\0"):
+            text += os.pread(ports, 4, 4)
+    lines = text.rstrip(b"\0").decode().splitlines()
+    return [
+        (kind, {name: int(value, 0) for name, value in map(_pair, words)})
+        for kind, *words in (line.split() for line in lines)
+    ]
+
+
+def execute(command: int) -> int:
+    """Have the firmware execute a command that has no buffer, at the driver's back. The firmware's status."""
+    with _ports() as ports:
+        os.pwrite(ports, command.to_bytes(4, "little"), 8)
+        return int.from_bytes(os.pread(ports, 4, 8), "little")
+
+
+@contextmanager
+def _ports() -> Iterator[int]:
+    """The ports of the security processor, for this process alone."""
     descriptor = os.open(_security_processor() / "resource4", os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.pwrite(descriptor, bytes(4), 0)
-        while not text.endswith(b"\0"):
-            text += os.pread(descriptor, 4, 4)
+        yield descriptor
     finally:
         os.close(descriptor)
-    lines = text.rstrip(b"\0").decode().splitlines()
-    return [
-        (kind, {name: int(value) for name, value in map(_pair, words)})
-        for kind, *words in (line.split() for line in lines)
-    ]
 
 
 def _security_processor() -> Path:

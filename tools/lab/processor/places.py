@@ -14,7 +14,10 @@ DEVICES = "configs/devices/x86_64-softmmu/sevlab.mak"
 
 _CPU = "target/i386/cpu.c"
 _CPU_H = "target/i386/cpu.h"
+_DECODER = "target/i386/tcg/decode-new.c.inc"
+_EMITTER = "target/i386/tcg/emit.c.inc"
 _EXCEPTIONS = "target/i386/tcg/seg_helper.c"
+_HELPERS = "target/i386/helper.h"
 _LOOP = "target/i386/tcg/tcg-cpu.c"
 _MESON = "target/i386/tcg/system/meson.build"
 _MISC = "target/i386/tcg/system/misc_helper.c"
@@ -92,6 +95,19 @@ _EXITS = [
     before(_EXCEPTIONS, "exception_has_error_code", "case 17:", "case EXCP1D_VC:"),
 ]
 
+# What TCG does for WBINVD: nothing, but for the intercept.
+_CACHES = [
+    Hook(_DECODER, "", r"X86_OP_ENTRY0\(NOP(?=,\s*svm\(WBINVD\)\))", "X86_OP_ENTRY0(WBINVD"),
+    before(
+        _EMITTER,
+        "",
+        "static void gen_WRxxBASE(",
+        "static void gen_WBINVD(DisasContext *s, X86DecodedInsn *decode)\n"
+        "{\n    gen_helper_sevlab_wbinvd(tcg_env);\n}\n\n",
+    ),
+    before(_HELPERS, "", "DEF_HELPER_3(vmrun,", "DEF_HELPER_1(sevlab_wbinvd, void, env)"),
+]
+
 # Bugs of TCG that hit guests without SEV, too.
 _MENDED = [
     # An interrupt that VMRUN has injected would be delivered once more when the vCPU's thread is next interrupted.
@@ -100,4 +116,4 @@ _MENDED = [
     Hook(_MISC, "helper_write_crN", r"(cpu_(?:reset_)?interrupt\([^;]*;)", r"bql_lock(); \1 bql_unlock();", times=2),
 ]
 
-HOOKS = [*_STATE, *_CPUID_AND_MSRS, *_C_BIT, *_WORLD_SWITCH, *_EXITS, *_MENDED]
+HOOKS = [*_STATE, *_CPUID_AND_MSRS, *_C_BIT, *_WORLD_SWITCH, *_EXITS, *_CACHES, *_MENDED]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import signal
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from tests.support.guests import build
 
-from .errors import LabError
+from . import builder
 from .kernels import CACHE, locked
 
 PROCESSOR = build.ROOT / "tools" / "lab" / "processor"
@@ -57,18 +53,4 @@ def _digest() -> str:
 
 def _build(directory: Path) -> None:
     print("lab: building its emulator, once; this takes some minutes", file=sys.stderr, flush=True)
-    pipe = subprocess.PIPE
-    builder = subprocess.Popen(
-        [PROCESSOR / "build", directory],
-        stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = builder.communicate()
-    finally:
-        if builder.poll() is None:  # we are interrupted, and so are its compilers
-            with suppress(ProcessLookupError):
-                os.killpg(builder.pid, signal.SIGTERM)
-            builder.wait()
-    if builder.returncode:
-        raise LabError("the lab's emulator cannot be built", output)
+    builder.run([PROCESSOR / "build", directory], "the lab's emulator cannot be built")

@@ -23,7 +23,8 @@ from .errors import LabError
 #: The lab's part of the cache.
 CACHE = build.CACHE / "lab"
 
-_PACKAGES = "linux-image-[0-9].*|busybox-static"
+# Since Linux 6.19 the image and the modules are in packages of their own.
+_PACKAGES = "linux-(image|binary|modules)-[0-9].*|busybox-static"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Series:
 SERIES = {
     "6.1": Series("bookworm", "amd64"),
     "6.12": Series("bookworm", "6.12-amd64"),
+    # Debian's newest, whatever it is today.
+    "sid": Series("sid", "amd64"),
 }
 DEFAULT = "6.1"
 
@@ -110,9 +113,20 @@ def _fetch(series: Series, root: Path) -> None:
     done = subprocess.run(fetch, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise LabError("the kernel's packages could not be fetched", done.stderr)
+    _arrange(partial)
     for image in (partial / "boot").glob("vmlinuz-*"):
         _decompress(image, image.with_name("vmlinux"))
     partial.rename(root)
+
+
+def _arrange(root: Path) -> None:
+    """Have everything where Debian 12 has it: later packages have it all below /usr, the image beside the modules."""
+    for directory in ("bin", "lib"):
+        if not (root / directory).exists():
+            (root / "usr" / directory).rename(root / directory)
+    (root / "boot").mkdir(exist_ok=True)
+    for image in (root / "lib" / "modules").glob("*/vmlinuz"):
+        image.rename(root / "boot" / f"vmlinuz-{image.parent.name}")
 
 
 def _decompress(image: Path, elf: Path) -> None:

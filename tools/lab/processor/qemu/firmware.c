@@ -3,9 +3,9 @@
  * states and statuses have the names and numbers of that document.
  *
  * It keeps the account of platform and guests and refuses what the account
- * forbids. It has no certificates, and no keys but those of memory.c: what
- * would be signed, or exchanged with a guest's owner, are constant bytes. SEND,
- * RECEIVE and the commands of certificates are not supported.
+ * forbids. It has no certificates: a guest's owner cannot send keys, so that
+ * those of owner.c are the firmware's own, which the account shows, and nothing
+ * is signed. SEND, RECEIVE and the commands of certificates are not supported.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -17,6 +17,7 @@
 #include "qemu/units.h"
 #include "firmware.h"
 #include "memory.h"
+#include "owner.h"
 #include "sevlab.h"
 
 #define API_MAJOR       1
@@ -28,7 +29,10 @@ typedef enum Command {
     SHUTDOWN = 0x02,
     PLATFORM_RESET = 0x03,
     PLATFORM_STATUS = 0x04,
+    PEK_GEN = 0x05,
+    PEK_CERT_IMPORT = 0x07,
     PDH_CERT_EXPORT = 0x08,
+    PDH_GEN = 0x09,
     DF_FLUSH = 0x0a,
     GET_ID = 0x0c,
     INIT_EX = 0x0d,
@@ -37,6 +41,8 @@ typedef enum Command {
     ACTIVATE = 0x21,
     DEACTIVATE = 0x22,
     GUEST_STATUS = 0x23,
+    COPY = 0x24,
+    ACTIVATE_EX = 0x25,
     LAUNCH_START = 0x30,
     LAUNCH_UPDATE_DATA = 0x31,
     LAUNCH_UPDATE_VMSA = 0x32,
@@ -45,9 +51,11 @@ typedef enum Command {
     LAUNCH_FINISH = 0x35,
     ATTESTATION = 0x36,
     SEND_START = 0x40,
-    RECEIVE_FINISH = 0x54,
+    RECEIVE_FINISH = 0x53,
     DBG_DECRYPT = 0x60,
     DBG_ENCRYPT = 0x61,
+    SWAP_OUT = 0x70,
+    SWAP_IN = 0x71,
 } Command;
 
 typedef enum Status {
@@ -58,8 +66,10 @@ typedef enum Status {
     POLICY_FAILURE = 0x07,
     INACTIVE = 0x08,
     INVALID_ADDRESS = 0x09,
+    BAD_MEASUREMENT = 0x0b,
     ASID_OWNED = 0x0c,
     INVALID_ASID = 0x0d,
+    WBINVD_REQUIRED = 0x0e,
     DFFLUSH_REQUIRED = 0x0f,
     INVALID_GUEST = 0x10,
     INVALID_COMMAND = 0x11,
@@ -91,13 +101,13 @@ typedef enum GuestState {
 #define TMR_SIZE            MiB         /* and alignment */
 #define BLOCK               16          /* the cipher's, in bytes */
 #define GUESTS              1024
+#define SECRET_MOST         (16 * KiB)
 
 /* Lengths of what the firmware hands out. */
 #define ID_LENGTH           64
 #define PDH_LENGTH          2084
 #define CHAIN_LENGTH        6252
-#define MEASUREMENT_LENGTH  48
-#define ATTESTATION_LENGTH  0x1d0
+#define ATTESTATION_LENGTH  0xd0
 
 typedef struct Guest {
     uint32_t handle;
@@ -107,6 +117,7 @@ typedef struct Guest {
     uint64_t key;
     uint64_t bytes;     /* that LAUNCH_UPDATE_DATA has encrypted */
     uint32_t vmsas;
+    SevOwner owner;
     QTAILQ_ENTRY(Guest) link;
 } Guest;
 
@@ -117,7 +128,7 @@ struct SevFirmware {
     uint32_t last_handle;
     unsigned int count;
     QTAILQ_HEAD(, Guest) guests;
-    /* ASIDs that a guest has left since the last DF_FLUSH. */
+    /* ASIDs that a guest may have left since the last DF_FLUSH. */
     DECLARE_BITMAP(unflushed, SEV_ASIDS + 1);
 };
 
@@ -145,28 +156,40 @@ static void write_bytes(SevFirmware *firmware, hwaddr at, const void *data,
 }
 
 /*
- * Hands out data of a known length. Who does not know it asks with a length
- * that is too small, and gets it.
+ * Is there room for data of a known length? Who does not know it asks with a
+ * length that is too small, and gets it.
  */
-static Status hand_out(SevFirmware *firmware, hwaddr address_field,
-                       hwaddr length_field, size_t needed, uint8_t byte)
+static Status check_room(SevFirmware *firmware, hwaddr address_field,
+                         hwaddr length_field, size_t needed)
 {
     uint64_t address = read64(firmware, address_field);
     uint32_t length = read32(firmware, length_field);
-    g_autofree uint8_t *data = g_malloc(needed);
 
     write32(firmware, length_field, needed);
-    if (!address || length < needed) {
-        return INVALID_LENGTH;
-    }
-    memset(data, byte, needed);
-    write_bytes(firmware, address, data, needed);
-    return SUCCESS;
+    return address && length >= needed ? SUCCESS : INVALID_LENGTH;
 }
 
-/* Passes memory of a guest through its cipher, from one place to another. */
+/* Hands out zeros, in place of something that the lab does not have. */
+static Status hand_out(SevFirmware *firmware, hwaddr address_field,
+                       hwaddr length_field, size_t needed)
+{
+    g_autofree uint8_t *data = g_malloc0(needed);
+    Status status = check_room(firmware, address_field, length_field, needed);
+
+    if (status == SUCCESS) {
+        write_bytes(firmware, read64(firmware, address_field), data, needed);
+    }
+    return status;
+}
+
+/*
+ * Passes memory of a guest through its cipher, from one place to another.
+ *
+ * :param under: the address that is part of the key.
+ * :param measured: it is plaintext that is added to the guest.
+ */
 static void cipher(SevFirmware *firmware, Guest *guest, hwaddr from, hwaddr to,
-                   hwaddr under, uint32_t length)
+                   hwaddr under, uint32_t length, bool measured)
 {
     while (length) {
         uint32_t part = MIN(length, TARGET_PAGE_SIZE -
@@ -176,6 +199,9 @@ static void cipher(SevFirmware *firmware, Guest *guest, hwaddr from, hwaddr to,
 
         address_space_read(firmware->as, from, MEMTXATTRS_UNSPECIFIED, page,
                            part);
+        if (measured) {
+            sevlab_owner_add(&guest->owner, page, part);
+        }
         sevlab_memory_cipher(guest->key, address, page, part);
         write_bytes(firmware, to, page, part);
         from += part;
@@ -228,15 +254,26 @@ static Status init(SevFirmware *firmware, hwaddr flags_at, hwaddr tmr_at)
     }
     firmware->initialised = true;
     firmware->es = flags & INIT_FLAG_ES;
+    /* Nobody knows who used them before. */
+    bitmap_fill(firmware->unflushed, SEV_ASIDS + 1);
+    sevlab_caches_are_dirty();
     return SUCCESS;
+}
+
+static void release_asid(SevFirmware *firmware, Guest *guest)
+{
+    sevlab_memory_set_key(guest->asid, 0);
+    set_bit(guest->asid, firmware->unflushed);
+    sevlab_caches_are_dirty();
+    guest->asid = 0;
 }
 
 static void remove_guest(SevFirmware *firmware, Guest *guest)
 {
     if (guest->asid) {
-        sevlab_memory_set_key(guest->asid, 0);
-        set_bit(guest->asid, firmware->unflushed);
+        release_asid(firmware, guest);
     }
+    sevlab_owner_finish(&guest->owner);
     QTAILQ_REMOVE(&firmware->guests, guest, link);
     firmware->count--;
     g_free(guest);
@@ -249,7 +286,6 @@ static Status platform_shutdown(SevFirmware *firmware)
     QTAILQ_FOREACH_SAFE(guest, &firmware->guests, link, next) {
         remove_guest(firmware, guest);
     }
-    bitmap_zero(firmware->unflushed, SEV_ASIDS + 1);
     firmware->initialised = false;
     firmware->es = false;
     return SUCCESS;
@@ -272,13 +308,16 @@ static Status pdh_cert_export(SevFirmware *firmware, hwaddr buffer)
 {
     Status pdh, chain;
 
-    pdh = hand_out(firmware, buffer, buffer + 8, PDH_LENGTH, 0);
-    chain = hand_out(firmware, buffer + 16, buffer + 24, CHAIN_LENGTH, 0);
+    pdh = hand_out(firmware, buffer, buffer + 8, PDH_LENGTH);
+    chain = hand_out(firmware, buffer + 16, buffer + 24, CHAIN_LENGTH);
     return pdh != SUCCESS ? pdh : chain;
 }
 
 static Status df_flush(SevFirmware *firmware)
 {
+    if (!sevlab_caches_written_back()) {
+        return WBINVD_REQUIRED;
+    }
     bitmap_zero(firmware->unflushed, SEV_ASIDS + 1);
     return SUCCESS;
 }
@@ -351,6 +390,7 @@ static Status launch_start(SevFirmware *firmware, hwaddr buffer)
     } else {
         qemu_guest_getrandom_nofail(&guest->key, sizeof(guest->key));
     }
+    sevlab_owner_init(&guest->owner);
     QTAILQ_INSERT_TAIL(&firmware->guests, guest, link);
     firmware->count++;
     write32(firmware, buffer, guest->handle);
@@ -383,9 +423,7 @@ static Status deactivate(SevFirmware *firmware, Guest *guest)
     if (!guest->asid) {
         return INACTIVE;
     }
-    set_bit(guest->asid, firmware->unflushed);
-    sevlab_memory_set_key(guest->asid, 0);
-    guest->asid = 0;
+    release_asid(firmware, guest);
     return SUCCESS;
 }
 
@@ -428,7 +466,7 @@ static Status launch_update_data(SevFirmware *firmware, Guest *guest,
         status = check_blocks(firmware, address, length);
     }
     if (status == SUCCESS) {
-        cipher(firmware, guest, address, address, address, length);
+        cipher(firmware, guest, address, address, address, length, true);
         guest->bytes += length;
     }
     return status;
@@ -453,7 +491,7 @@ static Status launch_update_vmsa(SevFirmware *firmware, Guest *guest,
     if (length != TARGET_PAGE_SIZE) {
         return INVALID_LENGTH;
     }
-    cipher(firmware, guest, address, address, address, length);
+    cipher(firmware, guest, address, address, address, length, true);
     guest->vmsas++;
     return SUCCESS;
 }
@@ -461,17 +499,61 @@ static Status launch_update_vmsa(SevFirmware *firmware, Guest *guest,
 static Status launch_measure(SevFirmware *firmware, Guest *guest,
                              hwaddr buffer)
 {
+    const uint8_t version[] = { API_MAJOR, API_MINOR, BUILD };
+    uint8_t measurement[SEV_MEASUREMENT];
     Status status;
 
     if (guest->state != LUPDATE) {
         return INVALID_GUEST_STATE;
     }
-    status = hand_out(firmware, buffer + 8, buffer + 16, MEASUREMENT_LENGTH,
-                      0x5e);
+    status = check_room(firmware, buffer + 8, buffer + 16, SEV_MEASUREMENT);
     if (status == SUCCESS) {
+        sevlab_owner_measure(&guest->owner, version, guest->policy,
+                             measurement);
+        write_bytes(firmware, read64(firmware, buffer + 8), measurement,
+                    sizeof(measurement));
         guest->state = LSECRET;
     }
     return status;
+}
+
+static Status launch_secret(SevFirmware *firmware, Guest *guest, hwaddr buffer)
+{
+    uint64_t header_at = read64(firmware, buffer + 8);
+    hwaddr address = read64(firmware, buffer + 24);
+    uint32_t guest_length = read32(firmware, buffer + 32);
+    uint64_t data_at = read64(firmware, buffer + 40);
+    uint32_t length = read32(firmware, buffer + 48);
+    uint8_t header[SEV_PACKET_HEADER];
+    g_autofree uint8_t *data = NULL;
+    Status status;
+
+    if (guest->state != LSECRET) {
+        return INVALID_GUEST_STATE;
+    }
+    if (!guest->asid) {
+        return INACTIVE;
+    }
+    status = check_blocks(firmware, address, guest_length);
+    if (status != SUCCESS) {
+        return status;
+    }
+    if (read32(firmware, buffer + 16) != sizeof(header) ||
+        guest_length > SECRET_MOST || length < guest_length ||
+        length > SECRET_MOST) {
+        return INVALID_LENGTH;
+    }
+    data = g_malloc(length);
+    address_space_read(firmware->as, header_at, MEMTXATTRS_UNSPECIFIED, header,
+                       sizeof(header));
+    address_space_read(firmware->as, data_at, MEMTXATTRS_UNSPECIFIED, data,
+                       length);
+    if (!sevlab_owner_open(&guest->owner, header, guest_length, data, length)) {
+        return BAD_MEASUREMENT;
+    }
+    write_bytes(firmware, address, data, guest_length);
+    cipher(firmware, guest, address, address, address, guest_length, false);
+    return SUCCESS;
 }
 
 static Status launch_finish(Guest *guest)
@@ -481,6 +563,24 @@ static Status launch_finish(Guest *guest)
     }
     guest->state = RUNNING;
     return SUCCESS;
+}
+
+/* The report ends in a signature, which is left zero. */
+static Status attestation(SevFirmware *firmware, Guest *guest, hwaddr buffer)
+{
+    uint8_t report[ATTESTATION_LENGTH] = { 0 };
+    Status status;
+
+    status = check_room(firmware, buffer + 8, buffer + 32, sizeof(report));
+    if (status == SUCCESS) {
+        address_space_read(firmware->as, buffer + 16, MEMTXATTRS_UNSPECIFIED,
+                           report, SEV_NONCE);
+        sevlab_owner_digest(&guest->owner, report + SEV_NONCE);
+        stl_le_p(report + SEV_NONCE + SEV_DIGEST, guest->policy);
+        write_bytes(firmware, read64(firmware, buffer + 8), report,
+                    sizeof(report));
+    }
+    return status;
 }
 
 /* DBG_DECRYPT and DBG_ENCRYPT differ in which side is the guest's memory. */
@@ -498,7 +598,7 @@ static Status debug(SevFirmware *firmware, Guest *guest, hwaddr buffer,
     }
     status = check_blocks(firmware, guests, length);
     if (status == SUCCESS) {
-        cipher(firmware, guest, from, to, guests, length);
+        cipher(firmware, guest, from, to, guests, length, false);
     }
     return status;
 }
@@ -522,12 +622,11 @@ static Status execute_for_guest(SevFirmware *firmware, Command command,
     case LAUNCH_MEASURE:
         return launch_measure(firmware, guest, buffer);
     case LAUNCH_SECRET:
-        return guest->state == LSECRET ? SUCCESS : INVALID_GUEST_STATE;
+        return launch_secret(firmware, guest, buffer);
     case LAUNCH_FINISH:
         return launch_finish(guest);
     case ATTESTATION:
-        return hand_out(firmware, buffer + 8, buffer + 32, ATTESTATION_LENGTH,
-                        0xa7);
+        return attestation(firmware, guest, buffer);
     case DBG_DECRYPT:
     case DBG_ENCRYPT:
         return debug(firmware, guest, buffer, command == DBG_DECRYPT);
@@ -555,7 +654,13 @@ static Status execute_initialised(SevFirmware *firmware, Command command,
         guest = find_guest(firmware, read32(firmware, buffer));
         return guest ? execute_for_guest(firmware, command, guest, buffer)
                      : INVALID_GUEST;
+    case PEK_GEN ... PEK_CERT_IMPORT:
+    case PDH_GEN:
+    case COPY:
+    case ACTIVATE_EX:
     case SEND_START ... RECEIVE_FINISH:
+    case SWAP_OUT:
+    case SWAP_IN:
         return UNSUPPORTED;
     default:
         return INVALID_COMMAND;
@@ -577,7 +682,7 @@ uint16_t sevlab_firmware_execute(SevFirmware *firmware, unsigned int command,
     case PLATFORM_STATUS:
         return platform_status(firmware, buffer);
     case GET_ID:
-        return hand_out(firmware, buffer, buffer + 8, ID_LENGTH, 0);
+        return hand_out(firmware, buffer, buffer + 8, ID_LENGTH);
     case NOP:
         return SUCCESS;
     }
@@ -601,6 +706,14 @@ SevFirmware *sevlab_firmware_new(AddressSpace *as, bool encrypt)
     return firmware;
 }
 
+static void append_key(GString *text, const char *name, const uint8_t *key)
+{
+    g_string_append_printf(text, " %s=0x", name);
+    for (int i = 0; i < SEV_OWNER_KEY; i++) {
+        g_string_append_printf(text, "%02x", key[i]);
+    }
+}
+
 char *sevlab_firmware_describe(SevFirmware *firmware)
 {
     GString *text = g_string_new(NULL);
@@ -611,9 +724,12 @@ char *sevlab_firmware_describe(SevFirmware *firmware)
                            firmware->count);
     QTAILQ_FOREACH(guest, &firmware->guests, link) {
         g_string_append_printf(text, "guest handle=%u asid=%u policy=%u "
-                               "state=%u bytes=%" PRIu64 " vmsas=%u\n",
+                               "state=%u bytes=%" PRIu64 " vmsas=%u",
                                guest->handle, guest->asid, guest->policy,
                                guest->state, guest->bytes, guest->vmsas);
+        append_key(text, "tik", guest->owner.tik);
+        append_key(text, "tek", guest->owner.tek);
+        g_string_append_c(text, '\n');
     }
     return g_string_free(text, false);
 }

@@ -38,13 +38,15 @@ OBJECT_DECLARE_SIMPLE_TYPE(SevPsp, SEV_PSP)
 /*
  * BAR 4, ports: what the firmware knows, as text. A write to ACCOUNT_TAKE takes
  * a new copy, reads of ACCOUNT_NEXT return its bytes one after the other, then
- * zeros. Ports, because Linux lets user space use those of a device that has a
- * driver.
+ * zeros. A command that is written to ACCOUNT_COMMAND is executed without a
+ * buffer, at the driver's back; a read returns its status. Ports, because Linux
+ * lets user space use those of a device that has a driver.
  */
 #define ACCOUNT_BAR         4
-#define ACCOUNT_SIZE        8
+#define ACCOUNT_SIZE        16
 #define ACCOUNT_TAKE        0
 #define ACCOUNT_NEXT        4
+#define ACCOUNT_COMMAND     8
 
 struct SevPsp {
     PCIDevice parent;
@@ -54,6 +56,7 @@ struct SevPsp {
     SevFirmware *firmware;
     char *text;         /* the copy, and how much of it has been read */
     size_t read;
+    uint8_t status;     /* of a command written to ACCOUNT_COMMAND */
     uint32_t command;
     uint32_t buffer_low;
     uint32_t buffer_high;
@@ -136,6 +139,9 @@ static uint64_t account_read(void *opaque, hwaddr at, unsigned int size)
     SevPsp *psp = opaque;
     uint8_t byte = 0;
 
+    if (at >= ACCOUNT_COMMAND) {
+        return at == ACCOUNT_COMMAND ? psp->status : 0;
+    }
     if (psp->text) {
         byte = psp->text[psp->read];
         psp->read += byte != 0;
@@ -152,6 +158,8 @@ static void account_write(void *opaque, hwaddr at, uint64_t value,
         g_free(psp->text);
         psp->text = sevlab_firmware_describe(psp->firmware);
         psp->read = 0;
+    } else if (at == ACCOUNT_COMMAND) {
+        psp->status = sevlab_firmware_execute(psp->firmware, value, 0);
     }
 }
 

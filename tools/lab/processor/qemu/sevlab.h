@@ -157,4 +157,12 @@ void sevlab_vmmcall(CPUX86State *env, uintptr_t retaddr);
 /* The vCPU's thread turns to something else. */
 void sevlab_pause(CPUX86State *env);
 
+/* ---- caches.c: WBINVD, as helper_sevlab_wbinvd() ---- */
+
+/* From now on every processor may have cached what must be written back. */
+void sevlab_caches_are_dirty(void);
+
+/* True if all processors have executed WBINVD since. */
+bool sevlab_caches_written_back(void);
+
 #endif

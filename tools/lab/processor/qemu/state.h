@@ -20,6 +20,8 @@ typedef struct SevCpuState {
     uint32_t asid;
     /* Of the current page table walk: the C-bit of the last entry read. */
     bool leaf_is_private;
+    /* WBINVD has been executed since a guest last left its ASID. */
+    bool written_back;
 } SevCpuState;
 
 #endif

@@ -26,7 +26,8 @@
 #define VMSA_FTW        0x40c
 #define VMSA_FSW        0x40e
 #define VMSA_FCW        0x410
-#define VMSA_X87        0x420   /* ten bytes each, from the top of the stack */
+#define VMSA_X87        0x420   /* low 64 bits of each, from the top of the stack */
+#define VMSA_X87_HIGH   0x460   /* their high 16 bits */
 #define VMSA_XMM        0x470
 #define VMSA_YMM_HIGH   0x570
 
@@ -192,9 +193,9 @@ static void load_fpu(CPUX86State *env, hwaddr from)
     env->fpus = status & ~FSW_TOP;
     for (i = 0; i < 8; i++) {
         env->fptags[i] = !(valid & 1 << i);
-        from_top(env, i)->low = x86_ldq_phys(cs, from + VMSA_X87 + 10 * i);
-        from_top(env, i)->high = x86_lduw_phys(cs, from + VMSA_X87 + 10 * i +
-                                               8);
+        from_top(env, i)->low = x86_ldq_phys(cs, from + VMSA_X87 + 8 * i);
+        from_top(env, i)->high = x86_lduw_phys(cs, from + VMSA_X87_HIGH +
+                                               2 * i);
     }
     cpu_set_mxcsr(env, x86_ldl_phys(cs, from + VMSA_MXCSR));
     for (i = 0; i < XMM_REGISTERS; i++) {
@@ -217,8 +218,8 @@ static void save_fpu(CPUX86State *env, hwaddr to)
 
     for (i = 0; i < 8; i++) {
         valid |= !env->fptags[i] << i;
-        x86_stq_phys(cs, to + VMSA_X87 + 10 * i, from_top(env, i)->low);
-        x86_stw_phys(cs, to + VMSA_X87 + 10 * i + 8, from_top(env, i)->high);
+        x86_stq_phys(cs, to + VMSA_X87 + 8 * i, from_top(env, i)->low);
+        x86_stw_phys(cs, to + VMSA_X87_HIGH + 2 * i, from_top(env, i)->high);
     }
     x86_stw_phys(cs, to + VMSA_FTW, valid);
     x86_stw_phys(cs, to + VMSA_FSW, (env->fpus & ~FSW_TOP) |
