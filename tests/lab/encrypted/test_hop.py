@@ -13,19 +13,19 @@ from tests.support.guests.running import Guest
 
 from ...qemu.hops import HopDriver
 from ..contract.sev import contexts
-from ..qemu.conftest import DescribeSev, StartGuest, sev_machine, start
+from ..qemu.conftest import DescribeSev, StartEs, StartGuest, sev_machine, start, start_es
 
-__all__ = ["sev_machine", "start"]
+__all__ = ["sev_machine", "start", "start_es"]
 
 #: Seconds for a step; encryption makes it slower still.
 PATIENCE = 120.0
 HOPS = 10
 
 
-@pytest.fixture
-def guest(sev_machine: DescribeSev, start: StartGuest) -> Guest:
-    """A counting SEV guest in the older QEMU."""
-    guest = start(sev_machine())
+@pytest.fixture(params=["sev", "sev-es"])
+def guest(request: pytest.FixtureRequest, sev_machine: DescribeSev, start: StartGuest, start_es: StartEs) -> Guest:
+    """A counting guest in the older QEMU."""
+    guest: Guest = start_es(emulators.OLD) if request.param == "sev-es" else start(sev_machine())
     guest.wait_for_ticks(3)
     return guest
 
