@@ -17,9 +17,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from sevhop.checks import sev_host
 from sevhop.records import journal
 
-from tests.support.guests import counter, emulators, linux
+from tests.support.guests import counter, emulators, linux, real_mode
 from tests.support.guests.build import Unavailable
 from tests.support.guests.machine import Accelerator, Machine
 from tests.support.guests.running import Guest, processes_of
@@ -32,6 +33,8 @@ StartGuest = Callable[[Machine, Path], Guest]
 DescribeCounter = Callable[..., Machine]
 #: Describes the Linux guest, likewise.
 DescribeLinux = Callable[..., Machine]
+#: Starts an SEV-ES guest in a QEMU of this label.
+StartEs = Callable[[str], Guest]
 
 
 @pytest.fixture
@@ -96,6 +99,40 @@ def c_bit(emulator: Callable[[str], Path], fake_kernel: str) -> int:
     found = re.search(r"host '(\d+)' requested '63'", "\n".join(lines))
     assert found, lines
     return int(found[1])
+
+
+@pytest.fixture
+def start_es(
+    kvm: Accelerator,
+    tmp_path: Path,
+    fake_kernel: str,
+    c_bit: int,
+    emulator: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[StartEs]:
+    """
+    Start SEV-ES guests whose kernel is played (``fake_sev_kernel.c``). Nothing is encrypted, so they run as any other.
+    """
+    monkeypatch.setattr(sev_host, "examine", lambda *_, **__: [])
+    machine = Machine(
+        tmp_path,
+        accelerator=kvm,
+        memory_mib=32,
+        bios=real_mode.firmware(),
+        cpus=2,
+        more=tuple(sev_guest(c_bit, "sev-es")),
+    )
+    with ExitStack() as guests:
+
+        def start(label: str) -> Guest:
+            with monkeypatch.context() as source:
+                source.setenv("LD_PRELOAD", fake_kernel)
+                source.setenv("FAKE_SEV_LAUNCH", "1")
+                guest = guests.enter_context(Guest.start(machine, emulator(label)))
+            guest.wait_for_ticks(5)
+            return guest
+
+        yield start
 
 
 def _children() -> set[int]:

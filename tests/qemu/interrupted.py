@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,22 @@ from .hops import sevhop
 from .lived import LivedInGuest
 
 
-def interrupt_hop(guest: Guest, emulator: Path, point: str, fault: str, operator: Operator | None = None) -> int:
-    """Hop with a fault, and perhaps somebody who does something meanwhile; the exit status of the hop."""
-    command = [sys.executable, "-m", broken_hop.__name__, str(guest.machine.monitor), str(emulator), point, fault]
+def interrupt_hop(
+    guest: Guest,
+    emulator: Path,
+    point: str,
+    fault: str,
+    operator: Operator | None = None,
+    *,
+    program: Sequence[str] = ("-m", broken_hop.__name__),
+) -> int:
+    """
+    Hop with a fault, and perhaps somebody who does something meanwhile.
+
+    :param program: what to run, as arguments of Python.
+    :return: the exit status of the hop.
+    """
+    command = [sys.executable, *program, str(guest.machine.monitor), str(emulator), point, fault]
     command += [str(operator)] if operator else []
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False).returncode
@@ -38,13 +52,13 @@ def recover(*names: str) -> dict[str, Any]:
     return answer | {"status": done.returncode}
 
 
-def note(note_fault: NoteFault, path: str, guest: Guest, point: str, fault: str, end: str) -> None:
+def note(note_fault: NoteFault, path: str, guest: Guest, point: str, fault: str, end: str, remark: str = "") -> None:
     """Verify that the guest runs once and lost nothing, and record that."""
     (process,) = processes_of(guest.machine.directory)
-    assert os.sched_getscheduler(process) == os.SCHED_OTHER
+    assert os.sched_getscheduler(process) == os.sched_getscheduler(0)
     if isinstance(guest, LivedInGuest):
         guest.see_unchanged()
     verdict = guest.wait_for_ticks(3)
-    note_fault(path, point, fault, Cell.running(end, verdict))
+    note_fault(path, point, fault, Cell.running(end, verdict, remark))
     assert verdict.unharmed, verdict
     assert not list(journal.journals())

@@ -8,66 +8,23 @@ real one does is tested in the lab.
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.checks import registers, sev_host
+from sevhop.checks import registers
 from sevhop.errors import RolledBack
 from sevhop_qmp import exported
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.protected_state import ProtectedState
 
-from tests.support.guests import emulators, real_mode
-from tests.support.guests.build import ROOT
-from tests.support.guests.machine import Accelerator, Machine
-from tests.support.guests.running import Guest
+from tests.support.guests import emulators
 
-from .adopting import sev_guest
-from .hops import HopDriver, ObservedHop, kill_destination
-from .interrupted import recover
-
-#: Starts an SEV-ES guest in a QEMU.
-StartEs = Callable[[str], Guest]
+from .conftest import StartEs
+from .hops import HopDriver, ObservedHop, kill_destination, observe_commands
 
 WITH_FLAG = (emulators.NEW, emulators.UNSTABLE)
-
-
-@pytest.fixture
-def start_es(
-    kvm: Accelerator,
-    tmp_path: Path,
-    fake_kernel: str,
-    c_bit: int,
-    emulator: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[StartEs]:
-    monkeypatch.setattr(sev_host, "examine", lambda *_, **__: [])
-    machine = Machine(
-        tmp_path,
-        accelerator=kvm,
-        memory_mib=32,
-        bios=real_mode.firmware(),
-        cpus=2,
-        more=tuple(sev_guest(c_bit, "sev-es")),
-    )
-    with ExitStack() as guests:
-
-        def start(label: str) -> Guest:
-            with monkeypatch.context() as source:
-                source.setenv("LD_PRELOAD", fake_kernel)
-                source.setenv("FAKE_SEV_LAUNCH", "1")
-                guest = guests.enter_context(Guest.start(machine, emulator(label)))
-            guest.wait_for_ticks(5)
-            return guest
-
-        yield start
 
 
 def flag_of(pid: int, label: str) -> int | None:
@@ -136,33 +93,22 @@ def test_flag_is_set_again_by_a_rollback(start_es: StartEs, emulator: Callable[[
     assert guest.stop().unharmed
 
 
-#: A hop that is killed when a phase begins, on a host that would be refused.
-_KILLED = """
-import sys
-from sevhop.checks import sev_host
-sev_host.examine = lambda *_, **__: []
-from tests.support.faults import broken_hop
-broken_hop.main(*sys.argv[1:5])
-"""
-
-
-@pytest.mark.parametrize("point", ["phase map", "phase load"])
-def test_flag_is_set_again_by_a_recovery(point: str, start_es: StartEs, emulator: Callable[[str], Path]) -> None:
+def test_context_moves_when_the_source_is_halted(
+    start_es: StartEs, emulator: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest whose context moves while it runs would lose the state of its vCPUs."""
     guest = start_es(emulators.NEW)
-    pid, seen = guest.pid, list[Any]()
-    path = str(emulator(emulators.NEW))
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, guest.machine.monitor, path, point, "command"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
-    (one,) = recover()["guests"]
-    assert one["result"] == "source"
-    # The check of the next hop verifies it, too.
-    HopDriver().run(
-        guest, emulator(emulators.NEW), at="prepare", fault=lambda _: seen.append(flag_of(pid, emulators.NEW))
-    )
+    driver = HopDriver()
+    halted: list[bool] = []
+
+    def look(command: str, _: Mapping[str, object]) -> None:
+        if command == "x-sev-migrate-from":
+            process = QemuProcess.open(driver.hop.report.source_pid)
+            halted.append(process.frozen)
+            process.close()
+
+    observe_commands(monkeypatch, look)
+    assert driver.run(guest, emulator(emulators.NEW)).outcome == "done"
+    assert halted == [True]
     guest.wait_for_ticks(5)
-    assert seen == [1]
     assert guest.stop().unharmed

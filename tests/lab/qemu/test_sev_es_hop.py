@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-
 import pytest
 from sevhop.errors import RolledBack
 from sevhop.report import Report
 
-from tests.support.guests import emulators, es_counter
-from tests.support.guests.machine import Machine
+from tests.support.guests import emulators
 from tests.support.guests.running import Guest
 
 from ...qemu.hops import HopDriver, kill_destination
 from ..contract.sev import POLICY_SEV_ES
+from .conftest import StartEs
 
 #: Seconds for a step; everything is slow in the lab.
 PATIENCE = 60.0
-#: Starts a counting SEV-ES guest in a QEMU, with so many vCPUs.
-StartEs = Callable[..., Guest]
-
-
-@pytest.fixture
-def start_es(tmp_path: Path) -> Iterator[StartEs]:
-    sev = f"sev-guest,id=sev,cbitpos={es_counter.C_BIT},reduced-phys-bits=1,policy={POLICY_SEV_ES | 1}"
-    with ExitStack() as guests:
-
-        def start(label: str, cpus: int = 1) -> Guest:
-            machine = Machine(
-                tmp_path / "guest",
-                accelerator="kvm",
-                # A model by name: with "host" a newer QEMU gives the guest more, and to go back would be a loss.
-                cpu="EPYC",
-                cpus=cpus,
-                memory_mib=32,
-                bios=es_counter.firmware(),
-                more=("-object", sev, "-machine", "confidential-guest-support=sev"),
-            )
-            guest = guests.enter_context(Guest.start(machine, emulators.emulator(label)))
-            guest.wait_for_ticks(5)
-            return guest
-
-        yield start
 
 
 def hop(guest: Guest, label: str, **options: object) -> Report:

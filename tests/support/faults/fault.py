@@ -11,6 +11,7 @@ A point is ``before ACTION N``, ``after ACTION N`` (the N-th such action, from 0
 ``daemon``       the libvirt daemon is killed
 ``error``        what is to be done is refused (points ``before`` only)
 ``silence``      it is not answered in time (likewise)
+``stall``        the old QEMU hangs: it is stopped, and executes nothing until SIGCONT
 ``none``         nothing happens
 ===============  ================================================================
 """
@@ -89,6 +90,8 @@ class Fault:
             return False
         if self._kind in self._victims:
             kill(self._victims[self._kind]())
+        elif self._kind == "stall":
+            os.kill(self._victims["source"](), signal.SIGSTOP)
         return True
 
 

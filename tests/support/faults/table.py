@@ -17,6 +17,7 @@ COLUMNS = {
     "command": "command killed",
     "source": "source killed",
     "destination": "destination killed",
+    "stall": "old QEMU hangs",
     "hang": "new QEMU hangs",
     "keeper": "keeper killed",
     "hook": "hook killed",
@@ -37,9 +38,9 @@ class Cell:
     ticks_repeated: int
 
     @classmethod
-    def running(cls, end: str, verdict: Verdict) -> Cell:
+    def running(cls, end: str, verdict: Verdict, remark: str = "") -> Cell:
         """The guest runs in the ``source`` or the ``destination``."""
-        return cls(_END[end], verdict.ticks_lost, verdict.ticks_repeated)
+        return cls(_END[end] + f" ({remark})" * bool(remark), verdict.ticks_lost, verdict.ticks_repeated)
 
     def __str__(self) -> str:
         harm = f", {self.ticks_lost} lost" * bool(self.ticks_lost)

@@ -7,7 +7,8 @@
  * local APIC) it requests by VMGEXIT and its GHCB, so that it needs no handler for #VC. All of its state that is not in
  * its registers is in the local APIC: a hop that loses that, or the timer interrupt, or that leaves it halted, ends it.
  *
- * Memory: 0x1000-0x4fff page tables, 0x8000 GHCB (shared), 0x9000 IDT; the stack is below the GHCB.
+ * Memory: 0x1000-0x4fff page tables, 0x8000 GHCB (shared), 0x9000 IDT; the stack is below the GHCB. The program is copied
+ * to 0x10000 at the start, so that it runs without its ROM: that was encrypted in pages which stay with the source.
  * C_BIT is the position of the C-bit, TIMER the initial count of the timer.
  */
         .set    PML4, 0x1000
@@ -17,7 +18,8 @@
         .set    GHCB, 0x8000
         .set    IDT, 0x9000
         .set    STACK, 0x8000
-        .set    SEGMENT, 0xf0000        /* where the image is below 1 MiB */
+        .set    SEGMENT, 0x10000        /* where the program runs */
+        .set    SIZE, 0x10000
         .set    C_HIGH, 1 << (C_BIT - 32)
         .set    VECTOR, 0x40
         .set    SERIAL, 0x3f8
@@ -37,6 +39,16 @@
 real:
         cli
         cld
+        movw    %cs, %ax                /* the ROM */
+        movw    %ax, %ds
+        movw    $SEGMENT / 16, %ax
+        movw    %ax, %es
+        xorw    %si, %si
+        xorw    %di, %di
+        movw    $SIZE / 2, %cx
+        rep     movsw
+        ljmpw   $SEGMENT / 16, $in_ram
+in_ram:
         movw    %cs, %ax
         movw    %ax, %ds
         lgdtl   gdt_pointer
