@@ -88,14 +88,14 @@ def _remote_of(item: pytest.Item) -> Remote:
         for other in item.session.items:
             if _runs_in_lab(other.path) and HERE in other.path.parents:
                 selected.setdefault(_lab_of(other), []).append(other.nodeid)
-        _fetch_emulators()
+        _fetch()
         _build_selftests({lab[0] for lab, tests in selected.items() if any(SELFTESTS in test for test in tests)})
         stash[_remotes] = {lab: Remote(item.config, *lab, tests) for lab, tests in selected.items()}
     return stash[_remotes][_lab_of(item)]
 
 
-def _fetch_emulators() -> None:
-    """There is no network in the lab, so what tests there need of other Debian releases is fetched here."""
+def _fetch() -> None:
+    """There is no network in the lab, so what tests there need of Debian releases is fetched here."""
     for label in (emulators.OLD, emulators.NEW, emulators.UNSTABLE):
         with contextlib.suppress(Unavailable):  # the test that needs it will say so
             emulators.emulator(label)

@@ -90,23 +90,22 @@ def hop(guest: Guest, context: str, labels: Sequence[str]) -> list[float]:
     return downtimes
 
 
-def test_linux_guest_hops_there_and_back(boot: Boot) -> None:
-    guest = boot("sev-es", emulators.OLD, 2)
-    hop(guest, "sev-es", (emulators.NEW, emulators.OLD))
+def test_linux_guest_hops_there_and_back(kernel: str, boot: Boot) -> None:
+    """With SEV on one kernel, with SEV-ES on others; both on all of them run with the marker ``long``."""
+    context = "sev" if kernel == "6.1" else "sev-es"
+    guest = boot(context, emulators.OLD, 2)
+    hop(guest, context, (emulators.NEW, emulators.OLD))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("first", "second"), [(emulators.OLD, emulators.NEW), (emulators.UNSTABLE, emulators.NEW)], ids="-".join
-)
+@pytest.mark.parametrize("labels", [(emulators.NEW, emulators.OLD), (emulators.NEW, emulators.UNSTABLE)], ids="-".join)
 @pytest.mark.parametrize("cpus", [1, 2])
 @pytest.mark.parametrize("context", POLICIES)
-def test_linux_guest_hops_ten_times_to_and_fro(
-    context: str, cpus: int, first: str, second: str, boot: Boot, record_property: Callable[[str, object], None]
+def test_linux_guest_hops_ten_times(
+    context: str, cpus: int, labels: tuple[str, ...], boot: Boot, record_property: Callable[[str, object], None]
 ) -> None:
-    guest = boot(context, first, cpus)
-    downtimes = hop(guest, context, list(itertools.islice(itertools.cycle((second, first)), HOPS)))
-    record_property(
-        NOTED,
-        f"{context}, {cpus} vCPUs, {first} and {second}: downtime {min(downtimes):.0f} to {max(downtimes):.0f} ms",
-    )
+    """To and fro, beginning in the second QEMU: 11.1 cannot load virtio devices of a guest that was started in 10.0."""
+    guest = boot(context, labels[-1], cpus)
+    downtimes = hop(guest, context, list(itertools.islice(itertools.cycle(labels), HOPS)))
+    found = f"downtime {min(downtimes):.0f} to {max(downtimes):.0f} ms"
+    record_property(NOTED, f"{context}, vCPUs: {cpus}, {', '.join(labels)}: {found}")

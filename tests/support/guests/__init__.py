@@ -9,7 +9,7 @@ module           what
 ``emulators``    the QEMU versions: the machine's own, and others fetched by ``tools/fetch-qemu``
 ``machine``      a guest's command line, from a short description
 ``counter``      a bare-metal guest that counts and checks its memory; boots in no time, runs under KVM and TCG
-``linux``        a small Linux that writes to its disk, pings, checks its memory; TCG is enough
+``linux``        a small Linux that writes to its disk, pings, checks its memory; under TCG, or as SEV guest
 ``lines``        serial lines and virtio ports, on which somebody talks to that Linux
 ``running``      a guest that runs: start, control, wait, stop
 ``daemon``       a libvirt daemon of one's own, and domains in it
