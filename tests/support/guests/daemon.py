@@ -213,6 +213,8 @@ class Description:
     :ivar pflash: it is in flash, with variables beside it, as a UEFI is.
     :ivar cpu: the element; a plain one by default.
     :ivar sev: encrypted, as the SEV lab wants it.
+    :ivar policy: of the encrypted guest, see :mod:`tests.lab.contract.sev`.
+    :ivar launch: what its owner has prepared for its launch, in XML.
     :ivar balloon: the model of its balloon.
     :ivar interface: its network card, in XML, or one on QEMU's user network.
     :ivar more: further devices, in XML.
@@ -232,6 +234,8 @@ class Description:
     pflash: bool = False
     cpu: str = ""
     sev: bool = False
+    policy: int = 0
+    launch: str = ""
     balloon: str = "none"
     interface: str = "<interface type='user'><model type='virtio'/></interface>"
     more: str = ""
@@ -247,8 +251,8 @@ class Description:
         backing = f"<memoryBacking>{huge}<source type='{source}'/><access mode='shared'/></memoryBacking>"
         model = "EPYC" if self.sev else "qemu64"
         cpu = f"<cpu mode='custom' match='exact' check='none'><model fallback='allow'>{model}</model></cpu>"
-        policy = "<cbitpos>47</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
-        sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
+        policy = f"<cbitpos>47</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>{self.policy:#06x}</policy>"
+        sev = f"<launchSecurity type='sev'>{policy}{self.launch}</launchSecurity>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
   <name>{self.name}</name>
   <metadata><x:note xmlns:x='http://example.org/note'>keep &amp; this</x:note></metadata>
@@ -301,11 +305,11 @@ class DomainGuest:
         self.name = name
 
     @classmethod
-    def start(cls, daemon: Daemon, description: Description) -> Self:
+    def start(cls, daemon: Daemon, description: Description, *options: str) -> Self:
         """Define it and start it."""
         self = cls(daemon, description.name)
         daemon.virsh("define", self._make_files(description))
-        daemon.virsh("start", self.name)
+        daemon.virsh("start", self.name, *options)
         return self
 
     @classmethod
@@ -348,9 +352,10 @@ class DomainGuest:
         """The emulator in its XML."""
         return ElementTree.fromstring(self.xml(*options)).findtext("devices/emulator", "")
 
-    def monitor(self, command: str) -> Any:
+    def monitor(self, command: str, **arguments: object) -> Any:
         """Run a QMP command by way of libvirt."""
-        return json.loads(self.daemon.virsh("qemu-monitor-command", self.name, json.dumps({"execute": command})))
+        text = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(self.daemon.virsh("qemu-monitor-command", self.name, text))
 
     def seen(self) -> Verdict:
         """What its serial log contains so far."""
