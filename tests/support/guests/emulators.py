@@ -71,3 +71,16 @@ def emulator(label: str) -> Path:
         except Unavailable:
             pass
     return fetched(SUITES.get(label, label))
+
+
+def uefi(label: str) -> tuple[Path, Path]:
+    """
+    OVMF of the Debian release that has a version of QEMU: its code, and the variables that a machine starts with.
+
+    :raises Unavailable: it is not to be had.
+    """
+    share = emulator(label).parents[1] / "share/OVMF"
+    code, variables = share / "OVMF_CODE_4M.fd", share / "OVMF_VARS_4M.fd"
+    if not code.exists():
+        raise Unavailable(f"OVMF is not installed: {code}")
+    return code, variables

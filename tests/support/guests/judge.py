@@ -38,6 +38,7 @@ class Verdict:
     :ivar network_errors: pings without an answer.
     :ivar memory_errors: places in memory that did not hold what the guest had written there.
     :ivar device_errors: pauses that were too short, a clock that went back, a TPM that is not what it was.
+    :ivar warnings: what the guest's kernel has warned of, also of what has nothing to do with a hop.
     :ivar writes: whether it is a guest that writes its ticks to its disk.
     """
 
@@ -51,6 +52,7 @@ class Verdict:
     memory_errors: int = 0
     device_errors: int = 0
     writes: bool = False
+    warnings: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -93,6 +95,8 @@ def judge_log(log: str) -> Verdict:
             verdict.last = 0
         elif _COUNTER_LINE.fullmatch(line):
             verdict._tick(int(line, 16))
+        elif line.startswith("WARNING "):
+            verdict.warnings.append(line.removeprefix("WARNING "))
         elif line.startswith("BAD "):
             verdict.memory_errors += 1
             verdict.remarks.append(line)

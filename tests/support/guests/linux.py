@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import build
+from . import build, emulators
 from .machine import Machine
 
 _HERE = Path(__file__)
@@ -28,6 +28,12 @@ _KEPT = "vmlinuz, vmlinux, drivers"
 
 #: The command line of the kernel.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
+
+#: The least memory of a SEV guest in MiB: what its devices reach takes 64.
+SEV_MEMORY_MIB = 384
+
+#: After so many ticks the guest has checked all of its memory (MEMORY and CHUNK in linux_init.c).
+MEMORY_TICKS = 64
 
 #: Whom the guest expects to answer.
 GATEWAY = "10.0.2.2"
@@ -65,8 +71,21 @@ def images() -> LinuxImages:
 
 
 def on(machine: Machine) -> Machine:
-    """The same machine with Linux on it, and the devices that the guest uses."""
+    """
+    The same machine with Linux on it, and the devices that the guest uses; a SEV guest is started by UEFI.
+
+    :raises build.Unavailable: the kernel or the firmware cannot be had, or there is no C compiler.
+    """
     linux = images()
+    if machine.sev_policy is not None:
+        code, variables = sev_firmware()
+        machine = replace(
+            machine,
+            uefi=True,
+            bios=code,
+            uefi_template=variables,
+            memory_mib=max(machine.memory_mib, SEV_MEMORY_MIB),
+        )
     return replace(
         machine,
         kernel=linux.kernel if machine.uefi else linux.unpacked,  # UEFI starts programs, which the inner one is not
@@ -76,6 +95,17 @@ def on(machine: Machine) -> Machine:
         disk_mib=machine.disk_mib or 16,
         network=True,
     )
+
+
+def sev_firmware() -> tuple[Path, Path]:
+    """
+    OVMF for a SEV guest: its code, and the variables to start with.
+
+    It is that of Debian 13: that of Debian 12 begins with 32-bit code, which knows no encryption.
+
+    :raises build.Unavailable: it cannot be had.
+    """
+    return emulators.uefi(emulators.NEW)
 
 
 def uefi_variable(variables: Path) -> int | None:

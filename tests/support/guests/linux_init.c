@@ -3,6 +3,9 @@
  * whether it was all right:
  *
  *   START                            it begins; again: it was restarted
+ *   ENCRYPTION features              what the kernel encrypts its memory with, if it does
+ *   CPUS n                           so many processors are online
+ *   WARNING text                     the kernel has warned of something (level "warning" or worse, see syslog(2))
  *   TICK n w=0 r=n ping=0 mem=0      n from 1, one more each time
  *        w     errno of writing n to the disk and flushing it (0: done), all over block n modulo the disk's size
  *        r     what was read back from there, past all caches
@@ -16,6 +19,8 @@
  *   RTC-BACK n                       the real-time clock went back, by n seconds
  *   TPM                              there is a TPM, and it works
  *   TPM-LOST n                       from tick n on it does not, or not with the registers that it had
+ *
+ * The ticks are made by its processors in turn, so that one that is lost stops the count.
  *
  * Whoever sends a line to it, on a serial line or a virtio port, hears "GOT" and the line; JSON is answered as a guest
  * agent answers `guest-sync` and `guest-ping`. If there is a watchdog it is armed, and fed at each tick until somebody
@@ -34,6 +39,7 @@
 #include <net/if.h>
 #include <netinet/ip.h>
 #include <netinet/ip_icmp.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -45,6 +51,7 @@
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <syslog.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
@@ -56,6 +63,7 @@
 #define WATCHDOG_SECONDS 8              /* without being fed */
 #define PEERS 8                         /* serial lines and virtio ports, at most */
 #define LONGEST_LINE 256
+#define LONGEST_MESSAGE 8192            /* of the kernel */
 #define UEFI_TICKS 20                   /* ticks between two writes of the variable */
 #define POWER_BUTTON "/sys/firmware/acpi/interrupts/ff_pwr_btn" /* begins with how often it was pressed */
 #define UEFI_VARIABLE "/uefi/SevhopTick-5e7c0de5-0b1e-4d7a-9a54-0f0e5ed1d0ad"
@@ -95,6 +103,41 @@ static void pause_ms(long ms)
     early -= microseconds();
     if (early > 0)
         say("EARLY %lld\n", (long long)early);
+}
+
+/* What the kernel has logged since the last call (Documentation/ABI/testing/dev-kmsg). */
+static void look_at_messages(int messages)
+{
+    static const char features[] = "Memory Encryption Features active: ";
+    char record[LONGEST_MESSAGE];
+    ssize_t length;
+
+    while ((length = read(messages, record, sizeof record - 1)) > 0 || (length < 0 && errno == EPIPE)) {
+        const char *text, *encryption;
+
+        if (length < 0)
+            continue; /* some were overwritten before they were read */
+        record[length] = 0;
+        record[strcspn(record, "\n")] = 0;
+        text = strchr(record, ';');
+        if (!text++)
+            continue;
+        encryption = strstr(text, features);
+        if (encryption)
+            say("ENCRYPTION %.60s\n", encryption + strlen(features));
+        else if (LOG_PRI(atoi(record)) <= LOG_WARNING)
+            say("WARNING %.100s\n", text);
+    }
+}
+
+/* The next processor from now on. One that has been unplugged is left out. */
+static void change_processor(uint64_t tick, long processors)
+{
+    cpu_set_t next;
+
+    CPU_ZERO(&next);
+    CPU_SET(tick % processors, &next);
+    sched_setaffinity(0, sizeof next, &next);
 }
 
 /* /modules/00.ko, 01.ko, ...: each after those that it needs. */
@@ -438,7 +481,8 @@ int main(void)
 {
     uint64_t blocks = 0, seen = 0;
     uint64_t *memory;
-    int disk, network, uefi, clock, tpm;
+    long processors;
+    int messages, disk, network, uefi, clock, tpm;
 
     mkdir("/dev", 0755);
     mkdir("/tmp", 0700);
@@ -449,6 +493,7 @@ int main(void)
     mount("sysfs", "/sys", "sysfs", 0, NULL);
     serial = open("/dev/ttyS0", O_WRONLY | O_NOCTTY);
     say("START\n");
+    messages = open("/dev/kmsg", O_RDONLY | O_NONBLOCK);
     load_modules();
     uefi = !mount("efivarfs", "/uefi", "efivarfs", 0, NULL);
     if (uefi)
@@ -460,6 +505,9 @@ int main(void)
     tpm = open("/dev/tpm0", O_RDWR);
     open_peers();
     arm_watchdog(WATCHDOG_SECONDS);
+    look_at_messages(messages);
+    processors = sysconf(_SC_NPROCESSORS_ONLN);
+    say("CPUS %ld\n", processors);
     for (size_t place = 0; memory && place < MEMORY / sizeof *memory; place++)
         memory[place] = pattern(place, 0);
 
@@ -472,6 +520,7 @@ int main(void)
             unanswered, bad);
         if (uefi && tick % UEFI_TICKS == 0)
             set_uefi_variable(tick);
+        look_at_messages(messages);
         look_at_clock(clock);
         use_tpm(tpm, tick);
         answer_peers();
@@ -481,6 +530,7 @@ int main(void)
             say("POWER-BUTTON\n");
             reboot(RB_POWER_OFF);
         }
+        change_processor(tick, processors);
         pause_ms(TICK_MS);
     }
 }

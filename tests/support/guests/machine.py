@@ -18,6 +18,13 @@ I440FX = "pc-i440fx-7.2"
 OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 
+#: What QEMU must be given of the processor's encryption, and compares with CPUID: that of the SEV lab's.
+C_BIT = 47
+_REDUCED_PHYS_BITS = 1
+
+#: What a virtio device of an encrypted guest needs: it reaches only the memory that the guest lends it.
+_LENT_MEMORY = ",iommu_platform=on,disable-legacy=on"
+
 #: Devices with state of their own beyond what every guest has.
 _RICH_DEVICES = (
     "VGA",
@@ -42,6 +49,8 @@ class Machine:
     :ivar bios: a firmware image of its own, instead of SeaBIOS.
     :ivar uefi: start with OVMF, on a private copy of its variables. With :attr:`bios` that is in OVMF's place: from
         flash, with variables.
+    :ivar uefi_template: the variables that it starts with, those of its firmware.
+    :ivar sev_policy: encrypted by SEV, under this policy; None for a plain guest.
     :ivar kernel: with its initial file system and command line, booted by the firmware.
     :ivar disk_mib: size of a qcow2 disk on virtio-blk; 0 for none.
     :ivar network: virtio-net, with QEMU's user network.
@@ -58,6 +67,8 @@ class Machine:
     memory: Literal["shared", "private"] = "shared"
     bios: Path | None = None
     uefi: bool = False
+    uefi_template: Path = OVMF_VARIABLES
+    sev_policy: int | None = None
     kernel: Path | None = None
     initrd: Path | None = None
     kernel_arguments: str = ""
@@ -97,7 +108,7 @@ class Machine:
             size = f"{self.disk_mib}M"
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", self.disk, size], check=True)
         if self.uefi and not self.uefi_variables.exists():
-            shutil.copyfile(OVMF_VARIABLES, self.uefi_variables)
+            shutil.copyfile(self.uefi_template, self.uefi_variables)
 
     def arguments(self) -> list[str]:
         """QEMU's arguments, without the emulator itself."""
@@ -106,6 +117,12 @@ class Machine:
         if self.memory == "shared":
             words += ["-object", f"memory-backend-memfd,id=memory,size={self.memory_mib}M,share=on"]
             machine += ",memory-backend=memory"
+        virtio = ""
+        if self.sev_policy is not None:
+            sev = f"cbitpos={C_BIT},reduced-phys-bits={_REDUCED_PHYS_BITS},policy={self.sev_policy}"
+            words += ["-object", f"sev-guest,id=sev,{sev}"]
+            machine += ",confidential-guest-support=sev"
+            virtio = _LENT_MEMORY
         words += ["-machine", machine, "-cpu", self.cpu, "-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
         words += ["-qmp", f"unix:{self.monitor},server=on,wait=off"]
         words += ["-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial"]
@@ -122,9 +139,10 @@ class Machine:
         if self.disk_mib:
             words += ["-blockdev", f"driver=file,node-name=disk-file,filename={self.disk}"]
             words += ["-blockdev", "driver=qcow2,node-name=disk,file=disk-file"]
-            words += ["-device", "virtio-blk-pci,drive=disk"]
+            words += ["-device", f"virtio-blk-pci,drive=disk{virtio}"]
         if self.network:
-            words += ["-netdev", "user,id=network,restrict=on", "-device", "virtio-net-pci,netdev=network"]
+            words += ["-netdev", "user,id=network,restrict=on"]
+            words += ["-device", f"virtio-net-pci,netdev=network{virtio}"]
         for device in _RICH_DEVICES if self.rich else ():
             words += ["-device", device]
         return [*words, *self.more]
