@@ -29,6 +29,9 @@ NoteFault = Callable[[str, str, str, Cell], None]
 
 _FAULT = "fault"
 
+#: Markers of tests that take long: they run if they are asked for.
+ON_REQUEST = ("faults", "long")
+
 #: A property of a test: what is to be reported in pytest's summary.
 NOTED = "noted"
 
@@ -95,8 +98,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kind = item.path.relative_to(TESTS).parts[0]
         if kind in ("qemu", "lab", "libvirt", "docs", "packaging"):
             item.add_marker(kind)
-    if "faults" not in config.option.markexpr:
-        rest = [item for item in items if item.get_closest_marker("faults")]
+    left_out = [name for name in ON_REQUEST if name not in config.option.markexpr]
+    if rest := [item for item in items if any(map(item.get_closest_marker, left_out))]:
         config.hook.pytest_deselected(items=rest)
         items[:] = [item for item in items if item not in set(rest)]
 

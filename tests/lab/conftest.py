@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guests import emulators
+from tests.support.guests import emulators, linux
 from tests.support.guests.build import Unavailable
 
 from .remote import Remote
@@ -76,9 +76,11 @@ def _remote_of(item: pytest.Item) -> Remote:
 
 def _fetch_emulators() -> None:
     """There is no network in the lab, so what tests there need of other Debian releases is fetched here."""
-    for label in (emulators.OLD, emulators.NEW):
+    for label in (emulators.OLD, emulators.NEW, emulators.UNSTABLE):
         with contextlib.suppress(Unavailable):  # the test that needs it will say so
             emulators.emulator(label)
+    with contextlib.suppress(Unavailable):
+        linux.images()
 
 
 def _lab_of(item: pytest.Item) -> Lab:
