@@ -93,9 +93,11 @@ def runs_in(guest: DomainGuest, label: str) -> None:
 def launch_of(guest: DomainGuest) -> dict[str, Any]:
     """What the owner of a guest can ask about its launch."""
     nonce = base64.b64encode(bytes(16)).decode()
+    sev = guest.monitor("query-sev")["return"]
+    sev.pop("sev-type", None)  # newer versions have this besides
     return {
         "domlaunchsecinfo": guest.daemon.virsh("domlaunchsecinfo", guest.name),
-        "query-sev": guest.monitor("query-sev")["return"],
+        "query-sev": sev,
         "measurement": guest.monitor("query-sev-launch-measure")["return"],
         "report": guest.monitor("query-sev-attestation-report", mnonce=nonce)["return"],
     }
