@@ -31,7 +31,7 @@ CALLS = {
 }
 
 
-_IN_A_KEEPER = """
+_AFTER_CALL = """
 import os, signal
 import {module}
 
@@ -49,9 +49,9 @@ async def dying(*arguments, **options):
 """
 
 
-def in_a_keeper(directory: Path, module: str, call: str) -> str:
-    """The environment in which the first keeper that makes this call is killed before it has a result."""
-    text = _IN_A_KEEPER.format(module=module, call=call, states=str(STATES))
+def after_call(directory: Path, module: str, call: str) -> str:
+    """The environment in which the first process that makes this call is killed before it has a result."""
+    text = _AFTER_CALL.format(module=module, call=call, states=str(STATES))
     (directory / "sitecustomize.py").write_text(text)
     return f"PYTHONPATH={directory}"
 

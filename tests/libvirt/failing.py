@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.guests.daemon import Daemon, DomainGuest
@@ -25,6 +27,22 @@ def assert_as_before(daemon: Daemon, guest: DomainGuest, old: Path) -> None:
     assert daemon.left_over() == []
 
 
+@contextlib.contextmanager
+def other_hook_refuses(daemon: Daemon) -> Iterator[None]:
+    """Another hook of the administrator's refuses the next start, after ours has committed."""
+    hook, once = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other", daemon.root / "run/refuse"
+    hook.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0\n')
+    hook.chmod(0o755)
+    once.touch()
+    try:
+        yield
+    finally:
+        hook.unlink()
+        once.unlink(missing_ok=True)
+
+
+#: A migration stream as sevhop writes it has a configuration section, which this QEMU does not expect.
+CANNOT_LOAD = 'case "$*" in *-incoming*) set -- "$@" -global migration.send-configuration=off;; esac'
 DYING = {
     "dies at once": 'case "$*" in *-incoming*) echo "qemu: no, thanks" >&2; exit 1;; esac',
     "is killed": 'case "$*" in *-incoming*) kill -9 $$;; esac',

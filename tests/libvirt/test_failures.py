@@ -18,7 +18,7 @@ from tests.support.guests.enclosure import GUESTS, PROGRAMS
 from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
-from .failing import DYING, assert_as_before, wrapper
+from .failing import DYING, assert_as_before, other_hook_refuses, wrapper
 
 
 @pytest.mark.parametrize("how", DYING)
@@ -211,18 +211,12 @@ def test_dry_run_touches_nothing(daemon: Daemon, start: StartDomain, old: Path, 
 def test_upgrade_rolls_back_if_other_hook_refuses(
     daemon: Daemon, start: StartDomain, old: Path, destination: str, request: pytest.FixtureRequest
 ) -> None:
-    """Another hook of the administrator's refuses, after ours has committed: the guest is restored all the same."""
+    """After ours has committed: the guest is restored all the same."""
     new: Path = request.getfixturevalue(destination)
     guest = start()
     guest.wait_for_ticks()
-    other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"
-    other.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0\n')
-    os.chmod(other, 0o755)
-    (daemon.root / "run/refuse").touch()
-    try:
+    with other_hook_refuses(daemon):
         report = daemon.upgrade(guest.name, "--emulator", new)
-    finally:
-        other.unlink()
     assert (report["status"], report["outcome"]) == (3, "rolled-back")
     assert_as_before(daemon, guest, old)
 

@@ -84,7 +84,7 @@ def test_keeper_that_dies_in_the_commit_rolls_back(
     """The hook gets no reply, and refuses: libvirt terminates the destination, and the old emulator is restored."""
     guest = start()
     guest.wait_for_ticks()
-    environment = dying.in_a_keeper(tmp_path, "sevhop_qmp.adopt", "finish")
+    environment = dying.after_call(tmp_path, "sevhop_qmp.adopt", "finish")
     arguments = ["upgrade", "--json", guest.name, "--emulator", str(new)]
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     report = json.loads(done.stdout)["domains"][0]

@@ -65,6 +65,11 @@ def test_state_fails_unless_running_or_paused(state: str) -> None:
     assert _state(guest(state=state)).status is Status.FAIL
 
 
+def test_hint_for_a_guest_that_was_started_paused_is_to_resume_it() -> None:
+    """libvirt calls it paused, as a guest that can hop."""
+    assert _state(guest(state="prelaunch")).hint == "resume it: it was started paused, and has not run yet"
+
+
 def test_tree_skips_children_of_a_failure() -> None:
     tree = passed("root", "", failed("memory", "private", "share it", skipped=("size",)), passed("state"))
     assert [(depth, f.name, f.status.value) for depth, f in tree.walk()] == [

@@ -45,6 +45,34 @@ def test_disks_are_nodes_without_content() -> None:
     assert max(place for place, name in enumerate(names) if name == "blockdev") < names.index("device")
 
 
+FLASHES = (
+    *("-machine", "q35,pflash0=libvirt-pflash0-format,pflash1=libvirt-pflash1-format,memory-backend=pc.ram"),
+    "-blockdev",
+    '{"driver":"file","filename":"/code","node-name":"libvirt-pflash0-storage","auto-read-only":true}',
+    "-blockdev",
+    '{"node-name":"libvirt-pflash0-format","read-only":false,"driver":"raw","file":"libvirt-pflash0-storage"}',
+    *("-blockdev", '{"driver":"file","filename":"/vars","node-name":"libvirt-pflash1-storage"}'),
+    "-blockdev",
+    '{"node-name":"libvirt-pflash1-format","read-only":false,"driver":"raw","file":"libvirt-pflash1-storage"}',
+)
+
+
+def test_firmware_of_an_encrypted_guest_is_its_own() -> None:
+    arguments = derive(FLASHES, (), DISKS, CARDS, encrypted=True).arguments
+    nodes = [json.loads(option.value or "") for option in parse(arguments) if option.name == "blockdev"]
+    file, raw = (
+        {"driver": "file", "filename": "/code", "node-name": "libvirt-pflash0-storage", "locking": "off"},
+        {"driver": "raw", "file": "libvirt-pflash0-storage", "node-name": "libvirt-pflash0-format"},
+    )
+    assert nodes[:2] == [file | {"read-only": True}, raw | {"read-only": True}]
+    assert [(node["node-name"], node["driver"]) for node in nodes[2:]] == [("libvirt-pflash1-format", "null-co")]
+
+
+def test_firmware_that_is_not_known_raises() -> None:
+    with pytest.raises(Unrehearsable, match="the firmware in libvirt-pflash0-storage is not known"):
+        derive((*FLASHES[:2], *FLASHES[4:]), (), DISKS, CARDS, encrypted=True)
+
+
 def test_external_backends_are_replaced() -> None:
     options = derived(
         *("-chardev", "socket,id=charchannel0,path=/run/agent,server=on,wait=off", "-serial", "stdio"),

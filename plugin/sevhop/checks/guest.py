@@ -200,6 +200,8 @@ def _process(process: QemuProcess) -> CheckResult:
 def _state(guest: Guest) -> CheckResult:
     if guest.state in HOPPABLE_STATES:
         return passed("state", guest.state)
+    if guest.state == "prelaunch":
+        return failed("state", "the guest is prelaunch", "resume it: it was started paused, and has not run yet")
     return failed("state", f"the guest is {guest.state}", "a guest can hop while it runs or is paused")
 
 

@@ -173,7 +173,10 @@ class Rehearsal:
             raise Refused(f"libvirt cannot start the domain in {subject.emulator}: {err.message}", hint) from err
         disks = _disks(await subject.monitor.execute("query-block"))
         cards = await _cards(subject.monitor, subject.process.command_line[1:], subject.emulator)
-        derived = rehearsal_command_line.derive(arguments, subject.process.command_line[1:], disks, cards)
+        encrypted = subject.guest.context.kind != "none"
+        derived = rehearsal_command_line.derive(
+            arguments, subject.process.command_line[1:], disks, cards, encrypted=encrypted
+        )
         taps = await self._resources.enter_async_context(_taps(derived.networks))
         for network in derived.networks:
             numbers = [str(tap) for tap in taps[network.name]]

@@ -7,6 +7,8 @@ it), changed so that it can be started beside the running guest and touches noth
 =======================================  ===========================================================================
 ``-blockdev``                            for each disk a node without content, of the same size, writable or not as
                                          the disk is; everything below it is omitted
+the first flash of an encrypted guest    the firmware itself, read only: QEMU does not start without what it looks up
+                                         in there for the launch (entry of further processors, table of kernel hashes)
 ``-netdev`` of a tap, vhost              a tap in a network of its own, as many queues, no vhost
 ``-netdev user``                         the same without forwarded ports; it has a device state of its own
 any other ``-netdev``                    a hub without other ports
@@ -105,7 +107,12 @@ class RehearsalCommandLine:
 
 
 def derive(
-    destination: Sequence[str], source: Sequence[str], disks: Mapping[str, Disk], cards: Cards
+    destination: Sequence[str],
+    source: Sequence[str],
+    disks: Mapping[str, Disk],
+    cards: Cards,
+    *,
+    encrypted: bool = False,
 ) -> RehearsalCommandLine:
     """
     Derive the arguments of a rehearsal.
@@ -114,24 +121,30 @@ def derive(
     :param source: arguments of the source.
     :param disks: by the id of the device, and ``pflash0``, ``pflash1``.
     :param cards: of the source.
+    :param encrypted: whether the guest has an SEV context.
     :raises Unrehearsable: one of them cannot be shared.
     """
     result = RehearsalCommandLine()
     nodes: dict[str, Disk] = {}
-    options = [option for option in parse(list(destination)) if option.name not in _OMITTED]
+    firmware: list[dict[str, Any]] = []
+    given = parse(list(destination))
+    options = [option for option in given if option.name not in _OMITTED]
     options += _network_cards(source, options, cards.devices)
     for card in cards.plugged:
         options += _plugged_card(card, cards.backends)
     for option in options:
         if option.name == "machine":
             for found in _PFLASH.finditer(option.value or ""):
-                nodes[found["node"]] = _disk(disks, f"pflash{found['unit']}")
+                if encrypted and found["unit"] == "0":
+                    firmware = _firmware(found["node"], given)
+                else:
+                    nodes[found["node"]] = _disk(disks, f"pflash{found['unit']}")
         elif option.name == "device":
             props = _device(option)
             if node := props.get("drive"):
                 nodes[node] = _disk(disks, props.get("id", ""))
-    for name, disk in nodes.items():
-        result.arguments += ["-blockdev", json.dumps(_empty_node(name, disk))]
+    for described in firmware + [_empty_node(name, disk) for name, disk in nodes.items()]:
+        result.arguments += ["-blockdev", json.dumps(described)]
     for number, option in enumerate(options):
         result.arguments += _replaced(option, number, result.networks)
     result.arguments += ["-display", "none"]
@@ -212,6 +225,23 @@ def _empty_node(name: str, disk: Disk) -> dict[str, Any]:
         "read-only": disk.read_only,
         "read-zeroes": True,
     }
+
+
+def _firmware(name: str, options: list[Option]) -> list[dict[str, Any]]:
+    """
+    The nodes of a flash, each behind those that it refers to, and without a lock that the source would notice.
+
+    :raises Unrehearsable: one of them is not known.
+    """
+    values = [option.value or "" for option in options if option.name == "blockdev"]
+    nodes = {node.get("node-name"): node for node in (json.loads(value) for value in values if value.startswith("{"))}
+    if name not in nodes:
+        raise Unrehearsable(f"the firmware in {name} is not known")
+    node = {key: value for key, value in nodes[name].items() if key != "auto-read-only"} | {"read-only": True}
+    if node["driver"] == "file":
+        node["locking"] = "off"
+    below = [node[key] for key in ("file", "backing") if isinstance(node.get(key), str)]
+    return [*(one for other in below for one in _firmware(other, options)), node]
 
 
 def _network_cards(source: Sequence[str], others: list[Option], present: frozenset[str]) -> list[Option]:

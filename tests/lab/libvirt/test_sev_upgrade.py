@@ -15,6 +15,7 @@ from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.running import wait_until
 
 from ...libvirt import dying
+from ...libvirt.failing import other_hook_refuses
 from ..contract.sev import contexts
 
 #: The kernel on which a test runs: each once, side by side.
@@ -84,11 +85,8 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
 def test_upgrade_is_rolled_back_if_other_hook_refuses_after_move(daemon: Daemon, guest: DomainGuest) -> None:
     """The context is in the destination already, and is restored from there."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
-    other = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"
-    other.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0\n')
-    other.chmod(0o755)
-    (daemon.root / "run/refuse").touch()
-    report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
+    with other_hook_refuses(daemon):
+        report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report["reason"]
     arrived(daemon, guest, old)
 
@@ -100,7 +98,7 @@ def test_upgrade_is_rolled_back_if_keeper_dies_around_the_move(
     """The context is in the destination's VM by then, the destination exits, and only the supervisor has that VM."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     arguments = ["upgrade", "--json", guest.name, "--emulator", str(new), "--timeout", "60"]
-    environment = dying.in_a_keeper(tmp_path, "sevhop_qmp.move", "move")
+    environment = dying.after_call(tmp_path, "sevhop_qmp.move", "move")
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     report = json.loads(done.stdout)["domains"][0]
     assert report["outcome"] == "rolled-back", report

@@ -18,8 +18,8 @@ from . import counter
 from .build import Unavailable
 from .enclosure import GUESTS
 from .judge import Verdict, judge_files, judge_log
-from .linux import GATEWAY, KERNEL_ARGUMENTS, LinuxImages
-from .machine import OVMF_CODE, OVMF_VARIABLES, Accelerator
+from .linux import GATEWAY, KERNEL_ARGUMENTS, LinuxImages, sev_firmware
+from .machine import C_BIT, OVMF_CODE, OVMF_VARIABLES, Accelerator
 from .release import Release, entered
 from .running import PATIENCE, GuestFailed, wait_ended, wait_until
 
@@ -212,7 +212,10 @@ class Description:
     :ivar firmware: the counter.
     :ivar pflash: it is in flash, with variables beside it, as a UEFI is.
     :ivar cpu: the element; a plain one by default.
-    :ivar sev: encrypted, as the SEV lab wants it.
+    :ivar sev: encrypted, as the SEV lab wants it. Its virtio devices reach only what the guest lends them, and its UEFI
+        is one that knows encryption.
+    :ivar policy: of the encrypted guest, see :mod:`tests.lab.contract.sev`.
+    :ivar launch: what its owner has prepared for its launch, in XML.
     :ivar balloon: the model of its balloon.
     :ivar interface: its network card, in XML, or one on QEMU's user network.
     :ivar more: further devices, in XML.
@@ -232,8 +235,10 @@ class Description:
     pflash: bool = False
     cpu: str = ""
     sev: bool = False
+    policy: int = 0
+    launch: str = ""
     balloon: str = "none"
-    interface: str = "<interface type='user'><model type='virtio'/></interface>"
+    interface: str = ""
     more: str = ""
     elements: str = ""
     linux: LinuxImages | None = None
@@ -247,8 +252,11 @@ class Description:
         backing = f"<memoryBacking>{huge}<source type='{source}'/><access mode='shared'/></memoryBacking>"
         model = "EPYC" if self.sev else "qemu64"
         cpu = f"<cpu mode='custom' match='exact' check='none'><model fallback='allow'>{model}</model></cpu>"
-        policy = "<cbitpos>47</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x0000</policy>"
-        sev = f"<launchSecurity type='sev'>{policy}</launchSecurity>"
+        policy = f"<cbitpos>{C_BIT}</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>{self.policy:#06x}</policy>"
+        sev = f"<launchSecurity type='sev'>{policy}{self.launch}</launchSecurity>"
+        iommu = " iommu='on'" if self.sev else ""
+        driver = "<driver iommu='on'/>" if self.sev else ""
+        interface = f"<interface type='user'><model type='virtio'/>{driver}</interface>"
         return f"""<domain type='{"kvm" if self.accelerator == "kvm" else "qemu"}'>
   <name>{self.name}</name>
   <metadata><x:note xmlns:x='http://example.org/note'>keep &amp; this</x:note></metadata>
@@ -260,9 +268,9 @@ class Description:
   {self.cpu or cpu}
   <devices>
     <emulator>{self.emulator}</emulator>
-    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{GUESTS}/{self.name}.qcow2'/>
-      <target dev='vda' bus='virtio'/></disk>
-    {self.interface}
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2'{iommu}/>
+      <source file='{GUESTS}/{self.name}.qcow2'/><target dev='vda' bus='virtio'/></disk>
+    {self.interface or interface}
     {self._serial()}
     <memballoon model='{self.balloon}'/>
     {self.more}
@@ -277,8 +285,9 @@ class Description:
             kernel = f"<kernel>{image}</kernel><initrd>{self.linux.initrd}</initrd>"
             kernel += f"<cmdline>{KERNEL_ARGUMENTS}</cmdline>"
             if self.uefi:
-                kernel += f"<loader readonly='yes' type='pflash'>{OVMF_CODE}</loader>"
-                kernel += f"<nvram template='{OVMF_VARIABLES}'>{GUESTS}/{self.name}.fd</nvram>"
+                code, template = sev_firmware() if self.sev else (OVMF_CODE, OVMF_VARIABLES)
+                kernel += f"<loader readonly='yes' type='pflash'>{code}</loader>"
+                kernel += f"<nvram template='{template}'>{GUESTS}/{self.name}.fd</nvram>"
             return kernel
         loader = f"<loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader>"
         if self.pflash:
@@ -301,11 +310,11 @@ class DomainGuest:
         self.name = name
 
     @classmethod
-    def start(cls, daemon: Daemon, description: Description) -> Self:
+    def start(cls, daemon: Daemon, description: Description, *options: str) -> Self:
         """Define it and start it."""
         self = cls(daemon, description.name)
         daemon.virsh("define", self._make_files(description))
-        daemon.virsh("start", self.name)
+        daemon.virsh("start", self.name, *options)
         return self
 
     @classmethod
@@ -348,9 +357,10 @@ class DomainGuest:
         """The emulator in its XML."""
         return ElementTree.fromstring(self.xml(*options)).findtext("devices/emulator", "")
 
-    def monitor(self, command: str) -> Any:
+    def monitor(self, command: str, **arguments: object) -> Any:
         """Run a QMP command by way of libvirt."""
-        return json.loads(self.daemon.virsh("qemu-monitor-command", self.name, json.dumps({"execute": command})))
+        text = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(self.daemon.virsh("qemu-monitor-command", self.name, text))
 
     def seen(self) -> Verdict:
         """What its serial log contains so far."""
@@ -374,10 +384,10 @@ class DomainGuest:
             verdict.remarks.append(f"{disk}: {checked.stdout.strip()} {checked.stderr.strip()}")
         return verdict
 
-    def wait_for_ticks(self, more: int = 10) -> Verdict:
-        """Wait until it has counted on, without a missing tick since its start."""
+    def wait_for_ticks(self, more: int = 10, timeout: float = PATIENCE) -> Verdict:
+        """Wait until it has counted on, without a missing tick since its start. :param timeout: seconds."""
         wanted = self.seen().ticks + more
-        wait_until(lambda: self.seen().ticks >= wanted, PATIENCE, f"{more} more ticks")
+        wait_until(lambda: self.seen().ticks >= wanted, timeout, f"{more} more ticks")
         verdict = self.seen()
         if not verdict.unharmed:
             raise GuestFailed(str(verdict))

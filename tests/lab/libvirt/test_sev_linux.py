@@ -1,0 +1,83 @@
+"""
+A domain with OVMF and Debian's Linux, encrypted by SEV and by SEV-ES, hops under a real libvirt daemon. Its virtio disk
+and its network card reach only the memory that the guest lends them (``iommu='on'``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.guests import emulators, linux
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.running import wait_until
+
+from ...conftest import NOTED
+from ..contract.sev import POLICY_SEV_ES, contexts
+
+#: Seconds until a guest has booted, or counted on.
+BOOT = 1200.0
+POLICIES = {"sev": 1, "sev-es": 1 | POLICY_SEV_ES}
+#: What the guest's kernel reports to be active.
+FEATURES = {"sev": "AMD SEV", "sev-es": "AMD SEV SEV-ES"}
+#: Once after a boot the kernel reports an interrupt that took long. In emulation every one may.
+SLOW = "hrtimer: interrupt took "
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    """A daemon, with sevhop's hook."""
+    with Daemon.installed() as daemon:
+        yield daemon
+
+
+def has_printed(guest: DomainGuest, line: str) -> bool:
+    return line in guest.file("log").read_text(errors="replace").replace("\r", "").splitlines()
+
+
+def warnings(guest: DomainGuest) -> list[str]:
+    """What the guest's kernel has warned of."""
+    return [text for text in guest.seen().warnings if not text.startswith(SLOW)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("context", POLICIES)
+def test_linux_domain_changes_its_qemu(
+    context: str, daemon: Daemon, record_property: Callable[[str, object], None]
+) -> None:
+    description = Description(
+        "linux",
+        emulators.emulator(emulators.OLD),
+        "kvm",
+        linux.SEV_MEMORY_MIB,
+        vcpus=2,
+        sev=True,
+        policy=POLICIES[context],
+        linux=linux.images(),
+        uefi=True,
+    )
+    guest = DomainGuest.start(daemon, description)
+    try:
+        wait_until(lambda: has_printed(guest, f"ENCRYPTION {FEATURES[context]}"), BOOT, "the guest is encrypted")
+        guest.wait_for_ticks(5, BOOT)
+        launch, before = daemon.virsh("domlaunchsecinfo", guest.name), warnings(guest)
+        for label in (emulators.NEW, emulators.OLD):
+            emulator = emulators.emulator(label)
+            report = daemon.upgrade(guest.name, "--emulator", emulator, "--timeout", "120")
+            assert report["outcome"] == "done", report
+            assert (report["context"], report["move"]["errno"], report["notes"]) == (context, 0, [])
+            record_property(NOTED, f"{context}, to {label}: downtime {report['downtime_ms']:.0f} ms")
+            assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
+            guest.wait_for_ticks(5, BOOT)
+            assert daemon.virsh("domlaunchsecinfo", guest.name) == launch
+        guest.wait_for_ticks(linux.MEMORY_TICKS, BOOT)
+        assert warnings(guest) == before
+        daemon.virsh("destroy", guest.name)
+        verdict = guest.judge()
+        assert verdict.unharmed, verdict
+        assert verdict.writes
+    finally:
+        guest.end()
+    assert contexts() == []
+    assert daemon.left_over() == []
