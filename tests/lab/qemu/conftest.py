@@ -27,9 +27,6 @@ def sev_machine(tmp_path: Path) -> DescribeSev:
     """Describe a SEV guest in a directory of its own."""
 
     def describe(name: str = "guest", policy: int = 0, more: tuple[str, ...] = ()) -> Machine:
-        # QEMU compares these with the processor's CPUID.
-        sev = ("-object", f"sev-guest,id=sev,cbitpos=47,reduced-phys-bits=1,policy={policy}")
-        use = ("-machine", "confidential-guest-support=sev")
         return Machine(
             tmp_path / name,
             accelerator="kvm",
@@ -37,7 +34,8 @@ def sev_machine(tmp_path: Path) -> DescribeSev:
             cpu="EPYC",
             memory_mib=32,
             bios=real_mode.firmware(),
-            more=(*sev, *use, *more),
+            sev_policy=policy,
+            more=more,
         )
 
     return describe
@@ -54,7 +52,6 @@ def start() -> Iterator[StartGuest]:
 @pytest.fixture
 def start_es(tmp_path: Path) -> Iterator[StartEs]:
     """Start SEV-ES guests that run the counter for them."""
-    sev = f"sev-guest,id=sev,cbitpos={es_counter.C_BIT},reduced-phys-bits=1,policy={POLICY_SEV_ES | 1}"
     with ExitStack() as guests:
 
         def start(label: str, cpus: int = 1) -> Guest:
@@ -66,7 +63,7 @@ def start_es(tmp_path: Path) -> Iterator[StartEs]:
                 cpus=cpus,
                 memory_mib=32,
                 bios=es_counter.firmware(),
-                more=("-object", sev, "-machine", "confidential-guest-support=sev"),
+                sev_policy=POLICY_SEV_ES | 1,
             )
             guest = guests.enter_context(Guest.start(machine, emulators.emulator(label)))
             guest.wait_for_ticks(5)

@@ -33,6 +33,7 @@ from sevhop_qmp.move import MoveReport
 from sevhop_qmp.process import QemuProcess
 
 from tests.support.guests import emulators
+from tests.support.guests.machine import C_BIT
 from tests.support.guests.running import Guest, wait_ended
 
 from ...qemu.hops import Fault, HopDriver, ObservedHop, kill_destination, kill_source
@@ -207,9 +208,9 @@ def test_typed_vm_is_refused(kernel: str, sev_machine: DescribeSev, there: Path)
     """A VM of the new kind could be moved and would never run again."""
     if kernel == "6.1":
         pytest.skip("Linux 6.1 has no VM type for SEV, so there is no such guest")
-    machine = sev_machine()
-    more = tuple(word.replace("policy=0", "policy=0,legacy-vm-type=off") for word in machine.more)
-    with Guest.start(dataclasses.replace(machine, more=more), there) as guest:
+    typed = f"sev-guest,id=sev,cbitpos={C_BIT},reduced-phys-bits=1,policy=0,legacy-vm-type=off"
+    more = ("-object", typed, "-machine", "confidential-guest-support=sev")
+    with Guest.start(dataclasses.replace(sev_machine(), sev_policy=None, more=more), there) as guest:
         guest.wait_for_ticks(10)
         pid = guest.pid
         driver = HopDriver()

@@ -80,14 +80,14 @@ def test_sev_guest_with_private_firmware_shuts_down_at_a_reboot(sev_machine: Des
 @pytest.mark.parametrize("label", [emulators.NEW, emulators.UNSTABLE])
 def test_sev_es_guest_shuts_down_at_a_reboot(label: str, guests: ExitStack, tmp_path: Path) -> None:
     """Also in a QEMU that launches such a guest again if it has launched it before."""
-    sev = f"sev-guest,id=sev,cbitpos={es_counter.C_BIT},reduced-phys-bits=1,policy={POLICY_SEV_ES | 1}"
     machine = Machine(
         tmp_path / "guest",
         accelerator="kvm",
         cpu="EPYC",
         memory_mib=32,
         bios=es_counter.firmware(),
-        more=("-object", sev, "-machine", "confidential-guest-support=sev,aux-ram-share=on"),
+        sev_policy=POLICY_SEV_ES | 1,
+        more=("-machine", "aux-ram-share=on"),
     )
     guest = guests.enter_context(Guest.start(machine, emulators.emulator(label)))
     guest.wait_for_ticks(5)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import build
+from .machine import C_BIT
 
 _SOURCE = Path(__file__).with_name("es_counter.S")
 
-#: Position of the C-bit in the lab's processor.
-C_BIT = 47
 #: Between two lines, in ticks of the local APIC's timer, which are nanoseconds in KVM. Mostly the guest is halted.
 _TIMER = 400_000_000
 _DEFINES = (f"-DC_BIT={C_BIT}", f"-DTIMER={_TIMER}")
