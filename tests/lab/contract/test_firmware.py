@@ -61,7 +61,8 @@ def update_data(vm: SevVm, length: int = 0x1000, offset: int = 0) -> int:
 
 def measure(vm: SevVm, length: int = MEASUREMENT_LENGTH) -> tuple[int, int]:
     """The status, and the length of the measurement."""
-    argument = kvm_sev_launch_measure(uaddr=ctypes.addressof(ctypes.create_string_buffer(0x100)), len=length)
+    buffer = ctypes.create_string_buffer(0x100)
+    argument = kvm_sev_launch_measure(uaddr=ctypes.addressof(buffer), len=length)
     return status(vm, kvm.KVM_SEV_LAUNCH_MEASURE, argument), int(argument.len)
 
 

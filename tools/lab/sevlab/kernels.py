@@ -23,8 +23,8 @@ from .errors import LabError
 #: The lab's part of the cache.
 CACHE = build.CACHE / "lab"
 
-# Since Linux 6.19 the image and the modules are in packages of their own.
-_PACKAGES = "linux-(image|binary|modules)-[0-9].*|busybox-static"
+# Since Linux 6.19 the image, the modules and their lists are in packages of their own.
+_PACKAGES = "linux-(base|binary|image|modules)-[0-9].*|busybox-static"
 
 
 @dataclass(frozen=True)
