@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import hmac
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from . import kvm
 from .kvm import kvm_sev_launch_measure, kvm_sev_launch_secret, kvm_sev_launch_start, kvm_sev_launch_update_data
+from .owner import authenticated, keys, packet_of, word
 from .sev import POLICY_SEV, POLICY_SEV_ES, PROGRAM, SevVm, contexts, execute
 
 SUCCESS = 0x00
@@ -73,20 +72,6 @@ def measurement(vm: SevVm) -> tuple[bytes, bytes]:
     return buffer.raw[:32], buffer.raw[32:]
 
 
-def keys() -> tuple[bytes, bytes]:
-    """TIK and TEK of the only guest."""
-    (context,) = contexts()
-    return context.tik.to_bytes(16, "big"), context.tek.to_bytes(16, "big")
-
-
-def authenticated(*parts: bytes) -> bytes:
-    return hmac.digest(keys()[0], b"".join(parts), "sha256")
-
-
-def word(value: int) -> bytes:
-    return value.to_bytes(4, "little")
-
-
 def inject(vm: SevVm, header: bytes, packet: bytes, length: int) -> int:
     """Inject a secret into the memory at PROGRAM."""
     buffers = ctypes.create_string_buffer(header, len(header)), ctypes.create_string_buffer(packet, len(packet))
@@ -99,15 +84,6 @@ def inject(vm: SevVm, header: bytes, packet: bytes, length: int) -> int:
         trans_len=len(packet),
     )
     return status(vm, kvm.KVM_SEV_LAUNCH_SECRET, argument)
-
-
-def packet_of(secret: bytes, measured: bytes) -> tuple[bytes, bytes]:
-    """What an owner sends: the header, and the encrypted secret."""
-    iv = bytes(range(15)) + b"\xff"  # the second block's counter has a carry
-    cipher = ["openssl", "enc", "-aes-128-ctr", "-nopad", "-K", keys()[1].hex(), "-iv", iv.hex()]
-    encrypted = subprocess.run(cipher, input=secret, capture_output=True, check=True).stdout
-    flags, length = word(0), word(len(secret))
-    return flags + iv + authenticated(b"\x01", flags, iv, length, length, encrypted, measured), encrypted
 
 
 def decrypted(vm: SevVm, length: int) -> bytes:

@@ -20,9 +20,11 @@ import pytest
 from tests.support.guests import emulators, es_counter
 from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.running import wait_until
 
 from ...libvirt import dying
 from ...libvirt.failing import CANNOT_LOAD, other_hook_refuses, wrapper
+from ..contract.owner import packet_of
 from ..contract.sev import POLICY_SEV_ES, contexts
 
 POLICY = POLICY_SEV_ES | 1
@@ -42,7 +44,7 @@ def daemon() -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def start(kernel: str, request: pytest.FixtureRequest) -> Iterator[StartEs]:
+def start(kernel: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartEs]:
     """Start guests, which are destroyed with the test."""
     if kernel != "6.12" and request.node.originalname not in EVERY_KERNEL:
         pytest.skip("what is done in which order does not depend on the kernel: once is enough")
@@ -51,7 +53,7 @@ def start(kernel: str, request: pytest.FixtureRequest) -> Iterator[StartEs]:
 
         def one(label: str, *options: str, **fields: Any) -> DomainGuest:
             description = Description(
-                "es",
+                f"es-{tmp_path.name[-20:]}",
                 emulators.emulator(label),
                 "kvm",
                 32,
@@ -83,7 +85,8 @@ def runs_in(guest: DomainGuest, label: str) -> None:
     assert guest.emulator() == guest.emulator("--inactive") == str(emulators.emulator(label))
     assert guest.state == "running"
     guest.wait_for_ticks(5)
-    assert guest.daemon.left_over() == []
+    # There may be a record of what its reboot is now.
+    assert [name for name in guest.daemon.left_over() if not name.startswith("reboot")] == []
     done = guest.daemon.sevhop("check", guest.name)
     assert done.returncode == 0, done.stdout
     assert f"PASS context: sev-es, policy {POLICY:#x}" in done.stdout
@@ -242,34 +245,44 @@ def test_upgrade_is_rolled_back_if_keeper_and_destination_die_after_the_commit(d
 #: What the owner of a guest prepares for its launch, and injects when he has seen the measurement.
 SESSION = base64.b64encode(bytes(256)).decode()
 LAUNCH = f"<dhCert>{SESSION}</dhCert><session>{SESSION}</session>"
-SECRET_AT = 0x10000
+#: What the guest prints of the secret.
+SECRET = "12345678"
 
 
-def test_attested_guest_hops(daemon: Daemon, start: StartEs) -> None:
-    """Its owner asks for the measurement and injects a secret before it runs; not before then can it hop."""
+def test_attested_guest_keeps_its_secret(daemon: Daemon, start: StartEs) -> None:
+    """Its owner injects it when the measurement is known, before the guest runs; only when it has run can it hop."""
     guest = start(emulators.OLD, "--paused", launch=LAUNCH)
     measured = daemon.virsh("domlaunchsecinfo", guest.name)
-    assert "sev-measurement" in measured
     assert guest.monitor("query-sev")["return"]["state"] == "launch-secret"
     report = daemon.upgrade(guest.name, "--emulator", emulators.emulator(emulators.NEW), *PATIENCE)
     assert (report["status"], report["outcome"]) == (1, "refused"), report
-    assert "state: the guest is prelaunch" in report["reason"]
+    assert "state: the guest is prelaunch (resume it" in report["reason"]
 
-    inject(guest)
+    inject(guest, base64.b64decode(guest.monitor("query-sev-launch-measure")["return"]["data"]))
     daemon.virsh("resume", guest.name)
+    wait_for_secret(guest)
     for label in (emulators.NEW, emulators.OLD):
         upgrade(guest, label)
+        wait_for_secret(guest)
         runs_in(guest, label)
         assert daemon.virsh("domlaunchsecinfo", guest.name) == measured
 
 
-def inject(guest: DomainGuest) -> None:
-    """Inject a secret, by libvirt."""
-    words = {}
-    for name, length in (("secrethdr", 52), ("secret", 32)):
-        guest.file(name).write_text(base64.b64encode(bytes(length)).decode())
-        words[name] = GUESTS / f"{guest.name}.{name}"
-    guest.daemon.virsh(
-        "domsetlaunchsecstate", guest.name,
-        "--secrethdr", words["secrethdr"], "--secret", words["secret"], "--set-address", str(SECRET_AT),
-    )  # fmt: skip
+def inject(guest: DomainGuest, measurement: bytes) -> None:
+    """Send the secret to the firmware, by libvirt."""
+    words: list[str | Path] = []
+    packet = packet_of(es_counter.SECRET_MAGIC + SECRET.encode(), measurement[:32])
+    for name, content in zip(("secrethdr", "secret"), packet, strict=True):
+        guest.file(name).write_text(base64.b64encode(content).decode())
+        words += [f"--{name}", GUESTS / f"{guest.name}.{name}"]
+    guest.daemon.virsh("domsetlaunchsecstate", guest.name, *words, "--set-address", str(es_counter.SECRET_AT))
+
+
+def wait_for_secret(guest: DomainGuest) -> None:
+    """Wait until the guest prints its secret, again."""
+
+    def printed() -> int:
+        return guest.file("log").read_text(errors="replace").count(f"\nSECRET {SECRET}\n")
+
+    wanted = printed() + 2  # one may have been printed already
+    wait_until(lambda: printed() >= wanted, 150, "the guest prints its secret")

@@ -337,7 +337,7 @@ class DomainGuest:
     def end(self) -> None:
         """Destroy and undefine it."""
         self.daemon.run("virsh", "destroy", self.name)
-        self.daemon.run("virsh", "undefine", self.name)
+        self.daemon.run("virsh", "undefine", "--nvram", self.name)
 
     @property
     def pid(self) -> int:

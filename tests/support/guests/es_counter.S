@@ -8,8 +8,9 @@
  * its registers is in the local APIC: a hop that loses that, or the timer interrupt, or that leaves it halted, ends it.
  *
  * Memory: 0x1000-0x4fff page tables, 0x8000 GHCB (shared), 0x9000 IDT; the stack is below the GHCB. The program is copied
- * to 0x10000 at the start, so that it runs without its ROM: that was encrypted in pages which stay with the source.
- * C_BIT is the position of the C-bit, TIMER the initial count of the timer.
+ * to 0x10000 at the start, so that it runs without its ROM: that was encrypted in pages which stay with the source. A
+ * secret that its owner injects at 0x20000, MAGIC and 8 characters, is printed with each tick: "SECRET characters".
+ * C_BIT is the position of the C-bit, TIMER the initial count of the timer, MAGIC how a secret begins, 64 bits.
  */
         .set    PML4, 0x1000
         .set    PDPT, 0x2000
@@ -20,6 +21,7 @@
         .set    STACK, 0x8000
         .set    SEGMENT, 0x10000        /* where the program runs */
         .set    SIZE, 0x10000
+        .set    SECRET, 0x20000
         .set    C_HIGH, 1 << (C_BIT - 32)
         .set    VECTOR, 0x40
         .set    SERIAL, 0x3f8
@@ -149,6 +151,18 @@ count:
         jns     1b
         movl    $'\n', %eax
         call    put
+        movabsq $MAGIC, %rax
+        cmpq    %rax, SECRET
+        jne     secret_put
+        leaq    secret(%rip), %rsi
+        movl    $7, %r8d
+        call    put_all
+        movl    $SECRET + 8, %esi
+        movl    $8, %r8d
+        call    put_all
+        movl    $'\n', %eax
+        call    put
+secret_put:
         xorl    %r9d, %r9d
 2:      sti
         hlt
@@ -163,6 +177,15 @@ tick:   /* interrupts are on in `hlt` only, so all registers but r9 and the time
         xorl    %eax, %eax
         call    set_msr
         iretq
+
+/* Print r8d characters at rsi. */
+put_all:
+        movzbl  (%rsi), %eax
+        call    put
+        incq    %rsi
+        decl    %r8d
+        jnz     put_all
+        ret
 
 /* Print the character in eax. */
 put:
@@ -196,6 +219,7 @@ request:
         ret
 
 digits: .ascii  "0123456789abcdef"
+secret: .ascii  "SECRET "
 
         .balign 8
 gdt:    .quad   0

@@ -15,7 +15,11 @@ _SOURCE = Path(__file__).with_name("es_counter.S")
 
 #: Between two lines, in ticks of the local APIC's timer, which are nanoseconds in KVM. Mostly the guest is halted.
 _TIMER = 400_000_000
-_DEFINES = (f"-DC_BIT={C_BIT}", f"-DTIMER={_TIMER}")
+#: Where the guest expects a secret of its owner, and how that begins; the 8 characters behind are printed.
+SECRET_AT = 0x20000
+SECRET_MAGIC = b"a secret"
+_MAGIC = int.from_bytes(SECRET_MAGIC, "little")
+_DEFINES = (f"-DC_BIT={C_BIT}", f"-DTIMER={_TIMER}", f"-DMAGIC={_MAGIC:#x}")
 
 
 def firmware() -> Path:
