@@ -19,7 +19,7 @@ from ..contract.sev import POLICY_SEV_ES
 from .conftest import DescribeSev
 
 #: Seconds for a step; everything is slow in the lab.
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 @pytest.fixture
