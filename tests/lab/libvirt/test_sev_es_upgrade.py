@@ -164,6 +164,7 @@ STOPPED = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("phase", STOPPED)
 def test_recover_resumes_guest_after_command_killed(daemon: Daemon, start: StartEs, tmp_path: Path, phase: str) -> None:
     """It is resumed in its QEMU, which knows again that the registers are protected."""
@@ -193,6 +194,7 @@ def states(daemon: Daemon) -> Path:
 # -- around the commit -----------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_upgrade_is_rolled_back_if_destination_is_killed_after_the_move(daemon: Daemon, start: StartEs) -> None:
     """The context is in the destination already; libvirt kills that one, and the old emulator gets the guest again."""
     guest = start(emulators.NEW)
@@ -205,6 +207,7 @@ def test_upgrade_is_rolled_back_if_destination_is_killed_after_the_move(daemon: 
     runs_in(guest, emulators.OLD)
 
 
+@pytest.mark.faults
 def test_upgrade_is_rolled_back_if_keeper_dies_in_the_move(daemon: Daemon, start: StartEs, tmp_path: Path) -> None:
     """The context is in the destination's VM by then, the destination exits, and only the supervisor has that VM."""
     guest = start(emulators.NEW)
@@ -220,6 +223,7 @@ def test_upgrade_is_rolled_back_if_keeper_dies_in_the_move(daemon: Daemon, start
     runs_in(guest, emulators.OLD)
 
 
+@pytest.mark.faults
 def test_upgrade_is_rolled_back_if_keeper_and_destination_die_after_the_commit(daemon: Daemon, start: StartEs) -> None:
     guest = start(emulators.NEW)
     guest.wait_for_ticks(5)
