@@ -21,7 +21,7 @@ _PACKAGE = "tests/packaging builds the package, and installs it in clean Debian 
 _INSTALLS = "changes the machine and needs the network; tools/environment installs the tree in the same way"
 #: Commands that cannot be run here, or that other tests run.
 NOT_RUN: dict[str, str] = {
-    "tools/demo": "takes a minute, and hops as tests/qemu do, with the same guests",
+    "tools/demo": "takes minutes, and hops as tests/qemu and tests/lab do, with the same guests",
     "tools/test": _ALL_OF_IT,
     'tools/test tests/qemu/test_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
     'tools/test tests/qemu/test_sev_es_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
