@@ -24,21 +24,6 @@ def assert_rolled_back(daemon: Daemon, guest: DomainGuest, old: Path, new: Path)
     guest.wait_for_ticks()
 
 
-def name_of(pid: int) -> str:
-    """The name of a process, from /proc."""
-    return Path(f"/proc/{pid}/comm").read_text().strip()
-
-
-def with_arguments(daemon: Daemon, *arguments: str) -> list[int]:
-    """The processes in there that have all of these on their command line."""
-    found = []
-    for pid in daemon.processes():
-        line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if all(argument.encode() in line for argument in arguments):
-            found.append(pid)
-    return found
-
-
 def test_upgrade_rolls_back_if_hook_is_killed_in_commit(
     daemon: Daemon, start: StartDomain, old: Path, new: Path
 ) -> None:
@@ -51,12 +36,12 @@ def test_upgrade_rolls_back_if_hook_is_killed_in_commit(
     ):
         upgrade.resume()
         checkpoint.wait()
-        [keeper] = (pid for pid in daemon.processes() if name_of(pid) == "sevhop-keeper")
+        [keeper] = daemon.named("sevhop-keeper")
         os.kill(keeper, signal.SIGSTOP)
         try:
             checkpoint.release()
-            wait_until(lambda: bool(with_arguments(daemon, guest.name, "started", "sevhop")), 60, "the hook runs")
-            for pid in with_arguments(daemon, guest.name, "started", "sevhop"):
+            wait_until(lambda: bool(daemon.with_arguments(guest.name, "started", "sevhop")), 60, "the hook runs")
+            for pid in daemon.with_arguments(guest.name, "started", "sevhop"):
                 kill(pid)
         finally:
             os.kill(keeper, signal.SIGCONT)

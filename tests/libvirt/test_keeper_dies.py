@@ -151,8 +151,7 @@ def test_keeper_ignores_signals(daemon: Daemon, start: StartDomain, new: Path) -
 
 def keepers(daemon: Daemon) -> list[int]:
     """Both processes."""
-    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in daemon.processes()}
-    return [pid for pid, name in names.items() if name in (KEEPER, SUPERVISOR)]
+    return daemon.named(KEEPER, SUPERVISOR)
 
 
 def test_guest_is_lost_when_both_are_killed(daemon: Daemon, start: StartDomain, new: Path) -> None:

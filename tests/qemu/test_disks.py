@@ -479,7 +479,7 @@ def test_disk_that_the_source_does_not_give_up_rolls_back(
 
     export_it = on(second, ("nbd-server-start", {"addr": address}), ("block-export-add", export))
     after_the_last_check(monkeypatch, export_it)
-    reason = "given up disk second" if version == "new" else "cannot save the device state of the old QEMU"
+    reason = "has not released disk second" if version == "new" else "cannot save the device state of the old QEMU"
     with pytest.raises(RolledBack, match=reason):
         HopDriver().run(guest, other)
     assert guest.pid == pid
