@@ -6,31 +6,22 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
-
 from tests.support.guests import emulators
-from tests.support.guests.running import Guest
 
 from ...qemu.hops import HopDriver
 from ..contract.sev import contexts
-from ..qemu.conftest import DescribeSev, StartEs, StartGuest, sev_machine, start, start_es
+from ..qemu.conftest import DescribeSev, StartGuest, sev_machine, start
 
-__all__ = ["sev_machine", "start", "start_es"]
+__all__ = ["sev_machine", "start"]
 
 #: Seconds for a step; encryption makes it slower still.
 PATIENCE = 120.0
 HOPS = 10
 
 
-@pytest.fixture(params=["sev", "sev-es"])
-def guest(request: pytest.FixtureRequest, sev_machine: DescribeSev, start: StartGuest, start_es: StartEs) -> Guest:
-    """A counting guest in the older QEMU."""
-    guest: Guest = start_es(emulators.OLD) if request.param == "sev-es" else start(sev_machine())
+def test_guest_counts_on_after_each_of_ten_hops(sev_machine: DescribeSev, start: StartGuest) -> None:
+    guest = start(sev_machine())
     guest.wait_for_ticks(3)
-    return guest
-
-
-def test_guest_counts_on_after_each_of_ten_hops(guest: Guest) -> None:
     (context,) = contexts()
     for label in itertools.islice(itertools.cycle((emulators.NEW, emulators.OLD)), HOPS):
         report = HopDriver().run(guest, emulators.emulator(label), timeout=PATIENCE, start_timeout=PATIENCE)
