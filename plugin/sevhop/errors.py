@@ -62,7 +62,7 @@ class Refused(HopError):
 
 class RolledBack(HopError):
     """
-    The hop failed before its commit, and everything was undone. A guest that another client has saved to disk meanwhile
+    The hop failed before its commit, and was rolled back. A guest that another client has saved to disk meanwhile
     is that client's to resume: nothing is left to do for ``sevhop recover``.
     """
 

@@ -286,7 +286,7 @@ class Transaction(abc.ABC):
         Roll back, because of a failure.
 
         :raises RecoveryRequired: that is not possible; nothing of the guest is lost.
-        :raises RolledBack: all is undone, and the guest is where another client has put it.
+        :raises RolledBack: the hop is rolled back, and the guest is where another client has put it.
         :raises GuestLost: its QEMU has exited, and no other process had all of it.
         """
         try:

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         _parser().error("no command")
-    # So that the machine is ended and files half made are removed.
+    # So that the machine is terminated and incomplete files are removed.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     job = wire.Job(command, os.getcwd(), _environment(options.kernel))
