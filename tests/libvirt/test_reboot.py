@@ -56,7 +56,8 @@ def wait_for_restart(guest: DomainGuest) -> None:
 
 def reset_by_guest(guest: DomainGuest) -> None:
     """By the reset register of its chipset."""
-    guest.daemon.virsh("qemu-monitor-command", guest.name, "--hmp", "o /b 0xcf9 6")
+    # QEMU may have exited before libvirt has the reply.
+    guest.daemon.run("virsh", "qemu-monitor-command", guest.name, "--hmp", "o /b 0xcf9 6")
 
 
 def reset_by_host(guest: DomainGuest) -> None:
