@@ -20,7 +20,7 @@ from sevhop.records.run_directory import RUN
 
 from tests.support.guests import domain_life, linux
 from tests.support.guests.build import ROOT
-from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.daemon import Daemon, Description, DomainGuest, process_file
 from tests.support.guests.domain_life import DomainLife
 from tests.support.guests.judge import Verdict
 from tests.support.guests.life import Life, lived_in
@@ -259,7 +259,7 @@ class Domain(SoakedGuest):
         return self._guest.daemon.left_over()
 
     def _keepers(self) -> list[int]:
-        return [pid for pid in self._guest.daemon.processes() if _name(pid).startswith("sevhop")]
+        return [pid for pid in self._guest.daemon.processes() if process_file(pid, "comm").startswith(b"sevhop")]
 
     def daemon(self) -> int | None:
         """See :class:`SoakedGuest`."""
@@ -274,10 +274,3 @@ def _run(*words: str | Path) -> Done:
     return subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=_TIMEOUT, check=False
     )
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""

@@ -203,18 +203,18 @@ class Daemon:
 
     def named(self, *names: str) -> list[int]:
         """Those of the processes that have one of these names, as far as they are still there."""
-        return [pid for pid in self.processes() if _of_process(pid, "comm").decode().strip() in names]
+        return [pid for pid in self.processes() if process_file(pid, "comm").decode().strip() in names]
 
     def with_arguments(self, *arguments: str) -> list[int]:
         """Those of the processes that have all of these on their command line, as far as they are still there."""
         return [
             pid
             for pid in self.processes()
-            if (line := _of_process(pid, "cmdline")) and all(argument.encode() in line for argument in arguments)
+            if (line := process_file(pid, "cmdline")) and all(argument.encode() in line for argument in arguments)
         ]
 
 
-def _of_process(pid: int, file: str) -> bytes:
+def process_file(pid: int, file: str) -> bytes:
     """A file of a process in /proc; nothing of one that has ended."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/{file}").read_bytes()
