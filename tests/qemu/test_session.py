@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,13 +23,13 @@ import asyncio, os, signal, sys
 from sevhop.cli import commands
 from sevhop.engine.transaction import Transaction
 
-phase, monitor, emulator = sys.argv[1:]
+phase, monitor, emulator, reached = sys.argv[1:]
 run_phase = Transaction.run_phase
 
 async def halting(self, name, work):
     async def halted():
         if name == phase:
-            print("reached", file=sys.__stderr__, flush=True)
+            os.write(int(reached), b"reached")
             await asyncio.to_thread(sys.stdin.readline)
         return await work
     return await run_phase(self, name, halted())
@@ -62,14 +63,21 @@ class WaitingHop:
 
 
 def waiting_at(phase: str, guest: Guest, emulator: Path, *wrapper: str) -> Iterator[WaitingHop]:
-    command = [*wrapper, sys.executable, "-c", PROGRAM, phase, str(guest.machine.monitor), str(emulator)]
+    # Not on its stderr: another thread of it writes there, and may do so in the middle of the line.
+    reached, theirs = os.pipe()
+    command = [*wrapper, sys.executable, "-c", PROGRAM, phase, str(guest.machine.monitor), str(emulator), str(theirs)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stderr is not None
-        while process.stderr.readline() != "reached\n":
-            assert process.poll() is None
-        yield WaitingHop(process)
-        process.kill()
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, pass_fds=[theirs]) as process:
+        os.close(theirs)
+        try:
+            ready, _, _ = select.select([reached], [], [], 60)
+            if not ready or not os.read(reached, 16):
+                process.kill()
+                raise AssertionError(f"the hop did not reach phase {phase}: {process.communicate()}")
+            yield WaitingHop(process)
+        finally:
+            os.close(reached)
+            process.kill()
 
 
 @pytest.mark.parametrize("number", INTERRUPTING)
