@@ -182,6 +182,7 @@ class Daemon:
         """Upgrade one domain; what is reported."""
         done = self.sevhop("upgrade", "--json", *words)
         report: dict[str, Any] = json.loads(done.stdout)["domains"][0]
+        print(json.dumps(report, indent=2), done.stderr)  # for a test that fails by it
         return report | {"status": done.returncode}
 
     def left_over(self) -> list[str]:
