@@ -190,7 +190,7 @@ struct move {
     int error; /* of the ioctl that moves the context; 0: moved */
     int vcpus; /* vCPUs whose CPUID was set again */
     int registers; /* vCPUs whose deferred registers were set */
-    int restore_error; /* of either of these */
+    int restore_error; /* of either of these, or of masking NMIs */
 };
 
 int sev_command(int vm, unsigned long request, struct kvm_sev_cmd *command);
@@ -206,12 +206,15 @@ int sev_deferred_regions(void);
 
 struct kvm_cpuid2;
 struct kvm_mp_state;
+struct kvm_vcpu_events;
 
 void vcpu_created(int vcpu);
 int vcpu_set_cpuid(int vcpu, unsigned long request, struct kvm_cpuid2 *cpuid);
 int vcpu_set_registers(int vcpu, unsigned long request, void *registers);
 int vcpu_get_registers(int vcpu, unsigned long request, void *registers);
 int vcpu_set_mp_state(int vcpu, unsigned long request, struct kvm_mp_state *state);
+int vcpu_set_events(int vcpu, unsigned long request, struct kvm_vcpu_events *events);
+int vcpu_get_events(int vcpu, unsigned long request, struct kvm_vcpu_events *events);
 void vcpus_restore(struct move *move);
 int vcpus_count(void);
 int vcpus_deferred(void);

@@ -92,6 +92,10 @@ static int kvm_ioctl(int fd, unsigned long request, void *argument)
         return vcpu_get_registers(fd, request, argument);
     case KVM_SET_MP_STATE:
         return vcpu_set_mp_state(fd, request, argument);
+    case KVM_SET_VCPU_EVENTS:
+        return vcpu_set_events(fd, request, argument);
+    case KVM_GET_VCPU_EVENTS:
+        return vcpu_get_events(fd, request, argument);
     case KVM_MEMORY_ENCRYPT_OP:
         if (argument) /* without one, QEMU only asks whether the kernel knows SEV */
             return sev_command(fd, request, argument);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * vCPU registers that the kernel accepts only after the move, and halted vCPUs of SEV-ES guests.
+ * vCPU registers that the kernel accepts only after the move; SEV-ES guests' vCPUs that are halted, or handle an NMI.
  *
  * An encrypted guest has the C-bit set in CR3. To KVM that is a reserved address bit until KVM_SET_CPUID2 is called on
  * a VM that is an SEV guest; the destination becomes one only by the move, long after its CPUID was set. So the device
@@ -29,6 +29,8 @@ struct vcpu {
     struct kvm_cpuid2 *cpuid;
     unsigned long deferred_request; /* 0: nothing is deferred */
     union registers deferred;
+    bool nmis_masked; /* as deferred_events says */
+    struct kvm_vcpu_events deferred_events;
 };
 
 static struct vcpu *vcpus;
@@ -176,7 +178,42 @@ int vcpu_set_mp_state(int fd, unsigned long request, struct kvm_mp_state *state)
     return libc()->ioctl(fd, request, state);
 }
 
-/* After the move, for all vCPUs: first CPUID, which makes the C-bit valid in addresses, then the registers. */
+/*
+ * While a vCPU handles an NMI, KVM intercepts its IRET: not that of an SEV-ES guest, which reports the end itself. But
+ * before the move KVM takes this VM for a plain one, and after it never ends the interception, which the guest gets as an
+ * exception that it does not know. So NMIs are masked after the move.
+ */
+int vcpu_set_events(int fd, unsigned long request, struct kvm_vcpu_events *events)
+{
+    struct vcpu *vcpu = hop.context == CONTEXT_SEV_ES && before_move() ? find(fd) : NULL;
+    struct kvm_vcpu_events unmasked = *events;
+    int result;
+
+    if (!vcpu)
+        return libc()->ioctl(fd, request, events);
+    unmasked.nmi.masked = 0;
+    result = libc()->ioctl(fd, request, &unmasked);
+    if (!result) {
+        pthread_mutex_lock(&adopt_lock);
+        vcpu->nmis_masked = events->nmi.masked;
+        vcpu->deferred_events = *events;
+        pthread_mutex_unlock(&adopt_lock);
+    }
+    return result;
+}
+
+/* QEMU may set what it has read here. */
+int vcpu_get_events(int fd, unsigned long request, struct kvm_vcpu_events *events)
+{
+    int result = libc()->ioctl(fd, request, events);
+    struct vcpu *vcpu = before_move() && !result ? find(fd) : NULL;
+
+    if (vcpu && vcpu->nmis_masked)
+        events->nmi.masked = 1;
+    return result;
+}
+
+/* After the move, for all vCPUs: first CPUID, which makes the C-bit valid in addresses, then the registers, then NMIs. */
 void vcpus_restore(struct move *move)
 {
     pthread_mutex_lock(&adopt_lock);
@@ -200,6 +237,16 @@ void vcpus_restore(struct move *move)
         }
         vcpu->deferred_request = 0;
         move->registers++;
+    }
+    for (struct vcpu *vcpu = vcpus; vcpu; vcpu = vcpu->next) {
+        if (!vcpu->nmis_masked)
+            continue;
+        if (libc()->ioctl(vcpu->fd, KVM_SET_VCPU_EVENTS, &vcpu->deferred_events) < 0) {
+            move->restore_error = errno;
+            warn("cannot mask NMIs of a vCPU after the move: %s", strerror(errno));
+            continue;
+        }
+        vcpu->nmis_masked = false;
     }
     pthread_mutex_unlock(&adopt_lock);
 }

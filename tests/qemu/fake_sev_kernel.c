@@ -11,6 +11,8 @@
  *   $FAKE_SEV_LAUNCH: there is a context from the beginning, as for a source, and launch commands are accepted
  *   $FAKE_SEV_STATE: vCPU state that is set goes to the log as well: local APIC and MP state
  *   GET_MP_STATE reports $FAKE_SEV_MP_STATE, if that is given
+ *   $FAKE_SEV_NMI: GET_VCPU_EVENTS reports that NMIs are masked, as of a vCPU that handles one
+ *   $FAKE_SEV_EVENTS: whether NMIs are masked by SET_VCPU_EVENTS goes to the log as well
  *   $FAKE_SEV_MOVE_ERRNO: what the move gives
  */
 #define _GNU_SOURCE
@@ -137,6 +139,22 @@ static int get_mp_state(int fd, unsigned long request, struct kvm_mp_state *stat
     return result;
 }
 
+static int set_events(int fd, unsigned long request, struct kvm_vcpu_events *events)
+{
+    if (getenv("FAKE_SEV_EVENTS"))
+        note("NMIs %s\n", events->nmi.masked ? "masked" : "not masked");
+    return real(fd, request, events);
+}
+
+static int get_events(int fd, unsigned long request, struct kvm_vcpu_events *events)
+{
+    int result = real(fd, request, events);
+
+    if (!result && getenv("FAKE_SEV_NMI"))
+        events->nmi.masked = 1;
+    return result;
+}
+
 static int register_region(const struct kvm_enc_region *region)
 {
     if (!context_is_here())
@@ -226,6 +244,10 @@ int ioctl(int fd, unsigned long request, ...)
         return set_mp_state(fd, request, argument);
     case KVM_GET_MP_STATE:
         return get_mp_state(fd, request, argument);
+    case KVM_SET_VCPU_EVENTS:
+        return set_events(fd, request, argument);
+    case KVM_GET_VCPU_EVENTS:
+        return get_events(fd, request, argument);
     case KVM_SET_LAPIC:
         if (getenv("FAKE_SEV_STATE"))
             note("local APIC\n");

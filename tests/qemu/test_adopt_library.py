@@ -1071,6 +1071,22 @@ def test_sev_es_guest_is_adopted(
                 assert flag.protected() == 1
 
 
+def save_state(qemu: Path, arguments: list[str], fake_kernel: str, state: Path, **vcpus: int) -> None:
+    """
+    Save the device state of a machine.
+
+    :param vcpus: what the fake kernel reports of its vCPUs.
+    """
+    environment = {**os.environ, "LD_PRELOAD": fake_kernel, **{name: str(value) for name, value in vcpus.items()}}
+    with Destination([qemu, *arguments], environment) as source:
+        source.execute("xen-save-devices-state", {"filename": str(state)})
+
+
+def load_state(destination: Destination, state: Path) -> None:
+    destination.execute("migrate-incoming", {"uri": f"exec:cat {state}"})
+    wait_until(lambda: destination.execute("query-migrate").get("status") == "completed", 20, "the state is loaded")
+
+
 @NEEDS_FIRMWARE
 @EVERY_EMULATOR
 @pytest.mark.parametrize(("context", "set_to"), [("sev", HALTED), ("sev-es", RUNNABLE)])
@@ -1089,9 +1105,7 @@ def test_vcpu_state_that_is_not_encrypted_reaches_the_kernel(
     """The local APIC, and the MP state; but no vCPU of an SEV-ES guest is halted: it would not wake up."""
     state = tmp_path / "state"
     more = [*FIRMWARE, "-smp", "2", "-global", "migration.send-configuration=off"]
-    halted = {**os.environ, "LD_PRELOAD": fake_kernel, "FAKE_SEV_MP_STATE": str(HALTED)}
-    with Destination([qemu, *machine(kvm, *more, incoming=False)], halted) as source:
-        source.execute("xen-save-devices-state", {"filename": str(state)})
+    save_state(qemu, machine(kvm, *more, incoming=False), fake_kernel, state, FAKE_SEV_MP_STATE=HALTED)
     monkeypatch.setenv("FAKE_SEV_STATE", "1")
     with (
         Keeper([memory], context=context, more=FACTS) as keeper,
@@ -1099,18 +1113,48 @@ def test_vcpu_state_that_is_not_encrypted_reaches_the_kernel(
     ):
         destination.adopt_ram()
         before = len(kernel_log())
-        destination.execute("migrate-incoming", {"uri": f"exec:cat {state}"})
-        wait_until(lambda: destination.execute("query-migrate").get("status") == "completed", 20, "the state is loaded")
+        load_state(destination, state)
         loaded = kernel_log()[before:]
         assert loaded.count("local APIC") >= 2
         assert [line for line in loaded if line.startswith("mp state")] == [f"mp state {set_to}"] * 2
 
 
-def save_encrypted(qemu: Path, arguments: list[str], fake_kernel: str, cr3: int, state: Path) -> None:
-    """Save the device state of a machine whose page tables are encrypted: its vCPUs have this CR3."""
-    environment = {**os.environ, "LD_PRELOAD": fake_kernel, "FAKE_SEV_CR3": str(cr3)}
-    with Destination([qemu, *arguments], environment) as source:
-        source.execute("xen-save-devices-state", {"filename": str(state)})
+@NEEDS_FIRMWARE
+@EVERY_EMULATOR
+@pytest.mark.parametrize(("context", "before_move"), [("sev", "masked"), ("sev-es", "not masked")])
+def test_vcpu_that_handles_an_nmi_masks_others_after_the_move(
+    context: str,
+    before_move: str,
+    qemu: Path,
+    kvm: Accelerator,
+    memory: Memory,
+    vm: int,
+    fake_kernel: str,
+    c_bit: int,
+    tmp_path: Path,
+    kernel_log: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before it, KVM would intercept the IRET of an SEV-ES guest for good."""
+    state = tmp_path / "state"
+    more = [*FIRMWARE, "-global", "migration.send-configuration=off"]
+    save_state(qemu, machine(kvm, *more, incoming=False), fake_kernel, state, FAKE_SEV_NMI=1)
+    monkeypatch.setenv("FAKE_SEV_EVENTS", "1")
+    with (
+        Keeper([memory], context=context, more=FACTS) as keeper,
+        Destination.adopting(qemu, machine(kvm, *more, *sev_guest(c_bit, context)), keeper, fake_kernel) as destination,
+    ):
+        destination.adopt_ram()
+        before = len(kernel_log())
+        load_state(destination, state)
+        destination.hmp("info registers")  # QEMU reads them, and later sets what it has read
+        assert destination.move_from(vm).restore_errno == 0
+        log = kernel_log()[before:]
+        moved = log.index("moved")
+        assert {line for line in log[:moved] if "masked" in line} == {f"NMIs {before_move}"}
+        assert [line for line in log if "masked" in line][-1] == "NMIs masked"
+        destination.execute("cont")
+        assert {line for line in kernel_log()[before + moved :] if "masked" in line} <= {"NMIs masked"}
 
 
 @EVERY_EMULATOR
@@ -1127,7 +1171,8 @@ def test_registers_that_the_kernel_refuses_end_the_destination(
     other_bit = 40 if c_bit != 40 else 41
     state = tmp_path / "state"
     more = ["-global", "migration.send-configuration=off"]
-    save_encrypted(qemu, machine(kvm, *more, incoming=False), fake_kernel, 0x5000 | 1 << other_bit, state)
+    cr3 = 0x5000 | 1 << other_bit
+    save_state(qemu, machine(kvm, *more, incoming=False), fake_kernel, state, FAKE_SEV_CR3=cr3)
     monkeypatch.setenv("FAKE_SEV_BIT", str(other_bit))
     with (
         Keeper([memory], context="sev", more=FACTS) as keeper,
@@ -1156,15 +1201,14 @@ def test_encrypted_page_tables_survive_the_hop(
     cr3 = 0x5000 | 1 << c_bit
     state = tmp_path / "state"
     more = ["-smp", "2", "-global", "migration.send-configuration=off"]
-    save_encrypted(qemu, machine(kvm, *more, incoming=False), fake_kernel, cr3, state)
+    save_state(qemu, machine(kvm, *more, incoming=False), fake_kernel, state, FAKE_SEV_CR3=cr3)
     monkeypatch.setenv("FAKE_SEV_BIT", str(c_bit))
     with (
         Keeper([memory], context="sev", more=FACTS) as keeper,
         Destination.adopting(qemu, machine(kvm, *more, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
     ):
         destination.adopt_ram()
-        destination.execute("migrate-incoming", {"uri": f"exec:cat {state}"})
-        wait_until(lambda: destination.execute("query-migrate").get("status") == "completed", 20, "the state is loaded")
+        load_state(destination, state)
         assert destination.status().deferred_registers == 2
         # A query makes QEMU read the registers, and later set what it has read.
         assert re.search(f"CR3=0*{cr3:x} ", destination.hmp("info registers"))
