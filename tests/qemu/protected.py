@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sevhop.checks import registers
 from sevhop.checks.result import Status
-from sevhop.guest import inspection
+from sevhop.guest import inspection, runtime_settings
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 
@@ -42,3 +42,12 @@ def assert_can_hop_again(monitor: Path) -> int:
     assert found.result is not None, "it is no SEV-ES guest"
     assert found.result.status is Status.PASS, found.result
     return found.flag
+
+
+def reboot_action_of(pid: int) -> str:
+    """What a QEMU does when its guest reboots."""
+    process = QemuProcess.open(pid)
+    try:
+        return runtime_settings.actions(process)["reboot"]
+    finally:
+        process.close()

@@ -16,13 +16,17 @@ import pytest
 from sevhop.checks import registers
 from sevhop.errors import RolledBack
 from sevhop_qmp import exported
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.protected_state import ProtectedState
 
 from tests.support.guests import emulators
+from tests.support.guests.running import wait_ended
 
 from .conftest import StartEs
 from .hops import HopDriver, ObservedHop, kill_destination, observe_commands
+from .protected import reboot_action_of
 
 WITH_FLAG = (emulators.NEW, emulators.UNSTABLE)
 
@@ -76,21 +80,45 @@ def test_destination_can_hop_again(start_es: StartEs, emulator: Callable[[str], 
     assert guest.stop().unharmed
 
 
-def test_flag_is_set_again_by_a_rollback(start_es: StartEs, emulator: Callable[[str], Path]) -> None:
+def test_flag_and_reboot_action_are_set_again_by_a_rollback(start_es: StartEs, emulator: Callable[[str], Path]) -> None:
     guest = start_es(emulators.NEW)
     pid = guest.pid
     seen: list[Any] = []
 
     def fail(hop: ObservedHop) -> None:
         seen.append(flag_of(hop.report.source_pid, emulators.NEW))
+        assert reboot_action_of(pid) == "shutdown"
         kill_destination(hop)
 
     with pytest.raises(RolledBack):
         HopDriver().run(guest, emulator(emulators.NEW), at="commit", fault=fail)
     assert (guest.pid, seen) == (pid, [0])
     assert flag_of(pid, emulators.NEW) == 1
+    assert reboot_action_of(pid) == "reset"
     guest.wait_for_ticks(5)
     assert guest.stop().unharmed
+
+
+def test_guest_that_reboots_before_the_stop_ends_as_without_a_hop(
+    start_es: StartEs, emulator: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the flag is cleared QEMU would reset it instead, and go on with a guest whose registers it cannot set."""
+    guest = start_es(emulators.NEW)
+    pid = guest.pid
+    execute = Monitor.execute
+    cleared: list[bool] = []
+
+    async def reboot_first(self: Monitor, command: str, *arguments: Any, **options: Any) -> Any:
+        if command == "stop" and not cleared:
+            cleared.append(flag_of(pid, emulators.NEW) == 0)
+            await execute(self, "system_reset")
+        return await execute(self, command, *arguments, **options)
+
+    monkeypatch.setattr(Monitor, "execute", reboot_first)
+    with pytest.raises(SevhopError):
+        HopDriver().run(guest, emulator(emulators.NEW))
+    assert cleared == [True]
+    assert wait_ended(pid, 10)
 
 
 def test_context_moves_when_the_source_is_halted(

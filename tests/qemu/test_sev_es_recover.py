@@ -28,10 +28,12 @@ from ..conftest import NoteFault
 from .conftest import StartEs
 from .hops import HopDriver, assert_unharmed
 from .interrupted import interrupt_hop, note, recover
-from .protected import BROKEN_HOP, assert_can_hop_again
+from .protected import BROKEN_HOP, assert_can_hop_again, reboot_action_of
 
 PATH = "An SEV-ES guest outside libvirt"
 
+#: The source has the guest, which runs, and the flag is set: only what it does at a reboot is changed.
+PREPARING = ("before set-action 0", "after set-action 0")
 #: The source has all of the guest.
 STOPPING = ("before stop 0", "before xen-save-devices-state 0")
 #: It is a matter of a millisecond whether all of its state was read.
@@ -41,18 +43,19 @@ SAVED = (
     *("phase load", "before halt 0", "after halt 0", "before stream-end 0", "after stream-end 0", "phase commit"),
     "before x-sev-migrate-from 0",
 )
-IN_THE_SOURCE = (*STOPPING, *BEING_SAVED, *SAVED)
+STOPPED = (*STOPPING, *BEING_SAVED, *SAVED)
+IN_THE_SOURCE = (*PREPARING, *STOPPED)
 #: The context is the destination's, where the guest has not run.
 MOVED = ("after x-sev-migrate-from 0", "phase resume", "before cont 0")
 RUNNING = (
-    *("after cont 0", "phase finish", "before end-source 0", "after end-source 0", "before set-action 0"),
+    *("after cont 0", "phase finish", "before end-source 0", "after end-source 0"),
     *("before x-sev-adopt-finish 0", "after x-sev-adopt-finish 0"),
 )
 ALL = (*IN_THE_SOURCE, *MOVED, *RUNNING)
 #: What may be refused, or not answered.
 COMMANDS = [point for point in ALL if point.startswith("before ")]
 #: In these the hop is completed although one is.
-COMPLETED = ("before cont 0", "before end-source 0", "before set-action 0", "before x-sev-adopt-finish 0")
+COMPLETED = ("before cont 0", "before end-source 0", "before x-sev-adopt-finish 0")
 #: At both sides of the commit.
 MOVING = ("before x-sev-migrate-from 0", "after x-sev-migrate-from 0")
 
@@ -104,24 +107,28 @@ def see_lost(note_fault: NoteFault, guest: Guest, point: str, fault: str) -> Non
     note_fault(PATH, point, fault, Cell("*ended with its QEMU*", 0, 0))
 
 
-@pytest.mark.parametrize("point", chosen(ALL, "after stop 0", "after halt 0", *MOVING, "before x-sev-adopt-finish 0"))
+@pytest.mark.parametrize(
+    "point", chosen(ALL, PREPARING[1], "after stop 0", "after halt 0", *MOVING, "before x-sev-adopt-finish 0")
+)
 def test_sev_es_guest_survives_command_killed(point: str, guest: Guest, offset: int, note_fault: NoteFault) -> None:
     source = guest.pid
     assert interrupt(guest, point, "command") == -signal.SIGKILL
     if point in (*IN_THE_SOURCE, *MOVED):
-        assert flag_of(source, offset) == 0, "so there is something to be set again"
+        assert flag_of(source, offset) == (1 if point in PREPARING else 0), "so there is something to be set again"
+        assert reboot_action_of(source) == ("reset" if point == PREPARING[0] else "shutdown")
     answer = recover()
     assert answer["status"] == 0, answer
     (one,) = answer["guests"]
     assert (one["result"], one["detail"]) == ("source" if point in IN_THE_SOURCE else "destination", "")
     assert (guest.pid == source) == (one["result"] == "source")
+    assert reboot_action_of(guest.pid) == ("reset" if guest.pid == source else "shutdown")
     see_end(note_fault, guest, point, "command", one["result"])
     assert HopDriver().run(guest, emulators.emulator(emulators.NEW)).outcome == "done"
     assert_unharmed(guest)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("point", STOPPING)
+@pytest.mark.parametrize("point", (*PREPARING, *STOPPING))
 def test_sev_es_guest_is_lost_with_source_killed_before_save(point: str, guest: Guest, note_fault: NoteFault) -> None:
     assert interrupt(guest, point, "source") == 5
     assert recover() == {"guests": [], "status": 0}
@@ -147,7 +154,7 @@ def test_sev_es_guest_survives_source_killed_after_save(point: str, guest: Guest
     see_end(note_fault, guest, point, "source", "destination")
 
 
-@pytest.mark.parametrize("point", chosen((*IN_THE_SOURCE, *MOVED), "after halt 0", *MOVING))
+@pytest.mark.parametrize("point", chosen((*STOPPED, *MOVED), "after halt 0", *MOVING))
 def test_sev_es_guest_survives_destination_killed(point: str, guest: Guest, offset: int, note_fault: NoteFault) -> None:
     """It is rolled back, unless the move was done, or may have been: then another QEMU gets the guest."""
     source = guest.pid
@@ -185,7 +192,7 @@ def test_sev_es_guest_survives_qemu_error_or_silence(
     see_end(note_fault, guest, point, fault, end, "another one" if unanswered else "")
 
 
-@pytest.mark.parametrize("point", chosen((*IN_THE_SOURCE, *MOVED), STOPPING[0]))
+@pytest.mark.parametrize("point", chosen((*STOPPED, *MOVED), STOPPING[0]))
 def test_sev_es_guest_survives_source_that_hangs(point: str, guest: Guest, note_fault: NoteFault) -> None:
     """Until it has saved its state the hop waits for it, and is rolled back. Then it need not answer any more."""
     source = guest.pid

@@ -202,6 +202,7 @@ class InterruptedUpgrade:
                 "find out which of the two has the guest",
             )
         monitor = await domain.monitor()
+        await protected_state.set_reboot_action(monitor, record.reboot_action)
         status = await monitor.execute("query-status")
         # One that has shut down since, had an I/O error, or was paused by another client, stays as it is.
         ours = status["running"] or (status["status"] in STOPPED and record.stopped)

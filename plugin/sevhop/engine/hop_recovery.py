@@ -143,7 +143,9 @@ class InterruptedHop:
             restore_oom_score_adj(self._old.process, record.oom_score_adj)
         protected_state.restore(self._old.process, record.protected_state)
         try:
-            state = await self._old.resume(running=record.running and record.stopped)
+            state = await self._old.resume(
+                running=record.running and record.stopped, reboot_action=record.reboot_action
+            )
         except MonitorError:
             if self._old.alive:
                 raise

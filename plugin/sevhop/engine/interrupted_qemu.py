@@ -18,7 +18,7 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..disks import block_graph
-from . import ownership
+from . import ownership, protected_state
 from .destination import Destination, connect
 from .stopped_guest import halt, resume_guest, resume_source, resumed_by_another
 
@@ -87,17 +87,19 @@ class OldQemu:
         if self._monitor is not None and self._resumes is not None and await self._monitor.has_events(self._resumes):
             raise resumed_by_another()
 
-    async def resume(self, *, running: bool) -> str:
+    async def resume(self, *, running: bool, reboot_action: str = "") -> str:
         """
         Continue the process, and resume the guest.
 
         :param running: whether the guest is to run.
+        :param reboot_action: to be set before; see :mod:`sevhop.engine.protected_state`.
         :return: its run state.
         :raises SevhopError: it cannot be resumed.
         """
         assert self.process is not None
         self.process.thaw()
         monitor = await self._connected()
+        await protected_state.set_reboot_action(monitor, reboot_action)
         state = await resume_source(monitor, running=running)
         with contextlib.suppress(MonitorError, CommandError):
             await monitor.remove_fds()

@@ -75,6 +75,7 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     hop.rollback.push(acquired.guest_paths.discard)
     hop.rollback.push(lambda: restore_oom_score_adj(checked.source, acquired.oom_score_adj))
     launch.protect_from_oom(checked.source.pid)
+    await protected_state.forbid_resets(hop, checked.monitor, checked.source, checked.flag)
     run_mark = await _leave_run_mark(hop, checked)
     pinned = await vm_generation_id.pinned(checked.arguments.arguments, checked.monitor)
     arguments = replace(checked.arguments, arguments=pinned)

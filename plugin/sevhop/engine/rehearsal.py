@@ -96,7 +96,8 @@ class Subject:
     :ivar domain: as libvirt knows it.
     :ivar leases: whether libvirt holds leases for it while it runs.
     :ivar stopped: called before the guest is stopped, and when it was resumed.
-    :ivar flag: see :class:`sevhop.checks.registers.Registers`.
+    :ivar flag: see :class:`sevhop.checks.registers.Registers`. Resets must be forbidden
+        (:mod:`sevhop.engine.protected_state`).
     """
 
     name: str

@@ -188,6 +188,7 @@ async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDom
         hop.resources.callback(keeper.close)
         hop.rollback.push(keeper.release)
         hop.record(directory=str(keeper.directory))
+    await protected_state.forbid_resets(hop, checked.monitor, checked.source, checked.flag)
     return keeper
 
 
