@@ -137,6 +137,18 @@ def test_program_is_started_once_for_each_build(
     assert len(starts) == 4, "two builds without an ID are not distinguished"
 
 
+@pytest.mark.parametrize("offset", [-1, 0, 512])
+def test_flag_outside_what_is_searched_is_not_believed(
+    offset: int, source: Source, starts: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def find(*_: object) -> int:
+        return offset
+
+    monkeypatch.setattr(registers, "_find", find)
+    assert "adopt.so does not find" in failure(examine(source)).detail
+    assert registers._offsets == {}
+
+
 def test_flag_that_is_not_found_fails(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     async def none(*_: object) -> int:
         return 0
@@ -158,7 +170,7 @@ def test_program_that_cannot_be_started_fails(source: Source, monkeypatch: pytes
     )
 
 
-@pytest.mark.parametrize(("value", "hint"), [(0, "run: sevhop recover"), (2, registers._HINT)])
+@pytest.mark.parametrize(("value", "hint"), [(0, registers._CLEARED), (2, registers._HINT)])
 def test_flag_that_is_not_set_fails(
     value: int, hint: str, source: Source, starts: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

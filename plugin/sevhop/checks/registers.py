@@ -39,6 +39,9 @@ from .result import CheckResult, Status, failed, passed
 #: Of a vCPU; its statistics (``kvm-vcpu-stats``) have a descriptor of their own in newer QEMUs.
 _VCPU_LINK = "anon_inode:kvm-vcpu:"
 _HINT = "shut the guest down and start it in another build of QEMU; and report this"
+_CLEARED = "run: sevhop recover; if no hop of this guest is found, shut it down and start it again"
+#: Bytes of the ``KVMState`` among which adopt.so looks for the flag (qmp_ext/adopt/protected_state.c).
+_SEARCHED = 512
 _MACHINE = ("-accel", "kvm", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio")
 _COMMANDS = b'{"execute": "qmp_capabilities"} {"execute": "x-sev-adopt-status"} {"execute": "quit"}'
 
@@ -77,7 +80,7 @@ async def examine(guest: Guest, process: QemuProcess, monitor: Commands) -> Regi
         return Registers(_failed(guest, err.message, err.hint or _HINT))
     if value != 1:
         reason = f"its flag guest_state_protected is {value}, not 1"
-        return Registers(_failed(guest, reason, "run: sevhop recover" if value == 0 else _HINT))
+        return Registers(_failed(guest, reason, _CLEARED if value == 0 else _HINT))
     return Registers(passed("registers", "QEMU can save all vCPU state"), flag)
 
 
@@ -109,7 +112,7 @@ async def _offset(context: SevContext, process: QemuProcess, monitor: Commands) 
     build = exported.build_id(process)
     if build not in _offsets:
         offset = await _find(context, process, monitor)
-        if not offset:
+        if not 0 < offset < _SEARCHED:
             raise SevhopError("it has a flag guest_state_protected that adopt.so does not find", _HINT)
         if not build:
             return offset

@@ -76,7 +76,7 @@ def kernel(release: str, types: bytes) -> CheckResult:
     series, update = (int(found[1]), int(found[2])), int(found[3] or 0)
     if series < FIRST_KERNEL:
         return failed("kernel", f"Linux {release} cannot move a context", "Linux 5.16 or later is needed")
-    if _leaves_caches(series, update, types):
+    if _leaves_caches(series, update, types, candidate="-rc" in release):
         return failed(
             "kernel",
             f"Linux {release} moves a context and forgets which processors have cached data of the guest: when it "
@@ -86,9 +86,11 @@ def kernel(release: str, types: bytes) -> CheckResult:
     return passed("kernel", f"Linux {release}")
 
 
-def _leaves_caches(series: tuple[int, int], update: int, types: bytes) -> bool:
+def _leaves_caches(series: tuple[int, int], update: int, types: bytes, *, candidate: bool) -> bool:
+    """:param candidate: it is a release candidate, which may lack what the release has."""
     selective = _SELECTIVE in types if types else series >= SELECTIVE_KERNEL
-    fixed = series >= FIXED_KERNEL or update >= FIXED_STABLE.get(series, update + 1) or _FIXED in types
+    since_release = series > FIXED_KERNEL or (series == FIXED_KERNEL and not candidate)
+    fixed = since_release or update >= FIXED_STABLE.get(series, update + 1) or _FIXED in types
     return selective and not fixed
 
 
