@@ -173,7 +173,9 @@ class KeeperServer:
             self._checkpoint()
         elif self.record.peer != pid:
             return f"error process {self.record.peer} is the new QEMU of this guest", None
-        return HandoverProtocol(self._handles, self._config.context, self._run_mark, source_ended=True).answer(request)
+        context, stops = self._config.context, self._config.stops_at_reboot
+        protocol = HandoverProtocol(self._handles, context, self._run_mark, source_ended=True, stops_at_reboot=stops)
+        return protocol.answer(request)
 
     # -- the command and the hook ------------------------------------------------------------------
 
