@@ -57,9 +57,11 @@ def test_domain_that_cannot_be_reset_gets_a_mark(reboots: Path) -> None:
     assert (reboots / "web" / "mark").read_bytes() == b"\0"
     assert (reboots / "web" / "domain").read_text() == f"{UUID} qemu:///system"
     assert {path.stat().st_mode & 0o777 for path in (reboots, reboots / "web")} == {0o700}
+    assert reboot_mark.names() == ["web"]
 
 
 def test_domain_that_can_be_reset_keeps_no_mark_and_is_asked_nothing(reboots: Path) -> None:
+    assert reboot_mark.names() == []
     stop(Monitor(), stops=True)
     monitor = Monitor()
     assert stop(monitor, stops=False) == ""

@@ -15,6 +15,7 @@ Below ``/run/sevhop/reboot``, root's alone, each of these domains has a director
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
@@ -47,6 +48,13 @@ def make(name: str, uuid: str, uri: str) -> int:
 def remove(name: str) -> None:
     """Remove the mark of a domain, if it has one."""
     shutil.rmtree(REBOOTS / name, ignore_errors=True)
+
+
+def names() -> list[str]:
+    """The domains that have a mark."""
+    with contextlib.suppress(OSError):
+        return sorted(path.name for path in REBOOTS.iterdir() if (path / "mark").exists())
+    return []
 
 
 def remove_all() -> None:
