@@ -9,6 +9,7 @@
  *   memory.c     the guest's memory: mapped privately until the hand-over, shared after it
  *   listeners.c  the source's listening sockets
  *   run_mark.c   records whether the guest has run here, for when this process has exited
+ *   reboot_action.c  a reboot stays a shutdown, if the guest cannot be reset here
  *   reboot_mark.c  records whether this process has shut down because of a reboot
  *   stream.c     the stream of the device state, whose first byte is the hand-over
  *   files.c      files that the source still writes
@@ -53,6 +54,7 @@ struct hop {
     bool keeper; /* a keeper is configured: this QEMU is the destination of a hop */
     enum guest_context context;
     bool source_ended;
+    bool stops_at_reboot; /* the guest cannot be reset here: a reboot is a shutdown */
     uint32_t handle; /* the source's firmware handle, for query-sev */
     unsigned char measurement[MEASUREMENT_SIZE];
     atomic_bool machine_complete;
@@ -104,6 +106,10 @@ enum run_mark {
 void run_mark_use(int fd);
 bool run_mark_write(enum run_mark state); /* false: it could not be written; without a mark nothing is written */
 bool run_mark_ran(void);
+
+/* ---- reboot_action.c ---- */
+
+void reboot_action_keep(void); /* whatever a client sets from now on */
 
 /* ---- reboot_mark.c ---- */
 

@@ -328,6 +328,8 @@ static void machine_complete(Notifier *notifier, void *data)
     atomic_store(&hop.machine_complete, true);
     if (hop.source_ended)
         cpu_properties_shorten();
+    if (hop.stops_at_reboot)
+        reboot_action_keep();
     if (hop.source_ended && memory_state() == RAM_PRIVATE)
         aio_bh_schedule_oneshot_full(qemu_get_aio_context(), share_automatically, NULL, "sevhop-adopt");
 }

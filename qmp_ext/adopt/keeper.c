@@ -5,6 +5,7 @@
  * One AF_UNIX SOCK_SEQPACKET connection, made at start or inherited (SEVHOP_KEEPER is a path or fd:N); one ASCII
  * message per request and per reply:
  *   hello 1          ok context=none|sev|sev-es source=running|ended [handle=N] [measurement=HEX]
+ *                      [reboot=shutdown]
  *                    error REASON
  *   memfd N NAME     fd SIZE, with the descriptor | none
  *   listener HEX     fd, with the descriptor      | none
@@ -144,6 +145,8 @@ static bool parse_hello(const char *word)
         hop.source_ended = false;
     else if (!strcmp(word, "source=ended"))
         hop.source_ended = true;
+    else if (!strcmp(word, "reboot=shutdown"))
+        hop.stops_at_reboot = true;
     else if (!strncmp(word, "handle=", 7)) {
         if (!parse_number(word + 7, &number) || number > UINT32_MAX)
             return false;

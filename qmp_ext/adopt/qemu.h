@@ -74,8 +74,11 @@ WEAK void qemu_register_shutdown_notifier(Notifier *notifier);
 extern WEAK unsigned char *kvm_state; /* a KVMState */
 WEAK void kvm_mark_guest_state_protected(void);
 
-/* Without these a hop takes longer, see cpu_properties.c. */
+/* Without these a client can undo it that a reboot is a shutdown, see reboot_action.c. */
 WEAK struct QmpCommand *qmp_find_command(QmpCommandList *list, const char *name);
+WEAK QmpCommandFunc qmp_marshal_set_action;
+
+/* Without these, and qmp_find_command(), a hop takes longer, see cpu_properties.c. */
 WEAK QmpCommandFunc qmp_marshal_qom_list;
 WEAK Object *object_resolve_path(const char *path, bool *ambiguous);
 WEAK Object *object_dynamic_cast(Object *object, const char *type);

@@ -16,10 +16,13 @@
 
 /* Of QEMU's ShutdownCause, the same ones since 4.0. */
 #define HOST_QMP_SYSTEM_RESET 3
+#define GUEST_SHUTDOWN 6
 #define GUEST_RESET 7
+#define GUEST_PANIC 8
 
 static volatile unsigned char *mark;
 
+/* QEMU may stay after a shutdown, until libvirt ends it by a signal: that is no other shutdown of the guest. */
 static void at_shutdown(Notifier *notifier, void *cause)
 {
     int number = *(const int *)cause;
@@ -27,6 +30,8 @@ static void at_shutdown(Notifier *notifier, void *cause)
     (void)notifier;
     if (number == HOST_QMP_SYSTEM_RESET || number == GUEST_RESET)
         *mark = 1;
+    else if (number == GUEST_SHUTDOWN || number == GUEST_PANIC)
+        *mark = 0;
 }
 
 static Notifier when_shut_down = {.notify = at_shutdown};

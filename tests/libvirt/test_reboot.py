@@ -7,6 +7,7 @@ That is so for SEV guests; here sevhop takes a plain one for such a guest, since
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
+from .failing import other_hook_refuses
+from .holding import PausedUpgrade
 
 _STOPS = """
 import sevhop.guest.reboot
@@ -32,9 +35,14 @@ def environment(tmp_path: Path) -> str:
     return f"PYTHONPATH={tmp_path}"
 
 
+def run_sevhop(daemon: Daemon, environment: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run it."""
+    return daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *words)
+
+
 def sevhop(daemon: Daemon, environment: str, *words: str | Path) -> str:
-    """Run it; what it prints."""
-    done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *words)
+    """Run it, which must succeed; what it prints."""
+    done = run_sevhop(daemon, environment, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,8 +57,12 @@ def upgrade(guest: DomainGuest, environment: str, emulator: Path) -> None:
 
 
 def wait_for_restart(guest: DomainGuest) -> None:
-    """Until it counts from the start, in another QEMU, of which nothing is recorded."""
+    """Until it counts from the start, once, in another QEMU, of which nothing is recorded."""
     wait_until(lambda: guest.seen().restarts == 1, 60, "the domain is started again")
+    ticks = guest.seen().ticks
+    wait_until(lambda: guest.seen().ticks >= ticks + 3, 60, "it counts")
+    wait_until(lambda: guest.daemon.with_arguments("cold_start") == [], 60, "nothing is about to start it")
+    assert guest.seen().restarts == 1
     assert guest.daemon.left_over() == []
 
 
@@ -95,6 +107,109 @@ def test_domain_that_reboots_after_recovery_is_started_again(
     wait_for_restart(guest)
 
 
+@pytest.mark.parametrize("recover", [False, True])
+def test_domain_that_another_client_has_restored_is_started_again(
+    recover: bool, daemon: Daemon, start: StartDomain, new: Path, environment: str
+) -> None:
+    """No command of sevhop's is there when the guest runs, or it comes late, when the keeper has exited."""
+    guest = start()
+    guest.wait_for_ticks(3)
+    output = sevhop(daemon, environment, "upgrade", "--prepare", "--json", guest.name, "--emulator", new)
+    daemon.virsh("restore", json.loads(output)["domains"][0]["image"])
+    guest.wait_for_ticks(3)
+    wait_until(lambda: daemon.named("sevhop-keeper") == [], 60, "the keeper exits")
+    if recover:
+        sevhop(daemon, environment, "recover", guest.name)
+    reset_by_guest(guest)
+    wait_until(lambda: guest.seen().restarts == 1, 60, "the domain is started again")
+    sevhop(daemon, environment, "recover")
+    wait_for_restart(guest)
+
+
+def test_domain_whose_upgrade_was_rolled_back_is_started_again(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, environment: str
+) -> None:
+    """It is in another process of the old emulator, which cannot reset it either."""
+    guest = start()
+    guest.wait_for_ticks(3)
+    with other_hook_refuses(daemon):
+        done = run_sevhop(daemon, environment, "upgrade", "--json", guest.name, "--emulator", new)
+    assert done.returncode == 3, done.stderr
+    guest.wait_for_ticks(3)
+    reset_by_guest(guest)
+    wait_for_restart(guest)
+    assert guest.emulator() == str(old)
+
+
+@pytest.mark.parametrize("phase", ["rehearse", "prepare", "stop"])
+def test_domain_that_reboots_before_its_next_upgrade_stops_it_is_started_again(
+    phase: str, daemon: Daemon, start: StartDomain, old: Path, new: Path, environment: str
+) -> None:
+    """The upgrade has nothing left to do; when it is over, and not before, the domain is started."""
+    guest = start()
+    guest.wait_for_ticks(3)
+    upgrade(guest, environment, new)
+    with PausedUpgrade.at(phase, guest, old, environment=environment) as paused:
+        reset_by_guest(guest)
+        wait_until(lambda: guest.state == "shut off", 60, "the guest has rebooted")
+        report = paused.finish()
+    assert report["outcome"] == "guest-lost", report
+    wait_for_restart(guest)
+    assert guest.emulator() == str(new)
+
+
+def test_domain_that_reboots_before_its_upgrade_has_ended_is_started_again(
+    daemon: Daemon, start: StartDomain, new: Path, environment: str
+) -> None:
+    guest = start()
+    guest.wait_for_ticks(3)
+    with PausedUpgrade.at("define", guest, new, environment=environment) as paused:
+        guest.wait_for_ticks(3)
+        reset_by_guest(guest)
+        wait_until(lambda: bool(daemon.with_arguments("cold_start")), 60, "the hook has run")
+        assert guest.seen().restarts == 0
+        report = paused.finish()
+    assert (report["outcome"], report["notes"]) == ("done", []), report
+    wait_for_restart(guest)
+    assert guest.emulator() == str(new)
+
+
+def test_domain_whose_source_was_reset_when_it_was_saved_is_not_started_twice(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, environment: str
+) -> None:
+    """Its guest is suspended in the keeper: what runs again is that one, and no other."""
+    guest = start()
+    guest.wait_for_ticks(3)
+    upgrade(guest, environment, new)
+    guest.wait_for_ticks(3)
+    mark = daemon.root / f"run/sevhop/reboot/{guest.name}/mark"
+    with PausedUpgrade.at("terminate", guest, old, environment=environment) as paused:
+        mark.write_bytes(b"\1")  # as a reset does that comes after the last test of its state
+        report = paused.finish()
+    assert report["outcome"] == "done", report
+    guest.wait_for_ticks(3)
+    wait_until(lambda: daemon.with_arguments("cold_start") == [], 60, "nothing is about to start it")
+    assert (guest.state, guest.seen().restarts) == ("running", 0)
+
+
+def test_reboot_stays_a_shutdown_when_the_domains_action_is_changed(
+    daemon: Daemon, start: StartDomain, new: Path, environment: str
+) -> None:
+    """libvirt sets QEMU's action then. The domain's own decides when it is off."""
+    guest = start()
+    guest.wait_for_ticks(3)
+    upgrade(guest, environment, new)
+    pid = guest.pid
+    for action in ("destroy", "restart"):
+        daemon.virsh("set-lifecycle-action", guest.name, "reboot", action, "--live")
+    guest.monitor("set-action", reboot="reset")
+    reset_by_guest(guest)
+    wait_for_restart(guest)
+    assert guest.pid != pid
+    log = daemon.root / f"var/log/libvirt/qemu/{guest.name}.log"
+    assert "set-action: reboot=reset means shutdown in this QEMU" in log.read_text()
+
+
 def shut_down(guest: DomainGuest) -> None:
     """Its QEMU exits in peace; libvirt may report the exit as an error."""
     guest.daemon.run("virsh", "qemu-monitor-command", guest.name, json.dumps({"execute": "quit"}))
@@ -112,24 +227,18 @@ def destroy(guest: DomainGuest) -> None:
     guest.daemon.virsh("destroy", guest.name)
 
 
-@pytest.mark.parametrize("end", [shut_down, destroy])
-def test_domain_that_is_shut_down_or_destroyed_stays_off(
-    end: Callable[[DomainGuest], None], start: StartDomain, new: Path, environment: str
+@pytest.mark.parametrize(
+    ("end", "elements"),
+    [(shut_down, ""), (destroy, ""), (reset_by_guest, "<on_reboot>destroy</on_reboot>")],
+    ids=["shut down", "destroyed", "rebooted and not to be started"],
+)
+def test_domain_stays_off(
+    end: Callable[[DomainGuest], None], elements: str, start: StartDomain, new: Path, environment: str
 ) -> None:
-    guest = start()
+    guest = start(elements=elements)
     guest.wait_for_ticks(3)
     upgrade(guest, environment, new)
     end(guest)
-    off(guest)
-
-
-def test_domain_stays_off_after_a_reboot_if_that_is_its_action(
-    daemon: Daemon, start: StartDomain, new: Path, environment: str
-) -> None:
-    guest = start(elements="<on_reboot>destroy</on_reboot>")
-    guest.wait_for_ticks(3)
-    upgrade(guest, environment, new)
-    reset_by_guest(guest)
     off(guest)
 
 

@@ -11,7 +11,7 @@ from sevhop.guest import reboot
 from sevhop.guest.inspection import SevContext, inspect
 from sevhop_qmp.process import QemuProcess
 
-from tests.support.guests.running import Guest, wait_until
+from tests.support.guests.running import Guest, wait_ended, wait_until
 
 from .adopting import TIMEOUT
 from .conftest import DescribeCounter, StartGuest
@@ -49,3 +49,22 @@ def test_plain_guest_reboots_wherever_its_firmware_is(
         wait_until(lambda n=restarts: guest.seen().restarts == n, TIMEOUT, "the guest starts again")  # type: ignore[misc]
     guest.wait_for_ticks(5)
     assert could_be_reset(guest) is shared
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_client_sets_no_reset_if_the_guest_cannot_be_reset(
+    stops: bool, new: Path, counter_machine: DescribeCounter, start: StartGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here sevhop takes a plain guest for one that cannot."""
+    monkeypatch.setattr(reboot, "stops", lambda guest: stops)
+    guest = start(counter_machine(), new)
+    guest.wait_for_ticks(5)
+    hop(guest, new)
+    pid = guest.pid
+    guest.execute("set-action", reboot="reset")
+    guest.execute("system_reset")
+    if stops:
+        assert wait_ended(pid, TIMEOUT)
+        assert guest.seen().restarts == 0
+    else:
+        wait_until(lambda: guest.seen().restarts == 1, TIMEOUT, "the guest starts again")

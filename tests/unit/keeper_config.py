@@ -19,6 +19,7 @@ def config() -> KeeperConfig:
     return KeeperConfig(
         name="web",
         uuid=UUID,
+        uri="qemu:///system",
         pid=os.getpid(),
         uid=os.getuid(),
         gid=os.getgid(),

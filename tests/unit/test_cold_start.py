@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import syslog
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import libvirt
@@ -12,6 +15,9 @@ from sevhop.cli import cold_start
 from sevhop.libvirt.connection import Connection
 from sevhop.libvirt.daemon import DomainError
 from sevhop.libvirt.domain import Domain
+from sevhop.records import run_directory
+
+from .marks import redirect_marks
 
 UUID = "11111111-2222-3333-4444-55555555550a"
 
@@ -19,9 +25,10 @@ UUID = "11111111-2222-3333-4444-55555555550a"
 class Raw:
     """libvirt's own object of a domain."""
 
-    def __init__(self, state: int, reason: int, refusal: bool = False) -> None:
+    def __init__(self, state: int, reason: int, refusal: str = "", active: bool = False) -> None:
         self._state = [state, reason]
         self._refusal = refusal
+        self._active = active
         self.created = 0
 
     def name(self) -> str:
@@ -35,9 +42,12 @@ class Raw:
 
     def create(self) -> int:
         if self._refusal:
-            raise libvirt.libvirtError("domain is already running")
+            raise libvirt.libvirtError(self._refusal)
         self.created += 1
         return 0
+
+    def isActive(self) -> bool:
+        return self._active
 
 
 class Daemon:
@@ -55,15 +65,22 @@ class Daemon:
         self.closed = True
 
 
-def started(raw: Raw | None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Start it; what was done."""
+def connect(raw: Raw | None, monkeypatch: pytest.MonkeyPatch) -> Daemon:
+    """Have the program connect to a daemon with this domain, which is in no hop."""
     daemon = Daemon(raw)
 
-    async def connect(uri: str) -> Any:
+    async def open_(uri: str) -> Any:
         assert uri == "qemu:///system"
         return daemon
 
-    monkeypatch.setattr(Connection, "open", connect)
+    monkeypatch.setattr(Connection, "open", open_)
+    monkeypatch.setattr(run_directory, "in_hop", lambda uuid: False)
+    return daemon
+
+
+def started(raw: Raw | None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Start it; what was done."""
+    daemon = connect(raw, monkeypatch)
     try:
         return asyncio.run(cold_start.start(UUID, "qemu:///system"))
     finally:
@@ -102,13 +119,80 @@ def test_transient_domain_is_not_started(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "has rebooted and is gone" in started(None, monkeypatch)
 
 
-def test_refusal_of_libvirt_is_in_the_system_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def logged(raw: Raw | None, monkeypatch: pytest.MonkeyPatch, status: int) -> tuple[int, str]:
+    """Run the program, which exits with this status; priority and text of what it logs."""
     lines: list[tuple[int, str]] = []
     monkeypatch.setattr(syslog, "syslog", lambda *line: lines.append(line))
-    raw = Raw(OFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN, refusal=True)
-    with pytest.raises(DomainError):
-        started(raw, monkeypatch)
+    connect(raw, monkeypatch)
+    assert cold_start.main([UUID, "qemu:///system"]) == status
+    (line,) = lines
+    return line
+
+
+def test_refusal_of_libvirt_is_in_the_system_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = Raw(OFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN, refusal="cannot open the disk")
+    assert logged(raw, monkeypatch, 1) == (
+        syslog.LOG_ERR,
+        f"cannot start domain {UUID} after its reboot: cannot open the disk; the domain is off; run: virsh start web",
+    )
+
+
+def test_domain_that_somebody_else_has_just_started_is_not_reported_as_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = Raw(OFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN, refusal="domain is already running", active=True)
+    priority, text = logged(raw, monkeypatch, 0)
+    assert (priority, text.endswith("it is active again")) == (syslog.LOG_NOTICE, True)
+
+
+def test_state_is_not_claimed_if_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(uri: str) -> Any:
+        raise DomainError(f"cannot connect to {uri}")
+
+    connect(None, monkeypatch)
+    lines: list[str] = []
+    monkeypatch.setattr(syslog, "syslog", lambda priority, text: lines.append(text))
+    monkeypatch.setattr(Connection, "open", refuse)
     assert cold_start.main([UUID, "qemu:///system"]) == 1
-    ((priority, text),) = lines
-    assert priority == syslog.LOG_ERR
-    assert text.startswith(f"cannot start domain {UUID} after its reboot: domain is already running; the domain is off")
+    assert lines == [
+        f"cannot start domain {UUID} after its reboot: cannot connect to qemu:///system; see virsh list --all"
+    ]
+
+
+def test_domain_is_started_when_its_hop_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = Raw(OFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN)
+    hops = iter([True, True, False])
+    seen: list[int] = []
+
+    def in_hop(uuid: str) -> bool:
+        assert uuid == UUID
+        seen.append(raw.created)
+        return next(hops)
+
+    connect(raw, monkeypatch)
+    monkeypatch.setattr(cold_start, "_POLL", 0)
+    monkeypatch.setattr(run_directory, "in_hop", in_hop)
+    assert asyncio.run(cold_start.start(UUID, "qemu:///system")).endswith("it is started")
+    assert (seen, raw.created) == ([0, 0, 0], 1)
+
+
+def test_domain_is_not_started_while_its_hop_is_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guest may be suspended in the keeper."""
+    raw = Raw(OFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN)
+    monkeypatch.setattr(cold_start, "_HOP_TIMEOUT", 0)
+    connect(raw, monkeypatch)
+    monkeypatch.setattr(run_directory, "in_hop", lambda uuid: True)
+    monkeypatch.setattr(syslog, "syslog", lambda *line: None)
+    assert cold_start.main([UUID, "qemu:///system"]) == 1
+    assert raw.created == 0
+
+
+def test_hop_is_in_progress_as_long_as_its_keeper_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that a killed keeper has left is waited for by nobody."""
+    with tempfile.TemporaryDirectory() as short:
+        redirect_marks(Path(short), monkeypatch)
+        assert not run_directory.in_hop(UUID)
+        directory = run_directory.claim("web", UUID)
+        assert not run_directory.in_hop(UUID)
+        with run_directory.listening(directory / "control", os.geteuid()):
+            assert run_directory.in_hop(UUID.upper())
+            assert not run_directory.in_hop(UUID.replace("5", "6"))
+        assert not run_directory.in_hop(UUID)

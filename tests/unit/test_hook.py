@@ -227,6 +227,14 @@ def reboots(tmp_path: Path) -> Reboots:
     return Reboots(tmp_path / "domains")
 
 
+def test_domain_that_has_rebooted_during_a_hop_is_started(reboots: Reboots) -> None:
+    reboots.mark(b"\1")
+    reboots.domains.mkdir()
+    (reboots.domains / "web").symlink_to("../0123")
+    reboots.released()
+    assert reboots.started == [(UUID, "qemu:///system")]
+
+
 def test_domain_that_has_rebooted_is_started_once(reboots: Reboots) -> None:
     reboots.mark(b"\1")
     reboots.released()
@@ -287,7 +295,11 @@ def test_hook_script_looks_at_the_mark_when_the_domain_is_off(tmp_path: Path) ->
     assert not mark.exists(), "it is of an earlier QEMU"
     (tmp_path / "domains").mkdir()
     (tmp_path / "domains" / "web").symlink_to("../0123")
-    assert status("release", "end") == 0, "during a hop nothing is done when the source has exited"
+    assert status("release", "end") == 0
+    mark.write_bytes(b"\0")
+    assert status("release", "end") == 0, "the hop has ended its QEMU, or somebody has: no Python during the downtime"
+    mark.write_bytes(b"\1")
+    assert (status("release", "end"), status("stopped", "end")) == (7, 0), "the guest reboots during a hop"
 
 
 def test_domain_is_started_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

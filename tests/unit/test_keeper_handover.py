@@ -48,6 +48,17 @@ def test_destination_that_exited_may_have_started_the_guest() -> None:
         asyncio.run(play(message))
 
 
+def test_destination_is_notified_that_its_guest_cannot_be_reset() -> None:
+    async def play() -> None:
+        handles, context = SourceHandles(None, {}), SevContext("sev", handle=3)
+        with LocalKeeper(handles, context, stops_at_reboot=True) as ours:
+            ours.theirs.send(b"hello 1")
+            reply = await asyncio.to_thread(ours.theirs.recv, 4096)
+            assert reply == b"ok context=sev source=running handle=3 reboot=shutdown"
+
+    asyncio.run(play())
+
+
 def test_requests_are_answered_until_the_guest_runs() -> None:
     async def play() -> None:
         with keeper() as ours:

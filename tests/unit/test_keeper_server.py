@@ -38,6 +38,7 @@ from sevhop_qmp.ram_blocks import RamBlock
 from sevhop_qmp.run_mark import RunState
 
 from .keeper_config import BLOCKS, UUID, config
+from .marks import redirect_marks
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -711,17 +712,21 @@ def test_destination_is_set_to_shut_down_at_a_reboot_before_the_guest_runs(
 ) -> None:
     """Only that of a guest that cannot be reset: no command more than necessary while the guest is stopped."""
 
-    executed: list[tuple[str, Any]] = []
+    executed: list[str] = []
 
     class Executing(Monitor):
         version = "10.0.0"
 
+        async def send_fd(self, name: str, fd: int) -> None:
+            executed.append("getfd")
+
         async def execute(self, command: str, arguments: Any = None) -> Any:
-            executed.append((command, arguments))
+            executed.append(command)
 
     async def nothing(*_: object) -> None:
         pass
 
+    marks = redirect_marks(tmp_path, monkeypatch)
     monkeypatch.setattr(keeper_destination, "verify", nothing)
     server = KeeperServer(replace(config(), stops_at_reboot=stops), KeeperPaths(tmp_path), SourceHandles(None, {}))
     monkeypatch.setattr(server._saved_blocks, "write", lambda *_: None)
@@ -729,5 +734,22 @@ def test_destination_is_set_to_shut_down_at_a_reboot_before_the_guest_runs(
     server._source = SimpleNamespace(images=None)  # type: ignore[assignment]
     probed: Any = SimpleNamespace(monitor=Executing(), process=Destination(), blocks={})
     run(server._hand_over(probed))
-    expected = [("set-action", {"reboot": "shutdown"})] if stops else []
-    assert executed == [*expected, ("x-sev-adopt-finish", None)]
+    expected = ["set-action", "getfd", "x-sev-reboot-mark"] if stops else []
+    assert executed == [*expected, "x-sev-adopt-finish"]
+    assert (marks / "web" / "mark").exists() is stops
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_destination_is_notified_that_its_guest_cannot_be_reset(tmp_path: Path, stops: bool) -> None:
+    server = KeeperServer(replace(config(), stops_at_reboot=stops), KeeperPaths(tmp_path), SourceHandles(None, {}))
+    server.record.state = State.RESTORING
+    with socket.socket() as sock:
+        answer, _ = run(server.answer_destination(sock, b"hello 1"))
+    assert answer.endswith(" reboot=shutdown") is stops
+
+
+def test_note_of_the_commit_is_reported_and_stored(server: KeeperServer, tmp_path: Path) -> None:
+    server.record.note = "n" * 1000
+    answer = json.loads(run(ask(server, "status")).removeprefix("ok "))
+    assert answer["note"] == "n" * 300
+    assert server.record.from_fields(server.record.as_fields()).note == server.record.note

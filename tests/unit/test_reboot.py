@@ -51,7 +51,7 @@ def test_destination_shuts_down_at_a_reboot_only_if_it_must() -> None:
 
 
 def test_check_reports_what_a_reboot_will_be() -> None:
-    assert reboot_check.standalone(guest()) == reboot_check.domain(guest(), "restart") == []
+    assert reboot_check.standalone(guest()) == reboot_check.domain(guest(), "restart", persistent=True) == []
     (as_before,) = reboot_check.standalone(sev_guest({"pc.bios": True}))
     assert (as_before.detail, as_before.hint) == ("as before the hop: the firmware is in shared memory", "")
     (shutdown,) = reboot_check.standalone(sev_guest({"pc.bios": False}))
@@ -65,6 +65,11 @@ def test_check_reports_what_a_reboot_will_be() -> None:
     ("action", "then"), [("restart", "starts the domain again"), ("destroy", "leaves the domain off")]
 )
 def test_check_of_a_domain_reports_its_action(action: str, then: str) -> None:
-    (result,) = reboot_check.domain(sev_guest({"pc.bios": False}), action)
+    (result,) = reboot_check.domain(sev_guest({"pc.bios": False}), action, persistent=True)
     assert f"<on_reboot> ({action}) {then}" in result.detail
     assert "<qemu:arg value='aux-ram-share=on'/>" in result.hint
+
+
+def test_check_of_a_transient_domain_promises_no_start() -> None:
+    (result,) = reboot_check.domain(sev_guest({"pc.bios": False}), "restart", persistent=False)
+    assert result.detail.startswith("a shutdown after the hop, with which a transient domain is gone: ")

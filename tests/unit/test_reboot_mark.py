@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.engine.domain_reboot import record_reboots
+from sevhop.keeper.domain_reboot import stop_at_reboot
 from sevhop.records import reboot_mark, run_directory
 from sevhop_qmp.errors import CommandError
 
-UUID = "11111111-2222-3333-4444-55555555550a"
+from .keeper_config import UUID, config
+from .marks import redirect_marks
 
 
 @pytest.fixture
 def reboots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the marks are."""
-    run = tmp_path / "sevhop"
-    monkeypatch.setattr(run_directory, "RUN", run)
-    monkeypatch.setattr(run_directory, "DOMAINS", run / "domains")
-    for module in (run_directory, reboot_mark):
-        monkeypatch.setattr(module, "REBOOTS", run / "reboot")
-    return run / "reboot"
+    return redirect_marks(tmp_path, monkeypatch)
 
 
 class Monitor:
@@ -32,7 +29,7 @@ class Monitor:
     name = "web"
     version = "10.0.0"
 
-    def __init__(self, *, refuses: bool = False) -> None:
+    def __init__(self, *, refuses: str = "") -> None:
         self.sent: list[tuple[str, bytes]] = []
         self.executed: list[tuple[str, Any]] = []
         self._refuses = refuses
@@ -42,31 +39,48 @@ class Monitor:
 
     async def execute(self, command: str, arguments: Any = None) -> Any:
         self.executed.append((command, arguments))
-        if self._refuses:
+        if self._refuses == command:
             raise CommandError(command, "no", "GenericError")
 
 
-def record(monitor: Monitor, *, stops: bool) -> list[str]:
-    return asyncio.run(record_reboots(monitor, "web", UUID, "qemu:///system", stops=stops))  # type: ignore[arg-type]
+def stop(monitor: Monitor, *, stops: bool) -> str:
+    return asyncio.run(stop_at_reboot(replace(config(), stops_at_reboot=stops), monitor))  # type: ignore[arg-type]
 
 
 def test_domain_that_cannot_be_reset_gets_a_mark(reboots: Path) -> None:
     monitor = Monitor()
     for _ in range(2):
-        assert record(monitor, stops=True) == []
+        assert stop(monitor, stops=True) == ""
     assert monitor.sent == [("sevhop-reboot-mark", b"\0")] * 2
-    assert monitor.executed == [("x-sev-reboot-mark", {"fd": "sevhop-reboot-mark"})] * 2
+    executed = [("set-action", {"reboot": "shutdown"}), ("x-sev-reboot-mark", {"fd": "sevhop-reboot-mark"})]
+    assert monitor.executed == executed * 2
     assert (reboots / "web" / "mark").read_bytes() == b"\0"
     assert (reboots / "web" / "domain").read_text() == f"{UUID} qemu:///system"
     assert {path.stat().st_mode & 0o777 for path in (reboots, reboots / "web")} == {0o700}
-    assert record(monitor, stops=False) == []
-    assert list(reboots.iterdir()) == []
+    assert reboot_mark.names() == ["web"]
+
+
+def test_domain_that_can_be_reset_keeps_no_mark_and_is_asked_nothing(reboots: Path) -> None:
+    assert reboot_mark.names() == []
+    stop(Monitor(), stops=True)
+    monitor = Monitor()
+    assert stop(monitor, stops=False) == ""
+    assert (monitor.sent, monitor.executed, list(reboots.iterdir())) == ([], [], [])
 
 
 def test_mark_that_a_destination_refuses_is_removed(reboots: Path) -> None:
-    (note,) = record(Monitor(refuses=True), stops=True)
-    assert note.startswith("a reboot of the guest will be a shutdown, after which the domain stays off: ")
+    note = stop(Monitor(refuses="x-sev-reboot-mark"), stops=True)
+    assert note == (
+        "cannot record reboots of the guest: x-sev-reboot-mark: no; its next reboot is a shutdown, after which the "
+        "domain stays off; start it then (virsh start)"
+    )
     assert list(reboots.iterdir()) == []
+
+
+def test_destination_that_does_not_shut_down_at_a_reboot_gets_no_guest(reboots: Path) -> None:
+    with pytest.raises(CommandError):
+        stop(Monitor(refuses="set-action"), stops=True)
+    assert not reboots.exists()
 
 
 def test_marks_are_not_swept(reboots: Path) -> None:

@@ -23,7 +23,7 @@ from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
 from . import guest as guest_checks
-from . import registers
+from . import reboot, registers
 from .registers import Registers
 from .result import CheckResult, Status, failed, passed
 
@@ -88,7 +88,10 @@ async def examine(
             )
         state = await registers.examine(found, process, monitor)
         # In a thread: it runs emulators to probe them, and another guest may be stopped meanwhile.
-        tree = await shielded(asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid, state))
+        action, persistent = domain_xml.describe(xml).on_reboot, await domain.persistent()
+        rebooted = reboot.domain(found, action, persistent=persistent)
+        work = asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid, state, rebooted)
+        tree = await shielded(work)
         tree.children += [disks, await _libvirt(connection, domain, in_full)]
         yield Examined(tree, monitor, process, found, graph, xml, old, new, state.flag)
     finally:
@@ -96,10 +99,16 @@ async def examine(
 
 
 def _without_libvirt(
-    found: inspection.Guest, process: QemuProcess, new: str, xml: str, uuid: str, state: Registers
+    found: inspection.Guest,
+    process: QemuProcess,
+    new: str,
+    xml: str,
+    uuid: str,
+    state: Registers,
+    rebooted: list[CheckResult],
 ) -> CheckResult:
     """What is checked without the daemon."""
-    tree = guest_checks.domain(found, process, new, state, domain_xml.describe(xml).on_reboot)
+    tree = guest_checks.domain(found, process, new, state, rebooted)
     # First: a device that cannot be re-created may have memory of its own, for which there is no hint either.
     tree.children[:0] = [devices(xml)]
     tree.children += [guest_checks.library(process), _confinement(process, uuid)]

@@ -152,15 +152,14 @@ def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> CheckResult:
     return passed(name, f"{sum(1 for disk in graph.disks.values() if disk.root)} in use, as their files are on disk")
 
 
-def domain(guest: Guest, process: QemuProcess, path: str, found: Registers, on_reboot: str) -> CheckResult:
+def domain(guest: Guest, process: QemuProcess, path: str, found: Registers, rebooted: list[CheckResult]) -> CheckResult:
     """
     Test the guest of a libvirt domain. Its command line and the environment of its QEMU are libvirt's job.
 
     :param found: see :func:`.registers.examine`.
     :param path: of the QEMU to upgrade to.
-    :param on_reboot: the action in its XML.
+    :param rebooted: see :func:`.reboot.domain`.
     """
-    rebooted = reboot.domain(guest, on_reboot)
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",

@@ -15,12 +15,15 @@ def standalone(guest: Guest) -> list[CheckResult]:
     return _results(guest, "a shutdown after the hop", _ARGUMENTS)
 
 
-def domain(guest: Guest, on_reboot: str) -> list[CheckResult]:
+def domain(guest: Guest, on_reboot: str, *, persistent: bool) -> list[CheckResult]:
     """
     Of a domain; none without an SEV context.
 
     :param on_reboot: the action in its XML.
+    :param persistent: a transient domain is unknown to libvirt when its QEMU has exited.
     """
+    if not persistent:
+        return _results(guest, "a shutdown after the hop, with which a transient domain is gone", _XML_ARGUMENTS)
     then = "starts the domain again" if on_reboot == "restart" else "leaves the domain off"
     return _results(guest, f"a shutdown after the hop, and <on_reboot> ({on_reboot}) {then}", _XML_ARGUMENTS)
 

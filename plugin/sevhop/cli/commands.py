@@ -232,8 +232,16 @@ def _uninstall(_: argparse.Namespace) -> int:
 
 def _uninstalled() -> str:
     from ..install import host
+    from ..records import reboot_mark
 
-    return "removed" if host.uninstall() else "it was not installed"
+    rebooting = reboot_mark.names()
+    done = "removed" if host.uninstall() else "it was not installed"
+    if rebooting:
+        complain(
+            f"note: the next reboot of {', '.join(rebooting)} is a shutdown, and the hook does not start them again any"
+            " more; then run: virsh start"
+        )
+    return done
 
 
 def _administered(do: Callable[[], str]) -> int:

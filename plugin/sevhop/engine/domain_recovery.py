@@ -38,7 +38,6 @@ from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from . import protected_state
-from .domain_reboot import record_reboots
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator, not_defined
@@ -256,7 +255,7 @@ class InterruptedUpgrade:
                 await block_graph.activate(await (await self._domain()).monitor())
 
     async def _finish_settings(self) -> list[str]:
-        """See :func:`.saved_settings.finish`."""
+        """See :func:`.saved_settings.finish`. :return: notes, the keeper's among them."""
         if self._keeper is None:
             return []
         try:
@@ -264,9 +263,10 @@ class InterruptedUpgrade:
             monitor, pid = await domain.monitor(), domain.pid()
         except SevhopError as err:
             return [f"cannot verify the run-time settings: {err.message}"]
-        record = self._record
         notes = await saved_settings.finish(self._keeper.directory, monitor, pid)
-        return notes + await record_reboots(monitor, domain.name, domain.uuid, record.uri, stops=record.stops_at_reboot)
+        with contextlib.suppress(KeeperError):
+            notes += filter(None, [(await self._keeper.status())["note"]])
+        return notes
 
     async def _without_keeper(self) -> RecoveredGuest:
         """Its old QEMU has exited, and there is no keeper."""

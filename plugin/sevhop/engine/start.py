@@ -24,7 +24,7 @@ from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..cancellation import shielded
 from ..errors import GuestState, RecoveryRequired
-from ..guest import command_line
+from ..guest import command_line, reboot
 from ..keeper.local import LocalKeeper
 from ..options import HopOptions
 from ..records.hop_record import Process
@@ -65,7 +65,10 @@ async def start_destination(
 
     :raises SevhopError: it did not start; no process is left then.
     """
-    keeper = hop.resources.enter_context(LocalKeeper(acquired.handles, checked.guest.context, run_mark, checked.source))
+    guest, stops = checked.guest, reboot.stops(checked.guest)
+    keeper = hop.resources.enter_context(
+        LocalKeeper(acquired.handles, guest.context, run_mark, checked.source, stops_at_reboot=stops)
+    )
 
     def record_destination(process: QemuProcess, directory: Path) -> None:
         hop.record(destination=Process.of(process), directory=str(directory))

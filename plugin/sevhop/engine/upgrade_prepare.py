@@ -141,7 +141,6 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
                 old=checked.old,
                 new=checked.new,
                 protected_state=checked.flag,
-                stops_at_reboot=reboot.stops(checked.guest),
             )
         )
     return checked
@@ -167,6 +166,7 @@ async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDom
     config = KeeperConfig(
         name=checked.domain.name,
         uuid=checked.domain.uuid,
+        uri=checked.connection.uri,
         pid=checked.source.pid,
         uid=identity.uid,
         gid=identity.gid,

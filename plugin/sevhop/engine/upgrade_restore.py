@@ -15,7 +15,7 @@ from sevhop_qmp.errors import SevhopError
 from ..disks import block_graph
 from ..errors import GuestLost
 from ..events import MoveAttempted
-from ..guest import reboot, saved_settings
+from ..guest import saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperError
 from ..keeper.state import State
@@ -24,7 +24,6 @@ from ..libvirt.connection import Connection
 from ..libvirt.daemon import NO_DOMAIN, RESTORE_TIMEOUT, DomainError
 from ..libvirt.domain import Domain
 from ..report import Phase
-from .domain_reboot import record_reboots
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
 from .upgrade_save import StoppedDomain
@@ -145,10 +144,8 @@ async def _report_destination(hop: Transaction, checked: CheckedDomain, keeper: 
         Phase("restore: until the hook", status["until_started_ms"]),
         Phase("restore: commit", status["commit_ms"]),
     ]
-    domain, stops = checked.domain, reboot.stops(checked.guest)
     notes = await saved_settings.finish(keeper.directory, checked.monitor, status["destination"])
-    notes += await record_reboots(checked.monitor, domain.name, domain.uuid, checked.connection.uri, stops=stops)
-    for note in notes:
+    for note in filter(None, [*notes, status["note"]]):
         hop.note(note)
 
 

@@ -32,13 +32,14 @@ class KeeperConfig:
     What a new keeper needs.
 
     :ivar name, uuid: of the domain.
+    :ivar uri: of its daemon.
     :ivar pid: of the source.
     :ivar uid, gid: that QEMU runs as.
     :ivar emulator: for the destination.
     :ivar blocks: the source's RAM blocks.
     :ivar disks: the source's disks, which the destination must have.
     :ivar encrypted: names of those whose content cannot be copied.
-    :ivar stops_at_reboot: whether a reboot of the guest becomes a shutdown.
+    :ivar stops_at_reboot: whether a reboot of the guest becomes a shutdown; see :func:`sevhop.guest.reboot.stops`.
     :ivar move_deadline: seconds for which a move that is refused as busy is retried.
     :ivar step_timeout: seconds within which the destination must answer.
     :ivar command: pid of the command that starts the keeper.
@@ -46,6 +47,7 @@ class KeeperConfig:
 
     name: str
     uuid: str
+    uri: str
     pid: int
     uid: int
     gid: int

@@ -5,7 +5,7 @@ The library in the destination (adopt.so) requests it over a connected SOCK_SEQP
 request and reply:
 
 ======================  =====================================================================================
-``hello 1``             ``ok context=... source=... handle=... measurement=...``, or ``error REASON``
+``hello 1``             ``ok context=... source=... handle=... measurement=... reboot=shutdown``, or ``error REASON``
 ``memfd N NAME``        ``fd SIZE`` with the N-th memfd of that name, counted from 0; or ``none``
 ``listener HEX``        ``fd`` with the source's socket that listens at this ``struct sockaddr``; or ``none``
 ``run-mark``            ``fd`` with the run mark, which is written before the guest runs there; or ``none``
@@ -141,6 +141,8 @@ class HandoverProtocol:
     :param run_mark: that it writes before the guest runs there; None for a rehearsal, in which nothing runs.
     :param source: the process that the destination ignores once it has exited; None for a rehearsal.
     :param source_ended: the source has exited already, so the destination maps the guest's pages at once.
+    :param stops_at_reboot: the guest cannot be reset there (:mod:`sevhop.guest.reboot`): its reboot stays a shutdown,
+        whatever a client sets.
     """
 
     def __init__(
@@ -151,12 +153,14 @@ class HandoverProtocol:
         *,
         source: QemuProcess | None = None,
         source_ended: bool = False,
+        stops_at_reboot: bool = False,
     ) -> None:
         self._handles = handles
         self._context = context
         self._run_mark = run_mark
         self._source_process = source
         self._source = "ended" if source_ended else "running"
+        self._stops_at_reboot = stops_at_reboot
 
     def answer(self, request: bytes) -> tuple[str, int | None]:
         """The reply to a request, and the descriptor that goes with it."""
@@ -191,4 +195,6 @@ class HandoverProtocol:
             answer += f" handle={self._context.handle}"
             if self._context.measurement:
                 answer += f" measurement={self._context.measurement}"
+        if self._stops_at_reboot:
+            answer += " reboot=shutdown"
         return answer

@@ -36,8 +36,10 @@ class LocalKeeper(HandoverProtocol):
         context: SevContext,
         run_mark: RunMark | None = None,
         source: QemuProcess | None = None,
+        *,
+        stops_at_reboot: bool = False,
     ) -> None:
-        super().__init__(handles, context, run_mark, source=source)
+        super().__init__(handles, context, run_mark, source=source, stops_at_reboot=stops_at_reboot)
         ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A process that is killed closes its last descriptor first (the kernel's list of delayed closes is last in,
         # first out). So the destination finds this socket closed before it takes the end of its stream for a complete

@@ -22,6 +22,7 @@ class KeeperRecord:
     :ivar restore_began: when the last restore began (CLOCK_MONOTONIC, seconds); 0 before the first.
     :ivar until_started_ms: milliseconds from there to its commit.
     :ivar commit_ms: milliseconds that the commit took.
+    :ivar note: of the commit, for the administrator; or empty.
     """
 
     emulator: str
@@ -33,6 +34,7 @@ class KeeperRecord:
     restore_began: float = 0.0
     until_started_ms: float = 0.0
     commit_ms: float = 0.0
+    note: str = ""
 
     def as_fields(self) -> dict[str, Any]:
         """For JSON."""

@@ -35,6 +35,7 @@ from .clients import Clients
 from .config import KeeperConfig, KeeperError
 from .context_vms import ContextVms
 from .destination import ProbedDestination
+from .domain_reboot import stop_at_reboot
 from .fdstore import FdStore
 from .handover import HandoverProtocol, SourceHandles
 from .paths import KeeperPaths
@@ -62,8 +63,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two attempts to reconnect to a destination that has hung up but has not exited.
 _REACH_POLL = 0.05
-#: Characters of the longest reason in a message, so that it fits however it is encoded.
-_REASON = 400
+#: Characters of the longest reason or note in a message, so that it fits however it is encoded.
+_TEXT = 300
 
 #: The destination's pidfd in a checkpoint.
 _DESTINATION = "destination"
@@ -173,7 +174,9 @@ class KeeperServer:
             self._checkpoint()
         elif self.record.peer != pid:
             return f"error process {self.record.peer} is the new QEMU of this guest", None
-        return HandoverProtocol(self._handles, self._config.context, self._run_mark, source_ended=True).answer(request)
+        context, stops = self._config.context, self._config.stops_at_reboot
+        protocol = HandoverProtocol(self._handles, context, self._run_mark, source_ended=True, stops_at_reboot=stops)
+        return protocol.answer(request)
 
     # -- the command and the hook ------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class KeeperServer:
     async def _command(self, request: str, argument: str) -> str:
         match request:
             case "status":
-                return f"ok {json.dumps(self.status() | {'reason': self.record.reason[:_REASON]})}"
+                return f"ok {json.dumps(self.status())}"
             case "blocks" if self.record.state is State.HELD:
                 self._saved_blocks.take(self._source.process)
                 self._checkpoint()
@@ -236,7 +239,8 @@ class KeeperServer:
             "until_started_ms": self.record.until_started_ms,
             "commit_ms": self.record.commit_ms,
             "move": asdict(self._context_vms.report) if self._context_vms.report else None,
-            "reason": self.record.reason,
+            "reason": self.record.reason[:_TEXT],
+            "note": self.record.note[:_TEXT],
         }
 
     async def _retire(self, *, begun: bool = False) -> str:
@@ -363,8 +367,7 @@ class KeeperServer:
         self._saved_blocks.write(probed.process, probed.blocks)
         if self._config.context.kind != "none":
             await self._context_vms.move_to(probed.monitor, probed.process, self._config.move_deadline)
-        if self._config.stops_at_reboot:
-            await probed.monitor.execute("set-action", {"reboot": "shutdown"})
+        self.record.note = await stop_at_reboot(self._config, probed.monitor)
         await adopt.finish(probed.monitor)
 
     async def _until_it_runs(self, process: QemuProcess, monitor: Monitor | None) -> None:

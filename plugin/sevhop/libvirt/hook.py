@@ -14,7 +14,8 @@ hop. The keeper of that hop decides. The hook's request and the keeper's replies
                         the keeper, or the guest of another domain of that name is
 ``started begin``       the state is loaded, nothing runs: the keeper commits, and only then the guest may run
 ``release end``         the domain is off: if its QEMU has shut down because of a reboot, and ``<on_reboot>`` is
-                        ``restart``, it is started by a process of its own (:mod:`sevhop.records.reboot_mark`)
+                        ``restart``, it is started by a process of its own (:mod:`sevhop.records.reboot_mark`), after
+                        the hop if one is in progress
 everything else         0. libvirt would kill a running guest if ``reconnect`` failed
 ======================  =============================================================================================
 

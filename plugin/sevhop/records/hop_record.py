@@ -70,7 +70,6 @@ class HopRecord:
     :ivar protected_state: offset of the source's flag that may be cleared for the time of the stop, see
         :mod:`sevhop_qmp.protected_state`; 0 if there is none.
     :ivar reboot_action: what the source does when its guest reboots, if the hop has changed that.
-    :ivar stops_at_reboot: whether a reboot of the guest is a shutdown after the hop.
     :ivar directory: of the hop below ``/run/sevhop``: the destination's monitor, or the keeper.
     :ivar destination: standalone: the new QEMU.
     :ivar run_mark: standalone: inode of the mark that records whether the guest has run there, which the source has
@@ -96,7 +95,6 @@ class HopRecord:
     new: str = ""
     protected_state: int = 0
     reboot_action: str = ""
-    stops_at_reboot: bool = False
     directory: str = ""
     destination: Process | None = None
     run_mark: int = 0

@@ -2,9 +2,10 @@
 The reboot mark of a domain: records that its QEMU has shut down because the guest was to be reset.
 
 A moved guest may be one that cannot be reset (:mod:`sevhop.guest.reboot`). Its reboot is a shutdown, to libvirt as
-well: the domain would stay off, although its ``<on_reboot>`` is ``restart``. So when such a guest runs in its new
-QEMU, that is given a mark, which adopt.so sets at a shutdown that was to be a reset. libvirt's hook finds it when the
-QEMU has exited, and has the domain started (:mod:`sevhop.libvirt.hook`). Nobody waits for that meanwhile.
+well: the domain would stay off, although its ``<on_reboot>`` is ``restart``. So before such a guest runs in its
+new QEMU, that is given a mark, which adopt.so sets at a shutdown that was to be a reset. libvirt's hook finds it when
+the QEMU has exited, and has the domain started (:mod:`sevhop.libvirt.hook`). Nobody waits for that meanwhile. The
+keeper makes it in its commit (:mod:`sevhop.keeper.domain_reboot`).
 
 Below ``/run/sevhop/reboot``, root's alone, each of these domains has a directory of its name. In it are
 
@@ -14,6 +15,7 @@ Below ``/run/sevhop/reboot``, root's alone, each of these domains has a director
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
@@ -22,7 +24,7 @@ from .run_directory import REBOOTS, RunDirectoryError, make_or_check, make_run_d
 
 def make(name: str, uuid: str, uri: str) -> int:
     """
-    Make the mark of a domain that runs, in the place of an earlier one.
+    Make the mark of a domain, in the place of an earlier one.
 
     :param uri: of the daemon.
     :return: a descriptor of it.
@@ -46,6 +48,13 @@ def make(name: str, uuid: str, uri: str) -> int:
 def remove(name: str) -> None:
     """Remove the mark of a domain, if it has one."""
     shutil.rmtree(REBOOTS / name, ignore_errors=True)
+
+
+def names() -> list[str]:
+    """The domains that have a mark."""
+    with contextlib.suppress(OSError):
+        return sorted(path.name for path in REBOOTS.iterdir() if (path / "mark").exists())
+    return []
 
 
 def remove_all() -> None:

@@ -149,6 +149,11 @@ def alive(directory: Path) -> bool:
     return _listens(directory / "control", socket.SOCK_SEQPACKET)
 
 
+def in_hop(uuid: str) -> bool:
+    """Whether a keeper serves the domain with this UUID."""
+    return alive(RUN / f"{UUID_LINK}{uuid.lower()}")
+
+
 def _listens(path: Path, kind: int) -> bool:
     with socket.socket(socket.AF_UNIX, kind) as sock:
         try:
