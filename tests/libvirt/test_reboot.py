@@ -152,6 +152,9 @@ def test_domain_that_reboots_before_its_next_upgrade_stops_it_is_started_again(
     with PausedUpgrade.at(phase, guest, old, environment=environment) as paused:
         reset_by_guest(guest)
         wait_until(lambda: guest.state == "shut off", 60, "the guest has rebooted")
+        wait_until(lambda: bool(daemon.with_arguments("cold_start")), 60, "the hook has run")
+        refused = daemon.run("virsh", "start", guest.name)
+        assert "the guest is suspended in the keeper" in refused.stderr
         report = paused.finish()
     assert report["outcome"] == "guest-lost", report
     wait_for_restart(guest)

@@ -72,13 +72,12 @@ class Domain:
         return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
 
     async def stopped_by_itself(self) -> bool:
-        """Whether it is off, and nobody has destroyed, saved or migrated it."""
+        """Whether it is off, and nobody has destroyed, saved or migrated it. One that somebody could not start is."""
         state, reason = await daemon.call(self._raw.state)
         others = (
             libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED,
             libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED,
             libvirt.VIR_DOMAIN_SHUTOFF_SAVED,
-            libvirt.VIR_DOMAIN_SHUTOFF_FAILED,
             libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT,
         )
         return bool(state == libvirt.VIR_DOMAIN_SHUTOFF and reason not in others)
