@@ -219,3 +219,17 @@ def test_upgrade_all_tries_no_further_domain_when_interrupted(daemon: Daemon, st
     assert (report["outcome"], command.returncode) in (("rolled-back", 3), ("done", 0))
     assert second.pid == pid
     first.wait_for_ticks()
+
+
+@pytest.mark.parametrize("serial", ["file", "pty"])
+def test_log_that_libvirt_empties_at_a_start_is_kept(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, serial: str
+) -> None:
+    guest = start(serial=serial, append=False)
+    for emulator in (new, old):
+        guest.wait_for_ticks()
+        printed = guest.file("log").read_bytes()
+        assert daemon.upgrade(guest.name, "--emulator", emulator)["outcome"] == "done"
+        guest.wait_for_ticks()
+        assert guest.file("log").read_bytes().startswith(printed)
+    assert "append" not in guest.xml("--inactive")

@@ -79,6 +79,28 @@ def test_additions_are_removed_as_libvirt_writes_them() -> None:
     assert "".join(back.split()) == "".join(OWN.split())
 
 
+@pytest.mark.parametrize(
+    ("device", "appending"),
+    [
+        (
+            "<serial type='file'><source path='/a' append='off'/></serial>",
+            "<serial type='file'><source path='/a' append='on'/></serial>",
+        ),
+        (
+            "<channel type='file'><source path='/a'><seclabel relabel='no'/></source></channel>",
+            "<channel type='file'><source path='/a' append='on'><seclabel relabel='no'/></source></channel>",
+        ),
+        (
+            "<console type='pty'><source path='/dev/pts/1'/><log file='/a'/></console>",
+            "<console type='pty'><source path='/dev/pts/1'/><log file='/a' append='on'/></console>",
+        ),
+        ("<disk type='file'><source file='/a'/></disk>", "<disk type='file'><source file='/a'/></disk>"),
+    ],
+)
+def test_destination_appends_to_the_files_that_devices_write(device: str, appending: str) -> None:
+    assert appending in for_destination(PLAIN.replace("</emulator>\n  </devices>", f"</emulator>{device}</devices>"))
+
+
 def test_path_with_commas_and_quotes_is_escaped() -> None:
     added = domain_xml.for_destination(PLAIN, "/q", {"A": "it's <&>"}, "/run/a,b")
     assert "path=/run/a,,b,server=on" in added

@@ -28,6 +28,8 @@ _ARG = (*_COMMANDLINE, "qemu:arg")
 _ENV = (*_COMMANDLINE, "qemu:env")
 _INTERFACE = ("domain", "devices", "interface")
 _GRAPHICS = ("domain", "devices", "graphics")
+#: Devices that may write to a file.
+_CHARACTER = ("serial", "parallel", "console", "channel")
 #: An environment variable of a destination: the numbers of its displays whose ports libvirt has chosen.
 _AUTOPORT = "SEVHOP_AUTOPORT"
 _PORTS = ("port", "tlsPort")
@@ -138,7 +140,7 @@ def for_destination(
 ) -> str:
     """
     The domain of a destination. A display whose port libvirt has chosen keeps it: a client that connects to it again
-    must find the same guest.
+    must find the same guest. Files that devices write to are appended to: libvirt empties them when it starts a domain.
 
     :param environment: of QEMU, in addition to the domain's own.
     :param monitor: path of the socket of the monitor for sevhop.
@@ -161,6 +163,7 @@ def for_destination(
             edits.append(_with_attributes(text, element, {**has, "autoport": "no"}))
     if kept:
         environment[_AUTOPORT] = ",".join(kept)
+    edits += [_with_attributes(text, element, {"append": "on"}) for element in _logs(_elements(text))]
     argv = ["-chardev", f"socket,id={MONITOR},path={monitor.replace(',', ',,')},server=on,wait=off"]
     argv += ["-mon", f"chardev={MONITOR},mode=control"]
     added = "".join(f"<q:arg value='{_escape(argument)}'/>" for argument in argv)
@@ -168,6 +171,16 @@ def for_destination(
     end = _elements(text)[0].inner_end
     edits.append((end, end, f"<q:commandline xmlns:q='{NAMESPACE}'>{added}</q:commandline>\n".encode()))
     return _edited(text, edits)
+
+
+def _logs(elements: Sequence[_Element]) -> list[_Element]:
+    """The elements that name a file that a device writes to."""
+    found = []
+    for device in (one for one in elements if one.path[:2] == ("domain", "devices") and len(one.path) == 3):
+        written = ("log", "source") if device.attributes.get("type") == "file" else ("log",)
+        if device.path[2] in _CHARACTER:
+            found += [child for child in device.children if child.path[3] in written]
+    return found
 
 
 def without_additions(xml: str) -> str:
