@@ -33,10 +33,10 @@ class PausedUpgrade:
 
     @classmethod
     @contextmanager
-    def at(cls, phase: str, guest: DomainGuest, emulator: Path) -> Iterator[PausedUpgrade]:
-        """Start one, and stop it."""
+    def at(cls, phase: str, guest: DomainGuest, emulator: Path, *arguments: str) -> Iterator[PausedUpgrade]:
+        """Start one, perhaps with further arguments, and stop it."""
         command = guest.daemon.start_command(
-            sys.executable, _PROGRAM, phase, "upgrade", guest.name, "--json", "--emulator", emulator
+            sys.executable, _PROGRAM, phase, "upgrade", guest.name, "--json", "--emulator", emulator, *arguments
         )
         try:
             if not _stops(command.pid):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import syslog
+from collections.abc import Callable
 from typing import Any
 
 import libvirt
 import pytest
 from sevhop.cli import cold_start
 from sevhop.libvirt.connection import Connection
-from sevhop.libvirt.daemon import DomainError
+from sevhop.libvirt.daemon import DomainError, call
 from sevhop.libvirt.domain import Domain
 
 UUID = "11111111-2222-3333-4444-55555555550a"
@@ -50,6 +51,9 @@ class Daemon:
     async def domain_with(self, uuid: str) -> Domain | None:
         assert uuid == UUID
         return Domain(self, self._raw) if self._raw else None  # type: ignore[arg-type]
+
+    async def call(self, function: Callable[..., Any], **_: float) -> Any:
+        return await call(function)
 
     def close(self) -> None:
         self.closed = True

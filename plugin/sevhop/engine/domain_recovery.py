@@ -41,24 +41,25 @@ from . import protected_state
 from .domain_reboot import record_reboots
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
-from .upgrade_restore import define_emulator, not_defined
+from .upgrade_restore import define_emulator, end_hanging_destination, not_defined, start_destination
 from .upgrade_save import resume_hint
 
-#: Seconds for which an operation in progress is waited for, such as a restore by another client.
-RESTORE_TIMEOUT = 60.0
+#: Seconds for what is in progress on a domain that nobody has named, such as a slow restore by another client.
+_UNNAMED_PATIENCE = 60.0
 _POLL = 0.05
 
 
-async def settle(record: HopRecord, *, named: bool) -> RecoveredGuest:
+async def settle(record: HopRecord, *, named: bool, timeout: float) -> RecoveredGuest:
     """
     Finish the hop of a domain, or roll it back.
 
     :param named: whether the caller has named this domain. An upgrade that was prepared on purpose waits for that.
+    :param timeout: seconds for each step, also for one in progress, such as a restore by another client.
     :raises SevhopError: that is not possible now; nothing of the guest is lost.
     """
-    connection = await Connection.open(record.uri)
+    connection = await Connection.open(record.uri, timeout)
     try:
-        keeper = await _keeper(record)
+        keeper = await _keeper(record, timeout)
         source = record.source.open()
         try:
             return await InterruptedUpgrade(record, connection, keeper, source).settle(named)
@@ -71,12 +72,13 @@ async def settle(record: HopRecord, *, named: bool) -> RecoveredGuest:
         connection.close()
 
 
-async def _keeper(record: HopRecord) -> KeeperClient | None:
+async def _keeper(record: HopRecord, timeout: float) -> KeeperClient | None:
     directory = Path(record.directory) if record.directory else run_directory.hop_of(record.guest)
     if directory is None:
         return None
     try:
         keeper = await KeeperClient.connect(directory)
+        keeper.timeout = timeout
         if (await keeper.status())["uuid"] == record.uuid:
             return keeper
         keeper.close()
@@ -102,7 +104,7 @@ class InterruptedUpgrade:
 
     async def settle(self, named: bool) -> RecoveredGuest:
         """:raises SevhopError: see :func:`settle`."""
-        state = await self._settled()
+        state = await self._settled(named)
         if self._source is not None and state in (State.HELD, None):
             return await self.rollback(self._record, self._source)
         if state is State.WAITING and self._record.phase == "prepared" and not named:
@@ -122,11 +124,15 @@ class InterruptedUpgrade:
             )
         return await self._without_keeper()
 
-    async def _settled(self) -> State | None:
-        """The state of the keeper, when nothing is in progress any more; None without a keeper."""
+    async def _settled(self, named: bool) -> State | None:
+        """
+        The state of the keeper, when nothing is in progress any more; None without a keeper. A destination that does
+        not run in time is ended.
+        """
         if self._keeper is None:
             return None
-        deadline = time.monotonic() + RESTORE_TIMEOUT
+        patience = self._keeper.timeout if named else max(self._keeper.timeout, _UNNAMED_PATIENCE)
+        deadline = time.monotonic() + patience
         while True:
             try:
                 status = await self._keeper.status()
@@ -142,8 +148,11 @@ class InterruptedUpgrade:
             if state is State.COMMITTED and not self._record.running:
                 return State.OVER  # the guest stays paused
             if time.monotonic() > deadline:
+                if state is State.RESTORING:
+                    await end_hanging_destination(self._connection, self._record.uuid, self._keeper)
+                    return State((await self._keeper.status())["state"])
                 raise RecoveryRequired(
-                    f'keeper stuck in state "{state.value}" for {RESTORE_TIMEOUT:g} s',
+                    f'keeper stuck in state "{state.value}" for {patience:g} s',
                     "see virsh list; then run sevhop recover again",
                 )
             await asyncio.sleep(_POLL)
@@ -219,12 +228,12 @@ class InterruptedUpgrade:
         keeper = self._required_keeper()
         await self._verify_not_started_by_another()
         try:
-            await self._connection.restore(str(keeper.image))
+            await start_destination(self._connection, self._record.uuid, keeper)
         except SevhopError as err:
             reason = (await keeper.status())["reason"] or err.message
             await keeper.use(self._record.old)
             try:
-                await self._connection.restore(str(keeper.image))
+                await start_destination(self._connection, self._record.uuid, keeper)
             except SevhopError as again:
                 raise RecoveryRequired(
                     f"{reason}; in the old emulator: {again.message}",

@@ -11,18 +11,18 @@ import time
 
 from sevhop_qmp import move
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
 from ..errors import GuestLost
 from ..events import MoveAttempted
 from ..guest import reboot, saved_settings
 from ..keeper.client import KeeperClient
-from ..keeper.config import KeeperError
+from ..keeper.config import KeeperError, KeeperTimeout
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
-from ..libvirt.daemon import NO_DOMAIN, RESTORE_TIMEOUT, DomainError
-from ..libvirt.domain import Domain
+from ..libvirt.daemon import NO_DOMAIN, DomainError, DomainTimeout
 from ..report import Phase
 from .domain_reboot import record_reboots
 from .transaction import Transaction
@@ -47,7 +47,7 @@ async def restore(
     :raises SevhopError: it did not start, and cannot any more; the guest is suspended in the keeper.
     """
     try:
-        await checked.connection.restore(str(keeper.image))
+        await start_destination(checked.connection, checked.domain.uuid, keeper)
     except DomainError as err:
         if not await _arrived_all_the_same(hop, checked, keeper, stopped):
             reason = (await keeper.status())["reason"]
@@ -60,6 +60,56 @@ async def restore(
         with contextlib.suppress(SevhopError):
             for text in await prepared.disks.lost_bitmaps(await checked.domain.monitor()):
                 hop.note(text)
+
+
+async def start_destination(connection: Connection, uuid: str, keeper: KeeperClient) -> None:
+    """
+    Have libvirt restore the domain from the image. A destination that does not run in time is ended.
+
+    :param uuid: of the domain.
+    :raises DomainError: it did not start.
+    :raises SevhopError: it does not start, and either cannot be ended, or that is not known.
+    """
+    try:
+        await connection.restore(str(keeper.image))
+    except DomainTimeout as err:
+        if not await end_hanging_destination(connection, uuid, keeper):
+            reason = f"the new QEMU does not run within {connection.timeout:g} s, and was ended"
+            raise SevhopError(reason, "see its log in /var/log/libvirt/qemu; raise --timeout on a slow host") from err
+
+
+async def end_hanging_destination(connection: Connection, uuid: str, keeper: KeeperClient) -> bool:
+    """
+    End a destination that libvirt has started and that does not run in time.
+
+    :return: whether it has the guest after all, and is left alone.
+    :raises SevhopError: it cannot be ended, or that is not known.
+    """
+    deadline = time.monotonic() + keeper.timeout
+    while True:
+        try:
+            await keeper.revoke()
+            break
+        except KeeperTimeout:
+            raise
+        except KeeperError:
+            # It has the guest, or the keeper is committing, which ends.
+            if (await keeper.status())["state"] == State.OVER.value:
+                return True
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_POLL)
+    domain = await connection.domain_with(uuid)
+    if domain is not None:
+        # The keeper kills one that it has seen; another one has been started from the image all the same.
+        with contextlib.suppress(SevhopError):
+            pid = domain.living_pid()
+            if pid is not None and keeper.has_started(pid):
+                process = QemuProcess.open(pid)
+                process.kill()
+                process.close()
+        await domain.destroy()
+    return False
 
 
 async def _activate(hop: Transaction, checked: CheckedDomain) -> None:
@@ -83,10 +133,10 @@ async def _arrived_all_the_same(
     domain = checked.domain
     try:
         if not await domain.reconnect():
-            return await _restored_by_another(domain, keeper)
+            return await _restored_by_another(checked, keeper)
     except DomainError as err:
         if err.code == NO_DOMAIN:
-            return await _restored_by_another(domain, keeper)
+            return await _restored_by_another(checked, keeper)
         raise
     if (await keeper.status())["state"] in (State.COMMITTED.value, State.OVER.value):
         with contextlib.suppress(SevhopError):
@@ -107,9 +157,10 @@ async def _arrived_all_the_same(
     return False
 
 
-async def _restored_by_another(domain: Domain, keeper: KeeperClient) -> bool:
+async def _restored_by_another(checked: CheckedDomain, keeper: KeeperClient) -> bool:
     """Whether another client's restore of our image succeeds; one in progress is waited for."""
-    deadline = time.monotonic() + RESTORE_TIMEOUT
+    domain = checked.domain
+    deadline = time.monotonic() + keeper.timeout
     while time.monotonic() < deadline:
         active = await domain.active()
         status = await keeper.status()
@@ -121,7 +172,9 @@ async def _restored_by_another(domain: Domain, keeper: KeeperClient) -> bool:
         if not active and status["state"] != State.COMMITTED.value:
             return False
         await asyncio.sleep(_POLL)
-    raise SevhopError(f"another client's restore of the domain is still in progress after {RESTORE_TIMEOUT:g} s")
+    if await end_hanging_destination(checked.connection, checked.domain.uuid, keeper):
+        return True
+    raise SevhopError(f"another client's restore of the domain was still in progress after {keeper.timeout:g} s")
 
 
 async def _report_destination(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient) -> None:

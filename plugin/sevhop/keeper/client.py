@@ -37,10 +37,12 @@ class KeeperClient:
     A keeper that was started, and the connection to it.
 
     :ivar directory: its own; the save image goes there, too.
+    :ivar timeout: seconds within which it must reply. It is set to less while the guest is stopped.
     """
 
     def __init__(self, directory: Path, control: socket.socket) -> None:
         self.directory = directory
+        self.timeout = ANSWER_TIMEOUT
         self._paths = KeeperPaths(directory)
         self._control = control
 
@@ -147,7 +149,7 @@ class KeeperClient:
         """Have it release everything and exit. A guest that does not run anywhere is lost then."""
         with contextlib.suppress(KeeperError, OSError):
             await self._ask("release")
-            async with asyncio.timeout(ANSWER_TIMEOUT):
+            async with asyncio.timeout(self.timeout):
                 await asyncio.get_running_loop().sock_recv(self._control, 1)
 
     async def _ask(self, request: str) -> str:
@@ -160,7 +162,7 @@ class KeeperClient:
                 self._control = await _connect(self.directory)
                 answer = await self._exchange(request)
         except TimeoutError as err:
-            raise KeeperTimeout(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s", _RECOVER) from err
+            raise KeeperTimeout(f"the keeper did not reply within {self.timeout:g} s", _RECOVER) from err
         except OSError as err:
             raise KeeperError("the keeper is gone", _RECOVER) from err
         verdict, _, rest = answer.partition(" ")
@@ -170,7 +172,7 @@ class KeeperClient:
 
     async def _exchange(self, request: str) -> str:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(ANSWER_TIMEOUT):
+        async with asyncio.timeout(self.timeout):
             await loop.sock_sendall(self._control, request.encode())
             answer = await loop.sock_recv(self._control, MESSAGE)
         if not answer:
