@@ -324,7 +324,7 @@ def test_revoke_kills_a_destination_that_is_starting(
     assert run(ask(server, f"hook restore begin {UUID}")) == "ok /opt/qemu"
     server._restore.started(destination.pid)
     assert (run(ask(server, "revoke")), server.record.state) == ("ok", State.WAITING)
-    assert destination.wait() == -signal.SIGKILL
+    assert destination.wait(10) == -signal.SIGKILL
 
 
 def test_revoked_restore_is_not_committed(server: KeeperServer) -> None:
