@@ -5,6 +5,7 @@
  * One file per concept:
  *   main.c       what the process is, its environment; how failures are reported
  *   keeper.c     requests to the keeper, the process that has the source's descriptors
+ *   domain.c     what libvirt has passed: a monitor for the keeper; or a copy of that, when there is no hop
  *   libc.c       the C library's own functions behind the ones that are interposed
  *   memory.c     the guest's memory: mapped privately until the hand-over, shared after it
  *   listeners.c  the source's listening sockets
@@ -91,6 +92,11 @@ bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PR
 bool keeper_notify_start(void);
 bool source_has_ended(void); /* false: a thread of it is left, or the keeper gave no pidfd */
 void keeper_close(void);
+
+/* ---- domain.c ---- */
+
+bool keeper_is_gone(const char *where); /* the hop is over, or was on another host: this QEMU is no destination */
+void monitor_use(const char *path);     /* before the program starts */
 
 /* ---- run_mark.c ---- */
 

@@ -124,7 +124,7 @@ def test_library_exports_only_what_it_interposes() -> None:
     assert names == set(
         "ioctl memfd_create mmap mmap64 munmap madvise mlockall readv ftruncate ftruncate64 fallocate fallocate64 "
         "fcntl fcntl64 open open64 __open_2 __open64_2 fopen fopen64 posix_fadvise posix_fadvise64 bind unlink listen "
-        "accept accept4".split()
+        "accept accept4 __libc_start_main".split()
     )
 
 
@@ -159,6 +159,41 @@ def test_memory_is_not_adopted_without_a_keeper(qemu: Path, accelerator: Acceler
             plain.adopt_ram()
         plain.execute("cont")
         assert plain.execute("query-status")["running"]
+
+
+@EVERY_EMULATOR
+def test_library_does_nothing_if_the_hop_is_over(qemu: Path, accelerator: Accelerator, tmp_path: Path) -> None:
+    """As in a QEMU that is started with a copy of the XML of a domain that has hopped, on any host."""
+    gone = tmp_path / "gone"
+    environment = preloaded(str(gone / "keeper")) | {"SEVHOP_MONITOR": str(gone / "monitor" / "qmp")}
+    with Destination([qemu, *machine(accelerator, incoming=False)], environment) as plain:
+        listed = {command["name"] for command in plain.execute("query-commands")}
+        assert listed.isdisjoint(adopt.COMMANDS)
+        plain.execute("cont")
+        assert plain.execute("query-status")["running"]
+
+
+@EVERY_EMULATOR
+def test_destination_opens_the_monitor_of_the_keeper(
+    qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path
+) -> None:
+    """It is not on the command line. A comma in its path is part of that."""
+    path, ours = tmp_path / "a,b", keeper.theirs.fileno()
+    environment = preloaded(f"fd:{ours}") | {"SEVHOP_MONITOR": str(path)}
+    with Destination([qemu, *machine(accelerator)], environment, [ours]), socket.socket(socket.AF_UNIX) as monitor:
+        monitor.connect(str(path))
+        assert monitor.recv(4096).startswith(b'{"QMP": ')
+
+
+@EVERY_EMULATOR
+def test_save_image_without_ram_is_not_loaded_without_the_hook(
+    qemu: Path, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    environment = preloaded(str(tmp_path / "gone" / "keeper")) | {"SEVHOP_IMAGE": "without RAM"}
+    status, lines = fails_to_start(qemu, machine(accelerator), environment)
+    assert status == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("sevhop adopt: the save image of a hop has no RAM, and was restored without the hook")
 
 
 # ---- memory ----

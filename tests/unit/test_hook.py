@@ -120,6 +120,12 @@ def test_restore_gets_the_keepers_emulator(keeper: FakeKeeper) -> None:
     assert printed == DESTINATION.replace("/usr/bin/qemu", "/opt/qemu")
 
 
+@pytest.mark.parametrize("operation", ["restore", "migrate", "started"])
+def test_text_that_looks_like_a_mark_is_none(keeper: FakeKeeper, operation: str) -> None:
+    xml = XML.replace("<devices>", "<metadata><a b='SEVHOP_IMAGE' c='SEVHOP_RESTORED'/></metadata><devices>")
+    assert run(keeper, "other", operation, "begin", "-", xml=xml) == (0, "", "")
+
+
 def test_restore_gets_other_ports_after_a_failed_one(keeper: FakeKeeper) -> None:
     """Those that it had may be in use, and may be why it failed."""
     graphics = "<graphics type='vnc' port='5901' autoport='no'/></devices>"

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any, Self
 
+from ..libvirt import domain_xml
 from ..records.run_directory import alive, hop_of, remove
 from .config import MESSAGE, KeeperConfig, KeeperError, KeeperTimeout
 from .paths import KeeperPaths
@@ -108,9 +109,10 @@ class KeeperClient:
         return self._paths.monitor
 
     def has_started(self, pid: int) -> bool:
-        """Whether libvirt has started this QEMU from the image: then it has the keeper's monitor."""
+        """Whether libvirt has started this QEMU from the image: then it opens the keeper's monitor."""
         with contextlib.suppress(OSError):
-            return os.fsencode(self.monitor) in Path(f"/proc/{pid}/cmdline").read_bytes()
+            variable = f"{domain_xml.MONITOR}={self.monitor}"
+            return os.fsencode(variable) in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         return False
 
     async def keep_blocks(self) -> None:
