@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.guests.daemon import Daemon, DomainGuest
-from tests.support.guests.enclosure import PROGRAMS
+from tests.support.guests.enclosure import GUESTS, PROGRAMS
 from tests.support.guests.running import GuestFailed
 
 from .conftest import StartDomain
@@ -219,6 +219,22 @@ def test_upgrade_all_tries_no_further_domain_when_interrupted(daemon: Daemon, st
     assert (report["outcome"], command.returncode) in (("rolled-back", 3), ("done", 0))
     assert second.pid == pid
     first.wait_for_ticks()
+
+
+def test_persistent_definition_keeps_an_emulator_of_its_own(
+    daemon: Daemon, start: StartDomain, new: Path, newest: Path
+) -> None:
+    """Somebody has set it for the next start."""
+    guest = start()
+    guest.wait_for_ticks()
+    guest.file("next").write_text(guest.xml("--inactive").replace(guest.emulator(), str(newest)))
+    daemon.virsh("define", f"{GUESTS}/{guest.name}.next")
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert (report["outcome"], report["notes"]) == (
+        "done",
+        [f"the persistent definition keeps its own emulator, {newest}"],
+    )
+    assert (guest.emulator(), guest.emulator("--inactive")) == (str(new), str(newest))
 
 
 @pytest.mark.parametrize("serial", ["file", "pty"])

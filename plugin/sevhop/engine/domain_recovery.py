@@ -247,9 +247,8 @@ class InterruptedUpgrade:
 
     async def finish(self, record: HopRecord) -> RecoveredGuest:
         """The guest is in its new QEMU: what is left of the phases restore and define."""
-        note = ""
         try:
-            await define_emulator(self._connection, record.uuid, record.new)
+            note = await define_emulator(self._connection, record.uuid, record.old, record.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = not_defined(record.guest, err)
         notes = await self._finish_settings()

@@ -210,13 +210,15 @@ async def define(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient)
     connection, uuid = checked.connection, checked.domain.uuid
     try:
         try:
-            await define_emulator(connection, uuid, checked.new)
+            note = await define_emulator(connection, uuid, checked.old, checked.new)
         except DomainError:
             if not await connection.reconnect():
                 raise
-            await define_emulator(connection, uuid, checked.new)
+            note = await define_emulator(connection, uuid, checked.old, checked.new)
     except (SevhopError, domain_xml.DomainXmlError) as err:
-        hop.note(not_defined(checked.domain.name, err))
+        note = not_defined(checked.domain.name, err)
+    if note:
+        hop.note(note)
     # A guest that was paused stays so; its QEMU has everything, and the keeper is not needed.
     await keeper.release()
 
@@ -226,12 +228,19 @@ def not_defined(name: str, error: Exception) -> str:
     return f"the persistent definition still has the old emulator: {error}; change it with: virsh edit {name}"
 
 
-async def define_emulator(connection: Connection, uuid: str, emulator: str) -> None:
+async def define_emulator(connection: Connection, uuid: str, old: str, new: str) -> str:
     """
-    Set the emulator of a domain's persistent definition, if it has one.
+    Set the emulator of a domain's persistent definition, if it has one, and that has the old emulator. Another one is
+    what somebody wants for the next start.
 
+    :return: a note if it has another one; otherwise empty.
     :raises DomainError: libvirt refuses.
     """
     domain = await connection.domain_with(uuid)
-    if domain is not None and await domain.persistent():
-        await connection.define(domain_xml.with_emulator(await domain.inactive_xml(), emulator))
+    if domain is None or not await domain.persistent():
+        return ""
+    xml = await domain.inactive_xml()
+    has = domain_xml.describe(xml).emulator
+    if has == old and old != new:
+        await connection.define(domain_xml.with_emulator(xml, new))
+    return f"the persistent definition keeps its own emulator, {has}" if has not in (old, new) else ""
