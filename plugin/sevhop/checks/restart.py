@@ -180,7 +180,7 @@ async def _secrets(connection: Connection, domain: ElementTree.Element) -> Check
     if found:
         hint = "define it again, and set its value (virsh secret-define, secret-set-value)"
         return failed(name, "; ".join(dict.fromkeys(found)), hint)
-    return passed(name, f"{len(elements)} can be had")
+    return passed(name, f"{len(elements)} in use" if elements else "none in use")
 
 
 async def _processor(connection: Connection, subject: Subject) -> CheckResult:
