@@ -82,14 +82,15 @@ class Connection(Daemon):
         first = next(number for number, argument in enumerate(argv) if not _ASSIGNMENT.match(argument))
         return dict(variable.split("=", 1) for variable in argv[:first]), argv[first:]
 
-    async def restore(self, image: str) -> None:
+    async def restore(self, image: str, timeout: float | None = None) -> None:
         """
         Restore a saved domain.
 
+        :param timeout: seconds, if not those of the connection: more where the guest runs meanwhile.
         :raises DomainError: it failed; the image is still there.
         :raises DomainTimeout: libvirt is still at it.
         """
-        await self.call(self.raw.restore, image)
+        await self.call(self.raw.restore, image, timeout=timeout)
 
     async def define(self, xml: str) -> None:
         """Replace the persistent definition of a domain."""
