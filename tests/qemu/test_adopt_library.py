@@ -1141,6 +1141,13 @@ def test_vcpu_state_that_is_not_encrypted_reaches_the_kernel(
         assert [line for line in loaded if line.startswith("mp state")] == [f"mp state {set_to}"] * 2
 
 
+def save_encrypted(qemu: Path, arguments: list[str], fake_kernel: str, cr3: int, state: Path) -> None:
+    """Save the device state of a machine whose page tables are encrypted: its vCPUs have this CR3."""
+    environment = {**os.environ, "LD_PRELOAD": fake_kernel, "FAKE_SEV_CR3": str(cr3)}
+    with Destination([qemu, *arguments], environment) as source:
+        source.execute("xen-save-devices-state", {"filename": str(state)})
+
+
 @EVERY_EMULATOR
 def test_registers_that_the_kernel_refuses_end_the_destination(
     qemu: Path,
@@ -1155,9 +1162,7 @@ def test_registers_that_the_kernel_refuses_end_the_destination(
     other_bit = 40 if c_bit != 40 else 41
     state = tmp_path / "state"
     more = ["-global", "migration.send-configuration=off"]
-    encrypted = {**os.environ, "LD_PRELOAD": fake_kernel, "FAKE_SEV_CR3": str(0x5000 | 1 << other_bit)}
-    with Destination([qemu, *machine(kvm, *more, incoming=False)], encrypted) as source:
-        source.execute("xen-save-devices-state", {"filename": str(state)})
+    save_encrypted(qemu, machine(kvm, *more, incoming=False), fake_kernel, 0x5000 | 1 << other_bit, state)
     monkeypatch.setenv("FAKE_SEV_BIT", str(other_bit))
     with (
         Keeper([memory], context="sev", more=FACTS) as keeper,
@@ -1186,9 +1191,7 @@ def test_encrypted_page_tables_survive_the_hop(
     cr3 = 0x5000 | 1 << c_bit
     state = tmp_path / "state"
     more = ["-smp", "2", "-global", "migration.send-configuration=off"]
-    encrypted = {**os.environ, "LD_PRELOAD": fake_kernel, "FAKE_SEV_CR3": str(cr3)}
-    with Destination([qemu, *machine(kvm, *more, incoming=False)], encrypted) as source:
-        source.execute("xen-save-devices-state", {"filename": str(state)})
+    save_encrypted(qemu, machine(kvm, *more, incoming=False), fake_kernel, cr3, state)
     monkeypatch.setenv("FAKE_SEV_BIT", str(c_bit))
     with (
         Keeper([memory], context="sev", more=FACTS) as keeper,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from sevhop.checks import registers
 from sevhop.checks.registers import Registers
 from sevhop.checks.result import CheckResult, Status
 from sevhop.guest.inspection import SevContext
-from sevhop_qmp import exported
+from sevhop_qmp import adopt, exported
 from sevhop_qmp.errors import ProcessError, SevhopError
 from sevhop_qmp.process import Descriptor
 
@@ -203,3 +206,26 @@ def test_answers_that_make_no_sense_are_reported(output: bytes, errors: bytes, r
 def test_offset_is_read_from_the_answers() -> None:
     output = b'{"QMP": {}}\n{"return": {}}\n{"return": {"protected-state-offset": 113}}\n{"return": {}}\n'
     assert registers._parse(output, b"") == 113
+
+
+def test_root_gets_nothing_of_the_environment_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU can write there, and root executes what enters its namespaces."""
+    hostile = SimpleNamespace(
+        pid=1,
+        environment={"LD_PRELOAD": "/tmp/evil.so", "PATH": "/tmp", "GCONV_PATH": "/tmp"},
+        namespace=lambda _: "mnt:[1]",
+        credentials=SimpleNamespace(uid=107, gid=107, groups=()),
+    )
+    given: list[dict[str, str]] = []
+
+    def start(*_: object, env: dict[str, str], **__: object) -> None:
+        given.append(env)
+        raise OSError
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(SevhopError):
+        registers._run(hostile, ["program"], "fd:3", [])  # type: ignore[arg-type]
+    (environment,) = given
+    assert set(environment) == {"PATH", "LD_PRELOAD", "SEVHOP_KEEPER"}
+    assert environment["PATH"] == os.defpath
+    assert environment["LD_PRELOAD"] == str(adopt.library_path())

@@ -226,3 +226,11 @@ def test_action_is_set_if_that_of_the_destination_is_unknown() -> None:
     qemu = Qemu()
     asyncio.run(runtime_settings.carry_over(Settings(actions={"reboot": "shutdown"}), Settings(), qemu))
     assert ("set-action", {"reboot": "shutdown"}) in qemu.executed
+
+
+def test_monitor_is_an_object_only_in_a_newer_qemu() -> None:
+    ours = Settings(types={"compat_monitor1": "monitor-qmp"})
+    assert not any("object" in note for note in runtime_settings.not_carried_over(ours, Settings()))
+    newer = Settings(types={"compat_monitor0": "monitor-qmp"})
+    (note,) = (note for note in runtime_settings.not_carried_over(ours, newer) if "object" in note)
+    assert "compat_monitor1 (monitor-qmp)" in note

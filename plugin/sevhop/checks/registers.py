@@ -128,9 +128,9 @@ async def _find(context: SevContext, process: QemuProcess, monitor: Commands) ->
             # By its descriptor: the file may have been replaced, or may be in another mount namespace.
             command = [f"/proc/self/fd/{program}", *_MACHINE, *await _guest_options(context, monitor)]
             keep = [program, keeper.theirs.fileno()]
-            environment = launch.inheritable(process.environment)
-            environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", inherited=environment)
-            output, errors = await shielded(asyncio.to_thread(_run, process, command, environment, keep))
+            output, errors = await shielded(
+                asyncio.to_thread(_run, process, command, f"fd:{keeper.theirs.fileno()}", keep)
+            )
     finally:
         os.close(program)
     return _parse(output, errors)
@@ -150,20 +150,22 @@ async def _guest_options(context: SevContext, monitor: Commands) -> list[str]:
     return ["-machine", "none,confidential-guest-support=sev", "-object", f"sev-guest,id=sev,{described}"]
 
 
-def _run(
-    process: QemuProcess, command: Sequence[str], environment: dict[str, str], keep: Sequence[int]
-) -> tuple[bytes, bytes]:
+def _run(process: QemuProcess, command: Sequence[str], keeper: str, keep: Sequence[int]) -> tuple[bytes, bytes]:
     """Run it as the source's user, with the devices that this one has."""
     pipe = subprocess.PIPE
     try:
         if process.namespace("mnt") != os.readlink("/proc/self/ns/mnt"):
             child = subprocess.Popen(
                 [*within_namespaces_of(process), *command],
-                cwd="/", env=environment, pass_fds=keep, stdin=pipe, stdout=pipe, stderr=pipe,
+                # Nothing of the source's, which QEMU can change: root executes what enters the namespaces.
+                cwd="/", env={"PATH": os.defpath, **adopt.environment(keeper)}, pass_fds=keep,
+                stdin=pipe, stdout=pipe, stderr=pipe,
             )  # fmt: skip
         else:
             confinement = replace(Confinement.of(process), label="", cgroups=())
             identity = Identity(confinement, Thread.of(process.pid))
+            environment = launch.inheritable(process.environment)
+            environment |= adopt.environment(keeper, inherited=environment)
             child = launch.spawn(command, environment, identity, keep=keep, stdin=pipe, stdout=pipe, stderr=pipe)
         with child:
             try:

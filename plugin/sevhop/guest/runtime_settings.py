@@ -61,6 +61,7 @@ _ACTIONS = {
 #: Their symbols.
 _ACTION_SYMBOLS = {name: f"{name}_action" for name in _ACTIONS} | {"watchdog": "get_watchdog_action"}
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_MONITOR = "monitor-"
 _STATISTICS = "guest-stats-polling-interval"
 _NETDEV = re.compile(r"^Hub -?\d+ \((?P<id>.*)\):\s*$")
 _FORWARD = re.compile(
@@ -358,8 +359,10 @@ def not_carried_over(ours: Settings, theirs: Settings) -> list[str]:
         notes.append("the password of SPICE cannot be read: it is the one that the new QEMU was started with")
     if unknown := [name for name in _ACTIONS if name not in ours.actions or name not in theirs.actions]:
         notes.append(f"cannot read the actions at {', '.join(unknown)}: repeat QMP set-action if it was used")
+    # Since QEMU 11.1 each monitor of the command line is an object.
+    monitors = any(kind.startswith(_MONITOR) for kind in theirs.types.values())
     for name, kind in ours.types.items():
-        if name not in theirs.types:
+        if name not in theirs.types and (monitors or not kind.startswith(_MONITOR)):
             notes.append(f"object {name} ({kind}) was added since the start, and the new QEMU does not have it")
     for label in ours.chardevs:
         if label not in theirs.chardevs and label != PRIVATE_MONITOR:

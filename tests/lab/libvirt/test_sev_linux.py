@@ -21,8 +21,6 @@ BOOT = 1200.0
 POLICIES = {"sev": 1, "sev-es": 1 | POLICY_SEV_ES}
 #: What the guest's kernel reports to be active.
 FEATURES = {"sev": "AMD SEV", "sev-es": "AMD SEV SEV-ES"}
-#: Once after a boot the kernel reports an interrupt that took long. In emulation every one may.
-SLOW = "hrtimer: interrupt took "
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def has_printed(guest: DomainGuest, line: str) -> bool:
 
 def warnings(guest: DomainGuest) -> list[str]:
     """What the guest's kernel has warned of."""
-    return [text for text in guest.seen().warnings if not text.startswith(SLOW)]
+    return [text for text in guest.seen().warnings if not text.startswith(linux.SLOW)]
 
 
 @pytest.mark.long

@@ -31,8 +31,6 @@ HOPS = 10
 POLICIES = {"sev": 1, "sev-es": 1 | POLICY_SEV_ES}
 #: What the guest's kernel reports to be active.
 FEATURES = {"sev": "AMD SEV", "sev-es": "AMD SEV SEV-ES"}
-#: Once after a boot the kernel reports an interrupt that took long. In emulation every one may.
-SLOW = "hrtimer: interrupt took "
 
 #: Boots a guest with this context, in a QEMU, with so many vCPUs; it counts.
 Boot = Callable[[str, str, int], Guest]
@@ -61,7 +59,7 @@ def boot(tmp_path: Path) -> Iterator[Boot]:
 
 def warnings(guest: Guest) -> list[str]:
     """What the guest's kernel has warned of."""
-    return [text for text in guest.seen().warnings if not text.startswith(SLOW)]
+    return [text for text in guest.seen().warnings if not text.startswith(linux.SLOW)]
 
 
 def hop(guest: Guest, context: str, labels: Sequence[str]) -> list[float]:

@@ -236,7 +236,7 @@ def host_as_checked(
                 assert tree.failures() == []
                 described = await inspect(monitor, process)
             (context,) = (one for one in tree.children if one.name == "context")
-            assert [one.name for one in context.children] == list(sev_host.NAMES)
+            assert [one.name for one in context.children] == [*sev_host.NAMES, "reboot"]
             again = sev_host.examine(described, process, own_group=own_group, sandbox=False)
             return {one.name: one for one in again}
         finally:

@@ -28,6 +28,9 @@ _KEPT = "vmlinuz, vmlinux, drivers"
 
 #: The command line of the kernel.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
+#: What the guest's kernel reports since all is slow in emulation: an interrupt took long; its clock was checked late,
+#: since a new QEMU that starts takes the emulated processors from the guest.
+SLOW = ("hrtimer: interrupt took ", "clocksource: Long readout interval, skipping watchdog check")
 
 #: The least memory of a SEV guest in MiB: what its devices reach takes 64.
 SEV_MEMORY_MIB = 384

@@ -114,6 +114,8 @@ _MENDED = [
     after(_SVM, "helper_vmrun", "do_interrupt_x86_hardirq(", "cs->exception_index = -1;"),
     # Writing CR8 asks for an interrupt without the lock that this needs: an assertion ends the emulator.
     Hook(_MISC, "helper_write_crN", r"(cpu_(?:reset_)?interrupt\([^;]*;)", r"bql_lock(); \1 bql_unlock();", times=2),
+    # A read of any control register would exit as one of CR0, whose intercept has the number 0.
+    Hook(_DECODER, "decode_op", r"if \(decode->e\.intercept\)", "if (decode->e.has_intercept)", times=2),
 ]
 
 HOOKS = [*_STATE, *_CPUID_AND_MSRS, *_C_BIT, *_WORLD_SWITCH, *_EXITS, *_CACHES, *_MENDED]
