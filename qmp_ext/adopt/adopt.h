@@ -5,6 +5,8 @@
  * One file per concept:
  *   main.c       what the process is, its environment; how failures are reported
  *   keeper.c     requests to the keeper, the process that has the source's descriptors
+ *   descriptors.c  the descriptors that the process was started with
+ *   save_image.c  the pipe that takes the place of libvirt's save image
  *   libc.c       the C library's own functions behind the ones that are interposed
  *   memory.c     the guest's memory: mapped privately until the hand-over, shared after it
  *   listeners.c  the source's listening sockets
@@ -91,6 +93,14 @@ bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PR
 bool keeper_notify_start(void);
 bool source_has_ended(void); /* false: a thread of it is left, or the keeper gave no pidfd */
 void keeper_close(void);
+
+/* ---- descriptors.c ---- */
+
+void descriptors_each(void (*visit)(int fd, void *opaque), void *opaque); /* those above stderr's */
+
+/* ---- save_image.c ---- */
+
+void save_image_replace(void); /* if the keeper has a pipe for the stream */
 
 /* ---- run_mark.c ---- */
 

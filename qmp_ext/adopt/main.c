@@ -173,8 +173,10 @@ __attribute__((constructor)) static void start(void)
         return; /* for example a wrapper script's shell: the QEMU that it starts needs the environment unchanged */
     if (standard_error)
         use_stderr(standard_error);
-    if (keeper)
+    if (keeper) {
         keeper_connect(keeper);
+        save_image_replace();
+    }
     clean_environment();
     commands_install();
 }

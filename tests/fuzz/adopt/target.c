@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What QEMU does with the library, as the input wants. TARGET chooses which part of it:
- *   hello      where the keeper is, and what it sends first
+ *   hello      where the keeper is, and what it sends first; the save image
  *   memory     memfds, mappings, the hand-over
  *   listeners  sockets and files
  *   kvm        ioctls
@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -388,6 +389,17 @@ static void check_descriptors(void)
     demand(count >= 2 && count <= 2 + world.kept_fds);
 }
 
+/* It came back: then its descriptor is the stream's, or the image's as before. */
+static void replace_image(void)
+{
+    struct stat before, after;
+
+    world.image = memfd_create("image", MFD_CLOEXEC);
+    demand(!fstat(world.image, &before));
+    save_image_replace();
+    demand(!fstat(world.image, &after) && (S_ISFIFO(after.st_mode) || before.st_ino == after.st_ino));
+}
+
 static void connect_keeper(enum target target)
 {
     char where[32];
@@ -404,6 +416,8 @@ static void connect_keeper(enum target target)
     snprintf(where, sizeof where, "fd:%d", world.keeper[0]);
     keeper_connect(where);
     check_descriptors();
+    if (target == hello)
+        replace_image();
 }
 
 static void use(enum target target)

@@ -40,6 +40,7 @@ struct world {
     bool honest; /* the keeper gives one memory of the pool after the other */
     unsigned int given;
     unsigned int kernel_moves; /* contexts that the kernel has moved */
+    int image; /* libvirt's save image; -1: none was passed */
     int vm;
     Notifier *notifier;
     VMChangeStateHandler *handler;
