@@ -19,6 +19,8 @@
  *   registers.c  vCPU registers that the kernel accepts only after the move, and halted vCPUs
  *   protected_state.c  the flag for which QEMU leaves vCPU state alone
  *   realtime.c   resets the realtime priority that the hop has given to threads of this process
+ *   announce.c   announces a guest that is still elsewhere, and answers for it
+ *   device_events.c  corrects what clients have asked of its devices meanwhile
  *   cpu_properties.c  properties that libvirt need not query while the guest waits
  *   commands.c   the QMP commands and the guard against running too early
  */
@@ -175,6 +177,7 @@ void memory_lock_pages(void); /* does what mlockall() was asked for during the h
 
 int stream_await(int fd, uint64_t header_size); /* 0, or a negative errno */
 void stream_forget(void);
+bool stream_waits(void); /* QEMU has read the header, and waits for the state */
 
 /* ---- listeners.c ---- */
 
@@ -242,8 +245,26 @@ void realtime_reset(void); /* all threads; the first one, which starts the guest
 
 void cpu_properties_shorten(void); /* in the answer to qom-list, until the hop is over */
 
+/* ---- announce.c ---- */
+
+/* What clients were informed of: the guest is reported in this state. */
+enum announced { ANNOUNCED_NONE, ANNOUNCED_PAUSED, ANNOUNCED_RUNNING };
+
+const char *announce_missing(void); /* what this QEMU lacks for it; NULL: nothing */
+bool waits_for_state(void); /* QEMU does; only if nothing is missing */
+void announce_start(void); /* only if nothing is missing */
+bool announce_made(void);
+const char *announce_state_name(void);
+void announce_finish(void);
+
+/* ---- device_events.c ---- */
+
+void device_events_record(void); /* what clients are about to ask for */
+void device_events_send(void); /* the hop is over: what has changed */
+
 /* ---- commands.c ---- */
 
+const char *reason_against_running(void); /* NULL: the guest may run here */
 bool is_qemu(void);
 void commands_install(void);
 

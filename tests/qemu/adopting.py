@@ -17,13 +17,14 @@ import struct
 import subprocess
 import termios
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pytest
+from qemu.qmp import EventListener, Message
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.monitor import Monitor
@@ -260,6 +261,18 @@ class Destination:
 
     def send_fd(self, name: str, fd: int) -> None:
         self._runner.run(self.monitor.send_fd(name, fd))
+
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[EventListener]:
+        """Collect events, for :meth:`next_event`."""
+        with self.monitor.events(*names) as listener:
+            yield listener
+
+    def next_event(self, listener: EventListener) -> Message:
+        return self._runner.run(self.monitor.next_event(listener, timeout=TIMEOUT))
+
+    def announce(self) -> adopt.Announcement:
+        return self._runner.run(adopt.announce(self.monitor))
 
     def status(self) -> adopt.AdoptStatus:
         return self._runner.run(adopt.adopt_status(self.monitor))

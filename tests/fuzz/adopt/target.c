@@ -318,7 +318,10 @@ static void command(void)
 
     if (!world.commands)
         return;
-    function = world.command[input_byte() % world.commands].function;
+    if (input_chance(world.announced ? 2 : 8))
+        function = qemu_command(input_byte());
+    else
+        function = world.command[input_byte() % world.commands].function;
     if (arguments && input_chance(3)) {
         qdict_put_str(arguments, "stream", "stream");
         qdict_put_int(arguments, "header-size", input_byte());
@@ -437,7 +440,33 @@ static void use(enum target target)
     }
 }
 
-/* What made-up input seldom arrives at: a machine that is complete and has adopted the memory of its source. */
+static void execute(const char *name, QDict *arguments)
+{
+    QObject *result = NULL;
+    Error *error = NULL;
+
+    for (unsigned int i = 0; i < world.commands; i++)
+        if (!strcmp(world.command[i].name, name))
+            world.command[i].function(arguments, &result, &error);
+}
+
+/* What made-up input seldom arrives at: a QEMU that waits for the state of an announced guest. */
+static void await_state(void)
+{
+    QDict *arguments = qdict_new();
+    char byte;
+    struct iovec vector = {.iov_base = &byte, .iov_len = 1};
+
+    qdict_put_str(arguments, "stream", "stream");
+    qdict_put_int(arguments, "header-size", 1);
+    execute("x-sev-adopt-ram", arguments);
+    world.honest = true;
+    adopt_readv(pool_memory[0], &vector, 1);
+    world.honest = false;
+    execute("x-sev-adopt-announce", NULL);
+}
+
+/* Likewise: a machine that is complete and has adopted the memory of its source. */
 static void start_machine(void)
 {
     world.honest = true;
@@ -453,6 +482,8 @@ static void start_machine(void)
     }
     world.honest = false;
     world.notifier->notify(world.notifier, NULL);
+    if (input_chance(2))
+        await_state();
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)

@@ -169,7 +169,7 @@ void world_reset(void)
     world.notifier = notifier;
     world.vm = -1;
     world.image = -1;
-    memset(kvm_state, 0, KVM_STATE_SIZE);
+    qemu_reset();
     demand(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, world.keeper));
 }
 
@@ -486,6 +486,8 @@ static ssize_t kernel_readv(int fd, const struct iovec *vector, int count)
 {
     (void)fd;
     demand(vector && count > 0);
+    if (world.honest)
+        return (ssize_t)vector->iov_len;
     if (input_chance(4)) {
         errno = EAGAIN;
         return -1;
