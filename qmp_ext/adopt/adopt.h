@@ -15,6 +15,7 @@
  *   stream.c     the stream of the device state, whose first byte is the hand-over
  *   files.c      files that the source still writes
  *   kvm.c        which of QEMU's ioctls concern the hop
+ *   taps.c       settings of taps that the source still uses
  *   sev.c        emulated launch commands, the move
  *   registers.c  vCPU registers that the kernel accepts only after the move, and halted vCPUs
  *   protected_state.c  the flag for which QEMU leaves vCPU state alone
@@ -187,6 +188,13 @@ void listeners_serve(void); /* the hop is over: clients find this process */
 /* ---- files.c ---- */
 
 bool pid_file_unlink(const char *path); /* true: this was our pid file, which has another name now, and it is gone */
+
+/* ---- taps.c ---- */
+
+void taps_find_shared(void); /* before QEMU has opened anything */
+int tap_ioctl(int fd, unsigned long request, void *argument);
+void taps_apply(void); /* the guest is the source's no more: makes the settings that were deferred */
+int taps_deferred(void); /* settings */
 
 /* ---- kvm.c ---- */
 

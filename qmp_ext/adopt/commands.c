@@ -195,6 +195,7 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
     qdict_put_int(answer, "vm-type", kvm_vm_type());
     qdict_put_int(answer, "vcpus", vcpus_count());
     qdict_put_int(answer, "deferred-registers", vcpus_deferred());
+    qdict_put_int(answer, "deferred-tap-settings", taps_deferred());
     qdict_put_int(answer, "protected-state-offset", (int64_t)protected_state_offset());
     qdict_put_int(answer, "listeners", listeners_adopted());
     qdict_put_obj(answer, "memfds", (QObject *)memories);
@@ -249,6 +250,9 @@ static void before_run(void *opaque, bool running, int state)
         refused_starts++;
         fatal("this QEMU must not run: %s", reason);
     }
+    /* The hop is committed. Before that, the source may be resumed, with its taps as they were. */
+    if (running)
+        taps_apply();
     if (running && hop_in_progress())
         realtime_reset();
 }
@@ -323,6 +327,7 @@ static void adopt_finish(QDict *arguments, QObject **result, Error **error)
         notify_keeper = false;
         protected_state_finish();
         announce_finish();
+        taps_apply();
         listeners_serve();
         keeper_close();
         memory_lock_pages();

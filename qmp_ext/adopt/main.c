@@ -176,6 +176,7 @@ __attribute__((constructor)) static void start(void)
     if (keeper) {
         keeper_connect(keeper);
         save_image_replace();
+        taps_find_shared();
     }
     clean_environment();
     commands_install();

@@ -146,6 +146,7 @@ class AdoptStatus:
     :ivar vm_type: as given to KVM_CREATE_VM; 0 is the only one that a destination may have.
     :ivar vcpus: vCPUs that QEMU has created.
     :ivar deferred_registers: vCPUs whose registers are set after the move.
+    :ivar deferred_tap_settings: settings of taps that the source uses; made before the guest runs here.
     :ivar protected_state_offset: see :mod:`.protected_state`; 0 if this QEMU has no such flag.
     :ivar listeners: listening sockets taken over.
     :ivar memfds: memory taken over, in the order in which QEMU asked for it.
@@ -166,8 +167,9 @@ class AdoptStatus:
     protected_state_offset: int
     listeners: int
     memfds: tuple[AdoptedMemfd, ...]
-    # A destination that has the library of an earlier package does not report this.
+    # A destination that has the library of an earlier package does not report these.
     announced: str = "none"
+    deferred_tap_settings: int = 0
 
 
 async def adopt_ram(monitor: Monitor, stream: str | None = None, header_size: int = 0) -> AdoptedRam:

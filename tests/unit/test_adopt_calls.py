@@ -67,11 +67,11 @@ def test_announcement_is_refused_if_the_answer_is_invalid() -> None:
 
 
 def test_status_has_what_clients_were_informed_of() -> None:
-    answered = status({**STATUS, "announced": "running"})
-    assert answered.announced == "running"
+    answered = status({**STATUS, "announced": "running", "deferred-tap-settings": 3})
+    assert (answered.announced, answered.deferred_tap_settings) == ("running", 3)
 
 
 def test_status_of_an_earlier_library_is_accepted() -> None:
     """A package may be updated between the start of a destination and its recovery."""
     answered = status(STATUS)
-    assert answered.announced == "none"
+    assert (answered.announced, answered.deferred_tap_settings) == ("none", 0)

@@ -401,6 +401,7 @@ static void replace_image(void)
     demand(!fstat(world.image, &before));
     save_image_replace();
     demand(!fstat(world.image, &after) && (S_ISFIFO(after.st_mode) || before.st_ino == after.st_ino));
+    taps_find_shared();
 }
 
 static void connect_keeper(enum target target)
