@@ -482,6 +482,11 @@ static void start_machine(void)
         }
     }
     world.honest = false;
+    if (hop.context != CONTEXT_NONE && adopt_ioctl(3, KVM_CREATE_VM, 0L) >= 0) {
+        struct kvm_sev_cmd launch = {.id = hop.context == CONTEXT_SEV ? KVM_SEV_INIT : KVM_SEV_ES_INIT};
+
+        adopt_ioctl(world.vm, KVM_MEMORY_ENCRYPT_OP, &launch);
+    }
     world.notifier->notify(world.notifier, NULL);
     if (input_chance(2))
         await_state();
