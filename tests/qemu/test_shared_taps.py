@@ -97,6 +97,15 @@ def opened(queues: int = 1, *, used: bool = True) -> Iterator[Tap]:
 
 
 @EVERY_EMULATOR
+def test_tap_is_non_blocking_once_a_qemu_uses_it(qemu: Path, accelerator: Accelerator) -> None:
+    """By this the destination recognizes it."""
+    with opened(used=False) as tap:
+        assert not fcntl.fcntl(tap.fds[0], fcntl.F_GETFL) & os.O_NONBLOCK
+        with Destination([qemu, *machine(accelerator, *tap.card(), incoming=False)], dict(os.environ), tap.fds):
+            assert fcntl.fcntl(tap.fds[0], fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+@EVERY_EMULATOR
 def test_tap_of_the_source_is_set_up_when_the_guest_runs(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     with opened() as tap:
         assert tap.settings() == USED
