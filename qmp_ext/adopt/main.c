@@ -173,8 +173,11 @@ __attribute__((constructor)) static void start(void)
         return; /* for example a wrapper script's shell: the QEMU that it starts needs the environment unchanged */
     if (standard_error)
         use_stderr(standard_error);
-    if (keeper)
+    if (keeper) {
         keeper_connect(keeper);
+        save_image_replace();
+        taps_find_shared();
+    }
     clean_environment();
     commands_install();
 }
