@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Announces a guest whose state has not arrived yet. While it runs in another QEMU, whoever has started this one (libvirt)
- * may finish everything: the event MIGRATION "completed" is sent when QEMU has begun to wait for the state.
+ * Announces a guest whose state has not arrived yet. While it runs in another QEMU, whoever has started this one
+ * (libvirt) finishes its work: the event MIGRATION "completed" is sent when QEMU has begun to wait for the state.
  *
  * From then on, until the guest may run here, this QEMU answers for it:
  *   cont          is remembered: the guest runs when its state has been loaded. QEMU 7.2 would take the disk images from
