@@ -185,8 +185,11 @@ __attribute__((constructor)) static void start(void)
         monitor_use(own_monitor);
     if (standard_error)
         use_stderr(standard_error);
-    if (keeper)
+    if (keeper) {
         keeper_connect(keeper);
+        save_image_replace();
+        taps_find_shared();
+    }
     clean_environment();
     commands_install();
 }
