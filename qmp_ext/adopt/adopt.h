@@ -109,7 +109,7 @@ void descriptors_each(void (*visit)(int fd, void *opaque), void *opaque); /* tho
 
 /* ---- save_image.c ---- */
 
-void save_image_replace(void); /* if the keeper has a pipe for the stream */
+void save_image_replace(void); /* if the source lives, and the keeper has a pipe for the stream */
 
 /* ---- run_mark.c ---- */
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The save image: the file that libvirt passes to a destination, to read the stream from. If the guest still runs in
- * another QEMU, the file ends after libvirt's own header and XML, and the stream comes from a pipe of the keeper.
+ * another QEMU, the file may end after libvirt's own header and XML; then the stream comes from a pipe of the keeper.
  *
  * The pipe takes the file's place, at the same number, before QEMU looks at it: newer versions refuse a stream that is
  * a file (migration/fd.c). The file is found by device and inode, since the keeper does not know the number.
@@ -48,6 +48,9 @@ void save_image_replace(void)
     struct search search = {.pipe = -1};
     struct stat file;
 
+    /* The file has the whole stream, and the guest waits for it. */
+    if (hop.source_ended)
+        return;
     keeper_ask(reply, &search.pipe, "stream");
     /* An error: a keeper that does not know the request has no stream. */
     if (!strcmp(reply, "none") || !strncmp(reply, "error ", 6))

@@ -100,6 +100,19 @@ def test_save_image_stays_if_the_keeper_has_no_stream(
         assert link(destination, keep[0]) == str(stream.image.name)
 
 
+def test_save_image_has_the_stream_of_a_source_that_has_ended(
+    qemu: Path, accelerator: Accelerator, memory: Memory, stream: Stream
+) -> None:
+    """The guest waits, so the keeper is not asked."""
+    keep = [stream.image.fileno()]
+    with (
+        Keeper([memory], source="ended", stream=stream.reply) as keeper,
+        Destination.adopting(qemu, machine(accelerator), keeper, keep=keep) as destination,
+    ):
+        assert link(destination, keep[0]) == str(stream.image.name)
+        assert "stream" not in keeper.requests
+
+
 def test_destination_is_refused_without_the_save_image(
     qemu: Path, accelerator: Accelerator, memory: Memory, stream: Stream
 ) -> None:
