@@ -46,6 +46,8 @@ class KeeperClient:
         self.timeout = ANSWER_TIMEOUT
         self._paths = KeeperPaths(directory)
         self._control = control
+        self._unanswered = False
+        self._abandoned: list[socket.socket] = []
 
     @classmethod
     async def start(cls, config: KeeperConfig) -> Self:
@@ -91,7 +93,8 @@ class KeeperClient:
 
     def close(self) -> None:
         """Disconnect. The keeper keeps running for as long as the guest needs it."""
-        self._control.close()
+        for sock in (self._control, *self._abandoned):
+            sock.close()
 
     @property
     def image(self) -> Path:
@@ -162,6 +165,7 @@ class KeeperClient:
             except ConnectionError:
                 self._control.close()
                 self._control = await _connect(self.directory)
+                self._unanswered = False
                 answer = await self._exchange(request)
         except TimeoutError as err:
             raise KeeperTimeout(f"the keeper did not reply within {self.timeout:g} s", _RECOVER) from err
@@ -174,9 +178,17 @@ class KeeperClient:
 
     async def _exchange(self, request: str) -> str:
         loop = asyncio.get_running_loop()
+        if self._unanswered:
+            # The reply that was not waited for may come yet, and must not be taken for that to this request. The
+            # connection stays open: to the keeper, the command goes away with it.
+            again = await _connect(self.directory)
+            self._abandoned.append(self._control)
+            self._control, self._unanswered = again, False
+        self._unanswered = True
         async with asyncio.timeout(self.timeout):
             await loop.sock_sendall(self._control, request.encode())
             answer = await loop.sock_recv(self._control, MESSAGE)
+        self._unanswered = False
         if not answer:
             raise ConnectionResetError(errno.ECONNRESET, "the keeper hung up")
         return answer.decode(errors="replace")
