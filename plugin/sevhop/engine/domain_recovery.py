@@ -29,7 +29,7 @@ from ..disks import block_graph
 from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient
-from ..keeper.config import KeeperError
+from ..keeper.config import KeeperError, KeeperTimeout
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
@@ -78,12 +78,19 @@ async def _keeper(record: HopRecord, timeout: float) -> KeeperClient | None:
         return None
     try:
         keeper = await KeeperClient.connect(directory)
-        keeper.timeout = timeout
+    except KeeperError:
+        return None
+    keeper.timeout = timeout
+    try:
         if (await keeper.status())["uuid"] == record.uuid:
             return keeper
+    except KeeperTimeout:
+        # It hangs, and has the guest.
         keeper.close()
+        raise
     except KeeperError:
         pass
+    keeper.close()
     return None
 
 
@@ -136,6 +143,8 @@ class InterruptedUpgrade:
         while True:
             try:
                 status = await self._keeper.status()
+            except KeeperTimeout:
+                raise
             except KeeperError:
                 self._keeper = None
                 return None
