@@ -23,6 +23,7 @@ from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import NO_DOMAIN, DomainError, DomainTimeout
+from ..libvirt.domain import Domain
 from ..report import Phase
 from .domain_reboot import record_reboots
 from .transaction import Transaction
@@ -101,15 +102,31 @@ async def end_hanging_destination(connection: Connection, uuid: str, keeper: Kee
         await asyncio.sleep(_POLL)
     domain = await connection.domain_with(uuid)
     if domain is not None:
+        pid = None
+        with contextlib.suppress(DomainError):  # there is no pid file yet, or no more
+            pid = _destination_pid(domain, keeper)
         # The keeper kills one that it has seen; another one has been started from the image all the same.
         with contextlib.suppress(SevhopError):
-            pid = domain.living_pid()
-            if pid is not None and keeper.has_started(pid):
+            if pid is not None:
                 process = QemuProcess.open(pid)
                 process.kill()
                 process.close()
         await domain.destroy()
     return False
+
+
+def _destination_pid(domain: Domain, keeper: KeeperClient) -> int | None:
+    """
+    The pid of the QEMU that libvirt has started from the image; None if it has exited.
+
+    :raises DomainError: it cannot be found.
+    :raises SevhopError: the domain has another QEMU.
+    """
+    pid = domain.living_pid()
+    # One that exits meanwhile has no environment any more, and no command line.
+    if pid is None or keeper.has_started(pid) or domain.living_pid() != pid:
+        return pid
+    raise SevhopError(f"process {pid} runs domain {domain.name}, and was not started by this hop")
 
 
 async def _activate(hop: Transaction, checked: CheckedDomain) -> None:
@@ -144,9 +161,8 @@ async def _arrived_all_the_same(
             if not (await checked.monitor.execute("query-status"))["running"] and stopped.was_running:
                 await domain.resume()
             return True
-    pid = domain.living_pid() if await domain.active() else None
-    if pid is not None and not keeper.has_started(pid):
-        raise SevhopError(f"process {pid} runs domain {domain.name}, and was not started by this hop")
+    if await domain.active():
+        _destination_pid(domain, keeper)
     try:
         await keeper.revoke()
     except KeeperError as err:
