@@ -120,6 +120,21 @@ def test_file_is_tested_as_qemus_user(
     assert found == (f"kernel: the user of QEMU (65534) {reason} {path}" if reason else "")
 
 
+def test_file_that_root_may_not_see_is_tested_as_qemus_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS, where root is nobody."""
+    path = tmp_path / "file"
+    path.touch()
+
+    def stat(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sevhop.checks.domain_files.os.stat", stat)
+        assert domain_files.obstacle(File("disk", str(path), "r", False), OURSELVES) == ""
+        found = domain_files.obstacle(File("disk", f"{path}.none", "r", False), OURSELVES)
+    assert found == f"disk: the user of QEMU ({os.geteuid()}) cannot read {path}.none"
+
+
 def test_log_without_a_directory_is_found(tmp_path: Path) -> None:
     there, gone = f"{tmp_path}/log", f"{tmp_path}/gone/log"
     for path, found in ((there, []), (gone, [f"serial: the directory of {gone} does not exist"])):

@@ -35,7 +35,7 @@ _BOOT = (
     ("os/acpi/table", "ACPI table", True),
 )
 #: Devices that write a file, or listen on a socket, which must have a directory.
-_CHARACTER = ("serial", "parallel", "console", "channel")
+_CHARACTER = ("serial", "parallel", "console", "channel", "redirdev", "smartcard")
 #: The sockets of this network namespace, and the kernel's mark of one that listens (__SO_ACCEPTCON).
 _SOCKETS = Path("/proc/net/unix")
 _LISTENS = 0x10000
@@ -120,6 +120,8 @@ def obstacle(file: File, user: Credentials) -> str:
     """Why QEMU could not open a file; empty if it could."""
     try:
         os.stat(file.path)
+    except PermissionError:
+        pass  # root is not everywhere the one that may do most (NFS, FUSE)
     except OSError as err:
         return f"{file.what}: {file.path}: {err.strerror}"
     access = "e" if file.given else file.access
