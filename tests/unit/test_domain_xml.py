@@ -92,6 +92,14 @@ def test_additions_are_removed_as_libvirt_writes_them() -> None:
             "<console type='pty'><source path='/dev/pts/1'/><log file='/a'/></console>",
             "<console type='pty'><source path='/dev/pts/1'/><log file='/a' append='on'/></console>",
         ),
+        (
+            "<redirdev type='tcp' bus='usb'><source mode='connect' host='h' service='1'/><log file='/a'/></redirdev>",
+            "<source mode='connect' host='h' service='1'/><log file='/a' append='on'/></redirdev>",
+        ),
+        (
+            "<rng model='virtio'><backend model='egd' type='udp'><log file='/a'/></backend></rng>",
+            "<rng model='virtio'><backend model='egd' type='udp'><log file='/a' append='on'/></backend></rng>",
+        ),
         ("<disk type='file'><source file='/a'/></disk>", "<disk type='file'><source file='/a'/></disk>"),
     ],
 )

@@ -25,8 +25,8 @@ _COMMANDLINE = ("domain", "qemu:commandline")
 _ENV = (*_COMMANDLINE, "qemu:env")
 _INTERFACE = ("domain", "devices", "interface")
 _GRAPHICS = ("domain", "devices", "graphics")
-#: Devices that may write to a file.
-_CHARACTER = ("serial", "parallel", "console", "channel")
+#: Devices that may write to a file. Those and others may also have a log.
+_CHARACTER = tuple((name,) for name in ("serial", "parallel", "console", "channel", "redirdev", "smartcard"))
 #: Prefix of the environment variables of a destination, but for LD_PRELOAD.
 _MARK = "SEVHOP_"
 #: Where it opens a monitor for the keeper.
@@ -173,11 +173,10 @@ def for_destination(
 
 def _logs(elements: Sequence[_Element]) -> list[_Element]:
     """The elements that name a file that a device writes to."""
-    found = []
-    for device in (one for one in elements if one.path[:2] == ("domain", "devices") and len(one.path) == 3):
-        written = ("log", "source") if device.attributes.get("type") == "file" else ("log",)
-        if device.path[2] in _CHARACTER:
-            found += [child for child in device.children if child.path[3] in written]
+    inside = [one for one in elements if one.path[:2] == ("domain", "devices")]
+    found = [one for one in inside if one.path[-1] == "log" and "file" in one.attributes]
+    for device in (one for one in inside if one.path[2:] in _CHARACTER and one.attributes.get("type") == "file"):
+        found += [child for child in device.children if child.path[3] == "source"]
     return found
 
 
