@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import sevhop
 from sevhop.install import host
-from sevhop.libvirt import hook
+from sevhop.libvirt import domain_xml, hook
 
 from .hooked_domain import DESTINATION, HOPPED, IMAGE, UUID, XML
 
@@ -118,6 +118,19 @@ def test_restore_gets_the_keepers_emulator(keeper: FakeKeeper) -> None:
         status, printed, _ = run(keeper, "web", "restore", "begin", "-", xml=IMAGE)
     assert status == 0
     assert printed == DESTINATION.replace("/usr/bin/qemu", "/opt/qemu")
+
+
+@pytest.mark.parametrize(("operation", "times"), [("restore", 1), ("prepare", 1), ("started", 0)])
+def test_destination_is_parsed_only_where_that_decides(
+    keeper: FakeKeeper, monkeypatch: pytest.MonkeyPatch, operation: str, times: int
+) -> None:
+    """The guest is stopped, and a large domain takes milliseconds."""
+    parsed: list[bytes] = []
+    elements = domain_xml._elements
+    monkeypatch.setattr(domain_xml, "_elements", lambda text: (parsed.append(text), elements(text))[1])
+    with keeper.alive():
+        assert run(keeper, "web", operation, "begin", "-", xml=IMAGE if operation == "restore" else DESTINATION)[0] == 0
+    assert len(parsed) == times
 
 
 @pytest.mark.parametrize("operation", ["restore", "migrate", "started"])

@@ -50,6 +50,8 @@ _KEEPER_STEPS = (("restore", "begin"), ("prepare", "begin"), ("migrate", "begin"
 #: An environment variable in the XML of a save image that sevhop has written, without the guest's RAM.
 IMAGE_MARK = "SEVHOP_IMAGE"
 _RESTORED_MARK = "SEVHOP_RESTORED"
+#: In the XML of every domain that has hopped, and is not parsed otherwise.
+_MARK = "SEVHOP_"
 #: Seconds until the keeper must have replied. A commit may retry for seconds.
 PATIENCE = 30.0
 _MESSAGE = 4096
@@ -105,9 +107,9 @@ def main(
 
 def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str], str]) -> tuple[str, str]:
     """Why libvirt may not continue, and the changed XML; empty if it may, or if nothing changes."""
-    marks = _marks(xml)
+    # Not parsed where that decides nothing: the guest waits.
     try:
-        if operation == "prepare" and _RESTORED_MARK not in marks:
+        if operation == "prepare" and _RESTORED_MARK not in _marks(xml):
             sub = "cold-start"
         answer = keeper(f"hook {operation} {sub} {_uuid(xml)}")
     except (ConnectionResetError, BrokenPipeError, TimeoutError, BlockingIOError):
@@ -118,6 +120,7 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
     verdict, _, rest = answer.partition(" ")
     if verdict == "foreign":
         # Not in a hop, or left behind by a dead keeper: that must stop nothing but a destination of that hop.
+        marks = _marks(xml)
         if IMAGE_MARK in marks or (operation == "started" and _RESTORED_MARK in marks):
             return f"the keeper of domain {name} is gone, and the guest's memory with it: start the domain", ""
         if operation in ("restore", "migrate") and marks:
@@ -127,11 +130,11 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
         return rest or answer, ""
     if operation != "restore":
         return "", ""
-    if IMAGE_MARK in marks:
+    if _MARK in xml:
         xml = _domain_xml().with_mark_renamed(xml, IMAGE_MARK, _RESTORED_MARK)
     if rest and f"<emulator>{rest}</emulator>" not in xml:
         xml = _domain_xml().with_emulator(xml, rest)
-    if verdict == "again" and marks:
+    if verdict == "again" and _MARK in xml:
         xml = _domain_xml().with_chosen_ports(xml)
     return "", xml
 
@@ -190,8 +193,8 @@ def ask(path: str, request: str) -> str:
 
 
 def _marks(xml: str) -> dict[str, str]:
-    """What a hop has left in a domain, which most have not: they are not parsed."""
-    return _domain_xml().marks(xml) if "SEVHOP_" in xml else {}
+    """What a hop has left in a domain."""
+    return _domain_xml().marks(xml) if _MARK in xml else {}
 
 
 def _uuid(xml: str) -> str:
