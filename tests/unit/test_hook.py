@@ -127,7 +127,12 @@ def test_destination_is_parsed_only_where_that_decides(
     """The guest is stopped, and a large domain takes milliseconds."""
     parsed: list[bytes] = []
     elements = domain_xml._elements
-    monkeypatch.setattr(domain_xml, "_elements", lambda text: (parsed.append(text), elements(text))[1])
+
+    def recorded(text: bytes) -> object:
+        parsed.append(text)
+        return elements(text)
+
+    monkeypatch.setattr(domain_xml, "_elements", recorded)
     with keeper.alive():
         assert run(keeper, "web", operation, "begin", "-", xml=IMAGE if operation == "restore" else DESTINATION)[0] == 0
     assert len(parsed) == times
