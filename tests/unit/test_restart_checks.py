@@ -258,6 +258,20 @@ def test_devices_that_libvirt_does_not_know_are_found(
     assert result.detail == (f"libvirt does not know that {found}" if found else "libvirt knows all")
 
 
+@pytest.mark.parametrize(
+    ("option", "status"),
+    [
+        (["-drive", "file=/a,if=virtio"], Status.PASS),
+        (["-virtfs", "local,path=/a,mount_tag=a,security_model=none"], Status.PASS),
+        (["-drive", "file=/a,if=none,id=a"], Status.FAIL),
+    ],
+)
+def test_device_of_another_option_was_not_plugged(option: list[str], status: Status) -> None:
+    """... in <qemu:commandline>: QEMU makes a device of it, without an id."""
+    process = SimpleNamespace(command_line=["qemu", *option])
+    assert restart._plugged(subject(process=process, guest=guest(devices={})), ["virtio-pci"]).status is status
+
+
 def test_hooks_of_others_are_those_that_libvirt_runs(tmp_path: Path) -> None:
     (tmp_path / "qemu.d").mkdir()
     ours = tmp_path / "qemu.d" / "sevhop"

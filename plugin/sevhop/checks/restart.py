@@ -223,11 +223,8 @@ async def _anonymous(monitor: Commands) -> list[str]:
 def _plugged(subject: Subject, anonymous: Sequence[str]) -> CheckResult:
     """Devices that were plugged or unplugged without libvirt, which knows those in its XML."""
     name = "plugged devices"
-    options = [
-        option.properties()
-        for option in command_line.parse(subject.process.command_line[1:])
-        if option.name == "device"
-    ]
+    given = command_line.parse(subject.process.command_line[1:])
+    options = [option.properties() for option in given if option.name == "device"]
     started = {option["id"] for option in options if "id" in option}
     aliases = {one.get("name", "") for one in ElementTree.fromstring(subject.live_xml).iterfind("devices//alias")}
     present = subject.guest.devices
@@ -237,7 +234,7 @@ def _plugged(subject: Subject, anonymous: Sequence[str]) -> CheckResult:
         if device not in started | aliases and not driver.endswith("-cpu")
     ]
     found += [f"{device} was unplugged" for device in sorted((started & aliases) - present.keys())]
-    more = len(anonymous) - sum("id" not in option for option in options)
+    more = len(anonymous) - sum("id" not in option for option in options) - sum(map(_makes_device, given))
     if more > 0:
         drivers = Counter(anonymous)
         drivers.subtract(option.get("", option.get("driver", "")) for option in options if "id" not in option)
@@ -247,6 +244,11 @@ def _plugged(subject: Subject, anonymous: Sequence[str]) -> CheckResult:
         hint = "undo it (virsh qemu-monitor-command), and use virsh attach-device and detach-device"
         return failed(name, f"libvirt does not know that {'; '.join(found)}", hint)
     return passed(name, "libvirt knows all")
+
+
+def _makes_device(option: command_line.Option) -> bool:
+    """Whether QEMU makes a device without an id of an option that is not ``-device``; an administrator's own."""
+    return option.name == "virtfs" or (option.name == "drive" and option.properties().get("if") == "virtio")
 
 
 def _hooks(hooks: Path = verification.HOOKS, ours: Path = verification.SCRIPT) -> CheckResult:
