@@ -5,6 +5,9 @@
  * One file per concept:
  *   main.c       what the process is, its environment; how failures are reported
  *   keeper.c     requests to the keeper, the process that has the source's descriptors
+ *   domain.c     what libvirt has passed: a monitor for the keeper; or a copy of that, when there is no hop
+ *   descriptors.c  the descriptors that the process was started with
+ *   save_image.c  the pipe that takes the place of libvirt's save image
  *   libc.c       the C library's own functions behind the ones that are interposed
  *   memory.c     the guest's memory: mapped privately until the hand-over, shared after it
  *   listeners.c  the source's listening sockets
@@ -14,10 +17,13 @@
  *   stream.c     the stream of the device state, whose first byte is the hand-over
  *   files.c      files that the source still writes
  *   kvm.c        which of QEMU's ioctls concern the hop
+ *   taps.c       settings of taps that the source still uses
  *   sev.c        emulated launch commands, the move
  *   registers.c  vCPU registers that the kernel accepts only after the move, and halted vCPUs
  *   protected_state.c  the flag for which QEMU leaves vCPU state alone
  *   realtime.c   resets the realtime priority that the hop has given to threads of this process
+ *   announce.c   announces a guest that is still elsewhere, and answers for it
+ *   device_events.c  corrects what clients have asked of its devices meanwhile
  *   cpu_properties.c  properties that libvirt need not query while the guest waits
  *   commands.c   the QMP commands and the guard against running too early
  */
@@ -93,6 +99,19 @@ bool keeper_ask(char reply[KEEPER_MESSAGE], int *fd, const char *format, ...) PR
 bool keeper_notify_start(void);
 bool source_has_ended(void); /* false: a thread of it is left, or the keeper gave no pidfd */
 void keeper_close(void);
+
+/* ---- domain.c ---- */
+
+bool keeper_is_gone(const char *where); /* the hop is over, or was on another host: this QEMU is no destination */
+void monitor_use(const char *path);     /* before the program starts */
+
+/* ---- descriptors.c ---- */
+
+void descriptors_each(void (*visit)(int fd, void *opaque), void *opaque); /* those above stderr's */
+
+/* ---- save_image.c ---- */
+
+void save_image_replace(void); /* if the source lives, and the keeper has a pipe for the stream */
 
 /* ---- run_mark.c ---- */
 
@@ -171,6 +190,7 @@ void memory_lock_pages(void); /* does what mlockall() was asked for during the h
 
 int stream_await(int fd, uint64_t header_size); /* 0, or a negative errno */
 void stream_forget(void);
+bool stream_waits(void); /* QEMU has read the header, and waits for the state */
 
 /* ---- listeners.c ---- */
 
@@ -180,6 +200,13 @@ void listeners_serve(void); /* the hop is over: clients find this process */
 /* ---- files.c ---- */
 
 bool pid_file_unlink(const char *path); /* true: this was our pid file, which has another name now, and it is gone */
+
+/* ---- taps.c ---- */
+
+void taps_find_shared(void); /* before QEMU has opened anything */
+int tap_ioctl(int fd, unsigned long request, void *argument);
+void taps_apply(void); /* the guest is the source's no more: makes the settings that were deferred */
+int taps_deferred(void); /* settings */
 
 /* ---- kvm.c ---- */
 
@@ -241,8 +268,26 @@ void realtime_reset(void); /* all threads; the first one, which starts the guest
 
 void cpu_properties_shorten(void); /* in the answer to qom-list, until the hop is over */
 
+/* ---- announce.c ---- */
+
+/* What clients were informed of: the guest is reported in this state. */
+enum announced { ANNOUNCED_NONE, ANNOUNCED_PAUSED, ANNOUNCED_RUNNING };
+
+const char *announce_missing(void); /* what this QEMU lacks for it; NULL: nothing */
+bool waits_for_state(void); /* QEMU does; only if nothing is missing */
+void announce_start(void); /* only if nothing is missing */
+bool announce_made(void);
+const char *announce_state_name(void);
+void announce_finish(void);
+
+/* ---- device_events.c ---- */
+
+void device_events_record(void); /* what clients are about to ask for */
+void device_events_send(void); /* the hop is over: what has changed */
+
 /* ---- commands.c ---- */
 
+const char *reason_against_running(void); /* NULL: the guest may run here */
 bool is_qemu(void);
 void commands_install(void);
 

@@ -188,12 +188,14 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
     qdict_put_bool(answer, "moved", sev_moved());
     qdict_put_bool(answer, "ran", run_mark_ran());
     qdict_put_bool(answer, "finished", atomic_load(&hop.finished));
+    qdict_put_str(answer, "announced", announce_state_name());
     qdict_put_int(answer, "emulated-launch-commands", sev_emulated_commands());
     qdict_put_int(answer, "deferred-regions", sev_deferred_regions());
     qdict_put_int(answer, "refused-starts", refused_starts);
     qdict_put_int(answer, "vm-type", kvm_vm_type());
     qdict_put_int(answer, "vcpus", vcpus_count());
     qdict_put_int(answer, "deferred-registers", vcpus_deferred());
+    qdict_put_int(answer, "deferred-tap-settings", taps_deferred());
     qdict_put_int(answer, "protected-state-offset", (int64_t)protected_state_offset());
     qdict_put_int(answer, "listeners", listeners_adopted());
     qdict_put_obj(answer, "memfds", (QObject *)memories);
@@ -202,7 +204,7 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
 
 /* ---- the guard ---- */
 
-static const char *reason_against_running(void)
+const char *reason_against_running(void)
 {
     if (memory_state() == RAM_NONE)
         return "no guest memory was adopted";
@@ -248,6 +250,9 @@ static void before_run(void *opaque, bool running, int state)
         refused_starts++;
         fatal("this QEMU must not run: %s", reason);
     }
+    /* The hop is committed. Before that, the source may be resumed, with its taps as they were. */
+    if (running)
+        taps_apply();
     if (running && hop_in_progress())
         realtime_reset();
 }
@@ -272,6 +277,40 @@ static void leave_reboot_mark(QDict *arguments, QObject **result, Error **error)
         *result = (QObject *)qdict_new();
 }
 
+/* ---- x-sev-adopt-announce ---- */
+
+static const char *reason_against_announcing(void)
+{
+    if (announce_made())
+        return NULL;
+    if (!hop_in_progress())
+        return "No hop is in progress";
+    if (!waits_for_state())
+        return "This QEMU does not wait for a stream";
+    if (!stream_waits())
+        return "The header of the stream has not been read";
+    return NULL;
+}
+
+static void adopt_announce(QDict *arguments, QObject **result, Error **error)
+{
+    const char *missing = announce_missing(), *reason = missing ? NULL : reason_against_announcing();
+    QDict *answer;
+
+    if (!check_argument_count(arguments, 0, error))
+        return;
+    if (reason) {
+        fail(error, "%s", reason);
+        return;
+    }
+    if (!missing)
+        announce_start();
+    answer = qdict_new();
+    qdict_put_bool(answer, "announced", !missing);
+    qdict_put_str(answer, "missing", missing ? missing : "");
+    *result = (QObject *)answer;
+}
+
 /* ---- x-sev-adopt-finish ---- */
 
 static void adopt_finish(QDict *arguments, QObject **result, Error **error)
@@ -287,6 +326,8 @@ static void adopt_finish(QDict *arguments, QObject **result, Error **error)
     if (!atomic_exchange(&hop.finished, true)) {
         notify_keeper = false;
         protected_state_finish();
+        announce_finish();
+        taps_apply();
         listeners_serve();
         keeper_close();
         memory_lock_pages();
@@ -318,6 +359,7 @@ static void machine_complete(Notifier *notifier, void *data)
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-ram", adopt_ram, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-migrate-from", migrate_from, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-status", adopt_status, 0, 0);
+    qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-announce", adopt_announce, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-adopt-finish", adopt_finish, 0, 0);
     qmp_register_command((QmpCommandList *)qmp_commands, "x-sev-reboot-mark", leave_reboot_mark, 0, 0);
     /* Before all other handlers: devices start when theirs are called. */

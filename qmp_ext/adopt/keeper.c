@@ -11,6 +11,7 @@
  *   listener HEX     fd, with the descriptor      | none
  *   run-mark         fd, with the descriptor      | none
  *   source           fd, with the source's pidfd  | none
+ *   stream           fd DEVICE INODE, with a pipe | none
  *   run              no reply: the guest is about to run
  */
 #include "adopt.h"

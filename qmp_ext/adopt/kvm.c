@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Which of QEMU's ioctls concern the hop: the VM that is created, the SEV commands, the vCPU registers.
+ * Which of QEMU's ioctls concern the hop: the VM that is created, the SEV commands, the vCPU registers, taps.
  */
 #include "adopt.h"
 
@@ -8,6 +8,8 @@
 #include <linux/kvm.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
+
+#define TAPIO 'T' /* of <linux/if_tun.h>, and of terminals */
 
 static int vm_fd = -1;
 static int vm_type;
@@ -119,7 +121,12 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
     /* First the hot path. */
     if (request == KVM_RUN || !hop.keeper)
         return libc()->ioctl(fd, request, argument);
-    if (((request >> _IOC_TYPESHIFT) & _IOC_TYPEMASK) != KVMIO)
+    switch ((request >> _IOC_TYPESHIFT) & _IOC_TYPEMASK) {
+    case KVMIO:
+        return kvm_ioctl(fd, request, argument);
+    case TAPIO:
+        return tap_ioctl(fd, request, argument);
+    default:
         return libc()->ioctl(fd, request, argument);
-    return kvm_ioctl(fd, request, argument);
+    }
 }

@@ -4,6 +4,8 @@
  *
  * The library is configured by the environment of the destination:
  *   SEVHOP_KEEPER  the keeper's socket, a path or fd:N; without it nothing is adopted, and the commands report that
+ *   SEVHOP_MONITOR  where a destination that libvirt has started opens a monitor for the keeper
+ *   SEVHOP_IMAGE   in the XML of a save image without the guest's RAM, which only libvirt's hook may have restored
  *   SEVHOP_STDERR  a descriptor that becomes stderr when the hop is over; until then stderr is read by the command
  */
 #include "adopt.h"
@@ -123,6 +125,7 @@ static void clean_environment(void)
     Dl_info self;
 
     unsetenv("SEVHOP_KEEPER");
+    unsetenv("SEVHOP_MONITOR");
     unsetenv("SEVHOP_STDERR");
     if (!preload || !dladdr((void *)clean_environment, &self))
         return;
@@ -168,13 +171,25 @@ void hand_over_stderr(void)
 __attribute__((constructor)) static void start(void)
 {
     const char *keeper = getenv("SEVHOP_KEEPER"), *standard_error = getenv("SEVHOP_STDERR");
+    const char *own_monitor = getenv("SEVHOP_MONITOR");
 
     if (!is_qemu())
         return; /* for example a wrapper script's shell: the QEMU that it starts needs the environment unchanged */
+    if (keeper && getenv("SEVHOP_IMAGE"))
+        fatal("the save image of a hop has no RAM, and was restored without the hook of sevhop: run sevhop install");
+    if (keeper && keeper_is_gone(keeper)) {
+        clean_environment();
+        return;
+    }
+    if (keeper && own_monitor)
+        monitor_use(own_monitor);
     if (standard_error)
         use_stderr(standard_error);
-    if (keeper)
+    if (keeper) {
         keeper_connect(keeper);
+        save_image_replace();
+        taps_find_shared();
+    }
     clean_environment();
     commands_install();
 }

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 typedef struct AioContext AioContext;
+typedef struct BlockBackend BlockBackend;
 typedef struct Error Error;
 typedef struct Monitor Monitor;
 typedef struct Object Object;
@@ -33,6 +34,11 @@ typedef void QmpCommandFunc(QDict *arguments, QObject **result, Error **error);
 struct QmpCommand {
     const char *name;
     QmpCommandFunc *function;
+};
+
+/* The beginning of it, likewise. */
+struct BalloonInfo {
+    int64_t actual;
 };
 
 typedef void VMChangeStateHandler(void *opaque, bool running, int state);
@@ -87,8 +93,43 @@ WEAK void error_free(Error *error);
 WEAK QObject *qlist_pop(QList *list);
 WEAK void qlist_destroy_obj(QObject *list);
 
+/* Without these a guest cannot be announced before it is here, see announce.c. It also uses qmp_find_command(). */
+extern WEAK const char MigrationStatus_lookup[], RunState_lookup[]; /* each a QEnumLookup */
+extern WEAK int autostart; /* whether the guest runs when an incoming migration has ended */
+WEAK int qapi_enum_parse(const char *lookup, const char *name, int otherwise, Error **error);
+WEAK bool runstate_check(int state);
+WEAK void qapi_event_send_migration(int status);
+WEAK void qapi_event_send_resume(void);
+WEAK void qapi_event_send_stop(void);
+WEAK QmpCommandFunc qmp_marshal_cont;
+WEAK QmpCommandFunc qmp_marshal_stop;
+WEAK QmpCommandFunc qmp_marshal_query_status;
+
+/* Without these a client's view of an announced guest stays out of date, see device_events.c. */
+WEAK struct BalloonInfo *qmp_query_balloon(Error **error); /* the caller frees it */
+WEAK void qapi_event_send_balloon_change(int64_t actual);
+WEAK BlockBackend *blk_all_next(BlockBackend *block);
+WEAK bool blk_dev_is_tray_open(BlockBackend *block);
+WEAK char *blk_get_attached_dev_id(BlockBackend *block); /* the caller frees it */
+WEAK const char *blk_name(const BlockBackend *block);
+WEAK void qapi_event_send_device_tray_moved(const char *device, const char *id, bool open);
+
 #pragma GCC visibility pop
 #undef WEAK
+
+#define ANNOUNCE_SYMBOLS(X)      \
+    X(MigrationStatus_lookup)    \
+    X(RunState_lookup)           \
+    X(&autostart)                \
+    X(qapi_enum_parse)           \
+    X(runstate_check)            \
+    X(qapi_event_send_migration) \
+    X(qapi_event_send_resume)    \
+    X(qapi_event_send_stop)      \
+    X(qmp_find_command)          \
+    X(qmp_marshal_cont)          \
+    X(qmp_marshal_stop)          \
+    X(qmp_marshal_query_status)
 
 #define QEMU_SYMBOLS(X)                      \
     X(qmp_commands)                          \

@@ -13,6 +13,7 @@
 #include <sys/uio.h>
 
 static atomic_bool awaited;
+static atomic_bool header_read; /* whole */
 static uint64_t header_left; /* bytes */
 static dev_t device;
 static ino_t inode;
@@ -26,6 +27,7 @@ int stream_await(int fd, uint64_t header_size)
     device = file.st_dev;
     inode = file.st_ino;
     header_left = header_size;
+    atomic_store(&header_read, false);
     atomic_store(&awaited, true);
     return 0;
 }
@@ -33,6 +35,11 @@ int stream_await(int fd, uint64_t header_size)
 void stream_forget(void)
 {
     atomic_store(&awaited, false);
+}
+
+bool stream_waits(void)
+{
+    return atomic_load(&awaited) && atomic_load(&header_read);
 }
 
 /* By inode, not by number: QEMU duplicates descriptors. */
@@ -49,6 +56,7 @@ static void arrived(size_t count)
 
     if (count <= header_left) {
         header_left -= count;
+        atomic_store(&header_read, !header_left);
         return;
     }
     stream_forget();

@@ -16,7 +16,14 @@ from typing import Any, Protocol
 from .monitor import Commands, Monitor, protocol_errors
 
 #: The commands that the library adds, as ``query-commands`` lists them.
-COMMANDS = ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status", "x-sev-adopt-finish", "x-sev-reboot-mark")
+COMMANDS = (
+    "x-sev-adopt-ram",
+    "x-sev-migrate-from",
+    "x-sev-adopt-status",
+    "x-sev-adopt-announce",
+    "x-sev-adopt-finish",
+    "x-sev-reboot-mark",
+)
 
 _PRELOAD = "LD_PRELOAD"
 _KEEPER = "SEVHOP_KEEPER"
@@ -91,6 +98,19 @@ class MoveResult:
     restore_errno: int
 
 
+@dataclass(frozen=True)
+class Announcement:
+    """
+    The result of an announcement.
+
+    :ivar announced: clients have been informed.
+    :ivar missing: otherwise, the first command or function that this QEMU lacks for it, or has in another form.
+    """
+
+    announced: bool
+    missing: str
+
+
 class DescriptorSender(Commands, Protocol):
     """Passes commands to a QEMU, and descriptors that commands refer to by name."""
 
@@ -118,12 +138,15 @@ class AdoptStatus:
     :ivar moved: the SEV context is here.
     :ivar ran: the guest runs here, or has; see :mod:`.run_mark`.
     :ivar finished: the hop is over.
+    :ivar announced: ``none``, or the state in which clients see the guest since :func:`announce`: ``paused`` or
+        ``running``. The last state before the guest's own was loaded remains.
     :ivar emulated_launch_commands: launch commands emulated in the kernel's place.
     :ivar deferred_regions: encrypted regions that were registered before there was a context.
     :ivar refused_starts: how often the VM was about to run too early.
     :ivar vm_type: as given to KVM_CREATE_VM; 0 is the only one that a destination may have.
     :ivar vcpus: vCPUs that QEMU has created.
     :ivar deferred_registers: vCPUs whose registers are set after the move.
+    :ivar deferred_tap_settings: settings of taps that the source uses; made before the guest runs here.
     :ivar protected_state_offset: see :mod:`.protected_state`; 0 if this QEMU has no such flag.
     :ivar listeners: listening sockets taken over.
     :ivar memfds: memory taken over, in the order in which QEMU asked for it.
@@ -144,6 +167,9 @@ class AdoptStatus:
     protected_state_offset: int
     listeners: int
     memfds: tuple[AdoptedMemfd, ...]
+    # A destination that has the library of an earlier package does not report these.
+    announced: str = "none"
+    deferred_tap_settings: int = 0
 
 
 async def adopt_ram(monitor: Monitor, stream: str | None = None, header_size: int = 0) -> AdoptedRam:
@@ -187,10 +213,28 @@ async def adopt_status(monitor: Monitor) -> AdoptStatus:
         return AdoptStatus(memfds=memfds, **{name.replace("-", "_"): value for name, value in answer.items()})
 
 
+async def announce(monitor: Monitor) -> Announcement:
+    """
+    Have clients of the destination see the end of its incoming migration (MIGRATION ``completed``) while it waits for
+    the state and the guest runs in the source. Until the guest may run here, ``cont`` and ``stop`` of any client are
+    remembered: :attr:`AdoptStatus.announced` is what they have asked for. Without an SEV context, the guest runs or is
+    paused accordingly when its state has been loaded. With one it is paused, and whoever has moved the context sends
+    ``cont`` if it was asked for.
+
+    To be called when MIGRATION ``active`` was seen and the header of the stream has been read. This connection
+    receives the announced ``completed``, too, before the call returns; a second one follows when the state has been
+    loaded. May be repeated, with no effect.
+    """
+    answer: dict[str, Any] = await monitor.execute("x-sev-adopt-announce")
+    with protocol_errors(monitor.name):
+        return Announcement(bool(answer["announced"]), str(answer["missing"]))
+
+
 async def finish(monitor: Monitor) -> None:
     """
     The hop is over: the destination accepts clients on the sockets it has taken over, its stderr goes where the
-    source's went, and the keeper is disconnected. May be repeated.
+    source's went, and the keeper is disconnected. Clients that saw the guest announced get the events that correct its
+    balloon and its trays. May be repeated.
     """
     await monitor.execute("x-sev-adopt-finish")
 

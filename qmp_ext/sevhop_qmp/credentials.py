@@ -30,7 +30,7 @@ class Credentials:
         """
         Whether this user can open or run a file; tested as that user, since directories count as well.
 
-        :param access: letters of ``rwx``.
+        :param access: letters of ``rwx``; ``e`` for whether this user can reach it at all.
         """
         other = (self.uid, self.gid) != (os.geteuid(), os.getegid())
         tests = " -a ".join(f"-{letter} {{0}}" for letter in access).split()

@@ -16,7 +16,7 @@ import sevhop
 import sevhop_qmp
 from sevhop.checks import domain as domain_checks
 from sevhop.checks import guest as guest_checks
-from sevhop.checks import reboot, registers, sev_host
+from sevhop.checks import reboot, registers, restart, sev_host
 from sevhop.cli import commands as cli_commands
 from sevhop.cli import exit_codes
 from sevhop.cli.parser import parser as whole_parser
@@ -63,7 +63,7 @@ def check_names(module: ModuleType) -> Iterator[str]:
 
 
 def test_tests_of_check_are_explained() -> None:
-    modules = (guest_checks, domain_checks, reboot, registers, sev_host, cli_commands)
+    modules = (guest_checks, domain_checks, reboot, registers, restart, sev_host, cli_commands)
     made = {name for module in modules for name in check_names(module)} | set(sev_host.NAMES)
     assert {cells[0].strip("`") for cells in table("test")} == made
 

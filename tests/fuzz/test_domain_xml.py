@@ -27,18 +27,13 @@ def passed_through(xml: str) -> list[tuple[str, dict[str, str]]]:
 def without_ours(xml: str) -> list[tuple[str, dict[str, str]]]:
     """The same without the additions of a hop, or what looks like them."""
     kept: list[tuple[str, dict[str, str]]] = []
-    pairs = (("-chardev", "socket,id=sevhop-monitor,"), ("-mon", "chardev=sevhop-monitor,"))
     for line in ElementTree.fromstring(xml.encode()).findall(f"{QEMU}commandline"):
         own: list[tuple[str, dict[str, str]]] = []
         for child in line:
             value, name = child.attrib["value"], child.attrib.get("name", "")
-            before = next((i for i in reversed(range(len(own))) if own[i][0] == f"{QEMU}arg"), -1)
-            option = own[before][1]["value"] if before >= 0 else ""
             if name == "LD_PRELOAD":
                 libraries = [path for path in value.split(":") if not path.endswith("/adopt.so")]
                 own += [(child.tag, {"name": name, "value": ":".join(libraries)})] if libraries else []
-            elif not name and any(option == a and value.startswith(b) for a, b in pairs):
-                del own[before]
             elif not name.startswith("SEVHOP_"):
                 own.append((child.tag, child.attrib))
         kept += own
@@ -89,9 +84,9 @@ def test_additions_write_values_unchanged_or_refuse_them(emulator: str, monitor:
     root = ElementTree.fromstring(added.encode())
     assert root.findtext("devices/emulator", "") == emulator
     entries = passed_through(added)
-    assert [tag for tag, _ in entries] == [f"{QEMU}arg"] * 4 + [f"{QEMU}env"]
-    assert entries[1][1]["value"] == f"socket,id=sevhop-monitor,path={monitor.replace(',', ',,')},server=on,wait=off"
-    assert entries[4][1] == {"name": "SEVHOP_X", "value": value}
+    assert [tag for tag, _ in entries] == [f"{QEMU}env"] * 2
+    assert [entry["value"] for _, entry in entries] == [value, monitor]
+    assert domain_xml.marks(added) == {"SEVHOP_X": value, "SEVHOP_MONITOR": monitor}
     assert domain_xml.describe(added).emulator == emulator.strip()
 
 
@@ -120,6 +115,7 @@ pieces = st.one_of(
 def test_garbage_is_refused_in_one_way(xml: str) -> None:
     for function in (
         domain_xml.describe,
+        domain_xml.marks,
         domain_xml.without_additions,
         lambda text: domain_xml.with_emulator(text, NEW),
         lambda text: domain_xml.for_destination(text, NEW, ENVIRONMENT, "/m"),
@@ -138,22 +134,6 @@ def test_deep_nesting_is_refused() -> None:
     """A hundred thousand levels would take gigabytes."""
     with pytest.raises(DomainXmlError, match="deep"):
         domain_xml.describe("<domain>" + "<a>" * 100_000 + "</a>" * 100_000 + "</domain>")
-
-
-def test_without_additions_removes_nested_pairs() -> None:
-    ours = "<q:arg value='socket,id=sevhop-monitor,path=/x'/>"
-    added = "<q:arg value='-chardev'/><q:arg value='-chardev'/><q:env name='A' value='b'/>" + ours + ours
-    xml = f"<domain><q:commandline xmlns:q='{domain_xml.NAMESPACE}'>{added}</q:commandline></domain>"
-    back = domain_xml.without_additions(xml)
-    assert passed_through(back) == [(f"{QEMU}env", {"name": "A", "value": "b"})]
-
-
-def test_without_additions_removes_whole_pairs_only() -> None:
-    """Adjacent marks were cut twice, and with them half of what follows."""
-    ours = "<q:arg value='-chardev'/><q:arg value='socket,id=sevhop-monitor,path=/x'/>"
-    own = "<q:arg value='socket,id=sevhop-monitor,path=/x'/><q:arg value='-device'/><q:arg value='edu'/>"
-    xml = f"<domain><q:commandline xmlns:q='{domain_xml.NAMESPACE}'>{ours}{own}</q:commandline></domain>"
-    assert domain_xml.without_additions(xml) == xml.replace(ours, "")
 
 
 def test_namespace_may_have_blanks() -> None:

@@ -87,10 +87,11 @@ def test_settings_are_robust_against_any_answer(replies: list[Any]) -> None:
 
 @fuzzed(replies=answers)
 def test_adopt_commands_are_robust_against_any_answer(replies: Any) -> None:
-    liars: list[Any] = [Liar([replies]) for _ in range(3)]
+    liars: list[Any] = [Liar([replies]) for _ in range(4)]
     ask(adopt.adopt_ram(liars[0]))
     ask(adopt.adopt_status(liars[1]))
     ask(adopt.move_from(liars[2], "fd"))
+    ask(adopt.announce(liars[3]))
 
 
 HEADER = "              Block Name    PSize              Offset               Used              Total"

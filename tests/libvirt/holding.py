@@ -33,10 +33,14 @@ class PausedUpgrade:
 
     @classmethod
     @contextmanager
-    def at(cls, phase: str, guest: DomainGuest, emulator: Path, *, environment: str = "") -> Iterator[PausedUpgrade]:
-        """Start one, and stop it. :param environment: ``NAME=VALUE`` for it."""
+    def at(
+        cls, phase: str, guest: DomainGuest, emulator: Path, *arguments: str, environment: str = ""
+    ) -> Iterator[PausedUpgrade]:
+        """Start one, perhaps with further arguments, and stop it. :param environment: ``NAME=VALUE`` for it."""
         program: list[str | Path] = [*(["env", environment] if environment else []), sys.executable, _PROGRAM]
-        command = guest.daemon.start_command(*program, phase, "upgrade", guest.name, "--json", "--emulator", emulator)
+        command = guest.daemon.start_command(
+            *program, phase, "upgrade", guest.name, "--json", "--emulator", emulator, *arguments
+        )
         try:
             if not _stops(command.pid):
                 raise GuestFailed(f"the upgrade did not reach phase {phase}: {command.communicate()}")

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.guests.daemon import Daemon, DomainGuest
-from tests.support.guests.enclosure import PROGRAMS
+from tests.support.guests.enclosure import GUESTS, PROGRAMS
 from tests.support.guests.running import GuestFailed
 
 from .conftest import StartDomain
@@ -43,7 +43,7 @@ def test_upgrade_changes_only_the_emulator_there_and_back(
         assert guest.pid not in pids
         pids.add(guest.pid)
         guest.wait_for_ticks()
-    assert guest.xml().count("sevhop-monitor") == 2  # what the last hop added, and nothing of those before
+    assert guest.xml().count("SEVHOP_MONITOR") == 1  # what the last hop added, and nothing of those before
 
 
 def test_qemu_that_reads_no_stream_from_a_file_is_supported(
@@ -219,3 +219,33 @@ def test_upgrade_all_tries_no_further_domain_when_interrupted(daemon: Daemon, st
     assert (report["outcome"], command.returncode) in (("rolled-back", 3), ("done", 0))
     assert second.pid == pid
     first.wait_for_ticks()
+
+
+def test_persistent_definition_keeps_an_emulator_of_its_own(
+    daemon: Daemon, start: StartDomain, new: Path, newest: Path
+) -> None:
+    """Somebody has set it for the next start."""
+    guest = start()
+    guest.wait_for_ticks()
+    guest.file("next").write_text(guest.xml("--inactive").replace(guest.emulator(), str(newest)))
+    daemon.virsh("define", f"{GUESTS}/{guest.name}.next")
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert (report["outcome"], report["notes"]) == (
+        "done",
+        [f"the persistent definition keeps its own emulator, {newest}"],
+    )
+    assert (guest.emulator(), guest.emulator("--inactive")) == (str(new), str(newest))
+
+
+@pytest.mark.parametrize("serial", ["file", "pty"])
+def test_log_that_libvirt_empties_at_a_start_is_kept(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, serial: str
+) -> None:
+    guest = start(serial=serial, append=False)
+    for emulator in (new, old):
+        guest.wait_for_ticks()
+        printed = guest.file("log").read_bytes()
+        assert daemon.upgrade(guest.name, "--emulator", emulator)["outcome"] == "done"
+        guest.wait_for_ticks()
+        assert guest.file("log").read_bytes().startswith(printed)
+    assert "append" not in guest.xml("--inactive")

@@ -13,19 +13,24 @@ import fcntl
 import hashlib
 import os
 import socket
+import struct
 import subprocess
+import termios
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+from qemu.qmp import EventListener, Message
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.run_mark import RunMark
 
+from tests.support.guests import emulators
 from tests.support.guests.machine import Q35, Accelerator
 
 #: Size of the guests' memory, bytes.
@@ -34,6 +39,11 @@ RAM = 32 << 20
 BACKEND = "memory-backend-memfd"
 #: Seconds until QEMU must be up, or must have exited.
 TIMEOUT = 60.0
+
+#: The test runs with each QEMU, as the fixture ``qemu``.
+EVERY_EMULATOR = pytest.mark.parametrize(
+    "qemu", [emulators.OLD, emulators.NEW, emulators.UNSTABLE], indirect=True, ids=lambda label: f"qemu-{label}"
+)
 
 
 class Memory:
@@ -76,6 +86,7 @@ class Keeper:
     :ivar memory: what a ``memfd`` request for the N-th memory backend gets.
     :ivar listeners: what a ``listener`` request gets.
     :ivar run_mark: what a ``run-mark`` request gets.
+    :ivar stream: what a ``stream`` request gets: a pipe, and a descriptor of the file whose place it takes.
     :ivar override: called first; its reply is sent unless it is None. ``b""`` closes the connection.
     :ivar requests: what was requested.
     """
@@ -86,6 +97,7 @@ class Keeper:
     source: str = "running"
     more: str = ""
     run_mark: RunMark | None = None
+    stream: tuple[int, int] | None = None
     override: Callable[[str], bytes | None] = lambda request: None
     requests: list[str] = field(default_factory=list)
 
@@ -128,6 +140,10 @@ class Keeper:
                         return b"fd", listener.fileno()
             case ["run-mark"] if self.run_mark is not None:
                 return b"fd", self.run_mark.fileno()
+            case ["stream"] if self.stream is not None:
+                pipe, image = self.stream
+                file = os.fstat(image)
+                return f"fd {file.st_dev} {file.st_ino}".encode(), pipe
         return b"none", None
 
 
@@ -202,12 +218,14 @@ class Destination:
             raise AssertionError(f"QEMU did not start: {log_lines(self.process.communicate()[1])}") from err
 
     @classmethod
-    def adopting(cls, emulator: Path | str, arguments: Sequence[str], keeper: Keeper, more: str = "") -> Self:
-        """Start a QEMU that asks a keeper; `more` is what else it preloads."""
+    def adopting(
+        cls, emulator: Path | str, arguments: Sequence[str], keeper: Keeper, more: str = "", keep: Sequence[int] = ()
+    ) -> Self:
+        """Start a QEMU that asks a keeper; `more` is what else it preloads, `keep` what it inherits."""
         return cls(
             [emulator, *arguments],
             preloaded(f"fd:{keeper.theirs.fileno()}", more=more),
-            [keeper.theirs.fileno()],
+            [keeper.theirs.fileno(), *keep],
         )
 
     def __enter__(self) -> Self:
@@ -243,6 +261,18 @@ class Destination:
 
     def send_fd(self, name: str, fd: int) -> None:
         self._runner.run(self.monitor.send_fd(name, fd))
+
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[EventListener]:
+        """Collect events, for :meth:`next_event`."""
+        with self.monitor.events(*names) as listener:
+            yield listener
+
+    def next_event(self, listener: EventListener) -> Message:
+        return self._runner.run(self.monitor.next_event(listener, timeout=TIMEOUT))
+
+    def announce(self) -> adopt.Announcement:
+        return self._runner.run(adopt.announce(self.monitor))
 
     def status(self) -> adopt.AdoptStatus:
         return self._runner.run(adopt.adopt_status(self.monitor))
@@ -288,6 +318,11 @@ class Destination:
         return found
 
 
+def unread(pipe: int) -> int:
+    """How much is in a pipe, bytes."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
+
+
 def log_lines(stderr: bytes) -> list[str]:
     """The lines that QEMU and adopt.so have written, without QEMU's warnings."""
     return [line for line in stderr.decode(errors="replace").splitlines() if "warning:" not in line]
@@ -309,10 +344,12 @@ def fails_to_start(
     return done.returncode, log_lines(done.stderr)
 
 
-def refused(emulator: Path | str, arguments: Sequence[str], keeper: Keeper, more: str = "") -> str:
+def refused(
+    emulator: Path | str, arguments: Sequence[str], keeper: Keeper, more: str = "", keep: Sequence[int] = ()
+) -> str:
     """Start a destination that is expected to refuse: its one line, without the name in front."""
     environment = preloaded(f"fd:{keeper.theirs.fileno()}", more=more)
-    status, lines = fails_to_start(emulator, arguments, environment, [keeper.theirs.fileno()])
+    status, lines = fails_to_start(emulator, arguments, environment, [keeper.theirs.fileno(), *keep])
     assert status == 1, lines
     assert len(lines) == 1, lines
     assert lines[0].startswith("sevhop adopt: "), lines

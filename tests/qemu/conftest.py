@@ -9,6 +9,7 @@ the product's run directory.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -19,13 +20,14 @@ from pathlib import Path
 import pytest
 from sevhop.checks import sev_host
 from sevhop.records import journal
+from sevhop_qmp.run_mark import RunMark
 
 from tests.support.guests import counter, emulators, linux, real_mode
 from tests.support.guests.build import Unavailable
 from tests.support.guests.machine import Accelerator, Machine
 from tests.support.guests.running import Guest, processes_of
 
-from .adopting import build, fails_to_start, machine, sev_guest
+from .adopting import Keeper, Memory, build, fails_to_start, machine, sev_guest
 
 #: Starts a guest in an emulator; the guest is killed when the test ends.
 StartGuest = Callable[[Machine, Path], Guest]
@@ -82,6 +84,41 @@ def kvm(accelerator: Accelerator) -> Accelerator:
     if accelerator != "kvm":
         pytest.skip("KVM is not usable here")
     return accelerator
+
+
+@pytest.fixture
+def qemu(request: pytest.FixtureRequest, emulator: Callable[[str], Path]) -> Path:
+    """The emulator under test: the older one, unless a test names others."""
+    return emulator(getattr(request, "param", emulators.OLD))
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    with Memory() as memory:
+        yield memory
+
+
+@pytest.fixture
+def run_mark() -> Iterator[RunMark]:
+    mark = RunMark.create()
+    yield mark
+    mark.close()
+
+
+@pytest.fixture
+def keeper(memory: Memory) -> Iterator[Keeper]:
+    with Keeper([memory]) as keeper:
+        yield keeper
+
+
+@pytest.fixture
+def vm(kvm: Accelerator) -> Iterator[int]:
+    """A KVM VM, as a source's."""
+    create_vm = 0xAE01
+    with open("/dev/kvm", "rb") as device:
+        vm = fcntl.ioctl(device, create_vm, 0)
+    yield vm
+    os.close(vm)
 
 
 @pytest.fixture(scope="session")

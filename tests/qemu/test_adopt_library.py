@@ -11,13 +11,10 @@ import ast
 import base64
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import socket
-import struct
 import subprocess
-import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +36,7 @@ from tests.support.guests.running import wait_until
 
 from .adopting import (
     BACKEND,
+    EVERY_EMULATOR,
     RAM,
     TIMEOUT,
     Destination,
@@ -52,51 +50,13 @@ from .adopting import (
     serve,
     sev_guest,
     sockaddr,
+    unread,
 )
 
 #: Where `-device loader` writes at start-up: a guest-physical address.
 LOADED_AT = 0x100000
 LOADED = 0x1122334455667788
 LOADER = ("-device", f"loader,addr={LOADED_AT:#x},data={LOADED:#x},data-len=8")
-
-EVERY_EMULATOR = pytest.mark.parametrize(
-    "qemu", [emulators.OLD, emulators.NEW, emulators.UNSTABLE], indirect=True, ids=lambda label: f"qemu-{label}"
-)
-
-
-@pytest.fixture
-def qemu(request: pytest.FixtureRequest, emulator: Callable[[str], Path]) -> Path:
-    """The emulator under test: the older one, unless a test names others."""
-    return emulator(getattr(request, "param", emulators.OLD))
-
-
-@pytest.fixture
-def memory() -> Iterator[Memory]:
-    with Memory() as memory:
-        yield memory
-
-
-@pytest.fixture
-def run_mark() -> Iterator[RunMark]:
-    mark = RunMark.create()
-    yield mark
-    mark.close()
-
-
-@pytest.fixture
-def keeper(memory: Memory) -> Iterator[Keeper]:
-    with Keeper([memory]) as keeper:
-        yield keeper
-
-
-@pytest.fixture
-def vm(kvm: Accelerator) -> Iterator[int]:
-    """A KVM VM, as a source's."""
-    create_vm = 0xAE01
-    with open("/dev/kvm", "rb") as device:
-        vm = fcntl.ioctl(device, create_vm, 0)
-    yield vm
-    os.close(vm)
 
 
 def inspect(memory: Destination, address: int) -> int:
@@ -124,7 +84,7 @@ def test_library_exports_only_what_it_interposes() -> None:
     assert names == set(
         "ioctl memfd_create mmap mmap64 munmap madvise mlockall readv ftruncate ftruncate64 fallocate fallocate64 "
         "fcntl fcntl64 open open64 __open_2 __open64_2 fopen fopen64 posix_fadvise posix_fadvise64 bind unlink listen "
-        "accept accept4".split()
+        "accept accept4 __libc_start_main".split()
     )
 
 
@@ -159,6 +119,41 @@ def test_memory_is_not_adopted_without_a_keeper(qemu: Path, accelerator: Acceler
             plain.adopt_ram()
         plain.execute("cont")
         assert plain.execute("query-status")["running"]
+
+
+@EVERY_EMULATOR
+def test_library_does_nothing_if_the_hop_is_over(qemu: Path, accelerator: Accelerator, tmp_path: Path) -> None:
+    """As in a QEMU that is started with a copy of the XML of a domain that has hopped, on any host."""
+    gone = tmp_path / "gone"
+    environment = preloaded(str(gone / "keeper")) | {"SEVHOP_MONITOR": str(gone / "monitor" / "qmp")}
+    with Destination([qemu, *machine(accelerator, incoming=False)], environment) as plain:
+        listed = {command["name"] for command in plain.execute("query-commands")}
+        assert listed.isdisjoint(adopt.COMMANDS)
+        plain.execute("cont")
+        assert plain.execute("query-status")["running"]
+
+
+@EVERY_EMULATOR
+def test_destination_opens_the_monitor_of_the_keeper(
+    qemu: Path, accelerator: Accelerator, keeper: Keeper, tmp_path: Path
+) -> None:
+    """It is not on the command line. A comma in its path is part of that."""
+    path, ours = tmp_path / "a,b", keeper.theirs.fileno()
+    environment = preloaded(f"fd:{ours}") | {"SEVHOP_MONITOR": str(path)}
+    with Destination([qemu, *machine(accelerator)], environment, [ours]), socket.socket(socket.AF_UNIX) as monitor:
+        monitor.connect(str(path))
+        assert monitor.recv(4096).startswith(b'{"QMP": ')
+
+
+@EVERY_EMULATOR
+def test_save_image_without_ram_is_not_loaded_without_the_hook(
+    qemu: Path, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    environment = preloaded(str(tmp_path / "gone" / "keeper")) | {"SEVHOP_IMAGE": "without RAM"}
+    status, lines = fails_to_start(qemu, machine(accelerator), environment)
+    assert status == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("sevhop adopt: the save image of a hop has no RAM, and was restored without the hook")
 
 
 # ---- memory ----
@@ -234,11 +229,6 @@ def test_memory_is_mapped_when_the_device_state_arrives(
         assert not any(request == "run" for request in keeper.requests)
     os.close(reader)
     os.close(writer)
-
-
-def unread(pipe: int) -> int:
-    """How much is in a pipe, bytes."""
-    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
 def test_adopt_ram_refuses_unusable_stream_arguments(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
@@ -618,7 +608,9 @@ def test_running_guest_is_not_touched(qemu: Path, kvm: Accelerator, keeper: Keep
             destination.move_from(file.fileno())
 
 
-@pytest.mark.parametrize("command", ["x-sev-adopt-ram", "x-sev-adopt-status", "x-sev-adopt-finish"])
+@pytest.mark.parametrize(
+    "command", ["x-sev-adopt-ram", "x-sev-adopt-status", "x-sev-adopt-announce", "x-sev-adopt-finish"]
+)
 def test_adopt_commands_refuse_unknown_arguments(
     command: str, qemu: Path, accelerator: Accelerator, keeper: Keeper
 ) -> None:

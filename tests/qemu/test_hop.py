@@ -45,6 +45,21 @@ def test_guest_is_unharmed_after_hops_under_tcg(
     assert_unharmed(guest)
 
 
+def test_guest_with_an_alias_as_machine_type_hops(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """``q35`` is another machine type in each QEMU; the destination has the guest's."""
+    guest = start(counter_machine(type="q35"), old)
+    guest.wait_for_ticks(5)
+    checked = sevhop("check", "--qmp", guest.machine.monitor, "--emulator", new)
+    assert checked.returncode == 0, checked
+    for emulator in (new, old):
+        hop(guest, emulator)
+        guest.wait_for_ticks(5)
+        assert guest.execute("qom-get", path="/machine", property="type") == f"{Q35}-machine"
+    assert_unharmed(guest)
+
+
 def memory_of(pid: int) -> tuple[tuple[str, int], str]:
     """Inode of the guest memory that a QEMU has mapped, and what it may do to it."""
     process = QemuProcess.open(pid)

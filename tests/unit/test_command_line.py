@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from sevhop.guest.command_line import PRIVATE_MONITOR, derive, incoming, memory_backends, parse, properties
+from sevhop.guest.command_line import (
+    PRIVATE_MONITOR,
+    derive,
+    incoming,
+    memory_backends,
+    parse,
+    properties,
+    with_machine_type,
+)
 
 TOKEN = "0123abcd"
 
@@ -163,3 +171,17 @@ def test_relative_log_of_a_daemon_is_refused(argv: tuple[str, ...], path: str) -
     assert not derive("/usr/bin/qemu", list(argv), TOKEN).refused
     absolute = [word.replace(path, f"/var/{path}") for word in argv]
     assert not derive("/usr/bin/qemu", [*absolute, "-daemonize"], TOKEN).refused
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["-machine", "q35,accel=kvm"], ["-machine", "pc-q35-7.2,accel=kvm"]),
+        (["-M", "accel=kvm,type=q35", "-m", "64"], ["-M", "accel=kvm,type=pc-q35-7.2", "-m", "64"]),
+        (["-machine", "pc-q35-7.2", "-machine", "usb=off"], ["-machine", "pc-q35-7.2", "-machine", "usb=off"]),
+        (["-machine", "usb=off"], ["-machine", "usb=off", "-machine", "type=pc-q35-7.2"]),
+        (["-device", "q35,type=a"], ["-device", "q35,type=a", "-machine", "type=pc-q35-7.2"]),
+    ],
+)
+def test_destination_has_the_machine_type_itself(argv: list[str], expected: list[str]) -> None:
+    assert with_machine_type(argv, "pc-q35-7.2") == expected

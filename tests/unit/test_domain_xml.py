@@ -61,7 +61,7 @@ def test_additions_are_removed(xml: str) -> None:
 
 def test_additions_of_a_second_hop_replace_those_of_the_first() -> None:
     twice = for_destination(for_destination(OWN))
-    assert twice.count("id=sevhop-monitor") == 1
+    assert twice.count("SEVHOP_MONITOR") == 1
     assert twice.count("adopt.so") == 1
     assert twice.count("/lib/own.so") == 1
     assert twice.count("LD_PRELOAD") == 1
@@ -71,17 +71,59 @@ def test_additions_are_removed_as_libvirt_writes_them() -> None:
     """libvirt puts everything into one element, with its own prefix and in its own order."""
     xml = OWN.replace(
         "<qemu:env name='LD_PRELOAD' value='/lib/own.so'/>",
-        "<qemu:arg value='-chardev'/><qemu:arg value='socket,id=sevhop-monitor,path=/x,server=on,wait=off'/>"
-        "<qemu:arg value='-mon'/><qemu:arg value='chardev=sevhop-monitor,mode=control'/>"
         "<qemu:env name='LD_PRELOAD' value='/lib/adopt.so:/lib/own.so'/><qemu:env name='SEVHOP_KEEPER' value='/k'/>",
     )
     back = domain_xml.without_additions(xml)
     assert "".join(back.split()) == "".join(OWN.split())
 
 
+@pytest.mark.parametrize(
+    ("device", "appending"),
+    [
+        (
+            "<serial type='file'><source path='/a' append='off'/></serial>",
+            "<serial type='file'><source path='/a' append='on'/></serial>",
+        ),
+        (
+            "<channel type='file'><source path='/a'><seclabel relabel='no'/></source></channel>",
+            "<channel type='file'><source path='/a' append='on'><seclabel relabel='no'/></source></channel>",
+        ),
+        (
+            "<console type='pty'><source path='/dev/pts/1'/><log file='/a'/></console>",
+            "<console type='pty'><source path='/dev/pts/1'/><log file='/a' append='on'/></console>",
+        ),
+        (
+            "<redirdev type='tcp' bus='usb'><source mode='connect' host='h' service='1'/><log file='/a'/></redirdev>",
+            "<source mode='connect' host='h' service='1'/><log file='/a' append='on'/></redirdev>",
+        ),
+        (
+            "<rng model='virtio'><backend model='egd' type='udp'><log file='/a'/></backend></rng>",
+            "<rng model='virtio'><backend model='egd' type='udp'><log file='/a' append='on'/></backend></rng>",
+        ),
+        ("<disk type='file'><source file='/a'/></disk>", "<disk type='file'><source file='/a'/></disk>"),
+    ],
+)
+def test_destination_appends_to_the_files_that_devices_write(device: str, appending: str) -> None:
+    assert appending in for_destination(PLAIN.replace("</emulator>\n  </devices>", f"</emulator>{device}</devices>"))
+
+
+MARKED = f"""<domain type='kvm'><name>SEVHOP_NAME</name><metadata><a name='SEVHOP_IMAGE'/></metadata>
+<devices><emulator>/q</emulator></devices>
+<x:commandline xmlns:x='{domain_xml.NAMESPACE}'><x:arg value='SEVHOP_ARGUMENT'/>
+<x:env value='SEVHOP_IMAGE' name="SEVHOP_KEEPER"/><x:env name = 'SEVHOP_IMAGE'\tvalue='without RAM'/>
+</x:commandline></domain>"""
+
+
+def test_marks_are_what_qemu_gets() -> None:
+    assert domain_xml.marks(PLAIN) == {}
+    assert domain_xml.marks(MARKED) == {"SEVHOP_KEEPER": "SEVHOP_IMAGE", "SEVHOP_IMAGE": "without RAM"}
+    renamed = domain_xml.with_mark_renamed(MARKED, "SEVHOP_IMAGE", "SEVHOP_RESTORED")
+    assert renamed == MARKED.replace("<x:env name = 'SEVHOP_IMAGE'", "<x:env name = 'SEVHOP_RESTORED'")
+
+
 def test_path_with_commas_and_quotes_is_escaped() -> None:
     added = domain_xml.for_destination(PLAIN, "/q", {"A": "it's <&>"}, "/run/a,b")
-    assert "path=/run/a,,b,server=on" in added
+    assert "<q:env name='SEVHOP_MONITOR' value='/run/a,b'/>" in added
     domain_xml.describe(added)
     assert "it&apos;s &lt;&amp;&gt;" in added
 

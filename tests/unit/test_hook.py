@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import sevhop
 from sevhop.install import host
-from sevhop.libvirt import hook
+from sevhop.libvirt import domain_xml, hook
 
 from .hooked_domain import DESTINATION, HOPPED, IMAGE, UUID, XML
 
@@ -118,6 +118,30 @@ def test_restore_gets_the_keepers_emulator(keeper: FakeKeeper) -> None:
         status, printed, _ = run(keeper, "web", "restore", "begin", "-", xml=IMAGE)
     assert status == 0
     assert printed == DESTINATION.replace("/usr/bin/qemu", "/opt/qemu")
+
+
+@pytest.mark.parametrize(("operation", "times"), [("restore", 1), ("prepare", 1), ("started", 0)])
+def test_destination_is_parsed_only_where_that_decides(
+    keeper: FakeKeeper, monkeypatch: pytest.MonkeyPatch, operation: str, times: int
+) -> None:
+    """The guest is stopped, and a large domain takes milliseconds."""
+    parsed: list[bytes] = []
+    elements = domain_xml._elements
+
+    def recorded(text: bytes) -> object:
+        parsed.append(text)
+        return elements(text)
+
+    monkeypatch.setattr(domain_xml, "_elements", recorded)
+    with keeper.alive():
+        assert run(keeper, "web", operation, "begin", "-", xml=IMAGE if operation == "restore" else DESTINATION)[0] == 0
+    assert len(parsed) == times
+
+
+@pytest.mark.parametrize("operation", ["restore", "migrate", "started"])
+def test_text_that_looks_like_a_mark_is_none(keeper: FakeKeeper, operation: str) -> None:
+    xml = XML.replace("<devices>", "<metadata><a b='SEVHOP_IMAGE' c='SEVHOP_RESTORED'/></metadata><devices>")
+    assert run(keeper, "other", operation, "begin", "-", xml=xml) == (0, "", "")
 
 
 def test_restore_gets_other_ports_after_a_failed_one(keeper: FakeKeeper) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from sevhop.keeper import client as keeper_client
 from sevhop.keeper.client import KeeperClient
-from sevhop.keeper.config import KeeperError
+from sevhop.keeper.config import KeeperError, KeeperTimeout
 
 
 @contextmanager
@@ -82,6 +83,49 @@ def test_keeper_that_is_gone_is_reported(tmp_path: Path) -> None:
 
     with keepers(tmp_path, 1), pytest.raises(KeeperError, match="is gone"):
         asyncio.run(with_keeper(tmp_path, work))
+
+
+def test_late_reply_is_not_taken_for_that_to_the_next_request(tmp_path: Path) -> None:
+    """
+    A keeper that was halted replies to both. A command that takes the first reply for "it is revoked" would terminate
+    a QEMU that has the guest.
+    """
+    connections: list[socket.socket] = []
+
+    def serve(listener: socket.socket) -> None:
+        first, _ = listener.accept()
+        connections.append(first)
+        assert first.recv(4096) == b"status"
+        second, _ = listener.accept()
+        connections.append(second)
+        first.send(b"ok {}")
+        assert second.recv(4096) == b"revoke"
+        second.send(b"error the guest has run")
+
+    async def work(keeper: KeeperClient) -> None:
+        keeper.timeout = 0.05
+        with pytest.raises(KeeperTimeout):
+            await keeper.status()
+        keeper.timeout = 10
+        with pytest.raises(KeeperError, match="the guest has run"):
+            await keeper.revoke()
+        # To the keeper, the command is still there.
+        with pytest.raises(BlockingIOError):
+            connections[0].recv(1, socket.MSG_DONTWAIT)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "control"))
+        listener.listen()
+        listener.settimeout(10)
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        try:
+            asyncio.run(with_keeper(tmp_path, work))
+        finally:
+            thread.join()
+            for sock in connections:
+                with sock, contextlib.suppress(ConnectionResetError):  # the late reply was not read
+                    assert not sock.recv(1), "it is closed in the end"
 
 
 def test_keeper_has_only_a_session_without_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

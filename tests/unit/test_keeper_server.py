@@ -317,6 +317,17 @@ def test_revoke_kills_only_a_destination_that_has_not_run(
         assert destination.wait() == -signal.SIGKILL
 
 
+def test_revoke_kills_a_destination_that_is_starting(
+    server: KeeperServer, destination: subprocess.Popen[bytes]
+) -> None:
+    """It may hang, and would keep libvirt waiting."""
+    server.record.state = State.WAITING
+    assert run(ask(server, f"hook restore begin {UUID}")) == "ok /opt/qemu"
+    server._restore.started(destination.pid)
+    assert (run(ask(server, "revoke")), server.record.state) == ("ok", State.WAITING)
+    assert destination.wait(10) == -signal.SIGKILL
+
+
 def test_revoked_restore_is_not_committed(server: KeeperServer) -> None:
     server.record.state = State.WAITING
     assert run(ask(server, f"hook restore begin {UUID}")) == "ok /opt/qemu"

@@ -67,7 +67,7 @@ asyncio.run(hangs())
 def test_program_exits_if_the_daemon_hangs() -> None:
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "DomainError: libvirt did not answer within 0.1 s (restart the libvirt daemon" in done.stderr
+    assert "DomainTimeout: libvirt did not answer within 0.1 s (restart the libvirt daemon" in done.stderr
 
 
 def test_calls_use_a_free_thread_again() -> None:
@@ -110,3 +110,19 @@ def test_monitor_timeout_reports_what_libvirt_is_doing(
     finally:
         released.set()
     assert caught.value.message == f"QEMU did not answer qom-get within 0.05 s ({doing})"
+
+
+def test_connection_limits_each_call() -> None:
+    """Less than by default while a guest is stopped, also for QEMU's monitor."""
+
+    async def limited() -> None:
+        connection = daemon.Daemon(None, "", timeout=0.1)
+        with pytest.raises(daemon.DomainTimeout, match=r"within 0\.1 s"):
+            await connection.call(threading.Event().wait)
+
+    asyncio.run(limited())
+    raw = Raw((libvirt.VIR_DOMAIN_CONTROL_OK, 0, 0))
+    monitor = DomainMonitor(lambda: raw, "web", lambda: 0.05)
+    with pytest.raises(MonitorTimeout, match=r"within 0\.05 s"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(libvirt_qemu, "qemuMonitorCommandWithFiles", lambda *_: time.sleep(0.2))
+        asyncio.run(monitor.execute("query-status"))

@@ -18,12 +18,12 @@ from ..cancellation import shielded
 from ..disks.block_graph import BlockGraph
 from ..guest import inspection
 from ..install import apparmor, verification
-from ..libvirt import domain_xml
+from ..libvirt import domain_xml, resources
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
 from . import guest as guest_checks
-from . import reboot, registers
+from . import reboot, registers, restart
 from .registers import Registers
 from .result import CheckResult, Status, failed, passed
 
@@ -80,7 +80,8 @@ async def examine(
             ) from err
         found = await inspection.inspect(monitor, process)
         graph, disks = await guest_checks.disks(monitor, process)
-        if disks.status is Status.PASS and (unknown := unknown_to_libvirt(graph, xml)):
+        volumes = await _volumes(connection, xml)
+        if disks.status is Status.PASS and volumes is not None and (unknown := unknown_to_libvirt(graph, xml, volumes)):
             disks = failed(
                 "disks",
                 f"libvirt does not know of it, and would start the new QEMU with another disk: {unknown}",
@@ -92,7 +93,12 @@ async def examine(
         rebooted = reboot.domain(found, action, persistent=persistent)
         work = asyncio.to_thread(_without_libvirt, found, process, new, xml, domain.uuid, state, rebooted)
         tree = await shielded(work)
-        tree.children += [disks, await _libvirt(connection, domain, in_full)]
+        subject = restart.Subject(monitor, process, found, graph, xml, await domain.live_xml(), old, new)
+        tree.children += [
+            disks,
+            await _libvirt(connection, domain, in_full),
+            await restart.examine(connection, subject),
+        ]
         yield Examined(tree, monitor, process, found, graph, xml, old, new, state.flag)
     finally:
         process.close()
@@ -156,17 +162,30 @@ def devices(xml: str) -> CheckResult:
     return passed("devices", "all can be re-created")
 
 
-def unknown_to_libvirt(graph: BlockGraph, xml: str) -> str:
+async def _volumes(connection: Connection, xml: str) -> frozenset[str] | None:
+    """The paths of the volumes of a domain; None if libvirt cannot find one, of which there is a test."""
+    found = set()
+    for source in ElementTree.fromstring(xml).iterfind("devices/disk[@type='volume']/source"):
+        try:
+            found.add(await resources.volume_path(connection, source.get("pool", ""), source.get("volume", "")))
+        except SevhopError:
+            return None
+    return frozenset(found)
+
+
+def unknown_to_libvirt(graph: BlockGraph, xml: str, volumes: frozenset[str] = frozenset()) -> str:
     """
     Whether each drive has the image that the domain's XML has; libvirt starts the destination with those. Backing
     images are named in the images themselves.
 
+    :param volumes: the paths of its volumes, which are not in the XML.
     :return: the first drive that has another one; empty when there is none.
     """
     domain = ElementTree.fromstring(xml)
     described = {
         source.get(attribute) for source in domain.iterfind("devices/disk/source") for attribute in ("file", "dev")
     } - {None}
+    described |= {volume for volume in volumes if volume.startswith("/")}
     arguments = [argument.get("value", "") for argument in domain.iterfind(f"{_COMMAND_LINE}/{_ARGUMENT}")]
     present = set()
     for disk in graph.disks.values():

@@ -72,7 +72,7 @@ async def standalone(
         arguments = command_line.Derived(command[0], list(command[1:]))
     else:
         program = emulator or path_on_disk(process.executable)
-        argv = pid_file.absolute(process, source[1:])
+        argv = command_line.with_machine_type(pid_file.absolute(process, source[1:]), guest.machine_type)
         arguments = await _with_present_disks(command_line.derive(program, argv, secrets.token_hex(4)), graph, monitor)
     found = await registers.examine(guest, process, monitor)
     return Verdict(_examine(guest, process, arguments, result, found), guest, graph, arguments, found.flag)

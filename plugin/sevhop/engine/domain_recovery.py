@@ -29,7 +29,7 @@ from ..disks import block_graph
 from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient
-from ..keeper.config import KeeperError
+from ..keeper.config import KeeperError, KeeperTimeout
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
@@ -40,24 +40,25 @@ from ..records.hop_record import HopRecord
 from . import protected_state
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
-from .upgrade_restore import define_emulator, not_defined
+from .upgrade_restore import define_emulator, end_hanging_destination, not_defined, start_destination
 from .upgrade_save import resume_hint
 
-#: Seconds for which an operation in progress is waited for, such as a restore by another client.
-RESTORE_TIMEOUT = 60.0
+#: Seconds for what is in progress on a domain that nobody has named, such as a slow restore by another client.
+_UNNAMED_PATIENCE = 60.0
 _POLL = 0.05
 
 
-async def settle(record: HopRecord, *, named: bool) -> RecoveredGuest:
+async def settle(record: HopRecord, *, named: bool, timeout: float) -> RecoveredGuest:
     """
     Finish the hop of a domain, or roll it back.
 
     :param named: whether the caller has named this domain. An upgrade that was prepared on purpose waits for that.
+    :param timeout: seconds for each step, also for one in progress, such as a restore by another client.
     :raises SevhopError: that is not possible now; nothing of the guest is lost.
     """
-    connection = await Connection.open(record.uri)
+    connection = await Connection.open(record.uri, timeout)
     try:
-        keeper = await _keeper(record)
+        keeper = await _keeper(record, timeout)
         source = record.source.open()
         try:
             return await InterruptedUpgrade(record, connection, keeper, source).settle(named)
@@ -70,17 +71,25 @@ async def settle(record: HopRecord, *, named: bool) -> RecoveredGuest:
         connection.close()
 
 
-async def _keeper(record: HopRecord) -> KeeperClient | None:
+async def _keeper(record: HopRecord, timeout: float) -> KeeperClient | None:
     directory = Path(record.directory) if record.directory else run_directory.hop_of(record.guest)
     if directory is None:
         return None
     try:
         keeper = await KeeperClient.connect(directory)
+    except KeeperError:
+        return None
+    keeper.timeout = timeout
+    try:
         if (await keeper.status())["uuid"] == record.uuid:
             return keeper
+    except KeeperTimeout:
+        # It hangs, and has the guest.
         keeper.close()
+        raise
     except KeeperError:
         pass
+    keeper.close()
     return None
 
 
@@ -101,7 +110,7 @@ class InterruptedUpgrade:
 
     async def settle(self, named: bool) -> RecoveredGuest:
         """:raises SevhopError: see :func:`settle`."""
-        state = await self._settled()
+        state = await self._settled(named)
         if self._source is not None and state in (State.HELD, None):
             return await self.rollback(self._record, self._source)
         if state is State.WAITING and self._record.phase == "prepared" and not named:
@@ -121,14 +130,20 @@ class InterruptedUpgrade:
             )
         return await self._without_keeper()
 
-    async def _settled(self) -> State | None:
-        """The state of the keeper, when nothing is in progress any more; None without a keeper."""
+    async def _settled(self, named: bool) -> State | None:
+        """
+        The state of the keeper, when nothing is in progress any more; None without a keeper. A destination that does
+        not run in time is ended.
+        """
         if self._keeper is None:
             return None
-        deadline = time.monotonic() + RESTORE_TIMEOUT
+        patience = self._keeper.timeout if named else max(self._keeper.timeout, _UNNAMED_PATIENCE)
+        deadline = time.monotonic() + patience
         while True:
             try:
                 status = await self._keeper.status()
+            except KeeperTimeout:
+                raise
             except KeeperError:
                 self._keeper = None
                 return None
@@ -141,8 +156,11 @@ class InterruptedUpgrade:
             if state is State.COMMITTED and not self._record.running:
                 return State.OVER  # the guest stays paused
             if time.monotonic() > deadline:
+                if state is State.RESTORING:
+                    await end_hanging_destination(self._connection, self._record.uuid, self._keeper)
+                    return State((await self._keeper.status())["state"])
                 raise RecoveryRequired(
-                    f'keeper stuck in state "{state.value}" for {RESTORE_TIMEOUT:g} s',
+                    f'keeper stuck in state "{state.value}" for {patience:g} s',
                     "see virsh list; then run sevhop recover again",
                 )
             await asyncio.sleep(_POLL)
@@ -219,12 +237,12 @@ class InterruptedUpgrade:
         keeper = self._required_keeper()
         await self._verify_not_started_by_another()
         try:
-            await self._connection.restore(str(keeper.image))
+            await start_destination(self._connection, self._record.uuid, keeper)
         except SevhopError as err:
             reason = (await keeper.status())["reason"] or err.message
             await keeper.use(self._record.old)
             try:
-                await self._connection.restore(str(keeper.image))
+                await start_destination(self._connection, self._record.uuid, keeper)
             except SevhopError as again:
                 raise RecoveryRequired(
                     f"{reason}; in the old emulator: {again.message}",
@@ -238,9 +256,8 @@ class InterruptedUpgrade:
 
     async def finish(self, record: HopRecord) -> RecoveredGuest:
         """The guest is in its new QEMU: what is left of the phases restore and define."""
-        note = ""
         try:
-            await define_emulator(self._connection, record.uuid, record.new)
+            note = await define_emulator(self._connection, record.uuid, record.old, record.new)
         except (SevhopError, domain_xml.DomainXmlError) as err:
             note = not_defined(record.guest, err)
         notes = await self._finish_settings()

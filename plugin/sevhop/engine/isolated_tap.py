@@ -38,7 +38,8 @@ def _open(queues: int) -> list[int]:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
         for _ in range(queues):
-            descriptors.append(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+            # Blocking: a non-blocking one is taken for the source's (qmp_ext/adopt/taps.c), and not set up.
+            descriptors.append(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
             fcntl.ioctl(descriptors[-1], _TUNSETIFF, struct.pack("16sH22x", b"rehearsal", flags))
     except OSError as err:
         for descriptor in descriptors:

@@ -88,5 +88,5 @@ async def _settle(record: HopRecord, named: bool, timeout: float) -> RecoveredGu
         # libvirt is only needed here, and is optional.
         from . import domain_recovery
 
-        return await domain_recovery.settle(record, named=named)
+        return await domain_recovery.settle(record, named=named, timeout=timeout)
     return await hop_recovery.settle(record, timeout)

@@ -66,6 +66,8 @@ class Upgrade(Transaction):
         else:
             await note_unrehearsed(self, checked)
         prepared = await self.run_phase("prepare", prepare(self, checked, keeper, rehearsed=rehearsed))
+        # From here on the guest waits for whoever does not reply.
+        checked.connection.timeout = keeper.timeout = options.step_timeout
         stopped = await self.run_phase("stop", stop(self, checked, prepared))
         await self.run_phase("save", save(options, checked, keeper, prepared, stopped))
         await self.run_phase("terminate", terminate(self, options, checked, keeper, prepared, stopped))

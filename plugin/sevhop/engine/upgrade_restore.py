@@ -11,17 +11,18 @@ import time
 
 from sevhop_qmp import move
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
 from ..errors import GuestLost
 from ..events import MoveAttempted
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient
-from ..keeper.config import KeeperError
+from ..keeper.config import KeeperError, KeeperTimeout
 from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
-from ..libvirt.daemon import NO_DOMAIN, RESTORE_TIMEOUT, DomainError
+from ..libvirt.daemon import NO_DOMAIN, DomainError, DomainTimeout
 from ..libvirt.domain import Domain
 from ..report import Phase
 from .transaction import Transaction
@@ -46,7 +47,7 @@ async def restore(
     :raises SevhopError: it did not start, and cannot any more; the guest is suspended in the keeper.
     """
     try:
-        await checked.connection.restore(str(keeper.image))
+        await start_destination(checked.connection, checked.domain.uuid, keeper)
     except DomainError as err:
         if not await _arrived_all_the_same(hop, checked, keeper, stopped):
             reason = (await keeper.status())["reason"]
@@ -59,6 +60,72 @@ async def restore(
         with contextlib.suppress(SevhopError):
             for text in await prepared.disks.lost_bitmaps(await checked.domain.monitor()):
                 hop.note(text)
+
+
+async def start_destination(connection: Connection, uuid: str, keeper: KeeperClient) -> None:
+    """
+    Have libvirt restore the domain from the image. A destination that does not run in time is ended.
+
+    :param uuid: of the domain.
+    :raises DomainError: it did not start.
+    :raises SevhopError: it does not start, and either cannot be ended, or that is not known.
+    """
+    try:
+        await connection.restore(str(keeper.image))
+    except DomainTimeout as err:
+        if not await end_hanging_destination(connection, uuid, keeper):
+            reason = f"the new QEMU does not run within {connection.timeout:g} s, and was ended"
+            raise SevhopError(reason, "see its log in /var/log/libvirt/qemu; raise --timeout on a slow host") from err
+
+
+async def end_hanging_destination(connection: Connection, uuid: str, keeper: KeeperClient) -> bool:
+    """
+    End a destination that libvirt has started and that does not run in time.
+
+    :return: whether it has the guest after all, and is left alone.
+    :raises SevhopError: it cannot be ended, or that is not known.
+    """
+    deadline = time.monotonic() + keeper.timeout
+    while True:
+        try:
+            await keeper.revoke()
+            break
+        except KeeperTimeout:
+            raise
+        except KeeperError:
+            # It has the guest, or the keeper is committing, which ends.
+            if (await keeper.status())["state"] == State.OVER.value:
+                return True
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_POLL)
+    domain = await connection.domain_with(uuid)
+    if domain is not None:
+        pid = None
+        with contextlib.suppress(DomainError):  # there is no pid file yet, or no more
+            pid = _destination_pid(domain, keeper)
+        # The keeper kills one that it has seen; another one has been started from the image all the same.
+        with contextlib.suppress(SevhopError):
+            if pid is not None:
+                process = QemuProcess.open(pid)
+                process.kill()
+                process.close()
+        await domain.destroy()
+    return False
+
+
+def _destination_pid(domain: Domain, keeper: KeeperClient) -> int | None:
+    """
+    The pid of the QEMU that libvirt has started from the image; None if it has exited.
+
+    :raises DomainError: it cannot be found.
+    :raises SevhopError: the domain has another QEMU.
+    """
+    pid = domain.living_pid()
+    # One that exits meanwhile has no environment any more, and no command line.
+    if pid is None or keeper.has_started(pid) or domain.living_pid() != pid:
+        return pid
+    raise SevhopError(f"process {pid} runs domain {domain.name}, and was not started by this hop")
 
 
 async def _activate(hop: Transaction, checked: CheckedDomain) -> None:
@@ -82,10 +149,10 @@ async def _arrived_all_the_same(
     domain = checked.domain
     try:
         if not await domain.reconnect():
-            return await _restored_by_another(domain, keeper)
+            return await _restored_by_another(checked, keeper)
     except DomainError as err:
         if err.code == NO_DOMAIN:
-            return await _restored_by_another(domain, keeper)
+            return await _restored_by_another(checked, keeper)
         raise
     if (await keeper.status())["state"] in (State.COMMITTED.value, State.OVER.value):
         with contextlib.suppress(SevhopError):
@@ -93,9 +160,8 @@ async def _arrived_all_the_same(
             if not (await checked.monitor.execute("query-status"))["running"] and stopped.was_running:
                 await domain.resume()
             return True
-    pid = domain.living_pid() if await domain.active() else None
-    if pid is not None and not keeper.has_started(pid):
-        raise SevhopError(f"process {pid} runs domain {domain.name}, and was not started by this hop")
+    if await domain.active():
+        _destination_pid(domain, keeper)
     try:
         await keeper.revoke()
     except KeeperError as err:
@@ -106,9 +172,10 @@ async def _arrived_all_the_same(
     return False
 
 
-async def _restored_by_another(domain: Domain, keeper: KeeperClient) -> bool:
+async def _restored_by_another(checked: CheckedDomain, keeper: KeeperClient) -> bool:
     """Whether another client's restore of our image succeeds; one in progress is waited for."""
-    deadline = time.monotonic() + RESTORE_TIMEOUT
+    domain = checked.domain
+    deadline = time.monotonic() + keeper.timeout
     while time.monotonic() < deadline:
         active = await domain.active()
         status = await keeper.status()
@@ -120,7 +187,9 @@ async def _restored_by_another(domain: Domain, keeper: KeeperClient) -> bool:
         if not active and status["state"] != State.COMMITTED.value:
             return False
         await asyncio.sleep(_POLL)
-    raise SevhopError(f"another client's restore of the domain is still in progress after {RESTORE_TIMEOUT:g} s")
+    if await end_hanging_destination(checked.connection, checked.domain.uuid, keeper):
+        return True
+    raise SevhopError(f"another client's restore of the domain was still in progress after {keeper.timeout:g} s")
 
 
 async def _report_destination(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient) -> None:
@@ -154,13 +223,15 @@ async def define(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient)
     connection, uuid = checked.connection, checked.domain.uuid
     try:
         try:
-            await define_emulator(connection, uuid, checked.new)
+            note = await define_emulator(connection, uuid, checked.old, checked.new)
         except DomainError:
             if not await connection.reconnect():
                 raise
-            await define_emulator(connection, uuid, checked.new)
+            note = await define_emulator(connection, uuid, checked.old, checked.new)
     except (SevhopError, domain_xml.DomainXmlError) as err:
-        hop.note(not_defined(checked.domain.name, err))
+        note = not_defined(checked.domain.name, err)
+    if note:
+        hop.note(note)
     # A guest that was paused stays so; its QEMU has everything, and the keeper is not needed.
     await keeper.release()
 
@@ -170,12 +241,19 @@ def not_defined(name: str, error: Exception) -> str:
     return f"the persistent definition still has the old emulator: {error}; change it with: virsh edit {name}"
 
 
-async def define_emulator(connection: Connection, uuid: str, emulator: str) -> None:
+async def define_emulator(connection: Connection, uuid: str, old: str, new: str) -> str:
     """
-    Set the emulator of a domain's persistent definition, if it has one.
+    Set the emulator of a domain's persistent definition, if it has one, and that has the old emulator. Another one is
+    what somebody wants for the next start.
 
+    :return: a note if it has another one; otherwise empty.
     :raises DomainError: libvirt refuses.
     """
     domain = await connection.domain_with(uuid)
-    if domain is not None and await domain.persistent():
-        await connection.define(domain_xml.with_emulator(await domain.inactive_xml(), emulator))
+    if domain is None or not await domain.persistent():
+        return ""
+    xml = await domain.inactive_xml()
+    has = domain_xml.describe(xml).emulator
+    if has == old and old != new:
+        await connection.define(domain_xml.with_emulator(xml, new))
+    return f"the persistent definition keeps its own emulator, {has}" if has not in (old, new) else ""

@@ -52,6 +52,10 @@ _TRUE = frozenset({"on", "yes", "true", "y"})
 _PIDFILE_SUFFIX = re.compile(r"\.hop-[0-9a-f]{8}$")
 
 
+#: The option that names the machine type.
+_MACHINE = ("machine", "M")
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: its name without dashes (empty for a bare disk image), and its argument if it takes one."""
@@ -193,6 +197,26 @@ def derive(emulator: str, argv: list[str], token: str) -> Derived:
         else:
             arguments += _without_waiting(option).argv()
     return Derived(emulator, arguments, refused, pidfile)
+
+
+def with_machine_type(arguments: list[str], machine_type: str) -> list[str]:
+    """
+    The arguments of a destination with the guest's own machine type. An alias (``q35``), or none, is another machine
+    type in each version of QEMU.
+
+    :param machine_type: as the source reports it.
+    """
+    options = parse(arguments)
+    result: list[str] = []
+    named = False
+    for option in options:
+        key = "" if "" in option.properties() else "type"
+        if option.name in _MACHINE and key in option.properties():
+            named = True
+            result += option.with_property(key, machine_type).argv()
+        else:
+            result += option.argv()
+    return result if named else [*result, "-machine", f"type={machine_type}"]
 
 
 def final_pidfile(name: str) -> str:

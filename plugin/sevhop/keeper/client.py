@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any, Self
 
+from ..libvirt import domain_xml
 from ..records.run_directory import alive, hop_of, remove
 from .config import MESSAGE, KeeperConfig, KeeperError, KeeperTimeout
 from .paths import KeeperPaths
@@ -37,12 +38,16 @@ class KeeperClient:
     A keeper that was started, and the connection to it.
 
     :ivar directory: its own; the save image goes there, too.
+    :ivar timeout: seconds within which it must reply. It is set to less while the guest is stopped.
     """
 
     def __init__(self, directory: Path, control: socket.socket) -> None:
         self.directory = directory
+        self.timeout = ANSWER_TIMEOUT
         self._paths = KeeperPaths(directory)
         self._control = control
+        self._unanswered = False
+        self._abandoned: list[socket.socket] = []
 
     @classmethod
     async def start(cls, config: KeeperConfig) -> Self:
@@ -88,7 +93,8 @@ class KeeperClient:
 
     def close(self) -> None:
         """Disconnect. The keeper keeps running for as long as the guest needs it."""
-        self._control.close()
+        for sock in (self._control, *self._abandoned):
+            sock.close()
 
     @property
     def image(self) -> Path:
@@ -106,9 +112,10 @@ class KeeperClient:
         return self._paths.monitor
 
     def has_started(self, pid: int) -> bool:
-        """Whether libvirt has started this QEMU from the image: then it has the keeper's monitor."""
+        """Whether libvirt has started this QEMU from the image: then it opens the keeper's monitor."""
         with contextlib.suppress(OSError):
-            return os.fsencode(self.monitor) in Path(f"/proc/{pid}/cmdline").read_bytes()
+            variable = f"{domain_xml.MONITOR}={self.monitor}"
+            return os.fsencode(variable) in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         return False
 
     async def keep_blocks(self) -> None:
@@ -147,7 +154,7 @@ class KeeperClient:
         """Have it release everything and exit. A guest that does not run anywhere is lost then."""
         with contextlib.suppress(KeeperError, OSError):
             await self._ask("release")
-            async with asyncio.timeout(ANSWER_TIMEOUT):
+            async with asyncio.timeout(self.timeout):
                 await asyncio.get_running_loop().sock_recv(self._control, 1)
 
     async def _ask(self, request: str) -> str:
@@ -158,9 +165,10 @@ class KeeperClient:
             except ConnectionError:
                 self._control.close()
                 self._control = await _connect(self.directory)
+                self._unanswered = False
                 answer = await self._exchange(request)
         except TimeoutError as err:
-            raise KeeperTimeout(f"the keeper did not reply within {ANSWER_TIMEOUT:g} s", _RECOVER) from err
+            raise KeeperTimeout(f"the keeper did not reply within {self.timeout:g} s", _RECOVER) from err
         except OSError as err:
             raise KeeperError("the keeper is gone", _RECOVER) from err
         verdict, _, rest = answer.partition(" ")
@@ -170,9 +178,17 @@ class KeeperClient:
 
     async def _exchange(self, request: str) -> str:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(ANSWER_TIMEOUT):
+        if self._unanswered:
+            # The reply that was not waited for may come yet, and must not be taken for that to this request. The
+            # connection stays open: to the keeper, the command goes away with it.
+            again = await _connect(self.directory)
+            self._abandoned.append(self._control)
+            self._control, self._unanswered = again, False
+        self._unanswered = True
+        async with asyncio.timeout(self.timeout):
             await loop.sock_sendall(self._control, request.encode())
             answer = await loop.sock_recv(self._control, MESSAGE)
+        self._unanswered = False
         if not answer:
             raise ConnectionResetError(errno.ECONNRESET, "the keeper hung up")
         return answer.decode(errors="replace")

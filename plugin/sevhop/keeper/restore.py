@@ -46,6 +46,11 @@ class Restore:
             return Attempt.NONE
         return Attempt.IN_PROGRESS if self._daemon is None or self._daemon.alive else Attempt.ORPHANED
 
+    def kill(self) -> None:
+        """Kill the destination, if it is known."""
+        if self._starting is not None:
+            self._starting.kill()
+
     def abandon(self) -> None:
         """Another one begins. A destination whose daemon has died can never run, and is killed."""
         if self._starting is not None and self.attempt() is Attempt.ORPHANED:

@@ -63,6 +63,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two attempts to reconnect to a destination that has hung up but has not exited.
 _REACH_POLL = 0.05
+#: The longest part of the step timeout for one of the waits of a request, whose reply is waited for that long.
+_PART_OF_STEP = 0.4
 #: Characters of the longest reason or note in a message, so that it fits however it is encoded.
 _TEXT = 300
 
@@ -253,7 +255,7 @@ class KeeperServer:
             if self.record.state in SOURCE_GONE or (begun and self.record.state is not State.RETIRING):
                 return "ok"
             self._enter(State.RETIRING)
-            if reason := await self._source.stop(self._config.step_timeout):
+            if reason := await self._source.stop(self._config.step_timeout * _PART_OF_STEP):
                 self._enter(State.HELD)
                 return f"error {reason}"
             await self._source.kill()
@@ -271,16 +273,17 @@ class KeeperServer:
         process = self._destination
         if self.record.state is State.COMMITTED and process is not None:
             # It is about to run the guest, or has, or never will; and may be too busy to answer.
-            await process.freeze(self._config.step_timeout)
+            await process.freeze(self._config.step_timeout * _PART_OF_STEP)
             if self._has_run():
                 process.thaw()
                 return f"error {RAN}"
             process.kill()
-            if not await process.wait(KILL_TIMEOUT):
+            if not await process.wait(min(KILL_TIMEOUT, self._config.step_timeout * _PART_OF_STEP)):
                 return f"error cannot terminate the new QEMU: process {process.pid} does not exit; see dmesg"
             self._destination = None
             self._enter(State.WAITING)
         if self.record.state is State.RESTORING and not self._has_run():
+            self._restore.kill()
             self._enter(State.WAITING)
         if self.record.state is State.WAITING:
             return "ok"

@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from . import daemon
 from .daemon import NO_DOMAIN, RESTORE_TIMEOUT, Daemon, DomainError
 from .domain import Domain
 
@@ -22,7 +21,7 @@ class Connection(Daemon):
 
     async def qemu_user(self) -> tuple[int, int]:
         """User and group that QEMU runs as unless a domain has its own; root's where the daemon reports none."""
-        capabilities = ElementTree.fromstring(await daemon.call(self.raw.getCapabilities))
+        capabilities = ElementTree.fromstring(await self.call(self.raw.getCapabilities))
         for model in capabilities.iterfind("host/secmodel"):
             label = _DAC_LABEL.fullmatch(model.findtext("baselabel") or "")
             if model.findtext("model") == "dac" and label:
@@ -31,7 +30,7 @@ class Connection(Daemon):
 
     async def domain(self, name: str) -> Domain:
         """:raises DomainError: there is no such domain."""
-        return Domain(self, await daemon.call(self.raw.lookupByName, name))
+        return Domain(self, await self.call(self.raw.lookupByName, name))
 
     async def domain_with(self, uuid: str) -> Domain | None:
         """
@@ -40,7 +39,7 @@ class Connection(Daemon):
         :raises DomainError: the daemon does not answer.
         """
         try:
-            return Domain(self, await daemon.call(self.raw.lookupByUUIDString, uuid))
+            return Domain(self, await self.call(self.raw.lookupByUUIDString, uuid))
         except DomainError as err:
             if err.code == NO_DOMAIN:
                 return None
@@ -48,7 +47,7 @@ class Connection(Daemon):
 
     async def domains(self) -> list[Domain]:
         """The active ones, by name."""
-        found = await daemon.call(self.raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        found = await self.call(self.raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         return sorted((Domain(self, raw) for raw in found), key=lambda domain: domain.name)
 
     async def default_emulator(self) -> tuple[str, str]:
@@ -57,7 +56,7 @@ class Connection(Daemon):
 
         :raises DomainError: it has no emulator.
         """
-        text = await daemon.call(self.raw.getDomainCapabilities, None, None, None, None, 0, timeout=RESTORE_TIMEOUT)
+        text = await self.call(self.raw.getDomainCapabilities, None, None, None, None, 0, timeout=RESTORE_TIMEOUT)
         found = ElementTree.fromstring(text)
         return found.findtext("domain", ""), found.findtext("path", "")
 
@@ -68,7 +67,7 @@ class Connection(Daemon):
 
         :raises DomainError: it is no emulator for such a domain.
         """
-        await daemon.call(self.raw.getDomainCapabilities, emulator, arch, machine, kind, 0, timeout=RESTORE_TIMEOUT)
+        await self.call(self.raw.getDomainCapabilities, emulator, arch, machine, kind, 0, timeout=RESTORE_TIMEOUT)
 
     async def command_line(self, xml: str) -> tuple[dict[str, str], list[str]]:
         """
@@ -78,19 +77,21 @@ class Connection(Daemon):
 
         :raises DomainError: it cannot be started at all.
         """
-        text = await daemon.call(self.raw.domainXMLToNative, "qemu-argv", xml, 0, timeout=RESTORE_TIMEOUT)
+        text = await self.call(self.raw.domainXMLToNative, "qemu-argv", xml, 0, timeout=RESTORE_TIMEOUT)
         argv = shlex.split(text)
         first = next(number for number, argument in enumerate(argv) if not _ASSIGNMENT.match(argument))
         return dict(variable.split("=", 1) for variable in argv[:first]), argv[first:]
 
-    async def restore(self, image: str) -> None:
+    async def restore(self, image: str, timeout: float | None = None) -> None:
         """
         Restore a saved domain.
 
+        :param timeout: seconds, if not those of the connection: more where the guest runs meanwhile.
         :raises DomainError: it failed; the image is still there.
+        :raises DomainTimeout: libvirt is still at it.
         """
-        await daemon.call(self.raw.restore, image, timeout=RESTORE_TIMEOUT)
+        await self.call(self.raw.restore, image, timeout=timeout)
 
     async def define(self, xml: str) -> None:
         """Replace the persistent definition of a domain."""
-        await daemon.call(self.raw.defineXML, xml)
+        await self.call(self.raw.defineXML, xml)

@@ -55,6 +55,10 @@ class DomainError(SevhopError):
         self.code = code
 
 
+class DomainTimeout(DomainError):
+    """libvirt did not answer in time. What it was asked for may be done later."""
+
+
 class _DaemonThreads(Executor):
     """
     Threads for calls that may never return: the interpreter does not wait for them when it exits. There is always a
@@ -106,14 +110,15 @@ async def call(function: Callable[..., Any], *arguments: Any, timeout: float = C
     Call a blocking function of libvirt's.
 
     :param timeout: seconds.
-    :raises DomainError: it failed, or did not return in time.
+    :raises DomainError: it failed.
+    :raises DomainTimeout: it did not return in time.
     """
     try:
         return await in_thread(timeout, function, *arguments)
     except libvirt.libvirtError as err:
         raise DomainError(err.get_error_message() or str(err), err.get_error_code() or -1) from err
     except TimeoutError as err:
-        raise DomainError(f"libvirt did not answer within {timeout:g} s", hint=RESTART) from err
+        raise DomainTimeout(f"libvirt did not answer within {timeout:g} s", hint=RESTART) from err
 
 
 async def in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -148,32 +153,43 @@ class Daemon:
     A connection to the libvirt daemon of this host. Use :meth:`open`.
 
     :ivar raw: libvirt's own object.
+    :ivar timeout: seconds that a call may take. It is set to less while a guest is stopped.
     """
 
-    def __init__(self, raw: Any, uri: str) -> None:
+    def __init__(self, raw: Any, uri: str, timeout: float = CALL_TIMEOUT) -> None:
         self.raw = raw
         self.uri = uri
+        self.timeout = timeout
 
     @classmethod
-    async def open(cls, uri: str = DEFAULT_URI) -> Self:
+    async def open(cls, uri: str = DEFAULT_URI, timeout: float = CALL_TIMEOUT) -> Self:
         """
         Connect.
 
+        :param timeout: seconds that a call may take.
         :raises DomainError: no daemon answers, or it is too old, is on another host, or does not run QEMU.
         """
         # By default libvirt prints errors to stderr as well.
         libvirt.registerErrorHandler(lambda *_: None, None)
-        raw = await call(libvirt.open, uri)
-        self = cls(raw, uri)
-        own = await call(raw.getURI)
+        raw = await call(libvirt.open, uri, timeout=timeout)
+        self = cls(raw, uri, timeout)
+        own = await self.call(raw.getURI)
         if not is_the_systems(own):
             self.close()
             raise DomainError(f"{own} is not the system's QEMU on this host", hint="connect to qemu:///system")
-        version = await call(raw.getLibVersion)
+        version = await self.call(raw.getLibVersion)
         if version < MINIMUM_VERSION:
             self.close()
             raise DomainError(f"libvirt {readable_version(version)} is too old", hint="8.2 or later is needed")
         return self
+
+    async def call(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> Any:
+        """
+        See :func:`call`.
+
+        :param timeout: seconds, if not those of the connection.
+        """
+        return await call(function, *arguments, timeout=self.timeout if timeout is None else timeout)
 
     def close(self) -> None:
         """Disconnect."""
@@ -185,16 +201,18 @@ class Daemon:
         """
         Connect again if the connection was lost.
 
+        :param patience: seconds for the daemon to be back, no more than a call may take.
         :return: whether it was.
-        :raises DomainError: the daemon is not back within ``patience`` seconds.
+        :raises DomainError: it is not back by then.
         """
         with contextlib.suppress(DomainError):
-            await call(self.raw.getLibVersion)
+            await self.call(self.raw.getLibVersion)
             return False
+        patience = min(patience, self.timeout)
         deadline = time.monotonic() + patience
         while True:
             try:
-                again = await type(self).open(self.uri)
+                again = await type(self).open(self.uri, self.timeout)
                 break
             except DomainError:
                 if time.monotonic() > deadline:
@@ -206,11 +224,11 @@ class Daemon:
 
     async def version(self) -> str:
         """The running daemon's version, such as ``9.0.0``."""
-        return readable_version(await call(self.raw.getLibVersion))
+        return readable_version(await self.call(self.raw.getLibVersion))
 
     async def tested(self) -> bool:
         """Whether the running daemon is one that sevhop was tested with, or newer."""
-        return bool(await call(self.raw.getLibVersion) >= TESTED_VERSION)
+        return bool(await self.call(self.raw.getLibVersion) >= TESTED_VERSION)
 
 
 def readable_version(number: int) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import libvirt
 
-from . import daemon
 from .daemon import CALL_TIMEOUT, NO_DOMAIN, RECONNECT_TIMEOUT, RESTART, RESTORE_TIMEOUT, Daemon, DomainError
 from .domain_monitor import DomainMonitor
 
@@ -45,13 +44,13 @@ class Domain:
         """
         lost = await self._connection.reconnect(patience)
         if lost:
-            self._raw = await daemon.call(self._connection.raw.lookupByUUIDString, self.uuid)
+            self._raw = await self._connection.call(self._connection.raw.lookupByUUIDString, self.uuid)
         return lost
 
     async def active(self) -> bool:
         """Whether it has a QEMU. A transient domain is unknown when that has exited."""
         try:
-            return bool(await daemon.call(self._raw.isActive))
+            return bool(await self._connection.call(self._raw.isActive))
         except DomainError as err:
             if err.code == NO_DOMAIN:
                 return False
@@ -59,21 +58,21 @@ class Domain:
 
     async def persistent(self) -> bool:
         """Whether it stays defined without a QEMU."""
-        return bool(await daemon.call(self._raw.isPersistent))
+        return bool(await self._connection.call(self._raw.isPersistent))
 
     async def running(self) -> bool:
         """Whether its guest runs."""
-        state, _ = await daemon.call(self._raw.state)
+        state, _ = await self._connection.call(self._raw.state)
         return bool(state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED))
 
     async def saved(self) -> bool:
         """Whether its QEMU has exited because the guest was saved."""
-        state, reason = await daemon.call(self._raw.state)
+        state, reason = await self._connection.call(self._raw.state)
         return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
 
     async def stopped_by_itself(self) -> bool:
         """Whether it is off, and nobody has destroyed, saved or migrated it. One that somebody could not start is."""
-        state, reason = await daemon.call(self._raw.state)
+        state, reason = await self._connection.call(self._raw.state)
         others = (
             libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED,
             libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED,
@@ -88,16 +87,16 @@ class Domain:
 
         :raises DomainError: libvirt refuses, also if it is active.
         """
-        await daemon.call(self._raw.create, timeout=RESTORE_TIMEOUT)
+        await self._connection.call(self._raw.create, timeout=RESTORE_TIMEOUT)
 
     async def managed_save(self) -> bool:
         """Whether libvirt keeps a saved state of it for the next start."""
-        return bool(await daemon.call(self._raw.hasManagedSaveImage))
+        return bool(await self._connection.call(self._raw.hasManagedSaveImage))
 
     async def snapshots_and_checkpoints(self) -> tuple[int, int]:
         """Their numbers, as libvirt has them."""
-        checkpoints = await daemon.call(self._raw.listAllCheckpoints)
-        return int(await daemon.call(self._raw.snapshotNum)), len(checkpoints)
+        checkpoints = await self._connection.call(self._raw.listAllCheckpoints)
+        return int(await self._connection.call(self._raw.snapshotNum)), len(checkpoints)
 
     async def autodestroy(self) -> bool:
         """
@@ -106,53 +105,55 @@ class Domain:
         """
         flags = libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_LIVE
         try:
-            await daemon.call(self._raw.migrateToURI3, _NOWHERE, {}, flags)
+            await self._connection.call(self._raw.migrateToURI3, _NOWHERE, {}, flags)
         except DomainError as err:
             return "auto destroy" in err.message
         return False
 
     async def job(self) -> bool:
         """Whether a job of libvirt's is in progress on it."""
-        return bool((await daemon.call(self._raw.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE)
+        return bool((await self._connection.call(self._raw.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE)
 
     async def xml(self) -> str:
         """As it runs, in the form of a save image."""
         flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
-        return str(await daemon.call(self._raw.XMLDesc, flags))
+        return str(await self._connection.call(self._raw.XMLDesc, flags))
 
     async def live_xml(self) -> str:
         """As it runs, with what libvirt has chosen for it."""
-        return str(await daemon.call(self._raw.XMLDesc, 0))
+        return str(await self._connection.call(self._raw.XMLDesc, 0))
 
     async def inactive_xml(self) -> str:
         """As it will start the next time."""
         return str(
-            await daemon.call(self._raw.XMLDesc, libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE)
+            await self._connection.call(
+                self._raw.XMLDesc, libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
+            )
         )
 
     async def suspend(self) -> None:
-        """Stop the guest."""
-        await daemon.call(self._raw.suspend)
+        """Stop the guest. libvirt may wait for its own jobs, and one that timed out here must not be executed later."""
+        await self._connection.call(self._raw.suspend, timeout=max(CALL_TIMEOUT, self._connection.timeout))
 
     async def resume(self) -> None:
         """Resume the guest."""
-        await daemon.call(self._raw.resume)
+        await self._connection.call(self._raw.resume)
 
     async def destroy(self) -> None:
         """Have libvirt clean up after a QEMU; one that still runs is killed. libvirt may be restarted meanwhile."""
         try:
-            await daemon.call(self._raw.destroy)
+            await self._connection.call(self._raw.destroy)
         except DomainError as err:
             if err.code not in _OFF:
                 try:
                     if not await self.reconnect():
                         raise
-                    await daemon.call(self._raw.destroy)
+                    await self._connection.call(self._raw.destroy)
                 except DomainError as again:
                     if again.code not in _OFF:
                         raise
         # libvirt may be cleaning up already, since QEMU has exited. Its last step makes the domain inactive.
-        deadline = time.monotonic() + CALL_TIMEOUT
+        deadline = time.monotonic() + self._connection.timeout
         while await self.active():
             if time.monotonic() > deadline:
                 raise DomainError(
@@ -162,7 +163,7 @@ class Domain:
 
     async def monitor(self) -> DomainMonitor:
         """:raises SevhopError: it does not answer."""
-        monitor = DomainMonitor(lambda: self._raw, self.name)
+        monitor = DomainMonitor(lambda: self._raw, self.name, lambda: self._connection.timeout)
         await monitor.greet()
         return monitor
 

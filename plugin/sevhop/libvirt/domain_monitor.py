@@ -31,10 +31,12 @@ class DomainMonitor(Commands):
 
     :param raw: returns libvirt's own object, another one after a lost connection.
     :param name: of the domain.
+    :param limit: returns the seconds that a command may take, if they are less than by default.
     """
 
-    def __init__(self, raw: Callable[[], Any], name: str) -> None:
+    def __init__(self, raw: Callable[[], Any], name: str, limit: Callable[[], float] = lambda: COMMAND_TIMEOUT) -> None:
         self._raw = raw
+        self._limit = limit
         self.name = f"domain {name}"
         self._version = ""
 
@@ -52,20 +54,26 @@ class DomainMonitor(Commands):
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float | None = None
     ) -> Any:
         """See :meth:`sevhop_qmp.monitor.Monitor.execute`."""
-        return await self._execute(command, arguments, (), COMMAND_TIMEOUT if timeout is None else timeout)
+        return await self._execute(command, arguments, (), timeout)
 
     async def send_fd(self, name: str, fd: int) -> None:
         """See :meth:`sevhop_qmp.monitor.Monitor.send_fd`."""
-        await self._execute("getfd", {"fdname": name}, (fd,), COMMAND_TIMEOUT)
+        await self._execute("getfd", {"fdname": name}, (fd,))
 
     async def add_fd(self, fd: int) -> tuple[int, int]:
         """See :meth:`sevhop_qmp.monitor.Monitor.add_fd`."""
-        added = await self._execute("add-fd", {"opaque": FD_MARK}, (fd,), COMMAND_TIMEOUT)
+        added = await self._execute("add-fd", {"opaque": FD_MARK}, (fd,))
         return int(added["fdset-id"]), int(added["fd"])
 
     async def _execute(
-        self, command: str, arguments: Mapping[str, object] | None, fds: tuple[int, ...], timeout: float
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None,
+        fds: tuple[int, ...],
+        timeout: float | None = None,
     ) -> Any:
+        if timeout is None:
+            timeout = min(COMMAND_TIMEOUT, self._limit())
         request: dict[str, object] = {"execute": command}
         if arguments:
             request["arguments"] = dict(arguments)

@@ -5,9 +5,10 @@ The text is edited in place instead of being parsed and written again, so that e
 the administrator wrote: comments, prefixes, order. Little of the standard library is imported, because libvirt's hook
 loads this module during the downtime.
 
-A destination gets, in libvirt's own ``qemu`` namespace (https://libvirt.org/drvqemu.html#pass-through-of-arbitrary-qemu-commands):
-two environment variables for adopt.so, and a second monitor for sevhop alone. :func:`for_destination` removes what an
-earlier hop has added there.
+A destination gets environment variables for adopt.so, in libvirt's own ``qemu`` namespace
+(https://libvirt.org/drvqemu.html#pass-through-of-arbitrary-qemu-commands). They stay in the XML of the running domain,
+and in its copies, where they have no effect (``qmp_ext/adopt/domain.c``). :func:`for_destination` removes those of
+earlier hops.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from dataclasses import dataclass, field
 from xml.parsers import expat
 
 NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
-#: Id of the monitor that a destination has for sevhop.
-MONITOR = "sevhop-monitor"
-_OURS = {"-chardev": f"socket,id={MONITOR},", "-mon": f"chardev={MONITOR},"}
 _START_TAG = re.compile(rb"<(?:\"[^\"]*\"|'[^']*'|[^>\"'])*>")
 _LIBRARY = "adopt.so"
 _COMMANDLINE = ("domain", "qemu:commandline")
-_ARG = (*_COMMANDLINE, "qemu:arg")
 _ENV = (*_COMMANDLINE, "qemu:env")
 _INTERFACE = ("domain", "devices", "interface")
 _GRAPHICS = ("domain", "devices", "graphics")
-#: An environment variable of a destination: the numbers of its displays whose ports libvirt has chosen.
+#: Devices that may write to a file. Those and others may also have a log.
+_CHARACTER = tuple((name,) for name in ("serial", "parallel", "console", "channel", "redirdev", "smartcard"))
+#: Prefix of the environment variables of a destination, but for LD_PRELOAD.
+_MARK = "SEVHOP_"
+#: Where it opens a monitor for the keeper.
+MONITOR = "SEVHOP_MONITOR"
+#: The numbers of its displays whose ports libvirt has chosen.
 _AUTOPORT = "SEVHOP_AUTOPORT"
 _PORTS = ("port", "tlsPort")
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
@@ -138,15 +141,15 @@ def for_destination(
 ) -> str:
     """
     The domain of a destination. A display whose port libvirt has chosen keeps it: a client that connects to it again
-    must find the same guest.
+    must find the same guest. Files that devices write to are appended to: libvirt empties them when it starts a domain.
 
     :param environment: of QEMU, in addition to the domain's own.
-    :param monitor: path of the socket of the monitor for sevhop.
+    :param monitor: path of the socket of the monitor for the keeper.
     :param displays: the source's :func:`ports`.
     :raises DomainXmlError: this is no domain, or one without an emulator.
     """
     text = with_emulator(without_additions(xml), emulator).encode()
-    environment = dict(environment)
+    environment = {**environment, MONITOR: monitor}
     edits: list[_Edit] = []
     for element in _elements(text):
         # A variable can be set once; libraries that the domain preloads stay preloaded.
@@ -161,13 +164,20 @@ def for_destination(
             edits.append(_with_attributes(text, element, {**has, "autoport": "no"}))
     if kept:
         environment[_AUTOPORT] = ",".join(kept)
-    argv = ["-chardev", f"socket,id={MONITOR},path={monitor.replace(',', ',,')},server=on,wait=off"]
-    argv += ["-mon", f"chardev={MONITOR},mode=control"]
-    added = "".join(f"<q:arg value='{_escape(argument)}'/>" for argument in argv)
-    added += "".join(f"<q:env name='{_escape(name)}' value='{_escape(v)}'/>" for name, v in environment.items())
+    edits += [_with_attributes(text, element, {"append": "on"}) for element in _logs(_elements(text))]
+    added = "".join(f"<q:env name='{_escape(name)}' value='{_escape(v)}'/>" for name, v in environment.items())
     end = _elements(text)[0].inner_end
     edits.append((end, end, f"<q:commandline xmlns:q='{NAMESPACE}'>{added}</q:commandline>\n".encode()))
     return _edited(text, edits)
+
+
+def _logs(elements: Sequence[_Element]) -> list[_Element]:
+    """The elements that name a file that a device writes to."""
+    inside = [one for one in elements if one.path[:2] == ("domain", "devices")]
+    found = [one for one in inside if one.path[-1] == "log" and "file" in one.attributes]
+    for device in (one for one in inside if one.path[2:] in _CHARACTER and one.attributes.get("type") == "file"):
+        found += [child for child in device.children if child.path[3] == "source"]
+    return found
 
 
 def without_additions(xml: str) -> str:
@@ -180,15 +190,9 @@ def without_additions(xml: str) -> str:
     edits: list[_Edit] = []
     for commandline in (one for one in _elements(text) if one.path == _COMMANDLINE):
         ours: list[_Element] = []
-        kept: list[_Element] = []
         for child in commandline.children:
             value = child.attributes.get("value", "")
-            option = kept[-1].attributes.get("value", "") if kept else ""
-            if child.path == _ARG and option in _OURS and value.startswith(_OURS[option]):
-                ours += [kept.pop(), child]
-            elif child.path == _ARG:
-                kept.append(child)
-            elif child.path == _ENV and child.attributes.get("name", "").startswith("SEVHOP_"):
+            if _is_mark(child):
                 ours.append(child)
             elif child.path == _ENV and child.attributes.get("name") == "LD_PRELOAD":
                 others = [path for path in value.split(":") if not path.endswith(f"/{_LIBRARY}")]
@@ -203,6 +207,36 @@ def without_additions(xml: str) -> str:
     return _edited(text, edits)
 
 
+def marks(xml: str) -> dict[str, str]:
+    """
+    What a hop has left in a domain: the environment variables, without LD_PRELOAD.
+
+    :raises DomainXmlError: this is no domain.
+    """
+    found = (one.attributes for one in _elements(_encoded(xml)) if _is_mark(one))
+    return {attributes["name"]: attributes.get("value", "") for attributes in found}
+
+
+def with_mark_renamed(xml: str, mark: str, new: str) -> str:
+    """
+    The domain in which one of those variables has another name.
+
+    :param mark, new: made of letters that XML has no other form for.
+    :raises DomainXmlError: this is no domain.
+    """
+    text = _encoded(xml)
+    named = [one for one in _elements(text) if _is_mark(one) and one.attributes["name"] == mark]
+    edits = []
+    for element in named:
+        tag = text[element.start : element.inner]
+        edits.append((element.start, element.inner, tag.replace(mark.encode(), new.encode(), 1)))
+    return _edited(text, edits)
+
+
+def _is_mark(element: _Element) -> bool:
+    return element.path == _ENV and element.attributes.get("name", "").startswith(_MARK)
+
+
 def with_chosen_ports(xml: str) -> str:
     """
     The domain of a destination, in which libvirt chooses those ports again that it chose before the hop.
@@ -211,8 +245,8 @@ def with_chosen_ports(xml: str) -> str:
     """
     text = _encoded(xml)
     elements = _elements(text)
-    marks = [one for one in elements if one.path == _ENV and one.attributes.get("name") == _AUTOPORT]
-    chosen = {number for mark in marks for number in mark.attributes.get("value", "").split(",")}
+    kept = [one for one in elements if _is_mark(one) and one.attributes["name"] == _AUTOPORT]
+    chosen = {number for mark in kept for number in mark.attributes.get("value", "").split(",")}
     graphics = [one for one in elements if one.path == _GRAPHICS]
     ours = [one for number, one in enumerate(graphics) if str(number) in chosen]
     return _edited(text, [_with_attributes(text, one, {"autoport": "yes"}) for one in ours])

@@ -51,6 +51,8 @@ _KEEPER_STEPS = (("restore", "begin"), ("prepare", "begin"), ("migrate", "begin"
 #: An environment variable in the XML of a save image that sevhop has written, without the guest's RAM.
 IMAGE_MARK = "SEVHOP_IMAGE"
 _RESTORED_MARK = "SEVHOP_RESTORED"
+#: In the XML of every domain that has hopped, and is not parsed otherwise.
+_MARK = "SEVHOP_"
 #: Seconds until the keeper must have replied. A commit may retry for seconds.
 PATIENCE = 30.0
 _MESSAGE = 4096
@@ -106,8 +108,9 @@ def main(
 
 def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str], str]) -> tuple[str, str]:
     """Why libvirt may not continue, and the changed XML; empty if it may, or if nothing changes."""
+    # Not parsed where that decides nothing: the guest waits.
     try:
-        if operation == "prepare" and f"'{_RESTORED_MARK}'" not in xml:
+        if operation == "prepare" and _RESTORED_MARK not in _marks(xml):
             sub = "cold-start"
         answer = keeper(f"hook {operation} {sub} {_uuid(xml)}")
     except (ConnectionResetError, BrokenPipeError, TimeoutError, BlockingIOError):
@@ -118,19 +121,21 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
     verdict, _, rest = answer.partition(" ")
     if verdict == "foreign":
         # Not in a hop, or left behind by a dead keeper: that must stop nothing but a destination of that hop.
-        if f"'{IMAGE_MARK}'" in xml or (operation == "started" and f"'{_RESTORED_MARK}'" in xml):
+        marks = _marks(xml)
+        if IMAGE_MARK in marks or (operation == "started" and _RESTORED_MARK in marks):
             return f"the keeper of domain {name} is gone, and the guest's memory with it: start the domain", ""
-        if operation in ("restore", "migrate") and "'SEVHOP_" in xml:
+        if operation in ("restore", "migrate") and marks:
             return "", _domain_xml().without_additions(xml)
         return "", ""
     if verdict not in ("ok", "again"):
         return rest or answer, ""
     if operation != "restore":
         return "", ""
-    xml = xml.replace(f"'{IMAGE_MARK}'", f"'{_RESTORED_MARK}'")
+    if _MARK in xml:
+        xml = _domain_xml().with_mark_renamed(xml, IMAGE_MARK, _RESTORED_MARK)
     if rest and f"<emulator>{rest}</emulator>" not in xml:
         xml = _domain_xml().with_emulator(xml, rest)
-    if verdict == "again" and "'SEVHOP_AUTOPORT'" in xml:
+    if verdict == "again" and _MARK in xml:
         xml = _domain_xml().with_chosen_ports(xml)
     return "", xml
 
@@ -188,6 +193,11 @@ def ask(path: str, request: str) -> str:
     return answer
 
 
+def _marks(xml: str) -> dict[str, str]:
+    """What a hop has left in a domain."""
+    return _domain_xml().marks(xml) if _MARK in xml else {}
+
+
 def _uuid(xml: str) -> str:
     """The domain's UUID. libvirt writes it as the first element of that name."""
     uuid = xml.partition("<uuid>")[2].partition("</uuid>")[0].strip()
@@ -196,7 +206,8 @@ def _uuid(xml: str) -> str:
 
 def _domain_xml() -> ModuleType:
     """The module; rarely needed. It is not on the path: the hook runs without the environment's packages."""
-    sys.path.insert(0, _packages())
+    if (packages := _packages()) not in sys.path:
+        sys.path.insert(0, packages)
     from sevhop.libvirt import domain_xml
 
     return domain_xml

@@ -16,7 +16,7 @@ _FLAGS = ("-g", "-O1", "-fno-omit-frame-pointer", "-fno-pie", "-fno-sanitize-rec
 _INTERPOSED = (
     "ioctl memfd_create ftruncate ftruncate64 fallocate fallocate64 fcntl fcntl64 mmap mmap64 munmap madvise mlockall "
     "readv open open64 __open_2 __open64_2 fopen fopen64 posix_fadvise posix_fadvise64 bind unlink listen "
-    "accept accept4"
+    "accept accept4 __libc_start_main"
 ).split()
 #: What it calls of the C library that the world takes over.
 _TAKEN_OVER = {

@@ -47,6 +47,12 @@ static char *copied(const char *text)
 
 static void put(QDict *dict, const char *key, const char *text, int64_t number)
 {
+    for (unsigned int i = 0; i < dict->count; i++)
+        if (!strcmp(dict->entry[i].key, key)) {
+            dict->entry[i].number = number;
+            dict->entry[i].text = text ? copied(text) : NULL;
+            return;
+        }
     demand(dict->count < ENTRIES);
     dict->entry[dict->count].number = number;
     dict->entry[dict->count].key = copied(key);
@@ -187,4 +193,101 @@ void aio_bh_schedule_oneshot_full(AioContext *context, QEMUBHFunc *function, voi
         return; /* a main loop that does not come to it */
     world.bottom_half[world.bottom_halves].function = function;
     world.bottom_half[world.bottom_halves++].opaque = opaque;
+}
+
+/* ---- what an announced guest needs ---- */
+
+const char MigrationStatus_lookup[1], RunState_lookup[1];
+int autostart;
+
+static struct QmpCommand table[QEMU_COMMANDS];
+
+enum { INMIGRATE = 5, COMPLETED = 7 };
+
+void qmp_marshal_cont(QDict *arguments, QObject **result, Error **error)
+{
+    (void)arguments, (void)error;
+    *result = (QObject *)qdict_new();
+}
+
+void qmp_marshal_stop(QDict *arguments, QObject **result, Error **error)
+{
+    (void)arguments, (void)error;
+    *result = (QObject *)qdict_new();
+}
+
+void qmp_marshal_query_status(QDict *arguments, QObject **result, Error **error)
+{
+    QDict *status = qdict_new();
+
+    if (arguments && qdict_size(arguments)) {
+        error_setg_internal(error, __FILE__, __LINE__, __func__, "Parameter is unexpected");
+        return;
+    }
+    qdict_put_str(status, "status", "inmigrate");
+    qdict_put_bool(status, "running", false);
+    *result = (QObject *)status;
+}
+
+void qemu_reset(void)
+{
+    table[0] = (struct QmpCommand){"cont", qmp_marshal_cont};
+    table[1] = (struct QmpCommand){"stop", qmp_marshal_stop};
+    table[2] = (struct QmpCommand){"query-status", qmp_marshal_query_status};
+    autostart = 0;
+    memset(kvm_state, 0, KVM_STATE_SIZE);
+}
+
+QmpCommandFunc *qemu_command(unsigned int number)
+{
+    return table[number % QEMU_COMMANDS].function;
+}
+
+struct QmpCommand *qmp_find_command(QmpCommandList *list, const char *name)
+{
+    demand(list == (QmpCommandList *)qmp_commands);
+    for (unsigned int i = 0; i < QEMU_COMMANDS; i++)
+        if (!strcmp(table[i].name, name))
+            return &table[i];
+    return NULL;
+}
+
+int qapi_enum_parse(const char *lookup, const char *name, int otherwise, Error **error)
+{
+    (void)error;
+    if (lookup == RunState_lookup && !strcmp(name, "inmigrate"))
+        return INMIGRATE;
+    if (lookup == MigrationStatus_lookup && !strcmp(name, "completed"))
+        return COMPLETED;
+    return otherwise;
+}
+
+bool runstate_check(int state)
+{
+    demand(state == INMIGRATE);
+    return !input_chance(8);
+}
+
+/* A guest is announced once, paused; its state changes with each event. */
+void qapi_event_send_migration(int status)
+{
+    demand(status == COMPLETED && !world.announced && hop_in_progress());
+    world.announced = true;
+}
+
+static void send_running(bool running)
+{
+    demand(world.announced && world.announced_running != running && hop_in_progress());
+    demand(autostart == (running && hop.context == CONTEXT_NONE));
+    world.announced_running = running;
+}
+
+void qapi_event_send_resume(void)
+{
+    send_running(true);
+}
+
+void qapi_event_send_stop(void)
+{
+    send_running(false);
 }

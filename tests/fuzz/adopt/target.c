@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What QEMU does with the library, as the input wants. TARGET chooses which part of it:
- *   hello      where the keeper is, and what it sends first
+ *   hello      where the keeper is, and what it sends first; the save image
  *   memory     memfds, mappings, the hand-over
  *   listeners  sockets and files
  *   kvm        ioctls
@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -317,7 +318,10 @@ static void command(void)
 
     if (!world.commands)
         return;
-    function = world.command[input_byte() % world.commands].function;
+    if (input_chance(world.announced ? 2 : 8))
+        function = qemu_command(input_byte());
+    else
+        function = world.command[input_byte() % world.commands].function;
     if (arguments && input_chance(3)) {
         qdict_put_str(arguments, "stream", "stream");
         qdict_put_int(arguments, "header-size", input_byte());
@@ -388,6 +392,18 @@ static void check_descriptors(void)
     demand(count >= 2 && count <= 2 + world.kept_fds);
 }
 
+/* It came back: then its descriptor is the stream's, or the image's as before. */
+static void replace_image(void)
+{
+    struct stat before, after;
+
+    world.image = memfd_create("image", MFD_CLOEXEC);
+    demand(!fstat(world.image, &before));
+    save_image_replace();
+    demand(!fstat(world.image, &after) && (S_ISFIFO(after.st_mode) || before.st_ino == after.st_ino));
+    taps_find_shared();
+}
+
 static void connect_keeper(enum target target)
 {
     char where[32];
@@ -404,6 +420,8 @@ static void connect_keeper(enum target target)
     snprintf(where, sizeof where, "fd:%d", world.keeper[0]);
     keeper_connect(where);
     check_descriptors();
+    if (target == hello)
+        replace_image();
 }
 
 static void use(enum target target)
@@ -423,7 +441,33 @@ static void use(enum target target)
     }
 }
 
-/* What made-up input seldom arrives at: a machine that is complete and has adopted the memory of its source. */
+static void execute(const char *name, QDict *arguments)
+{
+    QObject *result = NULL;
+    Error *error = NULL;
+
+    for (unsigned int i = 0; i < world.commands; i++)
+        if (!strcmp(world.command[i].name, name))
+            world.command[i].function(arguments, &result, &error);
+}
+
+/* What made-up input seldom arrives at: a QEMU that waits for the state of an announced guest. */
+static void await_state(void)
+{
+    QDict *arguments = qdict_new();
+    char byte;
+    struct iovec vector = {.iov_base = &byte, .iov_len = 1};
+
+    qdict_put_str(arguments, "stream", "stream");
+    qdict_put_int(arguments, "header-size", 1);
+    execute("x-sev-adopt-ram", arguments);
+    world.honest = true;
+    adopt_readv(pool_memory[0], &vector, 1);
+    world.honest = false;
+    execute("x-sev-adopt-announce", NULL);
+}
+
+/* Likewise: a machine that is complete and has adopted the memory of its source. */
 static void start_machine(void)
 {
     world.honest = true;
@@ -438,7 +482,14 @@ static void start_machine(void)
         }
     }
     world.honest = false;
+    if (hop.context != CONTEXT_NONE && adopt_ioctl(3, KVM_CREATE_VM, 0L) >= 0) {
+        struct kvm_sev_cmd launch = {.id = hop.context == CONTEXT_SEV ? KVM_SEV_INIT : KVM_SEV_ES_INIT};
+
+        adopt_ioctl(world.vm, KVM_MEMORY_ENCRYPT_OP, &launch);
+    }
     world.notifier->notify(world.notifier, NULL);
+    if (input_chance(2))
+        await_state();
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)

@@ -22,6 +22,7 @@
 struct world world;
 int pool_memory[POOL_MEMORY], pool_listener[POOL_LISTENERS];
 
+static int pool_pipe; /* a stream */
 const int64_t pool_size[POOL_MEMORY] = {4096, 8192, 8192, 1 << 20};
 static struct stat pool_stat[POOL_MEMORY];
 static int first_free;
@@ -129,6 +130,8 @@ static uintptr_t next_address;
 
 void world_start(void)
 {
+    int ends[2];
+
     pool_memory[0] = -1;
     for (int i = 0; i < POOL_MEMORY; i++) {
         pool_memory[i] = memfd_create("pool", MFD_CLOEXEC);
@@ -140,8 +143,10 @@ void world_start(void)
         pool_listener[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         demand(pool_listener[i] >= 0 && !bind(pool_listener[i], (struct sockaddr *)&any, sizeof any) &&
                !listen(pool_listener[i], 1));
-        first_free = pool_listener[i] + 1;
     }
+    demand(!pipe2(ends, O_CLOEXEC));
+    pool_pipe = ends[0];
+    first_free = ends[1] + 1;
     saved_data = malloc((size_t)(__stop_adopt_data - __start_adopt_data));
     saved_bss = malloc((size_t)(__stop_adopt_bss - __start_adopt_bss));
     demand(saved_data && saved_bss && world.notifier);
@@ -163,7 +168,8 @@ void world_reset(void)
     memset(&world, 0, sizeof world);
     world.notifier = notifier;
     world.vm = -1;
-    memset(kvm_state, 0, KVM_STATE_SIZE);
+    world.image = -1;
+    qemu_reset();
     demand(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, world.keeper));
 }
 
@@ -199,6 +205,8 @@ int world_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, vo
 
 static int usual_reply(char *reply, const char *request)
 {
+    struct stat image;
+
     if (!strncmp(request, "hello ", 6)) {
         static const char *const contexts[] = {"none", "sev", "sev-es"};
 
@@ -210,13 +218,17 @@ static int usual_reply(char *reply, const char *request)
     world.reply_fds = 1;
     if (!strncmp(request, "listener ", 9))
         return sprintf(reply, "fd");
+    if (!strcmp(request, "stream") && !fstat(world.image, &image))
+        return sprintf(reply, "fd %llu %llu", (unsigned long long)image.st_dev, (unsigned long long)image.st_ino);
     return sprintf(reply, "fd %lld", (long long)pool_size[world.honest ? world.given : input_byte() % POOL_MEMORY]);
 }
 
 static int pick_descriptor(void)
 {
-    unsigned int pick = world.honest ? world.given++ : input_byte() % (POOL_MEMORY + POOL_LISTENERS);
+    unsigned int pick = world.honest ? world.given++ : input_byte() % (POOL_MEMORY + POOL_LISTENERS + 1);
 
+    if (pick == POOL_MEMORY + POOL_LISTENERS)
+        return pool_pipe;
     return pick < POOL_MEMORY ? pool_memory[pick] : pool_listener[pick - POOL_MEMORY];
 }
 
@@ -474,6 +486,8 @@ static ssize_t kernel_readv(int fd, const struct iovec *vector, int count)
 {
     (void)fd;
     demand(vector && count > 0);
+    if (world.honest)
+        return (ssize_t)vector->iov_len;
     if (input_chance(4)) {
         errno = EAGAIN;
         return -1;

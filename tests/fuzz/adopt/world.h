@@ -31,15 +31,18 @@ static inline bool input_chance(unsigned int of) { return input_byte() % of == 0
 #define POOL_LISTENERS 3
 #define KVM_STATE_SIZE 512
 #define BOTTOM_HALVES 8
+#define QEMU_COMMANDS 3
 
 struct world {
     jmp_buf ended; /* where fatal() goes */
     int keeper[2]; /* the library's end, ours */
     int reply_fds; /* descriptors with the next reply */
     int kept_fds; /* replies that came with one, which may be kept: the run mark, the source */
-    bool honest; /* the keeper gives one memory of the pool after the other */
+    bool honest; /* the keeper gives one memory of the pool after the other, and a stream is read at once */
     unsigned int given;
     unsigned int kernel_moves; /* contexts that the kernel has moved */
+    bool announced, announced_running; /* what monitors were informed of */
+    int image; /* libvirt's save image; -1: none was passed */
     int vm;
     Notifier *notifier;
     VMChangeStateHandler *handler;
@@ -57,6 +60,8 @@ void world_start(void);  /* once */
 void world_reset(void);  /* before each input: as after the library's constructor, no descriptor, no allocation left */
 void world_check(void);  /* what must hold at every moment */
 void *world_keep(void *memory); /* to be freed by the reset */
+void qemu_reset(void);  /* part of that: what QEMU has */
+QmpCommandFunc *qemu_command(unsigned int number); /* one of QEMU's own commands, as its table has it now */
 bool world_is_pool(int fd);  /* guest memory of the source */
 
 #define demand(condition)                                                               \

@@ -244,6 +244,7 @@ class Description:
     :ivar linux: instead of the counter.
     :ivar uefi: Linux is started by OVMF, with variables of its own.
     :ivar serial: ``file``, or a ``pty`` for the console; what the guest prints is in its log in any case.
+    :ivar append: whether libvirt leaves the log as it is when it starts the domain. By default it empties it.
     """
 
     name: str
@@ -265,6 +266,7 @@ class Description:
     linux: LinuxImages | None = None
     uefi: bool = False
     serial: Literal["file", "pty"] = "file"
+    append: bool = True
 
     def xml(self) -> str:
         """For ``virsh define``."""
@@ -317,10 +319,10 @@ class Description:
         return loader
 
     def _serial(self) -> str:
-        log = f"{GUESTS}/{self.name}.log"
+        path = f"'{GUESTS}/{self.name}.log'" + (" append='on'" if self.append else "")
         if self.serial == "pty":
-            return f"<serial type='pty'><log file='{log}' append='on'/></serial>"
-        return f"<serial type='file'><source path='{log}' append='on'/></serial>"
+            return f"<serial type='pty'><log file={path}/></serial>"
+        return f"<serial type='file'><source path={path}/></serial>"
 
 
 class DomainGuest:

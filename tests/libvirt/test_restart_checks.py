@@ -1,0 +1,279 @@
+"""
+What would keep libvirt from starting a domain again, made while its guest runs: the check finds it, and an upgrade is
+refused with the guest untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.guests import counter
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.enclosure import GUESTS, PROGRAMS
+
+from .conftest import StartDomain
+from .failing import assert_as_before
+
+SECRET = "11111111-2222-3333-4444-555555555555"
+LUKS = f"""<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{GUESTS}/encrypted.luks'>
+    <encryption format='luks'><secret type='passphrase' uuid='{SECRET}'/></encryption></source>
+    <target dev='vdb' bus='virtio'/></disk>"""
+MEDIUM = """<disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='{}'>{}</source>
+    <target dev='sda' bus='sata'/><readonly/></disk>"""
+KEEPS_OWNER = "<seclabel model='dac' relabel='no'/>"
+CLIENT = f"""<channel type='unix'><source mode='connect' path='{GUESTS}/server'/>
+    <target type='virtio' name='org.example.channel'/></channel>"""
+VOLUME = """<disk type='volume' device='disk'><driver name='qemu' type='raw'/><source pool='pool' volume='volume'/>
+    <target dev='vdb' bus='virtio'/></disk>"""
+NETWORK = "<network><name>network</name><forward mode='bridge'/><bridge name='{}'/></network>"
+LOGGED = f"<parallel type='file'><source path='{GUESTS}/logs/parallel' append='on'/></parallel>"
+SERVER = """
+import os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o777)
+server.listen()
+print(flush=True)
+server.accept()[0].recv(1)
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """
+    What is made while a guest runs.
+
+    :ivar test: of ``check``, which fails for it.
+    :ivar reason: a part of what it reports.
+    :ivar domain: fields of the domain.
+    :ivar make: makes it.
+    """
+
+    test: str
+    reason: str
+    domain: dict[str, object]
+    make: Callable[[Daemon, DomainGuest], object]
+
+
+def shell(text: str) -> Callable[[Daemon, DomainGuest], object]:
+    """A command in the place where the daemon is."""
+
+    def run(daemon: Daemon, _: DomainGuest) -> None:
+        done = daemon.run("sh", "-c", text)
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+def plug(**device: str) -> Callable[[Daemon, DomainGuest], object]:
+    """A device that libvirt does not know of."""
+    return lambda _, guest: guest.monitor("device_add", driver="usb-kbd", bus="usb.0", **device)
+
+
+FIRMWARE = PROGRAMS / "firmware"
+USB = "<controller type='usb' model='qemu-xhci'/>"
+MEDIA = GUESTS / "media"
+FAULTS = {
+    "medium that QEMU's user cannot read": Fault(
+        "files",
+        f"cannot read {GUESTS}/medium.iso",
+        {"more": MEDIUM.format(f"{GUESTS}/medium.iso", KEEPS_OWNER)},
+        shell(f"chmod 600 {GUESTS}/medium.iso"),
+    ),
+    "directory that QEMU's user cannot search": Fault(
+        "files",
+        f"cannot reach {MEDIA}/medium.iso",
+        {"more": MEDIUM.format(f"{MEDIA}/medium.iso", "")},
+        shell(f"chmod 700 {MEDIA}"),
+    ),
+    "firmware that was removed": Fault(
+        "files", f"firmware: {FIRMWARE}: No such file", {"firmware": FIRMWARE}, shell(f"rm {FIRMWARE}")
+    ),
+    "firmware that QEMU's user cannot read": Fault(
+        "files", f"cannot read {FIRMWARE}", {"firmware": FIRMWARE}, shell(f"chmod 600 {FIRMWARE}")
+    ),
+    "flash that QEMU's user cannot read": Fault(
+        "files", f"cannot read {FIRMWARE}", {"firmware": FIRMWARE, "pflash": True}, shell(f"chmod 600 {FIRMWARE}")
+    ),
+    "firmware of another size": Fault(
+        "firmware size",
+        f"{FIRMWARE} has 131072 bytes, and 65536 when",
+        {"firmware": FIRMWARE},
+        shell(f"cat {FIRMWARE} >>{FIRMWARE}.old; cp {FIRMWARE} {FIRMWARE}.old; cat {FIRMWARE}.old >>{FIRMWARE}"),
+    ),
+    "flash of another size": Fault(
+        "firmware size",
+        f"{FIRMWARE} has 131072 bytes, and 65536 when",
+        {"firmware": FIRMWARE, "pflash": True},
+        shell(f"cp {FIRMWARE} {FIRMWARE}.old; cat {FIRMWARE}.old >>{FIRMWARE}"),
+    ),
+    "log without a directory": Fault(
+        "files",
+        f"the directory of {GUESTS}/logs/parallel does not exist",
+        {"more": LOGGED},
+        shell(f"rm -r {GUESTS}/logs"),
+    ),
+    "server that has exited": Fault(
+        "sockets", f"no process listens on {GUESTS}/server", {"more": CLIENT}, lambda daemon, _: end_server(daemon)
+    ),
+    "network that is not active": Fault(
+        "networks",
+        "network network is not active",
+        {"interface": "<interface type='network'><source network='network'/><model type='virtio'/></interface>"},
+        lambda daemon, _: daemon.virsh("net-destroy", "network"),
+    ),
+    "bridge that was deleted": Fault(
+        "networks",
+        "there is no bridge gone",
+        {"interface": "<interface type='bridge'><source bridge='gone'/><model type='virtio'/></interface>"},
+        shell("ip link delete gone"),
+    ),
+    "storage pool that is not active": Fault(
+        "storage pools",
+        "storage pool pool is not active",
+        {"more": VOLUME},
+        lambda daemon, _: daemon.virsh("pool-destroy", "pool"),
+    ),
+    "secret that was undefined": Fault(
+        "secrets", f"secret {SECRET}: ", {"more": LUKS}, lambda daemon, _: daemon.virsh("secret-undefine", SECRET)
+    ),
+    "plugged device without an id": Fault(
+        "plugged devices", "a device without an id (usb-kbd) was plugged", {"more": USB}, plug()
+    ),
+    "plugged device with an id": Fault(
+        "plugged devices", "keyboard (usb-kbd) was plugged", {"more": USB}, plug(id="keyboard")
+    ),
+}
+
+
+def end_server(daemon: Daemon) -> None:
+    """Kill the process at the other end of the channel."""
+    for pid in daemon.with_arguments(f"{GUESTS}/server", "accept"):
+        daemon.run("kill", "-9", str(pid))
+
+
+@pytest.fixture
+def surroundings(daemon: Daemon) -> Iterator[None]:
+    """What the domains need, in order."""
+    done = daemon.run(
+        "sh",
+        "-ec",
+        f"""
+        mkdir -m 777 {GUESTS}/logs {MEDIA} {GUESTS}/pool
+        for medium in {GUESTS}/medium.iso {MEDIA}/medium.iso; do truncate -s 1M $medium; chmod 644 $medium; done
+        cp {counter.firmware()} {FIRMWARE}
+        chmod 644 {FIRMWARE}
+        ip link add bridge type bridge
+        ip link add gone type bridge
+        ip link set bridge up
+        ip link set gone up
+        printf '%s' "<secret ephemeral='no' private='no'><uuid>{SECRET}</uuid></secret>" >/run/secret.xml
+        virsh --quiet secret-define /run/secret.xml
+        virsh --quiet secret-set-value {SECRET} cGFzcw==
+        qemu-img create -q --object secret,id=s,data=pass -f luks -o key-secret=s {GUESTS}/encrypted.luks 4M
+        chmod 666 {GUESTS}/encrypted.luks
+        virsh --quiet pool-define-as pool dir --target {GUESTS}/pool
+        virsh --quiet pool-start pool
+        virsh --quiet vol-create-as pool volume 1M
+        printf '%s' "{NETWORK.format("bridge")}" >/run/network.xml
+        virsh --quiet net-define /run/network.xml
+        virsh --quiet net-start network
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    server = daemon.start_command("python3", "-c", SERVER, GUESTS / "server")
+    assert server.stdout is not None
+    server.stdout.readline()
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.wait)
+        stack.callback(server.kill)
+        yield
+    daemon.run(
+        "sh",
+        "-c",
+        f"""
+        virsh net-destroy network; virsh net-undefine network; virsh pool-destroy pool; virsh pool-undefine pool
+        virsh secret-undefine {SECRET}
+        ip link delete bridge; ip link delete gone
+        cd {GUESTS} && rm -r logs {MEDIA} pool server medium.iso encrypted.luks {FIRMWARE}*
+        """,
+    )
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.usefixtures("surroundings")
+def test_upgrade_is_refused_if_libvirt_cannot_start_the_domain_again(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, name: str
+) -> None:
+    fault = FAULTS[name]
+    guest = start(**fault.domain)
+    guest.wait_for_ticks()
+    found = daemon.sevhop("check", guest.name, "--emulator", new)
+    assert found.returncode == 0, found.stdout
+    fault.make(daemon, guest)
+    pid = guest.pid
+    found = daemon.sevhop("check", guest.name, "--emulator", new)
+    line = next((line.strip() for line in found.stdout.splitlines() if f"FAIL {fault.test}: " in line), found.stdout)
+    assert fault.reason in line
+    assert " -> " in line, "a hint"
+    assert found.returncode == 1
+    for option in ([], ["--no-rehearsal"]):
+        report = daemon.upgrade(guest.name, "--emulator", new, *option)
+        assert (report["status"], report["outcome"], report["downtime_ms"]) == (1, "refused", None), report
+    assert guest.pid == pid
+    assert_as_before(daemon, guest, old)
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_domain_with_a_volume_hops(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Its disk has no path in the XML."""
+    guest = start(more=VOLUME)
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert report["outcome"] == "done", report
+    guest.wait_for_ticks()
+
+
+def test_processor_that_the_new_emulator_lacks_is_refused(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    """Back to a QEMU that does not know a feature of the processor yet."""
+    feature = "<feature policy='require' name='sha-ni'/>"
+    cpu = f"<cpu mode='custom' match='exact' check='partial'><model fallback='forbid'>qemu64</model>{feature}</cpu>"
+    guest = start(emulator=new, accelerator="tcg", cpu=cpu)
+    guest.wait_for_ticks()
+    found = daemon.sevhop("check", guest.name, "--emulator", old)
+    assert f"FAIL processor: {old}: " in found.stdout
+    assert "sha-ni" in found.stdout
+    report = daemon.upgrade(guest.name, "--emulator", old)
+    assert (report["status"], report["outcome"]) == (1, "refused"), report
+    assert_as_before(daemon, guest, new)
+
+
+def test_processor_of_the_host_passes(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
+    """Its XML lists the features that it has. One is left out: nested KVM does not always accept its register."""
+    disabled = "<feature policy='disable' name='arch-capabilities'/>"
+    guest = start(cpu=f"<cpu mode='host-model'>{disabled}</cpu>")
+    guest.wait_for_ticks()
+    for emulator in (new, old):
+        found = daemon.sevhop("check", guest.name, "--emulator", emulator)
+        assert "PASS processor: " in found.stdout, found.stdout
+
+
+def test_hooks_of_others_are_named(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    hook = daemon.root / "etc/libvirt/hooks/qemu.d/other"
+    hook.write_text("#!/bin/sh\n")
+    hook.chmod(0o755)
+    try:
+        found = daemon.sevhop("check", guest.name, "--emulator", new)
+    finally:
+        hook.unlink()
+    assert found.returncode == 0
+    assert "PASS hooks: libvirt calls others as well: /etc/libvirt/hooks/qemu.d/other" in found.stdout
