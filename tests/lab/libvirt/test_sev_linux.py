@@ -45,7 +45,7 @@ def test_linux_domain_changes_its_qemu(
     context: str, daemon: Daemon, record_property: Callable[[str, object], None]
 ) -> None:
     description = Description(
-        "linux",
+        f"linux-{context}",
         emulators.emulator(emulators.OLD),
         "kvm",
         linux.SEV_MEMORY_MIB,
