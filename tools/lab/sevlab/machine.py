@@ -23,7 +23,7 @@ from . import initramfs, wire
 from .errors import LabError, LabTimeout
 from .kernels import Kernel
 
-BOOT_LIMIT = 120.0  # seconds; it takes about 5 on an idle machine
+BOOT_LIMIT = 300.0  # seconds; it takes about 5 on an idle machine, and several labs at once share processors
 CONSOLE_LINES = 60
 
 # The processor of tools/lab/processor has SEV if its leaves of CPUID reach that of encryption. KVM asks for the other
