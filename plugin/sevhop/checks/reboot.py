@@ -35,7 +35,7 @@ def _results(guest: Guest, shutdown: str, arguments: str) -> list[CheckResult]:
     if not reboot.stops(guest):
         return [passed(name, "as before the hop: the firmware is in shared memory")]
     if guest.context.kind == "sev-es":
-        return [passed(name, f"{shutdown}: an SEV-ES guest cannot be reset")]
+        return [passed(name, f"{shutdown}: no QEMU can reset an SEV-ES guest after a hop")]
     result = passed(name, f"{shutdown}: the encrypted firmware is private to the old QEMU")
     result.hint = f"for a reboot as before, start it in QEMU 10.0 or later with {arguments}"
     return [result]

@@ -36,7 +36,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="tools/lab/run", description=_DESCRIPTION)
     option = parser.add_argument
-    option("--kernel", choices=list(kernels.SERIES), default=kernels.DEFAULT, help="its series; %(default)s")
+    option(
+        "--kernel",
+        choices=list(kernels.SERIES),
+        default=kernels.DEFAULT,
+        help="its series: %(choices)s; without it %(default)s",
+    )
     option("--timeout", type=float, default=300, metavar="S", help="seconds for all of it; %(default)s")
     option("--memory", type=int, default=2048, metavar="MIB", help="size of the lab; %(default)s")
     option("--processors", type=int, default=2, metavar="N", help="of the lab; %(default)s")
