@@ -5,6 +5,7 @@ and its network card reach only the memory that the guest lends them (``iommu='o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from ..contract.sev import POLICY_SEV_ES, contexts
 
 #: Seconds until a guest has booted, or counted on.
 BOOT = 1200.0
+HOPS = 10
 POLICIES = {"sev": 1, "sev-es": 1 | POLICY_SEV_ES}
 #: What the guest's kernel reports to be active.
 FEATURES = {"sev": "AMD SEV", "sev-es": "AMD SEV SEV-ES"}
@@ -40,16 +42,23 @@ def warnings(guest: DomainGuest) -> list[str]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("labels", [(emulators.NEW, emulators.OLD), (emulators.NEW, emulators.UNSTABLE)], ids="-".join)
+@pytest.mark.parametrize("cpus", [1, 2])
 @pytest.mark.parametrize("context", POLICIES)
-def test_linux_domain_changes_its_qemu(
-    context: str, daemon: Daemon, record_property: Callable[[str, object], None]
+def test_linux_domain_changes_its_qemu_ten_times(
+    context: str,
+    cpus: int,
+    labels: tuple[str, ...],
+    daemon: Daemon,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    """To and fro, beginning in the second QEMU: 11.1 cannot load virtio devices of a guest that was started in 10.0."""
     description = Description(
-        f"linux-{context}",
-        emulators.emulator(emulators.OLD),
+        f"linux-{context}-{cpus}-{labels[-1]}",
+        emulators.emulator(labels[-1]),
         "kvm",
         linux.SEV_MEMORY_MIB,
-        vcpus=2,
+        vcpus=cpus,
         sev=True,
         policy=POLICIES[context],
         linux=linux.images(),
@@ -60,15 +69,18 @@ def test_linux_domain_changes_its_qemu(
         wait_until(lambda: has_printed(guest, f"ENCRYPTION {FEATURES[context]}"), BOOT, "the guest is encrypted")
         guest.wait_for_ticks(5, BOOT)
         launch, before = daemon.virsh("domlaunchsecinfo", guest.name), warnings(guest)
-        for label in (emulators.NEW, emulators.OLD):
+        downtimes = []
+        for label in itertools.islice(itertools.cycle(labels), HOPS):
             emulator = emulators.emulator(label)
             report = daemon.upgrade(guest.name, "--emulator", emulator, "--timeout", "120")
             assert report["outcome"] == "done", report
             assert (report["context"], report["move"]["errno"], report["notes"]) == (context, 0, [])
-            record_property(NOTED, f"{context}, to {label}: downtime {report['downtime_ms']:.0f} ms")
+            downtimes.append(report["downtime_ms"])
             assert guest.emulator() == guest.emulator("--inactive") == str(emulator)
             guest.wait_for_ticks(5, BOOT)
             assert daemon.virsh("domlaunchsecinfo", guest.name) == launch
+        found = f"downtime {min(downtimes):.0f} to {max(downtimes):.0f} ms"
+        record_property(NOTED, f"{context}, vCPUs: {cpus}, {', '.join(labels)}: {found}")
         guest.wait_for_ticks(linux.MEMORY_TICKS, BOOT)
         assert warnings(guest) == before
         daemon.virsh("destroy", guest.name)
