@@ -181,6 +181,8 @@ class Daemon:
     def upgrade(self, *words: str | Path) -> dict[str, Any]:
         """Upgrade one domain; what is reported."""
         done = self.sevhop("upgrade", "--json", *words)
+        if not done.stdout:
+            raise GuestFailed(f"sevhop upgrade has exited with {done.returncode}, and no report: {done.stderr}")
         report: dict[str, Any] = json.loads(done.stdout)["domains"][0]
         if report["outcome"] != "done":  # a test that fails by it shows why
             print(json.dumps(report, indent=2), done.stderr, file=sys.stderr)
