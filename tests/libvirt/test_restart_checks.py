@@ -81,14 +81,14 @@ MEDIA = GUESTS / "media"
 FAULTS = {
     "medium that QEMU's user cannot read": Fault(
         "files",
-        f"cannot read {GUESTS}/medium.iso",
-        {"more": MEDIUM.format(f"{GUESTS}/medium.iso", KEEPS_OWNER)},
-        shell(f"chmod 600 {GUESTS}/medium.iso"),
+        f"cannot read {GUESTS}/disc.iso",
+        {"more": MEDIUM.format(f"{GUESTS}/disc.iso", KEEPS_OWNER)},
+        shell(f"chmod 600 {GUESTS}/disc.iso"),
     ),
     "directory that QEMU's user cannot search": Fault(
         "files",
-        f"cannot reach {MEDIA}/medium.iso",
-        {"more": MEDIUM.format(f"{MEDIA}/medium.iso", "")},
+        f"cannot reach {MEDIA}/disc.iso",
+        {"more": MEDIUM.format(f"{MEDIA}/disc.iso", "")},
         shell(f"chmod 700 {MEDIA}"),
     ),
     "firmware that was removed": Fault(
@@ -165,7 +165,7 @@ def surroundings(daemon: Daemon) -> Iterator[None]:
         "-ec",
         f"""
         mkdir -m 777 {GUESTS}/logs {MEDIA} {GUESTS}/pool
-        for medium in {GUESTS}/medium.iso {MEDIA}/medium.iso; do truncate -s 1M $medium; chmod 644 $medium; done
+        for medium in {GUESTS}/disc.iso {MEDIA}/disc.iso; do truncate -s 1M $medium; chmod 644 $medium; done
         cp {counter.firmware()} {FIRMWARE}
         chmod 644 {FIRMWARE}
         ip link add bridge type bridge
@@ -200,7 +200,7 @@ def surroundings(daemon: Daemon) -> Iterator[None]:
         virsh net-destroy network; virsh net-undefine network; virsh pool-destroy pool; virsh pool-undefine pool
         virsh secret-undefine {SECRET}
         ip link delete bridge; ip link delete gone
-        cd {GUESTS} && rm -r logs {MEDIA} pool server medium.iso encrypted.luks {FIRMWARE}*
+        cd {GUESTS} && rm -r logs {MEDIA} pool server disc.iso encrypted.luks {FIRMWARE}*
         """,
     )
 

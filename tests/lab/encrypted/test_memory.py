@@ -103,10 +103,11 @@ def test_guest_is_lost_in_its_own_memory_without_the_move(source: SevVm, destina
 def test_page_is_garbage_at_another_address(source: SevVm) -> None:
     elsewhere = PROGRAM - PAGE
     source.memory.map[elsewhere : elsewhere + PAGE] = source.memory.map[PROGRAM : PROGRAM + PAGE]
-    source.vcpu.start_at(elsewhere)
-    assert not counts(source.vcpu, 4)
     source.vcpu.start_at(PROGRAM)
     assert counts(source.vcpu, 4)
+    # Last: what garbage does with memory and registers is different with each key.
+    source.vcpu.start_at(elsewhere)
+    assert not counts(source.vcpu, 5)
 
 
 @pytest.fixture
