@@ -24,6 +24,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sevhop.engine import hop as engine
@@ -444,6 +445,26 @@ def test_guest_is_reported_lost_if_the_source_exits_before_save(at: str, guest: 
     """
     with pytest.raises(GuestLost, match=r"the old QEMU exited unexpectedly"):
         HopDriver().run(guest, new, at=at, fault=kill_source)
+
+
+def test_guest_is_reported_lost_if_the_source_exits_in_the_rollback(
+    guest: Guest, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A QEMU that shuts down has hung up before it has exited, and nothing is left for ``sevhop recover``."""
+    execute = Monitor.execute
+    pid = guest.pid
+
+    async def quit_first(self: Monitor, command: str, *arguments: Any, **options: Any) -> Any:
+        if self.peer == pid and command == "query-status":
+            await execute(self, "quit")
+        return await execute(self, command, *arguments, **options)
+
+    def fail(_: Hop) -> None:
+        monkeypatch.setattr(Monitor, "execute", quit_first)
+        raise RuntimeError("as wanted")
+
+    with pytest.raises(GuestLost, match=r"the old QEMU exited unexpectedly"):
+        HopDriver().run(guest, new, at="map", fault=fail)
 
 
 def test_guest_survives_source_killed_after_load(guest: Guest, new: Path) -> None:

@@ -20,6 +20,8 @@ from ..process import launch
 
 #: Seconds for which ``cont`` is retried, while something else has locked the guest's disk images.
 CONT_DEADLINE = 10.0
+#: Seconds in which a QEMU that has closed its monitor must have exited.
+EXIT_PATIENCE = 5.0
 #: What to do if a QEMU does not start the guest.
 LOCKED_HINT = "usually another process has locked a disk image: find that process, then try again"
 #: Run states in which a ``stop`` leaves a guest. In any other it is not ours to resume.

@@ -10,7 +10,7 @@ import asyncio
 import gc
 from dataclasses import dataclass
 
-from sevhop_qmp.errors import SevhopError, StateError
+from sevhop_qmp.errors import MonitorClosed, SevhopError, StateError
 from sevhop_qmp.thread_states import ThreadStates
 
 from ..disks import block_graph
@@ -106,6 +106,9 @@ async def _resume_source(hop: Transaction, checked: Checked, prepared: Prepared,
     try:
         await _resume_stopped_source(hop, checked, prepared, boost)
     except SevhopError as err:
+        # A QEMU that exits has hung up before. Then the guest ended as without a hop.
+        if isinstance(err, MonitorClosed) and await checked.source.wait(stopped_guest.EXIT_PATIENCE):
+            return
         raise RecoveryRequired(f"rollback failed: {err.message}", err.hint, GuestState.PAUSED_IN_OLD) from err
 
 
