@@ -355,45 +355,6 @@ def test_lease_is_acquired_after_an_upgrade(
         daemon.restart()
 
 
-def test_rollback_must_be_possible_without_a_rehearsal(daemon: Daemon, start: StartDomain, old: Path) -> None:
-    """A QEMU that a package update has replaced is not there any more, and what is there may not load the state."""
-    guest = start(more="<video><model type='qxl'/></video>")
-    copy = Path("/run/copy")
-    assert daemon.run("cp", old, copy).returncode == 0
-    try:
-        guest.wait_for_ticks()
-        pid = guest.pid
-        assert daemon.run("mount", "--bind", copy, old).returncode == 0
-        report = daemon.upgrade(guest.name)
-        assert (report["status"], report["outcome"]) == (1, "refused"), report
-        reason = report["reason"]
-        assert "cannot rehearse the upgrade (qxl" in reason
-        assert (
-            "cannot roll back to the old emulator: the QEMU that it runs in was replaced on disk (sevhop upgrade --no"
-            in reason
-        )
-        assert guest.pid == pid
-        guest.wait_for_ticks()
-        # It is done on explicit request.
-        report = daemon.upgrade(guest.name, "--no-rehearsal")
-        assert report["outcome"] == "done", report
-        (note,) = report["notes"]
-        assert (
-            note
-            == "not rehearsed, and cannot roll back to the old emulator: the QEMU that it runs in was replaced on disk"
-        )
-        guest.wait_for_ticks()
-        # Now there is one.
-        report = daemon.upgrade(guest.name)
-        assert report["outcome"] == "done", report
-        assert [note.partition(":")[0] for note in report["notes"]] == ["not rehearsed"]
-        guest.wait_for_ticks()
-    finally:
-        guest.end()
-        daemon.run("umount", old)
-        daemon.run("rm", copy)
-
-
 def test_upgrade_skips_rehearsal_on_request(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()

@@ -16,7 +16,7 @@ from sevhop_qmp.process import QemuProcess, path_on_disk
 
 from ..cancellation import shielded
 from ..disks.block_graph import BlockGraph
-from ..guest import inspection
+from ..guest import inspection, kept_path
 from ..install import apparmor, verification
 from ..libvirt import domain_xml, resources
 from ..libvirt.connection import Connection
@@ -72,12 +72,14 @@ async def examine(
         try:
             xml = domain_xml.without_additions(await domain.xml())
             old = domain_xml.describe(xml).emulator
-            new = emulator or path_on_disk(old)
+            new = emulator or kept_path.original(path_on_disk(old))
             domain_xml.with_emulator(xml, new)
         except domain_xml.DomainXmlError as err:
             raise SevhopError(
                 f"cannot read the XML of domain {domain.name}: {err}", f"see virsh dumpxml {domain.name}"
             ) from err
+        if kept_path.original(new) != new:
+            raise SevhopError(f"{new} is kept for a rollback only", "name an emulator that is installed")
         found = await inspection.inspect(monitor, process)
         graph, disks = await guest_checks.disks(monitor, process)
         volumes = await _volumes(connection, xml)

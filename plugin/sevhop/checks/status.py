@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sevhop_qmp.errors import SevhopError
 
+from ..guest import kept_emulator
 from ..guest.emulator import probe
 from ..keeper.client import KeeperClient
 from ..libvirt.connection import Connection
@@ -60,7 +61,7 @@ async def _status(connection: Connection, domain: Domain, emulator: str | None) 
             return DomainStatus(
                 domain.name,
                 running_version=examined.monitor.version,
-                binary_state=examined.process.on_disk.value,
+                binary_state=kept_emulator.on_disk(examined.process, examined.old).value,
                 installed_version=installed_version,
                 operation=operation,
                 blocker=f"{failures[0].name}: {failures[0].detail}" if failures else "",

@@ -231,11 +231,18 @@ def _uninstall(_: argparse.Namespace) -> int:
 
 
 def _uninstalled() -> str:
+    from ..engine import way_back
+    from ..guest import kept_emulator
     from ..install import host
+    from ..libvirt.daemon import DEFAULT_URI
     from ..records import reboot_mark
 
     rebooting = reboot_mark.names()
     done = "removed" if host.uninstall() else "it was not installed"
+    if kept_emulator.directories():
+        asyncio.run(way_back.forget_unused_at(DEFAULT_URI))
+    if kept_emulator.directories():
+        complain(f"note: {kept_emulator.DIRECTORY} stays: guests that were rolled back run from it, or are saved")
     if rebooting:
         complain(
             f"note: the next reboot of {', '.join(rebooting)} is a shutdown, and the hook does not start them again any"

@@ -37,7 +37,7 @@ from ..libvirt.daemon import DomainError
 from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
-from . import protected_state
+from . import protected_state, way_back
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator, end_hanging_destination, not_defined, start_destination
@@ -61,7 +61,10 @@ async def settle(record: HopRecord, *, named: bool, timeout: float) -> Recovered
         keeper = await _keeper(record, timeout)
         source = record.source.open()
         try:
-            return await InterruptedUpgrade(record, connection, keeper, source).settle(named)
+            recovered = await InterruptedUpgrade(record, connection, keeper, source).settle(named)
+            if recovered.result is not RecoveryOutcome.IN_PROGRESS:
+                await way_back.forget_unused(connection, record.uuid)
+            return recovered
         finally:
             if keeper is not None:
                 keeper.close()
@@ -240,7 +243,7 @@ class InterruptedUpgrade:
             await start_destination(self._connection, self._record.uuid, keeper)
         except SevhopError as err:
             reason = (await keeper.status())["reason"] or err.message
-            await keeper.use(self._record.old)
+            await keeper.use(self._record.kept or self._record.old)
             try:
                 await start_destination(self._connection, self._record.uuid, keeper)
             except SevhopError as again:

@@ -4,7 +4,8 @@ The upgrade: replace the QEMU of a running libvirt domain, which keeps its name,
 ::
 
     check      nothing is touched: can this guest hop, to this emulator, on this host?
-    acquire    a keeper process takes the source's VM and memory                     undo: release it
+    acquire    a keeper process takes the source's VM and memory; the program of the source is kept, if that of
+               its path is another one now (:mod:`sevhop.engine.way_back`)           undo: release it
     rehearse   the new emulator loads a copy of the device state (:mod:`sevhop.engine.rehearsal`)
     prepare    libvirt learns the new emulator; the source is given a file to save to
     stop       source suspended, and verified to be stopped                          undo: resume it
@@ -33,12 +34,12 @@ from .upgrade_prepare import (
     PreparedDomain,
     acquire,
     check,
-    note_unrehearsed,
     prepare,
     rehearse,
 )
 from .upgrade_restore import define, restore
 from .upgrade_save import StoppedDomain, save, stop, terminate
+from .way_back import WayBack
 
 
 class Upgrade(Transaction):
@@ -59,12 +60,12 @@ class Upgrade(Transaction):
         checked = await self.run_phase("check", check(self, self._uri, self._name, options))
         if options.dry_run:
             return
-        keeper = await self.run_phase("acquire", acquire(self, options, checked))
+        keeper, back = await self.run_phase("acquire", acquire(self, options, checked))
         rehearsed = False
         if options.rehearse:
-            rehearsed = await self.run_phase("rehearse", rehearse(self, options, checked, keeper))
-        else:
-            await note_unrehearsed(self, checked)
+            rehearsed = await self.run_phase("rehearse", rehearse(self, options, checked, keeper, back))
+        if back.blocker:
+            self.note(f"cannot roll back to the old emulator: {back.blocker}")
         prepared = await self.run_phase("prepare", prepare(self, checked, keeper, rehearsed=rehearsed))
         # From here on the guest waits for whoever does not reply.
         checked.connection.timeout = keeper.timeout = options.step_timeout
@@ -82,7 +83,7 @@ class Upgrade(Transaction):
             await self.uncancelled(keeper.release())
             raise
         except SevhopError as err:
-            await self.uncancelled(self._restore_old_emulator(err, checked, keeper, prepared, stopped))
+            await self.uncancelled(self._restore_old_emulator(err, checked, keeper, back, prepared, stopped))
         self.committed_state = GuestState.RUNNING_IN_NEW if stopped.was_running else GuestState.PAUSED_IN_NEW
         self.committed_hint = ""
         await self.run_phase("define", define(self, checked, keeper))
@@ -92,6 +93,7 @@ class Upgrade(Transaction):
         failure: SevhopError,
         checked: CheckedDomain,
         keeper: KeeperClient,
+        back: WayBack,
         prepared: PreparedDomain,
         stopped: StoppedDomain,
     ) -> None:
@@ -102,7 +104,7 @@ class Upgrade(Transaction):
         :raises RecoveryRequired: it does not, but is suspended in the keeper.
         """
         try:
-            await keeper.use(checked.old)
+            await keeper.use(back.emulator)
             await restore(self, checked, keeper, prepared, stopped)
         except GuestLost:
             await keeper.release()
@@ -115,4 +117,5 @@ class Upgrade(Transaction):
             ) from failure
         await keeper.release()
         state = GuestState.RUNNING_IN_OLD if stopped.was_running else GuestState.PAUSED_IN_OLD
-        raise RolledBack(f"{self.phase}: {failure.message}", failure.hint, state) from failure
+        where = f"; it was restored in another program, which {back.emulator} is now" if back.blocker else ""
+        raise RolledBack(f"{self.phase}: {failure.message}{where}", failure.hint, state) from failure

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from dataclasses import dataclass
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.process import OnDisk, QemuProcess
+from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.protected_state import ProtectedState
 from sevhop_qmp.saved_device_state import SavedDeviceState
 
-from ..cancellation import shielded
 from ..checks.domain import examine
 from ..disks import comparison
 from ..disks.block_graph import BlockGraph
@@ -31,12 +29,13 @@ from ..options import UpgradeOptions
 from ..process import cgroup_memory
 from ..records import journal
 from ..records.hop_record import HopRecord, Process
-from . import protected_state
+from . import protected_state, way_back
 from .check import verify_can_hop
 from .rehearsal import Rehearsal, Subject
 from .rehearsal_command_line import Unrehearsable
 from .stopped_guest import verify_alive
 from .transaction import Transaction
+from .way_back import WayBack
 
 
 @dataclass(frozen=True)
@@ -156,11 +155,11 @@ async def _verify_alive(checked: CheckedDomain) -> None:
     verify_alive(checked.source)
 
 
-async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> KeeperClient:
+async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> tuple[KeeperClient, WayBack]:
     """
-    Start a keeper, which takes the source's VM and memory.
+    Start a keeper, which takes the source's VM and memory, and keep the source's program if a rollback would need it.
 
-    :raises KeeperError: it cannot.
+    :raises KeeperError: the keeper cannot take them.
     """
     identity = checked.source.credentials
     config = KeeperConfig(
@@ -189,10 +188,13 @@ async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDom
         hop.rollback.push(keeper.release)
         hop.record(directory=str(keeper.directory))
     await protected_state.forbid_resets(hop, checked.monitor, checked.source, checked.flag)
-    return keeper
+    back = await way_back.prepare(hop, checked.connection, checked.source, checked.xml, checked.monitor.version)
+    return keeper, back
 
 
-async def rehearse(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain, keeper: KeeperClient) -> bool:
+async def rehearse(
+    hop: Transaction, options: UpgradeOptions, checked: CheckedDomain, keeper: KeeperClient, back: WayBack
+) -> bool:
     """
     Have the new emulator load a copy of the device state.
 
@@ -218,9 +220,9 @@ async def rehearse(hop: Transaction, options: UpgradeOptions, checked: CheckedDo
         if gained := await rehearsal.run():
             hop.note(gained)
     except Unrehearsable as err:
-        if reason := await shielded(asyncio.to_thread(_rollback_blocker, checked)):
+        if back.blocker:
             raise Refused(
-                f"cannot rehearse the upgrade ({err}), and cannot roll back to the old emulator: {reason}",
+                f"cannot rehearse the upgrade ({err}), and cannot roll back to the old emulator: {back.blocker}",
                 "sevhop upgrade --no-rehearsal skips both; if it fails then, the guest stays suspended in the keeper",
             ) from err
         hop.note(f"not rehearsed: {err}")
@@ -228,27 +230,6 @@ async def rehearse(hop: Transaction, options: UpgradeOptions, checked: CheckedDo
     finally:
         hop.report.rehearsal_ms = rehearsal.downtime_ms
     return True
-
-
-async def note_unrehearsed(hop: Transaction, checked: CheckedDomain) -> None:
-    """Without a rehearsal, report if a rollback to the old emulator is not possible either."""
-    if reason := await shielded(asyncio.to_thread(_rollback_blocker, checked)):
-        hop.note(f"not rehearsed, and cannot roll back to the old emulator: {reason}")
-
-
-def _rollback_blocker(checked: CheckedDomain) -> str:
-    """Why the guest could not be restored in the QEMU that it runs in; empty if it could."""
-    was = checked.source.on_disk
-    if was is not OnDisk.UNCHANGED:
-        return f"the QEMU that it runs in was {was.value} on disk"
-    try:
-        if os.path.samefile(checked.old, f"/proc/{checked.source.pid}/exe"):
-            return ""
-        # A link that was changed since, or a wrapper that runs QEMU.
-        version = emulator.probe(checked.old).version
-    except (OSError, SevhopError) as err:
-        return f"{checked.old}: {getattr(err, 'strerror', None) or err}"
-    return "" if version == checked.monitor.version else f"{checked.old} is QEMU {version} now"
 
 
 async def prepare(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient, *, rehearsed: bool) -> PreparedDomain:

@@ -17,6 +17,7 @@ from ..disks import block_graph
 from ..errors import GuestLost
 from ..events import MoveAttempted
 from ..guest import saved_settings
+from ..guest.kept_path import original
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperError, KeeperTimeout
 from ..keeper.state import State
@@ -25,6 +26,7 @@ from ..libvirt.connection import Connection
 from ..libvirt.daemon import NO_DOMAIN, DomainError, DomainTimeout
 from ..libvirt.domain import Domain
 from ..report import Phase
+from . import way_back
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
 from .upgrade_save import StoppedDomain
@@ -234,6 +236,7 @@ async def define(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient)
         hop.note(note)
     # A guest that was paused stays so; its QEMU has everything, and the keeper is not needed.
     await keeper.release()
+    await way_back.forget_unused(connection, uuid)
 
 
 def not_defined(name: str, error: Exception) -> str:
@@ -254,6 +257,8 @@ async def define_emulator(connection: Connection, uuid: str, old: str, new: str)
         return ""
     xml = await domain.inactive_xml()
     has = domain_xml.describe(xml).emulator
+    # The one that a guest was rolled back to is not in the definition.
+    old = old if has == old else original(old)
     if has == old and old != new:
         await connection.define(domain_xml.with_emulator(xml, new))
     return f"the persistent definition keeps its own emulator, {has}" if has not in (old, new) else ""

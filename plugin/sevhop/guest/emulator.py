@@ -196,6 +196,14 @@ def untrusted_writer(path: str) -> str:
     return f"{who} may write to {here}" if who else ""
 
 
+def other_owner(file: os.stat_result) -> str:
+    """Who besides root may have written a file that may have no path any more; empty when nobody could."""
+    if file.st_uid not in _trusted():
+        return f"its file belongs to {_user(file.st_uid)}"
+    who = _other_writers(file)
+    return f"{who} may write to its file" if who else ""
+
+
 def _steps(path: str) -> list[str]:
     return [part for part in reversed(Path(path).parts) if part != "/"]
 

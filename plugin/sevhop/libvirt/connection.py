@@ -50,6 +50,10 @@ class Connection(Daemon):
         found = await self.call(self.raw.listAllDomains, libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         return sorted((Domain(self, raw) for raw in found), key=lambda domain: domain.name)
 
+    async def all_domains(self) -> list[Domain]:
+        """Those that it knows, active or not."""
+        return [Domain(self, raw) for raw in await self.call(self.raw.listAllDomains, 0)]
+
     async def default_emulator(self) -> tuple[str, str]:
         """
         The daemon's default for a new domain: its type (``kvm`` or ``qemu``), and the emulator.

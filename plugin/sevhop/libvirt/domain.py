@@ -131,6 +131,20 @@ class Domain:
             )
         )
 
+    async def descriptions(self) -> list[str]:
+        """All of its XML that libvirt has: of the saved state, the snapshots, as it will start, and as it runs."""
+        # In this order: a state is removed when the domain runs from it.
+        call, texts = self._connection.call, []
+        try:
+            if await self.managed_save():
+                texts.append(str(await call(self._raw.managedSaveGetXMLDesc, 0)))
+            texts += [str(await call(one.getXMLDesc, 0)) for one in await call(self._raw.listAllSnapshots)]
+            return [*texts, await self.inactive_xml(), await self.live_xml()]
+        except DomainError as err:
+            if err.code == NO_DOMAIN:
+                return []
+            raise
+
     async def suspend(self) -> None:
         """Stop the guest. libvirt may wait for its own jobs, and one that timed out here must not be executed later."""
         await self._connection.call(self._raw.suspend, timeout=max(CALL_TIMEOUT, self._connection.timeout))

@@ -67,6 +67,8 @@ class HopRecord:
     :ivar monitor: standalone: path of the source's QMP socket.
     :ivar uri, uuid: domain: the daemon, and the domain there.
     :ivar old, new: emulators.
+    :ivar kept: domain: where the program of the source is kept for a rollback; empty if ``old`` leads to it. See
+        :mod:`sevhop.guest.kept_emulator`.
     :ivar protected_state: offset of the source's flag that may be cleared for the time of the stop, see
         :mod:`sevhop_qmp.protected_state`; 0 if there is none.
     :ivar reboot_action: what the source does when its guest reboots, if the hop has changed that.
@@ -93,6 +95,7 @@ class HopRecord:
     uuid: str = ""
     old: str = ""
     new: str = ""
+    kept: str = ""
     protected_state: int = 0
     reboot_action: str = ""
     directory: str = ""
