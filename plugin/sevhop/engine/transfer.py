@@ -46,6 +46,15 @@ async def stop(hop: Transaction, checked: Checked, prepared: Prepared) -> Stoppe
     :raises SevhopError: it is not what it was when it was checked.
     """
     await verify_unchanged(checked, prepared)
+    return await stop_verified(hop, checked, prepared)
+
+
+async def stop_verified(hop: Transaction, checked: Checked, prepared: Prepared) -> Stopped:
+    """
+    The same for a source that was verified by the caller.
+
+    :raises SevhopError: it is not stopped.
+    """
     hop.record(stopped=checked.was_running)
     source, destination = checked.source, prepared.started.destination.process
     threads = source.threads
@@ -151,7 +160,26 @@ async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared
 
     :raises SevhopError: somebody has resumed the source, it keeps a disk, or the destination cannot load the state.
     """
-    transfer, keeper = prepared.transfer, prepared.started.keeper
+    keeper = prepared.started.keeper
+    await hand_over(hop, options, checked, prepared, stopped)
+    if checked.autostart:
+        if not keeper.runs.is_set() and not keeper.revoke_start():
+            # QEMU stays paused if it cannot activate the disk images, and reports that only in its log.
+            why = " ".join(prepared.started.destination.log_lines()[-2:]) or "QEMU gives no reason"
+            raise StateError(f"the new QEMU cannot start the guest: {why}", LOCKED_HINT)
+        hop.commit(GuestState.RUNNING_IN_NEW)
+    hop.record(loaded=True)
+
+
+async def hand_over(
+    hop: Transaction, options: HopOptions, checked: Checked, prepared: Prepared, stopped: Stopped
+) -> None:
+    """
+    Halt the source (SIGSTOP), and have the destination load everything. With autostart it may run the guest then.
+
+    :raises SevhopError: somebody has resumed the source, it keeps a disk, or the destination cannot load the state.
+    """
+    transfer = prepared.transfer
     # The destination loads the state meanwhile. A halted source cannot be asked about its disks any more.
     await prepared.disks.verify_given_up(
         checked.monitor, again=not hop.downtime.began, verify_stopped=lambda: verify_not_resumed(hop, checked)
@@ -163,14 +191,7 @@ async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared
     if checked.autostart:
         # The rest is done by the destination. We would only compete with the guest's vCPUs.
         stopped.boost.reset_ourselves()
-    await transfer.until_loaded(keeper.runs)
-    if checked.autostart:
-        if not keeper.runs.is_set() and not keeper.revoke_start():
-            # QEMU stays paused if it cannot activate the disk images, and reports that only in its log.
-            why = " ".join(prepared.started.destination.log_lines()[-2:]) or "QEMU gives no reason"
-            raise StateError(f"the new QEMU cannot start the guest: {why}", LOCKED_HINT)
-        hop.commit(GuestState.RUNNING_IN_NEW)
-    hop.record(loaded=True)
+    await transfer.until_loaded(prepared.started.keeper.runs)
 
 
 async def _halt_source(

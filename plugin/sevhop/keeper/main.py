@@ -36,6 +36,7 @@ from .handover import SourceHandles
 from .paths import KeeperPaths
 from .server import KeeperServer
 from .supervisor import Supervisor, protect, rename
+from .transit_server import TransitServer
 
 
 def _keep(config: KeeperConfig, paths: KeeperPaths) -> None:
@@ -46,17 +47,22 @@ def _keep(config: KeeperConfig, paths: KeeperPaths) -> None:
     monitor = paths.monitor.parent
     monitor.mkdir(mode=0o700)
     os.chown(monitor, config.uid, config.gid)
-    server = KeeperServer(config, paths, handles)
+    make = KeeperServer if config.transit is None else TransitServer
+    server: KeeperServer | TransitServer = make(config, paths, handles)
     control = listening(paths.control, os.geteuid())
     hook = listening(paths.hook, os.geteuid())
     keeper = listening(paths.keeper, config.uid)
 
     async def serve(fd_store: FdStore) -> None:
         server.restore(fd_store)
+        if isinstance(server, TransitServer):
+            destinations = server.clients.accept(keeper, config.uid, server.accept_destination)
+        else:
+            destinations = server.clients.listen(keeper, config.uid, server.answer_destination)
         await _until_end(
             server,
             server.clients.listen(control, os.geteuid(), server.answer_control),
-            server.clients.listen(keeper, config.uid, server.answer_destination),
+            destinations,
             hook_server.listen(hook, server.answer_hook),
         )
         # Whoever waits for our exit must not find anything left.
@@ -72,7 +78,7 @@ def _keep(config: KeeperConfig, paths: KeeperPaths) -> None:
     Supervisor(work).run()
 
 
-async def _until_end(server: KeeperServer, *listening: Coroutine[Any, Any, None]) -> None:
+async def _until_end(server: KeeperServer | TransitServer, *listening: Coroutine[Any, Any, None]) -> None:
     """Serve until the keeper is not needed any more. One that cannot listen exits, and its successor tries again."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

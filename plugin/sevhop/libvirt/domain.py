@@ -70,6 +70,11 @@ class Domain:
         state, reason = await self._connection.call(self._raw.state)
         return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
 
+    async def destroyed(self) -> bool:
+        """Whether it is off because a client has destroyed it."""
+        state, reason = await self._connection.call(self._raw.state)
+        return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED))
+
     async def stopped_by_itself(self) -> bool:
         """Whether it is off, and nobody has destroyed, saved or migrated it. One that somebody could not start is."""
         state, reason = await self._connection.call(self._raw.state)

@@ -72,6 +72,8 @@ class HopRecord:
     :ivar reboot_action: what the source does when its guest reboots, if the hop has changed that.
     :ivar directory: of the hop below ``/run/sevhop``: the destination's monitor, or the keeper.
     :ivar destination: standalone: the new QEMU.
+    :ivar transit: domain: the QEMU beside libvirt in which the guest runs while libvirt starts the new one.
+    :ivar transit_monitor, transit_directory: its QMP socket, and its directory.
     :ivar run_mark: standalone: inode of the mark that records whether the guest has run there, which the source has
         open, too; see :mod:`sevhop_qmp.run_mark`.
     :ivar phase: the last one that was begun.
@@ -97,6 +99,9 @@ class HopRecord:
     reboot_action: str = ""
     directory: str = ""
     destination: Process | None = None
+    transit: Process | None = None
+    transit_monitor: str = ""
+    transit_directory: str = ""
     run_mark: int = 0
     phase: str = ""
     stopped: bool = False
@@ -133,7 +138,7 @@ class HopRecord:
         :raises ValueError: these are no fields of a record.
         """
         try:
-            for name in ("source", "destination"):
+            for name in ("source", "destination", "transit"):
                 if changed.get(name) is not None:
                     changed = changed | {name: Process(**changed[name])}
             new = replace(self, **changed)
