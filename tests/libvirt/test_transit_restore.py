@@ -34,15 +34,19 @@ class TransitGuest:
         self.sampler = sampler
         self.image = ""
         self.transit = 0
+        self.downtimes: list[float] = []
 
     def enter(self, emulator: Path, timeout: float = 10.0) -> None:
         """The guest hops into a transit, and its old QEMU ends."""
         entered = self._program("enter", self.guest.name, str(emulator), str(timeout))
         self.image, self.transit = entered["image"], entered["transit"]
+        self.downtimes.append(entered["downtime_ms"])
 
     def finish(self) -> dict[str, Any]:
         """libvirt restores the domain."""
-        return self._program("finish")
+        result = self._program("finish")
+        self.downtimes.append(result.get("downtime_ms", 0.0))
+        return result
 
     def _program(self, *words: str) -> dict[str, Any]:
         done = self.daemon.run(sys.executable, _PROGRAM, *words)
@@ -134,8 +138,9 @@ def measured(transit: TransitGuest, record: Any) -> Iterator[None]:
     """The guest never stands still for long."""
     yield
     longest = transit.longest_gap()
-    record("noted", f"longest gap {longest:.1f} ms")
-    print(f"longest gap {longest:.1f} ms")
+    text = f"longest gap {longest:.1f} ms, downtimes {[round(one, 1) for one in transit.downtimes]}"
+    record("noted", text)
+    print(text)
     assert longest < LONGEST
 
 

@@ -32,7 +32,7 @@ from ..errors import GuestLost, GuestState, RecoveryRequired
 from ..guest import inspection, reboot
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperConfig, TransitConfig
-from ..keeper.state import FINISHED, State
+from ..keeper.transit_state import FINISHED, TransitState
 from ..libvirt import domain_xml, hook
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import RESTORE_TIMEOUT, DomainError, DomainTimeout
@@ -190,14 +190,14 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
     deadline = time.monotonic() + 4 * transit.step_timeout
     while True:
         status = await keeper.status()
-        state = State(status["state"])
-        if state is State.OVER:
+        state = TransitState(status["state"])
+        if state is TransitState.OVER:
             return status
         if state in FINISHED:
             raise GuestLost(status["reason"], "start the domain" if not status["note"] else status["note"])
-        if state is State.TRANSIT:
+        if state is TransitState.TRANSIT:
             raise SevhopError(status["reason"] or (failure.message if failure else "the new QEMU has exited"))
-        if state is State.RESTORING and failure is not None:
+        if state is TransitState.RESTORING and failure is not None:
             # Nothing has come of it, and nothing will.
             await keeper.revoke()
             reason = (await keeper.status())["reason"]

@@ -23,7 +23,6 @@ class KeeperRecord:
     :ivar until_started_ms: milliseconds from there to its commit.
     :ivar commit_ms: milliseconds that the commit took.
     :ivar note: of the commit, for the administrator; or empty.
-    :ivar was_paused: the guest was paused in the transit, so a hop that is interrupted does not resume it.
     """
 
     emulator: str
@@ -36,7 +35,6 @@ class KeeperRecord:
     until_started_ms: float = 0.0
     commit_ms: float = 0.0
     note: str = ""
-    was_paused: bool = False
 
     def as_fields(self) -> dict[str, Any]:
         """For JSON."""

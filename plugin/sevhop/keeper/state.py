@@ -8,14 +8,6 @@ returns why a request is refused, empty when it is not. ::
     held ──> retiring ──> waiting ──restore begin──> restoring ──started begin──> committed ──the guest runs──> over
                              ^                          │                            │
                              └──────────────────────────┴── the destination exited ──┴── it had run there ──> lost
-
-A guest that waits for libvirt in the transit, where it runs, has other states in between; what is allowed in those is
-in :mod:`sevhop.keeper.transit_state`. ::
-
-    transit ──restore begin──> restoring ──libvirt has accepted the destination──> met ──> hopping ──> over
-       ^                           │                                                │         │
-       ├───────────────────────────┴──────────── any failure ───────────────────────┴─────────┘
-       └──the guest is off──> ended
 """
 
 from __future__ import annotations
@@ -42,14 +34,6 @@ class State(enum.Enum):
         the guest runs in the destination, or has
     ``LOST``
         it has run there, and the destination exited before anybody was notified; what the keeper has is outdated
-    ``TRANSIT``
-        the guest runs in the transit, and libvirt has no QEMU of the domain
-    ``MET``
-        libvirt has accepted the destination; the guest still runs in the transit
-    ``HOPPING``
-        the guest hops from the transit into the destination
-    ``ENDED``
-        the guest has been switched off, or was ended, in the transit
     """
 
     HELD = "held"
@@ -59,10 +43,6 @@ class State(enum.Enum):
     COMMITTED = "committed"
     OVER = "over"
     LOST = "lost"
-    TRANSIT = "transit"
-    MET = "met"
-    HOPPING = "hopping"
-    ENDED = "ended"
 
 
 class Attempt(enum.Enum):
@@ -109,12 +89,10 @@ class Facts:
 
 #: The guest may exist nowhere but in the keeper.
 KEEPER_NEEDED = frozenset({State.RETIRING, State.WAITING, State.RESTORING, State.COMMITTED})
-#: The guest is in the transit.
-IN_TRANSIT = frozenset({State.TRANSIT, State.RESTORING, State.MET, State.HOPPING})
 #: The source has been terminated.
 SOURCE_GONE = frozenset({State.WAITING, State.RESTORING, State.COMMITTED, State.OVER, State.LOST})
 #: The domain is libvirt's again; nothing is kept for it any more.
-FINISHED = frozenset({State.OVER, State.LOST, State.ENDED})
+FINISHED = frozenset({State.OVER, State.LOST})
 #: No restore has begun.
 _NO_DESTINATION = frozenset({State.HELD, State.RETIRING, State.WAITING})
 

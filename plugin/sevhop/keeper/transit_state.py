@@ -1,13 +1,52 @@
 """
-What libvirt's hook is answered while the guest of a domain runs in the transit. Decisions only.
+How far the guest of a domain has come that waits for libvirt in the transit, where it runs. Decisions only.
 
-Nothing that the hook does lets the guest run anywhere: whatever libvirt and other hooks do, the guest is in the transit
-until libvirt has accepted the destination, and the keeper hops after that.
+::
+
+    transit ──restore begin──> restoring ──libvirt has accepted the destination──> met ──> hopping ──> over
+       ^                           │                                                │         │
+       ├───────────────────────────┴──────────── any failure ───────────────────────┴─────────┘
+       └──the guest is off──> ended
+
+Nothing that libvirt's hook does lets the guest run anywhere. Whatever libvirt and other hooks do, the guest is in the
+transit until libvirt has accepted the destination, and the keeper has it hop after that.
 """
 
 from __future__ import annotations
 
-from .state import FINISHED, HookAction, State
+import enum
+
+from .state import HookAction
+
+
+class TransitState(enum.Enum):
+    """
+    How far the guest has come.
+
+    ``TRANSIT``
+        it runs in the transit, and libvirt has no QEMU of the domain
+    ``RESTORING``
+        the same, and libvirt starts a destination
+    ``MET``
+        the same, and libvirt has accepted the destination
+    ``HOPPING``
+        it is stopped, and hops from the transit into the destination
+    ``OVER``
+        it is in the destination
+    ``ENDED``
+        it was switched off in the transit, or was ended there
+    """
+
+    TRANSIT = "transit"
+    RESTORING = "restoring"
+    MET = "met"
+    HOPPING = "hopping"
+    OVER = "over"
+    ENDED = "ended"
+
+
+#: Nothing is kept for the domain any more.
+FINISHED = frozenset({TransitState.OVER, TransitState.ENDED})
 
 _RECOVER = "run: sevhop recover"
 #: Steps at which a domain is started that is not being restored.
@@ -16,13 +55,13 @@ _STARTS = _COLD_STARTS | {("prepare", "begin"), ("restore", "begin")}
 
 
 def at_hook(
-    state: State, operation: str, sub: str, *, own: bool, restoring: bool, uuid: str, image: object
+    state: TransitState, operation: str, sub: str, *, own: bool, restoring: bool, uuid: str, image: object
 ) -> tuple[HookAction, str]:
     """
     What to do at a step of a domain, and why it is refused if it is.
 
     :param own: whether it is the domain whose guest is in the transit; ``uuid`` is that one's.
-    :param restoring: a restore of it is in progress.
+    :param restoring: a restore of it is in progress that may yet succeed.
     """
     step = (operation, sub)
     if state in FINISHED:
@@ -34,8 +73,14 @@ def at_hook(
         if restoring:
             return HookAction.REFUSE, f"cannot restore the guest: it is being restored already; wait, or {_RECOVER}"
         return HookAction.BEGIN_RESTORE, ""
-    if step in _COLD_STARTS or (step == ("prepare", "begin") and state is not State.RESTORING):
+    expected = state is TransitState.RESTORING
+    if step in _COLD_STARTS or (step == ("prepare", "begin") and not expected):
         return HookAction.REFUSE, f"cannot start the domain: its guest runs in the transit; run: virsh restore {image}"
-    if step == ("started", "begin") and state is not State.RESTORING:
-        return HookAction.REFUSE, f"cannot restore the guest: it is {state.value}; restore the domain again"
+    if step == ("started", "begin") and not expected:
+        return HookAction.REFUSE, f'cannot restore the guest: the keeper is in state "{state.value}"; try again'
     return HookAction.ALLOW, ""
+
+
+def reason_against_request(state: TransitState, request: str) -> str:
+    """Against a request of the command that is known, but impossible now."""
+    return f'cannot {request}: the keeper is in state "{state.value}"; see: sevhop status'

@@ -18,8 +18,8 @@ from sevhop_qmp.errors import MonitorError, MonitorTimeout, SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 
+from ..keeper.config import KeeperConfig, TransitConfig
 from ..libvirt.connection import Connection
-from .config import KeeperConfig, TransitConfig
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
-from .config import KeeperConfig, KeeperError
-from .destination_port import DestinationPort
-from .handover import HandoverProtocol, SourceHandles
-from .paths import KeeperPaths
+from ..keeper.config import KeeperConfig, KeeperError
+from ..keeper.handover import HandoverProtocol, SourceHandles
+from ..keeper.paths import KeeperPaths
+from .port import DestinationPort
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,7 @@ class TransitAttempt:
     From libvirt's ``restore begin`` until the guest is in the destination, or it is certain that it will not be.
 
     :param transit: the QEMU that the guest runs in.
-    :param changed: stores the state of the keeper, with this attempt.
+    :param connected: called with the pid of the destination, when that is known.
     :param stored: descriptors of a checkpoint, by name; those that belong here are taken out. None for a new one.
     :ivar daemon: the process of libvirt that restores; None when that is unknown.
     :ivar destination: the QEMU that it has started; None before.
@@ -54,10 +54,10 @@ class TransitAttempt:
         paths: KeeperPaths,
         handles: SourceHandles,
         transit: QemuProcess,
-        changed: Callable[[], None],
+        connected: Callable[[int], None],
         stored: dict[str, int] | None = None,
     ) -> None:
-        self._changed = changed
+        self._destination_known = connected
         self.header_given = self.announced = self.accepted = self.superseded = False
         self.daemon: QemuProcess | None = None
         self.destination: QemuProcess | None = None
@@ -124,7 +124,7 @@ class TransitAttempt:
 
     def _connected(self) -> None:
         self.destination = _process(self.port.peer)
-        self._changed()
+        self._destination_known(self.port.peer)
 
     def duplicate_of_writer(self) -> int:
         """The end of the pipe to which the hop writes, for itself."""

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from sevhop_qmp.monitor import peer_credentials
 
-from .config import MESSAGE
-from .handover import HandoverProtocol
+from ..keeper.config import MESSAGE
+from ..keeper.handover import HandoverProtocol
 
 log = logging.getLogger(__name__)
 
