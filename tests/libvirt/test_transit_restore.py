@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,8 +17,10 @@ from tests.support.guests.build import Unavailable
 from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.running import processes_of_domain, wait_until
 
-from . import transiting
+from . import intercepting, transiting
 from .conftest import StartDomain
+from .failing import CANNOT_LOAD, DYING, other_hook_refuses, wrapper
+from .holding import Checkpoint
 
 _PROGRAM = Path(transiting.__file__)
 #: ms; a pause is some, and this machine is noisy.
@@ -36,9 +39,13 @@ class TransitGuest:
         self.transit = 0
         self.downtimes: list[float] = []
 
-    def enter(self, emulator: Path, timeout: float = 10.0) -> None:
-        """The guest hops into a transit, and its old QEMU ends."""
-        entered = self._program("enter", self.guest.name, str(emulator), str(timeout))
+    def enter(self, emulator: Path, timeout: float = 10.0, environment: str = "") -> None:
+        """
+        The guest hops into a transit, and its old QEMU ends.
+
+        :param environment: ``NAME=VALUE`` for the keeper.
+        """
+        entered = self._program("enter", self.guest.name, str(emulator), str(timeout), environment=environment)
         self.image, self.transit = entered["image"], entered["transit"]
         self.downtimes.append(entered["downtime_ms"])
 
@@ -48,8 +55,13 @@ class TransitGuest:
         self.downtimes.append(result.get("downtime_ms", 0.0))
         return result
 
-    def _program(self, *words: str) -> dict[str, Any]:
-        done = self.daemon.run(sys.executable, _PROGRAM, *words)
+    def restore(self) -> subprocess.Popen[str]:
+        """A client that restores the domain."""
+        return self.daemon.start_command("virsh", "restore", self.image)
+
+    def _program(self, *words: str, environment: str = "") -> dict[str, Any]:
+        prefix = ["env", environment] if environment else []
+        done = self.daemon.run(*prefix, sys.executable, _PROGRAM, *words)
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout)
         return result
@@ -130,7 +142,7 @@ def end_everything(daemon: Daemon, name: str) -> None:
     for pid in processes_of_domain(name):
         kill(pid)
     daemon.run("virsh", "destroy", name)
-    daemon.run("sh", "-c", "rm -rf /run/sevhop/* /run/transit.json")
+    daemon.run("sh", "-c", "rm -rf /run/sevhop/* /run/transit.json /run/intercepted /run/go-on")
 
 
 @contextmanager
@@ -156,3 +168,167 @@ def test_guest_hops_from_transit_into_the_new_emulator_and_back(
             assert result["failure"] == "", result
             transit.assert_arrived(emulator)
             assert transit.guest.emulator("--inactive") == str(emulator)
+
+
+@pytest.mark.parametrize("fault", [*DYING, "cannot load"])
+def test_guest_is_restored_in_the_old_emulator_if_the_new_one_fails(
+    daemon: Daemon, transit: TransitGuest, old: Path, new: Path, fault: str, record_property: Any
+) -> None:
+    text = {**DYING, "cannot load": CANNOT_LOAD}[fault]
+    with measured(transit, record_property):
+        transit.enter(new)
+        # Only libvirt's destination fails.
+        emulator = wrapper(daemon, "qemu-failing", new, text)
+        broken = daemon.run("sed", "-i", f's|"new": "[^"]*"|"new": "{emulator}"|', "/run/transit.json")
+        assert broken.returncode == 0
+        result = transit.finish()
+        assert result.get("emulator") == str(old), result
+        assert str(emulator) in result["failure"]
+        transit.assert_arrived(old)
+
+
+def test_guest_stays_in_transit_if_no_emulator_works(
+    daemon: Daemon, transit: TransitGuest, old: Path, new: Path, record_property: Any
+) -> None:
+    """... and is restored when one does."""
+    with measured(transit, record_property):
+        transit.enter(new)
+        hook = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other"
+        hook.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && exit 1\nexit 0\n')
+        hook.chmod(0o755)
+        try:
+            result = transit.finish()
+        finally:
+            hook.unlink()
+        assert (result["error"], result["guest"]) == ("RecoveryRequired", "running in the transit"), result
+        transit.assert_in_transit()
+        refused = daemon.run("virsh", "start", transit.guest.name)
+        assert "its guest runs in the transit" in refused.stderr
+        daemon.virsh("restore", transit.image)
+        transit.assert_arrived(old)
+
+
+def test_guest_is_not_touched_by_a_hook_that_refuses(
+    daemon: Daemon, transit: TransitGuest, old: Path, new: Path, record_property: Any
+) -> None:
+    with measured(transit, record_property):
+        transit.enter(new)
+        with other_hook_refuses(daemon):
+            result = transit.finish()
+        assert result.get("emulator") == str(old), result
+        transit.assert_arrived(old)
+
+
+def test_guest_stays_in_transit_if_the_daemon_dies_before_it_accepts(
+    daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
+) -> None:
+    with measured(transit, record_property):
+        transit.enter(new)
+        with Checkpoint.at(daemon, transit.guest, "started/begin", after=True) as checkpoint:
+            client = transit.restore()
+            checkpoint.wait()
+            daemon.restart()
+            client.communicate(timeout=60)
+        transit.wait_for_state("transit")
+        transit.assert_in_transit()
+        result = transit.finish()
+        assert result.get("emulator") == str(new), result
+        transit.assert_arrived(new)
+
+
+def test_destination_that_dies_while_it_loads_leaves_the_guest_in_transit(
+    transit: TransitGuest, old: Path, new: Path, tmp_path: Path, record_property: Any
+) -> None:
+    with measured(transit, record_property):
+        kills = intercepting.environment(tmp_path, "stopped", intercepting.KILL_DESTINATION)
+        transit.enter(new, environment=kills)
+        result = transit.finish()
+        assert result.get("emulator") == str(old), result
+        assert "the new QEMU exited" in result["failure"]
+        transit.assert_arrived(old)
+
+
+class TestWindow:
+    """libvirt has accepted the destination, and the guest has not hopped yet."""
+
+    @pytest.fixture
+    def met(self, transit: TransitGuest, new: Path, tmp_path: Path) -> TransitGuest:
+        transit.enter(new, environment=intercepting.environment(tmp_path, "met", intercepting.WAIT))
+        transit.daemon.virsh("restore", transit.image)
+        transit.wait_for_state("met")
+        assert transit.guest.state == "running"
+        transit.guest.wait_for_ticks()
+        return transit
+
+    def hop(self, met: TransitGuest) -> None:
+        (met.daemon.root / str(intercepting.GO).lstrip("/")).touch()
+
+    def test_daemon_that_dies_does_not_matter(self, met: TransitGuest, new: Path, record_property: Any) -> None:
+        with measured(met, record_property):
+            met.daemon.restart()
+            self.hop(met)
+            met.assert_arrived(new)
+
+    def test_guest_that_is_suspended_arrives_paused(self, met: TransitGuest, new: Path) -> None:
+        met.daemon.virsh("suspend", met.guest.name)
+        self.hop(met)
+        wait_until(lambda: met.daemon.left_over() == [], 30, "the keeper exits")
+        assert (met.guest.state, met.guest.monitor("query-status")["return"]["status"]) == ("paused", "paused")
+        ticks = met.guest.seen().ticks
+        met.daemon.virsh("resume", met.guest.name)
+        met.guest.wait_for_ticks()
+        assert met.guest.seen().ticks > ticks
+        met.assert_arrived(new)
+
+    def test_domain_that_is_destroyed_ends_the_guest(self, met: TransitGuest) -> None:
+        met.daemon.virsh("destroy", met.guest.name)
+        wait_until(lambda: processes_of_domain(met.guest.name) == [], 30, "the transit ends")
+        wait_until(lambda: met.daemon.left_over() == [], 30, "the keeper exits")
+        assert met.guest.state == "shut off"
+        assert met.guest.seen().unharmed
+        met.daemon.virsh("start", met.guest.name)
+
+    def test_next_keeper_continues(self, met: TransitGuest, new: Path, record_property: Any) -> None:
+        with measured(met, record_property):
+            (pid,) = met.daemon.named("sevhop-keeper")
+            kill(pid)
+            met.wait_for_state("met")
+            self.hop(met)
+            met.assert_arrived(new)
+
+
+@pytest.mark.parametrize("moment", ["stopped", "saved", "arrived"])
+def test_keeper_that_dies_in_the_hop_loses_nothing(
+    transit: TransitGuest, new: Path, tmp_path: Path, moment: str, record_property: Any
+) -> None:
+    with measured(transit, record_property):
+        transit.enter(new, environment=intercepting.environment(tmp_path, moment, intercepting.DIE))
+        transit.restore().communicate(timeout=60)
+        reached = transit.daemon.root / str(intercepting.REACHED).lstrip("/")
+        wait_until(reached.exists, 60, "the keeper dies")
+        if moment != "arrived":
+            transit.wait_for_state("transit")
+            transit.assert_in_transit()
+            assert transit.finish().get("emulator") == str(new)
+        transit.assert_arrived(new)
+
+
+def test_keeper_that_dies_before_is_continued(
+    daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
+) -> None:
+    with measured(transit, record_property):
+        transit.enter(new)
+        for _ in range(2):
+            (pid,) = daemon.named("sevhop-keeper")
+            kill(pid)
+            transit.assert_in_transit()
+        with Checkpoint.at(daemon, transit.guest, "started/begin", after=True) as checkpoint:
+            client = transit.restore()
+            checkpoint.wait()
+            (pid,) = daemon.named("sevhop-keeper")
+            kill(pid)
+            transit.wait_for_state("restoring")
+            checkpoint.release()
+            client.communicate(timeout=60)
+            assert client.returncode == 0
+        transit.assert_arrived(new)
