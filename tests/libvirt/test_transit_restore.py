@@ -90,7 +90,9 @@ class TransitGuest:
     def assert_arrived(self, emulator: Path) -> None:
         """It counts in libvirt's QEMU, nothing is left, and it never stood still."""
         self.guest.wait_for_ticks()
+        assert self.daemon.sevhop("recover").returncode == 0  # a client that has restored it has not finished the rest
         assert self.guest.state == "running"
+        assert self.guest.emulator("--inactive") == str(emulator)
         assert self.guest.emulator() == str(emulator)
         assert self.guest.monitor("query-status")["return"]["status"] == "running"
         wait_until(lambda: self.daemon.left_over() == [], 30, "the keeper exits")
@@ -145,12 +147,14 @@ def end_everything(daemon: Daemon, name: str) -> None:
     for pid in processes_of_domain(name):
         kill(pid)
     daemon.run("virsh", "destroy", name)
-    daemon.run("sh", "-c", "rm -rf /run/sevhop/* /run/transit.json /run/intercepted /run/go-on")
+    daemon.run(
+        "sh", "-c", "rm -rf /run/sevhop/* /var/lib/sevhop/journal/* /run/transit.json /run/intercepted /run/go-on"
+    )
 
 
 @contextmanager
 def measured(transit: TransitGuest, record: Any) -> Iterator[None]:
-    """The guest never stands still for long. On a host without a free processor that is only printed."""
+    """The guest is never stopped for long. On a host without a free processor that is only printed."""
     began, waited = time.monotonic(), _waited()
     yield
     longest = transit.longest_gap()
@@ -179,7 +183,6 @@ def test_guest_hops_from_transit_into_the_new_emulator_and_back(
             assert result.get("emulator") == str(emulator), result
             assert result["failure"] == "", result
             transit.assert_arrived(emulator)
-            assert transit.guest.emulator("--inactive") == str(emulator)
 
 
 @pytest.mark.parametrize("fault", [*DYING, "cannot load"])
@@ -284,7 +287,7 @@ class TestWindow:
     def test_guest_that_is_suspended_arrives_paused(self, met: TransitGuest, new: Path) -> None:
         met.daemon.virsh("suspend", met.guest.name)
         self.hop(met)
-        wait_until(lambda: met.daemon.left_over() == [], 30, "the keeper exits")
+        wait_until(lambda: met.daemon.named("sevhop-keeper") == [], 30, "the keeper exits")
         assert (met.guest.state, met.guest.monitor("query-status")["return"]["status"]) == ("paused", "paused")
         ticks = met.guest.seen().ticks
         met.daemon.virsh("resume", met.guest.name)
@@ -296,7 +299,9 @@ class TestWindow:
         met.daemon.virsh("destroy", met.guest.name)
         self.hop(met)
         wait_until(lambda: processes_of_domain(met.guest.name) == [], 30, "the transit ends")
-        wait_until(lambda: met.daemon.left_over() == [], 30, "the keeper exits")
+        wait_until(lambda: met.daemon.named("sevhop-keeper") == [], 30, "the keeper exits")
+        assert met.daemon.sevhop("recover").returncode == 5
+        assert met.daemon.left_over() == []
         assert met.guest.state == "shut off"
         assert met.guest.seen().unharmed
         met.daemon.virsh("start", met.guest.name)
@@ -345,3 +350,38 @@ def test_keeper_that_dies_before_is_continued(
             client.communicate(timeout=60)
             assert client.returncode == 0
         transit.assert_arrived(new)
+
+
+def kill_keeper_and_supervisor(daemon: Daemon) -> None:
+    for name in ("sevhop-superviso", "sevhop-supervisor"[:15], "sevhop-keeper"):
+        for pid in daemon.named(name):
+            kill(pid)
+
+
+def test_recover_restores_the_domain(daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any) -> None:
+    with measured(transit, record_property):
+        transit.enter(new)
+        status = daemon.sevhop("status").stdout
+        assert f"the guest runs in the transit (QEMU 10.0.13, process {transit.transit})" in status, status
+        done = daemon.sevhop("recover")
+        assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
+        transit.assert_arrived(new)
+
+
+@pytest.mark.parametrize("moment", ["transit", "met", "stopped", "arrived"])
+def test_recover_finds_the_guest_without_keeper_and_supervisor(
+    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
+) -> None:
+    environment = "" if moment == "transit" else intercepting.environment(tmp_path, moment, intercepting.WAIT)
+    transit.enter(new, environment=environment)
+    if moment != "transit":
+        transit.restore().communicate(timeout=60)
+        reached = daemon.root / str(intercepting.REACHED).lstrip("/")
+        wait_until(reached.exists, 60, "the moment comes")
+    kill_keeper_and_supervisor(daemon)
+    if moment != "arrived":
+        status = daemon.sevhop("status").stdout
+        assert f"the guest runs in the transit (process {transit.transit}), without a keeper" in status, status
+    done = daemon.sevhop("recover")
+    assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
+    transit.assert_arrived(new)

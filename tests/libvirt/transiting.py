@@ -31,6 +31,8 @@ from sevhop.keeper.local import LocalKeeper
 from sevhop.libvirt import domain_xml
 from sevhop.libvirt.connection import Connection
 from sevhop.options import HopOptions
+from sevhop.records.hop_record import HopRecord, Process
+from sevhop.records.journal import Journal, journals
 from sevhop_qmp import adopt
 from sevhop_qmp.device_state import IncomingState
 from sevhop_qmp.monitor import Monitor
@@ -162,9 +164,26 @@ async def enter(name: str, emulator: str, timeout: float) -> dict[str, object]:
             stopping=lambda running: None,
         )
         settings = await runtime_settings.read(monitor, source)
+        old = domain_xml.describe(xml).emulator
+        record = HopRecord(
+            kind="domain",
+            guest=name,
+            uri=connection.uri,
+            uuid=domain.uuid,
+            context="none",
+            running=guest.state == "running",
+            source=Process.of(source),
+            old=old,
+            new=emulator,
+        )
+        journal = Journal.begin(record)
+        resources.callback(journal.leave)
         report = await FirstHop(name, meeting, HopOptions()).run()
         await transit.leave()
-        old = domain_xml.describe(xml).emulator
+        monitor_path, place = str(transit.directory / "monitor"), str(transit.directory)
+        there_now = Process.of(meeting.destination.process)
+        journal.write({"transit": there_now, "transit_monitor": monitor_path, "transit_directory": place})
+        journal.write({"phase": "second hop", "committed": True})
         path = transit.directory / "monitor"
         process = QemuProcess.open(meeting.destination.process.pid)
         there = InTransit(
@@ -223,6 +242,8 @@ async def finish() -> dict[str, object]:
         took = time.monotonic() - began
         await define_emulator(connection, there.uuid, there.old, restored.emulator)
         await keeper.release()
+        for path in journals():
+            Journal.take_over(path).end()
         return {"emulator": restored.emulator, "failure": restored.failure, "s": took, **restored.status}
     finally:
         keeper.close()

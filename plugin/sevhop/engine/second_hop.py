@@ -222,7 +222,7 @@ class SecondHop(Transaction):
         self._met.announced()
         await self._met.accepted()
         if not checked.was_running:
-            # libvirt was told to run it, since only then it reports that it is done.
+            # The image asks for a running guest, since only then libvirt reports that it has finished.
             await prepared.started.destination.monitor.execute("stop")
 
     async def _stop(self, checked: Checked, prepared: Prepared) -> Stopped:

@@ -43,7 +43,7 @@ class TransitAttempt:
     :ivar daemon: the process of libvirt that restores; None when that is unknown.
     :ivar destination: the QEMU that it has started; None before.
     :ivar header_given: the destination has the beginning of the stream.
-    :ivar announced: libvirt was told to finish its work.
+    :ivar announced: libvirt was asked to finish its work.
     :ivar accepted: libvirt has.
     :ivar superseded: another restore has begun.
     """

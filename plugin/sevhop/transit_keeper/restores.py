@@ -1,7 +1,7 @@
 """
 The restores of a domain whose guest runs in the transit: in each, the guest may hop into what libvirt starts.
 
-A restore begins with libvirt's hook. The destination is expected, queried, and told to announce the guest; when libvirt
+A restore begins with libvirt's hook. The destination is expected, queried, and has to announce the guest; when libvirt
 has accepted it, the guest hops (:mod:`sevhop.engine.second_hop`), in this process. Whatever fails before that leads
 back to the transit. A keeper that dies is continued by its successor, unless the guest was just hopping: then the guest
 is where the run mark says.
