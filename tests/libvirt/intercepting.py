@@ -43,6 +43,11 @@ if "sevhop.transit_keeper.main" in " ".join(sys.orig_argv):
 #: What is done. ``first`` is whether it has not been done before.
 WAIT = "while not os.path.exists({go!r}): await asyncio.sleep(0.005)"
 DIE = "first and os.kill(os.getpid(), signal.SIGKILL)"
+HALT_DESTINATION = "first and arguments[0].started.destination.process.halt()"
+RESET_GUEST = """if first:
+            monitor = arguments[0]._met.monitor
+            await monitor.execute("set-action", {{"reboot": "shutdown"}})
+            await monitor.execute("system_reset")"""
 KILL_DESTINATION = "first and arguments[0].started.destination.process.kill()"
 
 

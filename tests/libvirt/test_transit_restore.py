@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -18,12 +19,12 @@ from tests.support.guests.build import Unavailable
 from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.running import processes_of_domain, wait_until
 
-from . import intercepting, transiting
+from . import in_transit, intercepting
 from .conftest import StartDomain
 from .failing import CANNOT_LOAD, DYING, other_hook_refuses, wrapper
 from .holding import Checkpoint
 
-_PROGRAM = Path(transiting.__file__)
+_PROGRAM = Path(in_transit.__file__)
 #: ms; a pause is some of them, and this host is noisy.
 LONGEST = 1000.0
 #: Part of the time in which somebody waits for a processor: then the guest may, too.
@@ -123,14 +124,15 @@ asyncio.run(main())
 
 @pytest.fixture
 def transit(daemon: Daemon, start: StartDomain, request: pytest.FixtureRequest) -> Iterator[TransitGuest]:
-    """A domain that counts. In the end its longest pause is compared, and everything of it is ended."""
+    """A domain that counts. In the end everything of it is ended. The parameter are further elements, in XML."""
     with ExitStack() as resources:
         try:
             bridge = resources.enter_context(daemon.bridge())
         except Unavailable as err:
             pytest.skip(str(err))
+        more = getattr(request, "param", "")
         name = f"transit-{abs(hash(request.node.name)) % 10**8}"
-        guest = start(name=name, interface=BRIDGED.format(bridge), elements=transiting.elements(name))
+        guest = start(name=name, interface=BRIDGED.format(bridge), elements=in_transit.elements(name) + more)
         resources.callback(end_everything, daemon, name)
         guest.wait_for_ticks()
         memory = memory_of(guest.pid)
@@ -385,3 +387,86 @@ def test_recover_finds_the_guest_without_keeper_and_supervisor(
     done = daemon.sevhop("recover")
     assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
     transit.assert_arrived(new)
+
+
+def test_destination_that_hangs_is_ended(
+    daemon: Daemon, transit: TransitGuest, old: Path, new: Path, record_property: Any
+) -> None:
+    """It never asks for the guest."""
+    with measured(transit, record_property):
+        transit.enter(new, timeout=5.0)
+        emulator = wrapper(daemon, "qemu-hanging", new, 'case "$*" in *-incoming*) exec sleep 1000;; esac')
+        assert daemon.run("sed", "-i", f's|"new": "[^"]*"|"new": "{emulator}"|', "/run/transit.json").returncode == 0
+        result = transit.finish()
+        assert result.get("emulator") == str(old), result
+        assert "does not run within 5 s, and was ended" in result["failure"]
+        transit.assert_arrived(old)
+
+
+def test_destination_that_hangs_while_it_loads_is_ended_in_a_step(
+    transit: TransitGuest, old: Path, new: Path, tmp_path: Path
+) -> None:
+    halts = intercepting.environment(tmp_path, "stopped", intercepting.HALT_DESTINATION)
+    transit.enter(new, timeout=6.0, environment=halts)
+    result = transit.finish()
+    assert result.get("emulator") in (str(old), str(new)), result
+    transit.assert_arrived(Path(result["emulator"]))
+    print(f"longest gap {transit.longest_gap():.1f} ms")
+
+
+def test_hook_that_hangs_does_not_stop_the_guest(
+    daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
+) -> None:
+    with measured(transit, record_property):
+        transit.enter(new, timeout=5.0)
+        with Checkpoint.at(daemon, transit.guest, "started/begin", after=True) as checkpoint:
+            client = transit.restore()
+            checkpoint.wait()
+            transit.wait_for_state("transit")
+            assert "no event" in transit.keeper_state()["reason"]
+            transit.assert_in_transit()
+            checkpoint.release()
+            client.communicate(timeout=60)
+        assert client.returncode == 1
+        result = transit.finish()
+        assert result.get("emulator") == str(new), result
+        transit.assert_arrived(new)
+
+
+def test_paused_guest_arrives_paused(daemon: Daemon, transit: TransitGuest, new: Path) -> None:
+    daemon.virsh("suspend", transit.guest.name)
+    transit.enter(new)
+    result = transit.finish()
+    assert result.get("emulator") == str(new), result
+    assert (transit.guest.state, transit.guest.monitor("query-status")["return"]["status"]) == ("paused", "paused")
+    daemon.virsh("resume", transit.guest.name)
+    transit.assert_arrived(new)
+
+
+ON_POWEROFF = "<on_poweroff>restart</on_poweroff>"
+
+
+@pytest.mark.parametrize(("transit", "state"), [("", "shut off"), (ON_POWEROFF, "running")], indirect=["transit"])
+def test_domain_follows_a_guest_that_ends_in_transit(
+    daemon: Daemon, transit: TransitGuest, new: Path, state: str
+) -> None:
+    transit.enter(new)
+    kill(transit.transit, signal.SIGTERM)
+    wait_until(lambda: daemon.named("sevhop-keeper") == [], 30, "the keeper exits")
+    assert transit.guest.state == state
+    assert daemon.sevhop("recover").returncode == (5 if state == "shut off" else 0)
+    assert daemon.left_over() == []
+    if state == "shut off":
+        daemon.virsh("start", transit.guest.name)
+
+
+def test_guest_that_reboots_in_the_window_is_started_again(
+    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path
+) -> None:
+    """Its reboot is a shutdown there."""
+    transit.enter(new, environment=intercepting.environment(tmp_path, "met", intercepting.RESET_GUEST))
+    transit.restore().communicate(timeout=60)
+    wait_until(lambda: daemon.named("sevhop-keeper") == [], 60, "the keeper exits")
+    assert transit.guest.state == "running"
+    daemon.sevhop("recover")
+    assert daemon.left_over() == []

@@ -243,7 +243,8 @@ class SecondHop(Transaction):
         if not notice.runs.is_set():
             # Whatever clients ask for from here on, QEMU does itself.
             status = await adopt.adopt_status(monitor)
-            if not status.ran and status.announced != "paused" and not notice.revoke_start():
+            runs = status.announced == "running" or (status.announced == "none" and self.downtime.began)
+            if runs and not status.ran and not notice.revoke_start():
                 raise StateError("the new QEMU cannot start the guest", f"{LOCKED_HINT}; {_LOG}")
         runs = notice.runs.is_set()
         self.commit(GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW)

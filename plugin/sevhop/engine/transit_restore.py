@@ -35,8 +35,9 @@ from ..keeper.config import KeeperConfig, TransitConfig
 from ..keeper.transit_state import FINISHED, TransitState
 from ..libvirt import domain_xml, hook
 from ..libvirt.connection import Connection
-from ..libvirt.daemon import RESTORE_TIMEOUT, DomainError, DomainTimeout
+from ..libvirt.daemon import DomainError, DomainTimeout
 from ..libvirt.save_image import SaveImage
+from .upgrade_restore import end_hanging_destination
 
 #: Seconds between two polls of the keeper.
 _POLL = 0.01
@@ -180,10 +181,11 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
     await _until_inactive(connection, transit.uuid)
     failure: DomainError | None = None
     try:
-        await connection.restore(str(keeper.image), timeout=RESTORE_TIMEOUT)
-    except DomainTimeout:
-        await keeper.revoke()
-        raise
+        await connection.restore(str(keeper.image), timeout=transit.step_timeout)
+    except DomainTimeout as err:
+        if not await end_hanging_destination(connection, transit.uuid, keeper):
+            reason = f"the new QEMU does not run within {transit.step_timeout:g} s, and was ended"
+            raise SevhopError(reason, "see its log in /var/log/libvirt/qemu; raise --timeout on a slow host") from err
     except DomainError as err:
         failure = err
         await connection.reconnect()

@@ -1,8 +1,8 @@
 """
 A domain whose guest runs in a transit, made by simple means; run inside a daemon's mount namespace, and only there. ::
 
-    transiting.py enter NAME EMULATOR STEP-TIMEOUT     the guest hops into a transit, and its old QEMU ends
-    transiting.py finish                               libvirt restores the domain, and the guest hops into that
+    in_transit.py enter NAME EMULATOR STEP-TIMEOUT     the guest hops into a transit, and its old QEMU ends
+    in_transit.py finish                               libvirt restores the domain, and the guest hops into that
 
 What the second needs is in :data:`STATE`. Both print an object in JSON. The domain needs a QMP socket of its own
 (:func:`monitor_of`), a disk and a card with a tap.
