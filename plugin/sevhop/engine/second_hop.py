@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -50,6 +50,8 @@ from .stopped_guest import LOCKED_HINT, verify_alive
 from .transaction import Transaction
 from .transfer import Stopped, hand_over, map_memory, save, stop_verified
 
+#: The longest of each wait while the guest is stopped, as a part of the step timeout: the transit can resume it.
+_PART_OF_STEP = 0.3
 _LOG = "see its log in /var/log/libvirt/qemu"
 
 
@@ -126,9 +128,10 @@ class SecondHop(Transaction):
         super().__init__(name, lambda event: None)
         self._met = meeting
         self._options = options
+        self._stopped_options = replace(options, step_timeout=options.step_timeout * _PART_OF_STEP)
 
     async def _script(self) -> None:
-        options, destination = self._options, self._met.destination
+        destination = self._met.destination
         watchdog = Watchdog.start()
         self.resources.push_async_callback(watchdog.close)
         checked = await self.run_phase("check", self._check())
@@ -139,7 +142,7 @@ class SecondHop(Transaction):
             stopped = await self.run_phase("stop", self._stop(checked, prepared))
             await self.run_phase("map", map_memory(prepared))
             await self.run_phase("save", save(prepared))
-            await self.run_phase("load", hand_over(self, options, checked, prepared, stopped))
+            await self.run_phase("load", hand_over(self, self._stopped_options, checked, prepared, stopped))
             await self.run_phase("commit", self._commit(checked, prepared, stopped))
         await self.run_phase("finish", self._finish(checked, prepared))
 
@@ -164,7 +167,7 @@ class SecondHop(Transaction):
 
         :raises SevhopError: the destination is not what the guest needs.
         """
-        met, timeout = self._met, self._options.step_timeout
+        met, timeout = self._met, self._stopped_options.step_timeout
         destination, process = met.destination, met.destination.process
         incoming = self.resources.enter_context(IncomingState(destination.monitor))
         started = Started(destination, met.notice, incoming, None)
