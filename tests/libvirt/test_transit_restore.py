@@ -384,6 +384,9 @@ def test_recover_finds_the_guest_without_keeper_and_supervisor(
     if moment != "arrived":
         status = daemon.sevhop("status").stdout
         assert f"the guest runs in the transit (process {transit.transit}), without a keeper" in status, status
+        if moment == "transit":
+            refused = daemon.run("virsh", "start", transit.guest.name)
+            assert f"its guest runs in the transit (process {transit.transit})" in refused.stderr
     done = daemon.sevhop("recover")
     assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
     transit.assert_arrived(new)

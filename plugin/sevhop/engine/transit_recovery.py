@@ -85,9 +85,7 @@ async def _retire(record: HopRecord, connection: Connection, timeout: float) -> 
 
 async def _keeper(record: HopRecord) -> KeeperClient | None:
     """The keeper that has the transit, if there is one."""
-    directory = run_directory.hop_of(record.guest)
-    if directory is None:
-        return None
+    directory = run_directory.hop_with(record.uuid)
     with contextlib.suppress(KeeperError):
         keeper = await KeeperClient.connect(directory)
         with contextlib.suppress(KeeperError):
@@ -169,11 +167,7 @@ class TransitRecovery:
 
     def _last_directory(self) -> Path:
         """Of the keeper that is gone."""
-        return (
-            Path(self._record.directory)
-            if self._record.directory
-            else run_directory.hop_of(self._record.guest) or run_directory.RUN
-        )
+        return run_directory.hop_with(self._record.uuid)
 
     async def _settled(self) -> TransitState:
         """The state of the keeper, when no restore is in progress any more."""
@@ -235,10 +229,13 @@ class TransitRecovery:
         async with await Monitor.connect(transit.monitor, timeout=self._timeout) as monitor:
             await monitor.remove_fds()
             await resume_source(monitor, running=self._record.running)
-        last = self._last_directory()
-        keeper = await take_into_keeper(transit)
+        settings = b""
         with contextlib.suppress(OSError):
-            shutil.copy(saved_settings.path_in(last), saved_settings.path_in(keeper.directory))
+            settings = saved_settings.path_in(self._last_directory()).read_bytes()
+        keeper = await take_into_keeper(transit)  # it removes what the last one has left
+        if settings:
+            with contextlib.suppress(OSError):
+                saved_settings.path_in(keeper.directory).write_bytes(settings)
         return keeper
 
     async def without_transit(self) -> RecoveredGuest:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: Lowest number of descriptors that are above all others of a keeper; see :class:`sevhop.keeper.local.LocalKeeper`.
 _LAST = 512
+#: Connections of processes that have not asked for anything. A client with more tries to exhaust our descriptors.
+_CONNECTIONS = 32
 
 
 class DestinationPort:
@@ -68,6 +70,9 @@ class DestinationPort:
 
     def accept(self, sock: socket.socket) -> None:
         """A process has connected."""
+        if len(self._clients) >= _CONNECTIONS:
+            sock.close()
+            return
         sock.setblocking(False)
         self._clients.add(sock)
         asyncio.get_running_loop().add_reader(sock, self._first, sock)

@@ -188,11 +188,12 @@ class Restores:
 
             async def accepted() -> None:
                 """libvirt says "cont" when its hooks have returned and it has no reason left to end the destination."""
-                if not attempt.accepted:
+                status = await adopt.adopt_status(probed.monitor)
+                if not attempt.accepted and status.announced != "running":
                     event = probed.monitor.next_event(resumed, timeout=config.step_timeout)
                     await attempt.unless_ended(event)
-                    attempt.accepted = True
-                    ledger.enter(TransitState.MET)
+                attempt.accepted = True
+                ledger.enter(TransitState.MET)
 
             meeting = Meeting(
                 monitor=await self._watch.connected(),

@@ -72,12 +72,18 @@ class TransitServer:
         if self.record.released or self.record.state in FINISHED:
             self.end.set()
             return
+        self._leave_trace()
         self._tasks.start(self.clients.watch_command())
         self._tasks.start(self._watch_transit())
         if attempt is None:
             self._ledger.checkpoint()
         else:
             self._restores.continue_attempt(attempt, dict(fd_store.descriptors))
+
+    def _leave_trace(self) -> None:
+        """If no keeper is left the hook finds the transit, and does not let the domain be started."""
+        with contextlib.suppress(SevhopError, OSError):
+            self._paths.transit.write_text(f"{self._process.pid} {self._process.start_time}")
 
     def terminate(self) -> None:
         """On SIGTERM."""
@@ -205,6 +211,6 @@ class TransitServer:
         await self._process.wait(self._config.step_timeout)
         self.record.reason = end.reason
         self._ledger.enter(TransitState.ENDED)
-        if end.action == "restart":
+        if end.restarts:
             self.record.note = await self._watch.start_domain(self._config)
         self._finish(TransitState.ENDED)

@@ -38,6 +38,16 @@ class End:
     reason: str
     action: str
 
+    @property
+    def restarts(self) -> bool:
+        """Whether the domain is to be started again."""
+        return self.action.endswith("restart")
+
+    @property
+    def preserves(self) -> bool:
+        """Whether its QEMU is to stay, with all that is left of the guest."""
+        return self.action == "preserve"
+
 
 class TransitWatch:
     """
@@ -88,18 +98,21 @@ class TransitWatch:
         return End("the transit has exited, and the guest with it", "")
 
     async def _look(self, monitor: Monitor, events: Any) -> End | None:
+        config, end = self._config, None
         status = str((await monitor.execute("query-status"))["status"])
         if status in _OFF and events.empty():
-            return End(_OFF[status], self._config.on_poweroff if status == "shutdown" else self._config.on_crash)
-        with contextlib.suppress(MonitorTimeout):
-            event = await monitor.next_event(events)
-            data = event.get("data") or {}
-            if event["event"] == "GUEST_PANICKED":
-                return End("the guest has panicked", self._config.on_crash)
-            if isinstance(data, dict) and data.get("reason") in _RESETS:
-                return End("the guest has rebooted", self._config.on_reboot)
-            return End("the guest has shut down", self._config.on_poweroff)
-        return None
+            end = End(_OFF[status], config.on_poweroff if status == "shutdown" else config.on_crash)
+        if end is None or end.preserves:
+            with contextlib.suppress(MonitorTimeout):
+                event = await monitor.next_event(events)
+                data = event.get("data") or {}
+                if event["event"] == "GUEST_PANICKED":
+                    end = End(_OFF["guest-panicked"], config.on_crash)
+                elif isinstance(data, dict) and data.get("reason") in _RESETS:
+                    end = End("the guest has rebooted", config.on_reboot)
+                else:
+                    end = End(_OFF["shutdown"], config.on_poweroff)
+        return None if end is None or end.preserves else end
 
     async def destroyed_by_client(self, config: KeeperConfig) -> bool:
         """Whether a client has destroyed the domain, whose new QEMU has exited."""
