@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.thread_states import ThreadStates
 
+from ..cancellation import shielded
 from ..disks import block_graph
 from ..errors import GuestState, RecoveryRequired
 from ..guest import inspection, runtime_settings
@@ -62,13 +63,20 @@ async def stop(hop: Transaction, checked: Checked, prepared: Prepared) -> Stoppe
     protected_state.clear(hop, prepared.flag)
     if checked.was_running:
         hop.downtime_begins()
-        # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.
-        with checked.monitor.on_first_data(lambda: boost.source(readers)):
-            stopped = asyncio.ensure_future(checked.monitor.execute("stop"))
-            # QEMU runs commands in their order, so this one need not wait for the answer.
+        if checked.monitor.in_order:
+            # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.
+            with checked.monitor.on_first_data(lambda: boost.source(readers)):
+                stopped = asyncio.ensure_future(checked.monitor.execute("stop"))
+                # QEMU runs commands in their order, so this one need not wait for the answer.
+                prepared.transfer.begin()
+                boost.ourselves()
+                await stopped
+        else:
+            # Shielded, so that it cannot be executed after what resumes the guest.
+            await shielded(checked.monitor.execute("stop"))
+            boost.source(readers)
             prepared.transfer.begin()
             boost.ourselves()
-            await stopped
     else:
         await verify_stopped(checked.monitor)
         boost.source(readers)
