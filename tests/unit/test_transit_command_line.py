@@ -140,7 +140,7 @@ def test_what_clients_connect_to_is_omitted() -> None:
         *("-audiodev", '{"id":"audio1","driver":"pa","server":"/run/pulse"}', "-display", "dbus"),
         *("-object", '{"qom-type":"input-linux","id":"input1","evdev":"/dev/input/event0"}'),
     )
-    assert [option.name for option in options] == ["chardev", "audiodev", "display"]
+    assert [option.name for option in options] == ["audiodev", "display"]
     assert the(options, "display") == [{"": "none"}]
     assert the(options, "audiodev") == [{"": "none", "id": "audio1"}]
 

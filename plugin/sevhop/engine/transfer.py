@@ -167,6 +167,8 @@ async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared
     await _halt_source(hop, options, checked, prepared, stopped)
     # It has reported all that was done to it until then.
     await verify_not_resumed(hop, checked)
+    if not checked.monitor.in_order:
+        prepared.disks.verify_not_resumed()  # unless the report is still on its way to libvirt
     await transfer.end()
     if checked.autostart:
         # The rest is done by the destination. We would only compete with the guest's vCPUs.

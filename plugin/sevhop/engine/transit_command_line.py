@@ -89,7 +89,14 @@ class _Derivation:
     def __init__(
         self, destination: Sequence[str], source: Sequence[str], cards: Cards, descriptors: Descriptors
     ) -> None:
-        self._options = [option for option in parse(list(destination)) if option.name not in _OMITTED]
+        options = parse(list(destination))
+        monitors = {option.properties().get("chardev") for option in options if option.name == "mon"}
+        self._options = [
+            option
+            for option in options
+            if option.name not in _OMITTED
+            and not (option.name == "chardev" and option.properties().get("id") in monitors)
+        ]
         self._source = list(source)
         self._cards = cards
         self._descriptors = descriptors
