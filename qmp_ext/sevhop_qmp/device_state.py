@@ -25,7 +25,7 @@ from qemu.qmp import EventListener
 
 from . import adopt
 from .errors import CommandError, MonitorError, StateError
-from .monitor import Monitor
+from .monitor import Commands, Monitor
 
 MAGIC = b"QEVM\x00\x00\x00\x03"
 _SECTION = b"\x04"
@@ -244,7 +244,7 @@ class OutgoingState:
     destination may have everything.
     """
 
-    def __init__(self, source: Monitor, incoming: IncomingState) -> None:
+    def __init__(self, source: Commands, incoming: IncomingState) -> None:
         self._source = source
         self._incoming = incoming
         self._exit = contextlib.AsyncExitStack()

@@ -33,6 +33,7 @@ from ..options import HopOptions
 from ..process import launch
 from ..process.confinement import Confinement
 from ..process.launch import Identity
+from ..process.machine_cgroup import MachineCgroup
 from ..process.scheduling import Thread
 from ..records import run_directory
 
@@ -53,6 +54,9 @@ class LaunchContext:
     :ivar stdout: a duplicate of its standard output; the same for ``stderr``.
     :ivar identity: what the destination takes on; None for one that starts as ourselves.
     :ivar directory: descriptor of the working directory; None for one that starts as ourselves.
+    :ivar namespaces: descriptors of those that it enters; only with an identity.
+    :ivar cgroups: those that it is put into; by default it joins the source's.
+    :ivar keep: further descriptors that it inherits.
     """
 
     credentials: Credentials
@@ -63,6 +67,9 @@ class LaunchContext:
     stderr: int
     identity: Identity | None = None
     directory: int | None = None
+    namespaces: tuple[int, ...] = ()
+    cgroups: MachineCgroup | None = None
+    keep: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, source: QemuProcess) -> Self:
@@ -82,7 +89,7 @@ class LaunchContext:
 
     def close(self) -> None:
         """Close the descriptors."""
-        for descriptor in (self.stdout, self.stderr, self.directory):
+        for descriptor in (self.stdout, self.stderr, self.directory, *self.namespaces, *self.keep):
             if descriptor is not None:
                 os.close(descriptor)
 
@@ -192,7 +199,11 @@ class Destination:
                 launch_context,
                 environment,
                 stderr=log.fileno(),
-                keep=[listener.fileno(), keeper.theirs.fileno(), launch_context.stderr, *keep],
+                keep=[
+                    *(listener.fileno(), keeper.theirs.fileno(), launch_context.stderr),
+                    *launch_context.keep,
+                    *keep,
+                ],
             )
         except (OSError, subprocess.SubprocessError) as err:
             log.close()
@@ -298,12 +309,14 @@ def _spawn(
             pass_fds=keep,
             start_new_session=True,
         )
+    own = launch_context.cgroups is not None
     return launch.spawn(
         command,
         environment,
         identity,
         directory=launch_context.directory,
-        cgroups=identity.confinement.cgroups_to_join(),
+        cgroups=() if own else identity.confinement.cgroups_to_join(),
+        namespaces=launch_context.namespaces,
         keep=keep,
         stdout=launch_context.stdout,
         stderr=stderr,

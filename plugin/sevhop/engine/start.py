@@ -85,8 +85,13 @@ async def start_destination(
         LocalKeeper(acquired.handles, guest.context, run_mark, checked.source, stops_at_reboot=stops)
     )
 
+    cgroups = acquired.launch_context.cgroups
+
     def record_destination(process: QemuProcess, directory: Path) -> None:
         hop.record(destination=Process.of(process), directory=str(directory))
+        if cgroups is not None:
+            for text in cgroups.enter(process.pid):
+                hop.note(text)
 
     destination = await Destination.start(
         arguments.emulator,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.thread_states import ThreadStates
 
+from ..cancellation import shielded
 from ..disks import block_graph
 from ..errors import GuestState, RecoveryRequired
 from ..guest import inspection, runtime_settings
@@ -71,13 +72,20 @@ async def stop_verified(hop: Transaction, checked: Checked, prepared: Prepared) 
     protected_state.clear(hop, prepared.flag)
     if checked.was_running:
         hop.downtime_begins()
-        # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.
-        with checked.monitor.on_first_data(lambda: boost.source(readers)):
-            stopped = asyncio.ensure_future(checked.monitor.execute("stop"))
-            # QEMU runs commands in their order, so this one need not wait for the answer.
+        if checked.monitor.in_order:
+            # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.
+            with checked.monitor.on_first_data(lambda: boost.source(readers)):
+                stopped = asyncio.ensure_future(checked.monitor.execute("stop"))
+                # QEMU runs commands in their order, so this one need not wait for the answer.
+                prepared.transfer.begin()
+                boost.ourselves()
+                await stopped
+        else:
+            # Shielded, so that it cannot be executed after what resumes the guest.
+            await shielded(checked.monitor.execute("stop"))
+            boost.source(readers)
             prepared.transfer.begin()
             boost.ourselves()
-            await stopped
     else:
         await verify_stopped(checked.monitor)
         boost.source(readers)
@@ -187,6 +195,8 @@ async def hand_over(
     await _halt_source(hop, options, checked, prepared, stopped)
     # It has reported all that was done to it until then.
     await verify_not_resumed(hop, checked)
+    if not checked.monitor.in_order:
+        prepared.disks.verify_not_resumed()  # unless the report is still on its way to libvirt
     await transfer.end()
     if checked.autostart:
         # The rest is done by the destination. We would only compete with the guest's vCPUs.

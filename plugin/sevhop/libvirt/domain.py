@@ -35,6 +35,11 @@ class Domain:
         self.name: str = raw.name()
         self.uuid: str = raw.UUIDString()
 
+    @property
+    def raw(self) -> Any:
+        """libvirt's own object, another one after a lost connection."""
+        return self._raw
+
     async def reconnect(self, patience: float = RECONNECT_TIMEOUT) -> bool:
         """
         Connect again if the daemon was restarted; until then every call fails.

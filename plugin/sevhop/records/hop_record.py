@@ -83,6 +83,7 @@ class HopRecord:
     :ivar oom_score_adj: standalone: the source's, which the destination gets when it has the guest.
     :ivar guest_paths: standalone: paths that must lead to the destination after the hop; see
         :mod:`sevhop.engine.guest_paths`.
+    :ivar cgroups: directories of those that were made for a transit; see :mod:`sevhop.process.machine_cgroup`.
     """
 
     kind: str
@@ -110,6 +111,7 @@ class HopRecord:
     broken: str = ""
     guest_paths: dict[str, Any] = field(default_factory=dict)
     oom_score_adj: int = 0
+    cgroups: list[str] = field(default_factory=list)
     version: int = VERSION
     command: int = field(default_factory=os.getpid)
     boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())
@@ -153,6 +155,7 @@ _TYPES: dict[Any, Any] = {
     "bool": bool,
     "int": int,
     "dict[str, Any]": dict,
+    "list[str]": list,
     "Process": Process,
     "Process | None": Process | None,
 }
