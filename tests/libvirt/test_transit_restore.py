@@ -132,7 +132,7 @@ def transit(daemon: Daemon, start: StartDomain, request: pytest.FixtureRequest) 
             pytest.skip(str(err))
         more = getattr(request, "param", "")
         name = f"transit-{abs(hash(request.node.name)) % 10**8}"
-        guest = start(name=name, interface=BRIDGED.format(bridge), elements=in_transit.elements(name) + more)
+        guest = start(name=name, interface=BRIDGED.format(bridge), elements=more)
         resources.callback(end_everything, daemon, name)
         guest.wait_for_ticks()
         memory = memory_of(guest.pid)

@@ -43,7 +43,7 @@ KILL_TIMEOUT = 10.0
 _JUST_ENDED = 0.2
 
 #: Name of the monitor's socket in the directory of the hop.
-_MONITOR = "monitor"
+MONITOR = "monitor"
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Destination:
         :raises MonitorError: it does not answer.
         """
         self = cls(process, directory)
-        self.monitor = await connect(process, directory / _MONITOR, timeout=timeout)
+        self.monitor = await connect(process, directory / MONITOR, timeout=timeout)
         return self
 
     @classmethod
@@ -192,7 +192,7 @@ class Destination:
         environment = dict(launch_context.environment)
         environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", launch_context.stderr, inherited=environment)
         try:
-            listener.bind(str(directory / _MONITOR))
+            listener.bind(str(directory / MONITOR))
             listener.listen()
             child = _spawn(
                 [*within, emulator, *command_line.incoming(list(arguments), listener.fileno(), paused=paused)],
@@ -219,9 +219,7 @@ class Destination:
             if launch_context.identity is None:
                 _place(child.pid, launch_context)
             # QEMU serves its monitors when it has created the machine.
-            self.monitor = await Monitor.connect(
-                directory / _MONITOR, timeout=command_timeout, greeting_timeout=timeout
-            )
+            self.monitor = await Monitor.connect(directory / MONITOR, timeout=command_timeout, greeting_timeout=timeout)
         except MonitorError as err:
             killed = await self.process.wait(_JUST_ENDED)
             await self.kill()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from ..libvirt import domain_xml, hook
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import DomainError, DomainTimeout
 from ..libvirt.save_image import SaveImage
+from .destination import MONITOR
 from .upgrade_restore import end_hanging_destination
 
 #: Seconds between two polls of the keeper.
@@ -57,6 +58,7 @@ class InTransit:
     :ivar process: the transit.
     :ivar monitor: path of its QMP socket, to which no client is connected.
     :ivar directory: its own, which is removed with it.
+    :ivar cgroups: directories of the cgroups that were made for it.
     :ivar displays: the ports that libvirt had chosen for the displays.
     :ivar step_timeout: seconds for each step of the hop, and for libvirt to accept the destination.
     """
@@ -70,8 +72,23 @@ class InTransit:
     process: QemuProcess
     monitor: Path
     directory: Path
+    cgroups: tuple[str, ...] = ()
     displays: Sequence[dict[str, str]] = ()
     step_timeout: float = KeeperConfig.step_timeout
+
+
+def recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What a hop into a transit records of its destination, as the journal of a domain has it.
+
+    :param fields: of :class:`sevhop.records.hop_record.HopRecord`, as that hop has them.
+    """
+    found = dict(fields)
+    if "destination" in found:
+        directory = found.pop("directory")
+        found |= {"transit": found.pop("destination"), "transit_directory": directory}
+        found["transit_monitor"] = str(Path(directory) / MONITOR)
+    return found
 
 
 async def take_into_keeper(transit: InTransit) -> KeeperClient:
@@ -102,6 +119,7 @@ async def take_into_keeper(transit: InTransit) -> KeeperClient:
         transit=TransitConfig(
             str(transit.monitor),
             str(transit.directory),
+            transit.cgroups,
             described.on_poweroff,
             described.on_reboot,
             described.on_crash,

@@ -33,11 +33,13 @@ class TransitConfig:
 
     :ivar monitor: path of its QMP socket, to which no other client is connected.
     :ivar directory: its own, removed when it has ended.
+    :ivar cgroups: directories of the cgroups that were made for it, removed as well.
     :ivar on_poweroff, on_reboot, on_crash: of the domain; empty where its XML has none.
     """
 
     monitor: str
     directory: str
+    cgroups: tuple[str, ...] = ()
     on_poweroff: str = ""
     on_reboot: str = ""
     on_crash: str = ""
@@ -95,5 +97,5 @@ class KeeperConfig:
             fields["disks"] = BlockGraph.from_fields(fields["disks"])
         fields["encrypted"] = tuple(fields["encrypted"])
         if fields["transit"] is not None:
-            fields["transit"] = TransitConfig(**fields["transit"])
+            fields["transit"] = TransitConfig(**fields["transit"] | {"cgroups": tuple(fields["transit"]["cgroups"])})
         return cls(**fields)

@@ -60,7 +60,7 @@ class Restores:
         handles: SourceHandles,
         ledger: Ledger,
         watch: TransitWatch,
-        restored: Callable[[], None],
+        restored: Callable[[], Awaitable[None]],
         ended: Callable[[End], Awaitable[None]],
     ) -> None:
         self._config = config
@@ -239,7 +239,7 @@ class Restores:
                     await adopt.finish(monitor)
         await self._process.wait(self._config.step_timeout)
         self._over(attempt)
-        self._restored()
+        await self._restored()
 
     async def _back(self, attempt: TransitAttempt, reason: str) -> None:
         """The guest is the transit's: end the destination, and see that the guest runs."""

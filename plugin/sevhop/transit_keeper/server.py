@@ -29,6 +29,7 @@ from ..keeper.paths import KeeperPaths
 from ..keeper.state import HookAction
 from ..keeper.tasks import Tasks
 from ..keeper.transit_state import FINISHED, TransitState, at_hook, reason_against_request
+from ..process import machine_cgroup
 from .ledger import Ledger, TransitRecord
 from .restores import Restores
 from .watch import End, TransitWatch
@@ -51,7 +52,7 @@ class TransitServer:
     def __init__(self, config: KeeperConfig, paths: KeeperPaths, handles: SourceHandles) -> None:
         assert config.transit is not None
         self._config = config
-        self._directory = config.transit.directory
+        self._transit = config.transit
         self._paths = paths
         self._process = QemuProcess.open(config.pid)
         self._watch = TransitWatch(config.transit, config.pid, config.step_timeout)
@@ -93,15 +94,16 @@ class TransitServer:
         if self.record.state in FINISHED:
             self.end.set()
 
-    def _finish(self, state: TransitState) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
+    async def _finish(self, state: TransitState) -> None:
+        shutil.rmtree(self._transit.directory, ignore_errors=True)
+        await asyncio.to_thread(machine_cgroup.remove, self._transit.cgroups)
         self._ledger.enter(state)
         if not self.clients.has_command:
             self.end.set()
 
-    def _restored(self) -> None:
+    async def _restored(self) -> None:
         """The guest is libvirt's again."""
-        self._finish(TransitState.OVER)
+        await self._finish(TransitState.OVER)
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -213,4 +215,4 @@ class TransitServer:
         self._ledger.enter(TransitState.ENDED)
         if end.restarts:
             self.record.note = await self._watch.start_domain(self._config)
-        self._finish(TransitState.ENDED)
+        await self._finish(TransitState.ENDED)
