@@ -27,14 +27,34 @@ def descriptors(source: QemuProcess) -> Iterator[InheritedDescriptors]:
     found.close()
 
 
-def test_file_is_appended_to(descriptors: InheritedDescriptors, tmp_path: Path) -> None:
-    path = tmp_path / "log"
+@pytest.fixture
+def log(open_directory: Path) -> Path:
+    """A log in a directory that everybody may write to."""
+    os.chmod(open_directory, 0o777)
+    path = open_directory / "log"
     path.write_text("one\n")
-    number = descriptors.appending(str(path))
+    return path
+
+
+def test_file_that_the_source_writes_is_appended_to(descriptors: InheritedDescriptors, log: Path) -> None:
+    with log.open("a"):
+        number = descriptors.appending(str(log))
     assert os.get_blocking(number)
     assert descriptors.numbers == [number]
     os.write(number, b"two\n")
-    assert path.read_text() == "one\ntwo\n"
+    assert log.read_text() == "one\ntwo\n"
+
+
+def test_file_of_roots_is_appended_to(descriptors: InheritedDescriptors, log: Path) -> None:
+    """virtlogd writes it."""
+    os.chmod(log.parent, 0o755)
+    os.write(descriptors.appending(str(log)), b"two\n")
+    assert log.read_text() == "one\ntwo\n"
+
+
+def test_file_that_others_may_have_put_there_is_not_opened(descriptors: InheritedDescriptors, log: Path) -> None:
+    with log.open(), pytest.raises(Untransitable, match=f"everybody may write to {log.parent}"):
+        descriptors.appending(str(log))
 
 
 def test_other_files_are_not_opened(descriptors: InheritedDescriptors, tmp_path: Path) -> None:
