@@ -39,8 +39,10 @@ USER = "<interface type='user'><model type='virtio'/></interface>"
 CHANNEL = f"""<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
     <channel type='unix'><source mode='bind' path='{GUESTS}/channel'/>
       <target type='virtio' name='org.example.channel'/></channel>"""
-#: What else a domain has.
-OTHERS = f"""<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/></disk>
+#: What else a domain has; the name of one tap is fixed.
+OTHERS = f"""<interface type='ethernet'><target dev='sevhop-test' managed='yes'/><model type='virtio'/></interface>
+    <interface type='ethernet'><model type='e1000e'/></interface>
+    <disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/></disk>
     <console type='pty'><target type='virtio'/></console>
     <graphics type='vnc' socket='{GUESTS}/vnc'/><video><model type='vga'/></video>
     <input type='tablet' bus='usb'/><sound model='ich9'/>

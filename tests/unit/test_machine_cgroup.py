@@ -71,6 +71,13 @@ def test_threads_are_where_their_counterparts_are(root: Path) -> None:
     assert one.moved("freezer", "/") == "/"
 
 
+def test_slice_with_several_domains_is_not_copied(root: Path) -> None:
+    one = beside(("", "/qemu-guests.slice/machine-qemu-1.scope/libvirt/emulator"))
+    assert one is not None
+    assert Path(one.directories[0]).parent == root / "qemu-guests.slice"
+    assert beside(("", "/qemu-guests.slice/libvirtd.service")) is None
+
+
 @pytest.mark.usefixtures("create")
 def test_limits_are_those_of_the_domain(root: Path) -> None:
     one = beside(("", f"{DOMAIN}/libvirt/emulator"))

@@ -95,8 +95,7 @@ class MachineCgroup:
         found, paths = [], source.cgroups
         for controllers, path in paths:
             parts = path.split("/")
-            own = next((number for number, part in enumerate(parts) if part.startswith(OF_DOMAINS)), None)
-            if own is not None:
+            if own := max((number for number, part in enumerate(parts) if _is_of_a_domain(part)), default=0):
                 found.append(_Hierarchy(controllers, "/".join(parts[: own + 1]), "/".join([*parts[:own], scope])))
         return cls(found, paths, scope) if found else None
 
@@ -163,6 +162,10 @@ class MachineCgroup:
     def remove(self) -> None:
         """Remove them, as far as nothing is in there. May be repeated."""
         remove(self.directories)
+
+
+def _is_of_a_domain(name: str) -> bool:
+    return name.startswith(OF_DOMAINS) and not name.endswith(".slice")
 
 
 def remove(directories: Iterable[str]) -> None:
