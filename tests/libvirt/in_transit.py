@@ -21,7 +21,6 @@ from sevhop.engine.destination import MONITOR
 from sevhop.engine.retire import retire
 from sevhop.engine.transit_hop import TransitHop, TransitSource
 from sevhop.engine.transit_restore import InTransit, recorded, restore_from_transit, take_into_keeper
-from sevhop.engine.upgrade_restore import define_emulator
 from sevhop.errors import HopError
 from sevhop.guest import runtime_settings, saved_settings
 from sevhop.keeper.client import KeeperClient
@@ -116,11 +115,15 @@ async def finish() -> dict[str, object]:
             state = (await keeper.status())["state"]
             return {"error": type(err).__name__, "message": str(err), "guest": err.guest_state.value, "state": state}
         took = time.monotonic() - began
-        await define_emulator(connection, there.uuid, there.old, restored.emulator)
-        await keeper.release()
         for path in journals():
             Journal.take_over(path).end()
-        return {"emulator": restored.emulator, "failure": restored.failure, "s": took, **restored.status}
+        return {
+            "emulator": restored.emulator,
+            "failure": restored.failure,
+            "notes": restored.notes,
+            "s": took,
+            **restored.status,
+        }
     finally:
         keeper.close()
         connection.close()

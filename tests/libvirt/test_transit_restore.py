@@ -370,6 +370,22 @@ def test_recover_restores_the_domain(daemon: Daemon, transit: TransitGuest, new:
         transit.assert_arrived(new)
 
 
+def test_recover_leaves_a_guest_that_waits_on_purpose(
+    daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
+) -> None:
+    """Any client's restore has it hop; what is left is done by recover."""
+    with measured(transit, record_property):
+        transit.enter(new)
+        (journal,) = (daemon.root / "var/lib/sevhop/journal").iterdir()
+        lines = journal.read_bytes().partition(b"\0")[0]
+        journal.write_bytes(lines + b'{"phase": "prepared"}\n')
+        done = daemon.sevhop("recover")
+        assert f"hop in progress: runs in the transit; to finish: virsh restore {transit.image}" in done.stdout, done
+        transit.assert_in_transit()
+        daemon.virsh("restore", transit.image)
+        transit.assert_arrived(new)
+
+
 @pytest.mark.parametrize("moment", ["transit", "met", "stopped", "arrived"])
 def test_recover_finds_the_guest_without_keeper_and_supervisor(
     daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str

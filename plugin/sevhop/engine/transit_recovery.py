@@ -34,12 +34,12 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
+from ..process import machine_cgroup
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import resume_source
-from .transit_restore import InTransit, restore_from_transit, take_into_keeper
-from .upgrade_restore import define_emulator, not_defined
+from .transit_restore import InTransit, complete, restore_from_transit, take_into_keeper
 
 #: Seconds for what is in progress, such as a restore by another client.
 _PATIENCE = 60.0
@@ -117,7 +117,7 @@ class TransitRecovery:
         """:raises SevhopError: see :func:`settle`."""
         if self.keeper is None:
             if await self._has_hopped():
-                return await self._finish(self._record.new)
+                return await self._finish()
             self.keeper = await self._keep_again()
         state = await self._settled()
         if state is TransitState.TRANSIT:
@@ -128,10 +128,10 @@ class TransitRecovery:
                 restored = await restore_from_transit(self._connection, self._transit(), self.keeper)
             except GuestLost as err:
                 return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, str(err))
-            return await self._finish(restored.emulator, restored.failure)
+            return await self._found([restored.failure, *restored.notes])
         status = await self.keeper.status()
         if state is TransitState.OVER:
-            return await self._finish(status["emulator"])
+            return await self._finish()
         await self.keeper.release()
         detail = "; ".join(filter(None, [status["reason"], status["note"]]))
         return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
@@ -149,6 +149,7 @@ class TransitRecovery:
             self._process,
             Path(record.transit_monitor),
             Path(record.transit_directory),
+            tuple(record.cgroups),
             step_timeout=max(self._timeout, KeeperConfig.step_timeout),
         )
 
@@ -243,27 +244,24 @@ class TransitRecovery:
         if not await self._active():
             detail = f"it was in the transit, which has exited; {LOST_HINT}"
             return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
-        return await self._finish(self._record.new)
+        return await self._finish()
 
     # -- the end ---------------------------------------------------------------------------------------
 
-    async def _finish(self, emulator: str, failure: str = "") -> RecoveredGuest:
+    async def _finish(self, failure: str = "") -> RecoveredGuest:
         """The guest is in libvirt's QEMU: what is left of the upgrade."""
         record, notes = self._record, [failure]
-        domain = await self._connection.domain_with(record.uuid)
-        if domain is not None:
-            emulator = domain_xml.describe(await domain.xml()).emulator
         if self._process is not None:
             self._process.kill()
+            await self._process.wait(self._timeout)
         shutil.rmtree(record.transit_directory, ignore_errors=True)
-        try:
-            notes.append(await define_emulator(self._connection, record.uuid, record.old, emulator))
-        except (SevhopError, domain_xml.DomainXmlError) as err:
-            notes.append(not_defined(record.guest, err))
-        if self.keeper is not None:
-            if domain is not None:
-                with contextlib.suppress(SevhopError):
-                    notes += await saved_settings.finish(self.keeper.directory, await domain.monitor(), domain.pid())
-            await self.keeper.release()
-        result = RecoveryOutcome.DESTINATION if emulator == record.new else RecoveryOutcome.SOURCE
-        return RecoveredGuest(record.guest, result, "; ".join(filter(None, notes)))
+        await asyncio.to_thread(machine_cgroup.remove, record.cgroups)
+        notes += await complete(self._connection, record.guest, record.uuid, record.old, self.keeper)
+        return await self._found(notes)
+
+    async def _found(self, notes: list[str]) -> RecoveredGuest:
+        domain = await self._connection.domain_with(self._record.uuid)
+        emulator = "" if domain is None else domain_xml.describe(await domain.xml()).emulator
+        old = self._record.old
+        result = RecoveryOutcome.SOURCE if emulator == old != self._record.new else RecoveryOutcome.DESTINATION
+        return RecoveredGuest(self._record.guest, result, "; ".join(filter(None, notes)))

@@ -29,7 +29,7 @@ from sevhop_qmp.process import QemuProcess
 
 from ..disks import block_graph
 from ..errors import GuestLost, GuestState, RecoveryRequired
-from ..guest import inspection, reboot
+from ..guest import inspection, reboot, saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperConfig, TransitConfig
 from ..keeper.transit_state import FINISHED, TransitState
@@ -38,7 +38,7 @@ from ..libvirt.connection import Connection
 from ..libvirt.daemon import DomainError, DomainTimeout
 from ..libvirt.save_image import SaveImage
 from .destination import MONITOR
-from .upgrade_restore import end_hanging_destination
+from .upgrade_restore import define_emulator, end_hanging_destination, not_defined
 
 #: Seconds between two polls of the keeper.
 _POLL = 0.01
@@ -155,17 +155,19 @@ class Restored:
     :ivar emulator: that it is in.
     :ivar failure: why it is not in the new one; empty if it is.
     :ivar status: of the keeper.
+    :ivar notes: what is not as it was, or could not be done; none of it matters to the guest.
     """
 
     emulator: str
     failure: str
     status: dict[str, Any]
+    notes: list[str]
 
 
 async def restore_from_transit(connection: Connection, transit: InTransit, keeper: KeeperClient) -> Restored:
     """
     Have libvirt restore the domain, and wait until the guest has hopped into it; in the old emulator if the new one
-    fails.
+    fails. Then finish the rest (:func:`complete`).
 
     :raises GuestLost: the guest has been switched off in the transit.
     :raises RecoveryRequired: the guest still runs in the transit.
@@ -180,12 +182,37 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
         except SevhopError as err:
             failures.append(f"{emulator}: {err.message}")
         else:
-            return Restored(emulator, "; ".join(failures), status)
+            notes = await complete(connection, transit.name, transit.uuid, transit.old, keeper)
+            return Restored(emulator, "; ".join(failures), status, [*filter(None, [status["note"]]), *notes])
     raise RecoveryRequired(
         f"libvirt cannot restore the domain: {'; '.join(failures)}",
         f"when that is corrected, run: sevhop recover, or virsh restore {keeper.image}",
         GuestState.IN_TRANSIT,
     )
+
+
+async def complete(connection: Connection, name: str, uuid: str, old: str, keeper: KeeperClient | None) -> list[str]:
+    """
+    The guest is libvirt's again: carry over what is left of its settings, give the persistent definition the emulator,
+    and release the keeper. Nothing here can hurt the guest.
+
+    :param name, uuid: of the domain.
+    :param old: the emulator before the upgrade.
+    :return: notes.
+    """
+    notes: list[str] = []
+    try:
+        domain = await connection.domain_with(uuid)
+        if domain is not None:
+            if keeper is not None:
+                notes += await saved_settings.finish(keeper.directory, await domain.monitor(), domain.pid())
+            emulator = domain_xml.describe(await domain.xml()).emulator
+            notes.append(await define_emulator(connection, uuid, old, emulator))
+    except (SevhopError, domain_xml.DomainXmlError) as err:
+        notes.append(not_defined(name, err))
+    if keeper is not None:
+        await keeper.release()
+    return list(filter(None, notes))
 
 
 async def _restore(connection: Connection, transit: InTransit, keeper: KeeperClient) -> dict[str, Any]:
@@ -196,7 +223,7 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
     :raises SevhopError: it has failed, and the guest runs in the transit.
     """
     # A restore that somebody else has begun, or that has failed, is over before.
-    await _until_inactive(connection, transit.uuid)
+    await _until_inactive(connection, transit.uuid, keeper)
     failure: DomainError | None = None
     try:
         await connection.restore(str(keeper.image), timeout=transit.step_timeout)
@@ -217,7 +244,7 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
             raise GuestLost(status["reason"], "start the domain" if not status["note"] else status["note"])
         if state is TransitState.TRANSIT:
             raise SevhopError(status["reason"] or (failure.message if failure else "the new QEMU has exited"))
-        if state is TransitState.RESTORING and failure is not None:
+        if state is TransitState.RESTORING and failure is not None and not await _active(connection, transit.uuid):
             # Nothing has come of it, and nothing will.
             await keeper.revoke()
             reason = (await keeper.status())["reason"]
@@ -228,10 +255,19 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
         await asyncio.sleep(_POLL)
 
 
-async def _until_inactive(connection: Connection, uuid: str) -> None:
-    """:raises SevhopError: the domain stays active."""
+async def _until_inactive(connection: Connection, uuid: str, keeper: KeeperClient) -> None:
+    """
+    Wait until the domain is off, or the keeper has finished.
+
+    :raises SevhopError: it stays active.
+    """
     deadline = time.monotonic() + _CLEAN_UP
-    while (domain := await connection.domain_with(uuid)) is not None and await domain.active():
+    while TransitState((await keeper.status())["state"]) not in FINISHED and await _active(connection, uuid):
         if time.monotonic() > deadline:
-            raise SevhopError(f"domain {domain.name} is still active in libvirt", "see virsh list")
+            raise SevhopError("the domain is still active in libvirt", "see virsh list")
         await asyncio.sleep(_POLL)
+
+
+async def _active(connection: Connection, uuid: str) -> bool:
+    domain = await connection.domain_with(uuid)
+    return domain is not None and await domain.active()
