@@ -51,6 +51,7 @@ class Restores:
 
     :param restored: called when the guest is libvirt's again.
     :param ended: called when a client of libvirt's has ended the guest.
+    :ivar arrived: the guest is the destination's.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Restores:
         self._tasks = Tasks()
         self._pursuing: asyncio.Task[None] | None = None
         self._hop: SecondHop | None = None
+        self._decided = False
+        self.arrived = False
 
     @property
     def in_progress(self) -> bool:
@@ -102,6 +105,7 @@ class Restores:
         record.reason, record.destination = "", 0
         record.restores += 1
         self._ledger.enter(TransitState.RESTORING)
+        self._decided = False
         self._pursuing = self._tasks.start(self._pursue(attempt))
         return f"{'ok' if record.restores == 1 else 'again'} {record.emulator}"
 
@@ -109,7 +113,8 @@ class Restores:
         """The last keeper has died during a restore."""
         self._ledger.attempt = attempt = self._new_attempt(descriptors)
         attempt.restore(fields, descriptors)
-        hopping = self._ledger.record.state is TransitState.HOPPING
+        # Where the guest is has been decided, and only has to be found out.
+        self._decided = hopping = self._ledger.record.state is TransitState.HOPPING
         self._pursuing = self._tasks.start(self._settle(attempt) if hopping else self._pursue(attempt))
 
     def _new_attempt(self, stored: dict[str, int] | None = None) -> TransitAttempt:
@@ -126,14 +131,20 @@ class Restores:
         :param superseded: by another one; then libvirt is not asked why the destination has exited.
         """
         pursuing, attempt = self._pursuing, self._ledger.attempt
-        if pursuing is None or attempt is None:
+        if pursuing is None or pursuing.done() or attempt is None:
             return
         attempt.superseded = superseded
         if self._hop is not None:
             self._hop.interrupt()
-        else:
+        elif not self._decided:
             pursuing.cancel()
         await asyncio.wait({pursuing}, timeout=self._config.step_timeout * _PART_OF_STEP)
+
+    async def end_for_good(self) -> None:
+        """The same, however long that takes: the transit is about to be terminated, or has exited."""
+        while (pursuing := self._pursuing) is not None and not pursuing.done():
+            await self.end()
+            await asyncio.wait({pursuing}, timeout=_POLL)
 
     # -- one restore ---------------------------------------------------------------------------------
 
@@ -160,8 +171,6 @@ class Restores:
             await self._back(attempt, f"unexpected {type(err).__name__}: {err}")
         else:
             await self._arrived(attempt)
-        finally:
-            self._hop = None
 
     async def _hop_into(self, attempt: TransitAttempt, probed: ProbedDestination) -> None:
         config, ledger = self._config, self._ledger
@@ -210,7 +219,10 @@ class Restores:
                 stopping=stopping,
             )
             self._hop = SecondHop(config.name, meeting, HopOptions(step_timeout=config.step_timeout))
-            report = await self._hop.run()
+            try:
+                report = await self._hop.run()
+            finally:
+                self._hop, self._decided = None, True
         ledger.record.note = "; ".join(report.notes)
         ledger.record.downtime_ms = report.downtime_ms or 0.0
 
@@ -230,6 +242,7 @@ class Restores:
 
     async def _arrived(self, attempt: TransitAttempt) -> None:
         """The guest is the destination's: end the transit."""
+        self._decided = self.arrived = True
         self._process.kill()
         process = attempt.destination
         if process is not None and process.alive:
@@ -238,12 +251,14 @@ class Restores:
                 async with await destination.reach(process, self._config, self._paths) as monitor:
                     await adopt.finish(monitor)
         await self._process.wait(self._config.step_timeout)
-        self._over(attempt)
+        self._ledger.attempt = None
         await self._restored()
+        attempt.close()
 
     async def _back(self, attempt: TransitAttempt, reason: str) -> None:
         """The guest is the transit's: end the destination, and see that the guest runs."""
         log.info("back to the transit: %s", reason)
+        self._decided = True
         self._ledger.record.reason = reason
         if attempt.destination is not None:
             attempt.destination.kill()
@@ -258,8 +273,9 @@ class Restores:
                 await asyncio.sleep(_POLL)
         asks = attempt.announced and not attempt.superseded
         by_client = asks and await self._watch.destroyed_by_client(self._config)
-        self._over(attempt)
+        self._ledger.attempt = None
         self._ledger.enter(TransitState.TRANSIT)
+        attempt.close()
         if by_client:
             await self._ended(End("a client has destroyed the domain", "destroy"))
 
@@ -269,7 +285,3 @@ class Restores:
         if self._ledger.record.state is TransitState.HOPPING:
             await monitor.remove_fds()
             await resume_source(monitor, running=not self._ledger.record.was_paused)
-
-    def _over(self, attempt: TransitAttempt) -> None:
-        self._ledger.attempt = self._pursuing = None
-        attempt.close()

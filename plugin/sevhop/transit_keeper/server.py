@@ -203,8 +203,8 @@ class TransitServer:
 
     async def _watch_transit(self) -> None:
         end = await self._watch.until_ended()
-        await self._restores.end()
-        if self.record.state not in FINISHED:
+        await self._restores.end_for_good()
+        if not self._restores.arrived and self.record.state not in FINISHED:
             await self._end(end)
 
     async def _end(self, end: End) -> None:
