@@ -16,7 +16,7 @@ source is :func:`sevhop.engine.retire.retire`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from ..libvirt.source_monitor import DomainSourceMonitor
 from ..options import HopOptions
 from ..process import launch
 from ..process.machine_cgroup import MachineCgroup
+from ..records.journal import JournalError
 from . import present_cards, transit_command_line
 from .check import Acquired, Checked
 from .destination import LaunchContext, connect
@@ -48,6 +49,7 @@ from .prepare import Prepared
 from .source_watch import SourceWatch
 from .start import Started
 from .stopped_guest import verify_alive
+from .transaction import CommitState
 from .transit import Transit
 from .transit_blockers import blocker
 from .transit_command_line import Untransitable
@@ -85,7 +87,8 @@ class TransitHop(HopPhases):
     The hop of a domain's guest into a transit. :meth:`run` it once.
 
     :param recorder: called with what a recovery must know, before it is done; see
-        :class:`sevhop.records.hop_record.HopRecord`.
+        :class:`sevhop.records.hop_record.HopRecord`. The guest may be stopped (``downtime.running``): then it must not
+        wait for the disk.
     :ivar transit: has the guest, when :meth:`run` has returned. Its monitor stays connected.
     """
 
@@ -101,10 +104,21 @@ class TransitHop(HopPhases):
         self.transit: Transit | None = None
         self._subject = subject
         self._recorder = recorder
+        self._environment: dict[str, str] = {}
+        self._descriptors = InheritedDescriptors(subject.source)
 
     def record(self, **fields: Any) -> None:
-        """The journal is that of the upgrade."""
-        self._recorder(**fields)
+        """
+        The journal is that of the upgrade.
+
+        :raises JournalError: it cannot be written, and the hop can still be rolled back.
+        """
+        try:
+            self._recorder(**fields)
+        except JournalError as err:
+            if self.state is CommitState.UNDOABLE:
+                raise
+            self.note(err.message)
 
     async def check_source(self) -> Checked:
         """
@@ -123,13 +137,12 @@ class TransitHop(HopPhases):
             self.report.context = guest.context.kind
             if reason := blocker(subject.xml, guest, source):
                 raise Untransitable(reason)
-            environment, arguments, descriptors = await self._command_line(monitor, guest)
+            arguments = await self._command_line(monitor, guest)
         except SevhopError as err:
             raise Refused(err.message, err.hint) from err
         if guest.state != "running":
             self.downtime.disown()
-        self._environment, self._descriptors = environment, descriptors
-        derived = command_line.Derived(subject.emulator, list(arguments))
+        derived = command_line.Derived(subject.emulator, arguments)
         return Checked(monitor, source, guest, subject.disks, watch, derived, "/", subject.flag, transit=True)
 
     async def _connect(self) -> SourceMonitor:
@@ -141,28 +154,26 @@ class TransitHop(HopPhases):
             DomainSourceMonitor.opened(subject.connection, subject.domain, subject.source, timeout)
         )
 
-    async def _command_line(
-        self, monitor: SourceMonitor, guest: inspection.Guest
-    ) -> tuple[dict[str, str], Sequence[str], InheritedDescriptors]:
+    async def _command_line(self, monitor: SourceMonitor, guest: inspection.Guest) -> list[str]:
         subject = self._subject
         argv = subject.source.command_line[1:]
         xml = domain_xml.with_emulator(domain_xml.without_interfaces(subject.xml), subject.emulator)
         try:
-            environment, (_, *arguments) = await subject.connection.command_line(xml)
+            self._environment, (_, *arguments) = await subject.connection.command_line(xml)
         except SevhopError as err:
             hint = err.hint or _ANOTHER
             raise Refused(f"libvirt cannot start the domain in {subject.emulator}: {err.message}", hint) from err
         cards = await present_cards.read(monitor, argv, subject.emulator)
-        descriptors = InheritedDescriptors(subject.source)
-        self.resources.callback(descriptors.close)
-        arguments = transit_command_line.derive(arguments, argv, cards, descriptors)
-        return environment, command_line.with_machine_type(arguments, guest.machine_type), descriptors
+        self.resources.callback(self._descriptors.close)
+        arguments = transit_command_line.derive(arguments, argv, cards, self._descriptors)
+        return command_line.with_machine_type(arguments, guest.machine_type)
 
     async def acquire_source(self, checked: Checked) -> Acquired:
         """
         Take the source's VM and memory, and the environment of its process.
 
-        :raises Refused: the memory behind a backend cannot be identified for certain.
+        :raises Refused: the memory behind a backend cannot be identified for certain, or the transit cannot enter
+            a namespace of the source.
         """
         source = checked.source
         try:
@@ -171,11 +182,15 @@ class TransitHop(HopPhases):
             raise Refused(err.message, err.hint) from err
         self.resources.callback(handles.close)
         try:
+            launch_context = self._launch_context(source)
+        except Untransitable as err:
+            raise Refused(err.message, err.hint) from err
+        try:
             score = launch.oom_score_adj(source.pid)
         except OSError as err:
             raise ProcessError(f"process {source.pid} has exited") from err
         self.record(oom_score_adj=score)
-        return Acquired(handles, self._launch_context(source), GuestPaths([]), score)
+        return Acquired(handles, launch_context, GuestPaths([]), score)
 
     def _launch_context(self, source: QemuProcess) -> LaunchContext:
         context = LaunchContext.of(source)
