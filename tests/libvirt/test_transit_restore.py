@@ -2,176 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.downtime import Sampler, memory_of
 
-from tests.support.guests.build import Unavailable
-from tests.support.guests.daemon import Daemon, DomainGuest, kill
+from tests.support.guests.daemon import Daemon, kill
 from tests.support.guests.running import processes_of_domain, wait_until
 
-from . import in_transit, intercepting
-from .conftest import StartDomain
+from . import intercepting
 from .failing import CANNOT_LOAD, DYING, other_hook_refuses, wrapper
 from .holding import Checkpoint
-
-_PROGRAM = Path(in_transit.__file__)
-#: ms; a pause is some of them, and this host is noisy.
-LONGEST = 1000.0
-#: Part of the time in which somebody waits for a processor: then the guest may, too.
-BUSY = 0.3
-BRIDGED = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/></interface>"
-
-
-class TransitGuest:
-    """A domain whose guest counts, with a disk and a bridged card; it can be brought into a transit."""
-
-    def __init__(self, daemon: Daemon, guest: DomainGuest, sampler: Sampler) -> None:
-        self.daemon = daemon
-        self.guest = guest
-        self.sampler = sampler
-        self.image = ""
-        self.transit = 0
-        self.downtimes: list[float] = []
-
-    def enter(self, emulator: Path, timeout: float = 10.0, environment: str = "") -> None:
-        """
-        The guest hops into a transit, and its old QEMU ends.
-
-        :param environment: ``NAME=VALUE`` for the keeper.
-        """
-        entered = self._program("enter", self.guest.name, str(emulator), str(timeout), environment=environment)
-        self.image, self.transit = entered["image"], entered["transit"]
-        self.downtimes.append(entered["downtime_ms"])
-
-    def finish(self) -> dict[str, Any]:
-        """libvirt restores the domain."""
-        result = self._program("finish")
-        self.downtimes.append(result.get("downtime_ms", 0.0))
-        return result
-
-    def restore(self) -> subprocess.Popen[str]:
-        """A client that restores the domain."""
-        return self.daemon.start_command("virsh", "restore", self.image)
-
-    def _program(self, *words: str, environment: str = "") -> dict[str, Any]:
-        prefix = ["env", environment] if environment else []
-        done = self.daemon.run(*prefix, sys.executable, _PROGRAM, *words)
-        assert done.returncode == 0, done.stderr
-        result: dict[str, Any] = json.loads(done.stdout)
-        return result
-
-    def keeper_state(self) -> dict[str, Any]:
-        """What the keeper reports."""
-        done = self.daemon.run(sys.executable, "-c", _STATUS)
-        assert done.returncode == 0, done.stderr
-        result: dict[str, Any] = json.loads(done.stdout)
-        return result
-
-    def wait_for_state(self, state: str) -> dict[str, Any]:
-        """Wait until the keeper is in a state."""
-        wait_until(lambda: self.keeper_state()["state"] == state, 60, f"the keeper is in state {state}")
-        return self.keeper_state()
-
-    def assert_in_transit(self) -> None:
-        """It counts there, and has lost nothing."""
-        self.guest.wait_for_ticks()
-        assert self.keeper_state()["state"] == "transit"
-        assert Path(f"/proc/{self.transit}").exists()
-
-    def assert_arrived(self, emulator: Path) -> None:
-        """It counts in libvirt's QEMU, nothing is left, and it never stood still."""
-        self.guest.wait_for_ticks()
-        assert self.daemon.sevhop("recover").returncode == 0  # a client that has restored it has not finished the rest
-        assert self.guest.state == "running"
-        assert self.guest.emulator("--inactive") == str(emulator)
-        assert self.guest.emulator() == str(emulator)
-        assert self.guest.monitor("query-status")["return"]["status"] == "running"
-        wait_until(lambda: self.daemon.left_over() == [], 30, "the keeper exits")
-        wait_until(lambda: processes_of_domain(self.guest.name) == [self.guest.pid], 30, "the transit ends")
-        self.sampler.see_growth()
-
-    def longest_gap(self) -> float:
-        """ms."""
-        self.sampler.stop()
-        began, ended = self.sampler.longest
-        return (ended - began) / 1e6
-
-
-_STATUS = """
-import asyncio, json
-from sevhop.keeper.client import KeeperClient
-from sevhop.records.run_directory import DOMAINS, hop_of
-
-async def main():
-    (link,) = [path for path in DOMAINS.iterdir()]
-    keeper = await KeeperClient.connect(hop_of(link.name))
-    print(json.dumps(await keeper.status()))
-    keeper.close()
-
-asyncio.run(main())
-"""
-
-
-@pytest.fixture
-def transit(daemon: Daemon, start: StartDomain, request: pytest.FixtureRequest) -> Iterator[TransitGuest]:
-    """A domain that counts. In the end everything of it is ended. The parameter are further elements, in XML."""
-    with ExitStack() as resources:
-        try:
-            bridge = resources.enter_context(daemon.bridge())
-        except Unavailable as err:
-            pytest.skip(str(err))
-        more = getattr(request, "param", "")
-        name = f"transit-{abs(hash(request.node.name)) % 10**8}"
-        guest = start(name=name, interface=BRIDGED.format(bridge), elements=more)
-        resources.callback(end_everything, daemon, name)
-        guest.wait_for_ticks()
-        memory = memory_of(guest.pid)
-        assert memory is not None
-        sampler = resources.enter_context(Sampler(memory))
-        sampler.wait()
-        yield TransitGuest(daemon, guest, sampler)
-
-
-def end_everything(daemon: Daemon, name: str) -> None:
-    """Also after a failure: nothing of a test that failed is in the way of the next one."""
-    for pid in [*daemon.named("sevhop-superviso"), *daemon.named("sevhop-keeper")]:
-        kill(pid)
-    for pid in processes_of_domain(name):
-        kill(pid)
-    daemon.run("virsh", "destroy", name)
-    daemon.run(
-        "sh", "-c", "rm -rf /run/sevhop/* /var/lib/sevhop/journal/* /run/transit.json /run/intercepted /run/go-on"
-    )
-
-
-@contextmanager
-def measured(transit: TransitGuest, record: Any) -> Iterator[None]:
-    """The guest is never stopped for long. On a host without a free processor that is only printed."""
-    began, waited = time.monotonic(), _waited()
-    yield
-    longest = transit.longest_gap()
-    busy = (_waited() - waited) / (time.monotonic() - began)
-    downtimes = [round(one, 1) for one in transit.downtimes]
-    text = f"longest gap {longest:.1f} ms, downtimes {downtimes}; host busy for {busy:.0%} of the time"
-    record("noted", text)
-    print(text)
-    assert longest < LONGEST or busy > BUSY
-
-
-def _waited() -> float:
-    """Seconds in which somebody on this host has waited for a processor (Documentation/accounting/psi.rst)."""
-    some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
-    return int(some.rpartition("=")[2]) / 1e6
+from .transit_guest import TransitGuest, measured
 
 
 def test_guest_hops_from_transit_into_the_new_emulator_and_back(
@@ -356,60 +199,6 @@ def test_keeper_that_dies_before_is_continued(
             client.communicate(timeout=60)
             assert client.returncode == 0
         transit.assert_arrived(new)
-
-
-def kill_keeper_and_supervisor(daemon: Daemon) -> None:
-    for name in ("sevhop-superviso", "sevhop-supervisor"[:15], "sevhop-keeper"):
-        for pid in daemon.named(name):
-            kill(pid)
-
-
-def test_recover_restores_the_domain(daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any) -> None:
-    with measured(transit, record_property):
-        transit.enter(new)
-        status = daemon.sevhop("status").stdout
-        assert f"the guest runs in the transit (QEMU 10.0.13, process {transit.transit})" in status, status
-        done = daemon.sevhop("recover")
-        assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
-        transit.assert_arrived(new)
-
-
-def test_recover_leaves_a_guest_that_waits_on_purpose(
-    daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
-) -> None:
-    """Any client's restore has it hop; what is left is done by recover."""
-    with measured(transit, record_property):
-        transit.enter(new)
-        (journal,) = (daemon.root / "var/lib/sevhop/journal").iterdir()
-        lines = journal.read_bytes().partition(b"\0")[0]
-        journal.write_bytes(lines + b'{"phase": "prepared"}\n')
-        done = daemon.sevhop("recover")
-        assert f"hop in progress: runs in the transit; to finish: virsh restore {transit.image}" in done.stdout, done
-        transit.assert_in_transit()
-        daemon.virsh("restore", transit.image)
-        transit.assert_arrived(new)
-
-
-@pytest.mark.parametrize("moment", ["transit", "met", "stopped", "arrived"])
-def test_recover_finds_the_guest_without_keeper_and_supervisor(
-    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
-) -> None:
-    environment = "" if moment == "transit" else intercepting.environment(tmp_path, moment, intercepting.WAIT)
-    transit.enter(new, environment=environment)
-    if moment != "transit":
-        transit.restore().communicate(timeout=60)
-        reached = daemon.root / str(intercepting.REACHED).lstrip("/")
-        wait_until(reached.exists, 60, "the moment comes")
-    kill_keeper_and_supervisor(daemon)
-    if moment != "arrived":
-        status = daemon.sevhop("status").stdout
-        assert f"the guest runs in the transit (process {transit.transit}), without a keeper" in status, status
-        if moment == "transit":
-            refused = daemon.run("virsh", "start", transit.guest.name)
-            assert f"its guest runs in the transit (process {transit.transit})" in refused.stderr
-    done = daemon.sevhop("recover")
-    assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
-    transit.assert_arrived(new)
 
 
 def test_destination_that_hangs_is_ended(
