@@ -12,7 +12,9 @@ imports only from those below it.
 :mod:`sevhop.engine`         what changes a guest. Outside libvirt: hop, with its phases in check, prepare, transfer,
                              commit, finish; start, destination, guest_paths, source_watch, state_transfer, realtime,
                              realtime_reset. A libvirt domain: upgrade, with its phases in upgrade_prepare,
-                             upgrade_save, upgrade_restore; rehearsal, rehearsal_command_line, isolated_tap, fleet.
+                             upgrade_save, upgrade_restore; rehearsal, rehearsal_command_line, isolated_tap,
+                             present_cards, retire, fleet. The hop of its guest into a QEMU beside libvirt: transit_hop,
+                             transit, transit_blockers, transit_command_line, transit_descriptors.
                              Both: transaction (rollback and commit), stopped_guest (verified, resumed). After an
                              interruption: recovery, hop_recovery, domain_recovery, interrupted_qemu, ownership (which
                              QEMU may run the guest), recovery_result
@@ -25,13 +27,14 @@ imports only from those below it.
                              destination, restore, context_vms, saved_blocks, clients, tasks; config and paths (known to
                              both sides), client (the command's side)
 :mod:`sevhop.records`        what an interrupted hop leaves behind: hop_record, journal, run_directory
-:mod:`sevhop.libvirt`        its interfaces: daemon, connection, domain, domain_monitor, domain_xml, save_image,
-                             lock_manager, hook, hook_server
+:mod:`sevhop.libvirt`        its interfaces: daemon, connection, domain, domain_monitor, source_monitor,
+                             qemu_events, domain_xml, save_image, lock_manager, hook, hook_server
 :mod:`sevhop.disks`          block_graph (the disks that a guest has now), comparison, images (their files), devices,
                              present_disks (as options), disk_guard (changes meanwhile)
 :mod:`sevhop.guest`          what runs a guest: inspection, command_line, emulator, preload (adopt.so), cpu_features,
                              runtime_settings, saved_settings, vm_generation_id, block_queries, absent, pid_file
-:mod:`sevhop.process`        Linux processes: launch, launcher, confinement, seccomp_filter, scheduling, cgroup_memory
+:mod:`sevhop.process`        Linux processes: launch, launcher, confinement, seccomp_filter, scheduling, cgroup_memory,
+                             machine_cgroup
 :mod:`sevhop.cancellation`   work that is completed despite a cancellation
 :mod:`sevhop.events`         events that report hops in progress
 :mod:`sevhop.report`         the report of a hop

@@ -28,6 +28,7 @@ class GuestState(enum.Enum):
     RUNNING_IN_NEW = "running in the new QEMU"
     PAUSED_IN_NEW = "paused in the new QEMU"
     SUSPENDED = "suspended in the keeper"
+    IN_TRANSIT = "running in the transit"
     SAVED = "saved to disk by another client"
     GONE = "gone"
     UNKNOWN = "in an unknown state"

@@ -25,7 +25,7 @@ from qemu.qmp import EventListener
 
 from . import adopt
 from .errors import CommandError, MonitorError, StateError
-from .monitor import Monitor
+from .monitor import Commands, Monitor
 
 MAGIC = b"QEVM\x00\x00\x00\x03"
 _SECTION = b"\x04"
@@ -117,6 +117,53 @@ class IncomingState:
         if header:
             await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
             await adopt.adopt_ram(self._destination, _STREAM_NAME, len(header))
+        await self._set_capabilities()
+        await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
+        read_end.close()
+        await self._destination.execute("migrate-incoming", {"uri": f"fd:{_STREAM_NAME}"})
+        if header:
+            await self.write(header)
+            self.image.clear()
+
+    async def arm_restored(self, reader: int, writer: FileIO, header: bytes, *, given: bool = False) -> None:
+        """
+        The same for a destination that another client (libvirt) has wait for the stream, in a pipe that adopt.so has
+        put in the place of that client's file.
+
+        :param reader: the reading end of the pipe, which stays the caller's.
+        :param writer: the other one, non-blocking; closed in the end.
+        :param given: the header was fed before, by a process that has exited since.
+        """
+        self._pipe = writer
+        self._exit.callback(writer.close)
+        if given:
+            self._migration = self._exit.enter_context(self._destination.events("MIGRATION"))
+            return
+        await self._destination.send_fd(_STREAM_NAME, reader)
+        await adopt.adopt_ram(self._destination, _STREAM_NAME, len(header))
+        await self._set_capabilities()
+        await self.write(header)
+        self.image.clear()
+
+    async def announce(self, *, timeout: float = STATE_TIMEOUT) -> adopt.Announcement:
+        """
+        Wait until the destination has read the header, and have it announce the guest; see :func:`.adopt.announce`.
+
+        :raises StateError: it does not read the stream in time.
+        :raises CommandError, MonitorError: it refuses, has exited, or does not answer.
+        """
+        assert self._migration is not None
+        try:
+            async with asyncio.timeout(timeout):
+                while (await self._destination.execute("query-migrate")).get("status") != "active":
+                    await self._destination.next_event(self._migration, timeout=timeout)
+        except TimeoutError as err:
+            raise StateError(f"the new QEMU does not read its device state within {timeout:g} s") from err
+        result = await adopt.announce(self._destination)
+        self._migration.clear()  # the announced end among them
+        return result
+
+    async def _set_capabilities(self) -> None:
         capabilities = [
             {"capability": "events", "state": True},
             # The images stay inactive until the guest runs; otherwise the source could not activate them again.
@@ -124,12 +171,6 @@ class IncomingState:
         ]
         await self._destination.execute("migrate-set-capabilities", {"capabilities": capabilities})
         self._migration = self._exit.enter_context(self._destination.events("MIGRATION"))
-        await self._destination.send_fd(_STREAM_NAME, read_end.fileno())
-        read_end.close()
-        await self._destination.execute("migrate-incoming", {"uri": f"fd:{_STREAM_NAME}"})
-        if header:
-            await self.write(header)
-            self.image.clear()
 
     def feed(self, data: bytes) -> None:
         """Feed the next part of the stream. What does not fit into the pipe is written by the event loop."""
@@ -203,7 +244,7 @@ class OutgoingState:
     destination may have everything.
     """
 
-    def __init__(self, source: Monitor, incoming: IncomingState) -> None:
+    def __init__(self, source: Commands, incoming: IncomingState) -> None:
         self._source = source
         self._incoming = incoming
         self._exit = contextlib.AsyncExitStack()

@@ -74,6 +74,47 @@ class Commands(Protocol):
         return text
 
 
+class Events(Protocol):
+    """Events that were collected, see :meth:`SourceMonitor.events`."""
+
+    def clear(self) -> list[Message]:
+        """Those that were not taken yet, in their order."""
+
+    def empty(self) -> bool:
+        """Whether there are none."""
+
+
+class SourceMonitor(Commands, Protocol):
+    """
+    What a hop needs of the monitor of its source: a :class:`Monitor`, or libvirt's, which the hop shares with it.
+
+    :ivar timeout: seconds for each command that has none of its own.
+    :ivar in_order: whether commands are executed in the order in which they were sent, without waiting for answers.
+    """
+
+    @property
+    def timeout(self) -> float: ...
+
+    @property
+    def in_order(self) -> bool: ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether no command can be sent any more."""
+
+    async def close(self) -> None:
+        """Send no further command."""
+
+    def events(self, *names: str) -> contextlib.AbstractContextManager[Events]:
+        """Collect events of these names meanwhile."""
+
+    async def has_events(self, listener: Events) -> bool:
+        """See :meth:`Monitor.has_events`."""
+
+    def on_first_data(self, act: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """See :meth:`Monitor.on_first_data`."""
+
+
 class _Client(QMPClient):
     """
     qemu.qmp's client, which takes an event that comes first for the greeting, or for the answer to the negotiation.
@@ -104,7 +145,10 @@ class Monitor(Commands):
     One connection to the QMP monitor of one QEMU process. Use :meth:`connect`, then ``async with``.
 
     :ivar peer: pid of the process that serves the socket (SO_PEERCRED); for a socket pair, of its creator.
+    :ivar in_order: see :class:`SourceMonitor`.
     """
+
+    in_order = True
 
     def __init__(self, client: QMPClient, sock: socket.socket, name: str, peer: int, timeout: float) -> None:
         self._client = client
@@ -262,7 +306,7 @@ class Monitor(Commands):
             event.cancel()
             hangup.cancel()
 
-    async def has_events(self, listener: EventListener) -> bool:
+    async def has_events(self, listener: Events) -> bool:
         """Whether a listener has collected any event, of all that QEMU has sent until now."""
         # What has arrived is read from the socket in one turn of the loop, and delivered to listeners in the next ones.
         for _ in range(_TURNS):

@@ -11,12 +11,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from bench.downtime import Sampler, memory_of
 
 from tests.support.guests import counter, emulators
 from tests.support.guests.build import Unavailable
 from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.machine import Accelerator
 from tests.support.guests.running import wait_until
+
+from .transit_guest import BRIDGED, TransitGuest, end_everything
 
 #: Starts a domain, a ``transient`` one if wanted; other keywords are fields of
 #: :class:`tests.support.guests.daemon.Description`.
@@ -63,3 +66,23 @@ def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -
         yield one
     assert daemon.left_over() == []
     wait_until(lambda: set(daemon.processes()) <= before, 30, "the last processes end")
+
+
+@pytest.fixture
+def transit(daemon: Daemon, start: StartDomain, request: pytest.FixtureRequest) -> Iterator[TransitGuest]:
+    """A domain that counts. In the end everything of it is ended. The parameter are further elements, in XML."""
+    with ExitStack() as resources:
+        try:
+            bridge = resources.enter_context(daemon.bridge())
+        except Unavailable as err:
+            pytest.skip(str(err))
+        more = getattr(request, "param", "")
+        name = f"transit-{abs(hash(request.node.name)) % 10**8}"
+        guest = start(name=name, interface=BRIDGED.format(bridge), elements=more)
+        resources.callback(end_everything, daemon, name)
+        guest.wait_for_ticks()
+        memory = memory_of(guest.pid)
+        assert memory is not None
+        sampler = resources.enter_context(Sampler(memory))
+        sampler.wait()
+        yield TransitGuest(daemon, guest, sampler)

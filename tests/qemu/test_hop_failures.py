@@ -32,6 +32,7 @@ from sevhop.engine import transfer
 from sevhop.engine.check import Checked
 from sevhop.engine.hop import Hop
 from sevhop.errors import GuestLost, RecoveryRequired, Refused, RolledBack
+from sevhop.keeper.local import LocalKeeper
 from sevhop_qmp.monitor import Monitor
 
 from tests.support.guests.machine import I440FX, Machine
@@ -359,6 +360,7 @@ def test_hop_requires_recovery_if_interrupted_when_guest_runs(guest: Guest, new:
         state, keeper = hop.prepared.transfer, hop.prepared.started.keeper
 
         def interrupt_when_reported() -> None:
+            assert isinstance(keeper, LocalKeeper)
             assert select.select([keeper._ours], [], [], 10)[0]
             assert hop.interrupt()
 

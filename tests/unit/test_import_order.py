@@ -16,6 +16,7 @@ ROOMS = (
     "cli",
     "observe",
     "api",
+    "transit_keeper",
     "engine",
     "checks",
     "install",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from sevhop.engine.rehearsal_command_line import Backend, Cards, Disk, Network, Unrehearsable, derive
+from sevhop.engine.present_cards import Backend, Cards
+from sevhop.engine.rehearsal_command_line import Disk, Network, Unrehearsable, derive
 from sevhop.guest.command_line import Option, parse, properties
 
 DISKS = {"virtio-disk0": Disk(1 << 30, False), "pflash0": Disk(1 << 20, True), "pflash1": Disk(1 << 16, False)}

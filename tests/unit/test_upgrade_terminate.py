@@ -15,6 +15,7 @@ from sevhop.keeper.config import KeeperError, KeeperTimeout
 from sevhop.keeper.state import State
 from sevhop.libvirt import domain_xml
 from sevhop.options import UpgradeOptions
+from sevhop_qmp import stream_sockets
 
 
 class Anything:
@@ -77,7 +78,7 @@ def test_source_that_may_be_killed_is_not_resumed(
     async def nothing(*_: object) -> None: ...
 
     monkeypatch.setattr(upgrade_save, "verify_stopped", nothing)
-    monkeypatch.setattr(upgrade_save, "_connections_of_libvirt", lambda _: [])
+    monkeypatch.setattr(stream_sockets, "connections", lambda *_: [])
     monkeypatch.setattr(domain_xml, "without_additions", lambda xml: xml)
     checked: Any = Anything(source=Anything(alive=alive), domain=Anything(), monitor=None, xml=None)
     prepared: Any = Anything(disks=Anything())

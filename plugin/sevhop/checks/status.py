@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from sevhop_qmp.errors import SevhopError
@@ -11,6 +12,8 @@ from ..guest.emulator import probe
 from ..keeper.client import KeeperClient
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
+from ..records import journal
+from ..records.journal import JournalError
 from ..records.run_directory import alive, hop_of, hops_in_progress
 from .domain import examine
 from .domain_status import DomainStatus
@@ -70,6 +73,18 @@ async def _status(connection: Connection, domain: Domain, emulator: str | None) 
         return DomainStatus(domain.name, operation=operation, blocker=str(err))
 
 
+def _left_in_transit(name: str) -> str:
+    """A guest whose transit has no keeper any more; empty if there is none."""
+    for path in journal.journals():
+        with contextlib.suppress(JournalError):
+            record = journal.read(path)
+            if record.guest == name and record.transit is not None and (process := record.transit.open()) is not None:
+                process.close()
+                where = f"the guest runs in the transit (process {record.transit.pid})"
+                return f"{where}, without a keeper; run: sevhop recover"
+    return ""
+
+
 async def _operation(name: str) -> str:
     directory = hop_of(name)
     if directory is None:
@@ -77,9 +92,15 @@ async def _operation(name: str) -> str:
     try:
         keeper = await KeeperClient.connect(directory)
     except SevhopError:
-        return "hop interrupted: its keeper is gone"
+        return _left_in_transit(name) or "hop interrupted: its keeper is gone"
     try:
         status = await keeper.status()
+        if status.get("transit"):
+            running = f"the guest runs in the transit (QEMU {status['transit_version']}, process {status['transit']})"
+            failed = f"; the last restore failed: {status['reason']}" if status["reason"] else ""
+            return (
+                f"{running}: {status['state']}{failed}; to finish: sevhop recover, or virsh restore {status['image']}"
+            )
         return f"hop in progress: {status['state']}, image {status['image']}"
     finally:
         keeper.close()

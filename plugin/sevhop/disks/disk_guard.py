@@ -138,6 +138,16 @@ class DiskGuard:
                 if node.active and not node.read_only:
                     raise StateError(f"the old QEMU has not released {graph.disk_of(node.name)}", _KEPT_HINT)
 
+    def verify_not_resumed(self) -> None:
+        """
+        When the source is halted: whoever has resumed its guest has activated its images, with their locks. Nothing is
+        known of a guest whose images are not locked.
+
+        :raises StateError: somebody has.
+        """
+        if self._locks.kept() and self._process.alive:
+            raise StateError("another client has resumed the guest", "stop that client, then try again")
+
     async def _give_up_spares(self, monitor: Commands) -> None:
         """
         QEMU 10 keeps some of those nodes that no device uses active, with their locks. What is below one is given up

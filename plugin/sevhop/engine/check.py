@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sevhop_qmp.errors import MonitorError, ProcessError, RamError, SevhopError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.monitor import Monitor, SourceMonitor
 from sevhop_qmp.process import QemuProcess
 
 from ..checks import guest as guest_checks
@@ -37,9 +37,11 @@ class Checked:
     :ivar watch: the events of the source since.
     :ivar arguments: the destination's command line.
     :ivar flag: see :class:`sevhop.checks.registers.Registers`.
+    :ivar transit: whether the destination is a transit: with libvirt's names of block nodes, and without displays and
+        what clients are connected to.
     """
 
-    monitor: Monitor
+    monitor: SourceMonitor
     source: QemuProcess
     guest: inspection.Guest
     disks: BlockGraph
@@ -47,6 +49,7 @@ class Checked:
     arguments: command_line.Derived
     working_directory: str
     flag: int = 0
+    transit: bool = False
 
     @property
     def was_running(self) -> bool:

@@ -33,6 +33,7 @@ from ..options import HopOptions
 from ..process import launch
 from ..process.confinement import Confinement
 from ..process.launch import Identity
+from ..process.machine_cgroup import MachineCgroup
 from ..process.scheduling import Thread
 from ..records import run_directory
 
@@ -42,7 +43,7 @@ KILL_TIMEOUT = 10.0
 _JUST_ENDED = 0.2
 
 #: Name of the monitor's socket in the directory of the hop.
-_MONITOR = "monitor"
+MONITOR = "monitor"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class LaunchContext:
     :ivar stdout: a duplicate of its standard output; the same for ``stderr``.
     :ivar identity: what the destination takes on; None for one that starts as ourselves.
     :ivar directory: descriptor of the working directory; None for one that starts as ourselves.
+    :ivar namespaces: descriptors of those that it enters; only with an identity.
+    :ivar cgroups: those that it is put into; by default it joins the source's.
+    :ivar keep: further descriptors that it inherits.
     """
 
     credentials: Credentials
@@ -63,6 +67,9 @@ class LaunchContext:
     stderr: int
     identity: Identity | None = None
     directory: int | None = None
+    namespaces: tuple[int, ...] = ()
+    cgroups: MachineCgroup | None = None
+    keep: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, source: QemuProcess) -> Self:
@@ -82,7 +89,7 @@ class LaunchContext:
 
     def close(self) -> None:
         """Close the descriptors."""
-        for descriptor in (self.stdout, self.stderr, self.directory):
+        for descriptor in (self.stdout, self.stderr, self.directory, *self.namespaces, *self.keep):
             if descriptor is not None:
                 os.close(descriptor)
 
@@ -142,7 +149,7 @@ class Destination:
         :raises MonitorError: it does not answer.
         """
         self = cls(process, directory)
-        self.monitor = await connect(process, directory / _MONITOR, timeout=timeout)
+        self.monitor = await connect(process, directory / MONITOR, timeout=timeout)
         return self
 
     @classmethod
@@ -185,14 +192,18 @@ class Destination:
         environment = dict(launch_context.environment)
         environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", launch_context.stderr, inherited=environment)
         try:
-            listener.bind(str(directory / _MONITOR))
+            listener.bind(str(directory / MONITOR))
             listener.listen()
             child = _spawn(
                 [*within, emulator, *command_line.incoming(list(arguments), listener.fileno(), paused=paused)],
                 launch_context,
                 environment,
                 stderr=log.fileno(),
-                keep=[listener.fileno(), keeper.theirs.fileno(), launch_context.stderr, *keep],
+                keep=[
+                    *(listener.fileno(), keeper.theirs.fileno(), launch_context.stderr),
+                    *launch_context.keep,
+                    *keep,
+                ],
             )
         except (OSError, subprocess.SubprocessError) as err:
             log.close()
@@ -208,9 +219,7 @@ class Destination:
             if launch_context.identity is None:
                 _place(child.pid, launch_context)
             # QEMU serves its monitors when it has created the machine.
-            self.monitor = await Monitor.connect(
-                directory / _MONITOR, timeout=command_timeout, greeting_timeout=timeout
-            )
+            self.monitor = await Monitor.connect(directory / MONITOR, timeout=command_timeout, greeting_timeout=timeout)
         except MonitorError as err:
             killed = await self.process.wait(_JUST_ENDED)
             await self.kill()
@@ -298,12 +307,14 @@ def _spawn(
             pass_fds=keep,
             start_new_session=True,
         )
+    own = launch_context.cgroups is not None
     return launch.spawn(
         command,
         environment,
         identity,
         directory=launch_context.directory,
-        cgroups=identity.confinement.cgroups_to_join(),
+        cgroups=() if own else identity.confinement.cgroups_to_join(),
+        namespaces=launch_context.namespaces,
         keep=keep,
         stdout=launch_context.stdout,
         stderr=stderr,

@@ -5,6 +5,7 @@ Recover for a domain of libvirt: see :mod:`sevhop.engine.recovery`.
 its old QEMU is alive                it is resumed there, and the keeper is released
 the guest is in the keeper           the domain is restored from the image, in the new emulator, or the old
 somebody restores it                 that is waited for
+it runs in the transit               see :mod:`sevhop.engine.transit_recovery`
 it runs in the new QEMU              the persistent definition gets the new emulator
 it ran there, and that QEMU exited   the guest is reported as gone
 neither a QEMU nor a keeper          the guest is reported as gone, or as saved if another client has saved it
@@ -37,7 +38,7 @@ from ..libvirt.daemon import DomainError
 from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
-from . import protected_state, way_back
+from . import protected_state, transit_recovery, way_back
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator, end_hanging_destination, not_defined, start_destination
@@ -58,6 +59,8 @@ async def settle(record: HopRecord, *, named: bool, timeout: float) -> Recovered
     """
     connection = await Connection.open(record.uri, timeout)
     try:
+        if record.transit is not None and record.committed:
+            return await transit_recovery.settle(record, connection, named=named, timeout=timeout)
         keeper = await _keeper(record, timeout)
         source = record.source.open()
         try:

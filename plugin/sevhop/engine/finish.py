@@ -30,10 +30,7 @@ async def finish(
 
     :raises RecoveryRequired: the destination has exited; ``sevhop recover`` decides about the source.
     """
-    if prepared.disks.graph.spare():
-        await activate(hop, started, "block nodes that no device has are not in use")
-    for text in await prepared.disks.lost_bitmaps(started.destination.monitor):
-        hop.note(text)
+    await activate_disks(hop, prepared, started)
     completed = await complete(
         checked.source,
         started.destination,
@@ -43,6 +40,14 @@ async def finish(
         note=hop.note,
     )
     hop.unfinished = not completed
+
+
+async def activate_disks(hop: Transaction, prepared: Prepared, started: Started) -> None:
+    """Give the destination those disks that no device has, and report dirty bitmaps that are missing there."""
+    if prepared.disks.graph.spare():
+        await activate(hop, started, "block nodes that no device has are not in use")
+    for text in await prepared.disks.lost_bitmaps(started.destination.monitor):
+        hop.note(text)
 
 
 async def complete(

@@ -1,5 +1,6 @@
 """
-The hop: replace the QEMU process under a running guest, outside libvirt.
+The hop: replace the QEMU process under a running guest. :class:`Hop` does it outside libvirt; the first half of an
+upgrade by way of a transit is one as well (:mod:`sevhop.engine.transit_hop`).
 
 ::
 
@@ -30,33 +31,51 @@ its state has been saved the source is halted and executes nothing, so nobody el
 
 from __future__ import annotations
 
+import abc
 from pathlib import Path
 
 from ..events import Listener, ignore
 from ..options import HopOptions
-from .check import acquire, check
+from .check import Acquired, Checked, acquire, check
 from .commit import commit, resume
 from .finish import finish
-from .prepare import prepare
-from .start import explaining_exit
+from .prepare import Prepared, prepare
+from .start import Started, explaining_exit
 from .transaction import Transaction
 from .transfer import load, map_memory, save, stop
 
 
-class Hop(Transaction):
-    """A hop of a guest that runs outside libvirt."""
+class HopPhases(Transaction):
+    """
+    The script of every hop. What differs is where the source comes from, how the destination is started, and what
+    becomes of the source in the end.
+    """
 
-    def __init__(self, qmp: Path, options: HopOptions = HopOptions(), listener: Listener = ignore) -> None:
-        """:param qmp: the source's QMP socket."""
-        super().__init__(str(qmp), listener)
-        self._qmp = qmp
-        self._options = options
+    def __init__(self, guest: str, options: HopOptions, listener: Listener = ignore) -> None:
+        super().__init__(guest, listener)
+        self.options = options
+
+    @abc.abstractmethod
+    async def check_source(self) -> Checked:
+        """Nothing is touched: can this guest hop?"""
+
+    @abc.abstractmethod
+    async def acquire_source(self, checked: Checked) -> Acquired:
+        """Take what the destination adopts, and the environment of its process."""
+
+    async def prepare_destination(self, checked: Checked, acquired: Acquired) -> Prepared:
+        """Start the destination, and compare it with the source."""
+        return await prepare(self, self.options, checked, acquired)
+
+    @abc.abstractmethod
+    async def finish_hop(self, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started) -> None:
+        """The guest is in the destination: give it what it has not yet."""
 
     async def _script(self) -> None:
-        options = self._options
-        checked = await self.run_phase("check", check(self, self._qmp, options))
-        acquired = await self.run_phase("acquire", acquire(self, checked))
-        prepared = await self.run_phase("prepare", prepare(self, options, checked, acquired))
+        options = self.options
+        checked = await self.run_phase("check", self.check_source())
+        acquired = await self.run_phase("acquire", self.acquire_source(checked))
+        prepared = await self.run_phase("prepare", self.prepare_destination(checked, acquired))
         async with explaining_exit(checked, prepared.started.destination):
             stopped = await self.run_phase("stop", stop(self, checked, prepared))
             await self.run_phase("map", map_memory(prepared))
@@ -67,4 +86,25 @@ class Hop(Transaction):
             started = await self.run_phase(
                 "resume", resume(self, options, checked, acquired, prepared, stopped, started)
             )
-        await self.run_phase("finish", finish(self, options, checked, acquired, prepared, started))
+        await self.run_phase("finish", self.finish_hop(checked, acquired, prepared, started))
+
+
+class Hop(HopPhases):
+    """A hop of a guest that runs outside libvirt."""
+
+    def __init__(self, qmp: Path, options: HopOptions = HopOptions(), listener: Listener = ignore) -> None:
+        """:param qmp: the source's QMP socket."""
+        super().__init__(str(qmp), options, listener)
+        self._qmp = qmp
+
+    async def check_source(self) -> Checked:
+        """See :func:`.check.check`."""
+        return await check(self, self._qmp, self.options)
+
+    async def acquire_source(self, checked: Checked) -> Acquired:
+        """See :func:`.check.acquire`."""
+        return await acquire(self, checked)
+
+    async def finish_hop(self, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started) -> None:
+        """See :func:`.finish.finish`."""
+        await finish(self, self.options, checked, acquired, prepared, started)

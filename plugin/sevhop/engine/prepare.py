@@ -28,6 +28,7 @@ from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
 from ..process import confinement, launch, scheduling, seccomp_filter
 from ..process.confinement import Confinement
+from ..process.machine_cgroup import MachineCgroup
 from . import protected_state
 from .check import Acquired, Checked
 from .destination import Destination
@@ -95,7 +96,7 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout, has_bitmaps)
     hop.rollback.push(undo)
     async with explaining_exit(checked, started.destination):
-        theirs, roles, disks, ram = await _compare(hop, options, checked, started)
+        theirs, roles, disks, ram = await _compare(hop, options, checked, acquired, started)
         undo.has_bitmaps = bool(disks.graph.bitmaps())
         settings = await _copy_settings(hop, options, checked, started)
         watchdog.watch(checked.source.pid, started.destination.process.pid)
@@ -122,18 +123,19 @@ async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:
 
 
 async def _compare(
-    hop: Transaction, options: HopOptions, checked: Checked, started: Started
+    hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, started: Started
 ) -> tuple[inspection.Guest, tuple[scheduling.Roles, scheduling.Roles], DiskGuard, RamBlockSync]:
     """Verify that the destination is the same machine, on the same memory, and sync its private RAM blocks."""
     destination = started.destination
     theirs = await inspection.inspect(destination.monitor, destination.process)
     if found := inspection.differences(checked.guest, theirs):
         raise Refused("; ".join(found), "give the new QEMU the command line of the old one")
-    roles = await _compare_processes(hop, checked, destination)
+    roles = await _compare_processes(hop, checked, destination, acquired.launch_context.cgroups)
     disks = await DiskGuard.open(checked.monitor, checked.source)
     hop.resources.callback(disks.close)
-    # A command line given by the caller may name block nodes differently.
-    found = await disks.differences(destination.monitor, destination.process, names=not options.command)
+    # A command line given by the caller, or by libvirt, may name block nodes differently.
+    names = not (options.command or checked.transit)
+    found = await disks.differences(destination.monitor, destination.process, names=names)
     if found:
         raise Refused(found[0], "give the new QEMU the disks that the guest has now, or try again")
     encrypted = ENCRYPTED_BLOCKS if checked.has_context else frozenset()
@@ -144,12 +146,15 @@ async def _compare(
 
 
 async def _compare_processes(
-    hop: Transaction, checked: Checked, destination: Destination
+    hop: Transaction, checked: Checked, destination: Destination, cgroups: MachineCgroup | None
 ) -> tuple[scheduling.Roles, scheduling.Roles]:
     """Verify that the destination is confined and scheduled as the source is."""
     confined = Confinement.of(checked.source)
-    found = confinement.differences(confined, Confinement.of(destination.process))
     ours = await scheduling.Roles.of(checked.monitor, checked.source)
+    if cgroups is not None:
+        moved = tuple((controllers, cgroups.moved(controllers, path)) for controllers, path in confined.cgroups)
+        confined, ours = replace(confined, cgroups=moved), replace(ours, moved=cgroups.moved)
+    found = confinement.differences(confined, Confinement.of(destination.process))
     theirs = await scheduling.Roles.of(destination.monitor, destination.process)
     found += scheduling.hand_over(ours, theirs)
     if confined.filters and not found:
@@ -172,10 +177,12 @@ async def _copy_settings(
         raise Refused(lost, "choose another version of QEMU, or one with these features")
     settings = await runtime_settings.read(source, checked.source)
     theirs = await runtime_settings.read(destination, started.destination.process)
-    found = runtime_settings.differences(settings, theirs)
+    wanted = reboot.settings_after_hop(checked.guest, settings)
+    if checked.transit:
+        wanted = wanted.without_clients()
+    found = runtime_settings.differences(wanted, theirs)
     if found and not options.command:  # a whole command line may differ on purpose
         raise Refused("; ".join(found), "give the whole command line of the new QEMU after --")
-    wanted = reboot.settings_after_hop(checked.guest, settings)
     notes = await runtime_settings.carry_over(wanted, theirs, destination)
     for note in filter(None, [gained, *found, *notes]):
         hop.note(note)

@@ -32,7 +32,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,9 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.saved_device_state import SavedDeviceState
 
 from ..cancellation import shielded
-from ..disks import devices
 from ..errors import GuestState, RecoveryRequired, Refused
 from ..events import GuestResumed, GuestStopped, Listener, ignore
-from ..guest import cpu_features, emulator, inspection
+from ..guest import cpu_features, inspection
 from ..keeper.handover import SourceHandles
 from ..keeper.local import LocalKeeper
 from ..libvirt import domain_xml
@@ -56,10 +55,10 @@ from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..options import HopOptions
 from ..process.namespaces import PROGRAMS, within_namespaces_of
-from . import protected_state, rehearsal_command_line
+from . import present_cards, protected_state, rehearsal_command_line
 from .destination import Destination, LaunchContext
 from .isolated_tap import open_tap
-from .rehearsal_command_line import Backend, Cards, Disk, Unrehearsable
+from .rehearsal_command_line import Disk, Unrehearsable
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +76,6 @@ _SKIP = "sevhop upgrade --no-rehearsal skips the rehearsal"
 _ANOTHER = "choose another version of QEMU"
 _QDEV = re.compile(r"/machine/peripheral/(?P<id>[^/]+)|/machine/system\.flash(?P<flash>[01])$|(?P<name>[^/]+)$")
 _PREFIX = re.compile(r"^[^ ]*qemu[^ :]*: ")
-#: A backend in what ``info network`` prints, once for each of its queues.
-_BACKEND = re.compile(r"^ \\ (?P<name>[^:]+): index=(?P<index>\d+),type=(?P<kind>[^,\r\n]+)", re.MULTILINE)
 _CONCLUSION = re.compile(r"load of migration failed")
 #: Lines of QEMU that make up a reason.
 _LINES = 3
@@ -173,7 +170,7 @@ class Rehearsal:
             hint = err.hint or _ANOTHER
             raise Refused(f"libvirt cannot start the domain in {subject.emulator}: {err.message}", hint) from err
         disks = _disks(await subject.monitor.execute("query-block"))
-        cards = await _cards(subject.monitor, subject.process.command_line[1:], subject.emulator)
+        cards = await present_cards.read(subject.monitor, subject.process.command_line[1:], subject.emulator)
         encrypted = subject.guest.context.kind != "none"
         derived = rehearsal_command_line.derive(
             arguments, subject.process.command_line[1:], disks, cards, encrypted=encrypted
@@ -341,21 +338,6 @@ def _disks(rows: list[Mapping[str, Any]]) -> dict[str, Disk]:
         inserted = row["inserted"]
         found[name] = Disk(inserted["image"]["virtual-size"], inserted["ro"])
     return found
-
-
-async def _cards(monitor: Commands, arguments: Sequence[str], program: str) -> Cards:
-    """:raises SevhopError: QEMU does not answer."""
-    present = await devices.read(monitor)
-    plugged = await devices.plugged(monitor, arguments, present, devices.CARDS)
-    backends: dict[str, Backend] = {}
-    if plugged:
-        drivers = {str(card["driver"]) for card in plugged}
-        known = await asyncio.to_thread(emulator.properties, program, drivers)
-        plugged = devices.without_unknown(plugged, known)
-        text = await monitor.execute("human-monitor-command", {"command-line": "info network"})
-        for found in _BACKEND.finditer(str(text)):
-            backends[found["name"]] = Backend(found["kind"], int(found["index"]) + 1)
-    return Cards(frozenset(device.name for device in present.values() if not device.plugged), plugged, backends)
 
 
 @contextlib.asynccontextmanager

@@ -33,6 +33,7 @@ from typing import Any
 from sevhop_qmp.errors import SevhopError
 
 from ..guest.command_line import HOST_DEVICES, Option, parse, properties
+from .present_cards import Cards, UnknownBackend, as_option
 
 _OMITTED = frozenset(
     """
@@ -68,29 +69,6 @@ class Network:
 
     name: str
     queues: int
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The network backend of a card: its type, as ``-netdev`` has it, and the number of its queues."""
-
-    kind: str
-    queues: int = 1
-
-
-@dataclass(frozen=True)
-class Cards:
-    """
-    The network cards that a source has now.
-
-    :ivar devices: the ids of all devices that it was started with and still has.
-    :ivar plugged: the cards that were plugged since, each as ``-device`` takes it.
-    :ivar backends: theirs, by id.
-    """
-
-    devices: frozenset[str]
-    plugged: Sequence[Mapping[str, Any]] = ()
-    backends: Mapping[str, Backend] = field(default_factory=dict)
 
 
 @dataclass
@@ -129,9 +107,12 @@ def derive(
     firmware: list[dict[str, Any]] = []
     given = parse(list(destination))
     options = [option for option in given if option.name not in _OMITTED]
-    options += _network_cards(source, options, cards.devices)
-    for card in cards.plugged:
-        options += _plugged_card(card, cards.backends)
+    try:
+        options += cards.given(source, options)
+        for card in cards.plugged:
+            options += _plugged_card(card, cards)
+    except UnknownBackend as err:
+        raise Unrehearsable(err.message) from err
     for option in options:
         if option.name == "machine":
             for found in _PFLASH.finditer(option.value or ""):
@@ -244,28 +225,9 @@ def _firmware(name: str, options: list[Option]) -> list[dict[str, Any]]:
     return [*(one for other in below for one in _firmware(other, options)), node]
 
 
-def _network_cards(source: Sequence[str], others: list[Option], present: frozenset[str]) -> list[Option]:
-    """Those of the source's command line that are not in libvirt's, each with its backend in front of it."""
-    known = {properties(option.value or "").get("id") for option in others if option.name == "device"}
-    options = parse(list(source))
-    backends = {properties(option.value or "").get("id"): option for option in options if option.name == "netdev"}
-    cards = []
-    for option in options:
-        props = properties(option.value or "")
-        if option.name == "device" and props.get("id") not in known and (name := props.get("netdev")):
-            if "id" in props and props["id"] not in present:
-                continue  # it was unplugged
-            if name not in backends:
-                raise Unrehearsable(f"there is no network backend {name}")
-            cards += [backends[name], option]
-    return cards
-
-
-def _plugged_card(card: Mapping[str, Any], backends: Mapping[str, Backend]) -> list[Option]:
-    name = str(card.get("netdev", ""))
-    if name not in backends:
-        raise Unrehearsable(f"the network card {card['id']} was plugged, and its backend is not known")
-    backend = f"{backends[name].kind},id={name}"
-    if backends[name].kind in _WITH_HEADER:
-        backend += f",queues={backends[name].queues}"
-    return [Option("netdev", backend), Option("device", json.dumps(card))]
+def _plugged_card(card: Mapping[str, Any], cards: Cards) -> list[Option]:
+    name, backend = cards.backend_of(card)
+    value = f"{backend.kind},id={name}"
+    if backend.kind in _WITH_HEADER:
+        value += f",queues={backend.queues}"
+    return [Option("netdev", value), as_option(card)]

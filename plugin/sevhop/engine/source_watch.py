@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
-from qemu.qmp import EventListener
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.monitor import Events, SourceMonitor
 
 from .stopped_guest import resumed_by_another
 
@@ -49,7 +48,7 @@ _KEEPS_RUNNING = ("ignore", "report", "none", "debug", "inject-nmi", "reset")
 class SourceWatch:
     """The events of one source. Use :meth:`begin`."""
 
-    def __init__(self, monitor: Monitor, listener: EventListener) -> None:
+    def __init__(self, monitor: SourceMonitor, listener: Events) -> None:
         self._monitor = monitor
         self._listener = listener
         self._stopping = False
@@ -58,7 +57,7 @@ class SourceWatch:
 
     @classmethod
     @contextmanager
-    def begin(cls, monitor: Monitor) -> Iterator[Self]:
+    def begin(cls, monitor: SourceMonitor) -> Iterator[Self]:
         """Collect events from now on."""
         with monitor.events(*_EVENTS) as listener:
             yield cls(monitor, listener)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sevhop_qmp import device_state
 from sevhop_qmp.device_state import IncomingState
@@ -37,6 +39,19 @@ from .transaction import CommitState, Transaction
 PATIENCE = 60.0
 
 
+class StartNotice(Protocol):
+    """
+    What a keeper knows of the start of the guest in a destination.
+
+    :ivar runs: set when the destination, which has received all of the guest, lets it run.
+    """
+
+    runs: asyncio.Event
+
+    def revoke_start(self) -> bool:
+        """See :meth:`sevhop.keeper.local.LocalKeeper.revoke_start`."""
+
+
 @dataclass(frozen=True)
 class Started:
     """
@@ -47,7 +62,7 @@ class Started:
     """
 
     destination: Destination
-    keeper: LocalKeeper
+    keeper: StartNotice
     incoming: IncomingState
     vm: int | None
 
@@ -70,8 +85,13 @@ async def start_destination(
         LocalKeeper(acquired.handles, guest.context, run_mark, checked.source, stops_at_reboot=stops)
     )
 
+    cgroups = acquired.launch_context.cgroups
+
     def record_destination(process: QemuProcess, directory: Path) -> None:
         hop.record(destination=Process.of(process), directory=str(directory))
+        if cgroups is not None:
+            for text in cgroups.enter(process.pid):
+                hop.note(text)
 
     destination = await Destination.start(
         arguments.emulator,

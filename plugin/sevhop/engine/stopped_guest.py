@@ -10,7 +10,7 @@ import contextlib
 
 import tenacity
 from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Commands, Monitor
+from sevhop_qmp.monitor import Commands, SourceMonitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.thread_states import ThreadStates
 
@@ -66,7 +66,7 @@ async def halt(source: QemuProcess, timeout: float, states: ThreadStates | None 
         raise SevhopError(f"cannot halt the old QEMU (process {source.pid})", hint)
 
 
-async def resume_source(monitor: Monitor, *, running: bool) -> str:
+async def resume_source(monitor: SourceMonitor, *, running: bool) -> str:
     """
     Resume a source that a hop may have stopped, and activate its disk images.
 
@@ -85,7 +85,7 @@ async def resume_source(monitor: Monitor, *, running: bool) -> str:
     return state
 
 
-async def resume_guest(monitor: Monitor) -> None:
+async def resume_guest(monitor: SourceMonitor) -> None:
     """
     Let a guest run, in either QEMU. Something else may have locked its disk images for a moment, so a refusal is
     retried for :data:`CONT_DEADLINE` seconds.

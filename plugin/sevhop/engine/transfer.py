@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sevhop_qmp.errors import MonitorClosed, SevhopError, StateError
 from sevhop_qmp.thread_states import ThreadStates
 
+from ..cancellation import shielded
 from ..disks import block_graph
 from ..errors import GuestState, RecoveryRequired
 from ..guest import inspection, runtime_settings
@@ -46,6 +47,15 @@ async def stop(hop: Transaction, checked: Checked, prepared: Prepared) -> Stoppe
     :raises SevhopError: it is not what it was when it was checked.
     """
     await verify_unchanged(checked, prepared)
+    return await stop_verified(hop, checked, prepared)
+
+
+async def stop_verified(hop: Transaction, checked: Checked, prepared: Prepared) -> Stopped:
+    """
+    The same for a source that was verified by the caller.
+
+    :raises SevhopError: it is not stopped.
+    """
     hop.record(stopped=checked.was_running)
     source, destination = checked.source, prepared.started.destination.process
     threads = source.threads
@@ -62,13 +72,20 @@ async def stop(hop: Transaction, checked: Checked, prepared: Prepared) -> Stoppe
     protected_state.clear(hop, prepared.flag)
     if checked.was_running:
         hop.downtime_begins()
-        # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.
-        with checked.monitor.on_first_data(lambda: boost.source(readers)):
-            stopped = asyncio.ensure_future(checked.monitor.execute("stop"))
-            # QEMU runs commands in their order, so this one need not wait for the answer.
+        if checked.monitor.in_order:
+            # By then the guest is stopped, and a thread of the source reads the order to save. It goes before us.
+            with checked.monitor.on_first_data(lambda: boost.source(readers)):
+                stopped = asyncio.ensure_future(checked.monitor.execute("stop"))
+                # QEMU runs commands in their order, so this one need not wait for the answer.
+                prepared.transfer.begin()
+                boost.ourselves()
+                await stopped
+        else:
+            # Shielded, so that it cannot be executed after what resumes the guest.
+            await shielded(checked.monitor.execute("stop"))
+            boost.source(readers)
             prepared.transfer.begin()
             boost.ourselves()
-            await stopped
     else:
         await verify_stopped(checked.monitor)
         boost.source(readers)
@@ -154,19 +171,8 @@ async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared
 
     :raises SevhopError: somebody has resumed the source, it keeps a disk, or the destination cannot load the state.
     """
-    transfer, keeper = prepared.transfer, prepared.started.keeper
-    # The destination loads the state meanwhile. A halted source cannot be asked about its disks any more.
-    await prepared.disks.verify_given_up(
-        checked.monitor, again=not hop.downtime.began, verify_stopped=lambda: verify_not_resumed(hop, checked)
-    )
-    await _halt_source(hop, options, checked, prepared, stopped)
-    # It has reported all that was done to it until then.
-    await verify_not_resumed(hop, checked)
-    await transfer.end()
-    if checked.autostart:
-        # The rest is done by the destination. We would only compete with the guest's vCPUs.
-        stopped.boost.reset_ourselves()
-    await transfer.until_loaded(keeper.runs)
+    keeper = prepared.started.keeper
+    await hand_over(hop, options, checked, prepared, stopped)
     if checked.autostart:
         if not keeper.runs.is_set() and not keeper.revoke_start():
             # QEMU stays paused if it cannot activate the disk images, and reports that only in its log.
@@ -174,6 +180,31 @@ async def load(hop: Transaction, options: HopOptions, checked: Checked, prepared
             raise StateError(f"the new QEMU cannot start the guest: {why}", LOCKED_HINT)
         hop.commit(GuestState.RUNNING_IN_NEW)
     hop.record(loaded=True)
+
+
+async def hand_over(
+    hop: Transaction, options: HopOptions, checked: Checked, prepared: Prepared, stopped: Stopped
+) -> None:
+    """
+    Halt the source (SIGSTOP), and have the destination load everything. With autostart it may run the guest then.
+
+    :raises SevhopError: somebody has resumed the source, it keeps a disk, or the destination cannot load the state.
+    """
+    transfer = prepared.transfer
+    # The destination loads the state meanwhile. A halted source cannot be asked about its disks any more.
+    await prepared.disks.verify_given_up(
+        checked.monitor, again=not hop.downtime.began, verify_stopped=lambda: verify_not_resumed(hop, checked)
+    )
+    await _halt_source(hop, options, checked, prepared, stopped)
+    # It has reported all that was done to it until then.
+    await verify_not_resumed(hop, checked)
+    if not checked.monitor.in_order:
+        prepared.disks.verify_not_resumed()  # unless the report is still on its way to libvirt
+    await transfer.end()
+    if checked.autostart:
+        # The rest is done by the destination. We would only compete with the guest's vCPUs.
+        stopped.boost.reset_ourselves()
+    await transfer.until_loaded(prepared.started.keeper.runs)
 
 
 async def _halt_source(

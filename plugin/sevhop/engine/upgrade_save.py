@@ -7,13 +7,11 @@ import contextlib
 import logging
 import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sevhop_qmp import adopt, stream_sockets
 from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.monitor import Commands, Monitor
-from sevhop_qmp.process import QemuProcess
 
 from ..cancellation import shielded
 from ..checks import guest as guest_checks
@@ -27,14 +25,13 @@ from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
 from ..options import UpgradeOptions
 from . import protected_state
+from .retire import LIBVIRT_MONITOR, libvirt_kept_connected
 from .stopped_guest import verify_stopped
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
 
 log = logging.getLogger(__name__)
 
-#: Name of the socket through which libvirt speaks to a QEMU.
-_LIBVIRT_MONITOR = "monitor.sock"
 #: Seconds until a monitor greets to which no other client is connected.
 _GREETING_TIMEOUT = 1.0
 
@@ -154,7 +151,7 @@ class SourceUndo:
         for fd in listeners.values():
             os.close(fd)
         for _, path, *_ in listeners:
-            if path.endswith(f"/{_LIBVIRT_MONITOR}"):
+            if path.endswith(f"/{LIBVIRT_MONITOR}"):
                 return f"/proc/{source.pid}/root{path}"
         raise SevhopError("the monitor of the old QEMU does not listen")
 
@@ -216,9 +213,7 @@ async def terminate(
 
     :raises SevhopError: somebody has resumed or changed the guest since it was saved.
     """
-    # When a QEMU hangs up, libvirt polls every 200 ms until it has exited. So the connection is kept open until it has:
-    # then libvirt polls once.
-    with _kept_open(_connections_of_libvirt(checked.source)):
+    with libvirt_kept_connected(checked.source):
         try:
             await verify_stopped(checked.monitor, stopped.state)
             await prepared.disks.verify_unchanged_when_stopped()
@@ -257,18 +252,3 @@ async def _may_be_killed(keeper: KeeperClient) -> bool:
 def resume_hint(keeper: KeeperClient) -> str:
     """What to do with a guest that is suspended in a keeper."""
     return f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}"
-
-
-def _connections_of_libvirt(source: QemuProcess) -> list[int]:
-    with contextlib.suppress(SevhopError):
-        return stream_sockets.connections(source, _LIBVIRT_MONITOR)
-    return []
-
-
-@contextlib.contextmanager
-def _kept_open(descriptors: list[int]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for fd in descriptors:
-            os.close(fd)

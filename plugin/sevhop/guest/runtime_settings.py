@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from sevhop_qmp.errors import CommandError
@@ -130,6 +130,10 @@ class Settings:
         }
         objects = {name: settings for name, settings in objects.items() if settings}
         return Settings(throttles=self.throttles, disks=self.disks, objects=objects, thresholds=self.thresholds)
+
+    def without_clients(self) -> Settings:
+        """Only what a QEMU without displays has, whose character devices lead nowhere: a transit."""
+        return replace(self, displays={}, tickets=False, chardevs=[])
 
 
 # -- reading ---------------------------------------------------------------------------------------

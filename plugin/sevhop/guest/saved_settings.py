@@ -29,7 +29,7 @@ def save(directory: Path, ours: Settings, cpu: cpu_features.FeatureWords | None)
     :param cpu: the guest's CPUID features, if the destination is to be compared with them before it runs.
     :raises SevhopError: they cannot be saved.
     """
-    path = directory / _FILE
+    path = path_in(directory)
     try:
         path.write_text(json.dumps({"settings": asdict(ours), "cpu": cpu}))
     except OSError as err:
@@ -38,9 +38,14 @@ def save(directory: Path, ours: Settings, cpu: cpu_features.FeatureWords | None)
         ) from err
 
 
+def path_in(directory: Path) -> Path:
+    """Where they are in the directory of a keeper."""
+    return directory / _FILE
+
+
 def _load(directory: Path) -> tuple[Settings, cpu_features.FeatureWords | None] | None:
     try:
-        saved = json.loads((directory / _FILE).read_text())
+        saved = json.loads(path_in(directory).read_text())
         fields = saved["settings"]
         fields["thresholds"] = [tuple(row) for row in fields["thresholds"]]
         fields["displays"] = {name: tuple(row) for name, row in fields["displays"].items()}

@@ -58,7 +58,7 @@ class KeeperClient:
         """
         # Not asyncio's subprocess: that one kills its child when the loop is closed, and this child must outlive us.
         process = subprocess.Popen(
-            _command(),
+            _command() if config.transit is None else _command("sevhop.transit_keeper.main"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -206,12 +206,14 @@ async def _connect(directory: Path) -> socket.socket:
     return control
 
 
-def _command() -> list[str]:
+def _command(module: str = "sevhop.keeper.main") -> list[str]:
     """
     What starts a keeper. Where systemd runs it gets a scope of its own, so that it is not terminated with the login
     session or the service that the command belongs to.
+
+    :param module: its program.
     """
-    keeper = [sys.executable, "-m", "sevhop.keeper.main"]
+    keeper = [sys.executable, "-m", module]
     systemd_run = shutil.which("systemd-run")
     if not _SYSTEMD.is_dir() or systemd_run is None:
         return keeper

@@ -68,6 +68,15 @@ class Clients:
             connected.add(task)
             task.add_done_callback(connected.discard)
 
+    async def accept(self, listener: socket.socket, uid: int, accepted: Callable[[socket.socket], None]) -> None:
+        """Hand over all clients of a socket that run as a user, or as root."""
+        while True:
+            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            if peer_credentials(sock)[1] in (0, os.geteuid(), uid):
+                accepted(sock)
+            else:
+                sock.close()
+
     async def _until_hangup(self, sock: socket.socket, answer: Answer) -> None:
         loop = asyncio.get_running_loop()
         with sock, contextlib.suppress(OSError):

@@ -27,6 +27,25 @@ class KeeperTimeout(KeeperError):
 
 
 @dataclass(frozen=True)
+class TransitConfig:
+    """
+    A transit, and what is to be done when its guest ends there, since libvirt does not know of it.
+
+    :ivar monitor: path of its QMP socket, to which no other client is connected.
+    :ivar directory: its own, removed when it has ended.
+    :ivar cgroups: directories of the cgroups that were made for it, removed as well.
+    :ivar on_poweroff, on_reboot, on_crash: of the domain; empty where its XML has none.
+    """
+
+    monitor: str
+    directory: str
+    cgroups: tuple[str, ...] = ()
+    on_poweroff: str = ""
+    on_reboot: str = ""
+    on_crash: str = ""
+
+
+@dataclass(frozen=True)
 class KeeperConfig:
     """
     What a new keeper needs.
@@ -42,6 +61,7 @@ class KeeperConfig:
     :ivar stops_at_reboot: whether a reboot of the guest becomes a shutdown; see :func:`sevhop.guest.reboot.stops`.
     :ivar move_deadline: seconds for which a move that is refused as busy is retried.
     :ivar step_timeout: seconds within which the destination must answer.
+    :ivar transit: if the guest runs in a transit, which is ``pid`` then.
     :ivar command: pid of the command that starts the keeper.
     """
 
@@ -59,6 +79,7 @@ class KeeperConfig:
     disks: BlockGraph | None = None
     move_deadline: float = 2.0
     step_timeout: float = COMMAND_TIMEOUT
+    transit: TransitConfig | None = None
     command: int = field(default_factory=os.getpid)
 
     def as_json(self) -> str:
@@ -75,4 +96,6 @@ class KeeperConfig:
         if fields["disks"] is not None:
             fields["disks"] = BlockGraph.from_fields(fields["disks"])
         fields["encrypted"] = tuple(fields["encrypted"])
+        if fields["transit"] is not None:
+            fields["transit"] = TransitConfig(**fields["transit"] | {"cgroups": tuple(fields["transit"]["cgroups"])})
         return cls(**fields)

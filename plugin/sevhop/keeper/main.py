@@ -21,15 +21,17 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..libvirt import hook_server
 from ..records.run_directory import claim, listening, remove
+from .clients import Clients
 from .config import KeeperConfig
 from .fdstore import FdStore
 from .handover import SourceHandles
@@ -38,7 +40,39 @@ from .server import KeeperServer
 from .supervisor import Supervisor, protect, rename
 
 
-def _keep(config: KeeperConfig, paths: KeeperPaths) -> None:
+class Server(Protocol):
+    """
+    What a keeper has and what it does with it. Made once, before the first keeper is forked; each keeper begins with
+    ``restore``.
+
+    :ivar clients: who is connected.
+    :ivar end: set when nobody needs the keeper any more.
+    """
+
+    clients: Clients
+    end: asyncio.Event
+
+    def restore(self, fd_store: FdStore) -> None:
+        """Begin, where the last keeper was."""
+
+    def terminate(self) -> None:
+        """On SIGTERM."""
+
+    def destinations(self, listener: socket.socket) -> Coroutine[Any, Any, None]:
+        """Serve adopt.so at a socket."""
+
+    async def answer_control(self, sock: socket.socket, request: bytes) -> tuple[str, int | None]:
+        """The reply to a command; never raises."""
+
+    async def answer_hook(self, sock: socket.socket, request: str) -> str:
+        """The reply to a hook; never raises."""
+
+
+#: Makes what a keeper is: with its configuration, its paths, and what was taken from the QEMU that has the guest.
+Make = Callable[[KeeperConfig, KeeperPaths, SourceHandles], Server]
+
+
+def _keep(make: Make, config: KeeperConfig, paths: KeeperPaths) -> None:
     """Take everything from the source, report that, and supervise the keepers that have it."""
     source = QemuProcess.open(config.pid)
     handles = SourceHandles.take_machine(source, config.blocks)
@@ -46,7 +80,7 @@ def _keep(config: KeeperConfig, paths: KeeperPaths) -> None:
     monitor = paths.monitor.parent
     monitor.mkdir(mode=0o700)
     os.chown(monitor, config.uid, config.gid)
-    server = KeeperServer(config, paths, handles)
+    server = make(config, paths, handles)
     control = listening(paths.control, os.geteuid())
     hook = listening(paths.hook, os.geteuid())
     keeper = listening(paths.keeper, config.uid)
@@ -56,7 +90,7 @@ def _keep(config: KeeperConfig, paths: KeeperPaths) -> None:
         await _until_end(
             server,
             server.clients.listen(control, os.geteuid(), server.answer_control),
-            server.clients.listen(keeper, config.uid, server.answer_destination),
+            server.destinations(keeper),
             hook_server.listen(hook, server.answer_hook),
         )
         # Whoever waits for our exit must not find anything left.
@@ -72,7 +106,7 @@ def _keep(config: KeeperConfig, paths: KeeperPaths) -> None:
     Supervisor(work).run()
 
 
-async def _until_end(server: KeeperServer, *listening: Coroutine[Any, Any, None]) -> None:
+async def _until_end(server: Server, *listening: Coroutine[Any, Any, None]) -> None:
     """Serve until the keeper is not needed any more. One that cannot listen exits, and its successor tries again."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -90,8 +124,8 @@ def _detach() -> None:
     os.close(null)
 
 
-def main() -> int:
-    """The process, which becomes the supervisor."""
+def main(make: Make = KeeperServer) -> int:
+    """The process, which becomes the supervisor. :param make: what the keeper is."""
     protect()
     rename("sevhop-supervisor")
     logging.basicConfig(level=logging.CRITICAL)
@@ -99,7 +133,7 @@ def main() -> int:
         config = KeeperConfig.from_json(sys.stdin.read())
         directory = claim(config.name, config.uuid)
         try:
-            _keep(config, KeeperPaths(directory))
+            _keep(make, config, KeeperPaths(directory))
         finally:
             remove(config.name, directory)
     except SevhopError as err:

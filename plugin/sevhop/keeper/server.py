@@ -21,7 +21,9 @@ import json
 import logging
 import socket
 import time
+from collections.abc import Coroutine
 from dataclasses import asdict
+from typing import Any
 
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
@@ -164,6 +166,10 @@ class KeeperServer:
             self.end.set()
 
     # -- adopt.so ----------------------------------------------------------------------------------
+
+    def destinations(self, listener: socket.socket) -> Coroutine[Any, Any, None]:
+        """Serve adopt.so at a socket."""
+        return self.clients.listen(listener, self._config.uid, self.answer_destination)
 
     async def answer_destination(self, sock: socket.socket, request: bytes) -> tuple[str, int | None]:
         """Answer adopt.so: only while libvirt restores the domain, with our hook, is there a destination."""

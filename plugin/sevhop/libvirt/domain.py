@@ -35,6 +35,11 @@ class Domain:
         self.name: str = raw.name()
         self.uuid: str = raw.UUIDString()
 
+    @property
+    def raw(self) -> Any:
+        """libvirt's own object, another one after a lost connection."""
+        return self._raw
+
     async def reconnect(self, patience: float = RECONNECT_TIMEOUT) -> bool:
         """
         Connect again if the daemon was restarted; until then every call fails.
@@ -69,6 +74,11 @@ class Domain:
         """Whether its QEMU has exited because the guest was saved."""
         state, reason = await self._connection.call(self._raw.state)
         return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED))
+
+    async def destroyed(self) -> bool:
+        """Whether it is off because a client has destroyed it."""
+        state, reason = await self._connection.call(self._raw.state)
+        return bool((state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED))
 
     async def stopped_by_itself(self) -> bool:
         """Whether it is off, and nobody has destroyed, saved or migrated it. One that somebody could not start is."""

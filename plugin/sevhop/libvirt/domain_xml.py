@@ -87,6 +87,8 @@ class Description:
     machine: str
     emulator: str
     on_reboot: str = ""
+    on_poweroff: str = ""
+    on_crash: str = ""
 
 
 def describe(xml: str) -> Description:
@@ -107,6 +109,8 @@ def describe(xml: str) -> Description:
         machine=kind.attributes.get("machine", "") if kind else "",
         emulator=content("devices", "emulator"),
         on_reboot=content("on_reboot"),
+        on_poweroff=content("on_poweroff"),
+        on_crash=content("on_crash"),
     )
 
 

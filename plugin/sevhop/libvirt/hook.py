@@ -50,6 +50,8 @@ DOMAINS = "/run/sevhop/domains"
 _KEEPER_STEPS = (("restore", "begin"), ("prepare", "begin"), ("migrate", "begin"), ("started", "begin"))
 #: An environment variable in the XML of a save image that sevhop has written, without the guest's RAM.
 IMAGE_MARK = "SEVHOP_IMAGE"
+#: In a keeper's directory: pid and start time of the QEMU beside libvirt that the guest runs in.
+TRANSIT = "transit"
 _RESTORED_MARK = "SEVHOP_RESTORED"
 #: In the XML of every domain that has hopped, and is not parsed otherwise.
 _MARK = "SEVHOP_"
@@ -92,7 +94,13 @@ def main(
             directory = os.path.join(domains, os.readlink(os.path.join(domains, name)))
         except FileNotFoundError:  # it may have been renamed since it was suspended in the keeper
             directory = os.path.join(os.path.dirname(domains), f"uuid-{request.rpartition(' ')[2].lower()}")
-        return ask(os.path.join(directory, "control"), request)
+        try:
+            return ask(os.path.join(directory, "control"), request)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if pid := _transit(directory):
+                where = f"its guest runs in the transit (process {pid}), which has no keeper any more"
+                return f"error cannot start domain {name}: {where}; run: sevhop recover"
+            raise
 
     try:
         refused, changed = _answer(name, operation, sub, stdin.read(), keeper or linked)
@@ -104,6 +112,17 @@ def main(
         return 1
     stdout.write(changed)
     return 0
+
+
+def _transit(directory: str) -> str:
+    """The pid of the QEMU that the guest runs in, if a dead keeper has left one; otherwise empty."""
+    try:
+        with open(os.path.join(directory, TRANSIT)) as file:
+            pid, started = file.read(_MESSAGE).split()
+        with open(f"/proc/{int(pid)}/stat") as file:
+            return pid if file.read(_MESSAGE).rpartition(")")[2].split()[19] == started else ""
+    except (OSError, ValueError, IndexError):
+        return ""
 
 
 def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str], str]) -> tuple[str, str]:

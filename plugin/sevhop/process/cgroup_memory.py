@@ -36,7 +36,7 @@ _OLD_LIMITS = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes")
 #: In cgroup v1 a limit of at least this is none.
 _UNLIMITED = 1 << 62
 #: Prefixes of the name of a domain's cgroup, as libvirt or systemd creates it.
-_OF_DOMAINS = ("machine-qemu", "qemu-")
+OF_DOMAINS = ("machine-qemu", "qemu-")
 
 
 def shortage(cgroups: Iterable[tuple[str, str]], private: int) -> str:
@@ -99,7 +99,7 @@ def unaccounted(process: QemuProcess, root: Path = _ROOT) -> str:
 
 def _limits_of(root: Path, path: str) -> list[str]:
     parts = [part for part in path.split("/") if part]
-    own = next((number for number, part in enumerate(parts) if part.startswith(_OF_DOMAINS)), None)
+    own = next((number for number, part in enumerate(parts) if part.startswith(OF_DOMAINS)), None)
     if own is None:
         return []
     found = []

@@ -47,6 +47,7 @@ def spawn(
     *,
     directory: int | None = None,
     cgroups: Sequence[str] = (),
+    namespaces: Sequence[int] = (),
     keep: Sequence[int] = (),
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int | IO[bytes] = subprocess.DEVNULL,
@@ -58,11 +59,12 @@ def spawn(
     :param command: absolute path of the program, and its arguments.
     :param directory: descriptor of its working directory, so that renaming a directory in its path has no effect.
     :param cgroups: directories of the cgroups that it joins.
+    :param namespaces: descriptors of those that it enters (setns(2)).
     :param keep: descriptors that it inherits.
     :raises OSError, subprocess.SubprocessError: no process can be created.
     """
     specification = _specification(identity, directory, cgroups)
-    specification |= {"command": list(command), "environment": dict(environment)}
+    specification |= {"command": list(command), "environment": dict(environment), "namespaces": list(namespaces)}
     spec = os.memfd_create("sevhop-launch", 0)
     try:
         with os.fdopen(spec, "w", encoding="utf-8", errors="surrogatepass", closefd=False) as file:
@@ -75,7 +77,7 @@ def spawn(
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            pass_fds=[spec, *keep, *([directory] if directory is not None else [])],
+            pass_fds=[spec, *keep, *namespaces, *([directory] if directory is not None else [])],
             start_new_session=True,
         )
     finally:

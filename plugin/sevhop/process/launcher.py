@@ -139,6 +139,12 @@ def _without_huge_pages(wanted: bool) -> None:
         _prctl(_PR_SET_THP_DISABLE, 1)
 
 
+def _enter_namespaces(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        _checked(_libc.setns(descriptor, 0))
+        os.close(descriptor)
+
+
 def _own_bounding_set(wanted: int, inheritable: int) -> None:
     """Also the inheritable set: it can only be extended before the bounding set is reduced."""
     effective, permitted, now = _capabilities()
@@ -204,6 +210,7 @@ _STEPS: tuple[tuple[str, str, Callable[[dict[str, Any]], None]], ...] = (
     ("I/O priority", "io_priority", lambda spec: _own_io_priority(spec["io_priority"])),
     ("timer slack", "timer_slack", lambda spec: _own_timer_slack(spec["timer_slack"])),
     ("resource limits", "limits", lambda spec: _own_limits(spec["limits"])),
+    ("namespaces", "namespaces", lambda spec: _enter_namespaces(spec["namespaces"])),
     ("working directory", "directory", lambda spec: os.fchdir(spec["directory"])),
     ("bounding set", "bounding", lambda spec: _own_bounding_set(spec["bounding"], spec["inheritable"])),
     ("security label", "label", lambda spec: _own_label(spec["label"])),

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -123,10 +123,17 @@ class Roles:
 
     :ivar named: role → id of the threads whose role is known.
     :ivar others: ids of all others.
+    :ivar moved: of a source: maps (controllers, path) of a cgroup to the path of the one that a thread of the
+        destination is to be in.
     """
 
     named: Mapping[str, int]
     others: tuple[int, ...]
+    moved: Callable[[str, str], str] = lambda controllers, path: path
+
+    def groups(self, thread: int) -> dict[str, str]:
+        """The cgroups in which the counterpart of one of its threads is to be, controllers → path."""
+        return {controllers: self.moved(controllers, path) for controllers, path in _groups(thread).items()}
 
     @property
     def quiet(self) -> int:
@@ -160,8 +167,8 @@ def hand_over(source: Roles, destination: Roles) -> list[str]:
     pairs = [(name, thread, destination.named.get(name)) for name, thread in source.named.items()]
     for name, ours, theirs in pairs:
         if theirs is not None:
-            found += _hand_over(name, Thread.of(ours), _groups(ours), theirs)
-    groups = _groups(source.named["first thread"])
+            found += _hand_over(name, Thread.of(ours), source.groups(ours), theirs)
+    groups = source.groups(source.named["first thread"])
     for thread in destination.others:
         with contextlib.suppress(ProcessError):  # worker threads are created and exit
             found += _hand_over("another thread", first, groups, thread)

@@ -74,6 +74,8 @@ class HopRecord:
     :ivar reboot_action: what the source does when its guest reboots, if the hop has changed that.
     :ivar directory: of the hop below ``/run/sevhop``: the destination's monitor, or the keeper.
     :ivar destination: standalone: the new QEMU.
+    :ivar transit: domain: the QEMU beside libvirt in which the guest runs while libvirt starts the new one.
+    :ivar transit_monitor, transit_directory: its QMP socket, and its directory.
     :ivar run_mark: standalone: inode of the mark that records whether the guest has run there, which the source has
         open, too; see :mod:`sevhop_qmp.run_mark`.
     :ivar phase: the last one that was begun.
@@ -83,6 +85,7 @@ class HopRecord:
     :ivar oom_score_adj: standalone: the source's, which the destination gets when it has the guest.
     :ivar guest_paths: standalone: paths that must lead to the destination after the hop; see
         :mod:`sevhop.engine.guest_paths`.
+    :ivar cgroups: directories of those that were made for a transit; see :mod:`sevhop.process.machine_cgroup`.
     """
 
     kind: str
@@ -100,6 +103,9 @@ class HopRecord:
     reboot_action: str = ""
     directory: str = ""
     destination: Process | None = None
+    transit: Process | None = None
+    transit_monitor: str = ""
+    transit_directory: str = ""
     run_mark: int = 0
     phase: str = ""
     stopped: bool = False
@@ -108,6 +114,7 @@ class HopRecord:
     broken: str = ""
     guest_paths: dict[str, Any] = field(default_factory=dict)
     oom_score_adj: int = 0
+    cgroups: list[str] = field(default_factory=list)
     version: int = VERSION
     command: int = field(default_factory=os.getpid)
     boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())
@@ -136,7 +143,7 @@ class HopRecord:
         :raises ValueError: these are no fields of a record.
         """
         try:
-            for name in ("source", "destination"):
+            for name in ("source", "destination", "transit"):
                 if changed.get(name) is not None:
                     changed = changed | {name: Process(**changed[name])}
             new = replace(self, **changed)
@@ -151,6 +158,7 @@ _TYPES: dict[Any, Any] = {
     "bool": bool,
     "int": int,
     "dict[str, Any]": dict,
+    "list[str]": list,
     "Process": Process,
     "Process | None": Process | None,
 }

@@ -226,9 +226,9 @@ def _read(raw: bytes, path: Path) -> tuple[HopRecord, int]:
             )
         known = {one.name for one in fields(HopRecord)}
         source = Process(**values.pop("source"))
-        destination = values.pop("destination")
-        record = HopRecord(source=source, **{name: values[name] for name in known - {"source", "destination"}})
-        record = record.with_fields({"destination": destination})
+        others = {name: values.pop(name) for name in ("destination", "transit")}
+        record = HopRecord(source=source, **{name: values[name] for name in known - {"source", *others}})
+        record = record.with_fields(others)
         for line in rest:
             changed = json.loads(line)
             if not isinstance(changed, dict):

@@ -190,6 +190,11 @@ def hop_of(name: str) -> Path | None:
     return DOMAINS / target if _TARGET.fullmatch(target) else None
 
 
+def hop_with(uuid: str) -> Path:
+    """Where the directory of the keeper of the domain with this UUID is, if it is in a hop."""
+    return (RUN / f"{UUID_LINK}{uuid.lower()}").resolve()
+
+
 def hops_in_progress() -> list[str]:
     """Names of the domains that are in a hop, or whose keeper has died."""
     try:

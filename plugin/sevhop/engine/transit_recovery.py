@@ -1,0 +1,267 @@
+"""
+Recover for a domain whose guest runs in the transit: see :mod:`sevhop.engine.domain_recovery`.
+
+===================================  ========================================================================
+a keeper has the transit             the domain is restored, and the guest hops into it
+the guest has hopped                 the persistent definition gets the new emulator
+keeper and supervisor are gone       the transit is found by the journal. Unless the guest has hopped, it runs
+                                     there again and a new keeper has it
+the guest was switched off there     that is reported
+===================================  ========================================================================
+
+The transit is never terminated unless the guest is known to be in the destination.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from pathlib import Path
+
+from sevhop_qmp.errors import CommandError, SevhopError
+from sevhop_qmp.monitor import Monitor, protocol_errors
+from sevhop_qmp.process import QemuProcess
+
+from ..errors import LOST_HINT, GuestLost
+from ..guest import saved_settings
+from ..keeper.client import KeeperClient
+from ..keeper.config import KeeperConfig, KeeperError
+from ..keeper.paths import KeeperPaths
+from ..keeper.transit_state import TransitState
+from ..libvirt import domain_xml
+from ..libvirt.connection import Connection
+from ..libvirt.daemon import DomainError
+from ..libvirt.save_image import SaveImage
+from ..process import machine_cgroup
+from ..records import run_directory
+from ..records.hop_record import HopRecord
+from .recovery_result import RecoveredGuest, RecoveryOutcome
+from .stopped_guest import resume_source
+from .transit_restore import InTransit, complete, restore_from_transit, take_into_keeper
+
+#: Seconds for what is in progress, such as a restore by another client.
+_PATIENCE = 60.0
+_POLL = 0.05
+
+
+async def settle(record: HopRecord, connection: Connection, *, named: bool, timeout: float) -> RecoveredGuest:
+    """
+    Finish the second hop of a domain.
+
+    :param named: whether the caller has named this domain. One that waits in the transit on purpose is left there
+        otherwise.
+    :param timeout: seconds for each step.
+    :raises SevhopError: that is not possible now; the guest runs in the transit.
+    """
+    await _retire(record, connection, timeout)
+    process = record.transit.open() if record.transit else None
+    keeper = await _keeper(record)
+    try:
+        recovery = TransitRecovery(record, connection, process, keeper, timeout)
+        if keeper is None and process is None:
+            return await recovery.without_transit()
+        return await recovery.settle(named)
+    finally:
+        if recovery.keeper is not None:
+            recovery.keeper.close()
+        if process is not None:
+            process.close()
+
+
+async def _retire(record: HopRecord, connection: Connection, timeout: float) -> None:
+    """The guest has left its old QEMU, which may still be there, halted."""
+    source = record.source.open()
+    if source is None:
+        return
+    source.kill()
+    await source.wait(timeout)
+    await source.wait_reaped(timeout)
+    source.close()
+    if (domain := await connection.domain_with(record.uuid)) is not None:
+        await domain.destroy()
+
+
+async def _keeper(record: HopRecord) -> KeeperClient | None:
+    """The keeper that has the transit, if there is one."""
+    directory = run_directory.hop_with(record.uuid)
+    with contextlib.suppress(KeeperError):
+        keeper = await KeeperClient.connect(directory)
+        with contextlib.suppress(KeeperError):
+            status = await keeper.status()
+            if status["uuid"] == record.uuid and status.get("transit"):
+                return keeper
+        keeper.close()
+    return None
+
+
+class TransitRecovery:
+    """A second hop that was interrupted, or has failed."""
+
+    def __init__(
+        self,
+        record: HopRecord,
+        connection: Connection,
+        process: QemuProcess | None,
+        keeper: KeeperClient | None,
+        timeout: float,
+    ) -> None:
+        self.keeper = keeper
+        self._record = record
+        self._connection = connection
+        self._process = process
+        self._timeout = timeout
+
+    async def settle(self, named: bool) -> RecoveredGuest:
+        """:raises SevhopError: see :func:`settle`."""
+        if self.keeper is None:
+            if await self._has_hopped():
+                return await self._finish()
+            self.keeper = await self._keep_again()
+        state = await self._settled()
+        if state is TransitState.TRANSIT:
+            if self._record.phase == "prepared" and not named:
+                detail = f"runs in the transit; to finish: virsh restore {self.keeper.image}"
+                return RecoveredGuest(self._record.guest, RecoveryOutcome.IN_PROGRESS, detail)
+            try:
+                restored = await restore_from_transit(self._connection, self._transit(), self.keeper)
+            except GuestLost as err:
+                return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, str(err))
+            return await self._found([restored.failure, *restored.notes])
+        status = await self.keeper.status()
+        if state is TransitState.OVER:
+            return await self._finish()
+        await self.keeper.release()
+        detail = "; ".join(filter(None, [status["reason"], status["note"]]))
+        return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
+
+    def _transit(self) -> InTransit:
+        record = self._record
+        assert self._process is not None
+        return InTransit(
+            record.uri,
+            record.guest,
+            record.uuid,
+            self._xml(),
+            record.old,
+            record.new,
+            self._process,
+            Path(record.transit_monitor),
+            Path(record.transit_directory),
+            tuple(record.cgroups),
+            step_timeout=max(self._timeout, KeeperConfig.step_timeout),
+        )
+
+    def _xml(self) -> str:
+        """
+        The domain as it ran.
+
+        :raises SevhopError: the image of the last keeper is gone.
+        """
+        directory = self.keeper.directory if self.keeper else self._last_directory()
+        try:
+            with open(KeeperPaths(directory).image, "rb") as file:
+                return domain_xml.without_additions(SaveImage.read(file).xml)
+        except (OSError, domain_xml.DomainXmlError) as err:
+            raise SevhopError(f"cannot read the domain's XML: {err}", "see the guest in the transit") from err
+
+    def _last_directory(self) -> Path:
+        """Of the keeper that is gone."""
+        return run_directory.hop_with(self._record.uuid)
+
+    async def _settled(self) -> TransitState:
+        """The state of the keeper, when no restore is in progress any more."""
+        assert self.keeper is not None
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            state = TransitState((await self.keeper.status())["state"])
+            resting = state in (TransitState.TRANSIT, TransitState.OVER, TransitState.ENDED)
+            if resting or (state is TransitState.RESTORING and not await self._active()):
+                return TransitState.TRANSIT if state is TransitState.RESTORING else state
+            if time.monotonic() > deadline:
+                with contextlib.suppress(KeeperError):
+                    await self.keeper.revoke()
+                return TransitState((await self.keeper.status())["state"])
+            await asyncio.sleep(_POLL)
+
+    async def _active(self) -> bool:
+        domain = await self._connection.domain_with(self._record.uuid)
+        return domain is not None and await domain.active()
+
+    # -- without a keeper ------------------------------------------------------------------------------
+
+    async def _has_hopped(self) -> bool:
+        """
+        Whether the guest has hopped into the destination. One that has not run the guest exits when its keeper does.
+
+        :raises SevhopError: it has not exited.
+        """
+        domain = await self._connection.domain_with(self._record.uuid)
+        if domain is None or not await domain.active():
+            return False
+        try:
+            monitor = await domain.monitor()
+            status = await monitor.execute("x-sev-adopt-status")
+            with protocol_errors(monitor.name):
+                if status["ran"]:
+                    return True
+        except CommandError:
+            return False  # the old QEMU: libvirt has not noticed that it has exited
+        except DomainError:
+            pass  # it exits
+        pid = domain.living_pid()
+        if pid is not None:
+            started = QemuProcess.open(pid)
+            started.kill()
+            started.close()
+        await domain.destroy()
+        return False
+
+    async def _keep_again(self) -> KeeperClient:
+        """
+        See that the guest runs in the transit, and have a new keeper for it.
+
+        :raises SevhopError: that is not possible.
+        """
+        assert self._process is not None
+        transit = self._transit()
+        self._process.thaw()
+        async with await Monitor.connect(transit.monitor, timeout=self._timeout) as monitor:
+            await monitor.remove_fds()
+            await resume_source(monitor, running=self._record.running)
+        settings = b""
+        with contextlib.suppress(OSError):
+            settings = saved_settings.path_in(self._last_directory()).read_bytes()
+        keeper = await take_into_keeper(transit)  # it removes what the last one has left
+        if settings:
+            with contextlib.suppress(OSError):
+                saved_settings.path_in(keeper.directory).write_bytes(settings)
+        return keeper
+
+    async def without_transit(self) -> RecoveredGuest:
+        """There is no transit any more."""
+        if not await self._active():
+            detail = f"it was in the transit, which has exited; {LOST_HINT}"
+            return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
+        return await self._finish()
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    async def _finish(self, failure: str = "") -> RecoveredGuest:
+        """The guest is in libvirt's QEMU: what is left of the upgrade."""
+        record, notes = self._record, [failure]
+        if self._process is not None:
+            self._process.kill()
+            await self._process.wait(self._timeout)
+        shutil.rmtree(record.transit_directory, ignore_errors=True)
+        await asyncio.to_thread(machine_cgroup.remove, record.cgroups)
+        notes += await complete(self._connection, record.guest, record.uuid, record.old, self.keeper)
+        return await self._found(notes)
+
+    async def _found(self, notes: list[str]) -> RecoveredGuest:
+        domain = await self._connection.domain_with(self._record.uuid)
+        emulator = "" if domain is None else domain_xml.describe(await domain.xml()).emulator
+        old = self._record.old
+        result = RecoveryOutcome.SOURCE if emulator == old != self._record.new else RecoveryOutcome.DESTINATION
+        return RecoveredGuest(self._record.guest, result, "; ".join(filter(None, notes)))

@@ -1,0 +1,96 @@
+"""
+The monitor of a domain whose guest hops by the bare engine: libvirt's, together with the events that it passes on, and
+bound to one QEMU. When that has exited or is halted, commands would reach the next QEMU of the domain, or never return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+from sevhop_qmp.errors import MonitorClosed, SevhopError
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, Events
+from sevhop_qmp.process import QemuProcess
+
+from .daemon import Daemon
+from .domain import Domain
+from .domain_monitor import DomainMonitor
+from .qemu_events import EventQueue, QemuEvents
+
+
+class DomainSourceMonitor(DomainMonitor):
+    """
+    libvirt's monitor of a source, see :class:`sevhop_qmp.monitor.SourceMonitor`. Use :meth:`opened`.
+
+    :ivar in_order: commands come by way of threads of libvirt's, which overtake each other.
+    """
+
+    in_order = False
+
+    def __init__(self, domain: Domain, process: QemuProcess, events: QemuEvents, timeout: float) -> None:
+        super().__init__(lambda: domain.raw, domain.name, lambda: timeout)
+        self._timeout = timeout
+        self._process = process
+        self._events = events
+        self._closed = False
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def opened(
+        cls, connection: Daemon, domain: Domain, process: QemuProcess, timeout: float = COMMAND_TIMEOUT
+    ) -> AsyncIterator[DomainSourceMonitor]:
+        """
+        Connect.
+
+        :param process: the domain's QEMU.
+        :param timeout: seconds for each command that has none of its own.
+        :raises SevhopError: libvirt or QEMU does not answer.
+        """
+        async with QemuEvents.opened(connection.uri, domain.uuid) as events:
+            self = cls(domain, process, events, timeout)
+            await self.greet()
+            yield self
+
+    @property
+    def timeout(self) -> float:
+        """Seconds for each command that has none of its own."""
+        return min(COMMAND_TIMEOUT, self._timeout)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no command can be sent any more."""
+        return self._closed or not self._process.alive
+
+    async def close(self) -> None:
+        """Send no further command. libvirt stays connected."""
+        self._closed = True
+
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[EventQueue]:
+        """Collect events of these names meanwhile."""
+        with self._events.collected(*names) as queue:
+            yield queue
+
+    async def has_events(self, listener: Events) -> bool:
+        """See :meth:`sevhop_qmp.monitor.Monitor.has_events`; of all that QEMU has sent before its last answer to us."""
+        with contextlib.suppress(SevhopError):  # a daemon that is restarted delivers no event any more
+            await self._events.delivered(self.timeout)
+        return not listener.empty()
+
+    @contextlib.contextmanager
+    def on_first_data(self, act: Callable[[], None]) -> Iterator[None]:
+        """See :meth:`sevhop_qmp.monitor.Monitor.on_first_data`: what QEMU sends comes to libvirt, so it is the end."""
+        yield
+        act()
+
+    async def _execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None,
+        fds: tuple[int, ...],
+        timeout: float | None = None,
+    ) -> Any:
+        if self.closed:
+            raise MonitorClosed(f"the QEMU of {self.name} does not answer {command} any more")
+        return await super()._execute(command, arguments, fds, timeout)

@@ -1,0 +1,68 @@
+"""``sevhop recover`` for a domain whose guest runs in the transit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.guests.daemon import Daemon, kill
+from tests.support.guests.running import wait_until
+
+from . import intercepting
+from .transit_guest import TransitGuest, measured
+
+
+def kill_keeper_and_supervisor(daemon: Daemon) -> None:
+    for name in ("sevhop-superviso", "sevhop-supervisor"[:15], "sevhop-keeper"):
+        for pid in daemon.named(name):
+            kill(pid)
+
+
+def test_recover_restores_the_domain(daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any) -> None:
+    with measured(transit, record_property):
+        transit.enter(new)
+        status = daemon.sevhop("status").stdout
+        assert f"the guest runs in the transit (QEMU 10.0.13, process {transit.transit})" in status, status
+        done = daemon.sevhop("recover")
+        assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
+        transit.assert_arrived(new)
+
+
+def test_recover_leaves_a_guest_that_waits_on_purpose(
+    daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
+) -> None:
+    """Any client's restore has it hop; what is left is done by recover."""
+    with measured(transit, record_property):
+        transit.enter(new)
+        (journal,) = (daemon.root / "var/lib/sevhop/journal").iterdir()
+        lines = journal.read_bytes().partition(b"\0")[0]
+        journal.write_bytes(lines + b'{"phase": "prepared"}\n')
+        done = daemon.sevhop("recover")
+        assert f"hop in progress: runs in the transit; to finish: virsh restore {transit.image}" in done.stdout, done
+        transit.assert_in_transit()
+        daemon.virsh("restore", transit.image)
+        transit.assert_arrived(new)
+
+
+@pytest.mark.parametrize("moment", ["transit", "met", "stopped", "arrived"])
+def test_recover_finds_the_guest_without_keeper_and_supervisor(
+    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
+) -> None:
+    environment = "" if moment == "transit" else intercepting.environment(tmp_path, moment, intercepting.WAIT)
+    transit.enter(new, environment=environment)
+    if moment != "transit":
+        transit.restore().communicate(timeout=60)
+        reached = daemon.root / str(intercepting.REACHED).lstrip("/")
+        wait_until(reached.exists, 60, "the moment comes")
+    kill_keeper_and_supervisor(daemon)
+    if moment != "arrived":
+        status = daemon.sevhop("status").stdout
+        assert f"the guest runs in the transit (process {transit.transit}), without a keeper" in status, status
+        if moment == "transit":
+            refused = daemon.run("virsh", "start", transit.guest.name)
+            assert f"its guest runs in the transit (process {transit.transit})" in refused.stderr
+    done = daemon.sevhop("recover")
+    assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
+    transit.assert_arrived(new)
