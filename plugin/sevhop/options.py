@@ -33,9 +33,12 @@ class UpgradeOptions:
     Options of the upgrade of a libvirt domain.
 
     :ivar emulator: the QEMU to upgrade to; by default the one that the domain was started from, as it is on disk now.
-    :ivar prepare_only: stop when the guest is suspended in the keeper; ``virsh restore`` resumes it from there.
+    :ivar prepare_only: stop when libvirt has ended the old QEMU, and the guest runs in the transit, or is suspended in
+        the keeper; ``virsh restore`` completes the upgrade.
     :ivar dry_run: check only; the outcome is ``checked``.
-    :ivar rehearse: load a copy of the device state into the new QEMU first.
+    :ivar transit: have the guest run in a QEMU beside libvirt while libvirt ends the old one and starts the new one; a
+        domain for which that is not possible is upgraded without.
+    :ivar rehearse: without a transit: load a copy of the device state into the new QEMU first.
     :ivar step_timeout: seconds for each step of the downtime.
     :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
     """
@@ -43,6 +46,7 @@ class UpgradeOptions:
     emulator: str | None = None
     prepare_only: bool = False
     dry_run: bool = False
+    transit: bool = False
     rehearse: bool = True
     step_timeout: float = HopOptions.step_timeout
     move_deadline: float = HopOptions.move_deadline

@@ -10,6 +10,8 @@ from sevhop_qmp.move import MoveReport
 
 from .errors import GuestState
 
+_SUSPENDED = "is suspended in the keeper; to resume it"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -32,9 +34,11 @@ class Report:
     :ivar reason: why it is not done, in one line.
     :ivar guest_state: the state of the guest if it is not done.
     :ivar downtime_ms: milliseconds from the command that stops the source until the guest ran again, in either QEMU;
-        None when it was never stopped.
+        None when it was never stopped. The longer one if there were two.
+    :ivar downtimes_ms: both of an upgrade by way of a transit, in their order.
     :ivar rehearsal_ms: milliseconds for which the rehearsal has stopped the guest; None when it has not.
-    :ivar image: the save image from which ``virsh restore`` resumes a prepared upgrade.
+    :ivar image: the save image from which ``virsh restore`` completes a prepared upgrade.
+    :ivar in_transit: whether the guest of a prepared upgrade runs in the transit.
     :ivar notes: what did not go as expected after the commit, none of which matters to the guest.
     """
 
@@ -48,9 +52,11 @@ class Report:
     destination_version: str = ""
     phases: list[Phase] = field(default_factory=list)
     downtime_ms: float | None = None
+    downtimes_ms: list[float] = field(default_factory=list)
     rehearsal_ms: float | None = None
     move: MoveReport | None = None
     image: Path | None = None
+    in_transit: bool = False
     outcome: str = ""
     reason: str = ""
     guest_state: GuestState | None = None
@@ -66,11 +72,13 @@ class Report:
             "destination": {"pid": self.destination_pid, "version": self.destination_version},
             "phases": [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases],
             "downtime_ms": _rounded(self.downtime_ms),
+            "downtimes_ms": [round(ms, 3) for ms in self.downtimes_ms],
             "rehearsal_ms": _rounded(self.rehearsal_ms),
             "move": None
             if self.move is None
             else {"attempts": self.move.attempts, "errno": self.move.errno, "ms": round(self.move.ms, 3)},
             "image": None if self.image is None else str(self.image),
+            "in_transit": self.in_transit,
             "outcome": self.outcome,
             "reason": self.reason,
             "guest_state": None if self.guest_state is None else self.guest_state.value,
@@ -84,11 +92,13 @@ class Report:
         if self.outcome == "checked":
             return f"{self.guest}: QEMU {self.source_version}, can hop to {self.emulator}"
         if self.image is not None:
-            return f"{self.guest}: the guest is suspended in the keeper; to resume it: virsh restore {self.image}"
+            where = "runs in the transit; to complete the upgrade" if self.in_transit else _SUSPENDED
+            return f"{self.guest}: the guest {where}: virsh restore {self.image}"
         line = f"{self.guest}: QEMU {self.source_version} -> {self.destination_version}"
         if self.kind == "standalone":
             line += f", now process {self.destination_pid}"
-        line += "; it stayed paused" if self.downtime_ms is None else f"; downtime {readable_ms(self.downtime_ms)}"
+        downtimes = self.downtimes_ms or ([] if self.downtime_ms is None else [self.downtime_ms])
+        line += f"; downtime {' and '.join(map(readable_ms, downtimes))}" if downtimes else "; it stayed paused"
         if self.rehearsal_ms is not None:
             line += f", and {readable_ms(self.rehearsal_ms)} for the rehearsal"
         return "\n".join([line, *(f"note: {note}" for note in self.notes)])

@@ -41,6 +41,20 @@ def other_hook_refuses(daemon: Daemon) -> Iterator[None]:
         once.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def other_hook_hangs(daemon: Daemon) -> Iterator[None]:
+    """Another hook of the administrator's does not return from a start, until the end of the context."""
+    hook, wait = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other", daemon.root / "run/hang"
+    hook.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] || exit 0\nwhile [ -e /run/hang ]; do sleep 0.1; done\n')
+    hook.chmod(0o755)
+    wait.touch()
+    try:
+        yield
+    finally:
+        wait.unlink()
+        hook.unlink()
+
+
 #: A migration stream as sevhop writes it has a configuration section, which this QEMU does not expect.
 CANNOT_LOAD = 'case "$*" in *-incoming*) set -- "$@" -global migration.send-configuration=off;; esac'
 DYING = {

@@ -116,6 +116,7 @@ def _upgrade(options: argparse.Namespace) -> int:
                         emulator=options.emulator,
                         prepare_only=options.prepare,
                         dry_run=options.dry_run,
+                        transit=options.transit,
                         rehearse=not options.no_rehearsal,
                         step_timeout=options.timeout,
                     ),

@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     )
     upgrade.add_argument("--dry-run", action="store_true", help="check only, without a rehearsal")
     upgrade.add_argument(
+        "--transit",
+        action="store_true",
+        help="have the guest run in a QEMU beside libvirt meanwhile: two pauses of milliseconds, and whatever fails in "
+        "libvirt does not stop the guest; a domain for which that is not possible is upgraded without",
+    )
+    upgrade.add_argument(
         "--no-rehearsal",
         action="store_true",
         help="skip the rehearsal, in which the new QEMU loads a copy of the device state, and the guest stops briefly",
@@ -78,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--prepare",
         action="store_true",
-        help="stop when the guest is suspended in the keeper; virsh restore resumes it",
+        help="stop when the guest is suspended in the keeper, or runs in the transit; virsh restore completes it",
     )
     upgrade.set_defaults(command="upgrade", misused=upgrade.error)
 

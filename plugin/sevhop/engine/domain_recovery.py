@@ -5,6 +5,7 @@ Recover for a domain of libvirt: see :mod:`sevhop.engine.recovery`.
 its old QEMU is alive                it is resumed there, and the keeper is released
 the guest is in the keeper           the domain is restored from the image, in the new emulator, or the old
 somebody restores it                 that is waited for
+it was hopping into a transit        see :mod:`sevhop.engine.first_hop_recovery`
 it runs in the transit               see :mod:`sevhop.engine.transit_recovery`
 it runs in the new QEMU              the persistent definition gets the new emulator
 it ran there, and that QEMU exited   the guest is reported as gone
@@ -21,6 +22,7 @@ import asyncio
 import contextlib
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
@@ -38,7 +40,8 @@ from ..libvirt.daemon import DomainError
 from ..libvirt.domain import Domain
 from ..records import run_directory
 from ..records.hop_record import HopRecord
-from . import protected_state, transit_recovery, way_back
+from ..records.journal import Journal
+from . import first_hop_recovery, protected_state, transit_recovery, way_back
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import STOPPED
 from .upgrade_restore import define_emulator, end_hanging_destination, not_defined, start_destination
@@ -49,32 +52,46 @@ _UNNAMED_PATIENCE = 60.0
 _POLL = 0.05
 
 
-async def settle(record: HopRecord, *, named: bool, timeout: float) -> RecoveredGuest:
+async def settle(journal: Journal, *, named: bool, timeout: float) -> RecoveredGuest:
     """
     Finish the hop of a domain, or roll it back.
 
+    :param journal: of the hop; ours.
     :param named: whether the caller has named this domain. An upgrade that was prepared on purpose waits for that.
     :param timeout: seconds for each step, also for one in progress, such as a restore by another client.
     :raises SevhopError: that is not possible now; nothing of the guest is lost.
     """
+    record = journal.record
     connection = await Connection.open(record.uri, timeout)
     try:
-        if record.transit is not None and record.committed:
-            return await transit_recovery.settle(record, connection, named=named, timeout=timeout)
-        keeper = await _keeper(record, timeout)
-        source = record.source.open()
-        try:
-            recovered = await InterruptedUpgrade(record, connection, keeper, source).settle(named)
-            if recovered.result is not RecoveryOutcome.IN_PROGRESS:
-                await way_back.forget_unused(connection, record.uuid)
-            return recovered
-        finally:
-            if keeper is not None:
-                keeper.close()
-            if source is not None:
-                source.close()
+        recovered = await _settle(journal, connection, named, timeout)
+        if recovered.result is not RecoveryOutcome.IN_PROGRESS:
+            await way_back.forget_unused(connection, record.uuid)
+        return recovered
     finally:
         connection.close()
+
+
+async def _settle(journal: Journal, connection: Connection, named: bool, timeout: float) -> RecoveredGuest:
+    record = journal.record
+    if record.transit is not None:
+        if not record.committed:
+            recovered = await first_hop_recovery.settle(record, connection, timeout=timeout)
+            if recovered.result is not RecoveryOutcome.DESTINATION:
+                return recovered
+            # Whoever recovers it after us must not take the exit of the transit for that of the guest.
+            journal.write({"committed": True})
+            record = replace(record, committed=True)
+        return await transit_recovery.settle(record, connection, named=named, timeout=timeout)
+    keeper = await _keeper(record, timeout)
+    source = record.source.open()
+    try:
+        return await InterruptedUpgrade(record, connection, keeper, source).settle(named)
+    finally:
+        if keeper is not None:
+            keeper.close()
+        if source is not None:
+            source.close()
 
 
 async def _keeper(record: HopRecord, timeout: float) -> KeeperClient | None:

@@ -120,6 +120,11 @@ class InterruptedHop:
         elif self._status != "running":
             # It ran there, and something has stopped it since. It stays stopped.
             notes.append(f"the guest is {self._status}")
+        await self._complete(record, notes)
+        return RecoveredGuest(record.guest, RecoveryOutcome.DESTINATION, "; ".join(notes))
+
+    async def _complete(self, record: HopRecord, notes: list[str]) -> None:
+        """:raises SevhopError: not all is done."""
         completed = await complete(
             self._old.process,
             await self._new.take(),
@@ -130,7 +135,6 @@ class InterruptedHop:
         )
         if not completed:
             raise RecoveryRequired(f"the guest is in the new QEMU, but {notes[-1]}", _AGAIN)
-        return RecoveredGuest(record.guest, RecoveryOutcome.DESTINATION, "; ".join(notes))
 
     async def rollback(self, record: HopRecord) -> RecoveredGuest:
         """

@@ -10,10 +10,9 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu.qmp import EventListener
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import CommandError, MonitorError, ProcessError, SevhopError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.monitor import Events, SourceMonitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
@@ -38,8 +37,8 @@ class OldQemu:
         self._path = monitor
         self._mark = mark
         self._timeout = timeout
-        self._monitor: Monitor | None = None
-        self._resumes: EventListener | None = None
+        self._monitor: SourceMonitor | None = None
+        self._resumes: Events | None = None
         self._listening = contextlib.ExitStack()
 
     @property
@@ -118,7 +117,10 @@ class OldQemu:
             await self._monitor.close()
             self._monitor = None
 
-    async def _connected(self) -> Monitor:
+    async def _connect(self, process: QemuProcess) -> SourceMonitor:
+        return await connect(process, self._path, timeout=self._timeout)
+
+    async def _connected(self) -> SourceMonitor:
         """
         :raises MonitorError: it does not answer, or the path leads to another process.
         """
@@ -126,7 +128,7 @@ class OldQemu:
         if self._monitor is not None and self._monitor.closed:
             await self.close()
         if self._monitor is None:
-            self._monitor = await connect(self.process, self._path, timeout=self._timeout)
+            self._monitor = await self._connect(self.process)
             self._resumes = self._listening.enter_context(self._monitor.events("RESUME"))
         return self._monitor
 

@@ -18,7 +18,6 @@ from sevhop_qmp.monitor import COMMAND_TIMEOUT
 
 from ..errors import LOST_HINT
 from ..records import journal, run_directory
-from ..records.hop_record import HopRecord
 from ..records.journal import Journal, JournalError
 from ..records.run_directory import HopInProgress
 from . import hop_recovery
@@ -63,7 +62,7 @@ async def _recover(path: Path, names: Sequence[str], timeout: float) -> Recovere
         return None if not path.exists() else RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, str(err))
     log.info("%s: interrupted in phase %s", record.guest, record.phase)
     try:
-        recovered = await _settle(mine.record, bool(names), timeout)
+        recovered = await _settle(mine, bool(names), timeout)
     except SevhopError as err:
         mine.leave()
         return RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, str(err))
@@ -77,7 +76,8 @@ async def _recover(path: Path, names: Sequence[str], timeout: float) -> Recovere
     return recovered
 
 
-async def _settle(record: HopRecord, named: bool, timeout: float) -> RecoveredGuest:
+async def _settle(mine: Journal, named: bool, timeout: float) -> RecoveredGuest:
+    record = mine.record
     if not record.this_boot:
         return RecoveredGuest(
             record.guest,
@@ -88,5 +88,5 @@ async def _settle(record: HopRecord, named: bool, timeout: float) -> RecoveredGu
         # libvirt is only needed here, and is optional.
         from . import domain_recovery
 
-        return await domain_recovery.settle(record, named=named, timeout=timeout)
+        return await domain_recovery.settle(mine, named=named, timeout=timeout)
     return await hop_recovery.settle(record, timeout)

@@ -30,6 +30,7 @@ from ..disks.block_graph import BlockGraph
 from ..errors import RecoveryRequired, Refused
 from ..events import Listener, ignore
 from ..guest import command_line, inspection
+from ..guest.runtime_settings import Settings
 from ..keeper.handover import SourceHandles
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
@@ -90,6 +91,7 @@ class TransitHop(HopPhases):
         :class:`sevhop.records.hop_record.HopRecord`. The guest may be stopped (``downtime.running``): then it must not
         wait for the disk.
     :ivar transit: has the guest, when :meth:`run` has returned. Its monitor stays connected.
+    :ivar settings: run-time settings that the guest had in the source, by then.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class TransitHop(HopPhases):
         super().__init__(subject.domain.name, options, listener)
         self.report.kind = "domain"
         self.transit: Transit | None = None
+        self.settings: Settings | None = None
         self._subject = subject
         self._recorder = recorder
         self._environment: dict[str, str] = {}
@@ -227,6 +230,7 @@ class TransitHop(HopPhases):
         """
         destination = started.destination
         cgroups = acquired.launch_context.cgroups
+        self.settings = prepared.settings
         self.transit = Transit(destination, prepared.guest, () if cgroups is None else tuple(cgroups.directories))
         await activate_disks(self, prepared, started)
         destination.protect(acquired.oom_score_adj, self.note)

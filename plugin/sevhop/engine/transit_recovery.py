@@ -55,11 +55,12 @@ async def settle(record: HopRecord, connection: Connection, *, named: bool, time
     :param timeout: seconds for each step.
     :raises SevhopError: that is not possible now; the guest runs in the transit.
     """
+    xml = await _live_xml(record, connection)
     await _retire(record, connection, timeout)
     process = record.transit.open() if record.transit else None
     keeper = await _keeper(record)
     try:
-        recovery = TransitRecovery(record, connection, process, keeper, timeout)
+        recovery = TransitRecovery(record, connection, process, keeper, timeout, xml)
         if keeper is None and process is None:
             return await recovery.without_transit()
         return await recovery.settle(named)
@@ -68,6 +69,19 @@ async def settle(record: HopRecord, connection: Connection, *, named: bool, time
             recovery.keeper.close()
         if process is not None:
             process.close()
+
+
+async def _live_xml(record: HopRecord, connection: Connection) -> str:
+    """The domain as it ran, as long as libvirt has not seen its old QEMU exit; otherwise empty."""
+    source = record.source.open()
+    if source is None:
+        return ""
+    source.close()
+    with contextlib.suppress(SevhopError, domain_xml.DomainXmlError):
+        domain = await connection.domain_with(record.uuid)
+        if domain is not None and domain.living_pid() == record.source.pid:
+            return domain_xml.without_additions(await domain.xml())
+    return ""
 
 
 async def _retire(record: HopRecord, connection: Connection, timeout: float) -> None:
@@ -106,8 +120,11 @@ class TransitRecovery:
         process: QemuProcess | None,
         keeper: KeeperClient | None,
         timeout: float,
+        live_xml: str = "",
     ) -> None:
+        """:param live_xml: see :func:`_live_xml`; needed if there never was a keeper."""
         self.keeper = keeper
+        self._live_xml = live_xml
         self._record = record
         self._connection = connection
         self._process = process
@@ -144,7 +161,7 @@ class TransitRecovery:
             record.guest,
             record.uuid,
             self._xml(),
-            record.old,
+            record.kept or record.old,
             record.new,
             self._process,
             Path(record.transit_monitor),
@@ -164,6 +181,8 @@ class TransitRecovery:
             with open(KeeperPaths(directory).image, "rb") as file:
                 return domain_xml.without_additions(SaveImage.read(file).xml)
         except (OSError, domain_xml.DomainXmlError) as err:
+            if self._live_xml:
+                return self._live_xml
             raise SevhopError(f"cannot read the domain's XML: {err}", "see the guest in the transit") from err
 
     def _last_directory(self) -> Path:
@@ -262,6 +281,7 @@ class TransitRecovery:
     async def _found(self, notes: list[str]) -> RecoveredGuest:
         domain = await self._connection.domain_with(self._record.uuid)
         emulator = "" if domain is None else domain_xml.describe(await domain.xml()).emulator
-        old = self._record.old
-        result = RecoveryOutcome.SOURCE if emulator == old != self._record.new else RecoveryOutcome.DESTINATION
-        return RecoveredGuest(self._record.guest, result, "; ".join(filter(None, notes)))
+        record = self._record
+        old = bool(emulator) and (emulator == record.kept or emulator == record.old != record.new)
+        result = RecoveryOutcome.SOURCE if old else RecoveryOutcome.DESTINATION
+        return RecoveredGuest(record.guest, result, "; ".join(filter(None, notes)))

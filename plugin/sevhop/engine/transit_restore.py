@@ -30,6 +30,7 @@ from sevhop_qmp.process import QemuProcess
 from ..disks import block_graph
 from ..errors import GuestLost, GuestState, RecoveryRequired
 from ..guest import inspection, reboot, saved_settings
+from ..guest.kept_path import original
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperConfig, TransitConfig
 from ..keeper.transit_state import FINISHED, TransitState
@@ -206,7 +207,7 @@ async def complete(connection: Connection, name: str, uuid: str, old: str, keepe
         if domain is not None:
             if keeper is not None:
                 notes += await saved_settings.finish(keeper.directory, await domain.monitor(), domain.pid())
-            emulator = domain_xml.describe(await domain.xml()).emulator
+            emulator = original(domain_xml.describe(await domain.xml()).emulator)
             notes.append(await define_emulator(connection, uuid, old, emulator))
     except (SevhopError, domain_xml.DomainXmlError) as err:
         notes.append(not_defined(name, err))

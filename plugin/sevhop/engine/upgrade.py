@@ -4,8 +4,8 @@ The upgrade: replace the QEMU of a running libvirt domain, which keeps its name,
 ::
 
     check      nothing is touched: can this guest hop, to this emulator, on this host?
-    acquire    a keeper process takes the source's VM and memory; the program of the source is kept, if that of
-               its path is another one now (:mod:`sevhop.engine.way_back`)           undo: release it
+               The program of the source is kept, if its path has another one now (:mod:`sevhop.engine.way_back`)
+    acquire    a keeper process takes the source's VM and memory                     undo: release it
     rehearse   the new emulator loads a copy of the device state (:mod:`sevhop.engine.rehearsal`)
     prepare    libvirt learns the new emulator; the source is given a file to save to
     stop       source suspended, and verified to be stopped                          undo: resume it
@@ -14,6 +14,8 @@ The upgrade: replace the QEMU of a running libvirt domain, which keeps its name,
     restore    libvirt starts the destination from the image; before it resumes the guest, it calls our hook, and
                the keeper copies the private RAM blocks and moves the SEV context    COMMIT
     define     the persistent definition gets the new emulator
+
+That is the way without a transit; the other one is in :mod:`sevhop.engine.upgrade_transit`.
 
 libvirt cannot have two domains of one UUID, so the source exits before the destination starts. If the restore fails,
 the guest is restored in the old emulator in the same way. If that fails as well, the guest is still suspended in the
@@ -28,7 +30,9 @@ from ..errors import GuestLost, GuestState, RecoveryRequired, RolledBack
 from ..events import Listener, ignore
 from ..keeper.client import KeeperClient
 from ..options import UpgradeOptions
+from . import upgrade_transit, way_back
 from .transaction import Transaction
+from .transit_hop import TransitHop
 from .upgrade_prepare import (
     CheckedDomain,
     PreparedDomain,
@@ -51,6 +55,7 @@ class Upgrade(Transaction):
         self._uri = uri
         self._name = name
         self._options = options or UpgradeOptions()
+        self._first: TransitHop | None = None
 
     def _outcome(self) -> str:
         return "prepared" if self.report.image else "checked" if self._options.dry_run else "done"
@@ -60,7 +65,51 @@ class Upgrade(Transaction):
         checked = await self.run_phase("check", check(self, self._uri, self._name, options))
         if options.dry_run:
             return
-        keeper, back = await self.run_phase("acquire", acquire(self, options, checked))
+        back = await way_back.prepare(self, checked.connection, checked.source, checked.xml, checked.monitor.version)
+        if not (options.transit and await self._by_transit(checked, back)):
+            await self._by_image(checked, back)
+
+    def interrupt(self) -> bool:
+        """See :meth:`.transaction.Transaction.interrupt`."""
+        return super().interrupt() if self._first is None else self._first.interrupt()
+
+    async def _by_transit(self, checked: CheckedDomain, back: WayBack) -> bool:
+        """
+        Two hops, with libvirt's restart between them.
+
+        :return: False if a transit cannot carry the domain.
+        """
+        options = self._options
+        self._first = first = upgrade_transit.first_hop(self, options, checked)
+        try:
+            if not await upgrade_transit.enter_transit(self, first):
+                return False
+        finally:
+            self._first = None
+        kept = await self.run_phase("keep", upgrade_transit.keep(self, options, checked, back, first))
+        await self.run_phase("retire", upgrade_transit.leave_libvirt(options, checked))
+        if options.prepare_only:
+            self._leave_prepared(kept.keeper)
+            self.report.in_transit = True
+            return True
+        restored = await self.run_phase("restore", upgrade_transit.restore(self, checked, kept))
+        running = bool(restored.status["downtime_ms"])
+        self.committed_state = GuestState.RUNNING_IN_NEW if running else GuestState.PAUSED_IN_NEW
+        if restored.failure:
+            state = GuestState.RUNNING_IN_OLD if running else GuestState.PAUSED_IN_OLD
+            raise RolledBack(f"restore: {restored.failure}", guest_state=state)
+        await way_back.forget_unused(checked.connection, checked.domain.uuid)
+        return True
+
+    def _leave_prepared(self, keeper: KeeperClient) -> None:
+        self.report.image = keeper.image
+        self.record(phase="prepared")
+        self.unfinished = True
+
+    async def _by_image(self, checked: CheckedDomain, back: WayBack) -> None:
+        """The guest is suspended in the keeper while libvirt restarts; its device state is in a save image."""
+        options = self._options
+        keeper = await self.run_phase("acquire", acquire(self, options, checked))
         rehearsed = False
         if options.rehearse:
             rehearsed = await self.run_phase("rehearse", rehearse(self, options, checked, keeper, back))
@@ -73,9 +122,7 @@ class Upgrade(Transaction):
         await self.run_phase("save", save(options, checked, keeper, prepared, stopped))
         await self.run_phase("terminate", terminate(self, options, checked, keeper, prepared, stopped))
         if options.prepare_only:
-            self.report.image = keeper.image
-            self.record(phase="prepared")
-            self.unfinished = True
+            self._leave_prepared(keeper)
             return
         try:
             await self.run_phase("restore", restore(self, checked, keeper, prepared, stopped))

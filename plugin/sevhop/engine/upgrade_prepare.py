@@ -29,7 +29,7 @@ from ..options import UpgradeOptions
 from ..process import cgroup_memory
 from ..records import journal
 from ..records.hop_record import HopRecord, Process
-from . import protected_state, way_back
+from . import protected_state
 from .check import verify_can_hop
 from .rehearsal import Rehearsal, Subject
 from .rehearsal_command_line import Unrehearsable
@@ -155,11 +155,11 @@ async def _verify_alive(checked: CheckedDomain) -> None:
     verify_alive(checked.source)
 
 
-async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> tuple[KeeperClient, WayBack]:
+async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> KeeperClient:
     """
-    Start a keeper, which takes the source's VM and memory, and keep the source's program if a rollback would need it.
+    Start a keeper, which takes the source's VM and memory.
 
-    :raises KeeperError: the keeper cannot take them.
+    :raises KeeperError: it cannot.
     """
     identity = checked.source.credentials
     config = KeeperConfig(
@@ -188,8 +188,7 @@ async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDom
         hop.rollback.push(keeper.release)
         hop.record(directory=str(keeper.directory))
     await protected_state.forbid_resets(hop, checked.monitor, checked.source, checked.flag)
-    back = await way_back.prepare(hop, checked.connection, checked.source, checked.xml, checked.monitor.version)
-    return keeper, back
+    return keeper
 
 
 async def rehearse(

@@ -45,7 +45,7 @@ class TransitAttempt:
     :ivar header_given: the destination has the beginning of the stream.
     :ivar announced: libvirt was asked to finish its work.
     :ivar accepted: libvirt has.
-    :ivar superseded: another restore has begun.
+    :ivar ended_by_us: another restore has begun, or the command has ended this one.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TransitAttempt:
         stored: dict[str, int] | None = None,
     ) -> None:
         self._destination_known = connected
-        self.header_given = self.announced = self.accepted = self.superseded = False
+        self.header_given = self.announced = self.accepted = self.ended_by_us = False
         self.daemon: QemuProcess | None = None
         self.destination: QemuProcess | None = None
         if stored is None:

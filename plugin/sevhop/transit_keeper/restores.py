@@ -95,7 +95,7 @@ class Restores:
         :return: the emulator for the destination, and whether it is not the first one.
         """
         # libvirt waits for this hook, and does not answer meanwhile.
-        await self.end(superseded=True)
+        await self.end(by_us=True)
         record = self._ledger.record
         if record.state is not TransitState.TRANSIT:
             return f"error {reason_against_request(record.state, 'restore the guest')}"
@@ -124,16 +124,16 @@ class Restores:
         self._ledger.record.destination = pid
         self._ledger.checkpoint()
 
-    async def end(self, *, superseded: bool = False) -> None:
+    async def end(self, *, by_us: bool = False) -> None:
         """
         End the one in progress, unless it is too late for that; wait until it is over.
 
-        :param superseded: by another one; then libvirt is not asked why the destination has exited.
+        :param by_us: not by a client of libvirt's, which is not asked then why the destination has exited.
         """
         pursuing, attempt = self._pursuing, self._ledger.attempt
         if pursuing is None or pursuing.done() or attempt is None:
             return
-        attempt.superseded = superseded
+        attempt.ended_by_us = by_us
         if self._hop is not None:
             self._hop.interrupt()
         elif not self._decided:
@@ -271,7 +271,7 @@ class Restores:
             except SevhopError as err:
                 log.info("the transit does not run the guest: %s", err)
                 await asyncio.sleep(_POLL)
-        asks = attempt.announced and not attempt.superseded
+        asks = attempt.announced and not attempt.ended_by_us
         by_client = asks and await self._watch.destroyed_by_client(self._config)
         self._ledger.attempt = None
         self._ledger.enter(TransitState.TRANSIT)

@@ -151,7 +151,8 @@ class TransitServer:
                 self._ledger.checkpoint()
                 return "ok"
             case "revoke" if self.record.state not in FINISHED:
-                await self._restores.end()
+                # Whoever asks for this ends the destination, too, and that is no client's will.
+                await self._restores.end(by_us=True)
                 if self.record.state is TransitState.TRANSIT:
                     return "ok"
             case "release" if self.record.state in FINISHED:

@@ -1,0 +1,186 @@
+"""
+``sevhop upgrade --transit``: two hops, with libvirt's restart between them. Whatever fails, the guest runs: in its old
+QEMU before the first hop's commit, afterwards in the transit.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.guests.daemon import Daemon, kill
+from tests.support.guests.running import wait_until
+
+from .conftest import StartDomain
+from .failing import DYING, assert_as_before, other_hook_hangs, other_hook_refuses, wrapper
+
+#: Phases of the first hop, in which everything is rolled back; and those in which the guest may be in the transit.
+UNDOABLE = ["acquire", "prepare", "stop", "map", "save"]
+IN_TRANSIT = ["load", "commit", "resume", "finish", "keep", "retire", "restore"]
+
+
+def when_begun(daemon: Daemon, name: str, phase: str, act: Callable[[Any], None], *words: str | Path) -> Any:
+    """Start an upgrade, and do something to it when a phase has begun. :return: its exit status, and what it prints."""
+    command = daemon.start_command(
+        *(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", name, "--transit", "--json", *words)
+    )
+    assert command.stderr is not None
+    for line in command.stderr:
+        if line.strip().endswith(f": {phase}"):
+            act(command)
+            break
+    else:
+        raise AssertionError(f"no phase {phase}")
+    out, _ = command.communicate(timeout=120)
+    return command.returncode, out
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
+def test_guest_runs_while_libvirt_restarts(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, back: bool
+) -> None:
+    source, destination = (new, old) if back else (old, new)
+    guest = start(emulator=source, balloon="virtio")
+    guest.wait_for_ticks()
+    pid = guest.pid
+    report = daemon.upgrade(guest.name, "--transit", "--emulator", destination)
+    assert (report["status"], report["outcome"], report["notes"]) == (0, "done", []), report
+    assert len(report["downtimes_ms"]) == 2
+    assert report["downtime_ms"] == max(report["downtimes_ms"])
+    assert guest.pid == report["destination"]["pid"] != pid
+    assert guest.state == "running"
+    assert guest.emulator() == str(destination)
+    assert guest.emulator("--inactive") == str(destination)
+    guest.wait_for_ticks()
+
+
+def test_paused_guest_stays_paused_in_both_hops(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    daemon.virsh("suspend", guest.name)
+    report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+    assert (report["outcome"], report["downtime_ms"]) == ("done", None), report
+    assert guest.state == "paused"
+    assert guest.emulator() == str(new)
+    daemon.virsh("resume", guest.name)
+    guest.wait_for_ticks()
+
+
+def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
+    daemon: Daemon, start: StartDomain, new: Path
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--transit", "--emulator", new, "--prepare")
+    assert (report["outcome"], report["in_transit"]) == ("prepared", True), report
+    assert guest.state == "shut off"
+    guest.wait_for_ticks()
+    refused = daemon.run("virsh", "start", guest.name)
+    assert refused.returncode == 1
+    assert "transit" in refused.stderr
+    assert "runs in the transit" in daemon.sevhop("status").stdout
+    assert "sevhop recover" in daemon.upgrade(guest.name, "--transit")["reason"]
+    daemon.virsh("restore", report["image"])
+    wait_until(lambda: guest.state == "running", 30, "it is restored")
+    assert guest.emulator() == str(new)
+    guest.wait_for_ticks()
+    done = daemon.sevhop("recover")
+    assert (done.returncode, done.stdout) == (0, f"{guest.name}: runs in the new QEMU\n")
+    assert guest.emulator("--inactive") == str(new)
+
+
+def test_domain_that_a_transit_cannot_carry_is_upgraded_without(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start(more="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+    assert (report["outcome"], report["downtimes_ms"]) == ("done", []), report
+    assert "not by way of a transit: its TPM exits with the old QEMU" in report["notes"]
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("how", DYING)
+def test_emulator_that_fails_is_found_out_in_the_first_hop(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str
+) -> None:
+    """The guest stays in its QEMU."""
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    emulator = wrapper(daemon, how.replace(" ", "-"), new, DYING[how])
+    report = daemon.upgrade(guest.name, "--transit", "--emulator", emulator)
+    assert report["outcome"] in ("refused", "rolled-back"), report
+    assert guest.pid == pid
+    assert_as_before(daemon, guest, old)
+
+
+def test_guest_runs_in_the_old_emulator_again_if_another_hook_refuses(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    with other_hook_refuses(daemon):
+        report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+    assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
+    assert report["guest_state"] == "running in the old QEMU"
+    assert len(report["downtimes_ms"]) == 2
+    assert_as_before(daemon, guest, old)
+
+
+def test_guest_runs_in_the_transit_while_another_hook_hangs(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """The destination is ended by the command, which is not a client that wants the guest to end."""
+    guest = start()
+    guest.wait_for_ticks()
+    with other_hook_hangs(daemon):
+        report = daemon.upgrade(guest.name, "--transit", "--emulator", new, "--timeout", "5")
+        assert (report["status"], report["guest_state"]) == (4, "running in the transit"), report
+        guest.wait_for_ticks()
+    assert "runs in the transit" in daemon.sevhop("status").stdout
+    done = daemon.sevhop("recover")
+    assert (done.returncode, guest.state, guest.emulator()) == (0, "running", str(new)), done
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("phase", [*UNDOABLE, *IN_TRANSIT])
+def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    when_begun(daemon, guest.name, phase, lambda command: kill(command.pid), "--emulator", new)
+    assert "sevhop recover" in daemon.upgrade(guest.name)["reason"]
+    done = daemon.sevhop("recover")
+    assert done.returncode == 0, done
+    assert guest.state == "running"
+    # What the command had begun before it was killed may have come further than the phase.
+    possible = {old, new} if phase in ("save", "load", "commit") else {old} if phase in UNDOABLE else {new}
+    assert guest.emulator() in {str(path) for path in possible}, done
+    guest.wait_for_ticks()
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
+    assert daemon.upgrade(guest.name, "--transit", "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("phase", [*UNDOABLE, *IN_TRANSIT])
+def test_interrupted_upgrade_is_rolled_back_or_completed(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    status, out = when_begun(
+        daemon, guest.name, phase, lambda command: command.send_signal(signal.SIGINT), "--emulator", new
+    )
+    report = json.loads(out)["domains"][0]
+    if report["outcome"] == "done":
+        assert status == 0
+        assert guest.emulator() == str(new)
+        guest.wait_for_ticks()
+    else:
+        assert (status, report["outcome"], report["reason"]) == (3, "rolled-back", "interrupted"), out
+        assert phase not in IN_TRANSIT or phase in ("load", "commit")
+        assert_as_before(daemon, guest, old)
