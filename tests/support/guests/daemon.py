@@ -90,8 +90,17 @@ class Daemon:
     def stop(self) -> None:
         """End it, and everything that was started in it."""
         assert self._process.stdin is not None
+        # A guest that a failed test has left in a transit is nobody's child, and neither is its keeper.
+        left = []
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                left.append(os.pidfd_open(pid))
         self._process.stdin.close()
         self._process.wait(_PATIENCE)
+        for pidfd in left:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
 
     def restart(self) -> None:
         """Kill the daemon alone, and wait for the next one."""
