@@ -291,6 +291,14 @@ def test_run_directory_of_a_dead_keeper_is_replaced(run: Path) -> None:
     assert sorted(os.listdir(run)) == ["domains"]
 
 
+def test_run_directory_that_a_journal_names_is_not_swept(run: Path) -> None:
+    """The hook finds a transit without a keeper by it."""
+    directory = run_directory.claim("web", UUID)
+    run_directory.sweep({str(directory)})
+    assert run_directory.hops_in_progress() == ["web"]
+    assert (run / f"uuid-{UUID}").resolve() == directory.resolve()
+
+
 def test_second_claim_is_refused(keeper: Serving) -> None:
     with pytest.raises(HopInProgress):
         run_directory.claim("web", UUID)

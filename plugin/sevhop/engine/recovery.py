@@ -35,16 +35,18 @@ async def recover(names: Sequence[str] = (), *, timeout: float = COMMAND_TIMEOUT
     """
     journal.remove_unfinished()
     found = [one for path in journal.journals() if (one := await _recover(path, names, timeout)) is not None]
-    run_directory.sweep({read_directory(path) for path in journal.journals()})
+    run_directory.sweep({directory for path in journal.journals() for directory in directories_of(path)})
     return found
 
 
-def read_directory(path: Path) -> str:
-    """The run directory that a journal names; empty if the journal cannot be read."""
+def directories_of(path: Path) -> set[str]:
+    """The run directories of a hop, also that of a keeper which the journal does not have yet."""
     try:
-        return journal.read(path).directory
+        record = journal.read(path)
     except JournalError:
-        return ""
+        return set()
+    of_keeper = str(run_directory.hop_with(record.uuid)) if record.uuid else ""
+    return {record.directory, record.transit_directory, of_keeper} - {""}
 
 
 async def _recover(path: Path, names: Sequence[str], timeout: float) -> RecoveredGuest | None:

@@ -30,6 +30,8 @@ REBOOTS = RUN / "reboot"
 _TARGET = re.compile(r"\.\./[0-9a-f]{32}")
 #: Prefix of a domain's UUID in the name of its link; the hook has it as well.
 UUID_LINK = "uuid-"
+#: Seconds after which a socket whose connections nobody accepts is in use all the same.
+_CONNECT_TIMEOUT = 1.0
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
@@ -156,8 +158,11 @@ def in_hop(uuid: str) -> bool:
 
 def _listens(path: Path, kind: int) -> bool:
     with socket.socket(socket.AF_UNIX, kind) as sock:
+        sock.settimeout(_CONNECT_TIMEOUT)
         try:
             sock.connect(str(path))
+        except (BlockingIOError, TimeoutError):
+            return True  # it does, and others wait already
         except OSError:
             return False
     return True
@@ -215,7 +220,7 @@ def sweep(used: set[str]) -> None:
     _make_outer()
     for name in hops_in_progress():
         directory = hop_of(name)
-        if directory is not None and not alive(directory) and str(directory) not in used:
+        if directory is not None and not alive(directory) and str(RUN / directory.name) not in used:
             remove(name, directory)
     for link in _uuid_links():
         if not link.exists():
