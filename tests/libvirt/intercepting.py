@@ -18,6 +18,7 @@ MOMENTS = {
     "stopped": ("sevhop.engine.second_hop", "", "save"),
     "saved": ("sevhop.engine.second_hop", "", "hand_over"),
     "arrived": ("sevhop.engine.second_hop", "SecondHop", "_finish"),
+    "transit ended": ("sevhop.transit_keeper.restores", "Restores", "_arrived"),
 }
 
 _TEXT = """

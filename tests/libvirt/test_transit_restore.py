@@ -180,6 +180,20 @@ def test_keeper_that_dies_in_the_hop_loses_nothing(
         transit.assert_arrived(new)
 
 
+@pytest.mark.parametrize("moment", ["arrived", "transit ended"])
+def test_keeper_that_dies_after_the_hop_does_not_lose_a_paused_guest(
+    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
+) -> None:
+    """It has not run in the destination, and is there all the same."""
+    daemon.virsh("suspend", transit.guest.name)
+    transit.enter(new, environment=intercepting.environment(tmp_path, moment, intercepting.DIE))
+    result = transit.finish()
+    assert (result.get("emulator"), result.get("state")) == (str(new), "over"), result
+    assert transit.guest.state == "paused"
+    daemon.virsh("resume", transit.guest.name)
+    transit.assert_arrived(new)
+
+
 def test_keeper_that_dies_before_is_continued(
     daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
 ) -> None:

@@ -105,6 +105,7 @@ class Meeting:
     :ivar announced: called when libvirt is about to finish its work.
     :ivar accepted: waits until libvirt has accepted the destination.
     :ivar stopping: called before the guest is stopped, with whether it runs.
+    :ivar committed: called when the guest is the destination's.
     """
 
     monitor: Monitor
@@ -119,6 +120,7 @@ class Meeting:
     announced: Callable[[], None]
     accepted: Callable[[], Awaitable[None]]
     stopping: Callable[[bool], None]
+    committed: Callable[[], None]
 
 
 class SecondHop(Transaction):
@@ -251,6 +253,7 @@ class SecondHop(Transaction):
                 raise StateError("the new QEMU cannot start the guest", f"{LOCKED_HINT}; {_LOG}")
         runs = notice.runs.is_set()
         self.commit(GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW)
+        self._met.committed()
         stopped.boost.reset()
         self.downtime_ends()
         self.record(loaded=True)

@@ -58,6 +58,7 @@ class TransitAttempt:
         stored: dict[str, int] | None = None,
     ) -> None:
         self._destination_known = connected
+        self._uid = config.uid
         self.header_given = self.announced = self.accepted = self.ended_by_us = False
         self.daemon: QemuProcess | None = None
         self.destination: QemuProcess | None = None
@@ -123,7 +124,11 @@ class TransitAttempt:
             self.daemon = _process(int(stat.rpartition(")")[2].split()[1]))
 
     def _connected(self) -> None:
-        self.destination = _process(self.port.peer)
+        process = _process(self.port.peer)
+        # Its pid may be another process's by now.
+        with contextlib.suppress(ProcessError):
+            if process is not None and process.credentials.uid == self._uid:
+                self.destination = process
         self._destination_known(self.port.peer)
 
     def duplicate_of_writer(self) -> int:

@@ -26,6 +26,7 @@ class TransitRecord:
     :ivar version: of its QEMU.
     :ivar restores: how many have begun.
     :ivar was_paused: the guest was paused when its hop began, so that a hop that is interrupted does not resume it.
+    :ivar committed: the guest is the destination's. The run mark says that only of one that runs.
     :ivar downtime_ms: milliseconds for which the guest was stopped by its hop; 0 before.
     :ivar note: for the administrator; or empty.
     """
@@ -38,6 +39,7 @@ class TransitRecord:
     version: str = ""
     restores: int = 0
     was_paused: bool = False
+    committed: bool = False
     downtime_ms: float = 0.0
     note: str = ""
 

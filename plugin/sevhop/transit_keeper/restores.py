@@ -157,18 +157,18 @@ class Restores:
             finally:
                 await probed.monitor.close()
         except asyncio.CancelledError:
-            await self._back(attempt, "the restore was ended")
+            await self._undo(attempt, "the restore was ended")
         except HopError as err:
             if err.guest_state in _ARRIVED:
                 self._ledger.record.note = str(err)
                 await self._arrived(attempt)
             else:
-                await self._back(attempt, str(err))
+                await self._undo(attempt, str(err))
         except SevhopError as err:
-            await self._back(attempt, str(err))
+            await self._undo(attempt, str(err))
         except Exception as err:
             log.exception("restore")
-            await self._back(attempt, f"unexpected {type(err).__name__}: {err}")
+            await self._undo(attempt, f"unexpected {type(err).__name__}: {err}")
         else:
             await self._arrived(attempt)
 
@@ -192,6 +192,10 @@ class Restores:
             ledger.record.was_paused = not running
             ledger.enter(TransitState.HOPPING)
             attempt.give_stream()
+
+        def committed() -> None:
+            ledger.record.committed = True
+            ledger.checkpoint()
 
         with probed.monitor.events("RESUME") as resumed:
 
@@ -217,6 +221,7 @@ class Restores:
                 announced=announced,
                 accepted=accepted,
                 stopping=stopping,
+                committed=committed,
             )
             self._hop = SecondHop(config.name, meeting, HopOptions(step_timeout=config.step_timeout))
             try:
@@ -233,12 +238,24 @@ class Restores:
             # It cannot begin to run the guest while it is halted.
             await process.freeze(self._config.step_timeout * _PART_OF_STEP)
             attempt.port.revoke_start()
-            if attempt.has_run:
+            if self._is_there(attempt):
                 process.thaw()
-        if attempt.has_run:
+        if self._is_there(attempt):
             await self._arrived(attempt)
         else:
             await self._back(attempt, "the keeper has died")
+
+    def _is_there(self, attempt: TransitAttempt) -> bool:
+        """Whether the guest is the destination's, and what is in the transit is outdated."""
+        return attempt.has_run or self._ledger.record.committed
+
+    async def _undo(self, attempt: TransitAttempt, reason: str) -> None:
+        """Something has failed. A guest that has run in the destination is there all the same."""
+        if self._is_there(attempt):
+            self._ledger.record.note = reason
+            await self._arrived(attempt)
+        else:
+            await self._back(attempt, reason)
 
     async def _arrived(self, attempt: TransitAttempt) -> None:
         """The guest is the destination's: end the transit."""
@@ -262,7 +279,9 @@ class Restores:
         self._ledger.record.reason = reason
         if attempt.destination is not None:
             attempt.destination.kill()
-            await attempt.destination.wait(self._config.step_timeout)
+            # The transit must not run the guest as long as the other QEMU might.
+            while not await attempt.destination.wait(self._config.step_timeout):
+                log.warning("the new QEMU (process %d) was killed and has not exited", attempt.destination.pid)
         while self._process.alive:
             self._process.thaw()
             try:
