@@ -47,6 +47,7 @@ async def enter(name: str, emulator: str, timeout: float) -> dict[str, object]:
                 guest=name,
                 uri=connection.uri,
                 uuid=domain.uuid,
+                xml=examined.xml,
                 context="none",
                 running=examined.guest.state == "running",
                 source=Process.of(examined.process),

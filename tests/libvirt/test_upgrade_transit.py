@@ -166,6 +166,38 @@ def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
     guest.wait_for_ticks()
 
 
+def test_domain_whose_guest_is_in_the_transit_is_not_started_beside_it(
+    daemon: Daemon, start: StartDomain, new: Path
+) -> None:
+    """Without a keeper yet: whoever sees a domain that does not answer destroys it, and starts it again."""
+    guest = start(transient=True)
+    guest.wait_for_ticks()
+    described = daemon.virsh("dumpxml", guest.name)
+    when_begun(daemon, guest.name, "keep", lambda command: kill(command.pid), "--emulator", new)
+    daemon.virsh("destroy", guest.name)
+    (daemon.root / "run/again.xml").write_text(described)
+    refused = daemon.run("virsh", "create", "/run/again.xml")
+    assert refused.returncode == 1
+    assert "its guest runs in the transit" in refused.stderr
+    assert daemon.sevhop("recover", "another").returncode == 0
+    assert daemon.run("virsh", "create", "/run/again.xml").returncode == 1
+    guest.wait_for_ticks()
+    done = daemon.sevhop("recover")
+    assert (done.returncode, guest.state, guest.emulator()) == (0, "running", str(new)), done
+    guest.wait_for_ticks()
+
+
+def test_domain_with_a_tap_of_its_own_name_is_upgraded_without(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """libvirt could not make that tap again as long as the transit has it."""
+    card = "<interface type='ethernet'><target dev='of-its-own' managed='yes'/><model type='virtio'/></interface>"
+    guest = start(more=card)
+    guest.wait_for_ticks()
+    report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+    assert (report["outcome"], report["downtimes_ms"]) == ("done", []), report
+    assert any("libvirt cannot make of-its-own again" in note for note in report["notes"])
+    guest.wait_for_ticks()
+
+
 @pytest.mark.parametrize("phase", [*UNDOABLE, *IN_TRANSIT])
 def test_interrupted_upgrade_is_rolled_back_or_completed(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str

@@ -205,7 +205,7 @@ def test_guest_is_refused_if_its_keeper_does_not_reply(keeper: FakeKeeper, opera
     with keeper.alive():
         status, printed, reason = run(keeper, "web", operation, "begin", "-")
     assert (status, printed) == (1, "")
-    assert "the guest is suspended in the keeper, try again" in reason
+    assert "did not reply, and has its guest; try again" in reason
     assert len(keeper.asked) == 1
 
 

@@ -45,6 +45,8 @@ _ELEMENTS = (
     (f"{_INTERFACES}/downscript", "the script of a network card shuts it down with the old QEMU"),
     (f"{_INTERFACES}/backend[@type='passt']", "the passt of a network card exits with the old QEMU"),
 )
+#: Prefix of the taps whose name libvirt has chosen.
+_CHOSEN = "vnet"
 #: A label that confines nothing.
 _UNCONFINED = ("", "unconfined")
 
@@ -66,4 +68,17 @@ def blocker(xml: str, guest: Guest, process: QemuProcess) -> str:
         return f"its QEMU is confined ({label}), which libvirt takes back when it exits"
     if lock_manager.in_use():
         return "libvirt gives up the leases of its disks when the old QEMU exits"
+    return ""
+
+
+def unrestorable(xml: str) -> str:
+    """
+    Why libvirt could not start a domain as long as a transit has it; empty if nothing is known.
+
+    :param xml: of the domain as it runs.
+    """
+    for target in ElementTree.fromstring(xml).iterfind(f"{_INTERFACES}/target"):
+        # libvirt chooses these names itself, and takes one that is free.
+        if not target.get("dev", _CHOSEN).startswith(_CHOSEN):
+            return f"libvirt cannot make {target.get('dev')} again while the transit has it"
     return ""

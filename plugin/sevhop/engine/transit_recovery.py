@@ -20,26 +20,24 @@ import shutil
 import time
 from pathlib import Path
 
-from sevhop_qmp.errors import CommandError, SevhopError
+from sevhop_qmp.errors import CommandError
 from sevhop_qmp.monitor import Monitor, protocol_errors
 from sevhop_qmp.process import QemuProcess
 
-from ..errors import LOST_HINT, GuestLost
+from ..errors import LOST_HINT, GuestLost, RecoveryRequired
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperConfig, KeeperError
-from ..keeper.paths import KeeperPaths
 from ..keeper.transit_state import TransitState
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import DomainError
-from ..libvirt.save_image import SaveImage
 from ..process import machine_cgroup
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import resume_source
-from .transit_restore import InTransit, complete, restore_from_transit, take_into_keeper
+from .transit_restore import InTransit, complete, restore_from_transit, take_into_keeper, write_image
 
 #: Seconds for what is in progress, such as a restore by another client.
 _PATIENCE = 60.0
@@ -55,12 +53,11 @@ async def settle(record: HopRecord, connection: Connection, *, named: bool, time
     :param timeout: seconds for each step.
     :raises SevhopError: that is not possible now; the guest runs in the transit.
     """
-    xml = await _live_xml(record, connection)
     await _retire(record, connection, timeout)
     process = record.transit.open() if record.transit else None
     keeper = await _keeper(record)
     try:
-        recovery = TransitRecovery(record, connection, process, keeper, timeout, xml)
+        recovery = TransitRecovery(record, connection, process, keeper, timeout)
         if keeper is None and process is None:
             return await recovery.without_transit()
         return await recovery.settle(named)
@@ -69,19 +66,6 @@ async def settle(record: HopRecord, connection: Connection, *, named: bool, time
             recovery.keeper.close()
         if process is not None:
             process.close()
-
-
-async def _live_xml(record: HopRecord, connection: Connection) -> str:
-    """The domain as it ran, as long as libvirt has not seen its old QEMU exit; otherwise empty."""
-    source = record.source.open()
-    if source is None:
-        return ""
-    source.close()
-    with contextlib.suppress(SevhopError, domain_xml.DomainXmlError):
-        domain = await connection.domain_with(record.uuid)
-        if domain is not None and domain.living_pid() == record.source.pid:
-            return domain_xml.without_additions(await domain.xml())
-    return ""
 
 
 async def _retire(record: HopRecord, connection: Connection, timeout: float) -> None:
@@ -120,11 +104,8 @@ class TransitRecovery:
         process: QemuProcess | None,
         keeper: KeeperClient | None,
         timeout: float,
-        live_xml: str = "",
     ) -> None:
-        """:param live_xml: see :func:`_live_xml`; needed if there never was a keeper."""
         self.keeper = keeper
-        self._live_xml = live_xml
         self._record = record
         self._connection = connection
         self._process = process
@@ -142,6 +123,8 @@ class TransitRecovery:
                 detail = f"runs in the transit; to finish: virsh restore {self.keeper.image}"
                 return RecoveredGuest(self._record.guest, RecoveryOutcome.IN_PROGRESS, detail)
             try:
+                if not self.keeper.image.exists():
+                    write_image(self._transit(), self.keeper)
                 restored = await restore_from_transit(self._connection, self._transit(), self.keeper)
             except GuestLost as err:
                 return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, str(err))
@@ -149,6 +132,11 @@ class TransitRecovery:
         status = await self.keeper.status()
         if state is TransitState.OVER:
             return await self._finish()
+        if state is not TransitState.ENDED:
+            raise RecoveryRequired(
+                f'keeper stuck in state "{state.value}" for {_PATIENCE:g} s',
+                "its guest is not lost; see virsh list, then run sevhop recover again",
+            )
         await self.keeper.release()
         detail = "; ".join(filter(None, [status["reason"], status["note"]]))
         return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
@@ -160,7 +148,7 @@ class TransitRecovery:
             record.uri,
             record.guest,
             record.uuid,
-            self._xml(),
+            record.xml,
             record.kept or record.old,
             record.new,
             self._process,
@@ -169,21 +157,6 @@ class TransitRecovery:
             tuple(record.cgroups),
             step_timeout=max(self._timeout, KeeperConfig.step_timeout),
         )
-
-    def _xml(self) -> str:
-        """
-        The domain as it ran.
-
-        :raises SevhopError: the image of the last keeper is gone.
-        """
-        directory = self.keeper.directory if self.keeper else self._last_directory()
-        try:
-            with open(KeeperPaths(directory).image, "rb") as file:
-                return domain_xml.without_additions(SaveImage.read(file).xml)
-        except (OSError, domain_xml.DomainXmlError) as err:
-            if self._live_xml:
-                return self._live_xml
-            raise SevhopError(f"cannot read the domain's XML: {err}", "see the guest in the transit") from err
 
     def _last_directory(self) -> Path:
         """Of the keeper that is gone."""

@@ -128,15 +128,19 @@ async def take_into_keeper(transit: InTransit) -> KeeperClient:
     )
     keeper = await KeeperClient.start(config)
     try:
-        _write_image(transit, keeper)
+        write_image(transit, keeper)
     except BaseException:
         keeper.close()
         raise
     return keeper
 
 
-def _write_image(transit: InTransit, keeper: KeeperClient) -> None:
-    """:raises SevhopError: it cannot be written."""
+def write_image(transit: InTransit, keeper: KeeperClient) -> None:
+    """
+    Write what libvirt restores.
+
+    :raises SevhopError: it cannot be written.
+    """
     environment = adopt.environment(keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
     monitor = str(keeper.monitor)
     xml = domain_xml.for_destination(transit.xml, transit.new, environment, monitor, transit.displays)
@@ -145,6 +149,7 @@ def _write_image(transit: InTransit, keeper: KeeperClient) -> None:
             # libvirt lets also a paused guest run: only then it reports that it has finished.
             SaveImage(xml, True, b"").write(file)
     except OSError as err:
+        keeper.image.unlink(missing_ok=True)
         raise SevhopError(f"cannot write the save image: {err.strerror}", "free space in /run, then try again") from err
 
 
@@ -176,8 +181,13 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
     failures: list[str] = []
     for emulator in dict.fromkeys((transit.new, transit.old)):
         try:
-            await keeper.use(emulator)
-            status = await _restore(connection, transit, keeper)
+            status = await keeper.status()
+            if TransitState(status["state"]) is TransitState.OVER:  # the last attempt has succeeded after all
+                emulator = str(status["emulator"])
+                failures.clear()
+            else:
+                await keeper.use(emulator)
+                status = await _restore(connection, transit, keeper)
         except GuestLost:
             raise
         except SevhopError as err:

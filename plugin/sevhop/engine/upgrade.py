@@ -24,6 +24,8 @@ keeper, and ``virsh restore`` of the image resumes it.
 
 from __future__ import annotations
 
+import contextlib
+
 from sevhop_qmp.errors import SevhopError
 
 from ..errors import GuestLost, GuestState, RecoveryRequired, RolledBack
@@ -80,9 +82,10 @@ class Upgrade(Transaction):
         :return: False if a transit cannot carry the domain.
         """
         options = self._options
-        self._first = first = upgrade_transit.first_hop(self, options, checked)
+        first = upgrade_transit.first_hop(self, options, checked)
+        self._first = first.hop
         try:
-            if not await upgrade_transit.enter_transit(self, first):
+            if not await upgrade_transit.enter_transit(self, checked, first):
                 return False
         finally:
             self._first = None
@@ -93,7 +96,10 @@ class Upgrade(Transaction):
             self.report.in_transit = True
             return True
         restored = await self.run_phase("restore", upgrade_transit.restore(self, checked, kept))
-        running = bool(restored.status["downtime_ms"])
+        running = True
+        with contextlib.suppress(SevhopError):
+            await checked.domain.reconnect()
+            running = await checked.domain.running()
         self.committed_state = GuestState.RUNNING_IN_NEW if running else GuestState.PAUSED_IN_NEW
         if restored.failure:
             state = GuestState.RUNNING_IN_OLD if running else GuestState.PAUSED_IN_OLD

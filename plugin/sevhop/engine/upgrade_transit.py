@@ -15,19 +15,25 @@ whatever libvirt, its hooks or the destination do, until it hops again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from sevhop_qmp.process import QemuProcess
 
-from ..errors import GuestState, Refused
+from ..errors import GuestState, RecoveryRequired, Refused
 from ..events import Event, HopFinished, Listener
 from ..guest import reboot, saved_settings
 from ..keeper.client import KeeperClient
+from ..keeper.paths import KeeperPaths
 from ..libvirt import domain_xml
 from ..options import HopOptions, UpgradeOptions
+from ..records import run_directory
 from ..records.hop_record import Process
 from .retire import retire
 from .transaction import Transaction
+from .transit_blockers import unrestorable
 from .transit_command_line import Untransitable
 from .transit_hop import TransitHop, TransitSource
 from .transit_restore import InTransit, Restored, recorded, restore_from_transit, take_into_keeper
@@ -43,13 +49,42 @@ class KeptDomain:
     keeper: KeeperClient
 
 
-def first_hop(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> TransitHop:
-    """The hop into the transit. Its events are those of the upgrade, and so is its record."""
+@dataclass(frozen=True)
+class FirstHop:
+    """
+    The hop into the transit.
+
+    :ivar guard: the directory by which the hook finds the transit until a keeper has it: whoever destroys the domain,
+        which does not answer then, must not start it again beside its guest.
+    """
+
+    hop: TransitHop
+    guard: Path
+
+
+def first_hop(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> FirstHop:
+    """
+    The hop into the transit. Its events are those of the upgrade, and so is its record.
+
+    :raises SevhopError: another hop of the domain is in progress.
+    """
+    guard = run_directory.claim(checked.domain.name, checked.domain.uuid)
+    hop.rollback.push(lambda: run_directory.remove(checked.domain.name, guard))
+    hop.record(directory=str(guard), xml=checked.xml)
     subject = TransitSource(
         checked.connection, checked.domain, checked.source, checked.disks, checked.xml, checked.new, checked.flag
     )
     hop_options = HopOptions(step_timeout=options.step_timeout, move_deadline=options.move_deadline)
-    return TransitHop(subject, hop_options, _listener(hop), lambda **fields: hop.record(**recorded(fields)))
+    return FirstHop(TransitHop(subject, hop_options, _listener(hop), _recorder(hop, guard)), guard)
+
+
+def _recorder(hop: Transaction, guard: Path) -> Callable[..., None]:
+    def record(**fields: Any) -> None:
+        if isinstance(transit := fields.get("destination"), Process):
+            KeeperPaths(guard).transit.write_text(f"{transit.pid} {transit.started}")
+        hop.record(**recorded(fields))
+
+    return record
 
 
 def _listener(hop: Transaction) -> Listener:
@@ -60,25 +95,35 @@ def _listener(hop: Transaction) -> Listener:
     return forward
 
 
-async def enter_transit(hop: Transaction, first: TransitHop) -> bool:
+async def enter_transit(hop: Transaction, checked: CheckedDomain, first: FirstHop) -> bool:
     """
     Have the guest hop into the transit.
 
     :return: False if a transit cannot carry this domain; nothing was touched.
     :raises HopError: see :meth:`.transaction.Transaction.run`.
     """
+    report, reason = first.hop.report, unrestorable(checked.xml)
     try:
-        await first.run()
+        if not reason:
+            await first.hop.run()
     except Refused as err:
-        if isinstance(err.__cause__, Untransitable):
-            hop.note(f"not by way of a transit: {err.message}")
-            return False
+        if not isinstance(err.__cause__, Untransitable):
+            raise
+        reason = err.message
+    except RecoveryRequired:
+        # The guest may be in the transit. For sevhop recover all stays: the guard, and a program for the way back.
+        hop.rollback.clear()
         raise
     finally:
-        hop.report.phases += first.report.phases
-        hop.report.notes += first.report.notes
+        hop.report.phases += report.phases
+        hop.report.notes += report.notes
+    if reason:
+        run_directory.remove(checked.domain.name, first.guard)
+        hop.record(directory="")
+        hop.note(f"not by way of a transit: {reason}")
+        return False
     hop.commit(GuestState.IN_TRANSIT)
-    _add_downtime(hop, first.report.downtime_ms)
+    _add_downtime(hop, report.downtime_ms)
     return True
 
 
@@ -90,18 +135,19 @@ def _add_downtime(hop: Transaction, downtime: float | None) -> None:
 
 
 async def keep(
-    hop: Transaction, options: UpgradeOptions, checked: CheckedDomain, back: WayBack, first: TransitHop
+    hop: Transaction, options: UpgradeOptions, checked: CheckedDomain, back: WayBack, first: FirstHop
 ) -> KeptDomain:
     """
     Have a keeper take the transit.
 
     :raises SevhopError: it cannot; the guest runs in the transit.
     """
-    assert first.transit is not None
-    process = QemuProcess.open(first.transit.process.pid)
+    there, settings = first.hop.transit, first.hop.settings
+    assert there is not None
+    process = QemuProcess.open(there.process.pid)
     hop.resources.callback(process.close)
-    directory = first.transit.directory
-    await first.transit.leave()
+    directory = there.directory
+    await there.leave()
     displays = domain_xml.ports(await checked.domain.live_xml())
     domain = checked.domain
     transit = InTransit(
@@ -114,16 +160,15 @@ async def keep(
         process,
         directory / "monitor",
         directory,
-        first.transit.cgroups,
+        there.cgroups,
         displays,
         options.step_timeout,
     )
     keeper = await take_into_keeper(transit)
     hop.resources.callback(keeper.close)
     hop.record(directory=str(keeper.directory), transit=Process.of(process))
-    if first.settings is not None:
-        settings = reboot.settings_after_hop(checked.guest, first.settings)
-        saved_settings.save(keeper.directory, settings, None)
+    if settings is not None:
+        saved_settings.save(keeper.directory, reboot.settings_after_hop(checked.guest, settings), None)
     return KeptDomain(transit, keeper)
 
 

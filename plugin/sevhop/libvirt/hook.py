@@ -58,6 +58,8 @@ _MARK = "SEVHOP_"
 #: Seconds until the keeper must have replied. A commit may retry for seconds.
 PATIENCE = 30.0
 _MESSAGE = 4096
+#: Operations that begin a start of a domain.
+_STARTS = ("prepare", "restore", "migrate")
 
 
 def main(
@@ -97,7 +99,8 @@ def main(
         try:
             return ask(os.path.join(directory, "control"), request)
         except (FileNotFoundError, ConnectionRefusedError):
-            if pid := _transit(directory):
+            # Nothing but a start is refused: libvirt ends a QEMU whose hook fails when the daemon connects to it again.
+            if request.split(" ")[1] in _STARTS and (pid := _transit(directory)):
                 where = f"its guest runs in the transit (process {pid}), which has no keeper any more"
                 return f"error cannot start domain {name}: {where}; run: sevhop recover"
             raise
@@ -134,7 +137,7 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
         answer = keeper(f"hook {operation} {sub} {_uuid(xml)}")
     except (ConnectionResetError, BrokenPipeError, TimeoutError, BlockingIOError):
         # If the keeper has just died it is restarted. Whether it has committed is not known here.
-        answer = f"error the keeper of domain {name} did not reply; the guest is suspended in the keeper, try again"
+        answer = f"error the keeper of domain {name} did not reply, and has its guest; try again"
     except (OSError, UnicodeEncodeError):
         answer = "foreign"
     verdict, _, rest = answer.partition(" ")

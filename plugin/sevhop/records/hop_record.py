@@ -66,6 +66,7 @@ class HopRecord:
     :ivar source: its QEMU.
     :ivar monitor: standalone: path of the source's QMP socket.
     :ivar uri, uuid: domain: the daemon, and the domain there.
+    :ivar xml: domain, if its guest hops into a transit: as it ran.
     :ivar old, new: emulators.
     :ivar kept: domain: where the program of the source is kept for a rollback; empty if ``old`` leads to it. See
         :mod:`sevhop.guest.kept_emulator`.
@@ -76,13 +77,13 @@ class HopRecord:
     :ivar destination: standalone: the new QEMU.
     :ivar transit: domain: the QEMU beside libvirt in which the guest runs while libvirt starts the new one.
     :ivar transit_monitor, transit_directory: its QMP socket, and its directory.
-    :ivar run_mark: standalone: inode of the mark that records whether the guest has run there, which the source has
-        open, too; see :mod:`sevhop_qmp.run_mark`.
+    :ivar run_mark: standalone, and of the transit: inode of the mark that records whether the guest has run there,
+        which the source has open, too; see :mod:`sevhop_qmp.run_mark`.
     :ivar phase: the last one that was begun.
-    :ivar loaded: standalone: all state of the guest is loaded in the destination.
+    :ivar loaded: standalone, and of the transit: all state of the guest is loaded in the destination.
     :ivar committed: there is no rollback any more.
     :ivar broken: why the destination must not run although the context is there.
-    :ivar oom_score_adj: standalone: the source's, which the destination gets when it has the guest.
+    :ivar oom_score_adj: standalone, and of the transit: the source's, which the destination gets when it has the guest.
     :ivar guest_paths: standalone: paths that must lead to the destination after the hop; see
         :mod:`sevhop.engine.guest_paths`.
     :ivar cgroups: directories of those that were made for a transit; see :mod:`sevhop.process.machine_cgroup`.
@@ -96,6 +97,7 @@ class HopRecord:
     monitor: str = ""
     uri: str = ""
     uuid: str = ""
+    xml: str = ""
     old: str = ""
     new: str = ""
     kept: str = ""
