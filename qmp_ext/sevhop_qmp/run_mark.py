@@ -9,6 +9,7 @@ whether it may be. It cannot grow, and nothing else is read from it: a QEMU is n
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import fcntl
 import os
@@ -65,17 +66,27 @@ class RunMark:
 
         :raises ProcessError: the process has exited, or permission is denied.
         """
+        result = None
+        for found in cls.all_in(process):
+            if found.inode == inode and result is None:
+                result = found
+            else:
+                found.close()
+        return result
+
+    @classmethod
+    def all_in(cls, process: QemuProcess) -> list[Self]:
+        """
+        Those that a process has; to be closed. A QEMU has that of the hop to it, too.
+
+        :raises ProcessError: the process has exited, or permission is denied.
+        """
+        found = []
         for descriptor in process.descriptors():
-            if descriptor.target != _LINK:
-                continue
-            try:
-                found = cls(process.duplicate(descriptor.number))
-            except ProcessError:
-                continue  # closed meanwhile, or the process has exited
-            if found.inode == inode:
-                return found
-            found.close()
-        return None
+            if descriptor.target == _LINK:
+                with contextlib.suppress(ProcessError):  # closed meanwhile, or the process has exited
+                    found.append(cls(process.duplicate(descriptor.number)))
+        return found
 
     def fileno(self) -> int:
         """Its descriptor, which stays ours."""

@@ -46,6 +46,22 @@ def test_recover_leaves_a_guest_that_waits_on_purpose(
         transit.assert_arrived(new)
 
 
+def test_recover_does_not_resume_a_state_that_is_outdated(
+    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path
+) -> None:
+    """The guest has hopped, but the transit was not ended, and the new QEMU has exited since: it is not in both."""
+    transit.enter(new, environment=intercepting.environment(tmp_path, "arrived", intercepting.WAIT))
+    transit.restore().communicate(timeout=60)
+    reached = daemon.root / str(intercepting.REACHED).lstrip("/")
+    wait_until(reached.exists, 60, "the guest has hopped")
+    kill_keeper_and_supervisor(daemon)
+    daemon.virsh("destroy", transit.guest.name)
+    done = daemon.sevhop("recover")
+    assert done.returncode == 5, done
+    assert "it ran in the new QEMU, which has exited" in done.stdout
+    assert transit.transit not in daemon.processes()
+
+
 @pytest.mark.parametrize("moment", ["transit", "met", "stopped", "arrived"])
 def test_recover_finds_the_guest_without_keeper_and_supervisor(
     daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str

@@ -20,6 +20,7 @@ those of a hop outside libvirt (:mod:`sevhop.engine.transfer`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -178,6 +179,7 @@ class SecondHop(Transaction):
         self.resources.callback(transfer.close)
         undo = DestinationUndo(self, checked, started, transfer, met.run_mark, timeout, bool(checked.disks.bitmaps()))
         self.rollback.push(undo)
+        await self._leave_run_mark(checked)
         async with explaining_exit(checked, destination):
             await self._verify_adopted()
             theirs = await inspection.inspect(destination.monitor, process)
@@ -200,6 +202,16 @@ class SecondHop(Transaction):
             await self._arm(incoming, device_state.header(checked.guest.machine_type))
         arguments = checked.arguments
         return Prepared(started, arguments, met.run_mark, theirs, disks, ram, settings, roles, transfer, undo)
+
+    async def _leave_run_mark(self, checked: Checked) -> None:
+        """With the transit: if all keepers die, it says whether what is in there is outdated."""
+        fdset, _ = await checked.monitor.add_fd(self._met.run_mark.fileno())
+
+        async def remove() -> None:
+            with contextlib.suppress(SevhopError):
+                await checked.monitor.execute("remove-fd", {"fdset-id": fdset})
+
+        self.rollback.push(remove)
 
     async def _arm(self, incoming: IncomingState, header: bytes) -> None:
         stream = self._met.stream

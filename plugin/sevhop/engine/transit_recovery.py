@@ -20,9 +20,9 @@ import shutil
 import time
 from pathlib import Path
 
-from sevhop_qmp.errors import CommandError
-from sevhop_qmp.monitor import Monitor, protocol_errors
+from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
+from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..errors import LOST_HINT, GuestLost, RecoveryRequired
 from ..guest import saved_settings
@@ -31,7 +31,6 @@ from ..keeper.config import KeeperConfig, KeeperError
 from ..keeper.transit_state import TransitState
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
-from ..libvirt.daemon import DomainError
 from ..process import machine_cgroup
 from ..records import run_directory
 from ..records.hop_record import HopRecord
@@ -110,12 +109,15 @@ class TransitRecovery:
         self._connection = connection
         self._process = process
         self._timeout = timeout
+        self._outdated = False
 
     async def settle(self, named: bool) -> RecoveredGuest:
         """:raises SevhopError: see :func:`settle`."""
         if self.keeper is None:
             if await self._has_hopped():
                 return await self._finish()
+            if self._outdated:
+                return await self._gone("it ran in the new QEMU, which has exited")
             self.keeper = await self._keep_again()
         state = await self._settled()
         if state is TransitState.TRANSIT:
@@ -187,28 +189,55 @@ class TransitRecovery:
         """
         Whether the guest has hopped into the destination. One that has not run the guest exits when its keeper does.
 
-        :raises SevhopError: it has not exited.
+        :raises SevhopError: that is not known, or a QEMU of somebody else runs the domain.
         """
         domain = await self._connection.domain_with(self._record.uuid)
-        if domain is None or not await domain.active():
-            return False
+        pid = None if domain is None or not await domain.active() else domain.living_pid()
+        process = None if pid is None else QemuProcess.open(pid)
         try:
-            monitor = await domain.monitor()
-            status = await monitor.execute("x-sev-adopt-status")
-            with protocol_errors(monitor.name):
-                if status["ran"]:
-                    return True
-        except CommandError:
-            return False  # the old QEMU: libvirt has not noticed that it has exited
-        except DomainError:
-            pass  # it exits
-        pid = domain.living_pid()
-        if pid is not None:
-            started = QemuProcess.open(pid)
-            started.kill()
-            started.close()
-        await domain.destroy()
+            if process is not None:
+                self._verify_started_by_us(process)
+                # Then it does not begin to run the guest, and what the mark says is true until it is thawed.
+                await process.freeze(self._timeout)
+            mark = await asyncio.to_thread(self._mark)
+            if mark is RunState.RAN and process is not None:
+                process.thaw()
+                return True
+            if process is not None:
+                process.kill()
+                await process.wait(self._timeout)
+            if mark is RunState.STARTING:
+                raise RecoveryRequired(
+                    "the new QEMU has exited, and it is unknown whether the guest has run there",
+                    f"the transit (process {self._record.transit and self._record.transit.pid}) has its last state",
+                )
+        finally:
+            if process is not None:
+                process.close()
+        if domain is not None:
+            await domain.destroy()
+        if mark is RunState.RAN:
+            self._outdated = True
         return False
+
+    def _verify_started_by_us(self, process: QemuProcess) -> None:
+        """:raises RecoveryRequired: it was not started from the image of a keeper of this hop."""
+        directory = str(self._last_directory())
+        if not any(directory in value for value in process.environment.values()):
+            raise RecoveryRequired(
+                f"another client runs the domain (process {process.pid}) while its guest runs in the transit",
+                "decide which of the two to keep; to keep the guest: virsh destroy the domain, then sevhop recover",
+            )
+
+    def _mark(self) -> RunState:
+        """What the last hop out of the transit has recorded; ``NOT`` if there was none."""
+        assert self._process is not None
+        found = RunState.NOT
+        for mark in RunMark.all_in(self._process):
+            if mark.inode != self._record.run_mark:
+                found = max(found, mark.read())
+            mark.close()
+        return found
 
     async def _keep_again(self) -> KeeperClient:
         """
@@ -237,6 +266,15 @@ class TransitRecovery:
             detail = f"it was in the transit, which has exited; {LOST_HINT}"
             return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
         return await self._finish()
+
+    async def _gone(self, reason: str) -> RecoveredGuest:
+        """What is in the transit is outdated, and nothing else is left."""
+        assert self._process is not None
+        self._process.kill()
+        await self._process.wait(self._timeout)
+        shutil.rmtree(self._record.transit_directory, ignore_errors=True)
+        await asyncio.to_thread(machine_cgroup.remove, self._record.cgroups)
+        return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, f"{reason}; {LOST_HINT}")
 
     # -- the end ---------------------------------------------------------------------------------------
 
