@@ -23,6 +23,13 @@ from .failing import DYING, assert_as_before, other_hook_hangs, other_hook_refus
 #: Phases of the first hop, in which everything is rolled back; and those in which the guest may be in the transit.
 UNDOABLE = ["acquire", "prepare", "stop", "map", "save"]
 IN_TRANSIT = ["load", "commit", "resume", "finish", "keep", "retire", "restore"]
+#: The more telling half of them by default.
+PHASES = [
+    phase
+    if phase in ("prepare", "save", "load", "finish", "keep", "restore")
+    else pytest.param(phase, marks=pytest.mark.long)
+    for phase in (*UNDOABLE, *IN_TRANSIT)
+]
 
 
 def when_begun(daemon: Daemon, name: str, phase: str, act: Callable[[Any], None], *words: str | Path) -> Any:
@@ -146,7 +153,7 @@ def test_guest_runs_in_the_transit_while_another_hook_hangs(daemon: Daemon, star
     guest.wait_for_ticks()
 
 
-@pytest.mark.parametrize("phase", [*UNDOABLE, *IN_TRANSIT])
+@pytest.mark.parametrize("phase", PHASES)
 def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
 ) -> None:
@@ -198,7 +205,7 @@ def test_domain_with_a_tap_of_its_own_name_is_upgraded_without(daemon: Daemon, s
     guest.wait_for_ticks()
 
 
-@pytest.mark.parametrize("phase", [*UNDOABLE, *IN_TRANSIT])
+@pytest.mark.parametrize("phase", PHASES)
 def test_interrupted_upgrade_is_rolled_back_or_completed(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
 ) -> None:
