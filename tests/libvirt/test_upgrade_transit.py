@@ -19,6 +19,7 @@ from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .failing import DYING, assert_as_before, other_hook_hangs, other_hook_refuses, wrapper
+from .holding import PausedUpgrade
 
 #: Phases of the first hop, in which everything is rolled back; and those in which the guest may be in the transit.
 UNDOABLE = ["acquire", "prepare", "stop", "map", "save"]
@@ -170,6 +171,22 @@ def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
     assert daemon.upgrade(guest.name, "--transit", "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("phase", ["prepare", "save", "keep"])
+def test_guest_runs_after_the_daemon_was_restarted_in_the_first_hop(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
+) -> None:
+    """The hop goes through its monitor. It is completed, or rolled back: the guest does not stay paused."""
+    guest = start()
+    guest.wait_for_ticks()
+    with PausedUpgrade.at(phase, guest, new, "--transit") as upgrade:
+        daemon.restart()
+        report = upgrade.finish()
+    assert report["outcome"] in ("done", "rolled-back"), report
+    assert guest.state == "running"
+    assert guest.emulator() == str(new if report["outcome"] == "done" else old)
     guest.wait_for_ticks()
 
 

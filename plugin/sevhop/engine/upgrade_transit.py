@@ -15,11 +15,13 @@ whatever libvirt, its hooks or the destination do, until it hops again.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..errors import GuestState, RecoveryRequired, Refused
@@ -148,6 +150,8 @@ async def keep(
     hop.resources.callback(process.close)
     directory = there.directory
     await there.leave()
+    with contextlib.suppress(SevhopError):  # the daemon may have been restarted
+        await checked.domain.reconnect()
     displays = domain_xml.ports(await checked.domain.live_xml())
     domain = checked.domain
     transit = InTransit(

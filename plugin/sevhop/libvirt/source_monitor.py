@@ -18,6 +18,9 @@ from .domain import Domain
 from .domain_monitor import DomainMonitor
 from .qemu_events import EventQueue, QemuEvents
 
+#: Commands that may be repeated if it is not known whether QEMU has executed them.
+_REPEATABLE = ("query-status", "stop", "cont", "query-migrate", "query-named-block-nodes")
+
 
 class DomainSourceMonitor(DomainMonitor):
     """
@@ -31,6 +34,7 @@ class DomainSourceMonitor(DomainMonitor):
     def __init__(self, domain: Domain, process: QemuProcess, events: QemuEvents, timeout: float) -> None:
         super().__init__(lambda: domain.raw, domain.name, lambda: timeout)
         self._timeout = timeout
+        self._domain = domain
         self._process = process
         self._events = events
         self._closed = False
@@ -93,4 +97,16 @@ class DomainSourceMonitor(DomainMonitor):
     ) -> Any:
         if self.closed:
             raise MonitorClosed(f"the QEMU of {self.name} does not answer {command} any more")
-        return await super()._execute(command, arguments, fds, timeout)
+        try:
+            return await super()._execute(command, arguments, fds, timeout)
+        except MonitorClosed:
+            # The guest must not stay paused because the daemon was restarted.
+            if command not in _REPEATABLE or not await self._daemon_restarted():
+                raise
+            return await super()._execute(command, arguments, fds, timeout)
+
+    async def _daemon_restarted(self) -> bool:
+        """Whether there is another daemon now, to which we are connected."""
+        with contextlib.suppress(SevhopError):
+            return await self._domain.reconnect(self.timeout)
+        return False
