@@ -92,7 +92,7 @@ class Daemon:
         assert self._process.stdin is not None
         # A guest that a failed test has left in a transit is nobody's child, and neither is its keeper.
         left = []
-        for pid in self.processes():
+        for pid in self._in_its_network():
             with contextlib.suppress(ProcessLookupError):
                 left.append(os.pidfd_open(pid))
         self._process.stdin.close()
@@ -202,6 +202,16 @@ class Daemon:
         run, state = self.root / "run/sevhop", self.root / "var/lib/sevhop"
         names = {str(path.relative_to(root)) for root in (run, state) if root.exists() for path in root.rglob("*")}
         return sorted(names - {"domains", "reboot", "journal", "hook-verified"})
+
+    def _in_its_network(self) -> list[int]:
+        """All processes in there. QEMUs have mount namespaces of their own."""
+        own = os.readlink(f"/proc/{self.pid}/ns/net")
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and os.readlink(entry / "ns/net") == own:
+                    found.append(int(entry.name))
+        return found
 
     def processes(self) -> list[int]:
         """All processes in its namespace but daemons, of which a restarted one is another process."""
