@@ -177,7 +177,8 @@ def surroundings(daemon: Daemon) -> Iterator[None]:
         virsh --quiet secret-set-value {SECRET} cGFzcw==
         # On a busy host it fails to measure how fast the processor is.
         for _ in 1 2 3 4 5; do
-            qemu-img create -q --object secret,id=s,data=pass -f luks -o key-secret=s {GUESTS}/encrypted.luks 4M && break
+            qemu-img create -q --object secret,id=s,data=pass -f luks -o key-secret=s {GUESTS}/encrypted.luks 4M \\
+                && break
         done
         chmod 666 {GUESTS}/encrypted.luks
         virsh --quiet pool-define-as pool dir --target {GUESTS}/pool
