@@ -225,7 +225,8 @@ def test_destination_that_hangs_is_ended(
         assert daemon.run("sed", "-i", f's|"new": "[^"]*"|"new": "{emulator}"|', "/run/transit.json").returncode == 0
         result = transit.finish()
         assert result.get("emulator") == str(old), result
-        assert "does not run within 5 s, and was ended" in result["failure"]
+        # Sometimes libvirt answers nothing as long as that QEMU is there.
+        assert "does not run within 5 s, and was ended" in result["failure"] or "did not answer" in result["failure"]
         transit.assert_arrived(old)
 
 
