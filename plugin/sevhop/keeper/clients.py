@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 
+from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import peer_credentials
 from sevhop_qmp.process import QemuProcess
 
@@ -26,6 +27,9 @@ _CONNECTIONS = 32
 
 #: Makes the reply to a request, and the descriptor that goes with it; never raises.
 Answer = Callable[[socket.socket, bytes], Awaitable[tuple[str, int | None]]]
+#: The reply to a command's request, by its name and argument; and to the hook, by operation, step, UUID and its pid.
+OnCommand = Callable[[str, str], Awaitable[str]]
+OnHook = Callable[[str, str, str, int], Awaitable[str]]
 
 
 class Clients:
@@ -54,6 +58,24 @@ class Clients:
         self._commands.add(sock)
         if peer_credentials(sock)[0] == self._process.pid:
             self._expected = False
+
+    async def answer(self, sock: socket.socket, request: bytes, command: OnCommand, hook: OnHook) -> str:
+        """A request and its arguments, of a command or of the hook; never raises."""
+        try:
+            match request.decode().split(" "):
+                case ["hook", operation, sub, uuid]:
+                    return await hook(operation, sub, uuid, peer_credentials(sock)[0])
+                case [name, *arguments]:
+                    self.add_command(sock)
+                    return await command(name, " ".join(arguments))
+        except UnicodeDecodeError:
+            pass
+        except SevhopError as err:
+            return f"error {err}"
+        except Exception as err:
+            log.exception("%r", request)
+            return f"error unexpected {type(err).__name__}: {err}"
+        return "error invalid request"
 
     async def listen(self, listener: socket.socket, uid: int, answer: Answer) -> None:
         """Serve all clients of a socket that run as a user, or as root."""

@@ -190,21 +190,7 @@ class KeeperServer:
 
     async def answer_control(self, sock: socket.socket, request: bytes) -> tuple[str, int | None]:
         """A request and its arguments; never raises."""
-        try:
-            match request.decode().split(" "):
-                case ["hook", operation, sub, uuid]:
-                    return await self._hook(operation, sub, uuid, peer_credentials(sock)[0]), None
-                case [name, *arguments]:
-                    self.clients.add_command(sock)
-                    return await self._command(name, " ".join(arguments)), None
-        except UnicodeDecodeError:
-            pass
-        except SevhopError as err:
-            return f"error {err}", None
-        except Exception as err:
-            log.exception("%r", request)
-            return f"error unexpected {type(err).__name__}: {err}", None
-        return "error invalid request", None
+        return await self.clients.answer(sock, request, self._command, self._hook), None
 
     async def answer_hook(self, sock: socket.socket, request: str) -> str:
         """The same for a hook whose call was forwarded."""
