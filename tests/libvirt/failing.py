@@ -28,31 +28,29 @@ def assert_as_before(daemon: Daemon, guest: DomainGuest, old: Path) -> None:
 
 
 @contextlib.contextmanager
-def other_hook_refuses(daemon: Daemon) -> Iterator[None]:
+def _other_hook(daemon: Daemon, script: str, mark: str) -> Iterator[None]:
+    """Another hook of the administrator's, after ours, and a file that it looks at."""
+    hook, file = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other", daemon.root / mark.lstrip("/")
+    hook.write_text(f"#!/bin/sh\n{script}\n")
+    hook.chmod(0o755)
+    file.touch()
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        hook.unlink()
+
+
+def other_hook_refuses(daemon: Daemon) -> contextlib.AbstractContextManager[None]:
     """Another hook of the administrator's refuses the next start, after ours has committed."""
-    hook, once = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other", daemon.root / "run/refuse"
-    hook.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0\n')
-    hook.chmod(0o755)
-    once.touch()
-    try:
-        yield
-    finally:
-        hook.unlink()
-        once.unlink(missing_ok=True)
+    script = '[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0'
+    return _other_hook(daemon, script, "/run/refuse")
 
 
-@contextlib.contextmanager
-def other_hook_hangs(daemon: Daemon) -> Iterator[None]:
+def other_hook_hangs(daemon: Daemon) -> contextlib.AbstractContextManager[None]:
     """Another hook of the administrator's does not return from a start, until the end of the context."""
-    hook, wait = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other", daemon.root / "run/hang"
-    hook.write_text('#!/bin/sh\n[ "$2/$3" = started/begin ] || exit 0\nwhile [ -e /run/hang ]; do sleep 0.1; done\n')
-    hook.chmod(0o755)
-    wait.touch()
-    try:
-        yield
-    finally:
-        wait.unlink()
-        hook.unlink()
+    script = '[ "$2/$3" = started/begin ] || exit 0\nwhile [ -e /run/hang ]; do sleep 0.1; done'
+    return _other_hook(daemon, script, "/run/hang")
 
 
 #: A migration stream as sevhop writes it has a configuration section, which this QEMU does not expect.
