@@ -94,6 +94,21 @@ def test_node_with_a_generated_name_gets_a_name() -> None:
     assert blockdevs(plan)["hop-block1"]["file"] == "hop-block2"
 
 
+def test_generated_name_is_not_the_one_that_an_earlier_hop_has_set() -> None:
+    """A medium was changed before the first hop, and after it; QEMU's generated names begin anew with each process."""
+    before = [
+        node("hop-block1", "raw", "/x", children={"file": "hop-block2"}),
+        node("hop-block2", "file", "/x"),
+        node("hop-block1-", "file", "/z"),
+    ]
+    after = [node("#block1", "raw", "/y", children={"file": "#block2"}), node("#block2", "file", "/y")]
+    plan = adapt(COMMAND, graph([*before, *after], Disk("", ANONYMOUS, "#block1")), DEVICES)
+    described = blockdevs(plan)
+    assert devices(plan)[0]["drive"] == "hop-block1--"
+    assert described["hop-block1--"]["file"] == "hop-block2-"
+    assert (described["hop-block2-"]["filename"], described["hop-block2"]["filename"]) == ("/y", "/x")
+
+
 def test_node_that_was_removed_is_dropped() -> None:
     plan = adapt(COMMAND, graph(qcow2("other", "/other"), Disk("", ANONYMOUS, "other")), DEVICES)
     assert list(blockdevs(plan)) == ["other-file", "other"]

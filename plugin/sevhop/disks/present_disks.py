@@ -170,13 +170,22 @@ class _Adapter:
 
     def _describe(self, name: str) -> str:
         """Make sure that a node is among the options. :return: the name that it has there."""
-        final = name if not name.startswith("#") else GENERATED + name[1:]
+        final = self._final_name(name)
         if name in self._given or final in self._described:
             return final
         tree = self._tree_of(name)
         for role, child in self._graph.nodes[name].children.items():
             tree[role] = self._describe(child)
         self._described[final] = Option("blockdev", json.dumps({"node-name": final, **tree}))
+        return final
+
+    def _final_name(self, name: str) -> str:
+        """The name of a node in the destination. Each QEMU counts anew, so an earlier hop may have set the same one."""
+        if not name.startswith("#"):
+            return name
+        final = GENERATED + name[1:]
+        while final in self._graph.nodes:
+            final += "-"
         return final
 
     def _nested(self, name: str) -> Any:

@@ -370,6 +370,7 @@ class DomainGuest:
 
     def _make_files(self, description: Description) -> Path:
         self.file("xml").write_text(description.xml())
+        self.file("log").unlink(missing_ok=True)  # of an earlier guest of this name
         disk = GUESTS / f"{self.name}.qcow2"
         assert self.daemon.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M").returncode == 0
         return GUESTS / f"{self.name}.xml"
