@@ -49,6 +49,7 @@ def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -
     except Unavailable as err:
         pytest.skip(f"the bare-metal counter cannot be built: {err}")
     before = set(daemon.processes())
+    names: set[str] = set()
     with ExitStack() as guests:
 
         def one(*, transient: bool = False, **fields: object) -> DomainGuest:
@@ -61,10 +62,14 @@ def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -
             description = Description(**described)  # type: ignore[arg-type]
             guest = (DomainGuest.create if transient else DomainGuest.start)(daemon, description)
             guests.callback(guest.end)
+            names.add(guest.name)
             return guest
 
         yield one
-    assert daemon.left_over() == []
+    if left := daemon.left_over():
+        for name in names:
+            end_everything(daemon, name)
+    assert left == []
     wait_until(lambda: set(daemon.processes()) <= before, 30, "the last processes end")
 
 
