@@ -46,7 +46,7 @@ class UpgradeOptions:
     emulator: str | None = None
     prepare_only: bool = False
     dry_run: bool = False
-    transit: bool = False
+    transit: bool = True
     rehearse: bool = True
     step_timeout: float = HopOptions.step_timeout
     move_deadline: float = HopOptions.move_deadline

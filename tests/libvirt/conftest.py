@@ -19,6 +19,7 @@ from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.machine import Accelerator
 from tests.support.guests.running import wait_until
 
+from .restart_faults import surroundings_of
 from .transit_guest import BRIDGED, TransitGuest, end_everything
 
 #: Starts a domain, a ``transient`` one if wanted; other keywords are fields of
@@ -71,6 +72,13 @@ def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -
             end_everything(daemon, name)
     assert left == []
     wait_until(lambda: set(daemon.processes()) <= before, 30, "the last processes end")
+
+
+@pytest.fixture
+def surroundings(daemon: Daemon) -> Iterator[None]:
+    """What the domains of :mod:`.restart_faults` need, in order."""
+    with surroundings_of(daemon):
+        yield
 
 
 @pytest.fixture

@@ -27,10 +27,14 @@ def assert_as_before(daemon: Daemon, guest: DomainGuest, old: Path) -> None:
     assert daemon.left_over() == []
 
 
+#: A file that another hook may look at.
+MARK = "/run/other-hook"
+
+
 @contextlib.contextmanager
-def _other_hook(daemon: Daemon, script: str, mark: str) -> Iterator[None]:
-    """Another hook of the administrator's, after ours, and a file that it looks at."""
-    hook, file = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other", daemon.root / mark.lstrip("/")
+def another_hook(daemon: Daemon, script: str) -> Iterator[None]:
+    """Another hook of the administrator's, after ours, and :data:`MARK`."""
+    hook, file = daemon.root / "etc/libvirt/hooks/qemu.d/zz-other", daemon.root / MARK.lstrip("/")
     hook.write_text(f"#!/bin/sh\n{script}\n")
     hook.chmod(0o755)
     file.touch()
@@ -43,14 +47,14 @@ def _other_hook(daemon: Daemon, script: str, mark: str) -> Iterator[None]:
 
 def other_hook_refuses(daemon: Daemon) -> contextlib.AbstractContextManager[None]:
     """Another hook of the administrator's refuses the next start, after ours has committed."""
-    script = '[ "$2/$3" = started/begin ] && rm /run/refuse 2>/dev/null && exit 1\nexit 0'
-    return _other_hook(daemon, script, "/run/refuse")
+    script = f'[ "$2/$3" = started/begin ] && rm {MARK} 2>/dev/null && exit 1\nexit 0'
+    return another_hook(daemon, script)
 
 
 def other_hook_hangs(daemon: Daemon) -> contextlib.AbstractContextManager[None]:
     """Another hook of the administrator's does not return from a start, until the end of the context."""
-    script = '[ "$2/$3" = started/begin ] || exit 0\nwhile [ -e /run/hang ]; do sleep 0.1; done'
-    return _other_hook(daemon, script, "/run/hang")
+    script = f'[ "$2/$3" = started/begin ] || exit 0\nwhile [ -e {MARK} ]; do sleep 0.1; done'
+    return another_hook(daemon, script)
 
 
 #: A migration stream as sevhop writes it has a configuration section, which this QEMU does not expect.

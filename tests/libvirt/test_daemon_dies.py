@@ -23,7 +23,7 @@ def assert_unharmed(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
     # What the source was given to write to; the other one is libvirt's.
     descriptors = [fd for fdset in guest.monitor("query-fdsets")["return"] for fd in fdset["fds"]]
     assert [fd.get("opaque") for fd in descriptors] == ["serial0-source"]
-    assert daemon.upgrade(guest.name)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit")["outcome"] == "done"
     guest.wait_for_ticks()
 
 
@@ -46,7 +46,7 @@ def test_guest_stays_in_source_if_daemon_dies_before_restore(
     guest = start()
     guest.wait_for_ticks()
     pid = guest.pid
-    with PausedUpgrade.at(phase, guest, new) as upgrade:
+    with PausedUpgrade.at(phase, guest, new, "--no-transit") as upgrade:
         daemon.restart()
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == ENDS[phase], report
@@ -60,7 +60,7 @@ def test_upgrade_rolls_back_if_daemon_dies_after_source_exit(
     """The restore is asked of a daemon that is not there any more; the next one restores the guest."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at("restore", guest, new) as upgrade:
+    with PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade:
         daemon.restart()
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
@@ -83,7 +83,7 @@ def test_guest_survives_daemon_death_during_restore(
     guest.wait_for_ticks()
     with (
         Checkpoint.at(daemon, guest, step, after=behind) as checkpoint,
-        PausedUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
@@ -100,7 +100,7 @@ def test_upgrade_completes_if_daemon_dies_during_define(
 ) -> None:
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at("define", guest, new) as upgrade:
+    with PausedUpgrade.at("define", guest, new, "--no-transit") as upgrade:
         daemon.restart()
         report = upgrade.finish()
     assert (report["status"], report["outcome"], report["notes"]) == (0, "done", []), report
@@ -110,7 +110,7 @@ def test_upgrade_completes_if_daemon_dies_during_define(
 def test_guest_suspended_in_keeper_survives_daemon_death(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new, "--prepare")
     daemon.restart()
     daemon.virsh("restore", report["image"])
     guest.wait_for_ticks()
@@ -122,7 +122,7 @@ def test_guest_resumes_if_daemon_is_not_restarted(daemon: Daemon, start: StartDo
     guest = start()
     guest.wait_for_ticks()
     pid = guest.pid
-    with PausedUpgrade.at("save", guest, new) as upgrade, daemon.gone():
+    with PausedUpgrade.at("save", guest, new, "--no-transit") as upgrade, daemon.gone():
         report = upgrade.finish()
         assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
         guest.wait_for_ticks()

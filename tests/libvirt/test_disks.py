@@ -125,7 +125,7 @@ def test_paused_guest_has_its_disks_after_a_rollback(
     guest = start(emulator=ours)
     guest.wait_for_ticks()
     daemon.virsh("suspend", guest.name)
-    with PausedUpgrade.at("terminate", guest, other) as upgrade:
+    with PausedUpgrade.at("terminate", guest, other, "--no-transit") as upgrade:
         if how == "interrupted":
             upgrade.interrupt()
             assert upgrade.finish()["outcome"] == "rolled-back"

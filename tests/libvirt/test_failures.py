@@ -29,7 +29,7 @@ def test_upgrade_rolls_back_if_destination_fails(
     guest.wait_for_ticks()
     emulator = wrapper(daemon, how.replace(" ", "-"), new, DYING[how])
     pid = guest.pid
-    report = daemon.upgrade(guest.name, "--emulator", emulator, "--no-rehearsal")
+    report = daemon.upgrade(guest.name, "--emulator", emulator, "--no-transit", "--no-rehearsal")
     assert report["status"] == 3, report
     assert report["outcome"] == "rolled-back"
     assert report["reason"].startswith("restore: ")
@@ -46,7 +46,16 @@ def test_upgrade_rolls_back_or_completes_when_interrupted(
     guest = start()
     guest.wait_for_ticks()
     command = daemon.start_command(
-        sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name, "--json", "--emulator", new
+        sys.executable,
+        "-m",
+        "sevhop.cli",
+        "--verbose",
+        "upgrade",
+        "--no-transit",
+        guest.name,
+        "--json",
+        "--emulator",
+        new,
     )
     assert command.stderr is not None
     for line in command.stderr:
@@ -70,7 +79,9 @@ def test_recover_resumes_guest_after_command_killed(daemon: Daemon, start: Start
     """Whatever was in progress: ``recover`` resumes the guest, in the old emulator or the new one."""
     guest = start()
     guest.wait_for_ticks()
-    command = daemon.start_command(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name)
+    command = daemon.start_command(
+        sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", "--no-transit", guest.name
+    )
     assert command.stderr is not None
     for line in command.stderr:
         if line.strip().endswith(f": {phase}"):

@@ -27,7 +27,7 @@ def recover(daemon: Daemon, *names: str) -> dict[str, Any]:
 def prepared(daemon: Daemon, guest: DomainGuest, new: Path) -> str:
     """Suspend it in the keeper. :return: the save image."""
     guest.wait_for_ticks(3)
-    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new, "--prepare")
     assert report["outcome"] == "prepared", report
     return str(report["image"])
 

@@ -20,7 +20,7 @@ def assert_rolled_back(daemon: Daemon, guest: DomainGuest, old: Path, new: Path)
     assert guest.emulator() == guest.emulator("--inactive") == str(old)
     guest.wait_for_ticks()
     assert daemon.left_over() == []
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
 
 
@@ -32,7 +32,7 @@ def test_upgrade_rolls_back_if_hook_is_killed_in_commit(
     guest.wait_for_ticks()
     with (
         Checkpoint.at(daemon, guest, "started/begin") as checkpoint,
-        PausedUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
@@ -60,7 +60,7 @@ def test_hook_succeeds_only_for_first_of_concurrent_calls(
     call = f"echo '{xml}' | {_SCRIPT} {guest.name} started begin -"
     with (
         Checkpoint.at(daemon, guest, "started/begin") as checkpoint,
-        PausedUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
@@ -80,7 +80,7 @@ def test_hook_runs_no_python_for_a_domain_in_no_hop(daemon: Daemon, start: Start
     guest.wait_for_ticks()
     suspended = start(name="suspended")
     suspended.wait_for_ticks()
-    image = daemon.upgrade(suspended.name, "--prepare")["image"]
+    image = daemon.upgrade(suspended.name, "--no-transit", "--prepare")["image"]
     inside = daemon.root / str(_SCRIPT).lstrip("/")
     script = inside.read_text()
     inside.write_text(script.replace("python", "no-such-python"))

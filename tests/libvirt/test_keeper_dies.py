@@ -42,7 +42,7 @@ def states(daemon: Daemon) -> Iterator[Path]:
 def upgrade_with(daemon: Daemon, victim: str, moment: str, name: str, emulator: Path) -> dict[str, Any]:
     """An upgrade in which a process is killed. :return: its report."""
     program = [sys.executable, str(_PROGRAM), victim]
-    arguments = ["upgrade", "--json", name, "--emulator", str(emulator)]
+    arguments = ["upgrade", "--json", "--no-transit", name, "--emulator", str(emulator)]
     if moment in dying.CALLS:
         done = daemon.run(*program, moment, *arguments)
     else:
@@ -75,7 +75,7 @@ def test_upgrade_survives_the_death_of_one_process(
         guest.wait_for_ticks()
         assert daemon.left_over() == []
         if report["outcome"] == "rolled-back":
-            assert daemon.upgrade(guest.name, "--emulator", there)["outcome"] == "done"
+            assert daemon.upgrade(guest.name, "--no-transit", "--emulator", there)["outcome"] == "done"
 
 
 def test_keeper_that_dies_in_the_commit_rolls_back(
@@ -85,7 +85,7 @@ def test_keeper_that_dies_in_the_commit_rolls_back(
     guest = start()
     guest.wait_for_ticks()
     environment = dying.after_call(tmp_path, "sevhop_qmp.adopt", "finish")
-    arguments = ["upgrade", "--json", guest.name, "--emulator", str(new)]
+    arguments = ["upgrade", "--json", "--no-transit", guest.name, "--emulator", str(new)]
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     report = json.loads(done.stdout)["domains"][0]
     assert states.exists()
@@ -98,7 +98,7 @@ def test_keeper_that_dies_in_the_commit_rolls_back(
 def suspend(daemon: Daemon, guest: DomainGuest, emulator: Path) -> str:
     """Suspend the guest in the keeper. :return: the save image."""
     guest.wait_for_ticks()
-    return str(daemon.upgrade(guest.name, "--emulator", emulator, "--prepare")["image"])
+    return str(daemon.upgrade(guest.name, "--no-transit", "--emulator", emulator, "--prepare")["image"])
 
 
 def finish(daemon: Daemon, guest: DomainGuest, image: str) -> None:
@@ -173,4 +173,4 @@ def test_guest_is_lost_when_both_are_killed(daemon: Daemon, start: StartDomain, 
     assert (done.returncode, daemon.left_over()) == (5, [])
     assert "neither a QEMU nor a keeper has its memory" in done.stdout
     daemon.virsh("start", guest.name)
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"

@@ -53,7 +53,7 @@ def test_guest_survives_being_resumed_by_others(
     guest.wait_for_ticks()
     pid = guest.pid
     phase, commands = RESUMES[when]
-    with PausedUpgrade.at(phase, guest, new) as upgrade:
+    with PausedUpgrade.at(phase, guest, new, "--no-transit") as upgrade:
         for command in commands:
             daemon.virsh(command, guest.name)
             if command == "resume":
@@ -68,7 +68,7 @@ def test_guest_survives_being_resumed_by_others(
     assert "another client has resumed the guest" in report["reason"]
     assert guest.pid == pid
     assert_unharmed(daemon, guest, old)
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
     assert_unharmed(daemon, guest, new)
 
 
@@ -76,7 +76,7 @@ def test_guest_paused_by_others_stays_paused(daemon: Daemon, start: StartDomain,
     """It stays paused."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at("prepare", guest, new) as upgrade:
+    with PausedUpgrade.at("prepare", guest, new, "--no-transit") as upgrade:
         daemon.virsh("suspend", guest.name)
         report = upgrade.finish()
     assert report["outcome"] == "done", report
@@ -90,7 +90,7 @@ def test_upgrade_completes_if_others_dump_the_memory(daemon: Daemon, start: Star
     """That stops the guest, unless it has been, and leaves it as it was."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at(phase, guest, new) as upgrade:
+    with PausedUpgrade.at(phase, guest, new, "--no-transit") as upgrade:
         daemon.virsh("dump", "--memory-only", guest.name, f"/run/{guest.name}.core")
         report = upgrade.finish()
     (daemon.root / f"run/{guest.name}.core").unlink()
@@ -106,7 +106,7 @@ def test_upgrade_rolls_back_if_others_save_the_domain(
     guest = start(emulator=new)
     guest.wait_for_ticks()
     saved = f"/run/{guest.name}.saved"
-    with PausedUpgrade.at(phase, guest, old) as upgrade:
+    with PausedUpgrade.at(phase, guest, old, "--no-transit") as upgrade:
         daemon.virsh("save", guest.name, saved)
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
@@ -124,13 +124,13 @@ def test_upgrade_rolls_back_if_others_change_the_domain(
     """The destination would use a disk that is not the guest's any more."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at("prepare", guest, new) as upgrade:
+    with PausedUpgrade.at("prepare", guest, new, "--no-transit") as upgrade:
         daemon.virsh("snapshot-create-as", guest.name, "snapshot", "--disk-only", "--no-metadata")
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert "another client has changed the domain" in report["reason"]
     assert_unharmed(daemon, guest, old)
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
     assert_unharmed(daemon, guest, new)
 
 
@@ -143,7 +143,7 @@ def test_guest_is_lost_if_others_terminate_unsaved_source(
     """Then the guest is lost, as it would have been without an upgrade."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at(phase, guest, new) as upgrade:
+    with PausedUpgrade.at(phase, guest, new, "--no-transit") as upgrade:
         if how == "destroys it":
             daemon.virsh("destroy", guest.name)
         else:
@@ -153,7 +153,7 @@ def test_guest_is_lost_if_others_terminate_unsaved_source(
     assert guest.state == "shut off"
     assert daemon.left_over() == []
     daemon.virsh("start", guest.name)
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
 
 
 @pytest.mark.parametrize("how", ["destroys it", "kills its QEMU", "tries to save it"])
@@ -163,7 +163,7 @@ def test_upgrade_completes_if_others_terminate_saved_source(
     """Then it is not needed any more."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at("terminate", guest, new) as upgrade:
+    with PausedUpgrade.at("terminate", guest, new, "--no-transit") as upgrade:
         if how == "destroys it":
             daemon.virsh("destroy", guest.name)
         elif how == "kills its QEMU":
@@ -184,7 +184,7 @@ def test_upgrade_rolls_back_if_others_kill_the_destination(
     guest.wait_for_ticks()
     with (
         Checkpoint.at(daemon, guest, "started/begin", after=behind) as checkpoint,
-        PausedUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
@@ -193,7 +193,7 @@ def test_upgrade_rolls_back_if_others_kill_the_destination(
         report = upgrade.finish()
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert_unharmed(daemon, guest, old)
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
     assert_unharmed(daemon, guest, new)
 
 
@@ -201,7 +201,7 @@ def test_upgrade_completes_if_others_restore_the_domain_first(daemon: Daemon, st
     """It cannot be started while it is suspended in the keeper; a restore is as good as our own."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at("restore", guest, new) as upgrade:
+    with PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade:
         refused = daemon.run("virsh", "start", guest.name)
         assert refused.returncode == 1
         assert "virsh restore" in refused.stderr
@@ -217,7 +217,7 @@ def test_start_by_others_is_refused_during_restore(daemon: Daemon, start: StartD
     guest.wait_for_ticks()
     with (
         Checkpoint.at(daemon, guest, "restore/begin", after=True) as checkpoint,
-        PausedUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade,
     ):
         upgrade.resume()
         checkpoint.wait()
@@ -236,7 +236,7 @@ def test_second_restore_is_refused_during_restore(daemon: Daemon, start: StartDo
     guest.wait_for_ticks()
     with (
         Checkpoint.at(daemon, guest, "started/begin") as checkpoint,
-        PausedUpgrade.at("restore", guest, new) as upgrade,
+        PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade,
     ):
         theirs = daemon.start_command("virsh", "restore", image(daemon))
         checkpoint.wait()
@@ -257,7 +257,7 @@ def test_mappings_outlive_the_source(daemon: Daemon, start: StartDomain, new: Pa
     guest = start()
     guest.wait_for_ticks()
     pagemap = f"/proc/{guest.pid}/pagemap"
-    with PausedUpgrade.at("restore", guest, new) as upgrade:
+    with PausedUpgrade.at("restore", guest, new, "--no-transit") as upgrade:
         keepers = [pid for pid in daemon.processes() if pagemap in open_files(pid)]
         assert [Path(f"/proc/{pid}/comm").read_text() for pid in keepers] == ["sevhop-keeper\n"]
         report = upgrade.finish()

@@ -49,7 +49,7 @@ def sevhop(daemon: Daemon, environment: str, *words: str | Path) -> str:
 
 def upgrade(guest: DomainGuest, environment: str, emulator: Path) -> None:
     """Upgrade a domain, as one that cannot be reset afterwards."""
-    output = sevhop(guest.daemon, environment, "upgrade", "--json", guest.name, "--emulator", emulator)
+    output = sevhop(guest.daemon, environment, "upgrade", "--no-transit", "--json", guest.name, "--emulator", emulator)
     report = json.loads(output)["domains"][0]
     assert (report["outcome"], report["notes"]) == ("done", []), report
     directory = f"reboot/{guest.name}"
@@ -91,7 +91,7 @@ def test_domain_that_reboots_is_started_again(
     assert guest.pid != pid
     assert guest.emulator() == str(old)
     # It is like any other: what is not a reboot is not one.
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
     assert guest.state == "running"
 
 
@@ -100,7 +100,7 @@ def test_domain_that_reboots_after_recovery_is_started_again(
 ) -> None:
     guest = start()
     guest.wait_for_ticks(3)
-    sevhop(daemon, environment, "upgrade", "--prepare", guest.name, "--emulator", new)
+    sevhop(daemon, environment, "upgrade", "--no-transit", "--prepare", guest.name, "--emulator", new)
     sevhop(daemon, environment, "recover", guest.name)
     guest.wait_for_ticks(3)
     reset_by_guest(guest)
@@ -114,7 +114,9 @@ def test_domain_that_another_client_has_restored_is_started_again(
     """No command of sevhop's is there when the guest runs, or it comes late, when the keeper has exited."""
     guest = start()
     guest.wait_for_ticks(3)
-    output = sevhop(daemon, environment, "upgrade", "--prepare", "--json", guest.name, "--emulator", new)
+    output = sevhop(
+        daemon, environment, "upgrade", "--no-transit", "--prepare", "--json", guest.name, "--emulator", new
+    )
     daemon.virsh("restore", json.loads(output)["domains"][0]["image"])
     guest.wait_for_ticks(3)
     wait_until(lambda: daemon.named("sevhop-keeper") == [], 60, "the keeper exits")
@@ -133,7 +135,7 @@ def test_domain_whose_upgrade_was_rolled_back_is_started_again(
     guest = start()
     guest.wait_for_ticks(3)
     with other_hook_refuses(daemon):
-        done = run_sevhop(daemon, environment, "upgrade", "--json", guest.name, "--emulator", new)
+        done = run_sevhop(daemon, environment, "upgrade", "--no-transit", "--json", guest.name, "--emulator", new)
     assert done.returncode == 3, done.stderr
     guest.wait_for_ticks(3)
     reset_by_guest(guest)
@@ -149,7 +151,7 @@ def test_domain_that_reboots_before_its_next_upgrade_stops_it_is_started_again(
     guest = start()
     guest.wait_for_ticks(3)
     upgrade(guest, environment, new)
-    with PausedUpgrade.at(phase, guest, old, environment=environment) as paused:
+    with PausedUpgrade.at(phase, guest, old, "--no-transit", environment=environment) as paused:
         reset_by_guest(guest)
         wait_until(lambda: guest.state == "shut off", 60, "the guest has rebooted")
         wait_until(lambda: bool(daemon.with_arguments("cold_start")), 60, "the hook has run")
@@ -166,7 +168,7 @@ def test_domain_that_reboots_before_its_upgrade_has_ended_is_started_again(
 ) -> None:
     guest = start()
     guest.wait_for_ticks(3)
-    with PausedUpgrade.at("define", guest, new, environment=environment) as paused:
+    with PausedUpgrade.at("define", guest, new, "--no-transit", environment=environment) as paused:
         guest.wait_for_ticks(3)
         reset_by_guest(guest)
         wait_until(lambda: bool(daemon.with_arguments("cold_start")), 60, "the hook has run")
@@ -186,7 +188,7 @@ def test_domain_whose_source_was_reset_when_it_was_saved_is_not_started_twice(
     upgrade(guest, environment, new)
     guest.wait_for_ticks(3)
     mark = daemon.root / f"run/sevhop/reboot/{guest.name}/mark"
-    with PausedUpgrade.at("terminate", guest, old, environment=environment) as paused:
+    with PausedUpgrade.at("terminate", guest, old, "--no-transit", environment=environment) as paused:
         mark.write_bytes(b"\1")  # as a reset does that comes after the last test of its state
         report = paused.finish()
     assert report["outcome"] == "done", report
@@ -272,7 +274,7 @@ def test_domain_with_shared_firmware_reboots_in_its_qemu(daemon: Daemon, start: 
     guest.wait_for_ticks(3)
     maps = Path(f"/proc/{guest.pid}/maps").read_text()
     assert "/memfd:pc.bios" in maps
-    report = daemon.upgrade(guest.name, "--emulator", new)
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new)
     assert (report["outcome"], report["notes"]) == ("done", []), report
     guest.wait_for_ticks(3)
     pid = guest.pid

@@ -149,7 +149,7 @@ def test_upgrade_rolls_back_only_if_killed_hook_may_refuse(
     )
     (daemon.root / "run/armed").touch()
     try:
-        report = daemon.upgrade(guest.name, "--emulator", new)
+        report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new)
     finally:
         script.write_text(text)
         original.unlink()
@@ -180,14 +180,14 @@ def test_guest_stays_in_source_if_disk_is_full(
     pid = guest.pid
     assert daemon.run("mount", "-t", "tmpfs", "-o", "size=16k,mode=711", "tmpfs", directory).returncode == 0
     try:
-        report = daemon.upgrade(guest.name, "--emulator", new)
+        report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new)
         assert report["status"] in (1, 3), report
         assert reason in report["reason"]
         assert guest.pid == pid
         note(note_fault, daemon, guest, point, "room", old)
     finally:
         assert daemon.run("umount", directory).returncode == 0
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
 
 

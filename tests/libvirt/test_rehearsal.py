@@ -105,7 +105,7 @@ async def then(self, data):
 device_state.IncomingState.write = then
 sys.exit(commands.main(sys.argv[1:]))
 """
-    done = daemon.run(sys.executable, "-c", script, "upgrade", guest.name, "--json", *words)
+    done = daemon.run(sys.executable, "-c", script, "upgrade", "--no-transit", guest.name, "--json", *words)
     report = json.loads(done.stdout)["domains"][0] if done.stdout else {}
     return done.returncode, report
 
@@ -134,7 +134,7 @@ def test_upgrade_is_refused_if_rehearsal_fails(
     pid = guest.pid
     emulator = wrapper(daemon, how.replace(" ", "-"), new, text)
     before = files(daemon)
-    report = daemon.upgrade(guest.name, "--emulator", emulator)
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", emulator)
     assert (report["status"], report["outcome"]) == (1, "refused"), report
     assert reason in report["reason"]
     assert [phase["name"] for phase in report["phases"]][-1] == "rehearse"
@@ -152,7 +152,7 @@ def test_rehearsal_refuses_newest_qemu_if_it_cannot_load(
     guest = start(emulator=new)
     guest.wait_for_ticks()
     pid = guest.pid
-    report = daemon.upgrade(guest.name, "--emulator", newest)
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", newest)
     if emulators.version(newest).startswith("11.1."):
         assert report["outcome"] == "refused"
         assert "vring.num" in report["reason"]
@@ -181,7 +181,7 @@ def test_rehearsal_disturbs_nothing_of_the_domain(daemon: Daemon, start: StartDo
     before = files(daemon)
     with connected(daemon, GUESTS / "channel") as channel, connected(daemon, GUESTS / "vnc") as vnc:
         assert vnc.recv(4) == b"RFB "
-        report = daemon.upgrade(guest.name, "--emulator", emulator)
+        report = daemon.upgrade(guest.name, "--no-transit", "--emulator", emulator)
         assert (report["status"], report["outcome"]) == (1, "refused"), report
         assert report["notes"] == []
         assert set(os.listdir(daemon.root / "sys/class/net")) == cards
@@ -197,7 +197,7 @@ def test_rehearsal_disturbs_nothing_of_the_domain(daemon: Daemon, start: StartDo
     assert rehearsing(guest) == []
     assert_as_before(daemon, guest, old)
 
-    report = daemon.upgrade(guest.name, "--emulator", new)
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new)
     assert report["outcome"] == "done", report
     assert report["notes"] == []
     assert report["rehearsal_ms"] > 0
@@ -207,7 +207,7 @@ def test_rehearsal_disturbs_nothing_of_the_domain(daemon: Daemon, start: StartDo
 def test_rehearsal_succeeds_without_kvm(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start(accelerator="tcg")
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--emulator", new)
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new)
     assert report["outcome"] == "done", report
     assert (report["notes"], report["rehearsal_ms"] > 0) == ([], True)
     guest.wait_for_ticks()
@@ -242,7 +242,7 @@ def test_guest_survives_fault_during_rehearsal_downtime(
     # It is a grandchild, which ends with its parent.
     wait_until(lambda: rehearsing(guest) == [], 10, "the QEMU of the rehearsal has exited")
     assert_as_before(daemon, guest, old)
-    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
 
 
@@ -276,7 +276,7 @@ def test_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, old: Path
     guest = start()
     guest.wait_for_ticks()
     daemon.virsh("suspend", guest.name)
-    report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "cannot-load", new, CANNOT_LOAD))
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", wrapper(daemon, "cannot-load", new, CANNOT_LOAD))
     assert (report["status"], report["outcome"], report["rehearsal_ms"]) == (1, "refused", None)
     assert guest.state == "paused"
     daemon.virsh("resume", guest.name)
@@ -288,7 +288,7 @@ def test_rehearsal_of_other_machine_is_refused(daemon: Daemon, start: StartDomai
     guest.wait_for_ticks()
     pid = guest.pid
     another = 'case "$*" in *-incoming*) set -- "$@" -device virtio-rng-pci,id=another,addr=1d;; esac'
-    report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "another", new, another))
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", wrapper(daemon, "another", new, another))
     assert (report["status"], report["outcome"]) == (1, "refused"), report
     assert "device another is not in the old QEMU" in report["reason"]
     assert "--no-rehearsal" not in report["reason"]
@@ -301,13 +301,15 @@ def test_no_rehearsal_is_suggested_only_if_nothing_else_fails(
 ) -> None:
     guest = start()
     guest.wait_for_ticks()
-    done = daemon.sevhop("upgrade", guest.name, "--emulator", str(wrapper(daemon, "dies", new, DYING["dies at once"])))
+    done = daemon.sevhop(
+        "upgrade", "--no-transit", guest.name, "--emulator", str(wrapper(daemon, "dies", new, DYING["dies at once"]))
+    )
     assert done.returncode == 1
     assert "cannot start this domain" in done.stderr
     assert "--no-rehearsal" not in done.stderr
     tools = Path("/run/tools")
     assert daemon.run("sh", "-c", f"mkdir {tools} && ln -s /usr/bin/* {tools} && rm {tools}/setpriv").returncode == 0
-    command = [sys.executable, "-m", "sevhop.cli", "upgrade", guest.name, "--emulator", str(new)]
+    command = [sys.executable, "-m", "sevhop.cli", "upgrade", "--no-transit", guest.name, "--emulator", str(new)]
     done = daemon.run("env", f"PATH={tools}", *command)
     daemon.run("rm", "-r", tools)
     assert done.returncode == 1
@@ -338,13 +340,15 @@ def test_lease_is_acquired_after_an_upgrade(
         guest.wait_for_ticks()
         assert leases(guest, program.pid)
         if what == "refuses":
-            report = daemon.upgrade(guest.name, "--emulator", wrapper(daemon, "cannot-load", new, CANNOT_LOAD))
+            report = daemon.upgrade(
+                guest.name, "--no-transit", "--emulator", wrapper(daemon, "cannot-load", new, CANNOT_LOAD)
+            )
             assert (report["outcome"], report["rehearsal_ms"] > 0) == ("refused", True), report
         elif what == "is interrupted":
             _, report = traced(daemon, guest, "os.kill(os.getpid(), signal.SIGINT)", "--emulator", new)
             assert report["outcome"] == "rolled-back", report
         else:
-            assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+            assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
         assert leases(guest, program.pid)
         assert_as_before(daemon, guest, new if what == "is done" else old)
         guest.end()
@@ -358,7 +362,7 @@ def test_lease_is_acquired_after_an_upgrade(
 def test_upgrade_skips_rehearsal_on_request(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--emulator", new, "--no-rehearsal")
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new, "--no-rehearsal")
     assert report["outcome"] == "done", report
     assert "rehearse" not in [phase["name"] for phase in report["phases"]]
     guest.wait_for_ticks()

@@ -54,7 +54,9 @@ def test_destination_that_hangs_is_ended(daemon: Daemon, start: StartDomain, old
     guest.wait_for_ticks()
     source = guest.pid
     emulator = wrapper(daemon, "hanging", new, HANGING[when])
-    report = daemon.upgrade(guest.name, "--emulator", emulator, "--no-rehearsal", "--timeout", str(LIMIT))
+    report = daemon.upgrade(
+        guest.name, "--emulator", emulator, "--no-transit", "--no-rehearsal", "--timeout", str(LIMIT)
+    )
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert f"does not run within {LIMIT} s, and was ended" in report["reason"]
     # It is waited for once, and the guest is restored in the old emulator.
@@ -68,7 +70,16 @@ def test_recover_ends_a_destination_that_hangs(daemon: Daemon, start: StartDomai
     guest.wait_for_ticks()
     source = guest.pid
     emulator = wrapper(daemon, "hanging", new, HANGING["when it has its monitors"])
-    arguments = ["upgrade", guest.name, "--emulator", str(emulator), "--no-rehearsal", "--timeout", "600"]
+    arguments = [
+        "upgrade",
+        guest.name,
+        "--emulator",
+        str(emulator),
+        "--no-transit",
+        "--no-rehearsal",
+        "--timeout",
+        "600",
+    ]
     command = daemon.start_command(sys.executable, "-m", "sevhop.cli", *arguments)
     wait_until(lambda: bool(hanging(guest, source)), 60, "the destination hangs")
     kill(command.pid)
@@ -84,7 +95,7 @@ def test_command_ends_if_the_keeper_hangs(daemon: Daemon, start: StartDomain, ne
     """Before the old QEMU is terminated the guest is resumed there; afterwards it waits for the keeper."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at(phase, guest, new, "--timeout", str(LIMIT)) as upgrade:
+    with PausedUpgrade.at(phase, guest, new, "--no-transit", "--timeout", str(LIMIT)) as upgrade:
         keepers = daemon.named("sevhop-keeper")
         try:
             for pid in keepers:

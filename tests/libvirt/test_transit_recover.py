@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.guests.daemon import Daemon, kill
+from tests.support.guests.daemon import Daemon
 from tests.support.guests.running import wait_until
 
 from . import intercepting
-from .transit_guest import TransitGuest, measured
-
-
-def kill_keeper_and_supervisor(daemon: Daemon) -> None:
-    for name in ("sevhop-superviso", "sevhop-supervisor"[:15], "sevhop-keeper"):
-        for pid in daemon.named(name):
-            kill(pid)
+from .transit_guest import TransitGuest, kill_keeper_and_supervisor, measured
 
 
 def test_recover_restores_the_domain(daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any) -> None:

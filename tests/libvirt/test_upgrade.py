@@ -105,10 +105,12 @@ def test_paused_guest_stays_paused(daemon: Daemon, start: StartDomain, new: Path
     guest.wait_for_ticks()
 
 
-def test_prepared_upgrade_is_completed_by_virsh(daemon: Daemon, start: StartDomain, new: Path) -> None:
+def test_prepared_upgrade_without_a_transit_is_completed_by_virsh(
+    daemon: Daemon, start: StartDomain, new: Path
+) -> None:
     guest = start()
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
+    report = daemon.upgrade(guest.name, "--no-transit", "--emulator", new, "--prepare")
     assert report["outcome"] == "prepared", report
     assert guest.state == "shut off"
     refused = daemon.run("virsh", "start", guest.name)

@@ -1,5 +1,5 @@
 """
-``sevhop upgrade --transit``: two hops, with libvirt's restart between them. Whatever fails, the guest runs: in its old
+``sevhop upgrade``: two hops, with libvirt's restart between them. Whatever fails, the guest runs: in its old
 QEMU before the first hop's commit, afterwards in the transit.
 """
 
@@ -36,7 +36,7 @@ PHASES = [
 def when_begun(daemon: Daemon, name: str, phase: str, act: Callable[[Any], None], *words: str | Path) -> Any:
     """Start an upgrade, and do something to it when a phase has begun. :return: its exit status, and what it prints."""
     command = daemon.start_command(
-        *(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", name, "--transit", "--json", *words)
+        *(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", name, "--json", *words)
     )
     assert command.stderr is not None
     for line in command.stderr:
@@ -57,7 +57,7 @@ def test_guest_runs_while_libvirt_restarts(
     guest = start(emulator=source, balloon="virtio")
     guest.wait_for_ticks()
     pid = guest.pid
-    report = daemon.upgrade(guest.name, "--transit", "--emulator", destination)
+    report = daemon.upgrade(guest.name, "--emulator", destination)
     assert (report["status"], report["outcome"], report["notes"]) == (0, "done", []), report
     assert len(report["downtimes_ms"]) == 2
     assert report["downtime_ms"] == max(report["downtimes_ms"])
@@ -72,7 +72,7 @@ def test_paused_guest_stays_paused_in_both_hops(daemon: Daemon, start: StartDoma
     guest = start()
     guest.wait_for_ticks()
     daemon.virsh("suspend", guest.name)
-    report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+    report = daemon.upgrade(guest.name, "--emulator", new)
     assert (report["outcome"], report["downtime_ms"]) == ("done", None), report
     assert guest.state == "paused"
     assert guest.emulator() == str(new)
@@ -85,7 +85,7 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
 ) -> None:
     guest = start()
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--transit", "--emulator", new, "--prepare")
+    report = daemon.upgrade(guest.name, "--emulator", new, "--prepare")
     assert (report["outcome"], report["in_transit"]) == ("prepared", True), report
     assert guest.state == "shut off"
     guest.wait_for_ticks()
@@ -93,7 +93,7 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
     assert refused.returncode == 1
     assert "transit" in refused.stderr
     assert "runs in the transit" in daemon.sevhop("status").stdout
-    assert "sevhop recover" in daemon.upgrade(guest.name, "--transit")["reason"]
+    assert "sevhop recover" in daemon.upgrade(guest.name)["reason"]
     daemon.virsh("restore", report["image"])
     wait_until(lambda: guest.state == "running", 30, "it is restored")
     assert guest.emulator() == str(new)
@@ -106,7 +106,7 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
 def test_domain_that_a_transit_cannot_carry_is_upgraded_without(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start(more="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+    report = daemon.upgrade(guest.name, "--emulator", new)
     assert (report["outcome"], report["downtimes_ms"]) == ("done", []), report
     assert "not by way of a transit: its TPM exits with the old QEMU" in report["notes"]
     guest.wait_for_ticks()
@@ -121,7 +121,7 @@ def test_emulator_that_fails_is_found_out_in_the_first_hop(
     guest.wait_for_ticks()
     pid = guest.pid
     emulator = wrapper(daemon, how.replace(" ", "-"), new, DYING[how])
-    report = daemon.upgrade(guest.name, "--transit", "--emulator", emulator)
+    report = daemon.upgrade(guest.name, "--emulator", emulator)
     assert report["outcome"] in ("refused", "rolled-back"), report
     assert guest.pid == pid
     assert_as_before(daemon, guest, old)
@@ -133,7 +133,7 @@ def test_guest_runs_in_the_old_emulator_again_if_another_hook_refuses(
     guest = start()
     guest.wait_for_ticks()
     with other_hook_refuses(daemon):
-        report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+        report = daemon.upgrade(guest.name, "--emulator", new)
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert report["guest_state"] == "running in the old QEMU"
     assert len(report["downtimes_ms"]) == 2
@@ -145,7 +145,7 @@ def test_guest_runs_in_the_transit_while_another_hook_hangs(daemon: Daemon, star
     guest = start()
     guest.wait_for_ticks()
     with other_hook_hangs(daemon):
-        report = daemon.upgrade(guest.name, "--transit", "--emulator", new, "--timeout", "5")
+        report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "5")
         assert (report["status"], report["guest_state"]) == (4, "running in the transit"), report
         guest.wait_for_ticks()
     assert "runs in the transit" in daemon.sevhop("status").stdout
@@ -170,7 +170,7 @@ def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
     assert guest.emulator() in {str(path) for path in possible}, done
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
-    assert daemon.upgrade(guest.name, "--transit", "--emulator", new)["outcome"] == "done"
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
 
 
@@ -181,7 +181,7 @@ def test_guest_runs_after_the_daemon_was_restarted_in_the_first_hop(
     """The hop goes through its monitor. It is completed, or rolled back: the guest does not stay paused."""
     guest = start()
     guest.wait_for_ticks()
-    with PausedUpgrade.at(phase, guest, new, "--transit") as upgrade:
+    with PausedUpgrade.at(phase, guest, new) as upgrade:
         daemon.restart()
         report = upgrade.finish()
     assert report["outcome"] in ("done", "rolled-back"), report
@@ -216,7 +216,7 @@ def test_domain_with_a_tap_of_its_own_name_is_upgraded_without(daemon: Daemon, s
     card = "<interface type='ethernet'><target dev='of-its-own' managed='yes'/><model type='virtio'/></interface>"
     guest = start(more=card)
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--transit", "--emulator", new)
+    report = daemon.upgrade(guest.name, "--emulator", new)
     assert (report["outcome"], report["downtimes_ms"]) == ("done", []), report
     assert any("libvirt cannot make of-its-own again" in note for note in report["notes"])
     guest.wait_for_ticks()

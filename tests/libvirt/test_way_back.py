@@ -82,7 +82,7 @@ def rolled_back(daemon: Daemon, start: StartDomain, install: Callable[..., None]
     guest = start(emulator=INSTALLED)
     guest.wait_for_ticks()
     install(new, DYING["dies at once"])
-    report = daemon.upgrade(guest.name, "--no-rehearsal")
+    report = daemon.upgrade(guest.name, "--no-transit", "--no-rehearsal")
     assert (report["status"], report["outcome"], report["notes"]) == (3, "rolled-back", []), report["reason"]
     install(new)
     assert_in_kept(guest)
@@ -120,10 +120,15 @@ def test_guest_is_rolled_back_although_its_emulator_is_not_on_disk(
     pid = guest.pid
     if what == "replaced":
         install(new, DYING["dies at once"])
-        options = ["--no-rehearsal"]
+        options = ["--no-transit", "--no-rehearsal"]
     else:
         install(None)
-        options = ["--no-rehearsal", "--emulator", str(wrapper(daemon, "dies", new, DYING["dies at once"]))]
+        options = [
+            "--no-transit",
+            "--no-rehearsal",
+            "--emulator",
+            str(wrapper(daemon, "dies", new, DYING["dies at once"])),
+        ]
     with modules_of(daemon, new):
         for _ in range(2):  # the second time from what is kept
             report = daemon.upgrade(guest.name, *options)
@@ -145,7 +150,7 @@ def test_domain_that_cannot_be_rehearsed_is_upgraded_after_a_package_update(
     guest = start(emulator=INSTALLED, more=TPM)
     guest.wait_for_ticks()
     install(new, DYING["dies at once"])
-    report = daemon.upgrade(guest.name)
+    report = daemon.upgrade(guest.name, "--no-transit")
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     assert [note.partition(":")[0] for note in report["notes"]] == ["not rehearsed"]
     assert_in_kept(guest)
@@ -161,7 +166,7 @@ def test_program_that_is_not_needed_is_not_left(
     guest.wait_for_ticks()
     pid = guest.pid
     install(new, DYING["dies at once"])
-    assert daemon.upgrade(guest.name)["outcome"] == "refused"  # by its rehearsal
+    assert daemon.upgrade(guest.name, "--no-transit")["outcome"] == "refused"  # by its rehearsal
     assert (guest.pid, daemon.left_over()) == (pid, [])
     guest.wait_for_ticks()
     install(new)
@@ -175,7 +180,7 @@ def test_recover_rolls_back_to_the_program_that_was_kept(
     guest.wait_for_ticks()
     install(new, DYING["dies at once"])
     command = daemon.start_command(
-        sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name, "--no-rehearsal"
+        sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", guest.name, "--no-transit", "--no-rehearsal"
     )
     assert command.stderr is not None
     for line in command.stderr:
@@ -227,14 +232,14 @@ def test_upgrade_without_a_way_back_is_refused_unless_rehearsed(
     guest.wait_for_ticks()
     pid = guest.pid
     wrapper(daemon, "wrapped", new, "")
-    report = daemon.upgrade(guest.name)
+    report = daemon.upgrade(guest.name, "--no-transit")
     assert (report["status"], report["outcome"]) == (1, "refused"), report
     assert "cannot rehearse the upgrade (-tpmdev" in report["reason"]
     why = f"cannot roll back to the old emulator: {wrapped} is QEMU 10"
     assert why in report["reason"]
     assert guest.pid == pid
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--no-rehearsal")
+    report = daemon.upgrade(guest.name, "--no-transit", "--no-rehearsal")
     assert report["outcome"] == "done", report
     (note,) = report["notes"]
     assert note.startswith(why) and note.endswith(f"now, and {wrapped} was a program that runs QEMU")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.downtime import Sampler
+from bench.downtime import Sampler, memory_of
 
 from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.running import processes_of_domain, wait_until
@@ -116,10 +116,16 @@ asyncio.run(main())
 """
 
 
+def kill_keeper_and_supervisor(daemon: Daemon) -> None:
+    """The latter first: it would start another keeper."""
+    for name in ("sevhop-supervisor"[:15], "sevhop-keeper"):
+        for pid in daemon.named(name):
+            kill(pid)
+
+
 def end_everything(daemon: Daemon, name: str) -> None:
     """Also after a failure: nothing of a test that failed is in the way of the next one."""
-    for pid in [*daemon.named("sevhop-superviso"), *daemon.named("sevhop-keeper")]:
-        kill(pid)
+    kill_keeper_and_supervisor(daemon)
     for pid in processes_of_domain(name):
         kill(pid)
     daemon.run("virsh", "destroy", name)
@@ -130,19 +136,51 @@ def end_everything(daemon: Daemon, name: str) -> None:
 
 @contextmanager
 def measured(transit: TransitGuest, record: Any) -> Iterator[None]:
-    """The guest is never stopped for long. On a host without a free processor that is only printed."""
-    began, waited = time.monotonic(), _waited()
+    """The guest is never stopped for long; see :func:`watched`."""
+    load = _Load()
     yield
-    longest = transit.longest_gap()
-    busy = (_waited() - waited) / (time.monotonic() - began)
-    downtimes = [round(one, 1) for one in transit.downtimes]
-    text = f"longest gap {longest:.1f} ms, downtimes {downtimes}; host busy for {busy:.0%} of the time"
+    _judge(transit.longest_gap(), f"downtimes {[round(one, 1) for one in transit.downtimes]}", load, record)
+
+
+@contextmanager
+def watched(guest: DomainGuest, record: Any) -> Iterator[None]:
+    """A guest that counts is never stopped for long. On a host without a free processor that is only printed."""
+    memory = memory_of(guest.pid)
+    assert memory is not None
+    with Sampler(memory) as sampler:
+        sampler.wait()
+        load = _Load()
+        yield
+        sampler.see_growth()
+        sampler.stop()
+        began, ended = sampler.longest
+        _judge((ended - began) / 1e6, "", load, record)
+
+
+def _judge(longest: float, more: str, load: _Load, record: Any) -> None:
+    text = f"longest gap {longest:.1f} ms; host busy for {load.busy:.0%} of the time"
+    text = f"{text}; {more}" if more else text
     record("noted", text)
     print(text)
-    assert longest < LONGEST or busy > BUSY
+    assert longest < LONGEST or load.busy > BUSY
+
+
+class _Load:
+    """
+    How busy the host has been since then.
+
+    :ivar busy: part of the time in which somebody has waited for a processor (Documentation/accounting/psi.rst).
+    """
+
+    def __init__(self) -> None:
+        self._began, self._before = time.monotonic(), _waited()
+
+    @property
+    def busy(self) -> float:
+        return (_waited() - self._before) / (time.monotonic() - self._began)
 
 
 def _waited() -> float:
-    """Seconds in which somebody on this host has waited for a processor (Documentation/accounting/psi.rst)."""
+    """Seconds, since the host was started."""
     some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
     return int(some.rpartition("=")[2]) / 1e6

@@ -95,7 +95,7 @@ def test_node_with_a_generated_name_gets_a_name() -> None:
 
 
 def test_generated_name_is_not_the_one_that_an_earlier_hop_has_set() -> None:
-    """A medium was changed before the first hop, and after it; QEMU's generated names begin anew with each process."""
+    """A medium was changed before the first hop, and after it; QEMU's generated names begin from 0 in each process."""
     before = [
         node("hop-block1", "raw", "/x", children={"file": "hop-block2"}),
         node("hop-block2", "file", "/x"),

@@ -13,7 +13,14 @@ from sevhop.install import units
 from sevhop_qmp.errors import SevhopError
 
 #: The highest exposure that ``systemd-analyze security`` may report, in tenths: 0 is a unit that can do nothing.
-_EXPOSURE = {"sevhop-recover.service": 27, "sevhop-upgrade.service": 35}
+_EXPOSURE = {"sevhop-recover.service": 27, "sevhop-upgrade.service": 85}
+#: Settings by which a process and its children lose capabilities, get no_new_privs or seccomp filters, or another
+#: namespace than of mounts and network: beginnings of their names (systemd.exec(5)).
+_INHERITED = (
+    *("CapabilityBoundingSet", "AmbientCapabilities", "NoNewPrivileges", "User", "DynamicUser", "SecureBits"),
+    *("SystemCall", "Restrict", "LockPersonality", "MemoryDenyWriteExecute", "ProtectClock", "ProtectKernel"),
+    *("ProtectHostname", "PrivateDevices", "PrivateUsers", "PrivateIPC", "ProtectControlGroups", "AppArmorProfile"),
+)
 
 
 @pytest.fixture
@@ -115,6 +122,11 @@ def test_exposure_of_units_is_below_the_limit(name: str, exposure: int, analyze:
     command = [analyze, "security", "--offline=yes", f"--threshold={exposure}", "--json=short", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, [row["name"] for row in json.loads(done.stdout) if row["exposure"]]
+
+
+def test_transit_inherits_no_limits_of_the_upgrade_service() -> None:
+    names = [line.partition("=")[0] for line in units.text("sevhop-upgrade.service").splitlines()]
+    assert [name for name in names if name.startswith(_INHERITED)] == []
 
 
 @pytest.mark.parametrize(

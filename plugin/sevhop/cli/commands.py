@@ -116,7 +116,7 @@ def _upgrade(options: argparse.Namespace) -> int:
                         emulator=options.emulator,
                         prepare_only=options.prepare,
                         dry_run=options.dry_run,
-                        transit=options.transit,
+                        transit=not options.no_transit,
                         rehearse=not options.no_rehearsal,
                         step_timeout=options.timeout,
                     ),

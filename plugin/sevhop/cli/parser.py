@@ -65,17 +65,18 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the domain's own, as it is on disk now)"
     )
-    upgrade.add_argument("--dry-run", action="store_true", help="check only, without a rehearsal")
+    upgrade.add_argument("--dry-run", action="store_true", help="check only; nothing is touched")
     upgrade.add_argument(
-        "--transit",
+        "--no-transit",
         action="store_true",
-        help="have the guest run in a QEMU beside libvirt meanwhile: two pauses of milliseconds, and whatever fails in "
-        "libvirt does not stop the guest; a domain for which that is not possible is upgraded without",
+        help="suspend the guest until libvirt has restored it, instead of having it run in a QEMU beside libvirt "
+        "meanwhile; as it is done with a domain for which the latter is not possible",
     )
     upgrade.add_argument(
         "--no-rehearsal",
         action="store_true",
-        help="skip the rehearsal, in which the new QEMU loads a copy of the device state, and the guest stops briefly",
+        help="without a transit: skip the rehearsal, in which the new QEMU loads a copy of the device state, and the "
+        "guest stops briefly",
     )
     upgrade.add_argument(
         "--jobs", type=_count, default=1, metavar="N", help="domains to upgrade at a time (default: %(default)s)"
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--prepare",
         action="store_true",
-        help="stop when the guest is suspended in the keeper, or runs in the transit; virsh restore completes it",
+        help="stop when the guest runs in the transit, or is suspended in the keeper; virsh restore completes it",
     )
     upgrade.set_defaults(command="upgrade", misused=upgrade.error)
 

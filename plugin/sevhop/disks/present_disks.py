@@ -180,7 +180,7 @@ class _Adapter:
         return final
 
     def _final_name(self, name: str) -> str:
-        """The name of a node in the destination. Each QEMU counts anew, so an earlier hop may have set the same one."""
+        """The name of a node in the destination. Each QEMU counts from 0: an earlier hop may have set it."""
         if not name.startswith("#"):
             return name
         final = GENERATED + name[1:]

@@ -1,0 +1,186 @@
+"""
+Trouble of libvirt's, or made by somebody else, while a guest runs in the transit: it goes on running, the reason is
+reported in time, and when the trouble is over the upgrade is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.guests.daemon import Daemon, DomainGuest
+from tests.support.guests.running import wait_until
+
+from .conftest import StartDomain
+from .failing import MARK, another_hook
+from .restart_faults import FAULTS
+from .transit_guest import watched
+
+#: Seconds for each step, and for a command as a whole: it tries the new emulator, then the old one.
+STEP, COMMAND = 5, 60
+LASTING = [name for name, fault in FAULTS.items() if fault.mend is not None]
+
+
+#: Brings a guest into the transit.
+Prepare = Callable[[DomainGuest], None]
+
+
+@pytest.fixture
+def prepared(daemon: Daemon, new: Path, record_property: Any) -> Iterator[Prepare]:
+    """Until the end of the test that guest may not stand still."""
+    with contextlib.ExitStack() as watches:
+
+        def prepare(guest: DomainGuest) -> None:
+            guest.wait_for_ticks()
+            watches.enter_context(watched(guest, record_property))
+            report = daemon.upgrade(guest.name, "--emulator", new, "--prepare", "--timeout", str(STEP))
+            assert (report["outcome"], report["in_transit"]) == ("prepared", True), report
+
+        yield prepare
+
+
+def recover(daemon: Daemon, guest: DomainGuest) -> tuple[int, str]:
+    """It must end. :return: exit status, and what it prints."""
+    began = time.monotonic()
+    done = daemon.sevhop("recover", guest.name, "--timeout", str(STEP))
+    assert time.monotonic() - began < COMMAND
+    return done.returncode, done.stdout + done.stderr
+
+
+def assert_waits(daemon: Daemon, guest: DomainGuest, reason: str) -> None:
+    """The upgrade cannot be finished, for this reason; the guest runs."""
+    status, text = recover(daemon, guest)
+    assert (status, reason in text) == (4, True), text
+    guest.wait_for_ticks()
+    assert guest.state == "shut off"
+    assert "the guest runs in the transit" in daemon.sevhop("status", guest.name).stdout
+
+
+def assert_arrives(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
+    """... and nothing is left."""
+    done = daemon.sevhop("recover", guest.name, "--timeout", "60")
+    assert done.returncode == 0, done
+    assert (guest.state, guest.emulator(), guest.emulator("--inactive")) == ("running", str(emulator), str(emulator))
+    guest.wait_for_ticks()
+    wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
+
+
+@pytest.mark.parametrize("name", LASTING)
+@pytest.mark.usefixtures("surroundings")
+def test_guest_runs_while_libvirt_cannot_start_its_domain(
+    daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path, name: str
+) -> None:
+    fault = FAULTS[name]
+    guest = start(**fault.domain)
+    prepared(guest)
+    fault.make(daemon, guest)
+    assert_waits(daemon, guest, "")
+    assert fault.mend is not None
+    fault.mend(daemon, guest)
+    assert_arrives(daemon, guest, new)
+
+
+#: What another hook does when libvirt starts the domain, and a part of the reason; none if it does no harm.
+HOOKS = {
+    "refuses": ("echo it may not >&2; exit 1", "it may not"),
+    "prints": ("echo '<domain/>'; echo hello >&2", ""),
+    "hangs": (f"while [ -e {MARK} ]; do sleep 0.1; done", "does not answer"),
+    "leaves a process": (f"(while [ -e {MARK} ]; do sleep 0.1; done) &", "does not answer"),
+    "calls libvirt": ("timeout 60 virsh domstate $1", "does not answer"),
+}
+
+
+@pytest.mark.parametrize("what", HOOKS)
+def test_guest_runs_whatever_another_hook_does(
+    daemon: Daemon,
+    start: StartDomain,
+    prepared: Prepare,
+    new: Path,
+    what: str,
+) -> None:
+    script, reason = HOOKS[what]
+    guest = start()
+    prepared(guest)
+    with another_hook(daemon, f'[ "$1 $2/$3" = "{guest.name} started/begin" ] || exit 0\n{script}'):
+        if reason:
+            assert_waits(daemon, guest, reason)
+        else:
+            assert_arrives(daemon, guest, new)
+    if reason:
+        wait_until(lambda: guest.state == "shut off", 60, "libvirt has given the new QEMU up")
+        assert_arrives(daemon, guest, new)
+
+
+@pytest.mark.parametrize("how", ["stopped", "gone"])
+def test_guest_runs_while_libvirt_does_not_answer(
+    daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path, how: str
+) -> None:
+    guest = start()
+    prepared(guest)
+    with contextlib.ExitStack() as trouble:
+        if how == "gone":
+            trouble.enter_context(daemon.gone())
+        else:
+            pid = daemon.pid_of_libvirtd
+            os.kill(pid, signal.SIGSTOP)
+            trouble.callback(os.kill, pid, signal.SIGCONT)
+        status, text = recover(daemon, guest)
+        assert status != 0, text
+        assert "libvirt" in text
+        guest.wait_for_ticks()
+    assert_arrives(daemon, guest, new)
+
+
+def test_guest_runs_while_the_disk_is_full(daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path) -> None:
+    """That of the journal, and that of libvirt's logs."""
+    guest = start()
+    prepared(guest)
+    with full(daemon, "/var/lib/sevhop"), full(daemon, "/var/log/libvirt"):
+        recover(daemon, guest)
+        guest.wait_for_ticks()
+    assert_arrives(daemon, guest, new)
+
+
+_FILL = """
+mkdir "$1.full"
+mount -t tmpfs -o size=256k,mode=755 none "$1.full"
+cp -a "$1/." "$1.full/"
+mount --move "$1.full" "$1"
+cat /dev/zero 2>/dev/null >"$1/filler" || true
+"""
+
+
+@contextlib.contextmanager
+def full(daemon: Daemon, directory: str) -> Iterator[None]:
+    """Its file system has no space; what is written in there meanwhile is lost."""
+    done = daemon.run("sh", "-ec", _FILL, "sh", directory)
+    assert done.returncode == 0, done.stderr
+    try:
+        yield
+    finally:
+        daemon.run("umount", "--lazy", directory)
+        daemon.run("rmdir", f"{directory}.full")
+
+
+@pytest.mark.parametrize("words", [("start",), ("shutdown",), ("destroy",), ("suspend",), ("reset",)])
+def test_operations_of_others_do_not_touch_the_guest(
+    daemon: Daemon,
+    start: StartDomain,
+    prepared: Prepare,
+    new: Path,
+    words: tuple[str, ...],
+) -> None:
+    """The domain is shut off for libvirt, so nobody can do any harm but by starting it, which is refused."""
+    guest = start()
+    prepared(guest)
+    done = daemon.run("virsh", *words, guest.name)
+    assert done.returncode == 1
+    guest.wait_for_ticks()
+    assert_arrives(daemon, guest, new)
