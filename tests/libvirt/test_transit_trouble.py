@@ -34,7 +34,7 @@ Prepare = Callable[[DomainGuest], None]
 
 @pytest.fixture
 def prepared(daemon: Daemon, new: Path, record_property: Any) -> Iterator[Prepare]:
-    """Until the end of the test that guest may not stand still."""
+    """Until the end of the test that guest may not be stopped for long."""
     with contextlib.ExitStack() as watches:
 
         def prepare(guest: DomainGuest) -> None:
