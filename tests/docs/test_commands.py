@@ -30,7 +30,9 @@ NOT_RUN: dict[str, str] = {
     'tools/test tests/lab/qemu/test_sev_es_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
     "tools/bench/run": _BENCH,
     "tools/bench/run --quick": _BENCH,
-    "tools/bench/run --only domains --sizes 256,4096": _BENCH,
+    "tools/bench/run --only domains --modes upgrade,save-restore --sizes 256,4096": _BENCH,
+    "tools/bench/run --only domains,busy,pings --modes hop,upgrade,upgrade-no-transit --rounds 10"
+    " --busy-sizes 256,8192 --ping-sizes 256": _BENCH,
     "tools/bench/run --only standalone --output DIRECTORY": _BENCH,
     "tools/lab/run cat /sys/module/kvm_amd/parameters/sev": _LAB,
     "tools/lab/run --kernel 6.12 .venv/bin/python -m pytest tests/lab/contract": _LAB,

@@ -19,7 +19,8 @@ from xml.etree import ElementTree
 import pytest
 from bench import downtime
 from bench.picture import svg
-from bench.report import Failed, Outcome, Report, Run, Spread
+from bench.report import Report
+from bench.runs import Failed, Outcome, Run, Spread
 from bench.usage import Usage, Used
 from bench.usage import counting as count
 
@@ -41,7 +42,7 @@ REPORT = Report(
         run("hop", 1024, 9.0),
         run("hop", 1024, 99.0, machine="rich"),
         run("file", 1024, 900.0),
-        run("upgrade", 256, 200.0, machine="domain", restore=180.0),
+        run("upgrade-no-transit", 256, 200.0, machine="domain", restore=180.0),
         run("save-restore", 256, 4000.0, machine="domain"),
     ],
     {"date": "today"},
@@ -60,7 +61,7 @@ def test_ratios_are_of_medians_and_of_measured_pairs() -> None:
     assert REPORT.ratios() == {
         "hop/precopy": {"256": 6.0 / 200.0},
         "hop/file": {"1024": 0.01},
-        "upgrade/save-restore": {"256": 0.05},
+        "upgrade-no-transit/save-restore": {"256": 0.05},
     }
 
 
@@ -89,7 +90,7 @@ def test_tables_have_medians_and_ratios() -> None:
     assert "| hop/precopy | 0.0300 |  |" in text
     assert "rich" not in text.partition("sevhop to the other")[2]  # nothing to compare with
     assert "hop 1.50" in text
-    assert "| hop | 256 MB | stop 2.0, save 4.0, finish 70.0 |" in text
+    assert "| minimal | 256 MB | hop | stop 2.0, save 4.0, finish 70.0 |" in text
 
 
 def test_run_derives_downtime_and_usage_from_the_measurements() -> None:
@@ -143,13 +144,14 @@ def test_empty_report_is_valid() -> None:
     assert empty.ratios() == {}
     assert empty.as_json()["foreign_hook_ms"] is None
     ElementTree.fromstring(svg(empty))
+    ElementTree.fromstring(svg(dataclasses.replace(empty, runs=[])))
 
 
 def test_diagram_has_every_mode() -> None:
     drawn = ElementTree.fromstring(svg(REPORT))
     texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
-    assert {"hop", "precopy", "file", "upgrade", "save-restore", "256 MB", "1 GB"} <= texts
-    assert {"hop, 256 MB", "upgrade, 256 MB", "restore 180"} <= texts
+    assert {"hop", "precopy", "file", "upgrade-no-transit", "save-restore", "256 MB", "1 GB"} <= texts
+    assert {"hop, 256 MB", "upgrade-no-transit, 256 MB", "restore 180"} <= texts
     assert not any(text and text.startswith("finish") for text in texts)  # a hop finishes after its downtime
 
 

@@ -1,5 +1,6 @@
 """
-Methods to move a libvirt domain into another QEMU process: ``sevhop upgrade``, and ``virsh save`` with ``restore``.
+Methods to move a libvirt domain into another QEMU process: both ways of ``sevhop upgrade``, and ``virsh save`` with
+``restore``.
 
 They alternate with one domain in a private daemon. An upgrade goes to the other of the two emulators; save and restore
 stay in the domain's emulator, since they cannot change it.
@@ -7,26 +8,36 @@ stay in the domain's emulator, since they cannot change it.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from tests.support.guests import emulators
+from tests.support.guests import emulators, linux
 from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.machine import Accelerator
-from tests.support.guests.running import GuestFailed
+from tests.support.guests.running import PATIENCE, GuestFailed, processes_of_domain, wait_until
 
+from . import machines
+from .busy import busy_loops
 from .downtime import Sampler, memory_of, touch
-from .report import Failed, Outcome, Run
+from .pings import Pings
+from .report import SAVE_RESTORE
+from .runs import Failed, Outcome, Run
+from .saving import save_and_restore
+from .standalone import SELDOM
 from .usage import Usage, counting
+from .ways import DOMAINS, NO_TRANSIT, OPTIONS, TRANSIT, Pinged
 
-UPGRADE, SAVE_RESTORE = "upgrade", "save-restore"
-#: Seconds between two polls for the QEMU that libvirt starts.
-_POLL = 0.002
+UPGRADES = (TRANSIT, NO_TRANSIT)
+MODES = (*UPGRADES, SAVE_RESTORE)
 #: Calls of the hook for a domain that is in no hop.
 _FOREIGN_CALLS = 20
+#: Seconds until the last process of an upgrade has exited.
+_PATIENCE = 30.0
 
 
 class Domains:
@@ -42,6 +53,7 @@ class Domains:
         self._usage = usage
         self._image = images / "domain.save"
         self._old, self._new = (emulators.emulator(label) for label in (emulators.OLD, emulators.NEW))
+        self._warm = False
         self._daemon = Daemon.start()
 
     def __enter__(self) -> Domains:
@@ -56,70 +68,94 @@ class Domains:
         self._daemon.stop()
         self._image.unlink(missing_ok=True)
 
-    def measure(self, memory_mib: int, rounds: int) -> Iterator[Run | Failed]:
-        """All runs with one size of memory; a round is an upgrade to the other emulator, one back, and two saves."""
-        try:
-            yield from self._runs(memory_mib, rounds)
-        except GuestFailed as err:
-            yield Failed(UPGRADE, "domain", memory_mib, str(err))
+    def measure(
+        self, kind: str, memory_mib: int, rounds: int, modes: Sequence[str], hosts: Sequence[bool]
+    ) -> Iterator[Run | Failed]:
+        """
+        All runs with one kind of machine and one size of memory.
 
-    def _runs(self, memory_mib: int, rounds: int) -> Iterator[Run]:
-        description = Description(f"bench-{memory_mib}", self._old, self._accelerator, memory_mib=memory_mib)
+        :param rounds: with an upgrade there and one back, each of every wanted way. Memory is saved in some of them.
+        :param hosts: whether the host is busy, in turn. Memory is saved on an idle one only.
+        """
+        description = machines.domain(kind, f"bench-{kind}-{memory_mib}", self._old, self._accelerator, memory_mib)
+        machine, mode = DOMAINS[kind], modes[0]
+        try:
+            with self._started(description) as guest:
+                guest.wait_for_ticks()
+                touch(_memory(guest))
+                self._warm_up(guest)
+                for busy in hosts:
+                    with busy_loops(busy):
+                        for mode in turns(modes, rounds, save=not busy):
+                            if mode == SAVE_RESTORE:
+                                yield save_and_restore(guest, self._image, self._usage, machine, memory_mib)
+                            else:
+                                yield self._upgrade(guest, mode, machine, memory_mib, busy)
+                guest.wait_for_ticks()
+        except GuestFailed as err:
+            yield Failed(mode, machine, memory_mib, str(err))
+
+    def ping(self, kind: str, memory_mib: int, rounds: int, modes: Sequence[str]) -> Iterator[Pinged | Failed]:
+        """
+        The same with a Linux guest, that is pinged during each upgrade.
+
+        :raises tests.support.guests.build.Unavailable: there is no Linux, or no bridge.
+        """
+        machine, mode = DOMAINS[kind], modes[0]
+        try:
+            with self._daemon.bridge() as bridge:
+                name = f"bench-pinged-{kind}-{memory_mib}"
+                with self._started(machines.linux_domain(kind, name, self._old, bridge, memory_mib)) as guest:
+                    guest.wait_for_ticks()
+                    _allocate(_memory(guest))
+                    self._warm_up(guest)
+                    for mode in turns(modes, rounds):
+                        emulator = self._other(guest)
+                        with Pings(self._daemon, linux.ADDRESS) as pings:
+                            report = upgrade(guest, mode, emulator)
+                            pings.stop()
+                        yield Pinged(mode, machine, memory_mib, pings.sent, pings.lost, longest_pause(report))
+                    _verify_it_ticks(guest)
+        except GuestFailed as err:
+            yield Failed(mode, machine, memory_mib, f"pinged: {err}")
+
+    @contextlib.contextmanager
+    def _started(self, description: Description) -> Iterator[DomainGuest]:
+        """A domain, until the end of the context. :raises GuestFailed: then something of it is left."""
         guest = DomainGuest.start(self._daemon, description)
         try:
-            guest.wait_for_ticks()
-            memory = memory_of(guest.pid)
-            assert memory is not None
-            touch(memory)
-            # The first use of an emulator takes libvirt longer, and fills the page cache.
-            for emulator in (self._new, self._old):
-                self._upgrade(guest, emulator, memory_mib)
-            for _ in range(rounds):
-                for emulator in (self._new, self._old):
-                    yield self._upgrade(guest, emulator, memory_mib)
-                    yield self._save_and_restore(guest, memory_mib)
-            guest.wait_for_ticks()
+            yield guest
+        except GuestFailed:
+            self._daemon.sevhop("recover")  # it may have been left in a transit, and the next guest needs the memory
+            raise
         finally:
             guest.end()
+        wait_until(lambda: not processes_of_domain(guest.name), _PATIENCE, "no process is left")
+        wait_until(lambda: not self._daemon.left_over(), _PATIENCE, "no file is left")
 
-    def _upgrade(self, guest: DomainGuest, emulator: Path, memory_mib: int) -> Run:
-        memory = memory_of(guest.pid)
-        assert memory is not None
-        with Sampler(memory) as sampler, counting(self._usage) as used:
+    def _warm_up(self, guest: DomainGuest) -> None:
+        """The first use of an emulator takes libvirt longer, and fills the page cache."""
+        for emulator in () if self._warm else (self._new, self._old):
+            upgrade(guest, TRANSIT, emulator)
+        self._warm = True
+
+    def _other(self, guest: DomainGuest) -> Path:
+        """The emulator that it does not have."""
+        return self._old if guest.emulator() == str(self._new) else self._new
+
+    def _upgrade(self, guest: DomainGuest, mode: str, machine: str, memory_mib: int, busy: bool) -> Run:
+        emulator = self._other(guest)
+        with Sampler(_memory(guest)) as sampler, counting(None if busy else self._usage) as used:
             sampler.wait()
             began = time.monotonic()
-            report = guest.daemon.upgrade(guest.name, "--emulator", emulator)
+            report = upgrade(guest, mode, emulator)
             ended = time.monotonic()
-            if report["outcome"] != "done":
-                raise GuestFailed(f"upgrade: {report['reason']}")
             sampler.see_growth()
             sampler.stop()
         phases = {phase["name"]: phase["ms"] for phase in report["phases"]}
-        outcome = Outcome(sampler.longest, began, ended, phases)
+        outcome = Outcome(sampler.longest, began, ended, phases, longest_pause(report))
         versions = (report["source"]["version"], report["destination"]["version"])
-        return Run.of((UPGRADE, "domain", memory_mib), outcome, used, *versions)
-
-    def _save_and_restore(self, guest: DomainGuest, memory_mib: int) -> Run:
-        memory = memory_of(guest.pid)
-        assert memory is not None
-        version = ".".join(str(guest.monitor("query-version")["return"]["qemu"][part]) for part in _VERSION)
-        with counting(self._usage) as used:
-            began = time.monotonic()
-            with Sampler(memory) as before:
-                before.wait()
-                self._daemon.virsh("save", guest.name, self._image)
-                before.stop()
-            saved = time.monotonic()
-            with _Successor(lambda: _pid(guest)) as successor:
-                self._daemon.virsh("restore", self._image)
-                ended = time.monotonic()
-                after = successor.sampler()
-        # Writing this image to the disk must not disturb the next run.
-        self._image.unlink()
-        os.sync()
-        phases = {"save": (saved - began) * 1e3, "restore": (ended - saved) * 1e3}
-        outcome = Outcome((before.last, after), began, ended, phases)
-        return Run.of((SAVE_RESTORE, "domain", memory_mib), outcome, used, version, version)
+        return dataclasses.replace(Run.of((mode, machine, memory_mib), outcome, used, *versions), busy=busy)
 
     def hook_of_a_foreign_domain(self) -> list[float]:
         """Milliseconds of each call of the hook for a domain that is in no hop."""
@@ -133,49 +169,60 @@ class Domains:
         return [float(line) for line in done.stdout.split()]
 
 
-_VERSION = ("major", "minor", "micro")
+def turns(modes: Sequence[str], rounds: int, *, save: bool = False) -> list[str]:
+    """
+    What is done in turn; each upgrade there is followed by the same one back.
+
+    :param save: save the memory as well, which takes long, in some of the rounds.
+    """
+    found: list[str] = []
+    for number in range(rounds):
+        found += [mode for mode in UPGRADES if mode in modes for _ in range(2)]
+        if save and SAVE_RESTORE in modes and number % SELDOM == 0:
+            found += [SAVE_RESTORE] * 2
+    return found
 
 
-def _pid(guest: DomainGuest) -> int | None:
+def longest_pause(report: dict[str, Any]) -> float:
+    """Of an upgrade, in ms, as sevhop reports it."""
+    pauses: list[float] = report["downtimes_ms"] or [report["downtime_ms"]]
+    return max(pauses)
+
+
+def upgrade(guest: DomainGuest, mode: str, emulator: Path) -> dict[str, Any]:
+    """
+    Upgrade a domain.
+
+    :return: the report.
+    :raises GuestFailed: it was not done, or in the other way.
+    """
+    report = guest.daemon.upgrade(guest.name, *OPTIONS[mode], "--emulator", emulator)
+    if report["outcome"] != "done":
+        raise GuestFailed(f"{report['reason']}; the guest: {report['guest_state']}")
+    if len(report["downtimes_ms"]) != (2 if mode == TRANSIT else 0):
+        raise GuestFailed(f"upgraded in the other way: {'; '.join(report['notes']) or 'without a note'}")
+    return report
+
+
+def _memory(guest: DomainGuest) -> Path:
+    memory = memory_of(guest.pid)
+    assert memory is not None
+    return memory
+
+
+def _verify_it_ticks(guest: DomainGuest) -> None:
+    """:raises GuestFailed: it does not, or anything but pings was lost; its own are as lost as those to it."""
+    ticks = guest.seen().ticks
+    wait_until(lambda: guest.seen().ticks > ticks, PATIENCE, "the pinged guest ticks")
+    verdict = dataclasses.replace(guest.seen(), network_errors=0)
+    if not verdict.unharmed:
+        raise GuestFailed(str(verdict))
+
+
+def _allocate(memory: Path) -> None:
+    """Have all of a guest's memory in the host's; what the guest has written there stays."""
+    fd = os.open(memory, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return guest.pid
-    except (OSError, ValueError):
-        return None
-
-
-class _Successor:
-    """Waits for the QEMU that libvirt starts, and samples the memory of its guest. A context manager."""
-
-    def __init__(self, pid: Callable[[], int | None]) -> None:
-        self._pid = pid
-        self._ended = threading.Event()
-        self._sampler: Sampler | None = None
-        self._thread = threading.Thread(target=self._poll)
-
-    def __enter__(self) -> _Successor:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        if self._sampler is not None:
-            self._sampler.__exit__(None, None, None)
-
-    def sampler(self) -> int:
-        """When the guest ran, ns."""
-        self._ended.set()
-        self._thread.join()
-        if self._sampler is None:
-            raise GuestFailed("cannot find the restored guest")
-        self._sampler.wait()
-        return self._sampler.began
-
-    def _poll(self) -> None:
-        while self._sampler is None:
-            pid = self._pid()
-            memory = None if pid is None else memory_of(pid)
-            if memory is not None:
-                self._sampler = Sampler(memory)
-            elif self._ended.wait(_POLL):
-                return
+        os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)

@@ -6,23 +6,25 @@ import math
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from .report import COMPARED, PAIRS, Report, memory
+from .report import PAIRS, Report
+from .runs import Cell
+from .tables import memory
+from .ways import HOP, NO_TRANSIT, TRANSIT
 
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 160, 40, 50
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b08900", "#5c677d", "#2a9d8f")
 #: Height of a line of text.
 _LINE = 14
-#: Phases of the downtime, by mode; it begins in "stop". A hop kills the source after the downtime, an upgrade in it.
-_STOPPED = {
-    "hop": ("stop", "map", "save", "load", "commit", "resume"),
-    "upgrade": ("stop", "save", "terminate", "restore"),
-}
+_HOP = ("stop", "map", "save", "load", "commit", "resume")
+#: Phases of the downtime, by mode; it begins in "stop". A hop kills the source after the downtime, an upgrade without a
+#: transit in it. With one they are those of the first hop.
+_STOPPED = {HOP: _HOP, TRANSIT: _HOP, NO_TRANSIT: ("stop", "save", "terminate", "restore")}
 
 
 def svg(report: Report) -> str:
     """The diagram."""
-    cells = [cell for cell in report.cells() if cell[0] in COMPARED]
+    cells = report.compared()
     modes = list(dict.fromkeys(cell[1] for cell in cells))
     colours = {mode: _COLOURS[n % len(_COLOURS)] for n, mode in enumerate(modes)}
     bars = _bars(report)
@@ -38,7 +40,9 @@ def svg(report: Report) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _curves(report: Report, cells: list[tuple[str, str, int]], colours: dict[str, str]) -> Iterable[str]:
+def _curves(report: Report, cells: list[Cell], colours: dict[str, str]) -> Iterable[str]:
+    if not cells:
+        return
     downtimes = {cell: max(report.spread(cell, lambda run: run.downtime_ms).median, 0.1) for cell in cells}
     sizes = sorted({cell[2] for cell in cells})
     low, high = math.floor(math.log10(min(downtimes.values()))), math.ceil(math.log10(max(downtimes.values())) + 1e-9)
@@ -76,7 +80,7 @@ def _curves(report: Report, cells: list[tuple[str, str, int]], colours: dict[str
 def _bars(report: Report) -> list[tuple[str, dict[str, float]]]:
     found = []
     for mode in dict.fromkeys(ours for ours, _ in PAIRS):
-        for cell in sorted(cell for cell in report.cells() if cell[1] == mode and cell[0] in COMPARED):
+        for cell in sorted(cell for cell in report.compared() if cell[1] == mode):
             stopped = {name: ms for name, ms in report.phases(cell).items() if name in _STOPPED[mode]}
             if stopped:
                 found.append((f"{mode}, {memory(cell[2])}", stopped))

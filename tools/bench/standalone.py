@@ -32,12 +32,12 @@ from qemu.qmp import EventListener
 from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import Monitor
 
-from tests.support.guests import counter
 from tests.support.guests.machine import Accelerator, Machine
 from tests.support.guests.running import Guest, GuestFailed, wait_until
 
+from . import machines
 from .downtime import Sampler, memory_of, touch
-from .report import Failed, Outcome, Run
+from .runs import Failed, Outcome, Run
 from .usage import Usage, counting
 
 #: Seconds that a migration may take; on a busy machine 8 GB take minutes to write.
@@ -116,7 +116,8 @@ def hop(given: Given) -> Outcome:
             raise GuestFailed(f"hop: {report['reason']}")
         sampler.see_growth()
         sampler.stop()
-    return Outcome(sampler.longest, began, ended, {phase["name"]: phase["ms"] for phase in report["phases"]})
+    phases = {phase["name"]: phase["ms"] for phase in report["phases"]}
+    return Outcome(sampler.longest, began, ended, phases, report["downtime_ms"])
 
 
 def cpr_transfer(given: Given) -> Outcome:
@@ -317,11 +318,9 @@ class Standalone:
         with contextlib.ExitStack() as resources:
             # Short names: the path of a socket has a length limit.
             directory = Path(resources.enter_context(tempfile.TemporaryDirectory(dir=self.scratch)))
-            plain = Machine(directory, accelerator=self.accelerator, memory_mib=memory_mib, bios=counter.firmware())
-            rich = dataclasses.replace(plain, uefi=True, rich=True, disk_mib=16, network=True)
-            kinds = {"minimal": plain, "rich": rich}
+            plain = machines.standalone(kind, directory, self.accelerator, memory_mib)
             shm = resources.enter_context(tempfile.TemporaryDirectory(prefix="sevhop-bench-", dir=_SHM))
-            machine = _for(mode, kinds[kind], Path(shm, "memory"))
+            machine = _for(mode, plain, Path(shm, "memory"))
             guest = resources.enter_context(Guest.start(machine, self.emulator))
             guest.wait_for_ticks(3)
             version = ".".join(str(guest.execute("query-version")["qemu"][part]) for part in _VERSION)

@@ -38,8 +38,8 @@ SEV_MEMORY_MIB = 384
 #: After so many ticks the guest has checked all of its memory (MEMORY and CHUNK in linux_init.c).
 MEMORY_TICKS = 64
 
-#: Whom the guest expects to answer.
-GATEWAY = "10.0.2.2"
+#: Whom the guest expects to answer, and its own address (linux_init.c).
+GATEWAY, ADDRESS = "10.0.2.2", "10.0.2.15"
 
 #: The UEFI variable that the guest sets, as UEFI writes names.
 _VARIABLE_NAME = "SevhopTick".encode("utf-16-le")
