@@ -31,7 +31,7 @@ NOT_RUN: dict[str, str] = {
     "tools/bench/run": _BENCH,
     "tools/bench/run --quick": _BENCH,
     "tools/bench/run --only domains --modes upgrade,save-restore --sizes 256,4096": _BENCH,
-    "tools/bench/run --only domains,busy,pings --modes hop,upgrade,upgrade-no-transit --rounds 10"
+    "tools/bench/run --only domains,busy,pings --modes hop,upgrade,upgrade-no-transit,nothing --rounds 10"
     " --busy-sizes 256,8192 --ping-sizes 256": _BENCH,
     "tools/bench/run --only standalone --output DIRECTORY": _BENCH,
     "tools/lab/run cat /sys/module/kvm_amd/parameters/sev": _LAB,

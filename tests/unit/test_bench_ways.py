@@ -38,6 +38,7 @@ RUNS = [
     upgrade(8.0, 9.0, HOP, busy=True),
     upgrade(200.0, 190.0, NO_TRANSIT),
     Run("save-restore", "domain", 256, 4000.0, 4100.0),
+    Run("nothing", "domain", 256, 3.0, 4100.0),
     dataclasses.replace(upgrade(1.0, 1.0, HOP), machine="minimal"),
 ]
 PINGS = [Pinged(TRANSIT, "domain", 256, 500, 4, 6.0), Pinged(TRANSIT, "domain", 256, 480, 6, 7.0)]
@@ -54,6 +55,7 @@ def test_ways_are_rows_and_sizes_are_columns() -> None:
     assert "| `sevhop upgrade`: the same into 7.2, n=1 | 8.0 (8.0 to 8.0) |  |" in text
     assert "| `sevhop upgrade`: the guest's longest gap, n=1 to 3 | 10.0 (9.0 to 14.0) | 8.0" in text
     assert "| `sevhop upgrade`: pings lost, n=2 | 5.0 (4.0 to 6.0) |  |" in text
+    assert "| nothing done: the guest's longest gap, n=1 | 3.0 (3.0 to 3.0) |  |" in text
     assert "save" not in text
 
 
@@ -82,7 +84,7 @@ def test_report_has_ways_once_and_a_busy_host_apart() -> None:
 def test_upgrades_go_there_and_back_and_memory_is_saved_seldom() -> None:
     assert domains.turns([TRANSIT, NO_TRANSIT], 2) == [TRANSIT, TRANSIT, NO_TRANSIT, NO_TRANSIT] * 2
     assert domains.turns(domains.MODES, 4, save=True).count("save-restore") == 4
-    assert domains.turns(domains.MODES, 1) == [TRANSIT, TRANSIT, NO_TRANSIT, NO_TRANSIT]
+    assert domains.turns(domains.MODES, 1) == [TRANSIT, TRANSIT, NO_TRANSIT, NO_TRANSIT, "nothing"]
 
 
 class Upgrading:

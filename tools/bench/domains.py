@@ -30,10 +30,10 @@ from .runs import Failed, Outcome, Run
 from .saving import save_and_restore
 from .standalone import SELDOM
 from .usage import Usage, counting
-from .ways import DOMAINS, NO_TRANSIT, OPTIONS, TRANSIT, Pinged
+from .ways import DOMAINS, NO_TRANSIT, NOTHING, OPTIONS, TRANSIT, Pinged
 
 UPGRADES = (TRANSIT, NO_TRANSIT)
-MODES = (*UPGRADES, SAVE_RESTORE)
+MODES = (*UPGRADES, SAVE_RESTORE, NOTHING)
 #: Calls of the hook for a domain that is in no hop.
 _FOREIGN_CALLS = 20
 #: Seconds until the last process of an upgrade has exited.
@@ -54,6 +54,7 @@ class Domains:
         self._image = images / "domain.save"
         self._old, self._new = (emulators.emulator(label) for label in (emulators.OLD, emulators.NEW))
         self._warm = False
+        self._seconds = 1.0  # of the last upgrade
         self._daemon = Daemon.start()
 
     def __enter__(self) -> Domains:
@@ -87,7 +88,9 @@ class Domains:
                 for busy in hosts:
                     with busy_loops(busy):
                         for mode in turns(modes, rounds, save=not busy):
-                            if mode == SAVE_RESTORE:
+                            if mode == NOTHING:
+                                yield self._nothing(guest, machine, memory_mib, busy)
+                            elif mode == SAVE_RESTORE:
                                 yield save_and_restore(guest, self._image, self._usage, machine, memory_mib)
                             else:
                                 yield self._upgrade(guest, mode, machine, memory_mib, busy)
@@ -150,12 +153,26 @@ class Domains:
             began = time.monotonic()
             report = upgrade(guest, mode, emulator)
             ended = time.monotonic()
+            self._seconds = ended - began
             sampler.see_growth()
             sampler.stop()
         phases = {phase["name"]: phase["ms"] for phase in report["phases"]}
         outcome = Outcome(sampler.longest, began, ended, phases, longest_pause(report))
         versions = (report["source"]["version"], report["destination"]["version"])
         return dataclasses.replace(Run.of((mode, machine, memory_mib), outcome, used, *versions), busy=busy)
+
+    def _nothing(self, guest: DomainGuest, machine: str, memory_mib: int, busy: bool) -> Run:
+        """As much time as the last upgrade took."""
+        with Sampler(_memory(guest)) as sampler:
+            sampler.wait()
+            began = time.monotonic()
+            time.sleep(self._seconds)
+            ended = time.monotonic()
+            sampler.see_growth()
+            sampler.stop()
+        of = emulators.version(Path(guest.emulator()))
+        run = Run.of((NOTHING, machine, memory_mib), Outcome(sampler.longest, began, ended), None, of, of)
+        return dataclasses.replace(run, busy=busy)
 
     def hook_of_a_foreign_domain(self) -> list[float]:
         """Milliseconds of each call of the hook for a domain that is in no hop."""
@@ -171,15 +188,17 @@ class Domains:
 
 def turns(modes: Sequence[str], rounds: int, *, save: bool = False) -> list[str]:
     """
-    What is done in turn; each upgrade there is followed by the same one back.
+    What is done in turn; each upgrade there is followed by the same one back. What takes long, or is only there to
+    compare with, is done in some of the rounds.
 
-    :param save: save the memory as well, which takes long, in some of the rounds.
+    :param save: save the memory as well.
     """
     found: list[str] = []
     for number in range(rounds):
         found += [mode for mode in UPGRADES if mode in modes for _ in range(2)]
-        if save and SAVE_RESTORE in modes and number % SELDOM == 0:
-            found += [SAVE_RESTORE] * 2
+        if number % SELDOM == 0:
+            found += [SAVE_RESTORE] * 2 if save and SAVE_RESTORE in modes else []
+            found += [NOTHING] if NOTHING in modes else []
     return found
 
 

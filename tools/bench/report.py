@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from .runs import Cell, Failed, Run, Spread
 from .tables import memory, number, ratio, table, version
-from .ways import HOP, NO_TRANSIT, TRANSIT, Pinged, Ways
+from .ways import HOP, NO_TRANSIT, NOTHING, TRANSIT, Pinged, Ways
 
 SAVE_RESTORE = "save-restore"
 #: Each of sevhop's methods, and what it is compared with.
@@ -76,7 +76,7 @@ class Report:
 
     def compared(self) -> list[Cell]:
         """The cells of :data:`COMPARED`, each mode with one machine: a domain's devices do not matter to a hop."""
-        cells = [cell for cell in self.cells() if cell[0] in COMPARED]
+        cells = [cell for cell in self.cells() if cell[0] in COMPARED and cell[1] != NOTHING]
         machines = {mode: machine for machine in reversed(COMPARED) for named, mode, _ in cells if named == machine}
         return [cell for cell in cells if machines[cell[1]] == cell[0]]
 

@@ -15,7 +15,9 @@ from .tables import memory, ratio, table, version
 
 #: ``sevhop hop`` of a guest with the devices of the domain, and both ways of ``sevhop upgrade``.
 HOP, TRANSIT, NO_TRANSIT = "hop", "upgrade", "upgrade-no-transit"
-WAYS = (TRANSIT, NO_TRANSIT, HOP)
+#: Nothing is done, for as long as an upgrade takes: how long the host keeps a guest waiting anyway.
+NOTHING = "nothing"
+WAYS = (TRANSIT, NO_TRANSIT, HOP, NOTHING)
 #: The options by which a way of ``sevhop upgrade`` is chosen. Without one it is by way of a transit where that can be.
 OPTIONS: dict[str, tuple[str, ...]] = {TRANSIT: (), NO_TRANSIT: ("--no-transit",)}
 
@@ -140,8 +142,9 @@ class Ways:
 
 
 def _title(mode: str, busy: bool = False) -> str:
-    command = "sevhop hop" if mode == HOP else " ".join(("sevhop upgrade", *OPTIONS[mode]))
-    return f"`{command}`, busy host" if busy else f"`{command}`"
+    names = {HOP: "`sevhop hop`", NOTHING: "nothing done"}
+    name = names.get(mode) or f"`{' '.join(('sevhop upgrade', *OPTIONS[mode]))}`"
+    return f"{name}, busy host" if busy else name
 
 
 def _pause(mode: str) -> str:
