@@ -59,8 +59,6 @@ def assert_waits(daemon: Daemon, guest: DomainGuest, reason: str) -> None:
     status, text = recover(daemon, guest)
     assert (status, reason in text) == (4, True), text
     guest.wait_for_ticks()
-    assert guest.state == "shut off"
-    assert "the guest runs in the transit" in daemon.sevhop("status", guest.name).stdout
 
 
 def assert_arrives(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
@@ -82,6 +80,8 @@ def test_guest_runs_while_libvirt_cannot_start_its_domain(
     prepared(guest)
     fault.make(daemon, guest)
     assert_waits(daemon, guest, "")
+    assert guest.state == "shut off"
+    assert "the guest runs in the transit" in daemon.sevhop("status", guest.name).stdout
     assert fault.mend is not None
     fault.mend(daemon, guest)
     assert_arrives(daemon, guest, new)
@@ -91,9 +91,9 @@ def test_guest_runs_while_libvirt_cannot_start_its_domain(
 HOOKS = {
     "refuses": ("echo it may not >&2; exit 1", "it may not"),
     "prints": ("echo '<domain/>'; echo hello >&2", ""),
-    "hangs": (f"while [ -e {MARK} ]; do sleep 0.1; done", "does not answer"),
-    "leaves a process": (f"(while [ -e {MARK} ]; do sleep 0.1; done) &", "does not answer"),
-    "calls libvirt": ("timeout 60 virsh domstate $1", "does not answer"),
+    "hangs": (f"while [ -e {MARK} ]; do sleep 0.1; done", "libvirt did not answer"),
+    "leaves a process": (f"(while [ -e {MARK} ]; do sleep 0.1; done) &", "libvirt did not answer"),
+    "calls libvirt": ("timeout 60 virsh domstate $1", "libvirt did not answer"),
 }
 
 
