@@ -213,6 +213,7 @@ int taps_deferred(void); /* settings */
 bool kvm_vm_exists(void);
 int kvm_vm_fd(void);
 int kvm_vm_type(void);
+bool kvm_vm_is_dead(void);
 
 /* ---- sev.c ---- */
 
@@ -278,6 +279,9 @@ bool waits_for_state(void); /* QEMU does; only if nothing is missing */
 void announce_start(void); /* only if nothing is missing */
 bool announce_made(void);
 const char *announce_state_name(void);
+/* Around the move of an SEV context: if the guest is to run, its images are activated before, and it runs after. */
+bool announce_activate_images(void);
+void announce_run(void);
 void announce_finish(void);
 
 /* ---- device_events.c ---- */

@@ -10,8 +10,9 @@
  *   query-status  reports the guest "running" or "paused" accordingly, instead of "inmigrate"
  * RESUME and STOP are sent as well: without them libvirt would not take the guest for running, and not pass a stop on.
  *
- * A guest with an SEV context must not run at the end of the stream, but after the move: then cont is only remembered,
- * and whoever moves the context repeats it.
+ * A guest with an SEV context must not run at the end of the stream, but after the move: cont is remembered until then,
+ * and the move itself lets the guest run. Between the two nobody else comes: there is no way back any more, and whoever
+ * has ordered the move may have exited. So the disk images are activated before it, which can fail.
  */
 #include "adopt.h"
 #include "qemu.h"
@@ -146,6 +147,33 @@ void announce_start(void)
     announced = autostart && hop.context == CONTEXT_NONE ? ANNOUNCED_RUNNING : ANNOUNCED_PAUSED;
     device_events_record();
     qapi_event_send_migration(qapi_enum_parse(MigrationStatus_lookup, "completed", -1, NULL));
+}
+
+bool announce_activate_images(void)
+{
+    Error *error = NULL;
+
+    if (announced != ANNOUNCED_RUNNING || waits_for_state())
+        return true;
+    bdrv_activate_all(&error);
+    if (!error)
+        return true;
+    warn("cannot activate the disk images: %s", error_get_pretty(error));
+    error_free(error);
+    return false;
+}
+
+void announce_run(void)
+{
+    Error *error = NULL;
+
+    if (announced != ANNOUNCED_RUNNING || waits_for_state())
+        return;
+    qmp_cont(&error);
+    if (!error)
+        return;
+    warn("cannot run the guest yet: %s", error_get_pretty(error));
+    error_free(error);
 }
 
 void announce_finish(void)

@@ -148,8 +148,15 @@ static void migrate_from(QDict *arguments, QObject **result, Error **error)
     source = monitor_get_fd(monitor_cur(), name, error);
     if (source < 0)
         return;
+    if (!announce_activate_images()) {
+        close(source);
+        fail(error, "The disk images cannot be activated: see the log of this QEMU");
+        return;
+    }
     move = sev_move_from(source);
     close(source);
+    if (!move.error && !move.restore_error)
+        announce_run();
     symbol = move.error ? strerrorname_np(move.error) : "OK";
     answer = qdict_new();
     qdict_put_int(answer, "errno", move.error);
@@ -186,6 +193,7 @@ static void adopt_status(QDict *arguments, QObject **result, Error **error)
     qdict_put_str(answer, "source", !hop.keeper ? "none" : hop.source_ended ? "ended" : "running");
     qdict_put_str(answer, "ram", memory_state_name());
     qdict_put_bool(answer, "moved", sev_moved());
+    qdict_put_bool(answer, "vm-dead", kvm_vm_is_dead());
     qdict_put_bool(answer, "ran", run_mark_ran());
     qdict_put_bool(answer, "finished", atomic_load(&hop.finished));
     qdict_put_str(answer, "announced", announce_state_name());

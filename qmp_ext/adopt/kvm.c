@@ -24,6 +24,12 @@ int kvm_vm_fd(void)
     return vm_fd;
 }
 
+/* Of a VM whose context was moved away the kernel serves no ioctl any more. */
+bool kvm_vm_is_dead(void)
+{
+    return kvm_vm_exists() && libc()->ioctl(vm_fd, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) < 0 && errno == EIO;
+}
+
 int kvm_vm_type(void)
 {
     return vm_type;

@@ -104,6 +104,9 @@ WEAK void qapi_event_send_stop(void);
 WEAK QmpCommandFunc qmp_marshal_cont;
 WEAK QmpCommandFunc qmp_marshal_stop;
 WEAK QmpCommandFunc qmp_marshal_query_status;
+WEAK void qmp_cont(Error **error);
+WEAK void bdrv_activate_all(Error **error);
+WEAK const char *error_get_pretty(const Error *error);
 
 /* Without these a client's view of an announced guest stays out of date, see device_events.c. */
 WEAK struct BalloonInfo *qmp_query_balloon(Error **error); /* the caller frees it */
@@ -129,7 +132,11 @@ WEAK void qapi_event_send_device_tray_moved(const char *device, const char *id, 
     X(qmp_find_command)          \
     X(qmp_marshal_cont)          \
     X(qmp_marshal_stop)          \
-    X(qmp_marshal_query_status)
+    X(qmp_marshal_query_status)  \
+    X(qmp_cont)                  \
+    X(bdrv_activate_all)         \
+    X(error_get_pretty)          \
+    X(error_free)
 
 #define QEMU_SYMBOLS(X)                      \
     X(qmp_commands)                          \

@@ -146,6 +146,7 @@ class AdoptStatus:
     :ivar vm_type: as given to KVM_CREATE_VM; 0 is the only one that a destination may have.
     :ivar vcpus: vCPUs that QEMU has created.
     :ivar deferred_registers: vCPUs whose registers are set after the move.
+    :ivar vm_dead: the kernel does not serve this QEMU's VM any more: its context was moved into another one.
     :ivar deferred_tap_settings: settings of taps that the source uses; made before the guest runs here.
     :ivar protected_state_offset: see :mod:`.protected_state`; 0 if this QEMU has no such flag.
     :ivar listeners: listening sockets taken over.
@@ -170,6 +171,7 @@ class AdoptStatus:
     # A destination that has the library of an earlier package does not report these.
     announced: str = "none"
     deferred_tap_settings: int = 0
+    vm_dead: bool = False
 
 
 async def adopt_ram(monitor: Monitor, stream: str | None = None, header_size: int = 0) -> AdoptedRam:
@@ -190,6 +192,7 @@ async def adopt_ram(monitor: Monitor, stream: str | None = None, header_size: in
 async def move_from(monitor: Monitor, name: str) -> MoveResult:
     """
     Move the SEV context of a source VM into the destination. One attempt; see :mod:`sevhop_qmp.move` for the retries.
+    A guest that was announced as running (:func:`announce`) runs when that has succeeded, before anything else happens.
 
     :param name: under which the source's VM descriptor was sent over this monitor. The call consumes it unless it
         raises before it has used it: send the descriptor again before every attempt.
@@ -205,7 +208,7 @@ async def move_from(monitor: Monitor, name: str) -> MoveResult:
         )
 
 
-async def adopt_status(monitor: Monitor) -> AdoptStatus:
+async def adopt_status(monitor: Commands) -> AdoptStatus:
     """What the library has done so far."""
     answer: dict[str, Any] = await monitor.execute("x-sev-adopt-status")
     with protocol_errors(monitor.name):
@@ -218,8 +221,7 @@ async def announce(monitor: Monitor) -> Announcement:
     Have clients of the destination see the end of its incoming migration (MIGRATION ``completed``) while it waits for
     the state and the guest runs in the source. Until the guest may run here, ``cont`` and ``stop`` of any client are
     remembered: :attr:`AdoptStatus.announced` is what they have asked for. Without an SEV context, the guest runs or is
-    paused accordingly when its state has been loaded. With one it is paused, and whoever has moved the context sends
-    ``cont`` if it was asked for.
+    paused accordingly when its state has been loaded; with one, when that has been moved here (:func:`move_from`).
 
     To be called when MIGRATION ``active`` was seen and the header of the stream has been read. This connection
     receives the announced ``completed``, too, before the call returns; a second one follows when the state has been

@@ -14,6 +14,7 @@
  *   $FAKE_SEV_NMI: GET_VCPU_EVENTS reports that NMIs are masked, as of a vCPU that handles one
  *   $FAKE_SEV_EVENTS: whether NMIs are masked by SET_VCPU_EVENTS goes to the log as well
  *   $FAKE_SEV_MOVE_ERRNO: what the move gives
+ *   $FAKE_SEV_DEAD: a file; if it exists, the context was moved out of this VM, and what is asked about it gives EIO
  */
 #define _GNU_SOURCE
 #undef _FORTIFY_SOURCE
@@ -219,6 +220,8 @@ int ioctl(int fd, unsigned long request, ...)
     case KVM_CHECK_EXTENSION:
         if ((long)argument == VM_TYPES)
             return 1 << 0 | 1 << 2 | 1 << 3 | 1 << 4;
+        if (fd == vm && getenv("FAKE_SEV_DEAD") && !access(getenv("FAKE_SEV_DEAD"), F_OK))
+            return fail(EIO);
         break;
     case KVM_ENABLE_CAP:
         return enable(fd, request, argument);

@@ -42,10 +42,10 @@ def firmware() -> tuple[str, str]:
         pytest.skip(f"the guest cannot be built: {err}")
 
 
-def disk(path: Path) -> tuple[str, ...]:
+def disk(path: Path, device: str = "virtio-blk-pci") -> tuple[str, ...]:
     """A disk that one QEMU can use at a time."""
     node = f"file,node-name=disk,filename={path},locking=on"
-    return "-blockdev", node, "-device", "virtio-blk-pci,drive=disk"
+    return "-blockdev", node, "-device", f"{device},drive=disk"
 
 
 def state_of(source: Destination, path: Path) -> bytes:
@@ -175,7 +175,7 @@ def test_announced_guest_is_paused_if_a_client_has_stopped_it(
 
 
 @EVERY_EMULATOR
-def test_announced_sev_guest_runs_after_the_move_only(
+def test_announced_sev_guest_runs_with_the_move(
     qemu: Path,
     kvm: Accelerator,
     memory: Memory,
@@ -185,7 +185,7 @@ def test_announced_sev_guest_runs_after_the_move_only(
     firmware: tuple[str, str],
     tmp_path: Path,
 ) -> None:
-    """... and not before cont is repeated by whoever has moved it. What clients ask for until then is remembered."""
+    """Not when its state has been loaded; what clients ask for until the move is remembered."""
     with (
         Destination([qemu, *machine(kvm, *firmware, incoming=False)], dict(os.environ)) as source,
         Keeper([memory], context="sev") as keeper,
@@ -203,11 +203,92 @@ def test_announced_sev_guest_runs_after_the_move_only(
         assert not destination.status().ran
 
         assert destination.move_from(vm).errno == 0
+        assert destination.status().ran
+        guest.see("RESUME")
+        assert guest.query() == ("running", True)
+
+
+@EVERY_EMULATOR
+def test_announced_sev_guest_stays_paused_after_the_move_if_a_client_has_stopped_it(
+    qemu: Path,
+    kvm: Accelerator,
+    memory: Memory,
+    vm: int,
+    fake_kernel: str,
+    c_bit: int,
+    firmware: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    with (
+        Destination([qemu, *machine(kvm, *firmware, incoming=False)], dict(os.environ)) as source,
+        Keeper([memory], context="sev") as keeper,
+        Destination.adopting(qemu, machine(kvm, *firmware, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
+        waiting(destination) as guest,
+    ):
+        destination.announce()
+        destination.execute("cont")
+        guest.see("completed", "RESUME")
+        guest.load(state_of(source, tmp_path / "state"))
+        destination.execute("stop")
+        guest.see("STOP")
+        assert destination.move_from(vm).errno == 0
         assert guest.query() == ("paused", False)
-        assert destination.status().announced == "running"
+        assert not destination.status().ran
         destination.execute("cont")
         guest.see("RESUME")
         assert destination.status().ran
+
+
+@EVERY_EMULATOR
+def test_context_is_not_moved_to_a_guest_whose_disk_another_process_uses(
+    qemu: Path,
+    kvm: Accelerator,
+    memory: Memory,
+    vm: int,
+    fake_kernel: str,
+    c_bit: int,
+    firmware: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    """After the move there is no way back."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    # Not a virtio device, whose state depends on whether the guest is encrypted.
+    more = [*firmware, *disk(image, "ide-hd")]
+    with (
+        Destination([qemu, *machine(kvm, *more, incoming=False)], dict(os.environ)) as source,
+        Keeper([memory], context="sev") as keeper,
+        Destination.adopting(qemu, machine(kvm, *more, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
+        waiting(destination) as guest,
+    ):
+        destination.announce()
+        destination.execute("cont")
+        guest.see("completed", "RESUME")
+        guest.load(state_of(source, tmp_path / "state"))
+        source.execute("cont")
+        with pytest.raises(CommandError, match="The disk images cannot be activated"):
+            destination.move_from(vm)
+        assert (destination.status().moved, destination.status().ran) == (False, False)
+        assert source.execute("query-status")["running"]
+
+
+def test_qemu_reports_that_its_context_was_moved_away(
+    qemu: Path,
+    kvm: Accelerator,
+    memory: Memory,
+    fake_kernel: str,
+    c_bit: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAKE_SEV_DEAD", str(tmp_path / "moved"))
+    with (
+        Keeper([memory], context="sev") as keeper,
+        Destination.adopting(qemu, machine(kvm, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
+    ):
+        assert not destination.status().vm_dead
+        (tmp_path / "moved").touch()
+        assert destination.status().vm_dead
 
 
 @EVERY_EMULATOR

@@ -229,6 +229,33 @@ void qmp_marshal_query_status(QDict *arguments, QObject **result, Error **error)
     *result = (QObject *)status;
 }
 
+/* The disk images, of an announced guest that is about to get its context. */
+void bdrv_activate_all(Error **error)
+{
+    demand(world.announced && world.announced_running && hop_in_progress());
+    if (input_chance(8))
+        error_setg_internal(error, __FILE__, __LINE__, __func__, "Failed to get write lock");
+}
+
+/* Only the move of the context lets it run. */
+void qmp_cont(Error **error)
+{
+    demand(world.announced && world.announced_running && hop.context != CONTEXT_NONE && sev_moved());
+    if (input_chance(8))
+        error_setg_internal(error, __FILE__, __LINE__, __func__, "Failed to get write lock");
+}
+
+const char *error_get_pretty(const Error *error)
+{
+    demand(error != NULL);
+    return "Failed to get write lock";
+}
+
+void error_free(Error *error)
+{
+    demand(error != NULL);
+}
+
 void qemu_reset(void)
 {
     table[0] = (struct QmpCommand){"cont", qmp_marshal_cont};
