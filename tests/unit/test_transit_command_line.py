@@ -196,3 +196,16 @@ def test_plugged_card_with_an_unknown_backend_is_refused() -> None:
     for backends in ({}, {"hostnet2": Backend("tap", 2, (41,))}, {"hostnet2": Backend("l2tpv3")}):
         with pytest.raises(Untransitable):
             derived(cards=Cards(frozenset(), [card], backends))
+
+
+def test_owners_files_of_an_sev_guest_are_those_of_the_source() -> None:
+    """libvirt makes them when it starts the domain; the rest is what the new emulator knows."""
+
+    def sev(directory: str, **more: object) -> tuple[str, str]:
+        files = {"dh-cert-file": f"{directory}/dh", "session-file": f"{directory}/session"}
+        return "-object", json.dumps({"qom-type": "sev-guest", "id": "lsec0", "cbitpos": 51, **files, **more})
+
+    found, *_ = derived(*sev("/not/there", policy=5), source=sev("/domain-1", policy=5, gone=True))
+    assert json.loads(found.value or "") == json.loads(sev("/domain-1", policy=5)[1])
+    plain = ("-object", '{"qom-type":"sev-guest","id":"lsec0","cbitpos":51}')
+    assert derived(*plain, source=plain)[0].argv() == list(plain)

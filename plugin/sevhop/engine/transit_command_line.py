@@ -15,6 +15,7 @@ it), changed so that the guest finds everything that it had, and libvirt and cli
 any other ``-chardev``                   a file that nobody reads; with ``null`` the guest's ports would be disconnected
 a log of a chardev                       as a file
 secrets                                  the source's, since libvirt makes new ones, with another key
+``-object sev-guest``                    the same, but with the source's files of its owner
 ``-audiodev``                            ``none``
 displays, monitors, pid file             omitted
 =======================================  ===========================================================================
@@ -45,6 +46,8 @@ _NOT_SHARED = frozenset("drive tpmdev fsdev virtfs usbdevice hda hdb hdc hdd cdr
 #: Objects that the guest does not see, and that belong to one QEMU.
 _OMITTED_OBJECTS = ("input-",)
 _SECRETS = ("secret", "secret_keyring")
+#: Of a sev-guest object: what its owner has prepared for the launch.
+_OWNERS_FILES = ("dh-cert-file", "session-file")
 _REFUSED_OBJECTS = {
     "filter-": "a filter of a network card",
     "pr-manager-": "a manager of reservations, whose helper exits with the old QEMU",
@@ -138,11 +141,24 @@ class _Derivation:
             if kind.startswith(prefix):
                 raise Untransitable(f"{what} ({name}) cannot be shared")
         if kind in _SECRETS:
-            for one in parse(self._source):
-                if one.name == "object" and one.properties().get("id") == name:
-                    return one.argv()
-            raise Untransitable(f"the secret {name} was added since the start")
+            found = self._source_object(name)
+            if found is None:
+                raise Untransitable(f"the secret {name} was added since the start")
+            return found.argv()
+        if kind == "sev-guest":
+            found = self._source_object(name)
+            theirs = {} if found is None else found.properties()
+            for key in _OWNERS_FILES:
+                if key in props and key in theirs:
+                    option = option.without(key).with_property(key, theirs[key])
+            return option.argv()
         return [] if kind.startswith(_OMITTED_OBJECTS) else option.argv()
+
+    def _source_object(self, name: str) -> Option | None:
+        for one in parse(self._source):
+            if one.name == "object" and one.properties().get("id") == name:
+                return one
+        return None
 
     # -- character devices -------------------------------------------------------------------------
 
