@@ -9,16 +9,22 @@ it, so it needs no keeper: all of the guest is its own, and nothing ends it but 
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from sevhop_qmp import adopt
+from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
 from ..guest import inspection
 from ..process import machine_cgroup
 from .destination import Destination
+
+#: Name of a file in its directory: one byte, which is 1 when it has shut down because its guest was to be reset.
+_REBOOT_MARK = "reboot-mark"
 
 
 @dataclass
@@ -79,3 +85,32 @@ class Transit:
         """
         await self.destination.kill()
         await asyncio.to_thread(machine_cgroup.remove, self.cgroups)
+
+
+async def leave_reboot_mark(destination: Destination) -> str:
+    """
+    Have a QEMU that is to be a transit record it when it shuts down because its guest reboots, before that runs there:
+    nobody may be connected to it then. See :mod:`sevhop.guest.reboot`.
+
+    :return: a note if it does not, or an empty string.
+    """
+    try:
+        fd = os.open(destination.directory / _REBOOT_MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"\0")
+            await adopt.use_reboot_mark(destination.monitor, fd)
+        finally:
+            os.close(fd)
+    except OSError as err:
+        return f"cannot record reboots of the guest in the transit: {err.strerror}"
+    except SevhopError as err:
+        return f"cannot record reboots of the guest in the transit: {err.message}"
+    return ""
+
+
+def has_rebooted(directory: Path) -> bool:
+    """Whether a transit has shut down because its guest was to be reset, as far as it records that."""
+    try:
+        return (directory / _REBOOT_MARK).read_bytes() == b"\1"
+    except OSError:
+        return False

@@ -29,7 +29,7 @@ from sevhop_qmp.process import QemuProcess
 from ..disks.block_graph import BlockGraph
 from ..errors import RecoveryRequired, Refused
 from ..events import Listener, ignore
-from ..guest import command_line, inspection
+from ..guest import command_line, inspection, reboot
 from ..guest.runtime_settings import Settings
 from ..keeper.handover import SourceHandles
 from ..libvirt import domain_xml
@@ -51,7 +51,7 @@ from .source_watch import SourceWatch
 from .start import Started
 from .stopped_guest import verify_alive
 from .transaction import CommitState
-from .transit import Transit
+from .transit import Transit, leave_reboot_mark
 from .transit_blockers import blocker
 from .transit_command_line import Untransitable
 from .transit_descriptors import InheritedDescriptors, namespaces_to_enter
@@ -221,6 +221,13 @@ class TransitHop(HopPhases):
             self.rollback.push(cgroups.remove)
             self.record(cgroups=cgroups.directories)
         return cgroups
+
+    async def prepare_destination(self, checked: Checked, acquired: Acquired) -> Prepared:
+        """Start the transit, and compare it with the source."""
+        prepared = await super().prepare_destination(checked, acquired)
+        if reboot.stops(checked.guest) and (note := await leave_reboot_mark(prepared.started.destination)):
+            self.note(note)
+        return prepared
 
     async def finish_hop(self, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started) -> None:
         """

@@ -12,12 +12,14 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sevhop_qmp.errors import MonitorError, MonitorTimeout, SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 
+from ..engine.transit import has_rebooted
 from ..keeper.config import KeeperConfig, TransitConfig
 from ..libvirt.connection import Connection
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 _POLL = 0.05
 #: Reasons of a shutdown that is a reboot (QAPI type ShutdownCause).
 _RESETS = ("guest-reset", "host-qmp-system-reset")
+_REBOOTED = "the guest has rebooted"
 #: Run states of a guest that does not run any more.
 _OFF = {"shutdown": "the guest has shut down", "guest-panicked": "the guest has panicked"}
 
@@ -102,6 +105,8 @@ class TransitWatch:
         status = str((await monitor.execute("query-status"))["status"])
         if status in _OFF and events.empty():
             end = End(_OFF[status], config.on_poweroff if status == "shutdown" else config.on_crash)
+            if status == "shutdown" and has_rebooted(Path(config.directory)):
+                end = End(_REBOOTED, config.on_reboot)
         if end is None or end.preserves:
             with contextlib.suppress(MonitorTimeout):
                 event = await monitor.next_event(events)
@@ -109,7 +114,7 @@ class TransitWatch:
                 if event["event"] == "GUEST_PANICKED":
                     end = End(_OFF["guest-panicked"], config.on_crash)
                 elif isinstance(data, dict) and data.get("reason") in _RESETS:
-                    end = End("the guest has rebooted", config.on_reboot)
+                    end = End(_REBOOTED, config.on_reboot)
                 else:
                     end = End(_OFF["shutdown"], config.on_poweroff)
         return None if end is None or end.preserves else end
