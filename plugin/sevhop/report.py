@@ -37,6 +37,7 @@ class Report:
         None when it was never stopped. The longer one if there were two.
     :ivar downtimes_ms: both of an upgrade by way of a transit, in their order.
     :ivar rehearsal_ms: milliseconds for which the rehearsal has stopped the guest; None when it has not.
+    :ivar move: how the SEV context was moved; None if there is none, or it was not. The last one if there were two.
     :ivar image: the save image from which ``virsh restore`` completes a prepared upgrade.
     :ivar in_transit: whether the guest of a prepared upgrade runs in the transit.
     :ivar notes: what did not go as expected after the commit, none of which matters to the guest.

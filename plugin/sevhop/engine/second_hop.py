@@ -9,7 +9,8 @@ and waits for the end of its incoming migration. ::
     meet       the end of the migration is announced. libvirt finishes its work: hooks, its own view of the guest,
                "cont", which is remembered. With that it has accepted the destination
     stop, map, save, load                                                                   undo: as in any hop
-    COMMIT     the destination's report that it runs the guest; or that it has loaded a guest that a client has paused
+    COMMIT     the destination's report that it runs the guest; or that it has loaded a guest that a client has paused.
+               With an SEV context the move, with which it runs the guest (:mod:`sevhop.engine.transit_move`)
     finish     the destination is released, and the transit terminated
 
 Nobody waits for libvirt: whatever it does until it has accepted the destination, the guest runs in the transit, and
@@ -32,14 +33,16 @@ from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_block_sync import RamBlockSync
-from sevhop_qmp.run_mark import RunMark
+from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..disks import block_graph
 from ..disks.disk_guard import DiskGuard
 from ..errors import GuestState
 from ..guest import command_line, cpu_features, inspection, runtime_settings
+from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
 from ..process.scheduling import Roles
+from . import protected_state, transit_move
 from .check import Checked
 from .destination import KILL_TIMEOUT, Destination
 from .prepare import Prepared
@@ -47,7 +50,7 @@ from .realtime import Watchdog
 from .source_watch import SourceWatch
 from .start import DestinationUndo, Started, StartNotice, explaining_exit
 from .state_transfer import StateTransfer
-from .stopped_guest import LOCKED_HINT, verify_alive
+from .stopped_guest import LOCKED_HINT, resume_guest, verify_alive
 from .transaction import Transaction
 from .transfer import Stopped, hand_over, map_memory, save, stop_verified
 
@@ -99,6 +102,7 @@ class Meeting:
     """
     The two QEMUs, connected.
 
+    :ivar source_vm_fd: descriptor of the transit's VM, which has the SEV context; None under TCG.
     :ivar uid, gid: that QEMU runs as.
     :ivar notice: what the destination has reported about the start of the guest.
     :ivar run_mark: that the destination has.
@@ -106,12 +110,14 @@ class Meeting:
     :ivar announced: called when libvirt is about to finish its work.
     :ivar accepted: waits until libvirt has accepted the destination.
     :ivar stopping: called before the guest is stopped, with whether it runs.
+    :ivar moving: called before the SEV context is moved.
     :ivar committed: called when the guest is the destination's.
     """
 
     monitor: Monitor
     transit: QemuProcess
     destination: RestoredDestination
+    source_vm_fd: int | None
     uid: int
     gid: int
     notice: StartNotice
@@ -121,6 +127,7 @@ class Meeting:
     announced: Callable[[], None]
     accepted: Callable[[], Awaitable[None]]
     stopping: Callable[[bool], None]
+    moving: Callable[[], None]
     committed: Callable[[], None]
 
 
@@ -155,11 +162,13 @@ class SecondHop(Transaction):
         self.rollback.push(lambda: verify_alive(process))
         watch = self.resources.enter_context(SourceWatch.begin(met.monitor))
         guest = await inspection.inspect(met.monitor, process)
-        if guest.context.kind != "none":
-            raise SevhopError("a guest with an SEV context cannot hop out of a transit yet")
+        flag = 0
+        if guest.context.kind == "sev-es":
+            # adopt.so has found it when this QEMU was started.
+            flag = (await adopt.adopt_status(met.monitor)).protected_state_offset
         arguments = command_line.Derived(process.executable, process.command_line[1:])
         graph = await block_graph.read(met.monitor)
-        checked = Checked(met.monitor, process, guest, graph, watch, arguments, "/")
+        checked = Checked(met.monitor, process, guest, graph, watch, arguments, "/", flag)
         if not checked.was_running:
             self.downtime.disown()
         return checked
@@ -181,7 +190,7 @@ class SecondHop(Transaction):
         self.rollback.push(undo)
         await self._leave_run_mark(checked)
         async with explaining_exit(checked, destination):
-            await self._verify_adopted()
+            await self._verify_adopted(checked)
             theirs = await inspection.inspect(destination.monitor, process)
             if found := inspection.differences(checked.guest, theirs):
                 raise SevhopError("; ".join(found))
@@ -193,15 +202,19 @@ class SecondHop(Transaction):
             self.resources.callback(disks.close)
             if found := await disks.differences(destination.monitor, process, names=False):
                 raise SevhopError(found[0])
-            ram = RamBlockSync(checked.source, process, ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks))
+            encrypted = ENCRYPTED_BLOCKS if checked.has_context else frozenset()
+            pairs = ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks, encrypted=encrypted)
+            ram = RamBlockSync(checked.source, process, pairs)
             await asyncio.to_thread(ram.sync)
             settings = await runtime_settings.read(checked.monitor, checked.source)
             roles = await Roles.of(checked.monitor, checked.source), await Roles.of(destination.monitor, process)
             await self.resources.enter_async_context(outgoing)
             await outgoing.arm(met.uid, met.gid)
             await self._arm(incoming, device_state.header(checked.guest.machine_type))
+            await protected_state.forbid_resets(self, checked.monitor, checked.source, checked.flag)
+            flag = protected_state.open_flag(self, checked.source, checked.flag)
         arguments = checked.arguments
-        return Prepared(started, arguments, met.run_mark, theirs, disks, ram, settings, roles, transfer, undo)
+        return Prepared(started, arguments, met.run_mark, theirs, disks, ram, settings, roles, transfer, undo, flag)
 
     async def _leave_run_mark(self, checked: Checked) -> None:
         """With the transit: if all keepers die, it says whether what is in there is outdated."""
@@ -218,7 +231,7 @@ class SecondHop(Transaction):
         await incoming.arm_restored(stream.reader, FileIO(stream.writer, "wb"), header, given=stream.given)
         self._met.header_given()
 
-    async def _verify_adopted(self) -> None:
+    async def _verify_adopted(self, checked: Checked) -> None:
         """:raises SevhopError: the destination has not adopted the memory of a guest that runs elsewhere."""
         status = await adopt.adopt_status(self._met.destination.monitor)
         if status.source != "running" or status.ram == "none" or status.ran:
@@ -226,6 +239,8 @@ class SecondHop(Transaction):
                 f"the new QEMU has not adopted the guest's memory (it is {status.ram}, source {status.source})",
                 "run: sevhop install --verify, then restore the domain again",
             )
+        if checked.has_context and self._met.source_vm_fd is None:
+            raise SevhopError("cannot move the SEV context: the transit has no KVM VM")
 
     async def _meet(self, checked: Checked, prepared: Prepared) -> None:
         """
@@ -255,7 +270,22 @@ class SecondHop(Transaction):
         The destination has loaded everything. It runs the guest, unless a client has stopped it meanwhile.
 
         :raises StateError: it should run it, and does not.
+        :raises MoveError: the SEV context was not moved.
+        :raises RecoveryRequired: see :func:`.transit_move.move_out`.
         """
+        if checked.has_context:
+            runs = await self._move(prepared, stopped)
+        else:
+            runs = await self._started(prepared)
+            self.commit(GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW)
+            self._met.committed()
+        stopped.boost.reset()
+        self.downtime_ends()
+        self.committed_state = GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW
+        self.record(loaded=True)
+
+    async def _started(self, prepared: Prepared) -> bool:
+        """:return: whether the destination has started the guest, which has no SEV context, on its own."""
         notice, monitor = prepared.started.keeper, prepared.started.destination.monitor
         if not notice.runs.is_set():
             # Whatever clients ask for from here on, QEMU does itself.
@@ -263,12 +293,18 @@ class SecondHop(Transaction):
             runs = status.announced == "running" or (status.announced == "none" and self.downtime.began)
             if runs and not status.ran and not notice.revoke_start():
                 raise StateError("the new QEMU cannot start the guest", f"{LOCKED_HINT}; {_LOG}")
-        runs = notice.runs.is_set()
-        self.commit(GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW)
-        self._met.committed()
-        stopped.boost.reset()
-        self.downtime_ends()
-        self.record(loaded=True)
+        return notice.runs.is_set()
+
+    async def _move(self, prepared: Prepared, stopped: Stopped) -> bool:
+        """:return: whether the guest runs in the destination, now that the context is there."""
+        met, monitor = self._met, prepared.started.destination.monitor
+        assert met.source_vm_fd is not None
+        met.moving()
+        options = self._stopped_options
+        await transit_move.move_out(self, options, prepared, stopped, met.source_vm_fd, met.committed)
+        if met.run_mark.read() is not RunState.RAN and (await adopt.adopt_status(monitor)).announced == "running":
+            await resume_guest(monitor)
+        return met.run_mark.read() is RunState.RAN
 
     async def _finish(self, checked: Checked, prepared: Prepared) -> None:
         destination = prepared.started.destination

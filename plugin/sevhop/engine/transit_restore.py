@@ -30,6 +30,7 @@ from sevhop_qmp.process import QemuProcess
 from ..disks import block_graph
 from ..errors import GuestLost, GuestState, RecoveryRequired
 from ..guest import inspection, reboot, saved_settings
+from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..guest.kept_path import original
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperConfig, TransitConfig
@@ -62,6 +63,7 @@ class InTransit:
     :ivar cgroups: directories of the cgroups that were made for it.
     :ivar displays: the ports that libvirt had chosen for the displays.
     :ivar step_timeout: seconds for each step of the hop, and for libvirt to accept the destination.
+    :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
     """
 
     uri: str
@@ -76,6 +78,7 @@ class InTransit:
     cgroups: tuple[str, ...] = ()
     displays: Sequence[dict[str, str]] = ()
     step_timeout: float = KeeperConfig.step_timeout
+    move_deadline: float = KeeperConfig.move_deadline
 
 
 def recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,9 +116,10 @@ async def take_into_keeper(transit: InTransit) -> KeeperClient:
         emulator=transit.new,
         context=guest.context,
         blocks=tuple(guest.blocks.values()),
-        encrypted=(),
+        encrypted=() if guest.context.kind == "none" else tuple(ENCRYPTED_BLOCKS),
         stops_at_reboot=reboot.stops(guest),
         disks=graph,
+        move_deadline=transit.move_deadline,
         step_timeout=transit.step_timeout,
         transit=TransitConfig(
             str(transit.monitor),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.move import MoveReport
 from sevhop_qmp.process import QemuProcess
 
 from ..errors import GuestState, RecoveryRequired, Refused
@@ -119,6 +120,7 @@ async def enter_transit(hop: Transaction, checked: CheckedDomain, first: FirstHo
     finally:
         hop.report.phases += report.phases
         hop.report.notes += report.notes
+        hop.report.move = report.move
     if reason:
         run_directory.remove(checked.domain.name, first.guard)
         hop.record(directory="")
@@ -167,6 +169,7 @@ async def keep(
         there.cgroups,
         displays,
         options.step_timeout,
+        options.move_deadline,
     )
     keeper = await take_into_keeper(transit)
     hop.resources.callback(keeper.close)
@@ -195,6 +198,8 @@ async def restore(hop: Transaction, checked: CheckedDomain, kept: KeptDomain) ->
     restored = await restore_from_transit(checked.connection, kept.transit, kept.keeper)
     status = restored.status
     hop.report.destination_pid, hop.report.destination_version = status["destination"], status["version"]
+    if status["move"] is not None:
+        hop.report.move = MoveReport(**status["move"])
     _add_downtime(hop, status["downtime_ms"])
     for note in restored.notes:
         hop.note(note)

@@ -24,7 +24,7 @@ from .paths import KeeperPaths
 log = logging.getLogger(__name__)
 
 #: Seconds within which a new keeper must have taken everything.
-START_TIMEOUT = 60.0
+START_TIMEOUT = 120.0
 #: Seconds within which it must reply. A commit may retry for seconds.
 ANSWER_TIMEOUT = 30.0
 _TRY_AGAIN = "try again; the system log may have the reason"

@@ -26,7 +26,9 @@ class TransitRecord:
     :ivar version: of its QEMU.
     :ivar restores: how many have begun.
     :ivar was_paused: the guest was paused when its hop began, so that a hop that is interrupted does not resume it.
+    :ivar moving: the SEV context is about to be moved, or was: where it is must be asked before a QEMU runs the guest.
     :ivar committed: the guest is the destination's. The run mark says that only of one that runs.
+    :ivar move: how the move of the SEV context went, a :class:`sevhop_qmp.move.MoveReport`; None before.
     :ivar downtime_ms: milliseconds for which the guest was stopped by its hop; 0 before.
     :ivar note: for the administrator; or empty.
     """
@@ -39,7 +41,9 @@ class TransitRecord:
     version: str = ""
     restores: int = 0
     was_paused: bool = False
+    moving: bool = False
     committed: bool = False
+    move: dict[str, Any] | None = None
     downtime_ms: float = 0.0
     note: str = ""
 

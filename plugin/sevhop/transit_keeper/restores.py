@@ -4,27 +4,30 @@ The restores of a domain whose guest runs in the transit: in each, the guest may
 A restore begins with libvirt's hook. The destination is expected, queried, and has to announce the guest; when libvirt
 has accepted it, the guest hops (:mod:`sevhop.engine.second_hop`), in this process. Whatever fails before that leads
 back to the transit. A keeper that dies is continued by its successor, unless the guest was just hopping: then the guest
-is where the run mark says.
+is where the run mark says. One with an SEV context is where that is, which the transit reports
+(:mod:`sevhop.engine.transit_move`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
+from ..engine import protected_state, transit_move
 from ..engine.second_hop import Meeting, RestoredDestination, SecondHop, Stream
 from ..engine.stopped_guest import resume_source
 from ..errors import GuestState, HopError
 from ..keeper import destination
 from ..keeper.config import KeeperConfig, KeeperError
 from ..keeper.destination import ProbedDestination
+from ..keeper.domain_reboot import stop_at_reboot
 from ..keeper.handover import SourceHandles
 from ..keeper.paths import KeeperPaths
 from ..keeper.restore import clear_monitor
@@ -102,7 +105,7 @@ class Restores:
         clear_monitor(self._paths)
         self._ledger.attempt = attempt = self._new_attempt()
         attempt.begun_by(hook)
-        record.reason, record.destination = "", 0
+        record.reason, record.destination, record.moving = "", 0, False
         record.restores += 1
         self._ledger.enter(TransitState.RESTORING)
         self._decided = False
@@ -193,10 +196,17 @@ class Restores:
             ledger.enter(TransitState.HOPPING)
             attempt.give_stream()
 
-        def committed() -> None:
-            ledger.record.committed = True
+        def moving() -> None:
+            ledger.record.moving = True
             ledger.checkpoint()
 
+        def committed() -> None:
+            ledger.record.committed = True
+            if hop.report.move is not None:
+                ledger.record.move = asdict(hop.report.move)
+            ledger.checkpoint()
+
+        reboots = await stop_at_reboot(config, probed.monitor)
         with probed.monitor.events("RESUME") as resumed:
 
             async def accepted() -> None:
@@ -212,6 +222,7 @@ class Restores:
                 monitor=await self._watch.connected(),
                 transit=self._process,
                 destination=RestoredDestination(probed.process, self._paths.directory, probed.monitor),
+                source_vm_fd=self._handles.source_vm_fd,
                 uid=config.uid,
                 gid=config.gid,
                 notice=attempt.port,
@@ -221,41 +232,71 @@ class Restores:
                 announced=announced,
                 accepted=accepted,
                 stopping=stopping,
+                moving=moving,
                 committed=committed,
             )
-            self._hop = SecondHop(config.name, meeting, HopOptions(step_timeout=config.step_timeout))
+            options = HopOptions(step_timeout=config.step_timeout, move_deadline=config.move_deadline)
+            self._hop = hop = SecondHop(config.name, meeting, options)
             try:
-                report = await self._hop.run()
+                report = await hop.run()
             finally:
                 self._hop, self._decided = None, True
-        ledger.record.note = "; ".join(report.notes)
+        ledger.record.note = "; ".join(filter(None, [reboots, *report.notes]))
         ledger.record.downtime_ms = report.downtime_ms or 0.0
 
     async def _settle(self, attempt: TransitAttempt) -> None:
         """The last keeper has died while the guest was hopping."""
-        process = attempt.destination
-        if process is not None and process.alive:
-            # It cannot begin to run the guest while it is halted.
-            await process.freeze(self._config.step_timeout * _PART_OF_STEP)
-            attempt.port.revoke_start()
-            if self._is_there(attempt):
-                process.thaw()
-        if self._is_there(attempt):
-            await self._arrived(attempt)
-        else:
-            await self._back(attempt, "the keeper has died")
+        await self._halt(attempt)
+        await self._undo(attempt, "the keeper has died")
 
-    def _is_there(self, attempt: TransitAttempt) -> bool:
+    async def _halt(self, attempt: TransitAttempt) -> bool:
+        """
+        The destination does nothing more: it does not begin to run the guest, nor what it was ordered to do.
+
+        :return: whether it is halted, or has exited.
+        """
+        process = attempt.destination
+        halted = process is None or not process.alive or await process.freeze(self._config.step_timeout * _PART_OF_STEP)
+        attempt.port.revoke_start()
+        return halted
+
+    async def _is_there(self, attempt: TransitAttempt) -> bool:
         """Whether the guest is the destination's, and what is in the transit is outdated."""
-        return attempt.has_run or self._ledger.record.committed
+        record = self._ledger.record
+        if attempt.has_run or record.committed:
+            return True
+        if not record.moving:
+            return False
+        while not await self._halt(attempt):
+            log.warning("the new QEMU (process %d) cannot be halted yet", record.destination)
+        self._process.thaw()  # its guest is stopped
+        while self._process.alive and not attempt.has_run:
+            try:
+                return await transit_move.has_left(await self._watch.connected())
+            except SevhopError as err:
+                log.info("the transit does not answer: %s", err)
+                await asyncio.sleep(_POLL)
+        # The destination has all of the guest but perhaps the context, and that is in a VM that we have.
+        return True
 
     async def _undo(self, attempt: TransitAttempt, reason: str) -> None:
-        """Something has failed. A guest that has run in the destination is there all the same."""
-        if self._is_there(attempt):
-            self._ledger.record.note = reason
-            await self._arrived(attempt)
-        else:
+        """Something has failed. A guest that is in the destination all the same stays there."""
+        if not await self._is_there(attempt):
             await self._back(attempt, reason)
+            return
+        self._ledger.record.note = reason
+        process = attempt.destination
+        if self._ledger.record.moving and not attempt.has_run and (process is None or not process.alive):
+            await self._lost(attempt, reason)
+        else:
+            await self._arrived(attempt)
+
+    async def _lost(self, attempt: TransitAttempt, reason: str) -> None:
+        """The destination has exited with the guest, which has not run there."""
+        self._decided = True
+        self._ledger.attempt = None
+        await self._ended(End(f"{reason}; its SEV context had been moved to the new QEMU, which has exited", ""))
+        attempt.close()
 
     async def _arrived(self, attempt: TransitAttempt) -> None:
         """The guest is the destination's: end the transit."""
@@ -263,10 +304,16 @@ class Restores:
         self._process.kill()
         process = attempt.destination
         if process is not None and process.alive:
+            process.thaw()
             # Nothing happens if it was released already.
-            with contextlib.suppress(SevhopError):
+            try:
                 async with await destination.reach(process, self._config, self._paths) as monitor:
+                    if not self._ledger.record.committed:
+                        vm, deadline = self._handles.source_vm_fd, self._config.move_deadline
+                        await transit_move.complete(monitor, process, vm, deadline)
                     await adopt.finish(monitor)
+            except SevhopError as err:
+                log.info("the new QEMU: %s", err)
         await self._process.wait(self._config.step_timeout)
         self._ledger.attempt = None
         await self._restored()
@@ -302,5 +349,7 @@ class Restores:
         """What a hop that was interrupted has stopped, runs again; what else has stopped the guest stays as it is."""
         monitor = await self._watch.connected()
         if self._ledger.record.state is TransitState.HOPPING:
+            status = await adopt.adopt_status(monitor)
+            protected_state.restore(self._process, status.protected_state_offset)
             await monitor.remove_fds()
             await resume_source(monitor, running=not self._ledger.record.was_paused)

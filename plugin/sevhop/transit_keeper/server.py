@@ -162,6 +162,7 @@ class TransitServer:
             "transit": self._config.pid,
             "transit_version": self._watch.version,
             "downtime_ms": record.downtime_ms,
+            "move": record.move,
             "reason": record.reason[:_TEXT],
             "note": record.note[:_TEXT],
         }
