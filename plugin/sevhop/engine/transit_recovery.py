@@ -9,6 +9,7 @@ keeper and supervisor are gone       the transit is found by the journal. Unless
 the guest was switched off there     that is reported
 ===================================  ========================================================================
 
+A guest with an SEV context has hopped when the context has left the transit (:mod:`sevhop.engine.transit_move`).
 The transit is never terminated unless the guest is known to be in the destination.
 """
 
@@ -20,6 +21,8 @@ import shutil
 import time
 from pathlib import Path
 
+from sevhop_qmp import adopt
+from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
@@ -28,12 +31,14 @@ from ..errors import LOST_HINT, GuestLost, RecoveryRequired
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperConfig, KeeperError
+from ..keeper.paths import KeeperPaths
 from ..keeper.transit_state import TransitState
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..process import machine_cgroup
 from ..records import run_directory
 from ..records.hop_record import HopRecord
+from . import protected_state, transit_move
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import resume_source
 from .transit_restore import InTransit, complete, restore_from_transit, take_into_keeper, write_image
@@ -109,15 +114,17 @@ class TransitRecovery:
         self._connection = connection
         self._process = process
         self._timeout = timeout
-        self._outdated = False
+        self._outdated = ""
 
     async def settle(self, named: bool) -> RecoveredGuest:
         """:raises SevhopError: see :func:`settle`."""
+        if self._record.broken:
+            raise RecoveryRequired(f"the guest is in the transit, and cannot run: {self._record.broken}", LOST_HINT)
         if self.keeper is None:
             if await self._has_hopped():
                 return await self._finish()
             if self._outdated:
-                return await self._gone("it ran in the new QEMU, which has exited")
+                return await self._gone(self._outdated)
             self.keeper = await self._keep_again()
         state = await self._settled()
         if state is TransitState.TRANSIT:
@@ -200,8 +207,10 @@ class TransitRecovery:
                 # Then it does not begin to run the guest, and what the mark says is true until it is thawed.
                 await process.freeze(self._timeout)
             mark = await asyncio.to_thread(self._mark)
-            if mark is RunState.RAN and process is not None:
+            left = mark is not RunState.RAN and await self._context_has_left(process)
+            if process is not None and (mark is RunState.RAN or left):
                 process.thaw()
+                await self._finish_there(process)
                 return True
             if process is not None:
                 process.kill()
@@ -217,8 +226,45 @@ class TransitRecovery:
         if domain is not None:
             await domain.destroy()
         if mark is RunState.RAN:
-            self._outdated = True
+            self._outdated = "it ran in the new QEMU, which has exited"
+        elif left:
+            self._outdated = "its SEV context had been moved to the new QEMU, which has exited"
         return False
+
+    async def _context_has_left(self, destination: QemuProcess | None) -> bool:
+        """
+        Whether the guest has an SEV context, and that is not in the transit any more.
+
+        :param destination: halted, so that it does not move it now; None if it has exited.
+        :raises SevhopError: the transit does not answer.
+        """
+        if self._record.context == "none":
+            return False
+        assert self._process is not None
+        self._process.thaw()  # its guest is stopped
+        try:
+            async with await Monitor.connect(self._record.transit_monitor, timeout=self._timeout) as monitor:
+                return await transit_move.has_left(monitor)
+        except BaseException:
+            if destination is not None:
+                destination.thaw()
+            raise
+
+    async def _finish_there(self, process: QemuProcess) -> None:
+        """
+        What a keeper would have done in the destination, as far as that is possible.
+
+        :raises RecoveryRequired: it does not run a guest with an SEV context.
+        """
+        paths = KeeperPaths(self._last_directory())
+        try:
+            async with await Monitor.connect(paths.monitor, timeout=self._timeout) as monitor:
+                if monitor.peer == process.pid:
+                    await transit_move.complete(monitor, process, None, 0.0)
+                    await adopt.finish(monitor)
+        except SevhopError as err:
+            if self._record.context != "none":
+                raise RecoveryRequired(f"the guest is in the new QEMU (process {process.pid}): {err.message}") from err
 
     def _verify_started_by_us(self, process: QemuProcess) -> None:
         """:raises RecoveryRequired: it was not started from the image of a keeper of this hop."""
@@ -250,7 +296,11 @@ class TransitRecovery:
         self._process.thaw()
         async with await Monitor.connect(transit.monitor, timeout=self._timeout) as monitor:
             await monitor.remove_fds()
+            status = await adopt.adopt_status(monitor)
+            if status.finished:
+                protected_state.restore(self._process, status.protected_state_offset)
             await resume_source(monitor, running=self._record.running)
+            await adopt.finish(monitor)  # a command that was killed right after the commit has not
         settings = b""
         with contextlib.suppress(OSError):
             settings = saved_settings.path_in(self._last_directory()).read_bytes()
