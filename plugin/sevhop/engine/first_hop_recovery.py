@@ -85,4 +85,4 @@ class InterruptedFirstHop(InterruptedHop):
             transit.protect(record.oom_score_adj, notes.append)
             await adopt.finish(transit.monitor)
         finally:
-            await transit.leave()
+            await transit.monitor.close()  # the process is still needed, and the caller's
