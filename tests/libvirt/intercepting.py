@@ -19,7 +19,11 @@ MOMENTS = {
     "saved": ("sevhop.engine.second_hop", "", "hand_over"),
     "arrived": ("sevhop.engine.second_hop", "SecondHop", "_finish"),
     "transit ended": ("sevhop.transit_keeper.restores", "Restores", "_arrived"),
+    "moving": ("sevhop.engine.transit_move", "", "move_out"),
+    "ordered": ("sevhop_qmp.adopt", "", "move_from"),
 }
+#: The same, when the function has returned, and nobody knows yet what.
+LATER = {"moved": ("sevhop_qmp.move", "", "move")}
 
 _TEXT = """
 import asyncio, os, signal, sys
@@ -36,8 +40,10 @@ if "sevhop.transit_keeper.main" in " ".join(sys.orig_argv):
             first = True
         except FileExistsError:
             first = False
-        {action}
-        return await original(*arguments, **options)
+        {before}
+        result = await original(*arguments, **options)
+        {after}
+        return result
 
     owner.{function} = intercepted
 """
@@ -50,6 +56,8 @@ RESET_GUEST = """if first:
             await monitor.execute("set-action", {{"reboot": "shutdown"}})
             await monitor.execute("system_reset")"""
 KILL_DESTINATION = "first and arguments[0].started.destination.process.kill()"
+KILL_DESTINATION_OF_MOVE = "first and arguments[2].started.destination.process.kill()"
+KILL_PEER = "first and os.kill(arguments[0].peer, signal.SIGKILL)"
 
 
 def environment(directory: Path, moment: str, action: str) -> str:
@@ -58,13 +66,15 @@ def environment(directory: Path, moment: str, action: str) -> str:
 
     :param directory: for the module.
     """
-    module, owner, function = MOMENTS[moment]
+    module, owner, function = (MOMENTS | LATER)[moment]
+    action = action.format(go=str(GO))
     text = _TEXT.format(
         module=module,
         owner=f"module.{owner}" if owner else "module",
         function=function,
         reached=str(REACHED),
-        action=action.format(go=str(GO)),
+        before="pass" if moment in LATER else action,
+        after=action if moment in LATER else "pass",
     )
     (directory / "sitecustomize.py").write_text(text)
     return f"PYTHONPATH={directory}"

@@ -62,8 +62,6 @@ def blocker(xml: str, guest: Guest, process: QemuProcess) -> str:
     for path, reason in _ELEMENTS:
         if domain.find(path) is not None:
             return reason
-    if guest.context.kind != "none":
-        return "the guest is encrypted"
     if (label := process.confinement) not in _UNCONFINED:
         return f"its QEMU is confined ({label}), which libvirt takes back when it exits"
     if lock_manager.in_use():

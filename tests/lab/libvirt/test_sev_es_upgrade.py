@@ -34,6 +34,8 @@ KERNELS = {"test_sev_es_domain_changes_its_qemu": "6.1"}
 StartEs = Callable[..., DomainGuest]
 #: Seconds for a step; everything is slow in the lab.
 PATIENCE = ("--timeout", "60")
+#: The way of these tests; the other one is in test_sev_transit.py.
+WITHOUT = ("--no-transit",)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +74,9 @@ def start(kernel: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterat
     assert daemon.left_over() == []
 
 
-def upgrade(guest: DomainGuest, label: str) -> dict[str, Any]:
+def upgrade(guest: DomainGuest, label: str, way: tuple[str, ...] = WITHOUT) -> dict[str, Any]:
     """Upgrade a guest, which succeeds."""
-    report = guest.daemon.upgrade(guest.name, "--emulator", emulators.emulator(label), *PATIENCE)
+    report = guest.daemon.upgrade(guest.name, "--emulator", emulators.emulator(label), *PATIENCE, *way)
     assert report["outcome"] == "done", report
     assert (report["context"], report["move"]["errno"], report["notes"]) == ("sev-es", 0, [])
     return report
@@ -125,13 +127,13 @@ def test_guest_keeps_running_if_its_upgrade_fails_before_the_commit(daemon: Daem
     guest.wait_for_ticks(5)
     pid = guest.pid
     emulator = wrapper(daemon, "cannot-load", emulators.emulator(emulators.NEW), CANNOT_LOAD)
-    report = daemon.upgrade(guest.name, "--emulator", emulator, *PATIENCE)
+    report = daemon.upgrade(guest.name, "--emulator", emulator, *PATIENCE, *WITHOUT)
     assert (report["status"], report["outcome"]) == (1, "refused"), report
     assert report["rehearsal_ms"] > 0
     assert guest.pid == pid
     runs_in(guest, emulators.NEW)
 
-    words = ["upgrade", "--json", guest.name, "--emulator", str(emulators.emulator(emulators.OLD)), *PATIENCE]
+    words = ["upgrade", "--json", guest.name, "--emulator", str(emulators.emulator(emulators.OLD)), *PATIENCE, *WITHOUT]
     report = json.loads(daemon.run(sys.executable, "-c", _REFUSED, *words).stdout)["domains"][0]
     assert report["outcome"] == "rolled-back", report
     assert "refused for a test" in report["reason"]
@@ -171,7 +173,7 @@ def test_recover_resumes_guest_after_command_killed(daemon: Daemon, start: Start
     guest = start(emulators.NEW)
     guest.wait_for_ticks(5)
     pid = guest.pid
-    words = ["upgrade", guest.name, "--emulator", str(emulators.emulator(emulators.OLD)), *PATIENCE]
+    words = ["upgrade", guest.name, "--emulator", str(emulators.emulator(emulators.OLD)), *PATIENCE, *WITHOUT]
     environment = dying.after_call(tmp_path, *STOPPED[phase])
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *words)
     assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), done
@@ -200,7 +202,7 @@ def test_upgrade_is_rolled_back_if_destination_is_killed_after_the_move(daemon: 
     guest = start(emulators.NEW)
     guest.wait_for_ticks(5)
     with other_hook_refuses(daemon):
-        report = daemon.upgrade(guest.name, "--emulator", emulators.emulator(emulators.OLD), *PATIENCE)
+        report = daemon.upgrade(guest.name, "--emulator", emulators.emulator(emulators.OLD), *PATIENCE, *WITHOUT)
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report
     runs_in(guest, emulators.NEW)
     upgrade(guest, emulators.OLD)
@@ -212,7 +214,7 @@ def test_upgrade_is_rolled_back_if_keeper_dies_in_the_move(daemon: Daemon, start
     """The context is in the destination's VM by then, the destination exits, and only the supervisor has that VM."""
     guest = start(emulators.NEW)
     guest.wait_for_ticks(5)
-    words = ["upgrade", "--json", guest.name, "--emulator", str(emulators.emulator(emulators.OLD)), *PATIENCE]
+    words = ["upgrade", "--json", guest.name, "--emulator", str(emulators.emulator(emulators.OLD)), *PATIENCE, *WITHOUT]
     environment = dying.after_call(tmp_path, "sevhop_qmp.move", "move")
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *words)
     report = json.loads(done.stdout)["domains"][0]
@@ -233,7 +235,7 @@ def test_upgrade_is_rolled_back_if_keeper_and_destination_die_after_the_commit(d
     other.write_text(f"#!/bin/sh\n{once}\n{program} >/dev/null\nexit 1\n")
     other.chmod(0o755)
     try:
-        report = daemon.upgrade(guest.name, "--emulator", emulators.emulator(emulators.OLD), *PATIENCE)
+        report = daemon.upgrade(guest.name, "--emulator", emulators.emulator(emulators.OLD), *PATIENCE, *WITHOUT)
         assert report["outcome"] == "rolled-back", report
         assert states(daemon).read_text() == "committed"
     finally:
@@ -253,12 +255,13 @@ LAUNCH = f"<dhCert>{SESSION}</dhCert><session>{SESSION}</session>"
 SECRET = "12345678"
 
 
-def test_attested_guest_keeps_its_secret(daemon: Daemon, start: StartEs) -> None:
+@pytest.mark.parametrize("way", [WITHOUT, ()], ids=["without", "transit"])
+def test_attested_guest_keeps_its_secret(daemon: Daemon, start: StartEs, way: tuple[str, ...]) -> None:
     """Its owner injects it when the measurement is known, before the guest runs; only when it has run can it hop."""
     guest = start(emulators.OLD, "--paused", launch=LAUNCH)
     measured = daemon.virsh("domlaunchsecinfo", guest.name)
     assert guest.monitor("query-sev")["return"]["state"] == "launch-secret"
-    report = daemon.upgrade(guest.name, "--emulator", emulators.emulator(emulators.NEW), *PATIENCE)
+    report = daemon.upgrade(guest.name, "--emulator", emulators.emulator(emulators.NEW), *PATIENCE, *WITHOUT)
     assert (report["status"], report["outcome"]) == (1, "refused"), report
     assert "state: the guest is prelaunch (resume it" in report["reason"]
 
@@ -266,7 +269,7 @@ def test_attested_guest_keeps_its_secret(daemon: Daemon, start: StartEs) -> None
     daemon.virsh("resume", guest.name)
     wait_for_secret(guest)
     for label in (emulators.NEW, emulators.OLD):
-        upgrade(guest, label)
+        upgrade(guest, label, way)
         wait_for_secret(guest)
         runs_in(guest, label)
         assert daemon.virsh("domlaunchsecinfo", guest.name) == measured

@@ -24,6 +24,9 @@ KERNELS = {
     "test_upgrade_is_rolled_back_if_other_hook_refuses_after_move": "6.1",
     "test_upgrade_is_rolled_back_if_keeper_dies_around_the_move": "6.12",
 }
+#: Seconds for a step, since everything is slow in the lab; and the way of these tests. The other one is in
+#: test_sev_transit.py.
+WITHOUT = ("--timeout", "60", "--no-transit")
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     assert "Migration is not implemented" in daemon.run("virsh", "save", guest.name, "/run/image").stderr
     for emulator in (new, old):
-        report = daemon.upgrade(guest.name, "--emulator", emulator, "--timeout", "60")
+        report = daemon.upgrade(guest.name, "--emulator", emulator, *WITHOUT)
         assert report["outcome"] == "done", report["reason"]
         assert report["context"] == "sev"
         assert report["move"]["errno"] == 0
@@ -86,7 +89,7 @@ def test_upgrade_is_rolled_back_if_other_hook_refuses_after_move(daemon: Daemon,
     """The context is in the destination already, and is restored from there."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     with other_hook_refuses(daemon):
-        report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
+        report = daemon.upgrade(guest.name, "--emulator", new, *WITHOUT)
     assert (report["status"], report["outcome"]) == (3, "rolled-back"), report["reason"]
     arrived(daemon, guest, old)
 
@@ -97,7 +100,7 @@ def test_upgrade_is_rolled_back_if_keeper_dies_around_the_move(
 ) -> None:
     """The context is in the destination's VM by then, the destination exits, and only the supervisor has that VM."""
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
-    arguments = ["upgrade", "--json", guest.name, "--emulator", str(new), "--timeout", "60"]
+    arguments = ["upgrade", "--json", guest.name, "--emulator", str(new), *WITHOUT]
     environment = dying.after_call(tmp_path, "sevhop_qmp.move", "move")
     done = daemon.run("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     report = json.loads(done.stdout)["domains"][0]
