@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 from sevhop.engine.transit_blockers import blocker
-from sevhop.guest.inspection import SevContext
 from sevhop.libvirt import lock_manager
-
-from .inspected_guest import guest
 
 
 class Process:
@@ -26,10 +23,9 @@ def leases(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     return found
 
 
-def reason(devices: str = "", context: str = "none", confinement: str = "") -> str:
+def reason(devices: str = "", confinement: str = "") -> str:
     process: Any = Process(confinement)
-    found = guest(context=SevContext(context))
-    return blocker(f"<domain><devices>{devices}</devices></domain>", found, process)
+    return blocker(f"<domain><devices>{devices}</devices></domain>", process)
 
 
 def test_usual_domain_can_be_carried() -> None:
@@ -68,11 +64,6 @@ def test_usual_domain_can_be_carried() -> None:
 )
 def test_what_libvirt_takes_back_cannot_be_carried(devices: str) -> None:
     assert reason(devices)
-
-
-@pytest.mark.parametrize("context", ["sev", "sev-es"])
-def test_encrypted_guest_can_be_carried(context: str) -> None:
-    assert reason(context=context) == ""
 
 
 def test_confined_qemu_cannot_be_carried() -> None:

@@ -22,6 +22,7 @@ from ..libvirt import domain_xml, resources
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
+from ..process import apparmor_profile
 from . import guest as guest_checks
 from . import reboot, registers, restart
 from .registers import Registers
@@ -219,7 +220,7 @@ def _confinement(process: QemuProcess, uuid: str) -> CheckResult:
     confinement = process.confinement
     if confinement in ("", "unconfined"):
         return passed(name, "none")
-    label = apparmor.label(confinement)
+    label = apparmor_profile.label(confinement)
     if label is None:
         return failed(
             name,

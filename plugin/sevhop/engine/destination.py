@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -31,6 +31,7 @@ from ..guest import command_line
 from ..keeper.local import LocalKeeper
 from ..options import HopOptions
 from ..process import launch
+from ..process.apparmor_profile import ProfileCopy
 from ..process.confinement import Confinement
 from ..process.launch import Identity
 from ..process.machine_cgroup import MachineCgroup
@@ -56,6 +57,7 @@ class LaunchContext:
     :ivar directory: descriptor of the working directory; None for one that starts as ourselves.
     :ivar namespaces: descriptors of those that it enters; only with an identity.
     :ivar cgroups: those that it is put into; by default it joins the source's.
+    :ivar profile: a loaded copy of the source's, which confines it; by default the source's own does.
     :ivar keep: further descriptors that it inherits.
     """
 
@@ -69,6 +71,7 @@ class LaunchContext:
     directory: int | None = None
     namespaces: tuple[int, ...] = ()
     cgroups: MachineCgroup | None = None
+    profile: ProfileCopy | None = None
     keep: tuple[int, ...] = ()
 
     @classmethod
@@ -308,12 +311,16 @@ def _spawn(
             start_new_session=True,
         )
     own = launch_context.cgroups is not None
+    cgroups = () if own else identity.confinement.cgroups_to_join()
+    if launch_context.profile is not None:
+        confinement = replace(identity.confinement, label=str(launch_context.profile.label))
+        identity = replace(identity, confinement=confinement)
     return launch.spawn(
         command,
         environment,
         identity,
         directory=launch_context.directory,
-        cgroups=() if own else identity.confinement.cgroups_to_join(),
+        cgroups=cgroups,
         namespaces=launch_context.namespaces,
         keep=keep,
         stdout=launch_context.stdout,

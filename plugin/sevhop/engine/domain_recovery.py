@@ -38,6 +38,7 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import DomainError
 from ..libvirt.domain import Domain
+from ..process import apparmor_profile
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from ..records.journal import Journal
@@ -83,6 +84,8 @@ async def _settle(journal: Journal, connection: Connection, named: bool, timeout
             journal.write({"committed": True})
             record = replace(record, committed=True)
         return await transit_recovery.settle(record, connection, named=named, timeout=timeout)
+    # It was loaded for a transit that was not started.
+    await asyncio.to_thread(apparmor_profile.remove, record.apparmor_profile)
     keeper = await _keeper(record, timeout)
     source = record.source.open()
     try:

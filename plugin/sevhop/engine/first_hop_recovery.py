@@ -19,7 +19,7 @@ from sevhop_qmp.process import QemuProcess
 
 from ..libvirt.connection import Connection
 from ..libvirt.source_monitor import DomainSourceMonitor
-from ..process import machine_cgroup
+from ..process import apparmor_profile, machine_cgroup
 from ..records.hop_record import HopRecord
 from .hop_recovery import InterruptedHop
 from .interrupted_qemu import NewQemu, OldQemu
@@ -50,6 +50,7 @@ async def settle(record: HopRecord, connection: Connection, *, timeout: float) -
                 one.close()
     if recovered.result is not RecoveryOutcome.DESTINATION:
         await asyncio.to_thread(machine_cgroup.remove, record.cgroups)
+        await asyncio.to_thread(apparmor_profile.remove, record.apparmor_profile)
     return recovered
 
 

@@ -28,10 +28,9 @@ from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
 from ..process import confinement, launch, scheduling, seccomp_filter
 from ..process.confinement import Confinement
-from ..process.machine_cgroup import MachineCgroup
 from . import protected_state
 from .check import Acquired, Checked
-from .destination import Destination
+from .destination import Destination, LaunchContext
 from .realtime import Watchdog
 from .start import DestinationUndo, Started, explaining_exit, start_destination
 from .state_transfer import StateTransfer
@@ -130,7 +129,7 @@ async def _compare(
     theirs = await inspection.inspect(destination.monitor, destination.process)
     if found := inspection.differences(checked.guest, theirs):
         raise Refused("; ".join(found), "give the new QEMU the command line of the old one")
-    roles = await _compare_processes(hop, checked, destination, acquired.launch_context.cgroups)
+    roles = await _compare_processes(hop, checked, destination, acquired.launch_context)
     disks = await DiskGuard.open(checked.monitor, checked.source)
     hop.resources.callback(disks.close)
     # A command line given by the caller, or by libvirt, may name block nodes differently.
@@ -146,14 +145,16 @@ async def _compare(
 
 
 async def _compare_processes(
-    hop: Transaction, checked: Checked, destination: Destination, cgroups: MachineCgroup | None
+    hop: Transaction, checked: Checked, destination: Destination, launch_context: LaunchContext
 ) -> tuple[scheduling.Roles, scheduling.Roles]:
     """Verify that the destination is confined and scheduled as the source is."""
     confined = Confinement.of(checked.source)
     ours = await scheduling.Roles.of(checked.monitor, checked.source)
-    if cgroups is not None:
+    if (cgroups := launch_context.cgroups) is not None:
         moved = tuple((controllers, cgroups.moved(controllers, path)) for controllers, path in confined.cgroups)
         confined, ours = replace(confined, cgroups=moved), replace(ours, moved=cgroups.moved)
+    if (profile := launch_context.profile) is not None and confined.label == str(profile.original):
+        confined = replace(confined, label=str(profile.label))
     found = confinement.differences(confined, Confinement.of(destination.process))
     theirs = await scheduling.Roles.of(destination.monitor, destination.process)
     found += scheduling.hand_over(ours, theirs)

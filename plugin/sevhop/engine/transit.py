@@ -20,7 +20,7 @@ from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
 from ..guest import inspection
-from ..process import machine_cgroup
+from ..process import apparmor_profile, machine_cgroup
 from .destination import Destination
 
 #: Name of a file in its directory: one byte, which is 1 when it has shut down because its guest was to be reset.
@@ -35,11 +35,13 @@ class Transit:
     :ivar destination: its process, with our connection to its monitor, and the directory of that.
     :ivar guest: as it was inspected in there.
     :ivar cgroups: directories of the cgroups that were made for it; see :mod:`sevhop.process.machine_cgroup`.
+    :ivar apparmor_profile: name of the profile that was loaded for it; see :mod:`sevhop.process.apparmor_profile`.
     """
 
     destination: Destination
     guest: inspection.Guest
     cgroups: tuple[str, ...] = ()
+    apparmor_profile: str = ""
 
     @property
     def process(self) -> QemuProcess:
@@ -79,12 +81,13 @@ class Transit:
 
     async def kill(self) -> None:
         """
-        Kill it, when the guest is elsewhere, and remove its directory and cgroups.
+        Kill it, when the guest is elsewhere, and remove its directory, cgroups and profile.
 
         :raises SevhopError: it still exists.
         """
         await self.destination.kill()
         await asyncio.to_thread(machine_cgroup.remove, self.cgroups)
+        await asyncio.to_thread(apparmor_profile.remove, self.apparmor_profile)
 
 
 async def leave_reboot_mark(destination: Destination) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from ..guest.inspection import Guest
 from ..libvirt import lock_manager
+from ..process.apparmor_profile import ProfileCopy
 
 _INTERFACES = "devices/interface"
 #: Where it is in the XML, and what cannot be carried.
@@ -47,11 +48,9 @@ _ELEMENTS = (
 )
 #: Prefix of the taps whose name libvirt has chosen.
 _CHOSEN = "vnet"
-#: A label that confines nothing.
-_UNCONFINED = ("", "unconfined")
 
 
-def blocker(xml: str, guest: Guest, process: QemuProcess) -> str:
+def blocker(xml: str, process: QemuProcess) -> str:
     """
     Why a transit cannot carry a domain, in a few words; empty if nothing is known.
 
@@ -62,8 +61,10 @@ def blocker(xml: str, guest: Guest, process: QemuProcess) -> str:
     for path, reason in _ELEMENTS:
         if domain.find(path) is not None:
             return reason
-    if (label := process.confinement) not in _UNCONFINED:
-        return f"its QEMU is confined ({label}), which libvirt takes back when it exits"
+    try:
+        ProfileCopy.of(process.confinement)
+    except SevhopError as err:
+        return err.message
     if lock_manager.in_use():
         return "libvirt gives up the leases of its disks when the old QEMU exits"
     return ""

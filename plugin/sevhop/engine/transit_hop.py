@@ -15,6 +15,7 @@ source is :func:`sevhop.engine.retire.retire`.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from sevhop_qmp.errors import ProcessError, RamError, SevhopError
 from sevhop_qmp.monitor import SourceMonitor
 from sevhop_qmp.process import QemuProcess
 
+from ..cancellation import shielded
 from ..disks.block_graph import BlockGraph
 from ..errors import RecoveryRequired, Refused
 from ..events import Listener, ignore
@@ -38,6 +40,7 @@ from ..libvirt.domain import Domain
 from ..libvirt.source_monitor import DomainSourceMonitor
 from ..options import HopOptions
 from ..process import launch
+from ..process.apparmor_profile import ProfileCopy
 from ..process.machine_cgroup import MachineCgroup
 from ..records.journal import JournalError
 from . import present_cards, transit_command_line
@@ -138,7 +141,7 @@ class TransitHop(HopPhases):
             watch = self.resources.enter_context(SourceWatch.begin(monitor))
             guest = await inspection.inspect(monitor, source)
             self.report.context = guest.context.kind
-            if reason := blocker(subject.xml, guest, source):
+            if reason := blocker(subject.xml, source):
                 raise Untransitable(reason)
             arguments = await self._command_line(monitor, guest)
         except SevhopError as err:
@@ -186,6 +189,7 @@ class TransitHop(HopPhases):
         self.resources.callback(handles.close)
         try:
             launch_context = self._launch_context(source)
+            profile = await self._profile(source)
         except Untransitable as err:
             raise Refused(err.message, err.hint) from err
         try:
@@ -193,7 +197,7 @@ class TransitHop(HopPhases):
         except OSError as err:
             raise ProcessError(f"process {source.pid} has exited") from err
         self.record(oom_score_adj=score)
-        return Acquired(handles, launch_context, GuestPaths([]), score)
+        return Acquired(handles, replace(launch_context, profile=profile), GuestPaths([]), score)
 
     def _launch_context(self, source: QemuProcess) -> LaunchContext:
         context = LaunchContext.of(source)
@@ -229,6 +233,25 @@ class TransitHop(HopPhases):
             self.note(note)
         return prepared
 
+    async def _profile(self, source: QemuProcess) -> ProfileCopy | None:
+        """
+        A loaded copy of the source's profile.
+
+        :raises Untransitable: there is none.
+        """
+        try:
+            profile = ProfileCopy.of(source.confinement)
+        except SevhopError as err:
+            raise Untransitable(err.message) from err
+        if profile is not None:
+            self.rollback.push(profile.remove)  # by then the transit has exited, as above
+            self.record(apparmor_profile=profile.label.profile)
+            try:
+                await shielded(asyncio.to_thread(profile.load))
+            except SevhopError as err:
+                raise Untransitable(f"its QEMU is confined ({profile.original}): {err.message}") from err
+        return profile
+
     async def finish_hop(self, checked: Checked, acquired: Acquired, prepared: Prepared, started: Started) -> None:
         """
         The guest is in the transit, for good.
@@ -236,9 +259,14 @@ class TransitHop(HopPhases):
         :raises RecoveryRequired: the transit has exited.
         """
         destination = started.destination
-        cgroups = acquired.launch_context.cgroups
+        cgroups, profile = acquired.launch_context.cgroups, acquired.launch_context.profile
         self.settings = prepared.settings
-        self.transit = Transit(destination, prepared.guest, () if cgroups is None else tuple(cgroups.directories))
+        self.transit = Transit(
+            destination,
+            prepared.guest,
+            () if cgroups is None else tuple(cgroups.directories),
+            "" if profile is None else profile.label.profile,
+        )
         await activate_disks(self, prepared, started)
         destination.protect(acquired.oom_score_adj, self.note)
         try:

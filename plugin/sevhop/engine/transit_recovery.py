@@ -35,7 +35,7 @@ from ..keeper.paths import KeeperPaths
 from ..keeper.transit_state import TransitState
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
-from ..process import machine_cgroup
+from ..process import apparmor_profile, machine_cgroup
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from . import protected_state, transit_move
@@ -164,6 +164,7 @@ class TransitRecovery:
             Path(record.transit_monitor),
             Path(record.transit_directory),
             tuple(record.cgroups),
+            record.apparmor_profile,
             step_timeout=max(self._timeout, KeeperConfig.step_timeout),
         )
 
@@ -313,6 +314,7 @@ class TransitRecovery:
     async def without_transit(self) -> RecoveredGuest:
         """There is no transit any more."""
         if not await self._active():
+            await self._remove_transit()
             detail = f"it was in the transit, which has exited; {LOST_HINT}"
             return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
         return await self._finish()
@@ -322,9 +324,15 @@ class TransitRecovery:
         assert self._process is not None
         self._process.kill()
         await self._process.wait(self._timeout)
-        shutil.rmtree(self._record.transit_directory, ignore_errors=True)
-        await asyncio.to_thread(machine_cgroup.remove, self._record.cgroups)
+        await self._remove_transit()
         return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, f"{reason}; {LOST_HINT}")
+
+    async def _remove_transit(self) -> None:
+        """Its process has exited: remove what was made for it."""
+        record = self._record
+        shutil.rmtree(record.transit_directory, ignore_errors=True)
+        await asyncio.to_thread(machine_cgroup.remove, record.cgroups)
+        await asyncio.to_thread(apparmor_profile.remove, record.apparmor_profile)
 
     # -- the end ---------------------------------------------------------------------------------------
 
@@ -334,8 +342,7 @@ class TransitRecovery:
         if self._process is not None:
             self._process.kill()
             await self._process.wait(self._timeout)
-        shutil.rmtree(record.transit_directory, ignore_errors=True)
-        await asyncio.to_thread(machine_cgroup.remove, record.cgroups)
+        await self._remove_transit()
         notes += await complete(self._connection, record.guest, record.uuid, record.old, self.keeper)
         return await self._found(notes)
 

@@ -61,6 +61,7 @@ class InTransit:
     :ivar monitor: path of its QMP socket, to which no client is connected.
     :ivar directory: its own, which is removed with it.
     :ivar cgroups: directories of the cgroups that were made for it.
+    :ivar apparmor_profile: name of the profile that was loaded for it; empty without one.
     :ivar displays: the ports that libvirt had chosen for the displays.
     :ivar step_timeout: seconds for each step of the hop, and for libvirt to accept the destination.
     :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
@@ -76,6 +77,7 @@ class InTransit:
     monitor: Path
     directory: Path
     cgroups: tuple[str, ...] = ()
+    apparmor_profile: str = ""
     displays: Sequence[dict[str, str]] = ()
     step_timeout: float = KeeperConfig.step_timeout
     move_deadline: float = KeeperConfig.move_deadline
@@ -125,6 +127,7 @@ async def take_into_keeper(transit: InTransit) -> KeeperClient:
             str(transit.monitor),
             str(transit.directory),
             transit.cgroups,
+            transit.apparmor_profile,
             described.on_poweroff,
             described.on_reboot,
             described.on_crash,

@@ -167,6 +167,7 @@ async def keep(
         directory / "monitor",
         directory,
         there.cgroups,
+        there.apparmor_profile,
         displays,
         options.step_timeout,
         options.move_deadline,

@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,18 +23,17 @@ from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
 
 from ..libvirt import hook_server
+from ..process import apparmor_profile
 from . import atomic_file
 
-PROFILES = Path("/etc/apparmor.d")
+PROFILES = apparmor_profile.PROFILES
 #: The profiles that the kernel has loaded, one a line, with its mode. Without AppArmor there is no such file.
-_LOADED = Path("/sys/kernel/security/apparmor/profiles")
+_LOADED = apparmor_profile.KERNEL / "profiles"
 _RULES = Path(__file__).resolve().parent.parent / "host" / "apparmor.d"
 _BEGIN = b"# sevhop: begin (from `sevhop install`; `sevhop uninstall` takes it out, and nothing else)\n"
 _END = b"# sevhop: end\n"
 _BLOCK = re.compile(rb"^# sevhop: begin\b[^\n]*\n.*?^# sevhop: end\n", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(rb"^# sevhop: (?:begin|end)\b", re.MULTILINE)
-#: A label as /proc shows it.
-_LABEL = re.compile(r"(?P<profile>.+) \((?P<mode>[a-z]+)\)")
 #: Characters of a quoted path that must be escaped.
 _SPECIAL = re.compile(r"[\\\"*?\[\]{}^]")
 
@@ -85,25 +82,6 @@ class Addition:
 
 _QEMU = Addition("libvirt-qemu", "abstractions/libvirt-qemu")
 _DAEMONS = tuple(Addition("libvirtd", f"usr.sbin.{name}") for name in ("libvirtd", "virtqemud"))
-
-
-@dataclass(frozen=True)
-class Label:
-    """
-    The profile that confines a process.
-
-    :ivar profile: its name; libvirt's are named ``libvirt-UUID``.
-    :ivar mode: ``enforce``, or ``complain`` which denies nothing.
-    """
-
-    profile: str
-    mode: str
-
-
-def label(confinement: str) -> Label | None:
-    """A label as /proc shows it; None when it is not one of AppArmor's."""
-    found = _LABEL.fullmatch(confinement)
-    return Label(found["profile"], found["mode"]) if found else None
 
 
 def active() -> bool:
@@ -211,12 +189,7 @@ def _reload(additions: Sequence[Addition]) -> None:
 
 def _parse(*arguments: str | Path) -> None:
     """:raises SevhopError: AppArmor does not accept it."""
-    program = shutil.which("apparmor_parser") or "/usr/sbin/apparmor_parser"
-    command = [program, "--base", PROFILES, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except OSError as err:
-        raise SevhopError(f"cannot run {program}: {err.strerror}", "install the package apparmor") from err
-    if done.returncode:
-        reason = (done.stderr.strip() or "no reason was given").splitlines()[-1]
-        raise SevhopError(f"AppArmor does not accept {arguments[-1]}: {reason}", "nothing was changed")
+        apparmor_profile.parse(*arguments, base=PROFILES)
+    except SevhopError as err:
+        raise SevhopError(err.message, err.hint or "nothing was changed") from err

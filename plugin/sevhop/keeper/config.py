@@ -34,12 +34,14 @@ class TransitConfig:
     :ivar monitor: path of its QMP socket, to which no other client is connected.
     :ivar directory: its own, removed when it has ended.
     :ivar cgroups: directories of the cgroups that were made for it, removed as well.
+    :ivar apparmor_profile: name of the profile that was loaded for it, likewise; empty without one.
     :ivar on_poweroff, on_reboot, on_crash: of the domain; empty where its XML has none.
     """
 
     monitor: str
     directory: str
     cgroups: tuple[str, ...] = ()
+    apparmor_profile: str = ""
     on_poweroff: str = ""
     on_reboot: str = ""
     on_crash: str = ""

@@ -87,6 +87,7 @@ class HopRecord:
     :ivar guest_paths: standalone: paths that must lead to the destination after the hop; see
         :mod:`sevhop.engine.guest_paths`.
     :ivar cgroups: directories of those that were made for a transit; see :mod:`sevhop.process.machine_cgroup`.
+    :ivar apparmor_profile: name of the one that was loaded for a transit; see :mod:`sevhop.process.apparmor_profile`.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class HopRecord:
     guest_paths: dict[str, Any] = field(default_factory=dict)
     oom_score_adj: int = 0
     cgroups: list[str] = field(default_factory=list)
+    apparmor_profile: str = ""
     version: int = VERSION
     command: int = field(default_factory=os.getpid)
     boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())

@@ -28,7 +28,7 @@ from ..keeper.paths import KeeperPaths
 from ..keeper.state import HookAction
 from ..keeper.tasks import Tasks
 from ..keeper.transit_state import FINISHED, TransitState, at_hook, reason_against_request
-from ..process import machine_cgroup
+from ..process import apparmor_profile, machine_cgroup
 from .ledger import Ledger, TransitRecord
 from .restores import Restores
 from .watch import End, TransitWatch
@@ -96,6 +96,7 @@ class TransitServer:
     async def _finish(self, state: TransitState) -> None:
         shutil.rmtree(self._transit.directory, ignore_errors=True)
         await asyncio.to_thread(machine_cgroup.remove, self._transit.cgroups)
+        await asyncio.to_thread(apparmor_profile.remove, self._transit.apparmor_profile)
         self._ledger.enter(state)
         if not self.clients.has_command:
             self.end.set()

@@ -1,11 +1,14 @@
 """
-An SEV guest that AppArmor confines, in enforce mode: daemon and guest have libvirt's own profiles. Its network card is
-in a bridge, and the kernel moves its packets (vhost-net).
+Guests that AppArmor confines, in enforce mode: daemon and guest have libvirt's own profiles. An SEV guest, whose
+card is in a bridge, and the kernel moves its packets (vhost-net); and one that goes by way of a transit.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,8 @@ import pytest
 
 from tests.support.guests import emulators, real_mode
 from tests.support.guests.build import CACHE
-from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.daemon import Daemon, Description, DomainGuest, process_file
+from tests.support.guests.running import wait_until
 
 from ..contract.sev import contexts
 
@@ -30,6 +34,14 @@ ADMINISTRATOR = {
 #: libvirt refuses to start it where there is no vhost-net.
 CARD = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/><driver name='vhost'/></interface>"
 
+#: Without vhost-net, which a transit cannot share.
+SHARED_CARD = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/><driver name='qemu'/></interface>"
+#: The processor of the lab, for a guest that is not encrypted.
+CPU = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>EPYC</model></cpu>"
+_LOADED = Path("/sys/kernel/security/apparmor/profiles")
+_DENIED = re.compile(r'apparmor="DENIED" operation="(?P<operation>[^"]*)" .*profile="(?P<profile>[^"]*)"(?P<rest>.*)')
+_WHO = re.compile(r" (pid|comm|fsuid|ouid)=\S+")
+
 
 def uses_vhost(pid: int) -> bool:
     """Whether a QEMU has the device open."""
@@ -44,6 +56,25 @@ def additions(daemon: Daemon) -> dict[str, Path]:
 def confinement(pid: int) -> str:
     """The label of a process."""
     return Path(f"/proc/{pid}/attr/current").read_text().strip("\n\0")
+
+
+def copies(guest: DomainGuest) -> list[str]:
+    """Label of each copy of a domain's profile that the kernel has."""
+    name = f"libvirt-{guest.daemon.virsh('domuuid', guest.name)}-"
+    return [line for line in _LOADED.read_text().splitlines() if line.startswith(name)]
+
+
+def confined_by(label: str) -> list[int]:
+    """The processes that have a label."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if process_file(pid, "attr/current").decode().strip("\n\0") == label]
+
+
+def denials(daemon: Daemon, label: str) -> set[str]:
+    """What the kernel has denied to the processes with a label."""
+    found = filter(None, map(_DENIED.search, daemon.run("dmesg").stdout.splitlines()))
+    name = label.partition(" ")[0]
+    return {f"{one['operation']}{_WHO.sub('', one['rest'])}" for one in found if one["profile"] == name}
 
 
 @pytest.fixture
@@ -107,3 +138,64 @@ def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest
     assert confinement(guest.pid) == expected
     assert uses_vhost(guest.pid)
     guest.wait_for_ticks()
+
+
+@pytest.fixture
+def shared(daemon: Daemon) -> Iterator[DomainGuest]:
+    """A counting guest that a transit can carry."""
+    old, firmware = emulators.emulator(emulators.OLD), real_mode.firmware()
+    with daemon.bridge() as bridge:
+        card = SHARED_CARD.format(bridge)
+        guest = DomainGuest.start(
+            daemon, Description("shared", old, "kvm", 32, firmware=firmware, cpu=CPU, interface=card)
+        )
+        guest.wait_for_ticks()
+        yield guest
+        guest.end()
+    assert daemon.left_over() == []
+
+
+def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, shared: DomainGuest) -> None:
+    """The domain's own is unloaded by libvirt meanwhile. The copy is gone when the guest is libvirt's again."""
+    new, old_pid = emulators.emulator(emulators.NEW), shared.pid
+    expected = f"libvirt-{daemon.virsh('domuuid', shared.name)} (enforce)"
+    assert confinement(old_pid) == expected
+
+    report = daemon.upgrade(shared.name, "--emulator", new, "--timeout", "120", "--prepare")
+    assert (report["outcome"], report["in_transit"], report["notes"]) == ("prepared", True, []), report
+    assert shared.state == "shut off"
+    (label,) = copies(shared)
+    assert label.endswith(" (enforce)")
+    assert expected not in _LOADED.read_text().splitlines()
+    (transit,) = confined_by(label)
+    assert os.readlink(f"/proc/{transit}/exe") == str(new.resolve())
+    shared.wait_for_ticks()
+
+    daemon.virsh("restore", report["image"])
+    wait_until(lambda: shared.state == "running" and not copies(shared), 120, "the copy is removed")
+    assert shared.emulator() == str(new)
+    assert confinement(shared.pid) == expected
+    shared.wait_for_ticks()
+    assert daemon.sevhop("recover").stdout == f"{shared.name}: runs in the new QEMU\n"
+    assert denials(daemon, label) <= denials(daemon, expected)
+
+
+def test_copy_of_the_profile_is_removed_if_the_guest_stays(daemon: Daemon, shared: DomainGuest) -> None:
+    """By an upgrade that is interrupted, and by `sevhop recover` after one that was killed."""
+    new, pid = emulators.emulator(emulators.NEW), shared.pid
+    for number, status in ((signal.SIGINT, 3), (signal.SIGKILL, -signal.SIGKILL)):
+        command = daemon.start_command(
+            *(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", shared.name, "--emulator", new)
+        )
+        assert command.stderr is not None
+        assert any(line.strip().endswith(": prepare") for line in command.stderr)
+        assert len(copies(shared)) == 1
+        command.send_signal(number)
+        command.communicate(timeout=300)
+        assert command.returncode == status
+        if number == signal.SIGKILL:
+            done = daemon.sevhop("recover", "--timeout", "120")
+            assert done.returncode == 0, done.stderr
+        assert copies(shared) == []
+        assert shared.pid == pid
+        shared.wait_for_ticks()
