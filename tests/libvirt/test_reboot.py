@@ -66,14 +66,16 @@ def wait_for_restart(guest: DomainGuest) -> None:
     assert guest.daemon.left_over() == []
 
 
+# In both QEMU may have exited before libvirt has the reply.
+
+
 def reset_by_guest(guest: DomainGuest) -> None:
     """By the reset register of its chipset."""
-    # QEMU may have exited before libvirt has the reply.
     guest.daemon.run("virsh", "qemu-monitor-command", guest.name, "--hmp", "o /b 0xcf9 6")
 
 
 def reset_by_host(guest: DomainGuest) -> None:
-    guest.daemon.virsh("reset", guest.name)
+    guest.daemon.run("virsh", "reset", guest.name)
 
 
 @pytest.mark.parametrize("reset", [reset_by_guest, reset_by_host])
