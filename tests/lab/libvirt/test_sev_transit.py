@@ -160,7 +160,7 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(guest: 
     assert contexts() == context
 
     # Its firmware is private to its first QEMU: a reboot is a cold start.
-    guest.daemon.virsh("reset", guest.name)
+    guest.daemon.run("virsh", "reset", guest.name)
     wait_until(lambda: contexts() not in ([], context), LONG, "the domain is started again")
     wait_until(lambda: guest.state == "running", LONG, "it runs")
 

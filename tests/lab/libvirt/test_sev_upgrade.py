@@ -77,7 +77,7 @@ def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None
 
     # Its encrypted firmware is private to its first QEMU: what would be a reboot is a cold start.
     (before,) = contexts()
-    daemon.virsh("reset", guest.name)
+    daemon.run("virsh", "reset", guest.name)
     wait_until(lambda: guest.seen().restarts == 1, 120, "the domain is started again")
     (context,) = contexts()
     assert context != before

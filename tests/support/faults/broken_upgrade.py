@@ -3,7 +3,7 @@ An upgrade of a domain in which something goes wrong: run as a program, so that 
 
     python -m tests.support.faults.broken_upgrade DOMAIN EMULATOR POINT FAULT [OPERATOR]
 
-It hops like ``sevhop upgrade``; see :mod:`.fault` for POINT and FAULT, and :mod:`.operator`. An action is
+It hops like ``sevhop upgrade --no-transit``; see :mod:`.fault` for POINT and FAULT, and :mod:`.operator`. An action is
 ``monitor COMMAND`` (a command that it gives to the source), ``libvirt FUNCTION``, or ``keeper REQUEST``. Exit status:
 that of ``sevhop upgrade``.
 """
@@ -89,7 +89,7 @@ def main(name: str, emulator: str, point: str, kind: str, operator: str = "") ->
         },
         Operator.parsed(operator).at if operator else lambda _: None,
     )
-    upgrade = Upgrade(DEFAULT_URI, name, UpgradeOptions(emulator=emulator), fault.heard)
+    upgrade = Upgrade(DEFAULT_URI, name, UpgradeOptions(emulator=emulator, transit=False), fault.heard)
 
     async def execute(original: Original, monitor: DomainMonitor, command: str, *arguments: Any) -> Any:
         return await fault.around(
