@@ -148,11 +148,13 @@ def test_guest_runs_while_the_disk_is_full(daemon: Daemon, start: StartDomain, p
     assert_arrives(daemon, guest, new)
 
 
+#: Arguments: a directory, and a place to prepare what is mounted over it.
 _FILL = """
-mkdir "$1.full"
-mount -t tmpfs -o size=256k,mode=755 none "$1.full"
-cp -a "$1/." "$1.full/"
-mount --move "$1.full" "$1"
+mkdir "$2"
+mount -t tmpfs -o "size=$(($(du -sk "$1" | cut -f1) * 2 + 256))k,mode=755" none "$2"
+cp -a "$1/." "$2/"
+mount --move "$2" "$1"
+rmdir "$2"
 cat /dev/zero 2>/dev/null >"$1/filler" || true
 """
 
@@ -160,13 +162,12 @@ cat /dev/zero 2>/dev/null >"$1/filler" || true
 @contextlib.contextmanager
 def full(daemon: Daemon, directory: str) -> Iterator[None]:
     """Its file system has no space; what is written in there meanwhile is lost."""
-    done = daemon.run("sh", "-ec", _FILL, "sh", directory)
+    done = daemon.run("sh", "-ec", _FILL, "sh", directory, "/run/full")
     assert done.returncode == 0, done.stderr
     try:
         yield
     finally:
         daemon.run("umount", "--lazy", directory)
-        daemon.run("rmdir", f"{directory}.full")
 
 
 @pytest.mark.parametrize("words", [("start",), ("shutdown",), ("destroy",), ("suspend",), ("reset",)])
