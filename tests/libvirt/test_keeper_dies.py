@@ -15,10 +15,9 @@ from tests.support.guests.daemon import Daemon, DomainGuest
 
 from . import dying
 from .conftest import StartDomain
+from .transit_guest import KEEPER, SUPERVISOR
 
 _PROGRAM = Path(dying.__file__)
-#: Process names; the kernel truncates them to 15 characters.
-KEEPER, SUPERVISOR = "sevhop-keeper", "sevhop-supervisor"[:15]
 
 #: Moments inside libvirt's restore: the state, the hook's step, and whether that is before our own hook or after it.
 STEPS = {

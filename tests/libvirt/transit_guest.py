@@ -18,6 +18,8 @@ from tests.support.guests.running import processes_of_domain, wait_until
 
 from . import in_transit
 
+#: Process names; the kernel truncates them to 15 characters.
+KEEPER, SUPERVISOR = "sevhop-keeper", "sevhop-supervisor"[:15]
 _PROGRAM = Path(in_transit.__file__)
 #: ms; a pause is some of them, and this host is noisy.
 LONGEST = 1000.0
@@ -118,7 +120,7 @@ asyncio.run(main())
 
 def kill_keeper_and_supervisor(daemon: Daemon) -> None:
     """The latter first: it would start another keeper."""
-    for name in ("sevhop-supervisor"[:15], "sevhop-keeper"):
+    for name in (SUPERVISOR, KEEPER):
         for pid in daemon.named(name):
             kill(pid)
 

@@ -7,8 +7,8 @@ The destination is started as libvirt does it: paused, and waiting for a stream.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -108,6 +108,28 @@ def waiting(destination: Destination) -> Iterator[Waiting]:
         yield Waiting(destination, writer, events)
 
 
+#: Starts, from a QEMU and options, a source, and an SEV destination that waits for its state, announced as running.
+StartEncrypted = Callable[..., AbstractContextManager[tuple[Destination, Destination, Waiting]]]
+
+
+@pytest.fixture
+def encrypted(kvm: Accelerator, memory: Memory, fake_kernel: str, c_bit: int) -> StartEncrypted:
+    @contextmanager
+    def start(qemu: Path, *more: str) -> Iterator[tuple[Destination, Destination, Waiting]]:
+        with (
+            Destination([qemu, *machine(kvm, *more, incoming=False)], dict(os.environ)) as source,
+            Keeper([memory], context="sev") as keeper,
+            Destination.adopting(qemu, machine(kvm, *more, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
+            waiting(destination) as guest,
+        ):
+            destination.announce()
+            destination.execute("cont")
+            guest.see("completed", "RESUME")
+            yield source, destination, guest
+
+    return start
+
+
 @EVERY_EMULATOR
 def test_announced_guest_runs_when_its_state_has_been_loaded(
     qemu: Path, accelerator: Accelerator, keeper: Keeper, firmware: tuple[str, str], tmp_path: Path
@@ -176,25 +198,10 @@ def test_announced_guest_is_paused_if_a_client_has_stopped_it(
 
 @EVERY_EMULATOR
 def test_announced_sev_guest_runs_with_the_move(
-    qemu: Path,
-    kvm: Accelerator,
-    memory: Memory,
-    vm: int,
-    fake_kernel: str,
-    c_bit: int,
-    firmware: tuple[str, str],
-    tmp_path: Path,
+    qemu: Path, encrypted: StartEncrypted, vm: int, firmware: tuple[str, str], tmp_path: Path
 ) -> None:
     """Not when its state has been loaded; what clients ask for until the move is remembered."""
-    with (
-        Destination([qemu, *machine(kvm, *firmware, incoming=False)], dict(os.environ)) as source,
-        Keeper([memory], context="sev") as keeper,
-        Destination.adopting(qemu, machine(kvm, *firmware, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
-        waiting(destination) as guest,
-    ):
-        destination.announce()
-        destination.execute("cont")
-        guest.see("completed", "RESUME")
+    with encrypted(qemu, *firmware) as (source, destination, guest):
         guest.load(state_of(source, tmp_path / "state"))
         assert guest.query() == ("running", True)
         destination.execute("stop")
@@ -210,24 +217,9 @@ def test_announced_sev_guest_runs_with_the_move(
 
 @EVERY_EMULATOR
 def test_announced_sev_guest_stays_paused_after_the_move_if_a_client_has_stopped_it(
-    qemu: Path,
-    kvm: Accelerator,
-    memory: Memory,
-    vm: int,
-    fake_kernel: str,
-    c_bit: int,
-    firmware: tuple[str, str],
-    tmp_path: Path,
+    qemu: Path, encrypted: StartEncrypted, vm: int, firmware: tuple[str, str], tmp_path: Path
 ) -> None:
-    with (
-        Destination([qemu, *machine(kvm, *firmware, incoming=False)], dict(os.environ)) as source,
-        Keeper([memory], context="sev") as keeper,
-        Destination.adopting(qemu, machine(kvm, *firmware, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
-        waiting(destination) as guest,
-    ):
-        destination.announce()
-        destination.execute("cont")
-        guest.see("completed", "RESUME")
+    with encrypted(qemu, *firmware) as (source, destination, guest):
         guest.load(state_of(source, tmp_path / "state"))
         destination.execute("stop")
         guest.see("STOP")
@@ -241,29 +233,14 @@ def test_announced_sev_guest_stays_paused_after_the_move_if_a_client_has_stopped
 
 @EVERY_EMULATOR
 def test_context_is_not_moved_to_a_guest_whose_disk_another_process_uses(
-    qemu: Path,
-    kvm: Accelerator,
-    memory: Memory,
-    vm: int,
-    fake_kernel: str,
-    c_bit: int,
-    firmware: tuple[str, str],
-    tmp_path: Path,
+    qemu: Path, encrypted: StartEncrypted, vm: int, firmware: tuple[str, str], tmp_path: Path
 ) -> None:
     """After the move there is no way back."""
     image = tmp_path / "disk"
     image.write_bytes(bytes(1 << 20))
     # Not a virtio device, whose state depends on whether the guest is encrypted.
     more = [*firmware, *disk(image, "ide-hd")]
-    with (
-        Destination([qemu, *machine(kvm, *more, incoming=False)], dict(os.environ)) as source,
-        Keeper([memory], context="sev") as keeper,
-        Destination.adopting(qemu, machine(kvm, *more, *sev_guest(c_bit)), keeper, fake_kernel) as destination,
-        waiting(destination) as guest,
-    ):
-        destination.announce()
-        destination.execute("cont")
-        guest.see("completed", "RESUME")
+    with encrypted(qemu, *more) as (source, destination, guest):
         guest.load(state_of(source, tmp_path / "state"))
         source.execute("cont")
         with pytest.raises(CommandError, match="The disk images cannot be activated"):

@@ -218,7 +218,7 @@ def _confinement(process: QemuProcess, uuid: str) -> CheckResult:
     """Whether a destination that is confined like the source may do what a hop needs."""
     name = "confinement"
     confinement = process.confinement
-    if confinement in ("", "unconfined"):
+    if confinement in apparmor_profile.UNCONFINED:
         return passed(name, "none")
     label = apparmor_profile.label(confinement)
     if label is None:

@@ -8,7 +8,6 @@ reached through libvirt; and when the guest is in the transit, libvirt's part of
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from sevhop_qmp.process import QemuProcess
 
 from ..libvirt.connection import Connection
 from ..libvirt.source_monitor import DomainSourceMonitor
-from ..process import apparmor_profile, machine_cgroup
 from ..records.hop_record import HopRecord
 from .hop_recovery import InterruptedHop
 from .interrupted_qemu import NewQemu, OldQemu
 from .realtime_reset import reset_boosted
 from .recovery_result import RecoveredGuest, RecoveryOutcome
+from .transit import remove_confinement
 
 
 async def settle(record: HopRecord, connection: Connection, *, timeout: float) -> RecoveredGuest:
@@ -49,8 +48,7 @@ async def settle(record: HopRecord, connection: Connection, *, timeout: float) -
             if one is not None:
                 one.close()
     if recovered.result is not RecoveryOutcome.DESTINATION:
-        await asyncio.to_thread(machine_cgroup.remove, record.cgroups)
-        await asyncio.to_thread(apparmor_profile.remove, record.apparmor_profile)
+        await remove_confinement(record.cgroups, record.apparmor_profile)
     return recovered
 
 

@@ -275,13 +275,13 @@ class SecondHop(Transaction):
         """
         if checked.has_context:
             runs = await self._move(prepared, stopped)
+            self.committed_state = GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW
         else:
             runs = await self._started(prepared)
             self.commit(GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW)
             self._met.committed()
         stopped.boost.reset()
         self.downtime_ends()
-        self.committed_state = GuestState.RUNNING_IN_NEW if runs else GuestState.PAUSED_IN_NEW
         self.record(loaded=True)
 
     async def _started(self, prepared: Prepared) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -86,8 +87,18 @@ class Transit:
         :raises SevhopError: it still exists.
         """
         await self.destination.kill()
-        await asyncio.to_thread(machine_cgroup.remove, self.cgroups)
-        await asyncio.to_thread(apparmor_profile.remove, self.apparmor_profile)
+        await remove_confinement(self.cgroups, self.apparmor_profile)
+
+
+async def remove_confinement(cgroups: Iterable[str], profile: str) -> None:
+    """
+    Remove what was made to confine a transit, which has exited. May be repeated.
+
+    :param cgroups: directories, see :mod:`sevhop.process.machine_cgroup`.
+    :param profile: name, see :mod:`sevhop.process.apparmor_profile`; empty without one.
+    """
+    await asyncio.to_thread(machine_cgroup.remove, cgroups)
+    await asyncio.to_thread(apparmor_profile.remove, profile)
 
 
 async def leave_reboot_mark(destination: Destination) -> str:

@@ -35,12 +35,12 @@ from ..keeper.paths import KeeperPaths
 from ..keeper.transit_state import TransitState
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
-from ..process import apparmor_profile, machine_cgroup
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from . import protected_state, transit_move
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import resume_source
+from .transit import remove_confinement
 from .transit_restore import InTransit, complete, restore_from_transit, take_into_keeper, write_image
 
 #: Seconds for what is in progress, such as a restore by another client.
@@ -331,8 +331,7 @@ class TransitRecovery:
         """Its process has exited: remove what was made for it."""
         record = self._record
         shutil.rmtree(record.transit_directory, ignore_errors=True)
-        await asyncio.to_thread(machine_cgroup.remove, record.cgroups)
-        await asyncio.to_thread(apparmor_profile.remove, record.apparmor_profile)
+        await remove_confinement(record.cgroups, record.apparmor_profile)
 
     # -- the end ---------------------------------------------------------------------------------------
 

@@ -33,8 +33,8 @@ PROFILES = Path("/etc/apparmor.d")
 KERNEL = Path("/sys/kernel/security/apparmor")
 #: A label as /proc shows it.
 _LABEL = re.compile(r"(?P<profile>.+) \((?P<mode>[a-z]+)\)")
-#: A label that confines nothing.
-_UNCONFINED = ("", "unconfined")
+#: Labels that confine nothing.
+UNCONFINED = ("", "unconfined")
 _OF_A_DOMAIN = re.compile(r"libvirt-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: Modes in which a profile can be loaded, and what the parser needs for that.
 _MODES = {"enforce": (), "complain": ("--Complain",)}
@@ -89,7 +89,7 @@ class ProfileCopy:
         :return: None if nothing confines it.
         :raises SevhopError: it is not confined by a profile that libvirt has made, and that alone.
         """
-        if confinement in _UNCONFINED:
+        if confinement in UNCONFINED:
             return None
         original = label(confinement)
         if original is None or original.mode not in _MODES or not _OF_A_DOMAIN.fullmatch(original.profile):

@@ -20,6 +20,7 @@ from typing import Any
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
+from ..engine.transit import remove_confinement
 from ..keeper.clients import Clients
 from ..keeper.config import KeeperConfig
 from ..keeper.fdstore import FdStore
@@ -28,7 +29,6 @@ from ..keeper.paths import KeeperPaths
 from ..keeper.state import HookAction
 from ..keeper.tasks import Tasks
 from ..keeper.transit_state import FINISHED, TransitState, at_hook, reason_against_request
-from ..process import apparmor_profile, machine_cgroup
 from .ledger import Ledger, TransitRecord
 from .restores import Restores
 from .watch import End, TransitWatch
@@ -95,8 +95,7 @@ class TransitServer:
 
     async def _finish(self, state: TransitState) -> None:
         shutil.rmtree(self._transit.directory, ignore_errors=True)
-        await asyncio.to_thread(machine_cgroup.remove, self._transit.cgroups)
-        await asyncio.to_thread(apparmor_profile.remove, self._transit.apparmor_profile)
+        await remove_confinement(self._transit.cgroups, self._transit.apparmor_profile)
         self._ledger.enter(state)
         if not self.clients.has_command:
             self.end.set()

@@ -10,7 +10,9 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,20 +97,25 @@ def daemon(kernel: str) -> Iterator[Daemon]:
         daemon.stop()
 
 
-@pytest.fixture
-def guest(daemon: Daemon) -> Iterator[DomainGuest]:
-    """A counting guest."""
+@contextmanager
+def counting(daemon: Daemon, name: str, card: str, **fields: Any) -> Iterator[DomainGuest]:
+    """A counting guest, until the end of the context. :param fields: of its description."""
     old, firmware = emulators.emulator(emulators.OLD), real_mode.firmware()
     with daemon.bridge() as bridge:
-        card = CARD.format(bridge)
-        guest = DomainGuest.start(
-            daemon, Description("confined", old, "kvm", 32, firmware=firmware, sev=True, interface=card)
-        )
+        description = Description(name, old, "kvm", 32, firmware=firmware, interface=card.format(bridge), **fields)
+        guest = DomainGuest.start(daemon, description)
         guest.wait_for_ticks()
         yield guest
         guest.end()
     assert contexts() == []
     assert daemon.left_over() == []
+
+
+@pytest.fixture
+def guest(daemon: Daemon) -> Iterator[DomainGuest]:
+    """One with an SEV context."""
+    with counting(daemon, "confined", CARD, sev=True) as guest:
+        yield guest
 
 
 def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest: DomainGuest) -> None:
@@ -142,17 +149,9 @@ def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest
 
 @pytest.fixture
 def shared(daemon: Daemon) -> Iterator[DomainGuest]:
-    """A counting guest that a transit can carry."""
-    old, firmware = emulators.emulator(emulators.OLD), real_mode.firmware()
-    with daemon.bridge() as bridge:
-        card = SHARED_CARD.format(bridge)
-        guest = DomainGuest.start(
-            daemon, Description("shared", old, "kvm", 32, firmware=firmware, cpu=CPU, interface=card)
-        )
-        guest.wait_for_ticks()
+    """One that a transit can carry."""
+    with counting(daemon, "shared", SHARED_CARD, cpu=CPU) as guest:
         yield guest
-        guest.end()
-    assert daemon.left_over() == []
 
 
 def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, shared: DomainGuest) -> None:

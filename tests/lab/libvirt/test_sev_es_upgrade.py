@@ -26,6 +26,7 @@ from ...libvirt import dying
 from ...libvirt.failing import CANNOT_LOAD, other_hook_refuses, wrapper
 from ..contract.owner import packet_of
 from ..contract.sev import POLICY_SEV_ES, contexts
+from .launch import launch_of
 
 POLICY = POLICY_SEV_ES | 1
 #: The kernel on which a test runs: one on the first, the others on the second, side by side.
@@ -93,19 +94,6 @@ def runs_in(guest: DomainGuest, label: str) -> None:
     assert done.returncode == 0, done.stdout
     assert f"PASS context: sev-es, policy {POLICY:#x}" in done.stdout
     assert "PASS registers: " in done.stdout
-
-
-def launch_of(guest: DomainGuest) -> dict[str, Any]:
-    """What the owner of a guest can ask about its launch."""
-    nonce = base64.b64encode(bytes(16)).decode()
-    sev = guest.monitor("query-sev")["return"]
-    sev.pop("sev-type", None)  # newer versions have this besides
-    return {
-        "domlaunchsecinfo": guest.daemon.virsh("domlaunchsecinfo", guest.name),
-        "query-sev": sev,
-        "measurement": guest.monitor("query-sev-launch-measure")["return"],
-        "report": guest.monitor("query-sev-attestation-report", mnonce=nonce)["return"],
-    }
 
 
 def test_sev_es_domain_changes_its_qemu(start: StartEs) -> None:

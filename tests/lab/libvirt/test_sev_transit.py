@@ -5,7 +5,6 @@ out of it into what libvirt restores. Whoever is killed around the second move, 
 
 from __future__ import annotations
 
-import base64
 import json
 import resource
 import signal
@@ -24,14 +23,14 @@ from tests.support.guests.daemon import Daemon, Description, DomainGuest, kill
 from tests.support.guests.running import processes_of_domain, wait_until
 
 from ...libvirt import dying, intercepting
+from ...libvirt.transit_guest import KEEPER, SUPERVISOR, kill_keeper_and_supervisor
 from ..contract.sev import POLICY_SEV_ES, contexts
+from .launch import launch_of
 
 #: The kernel on which a kind of guest is tested: both sides are tested side by side.
 KERNELS = {"sev": "6.1", "sev-es": "6.12"}
 #: Seconds for a step; everything is slow in the lab.
 PATIENCE = ("--timeout", "60")
-#: The names of both processes of a keeper, as the kernel truncates them; the first would start the second again.
-KEEPERS = ("sevhop-supervis", "sevhop-keeper")
 #: Seconds until a moment of an upgrade.
 LONG = 400
 
@@ -74,9 +73,7 @@ def guest(kernel: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterat
 
 def end_everything(guest: DomainGuest) -> None:
     """Also what a test that failed has left in a transit."""
-    for name in KEEPERS:
-        for pid in guest.daemon.named(name):
-            kill(pid)
+    kill_keeper_and_supervisor(guest.daemon)
     guest.end()
     for pid in processes_of_domain(guest.name):
         kill(pid)
@@ -114,19 +111,6 @@ def runs_in(guest: DomainGuest, label: str, *, adopted: bool = True) -> None:
         assert (status["moved"], status["vm-dead"], status["finished"], status["ram"]) == (True, False, True, "shared")
     done = guest.daemon.sevhop("check", guest.name)
     assert done.returncode == 0, done.stdout
-
-
-def launch_of(guest: DomainGuest) -> dict[str, Any]:
-    """What the owner of a guest can ask about its launch."""
-    nonce = base64.b64encode(bytes(16)).decode()
-    sev = guest.monitor("query-sev")["return"]
-    sev.pop("sev-type", None)  # newer versions have this besides
-    return {
-        "domlaunchsecinfo": guest.daemon.virsh("domlaunchsecinfo", guest.name),
-        "query-sev": sev,
-        "measurement": guest.monitor("query-sev-launch-measure")["return"],
-        "report": guest.monitor("query-sev-attestation-report", mnonce=nonce)["return"],
-    }
 
 
 def test_guest_changes_its_qemu_by_way_of_a_transit(guest: DomainGuest) -> None:
@@ -253,7 +237,7 @@ def test_recover_finds_the_context_without_keeper_and_supervisor(
     arguments = words(guest, emulators.NEW)
     command = daemon.start_command("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     wait_until(files(daemon)[0].exists, LONG, "the moment comes")
-    for name in KEEPERS:
+    for name in (SUPERVISOR, KEEPER):
         (pid,) = daemon.named(name)
         kill(pid)
     ended(command)
