@@ -1146,7 +1146,8 @@ def test_vcpu_that_handles_an_nmi_masks_others_after_the_move(
         assert {line for line in log[:moved] if "masked" in line} == {f"NMIs {before_move}"}
         assert [line for line in log if "masked" in line][-1] == "NMIs masked"
         destination.execute("cont")
-        assert {line for line in kernel_log()[before + moved :] if "masked" in line} <= {"NMIs masked"}
+        resumed = [line for line in kernel_log()[before + len(log) :] if "masked" in line]
+        assert resumed[:1] in ([], ["NMIs masked"])  # the guest runs, and may end its handler
 
 
 @EVERY_EMULATOR
