@@ -82,6 +82,12 @@ def test_tap_is_a_duplicate_of_the_sources() -> None:
     assert the(derived(source=(*one, *CARD)), "netdev") == [expected]
 
 
+def test_vhost_net_stays_with_the_source() -> None:
+    netdev = ("-netdev", '{"type":"tap","fd":"31","vhost":true,"vhostfd":"33","id":"hostnet0"}')
+    expected = {"": "tap", "id": "hostnet0", "fd": "131", "vhost": "off"}
+    assert the(derived(source=(*netdev, *CARD)), "netdev") == [expected]
+
+
 def test_card_that_was_unplugged_is_not_there() -> None:
     assert the(derived(source=(*TAP, *CARD), cards=Cards(frozenset())), "netdev") == []
 
@@ -155,7 +161,6 @@ def test_secrets_are_the_sources() -> None:
 
 
 REFUSED = {
-    "vhost": ("-netdev", '{"type":"tap","fd":"31","vhost":true,"vhostfd":"33","id":"hostnet0"}'),
     "tap of its own": ("-netdev", "tap,id=hostnet0,ifname=tap0"),
     "passt": ("-netdev", '{"type":"stream","id":"hostnet0","addr":{"type":"unix","path":"/run/passt"}}'),
     "vhost-user": ("-netdev", '{"type":"vhost-user","chardev":"a","id":"hostnet0"}'),
@@ -185,7 +190,7 @@ def test_what_cannot_be_shared_is_refused(what: str) -> None:
         derived(*REFUSED[what])
 
 
-@pytest.mark.parametrize("netdev", [("-netdev", "tap,fd=31,vhost=on,id=hostnet0"), ()])
+@pytest.mark.parametrize("netdev", [("-netdev", "tap,ifname=tap0,id=hostnet0"), ()])
 def test_card_of_the_source_that_cannot_be_shared_is_refused(netdev: tuple[str, ...]) -> None:
     with pytest.raises(Untransitable):
         derived(source=(*netdev, *CARD))

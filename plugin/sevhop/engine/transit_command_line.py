@@ -9,7 +9,8 @@ it), changed so that the guest finds everything that it had, and libvirt and cli
                                          ``auto-read-only`` QEMU opens it again by its path, and by then libvirt may
                                          have taken the file from QEMU's user
 ``-netdev`` of a tap                     duplicates of the source's descriptors; adopt.so defers what QEMU sets
-                                         (``qmp_ext/adopt/taps.c``)
+                                         (``qmp_ext/adopt/taps.c``). Without vhost-net: QEMU moves the packets, and
+                                         offers the guest all that the kernel does
 ``-netdev user``                         the same
 ``-chardev file``                        the same file, opened here, to be appended to
 any other ``-chardev``                   a file that nobody reads; with ``null`` the guest's ports would be disconnected
@@ -217,8 +218,6 @@ class _Derivation:
             return option.argv()
         if kind != "tap":
             raise Untransitable(f"the network backend {name} ({kind}) cannot be shared")
-        if props.get("vhost", "off") not in ("off", "no", "false", "n") or "vhostfd" in props or "vhostfds" in props:
-            raise Untransitable(f"the network card behind {name} uses vhost-net")
         numbers = props.get("fds", props.get("fd", ""))
         if not re.fullmatch(r"\d+(:\d+)*", numbers):
             raise Untransitable(f"the tap of {name} was opened by QEMU itself")

@@ -1,6 +1,6 @@
 """
-Guests that AppArmor confines, in enforce mode: daemon and guest have libvirt's own profiles. An SEV guest, whose
-card is in a bridge, and the kernel moves its packets (vhost-net); and one that goes by way of a transit.
+Guests that AppArmor confines, in enforce mode: daemon and guest have libvirt's own profiles. Their card is in a bridge,
+and the kernel moves its packets (vhost-net). One has an SEV context; the other goes by way of a transit.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ ADMINISTRATOR = {
 
 #: libvirt refuses to start it where there is no vhost-net.
 CARD = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/><driver name='vhost'/></interface>"
-
-#: Without vhost-net, which a transit cannot share.
-SHARED_CARD = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/><driver name='qemu'/></interface>"
 #: The processor of the lab, for a guest that is not encrypted.
 CPU = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>EPYC</model></cpu>"
 _LOADED = Path("/sys/kernel/security/apparmor/profiles")
@@ -98,11 +95,11 @@ def daemon(kernel: str) -> Iterator[Daemon]:
 
 
 @contextmanager
-def counting(daemon: Daemon, name: str, card: str, **fields: Any) -> Iterator[DomainGuest]:
+def counting(daemon: Daemon, name: str, **fields: Any) -> Iterator[DomainGuest]:
     """A counting guest, until the end of the context. :param fields: of its description."""
     old, firmware = emulators.emulator(emulators.OLD), real_mode.firmware()
     with daemon.bridge() as bridge:
-        description = Description(name, old, "kvm", 32, firmware=firmware, interface=card.format(bridge), **fields)
+        description = Description(name, old, "kvm", 32, firmware=firmware, interface=CARD.format(bridge), **fields)
         guest = DomainGuest.start(daemon, description)
         guest.wait_for_ticks()
         yield guest
@@ -114,7 +111,7 @@ def counting(daemon: Daemon, name: str, card: str, **fields: Any) -> Iterator[Do
 @pytest.fixture
 def guest(daemon: Daemon) -> Iterator[DomainGuest]:
     """One with an SEV context."""
-    with counting(daemon, "confined", CARD, sev=True) as guest:
+    with counting(daemon, "confined", sev=True) as guest:
         yield guest
 
 
@@ -150,7 +147,7 @@ def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest
 @pytest.fixture
 def shared(daemon: Daemon) -> Iterator[DomainGuest]:
     """One that a transit can carry."""
-    with counting(daemon, "shared", SHARED_CARD, cpu=CPU) as guest:
+    with counting(daemon, "shared", cpu=CPU) as guest:
         yield guest
 
 
@@ -159,6 +156,7 @@ def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, sh
     new, old_pid = emulators.emulator(emulators.NEW), shared.pid
     expected = f"libvirt-{daemon.virsh('domuuid', shared.name)} (enforce)"
     assert confinement(old_pid) == expected
+    assert uses_vhost(old_pid)
 
     report = daemon.upgrade(shared.name, "--emulator", new, "--timeout", "120", "--prepare")
     assert (report["outcome"], report["in_transit"], report["notes"]) == ("prepared", True, []), report
@@ -168,12 +166,14 @@ def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, sh
     assert expected not in _LOADED.read_text().splitlines()
     (transit,) = confined_by(label)
     assert os.readlink(f"/proc/{transit}/exe") == str(new.resolve())
+    assert not uses_vhost(transit)
     shared.wait_for_ticks()
 
     daemon.virsh("restore", report["image"])
     wait_until(lambda: shared.state == "running" and not copies(shared), 120, "the copy is removed")
     assert shared.emulator() == str(new)
     assert confinement(shared.pid) == expected
+    assert uses_vhost(shared.pid)
     shared.wait_for_ticks()
     assert daemon.sevhop("recover").stdout == f"{shared.name}: runs in the new QEMU\n"
     assert denials(daemon, label) <= denials(daemon, expected)

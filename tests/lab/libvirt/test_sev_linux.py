@@ -1,6 +1,7 @@
 """
 A domain with OVMF and Debian's Linux, encrypted by SEV and by SEV-ES, hops under a real libvirt daemon. Its virtio disk
-and its network card reach only the memory that the guest lends them (``iommu='on'``).
+and its network card reach only the memory that the guest lends them (``iommu='on'``). The card is in a bridge, and the
+kernel moves its packets (vhost-net), but not in the transit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..contract.sev import POLICY_SEV_ES, contexts
 BOOT = 1200.0
 HOPS = 10
 POLICIES = {"sev": 1, "sev-es": 1 | POLICY_SEV_ES}
+CARD = """<interface type='bridge'><source bridge='{}'/><model type='virtio'/><driver name='vhost' iommu='on'/>
+    </interface>"""
 #: What the guest's kernel reports to be active.
 FEATURES = {"sev": "AMD SEV", "sev-es": "AMD SEV SEV-ES"}
 
@@ -30,6 +33,12 @@ def daemon() -> Iterator[Daemon]:
     """A daemon, with sevhop's hook."""
     with Daemon.installed() as daemon:
         yield daemon
+
+
+@pytest.fixture
+def bridge(daemon: Daemon) -> Iterator[str]:
+    with daemon.bridge() as name:
+        yield name
 
 
 def has_printed(guest: DomainGuest, line: str) -> bool:
@@ -50,6 +59,7 @@ def test_linux_domain_changes_its_qemu_ten_times(
     cpus: int,
     labels: tuple[str, ...],
     daemon: Daemon,
+    bridge: str,
     record_property: Callable[[str, object], None],
 ) -> None:
     """To and fro, beginning in the second QEMU: 11.1 cannot load virtio devices of a guest that was started in 10.0."""
@@ -62,6 +72,7 @@ def test_linux_domain_changes_its_qemu_ten_times(
         sev=True,
         policy=POLICIES[context],
         linux=linux.images(),
+        interface=CARD.format(bridge),
         uefi=True,
     )
     guest = DomainGuest.start(daemon, description)
