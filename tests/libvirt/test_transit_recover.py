@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.guests.daemon import Daemon
+from tests.support.guests.daemon import Daemon, kill
 from tests.support.guests.running import wait_until
 
 from . import intercepting
@@ -76,3 +76,20 @@ def test_recover_finds_the_guest_without_keeper_and_supervisor(
     done = daemon.sevhop("recover")
     assert (done.returncode, "runs in the new QEMU" in done.stdout) == (0, True), done
     transit.assert_arrived(new)
+
+
+@pytest.mark.parametrize("moment", ["met", "stopped"])
+def test_recover_ends_a_destination_that_waits_for_a_transit_that_is_gone(
+    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
+) -> None:
+    """The guest is lost with the transit. Whoever waits for it is not the guest."""
+    transit.enter(new, environment=intercepting.environment(tmp_path, moment, intercepting.WAIT))
+    transit.restore().communicate(timeout=60)
+    reached = daemon.root / str(intercepting.REACHED).lstrip("/")
+    wait_until(reached.exists, 60, "the moment comes")
+    kill_keeper_and_supervisor(daemon)
+    kill(transit.transit)
+    done = daemon.sevhop("recover")
+    assert (done.returncode, "it was in the transit, which has exited" in done.stdout) == (5, True), done
+    wait_until(lambda: transit.guest.state == "shut off", 30, "the destination exits")
+    wait_until(lambda: daemon.left_over() == [], 30, "nothing is left")

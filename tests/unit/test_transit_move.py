@@ -14,7 +14,7 @@ from sevhop.engine.transaction import CommitState, Transaction
 from sevhop.errors import GuestState, RecoveryRequired, RolledBack
 from sevhop.options import HopOptions
 from sevhop_qmp import adopt, move
-from sevhop_qmp.errors import MoveError, MoveUncertain, SevhopError
+from sevhop_qmp.errors import MoveError, MoveUncertain
 from sevhop_qmp.move import MoveReport
 
 
@@ -142,5 +142,5 @@ def test_guest_without_context_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_lost_context_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SevhopError, match="lost with the transit"):
+    with pytest.raises(transit_move.ContextLost, match="lost with the transit"):
         Destination().complete(monkeypatch, None)

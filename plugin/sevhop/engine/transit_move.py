@@ -16,7 +16,7 @@ from sevhop_qmp.errors import MoveUncertain, SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import QemuProcess
 
-from ..errors import GuestState, RecoveryRequired
+from ..errors import LOST_HINT, GuestState, RecoveryRequired
 from ..options import HopOptions
 from .prepare import Prepared
 from .stopped_guest import resume_guest
@@ -24,6 +24,10 @@ from .transaction import Transaction
 from .transfer import Stopped
 
 _CANNOT_RUN = "the guest cannot run any more: shut it down, start it again, and report this"
+
+
+class ContextLost(SevhopError):
+    """The transit has exited with the SEV context, and no other QEMU can run the guest."""
 
 
 async def move_out(
@@ -75,12 +79,13 @@ async def complete(monitor: Monitor, process: QemuProcess, source_vm_fd: int | N
 
     :param source_vm_fd: descriptor of the transit's VM, which has the context if the destination does not; or None.
     :param deadline: seconds for which a busy move is retried.
+    :raises ContextLost: it cannot run there.
     :raises SevhopError: it does not run there.
     """
     status = await adopt.adopt_status(monitor)
     if status.context != "none" and not status.moved:
         if source_vm_fd is None:
-            raise SevhopError("the SEV context was lost with the transit", "start the guest")
+            raise ContextLost("the SEV context was lost with the transit", LOST_HINT)
         _verify_registers(await move.move(monitor, process.pid, source_vm_fd, deadline=deadline))
         status = await adopt.adopt_status(monitor)
     if status.context != "none" and status.announced == "running" and not (status.ran or status.finished):

@@ -255,6 +255,7 @@ class TransitRecovery:
         """
         What a keeper would have done in the destination, as far as that is possible.
 
+        :raises ContextLost: the destination waits for a context that is in no transit any more.
         :raises RecoveryRequired: it does not run a guest with an SEV context.
         """
         paths = KeeperPaths(self._last_directory())
@@ -263,6 +264,8 @@ class TransitRecovery:
                 if monitor.peer == process.pid:
                     await transit_move.complete(monitor, process, None, 0.0)
                     await adopt.finish(monitor)
+        except transit_move.ContextLost:
+            raise
         except SevhopError as err:
             if self._record.context != "none":
                 raise RecoveryRequired(f"the guest is in the new QEMU (process {process.pid}): {err.message}") from err
@@ -312,12 +315,31 @@ class TransitRecovery:
         return keeper
 
     async def without_transit(self) -> RecoveredGuest:
-        """There is no transit any more."""
-        if not await self._active():
-            await self._remove_transit()
-            detail = f"it was in the transit, which has exited; {LOST_HINT}"
-            return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
-        return await self._finish()
+        """
+        There is no transit any more. A destination of a guest without an SEV context has run it, or has exited with the
+        keeper.
+        """
+        domain = await self._connection.domain_with(self._record.uuid)
+        if domain is not None and await domain.active():
+            if not await self._waits_for_lost_context(domain.living_pid()):
+                return await self._finish()
+            await domain.destroy()
+        await self._remove_transit()
+        detail = f"it was in the transit, which has exited; {LOST_HINT}"
+        return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
+
+    async def _waits_for_lost_context(self, pid: int | None) -> bool:
+        """:raises RecoveryRequired: it does not run its guest."""
+        if pid is None or not KeeperPaths(self._last_directory()).monitor.exists():
+            return False
+        process = QemuProcess.open(pid)
+        try:
+            await self._finish_there(process)
+        except transit_move.ContextLost:
+            return True
+        finally:
+            process.close()
+        return False
 
     async def _gone(self, reason: str) -> RecoveredGuest:
         """What is in the transit is outdated, and nothing else is left."""

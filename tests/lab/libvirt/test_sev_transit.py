@@ -23,7 +23,7 @@ from tests.support.guests.daemon import Daemon, Description, DomainGuest, kill
 from tests.support.guests.running import processes_of_domain, wait_until
 
 from ...libvirt import dying, intercepting
-from ...libvirt.transit_guest import KEEPER, SUPERVISOR, kill_keeper_and_supervisor
+from ...libvirt.transit_guest import kill_keeper_and_supervisor
 from ..contract.sev import POLICY_SEV_ES, contexts
 from .launch import launch_of
 
@@ -237,14 +237,30 @@ def test_recover_finds_the_context_without_keeper_and_supervisor(
     arguments = words(guest, emulators.NEW)
     command = daemon.start_command("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
     wait_until(files(daemon)[0].exists, LONG, "the moment comes")
-    for name in (SUPERVISOR, KEEPER):
-        (pid,) = daemon.named(name)
-        kill(pid)
+    kill_keeper_and_supervisor(daemon)
     ended(command)
     done = daemon.sevhop("recover", guest.name, *PATIENCE)
     assert (done.returncode, done.stdout) == (0, f"{guest.name}: runs in the new QEMU\n"), done
     runs_in(guest, emulators.NEW)
     assert contexts() == context
+
+
+@pytest.mark.faults
+def test_recover_ends_a_destination_whose_context_was_lost_with_the_transit(guest: DomainGuest, tmp_path: Path) -> None:
+    daemon, source = guest.daemon, guest.pid
+    environment = intercepting.environment(tmp_path, "moving", intercepting.WAIT)
+    arguments = words(guest, emulators.NEW)
+    command = daemon.start_command("env", environment, sys.executable, "-m", "sevhop.cli", *arguments)
+    wait_until(files(daemon)[0].exists, LONG, "the moment comes")
+    kill_keeper_and_supervisor(daemon)
+    ended(command)
+    for pid in processes_of_domain(guest.name):
+        assert pid != source
+        if pid != guest.pid:
+            kill(pid)
+    done = daemon.sevhop("recover", guest.name, *PATIENCE)
+    assert (done.returncode, "it was in the transit, which has exited" in done.stdout) == (5, True), done
+    assert guest.state == "shut off"
 
 
 def ended(command: subprocess.Popen[str]) -> None:
