@@ -17,7 +17,7 @@ from sevhop_qmp.errors import SevhopError
 from ..libvirt import hook, hook_server
 from ..records import journal, reboot_mark
 from ..records.run_directory import DOMAINS
-from . import apparmor, atomic_file, units, verification
+from . import apparmor, atomic_file, selinux, units, verification
 from .verification import HOOKS, SCRIPT
 
 _HERE = Path(__file__).resolve().parent.parent
@@ -28,8 +28,9 @@ def install() -> list[Path]:
     Write the script, the rules and the units, and have the daemon look for the script.
 
     :return: the files that are sevhop's or have lines of it.
-    :raises SevhopError: one of them cannot be written, or is not accepted.
+    :raises SevhopError: one of them cannot be written, or is not accepted; or libvirt may not run the script.
     """
+    selinux.verify_hook(HOOKS, verification.daemons().values())
     rules = apparmor.install()
     text = hook_script()
     # Not in the script's own directory: libvirt runs whatever is there.
