@@ -61,6 +61,8 @@ def test_guest_runs_while_libvirt_restarts(
     assert (report["status"], report["outcome"], report["notes"]) == (0, "done", []), report
     assert len(report["downtimes_ms"]) == 2
     assert report["downtime_ms"] == max(report["downtimes_ms"])
+    phases = [phase["name"] for phase in report["phases"]]
+    assert phases == list(dict.fromkeys(phases)), "each once"
     assert guest.pid == report["destination"]["pid"] != pid
     assert guest.state == "running"
     assert guest.emulator() == str(destination)

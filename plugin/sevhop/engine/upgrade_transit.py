@@ -34,6 +34,7 @@ from ..libvirt import domain_xml
 from ..options import HopOptions, UpgradeOptions
 from ..records import run_directory
 from ..records.hop_record import Process
+from ..report import Phase, Report
 from .retire import retire
 from .transaction import Transaction
 from .transit_blockers import unrestorable
@@ -118,7 +119,7 @@ async def enter_transit(hop: Transaction, checked: CheckedDomain, first: FirstHo
         hop.rollback.clear()
         raise
     finally:
-        hop.report.phases += report.phases
+        _add_phases(hop.report, report)
         hop.report.notes += report.notes
         hop.report.move = report.move
     if reason:
@@ -129,6 +130,14 @@ async def enter_transit(hop: Transaction, checked: CheckedDomain, first: FirstHo
     hop.commit(GuestState.IN_TRANSIT)
     _add_downtime(hop, report.downtime_ms)
     return True
+
+
+def _add_phases(upgrade: Report, hop: Report) -> None:
+    """Each once: the hop checks again what the upgrade has checked."""
+    took = {phase.name: phase.ms for phase in upgrade.phases}
+    for phase in hop.phases:
+        took[phase.name] = took.get(phase.name, 0.0) + phase.ms
+    upgrade.phases = [Phase(name, ms) for name, ms in took.items()]
 
 
 def _add_downtime(hop: Transaction, downtime: float | None) -> None:
