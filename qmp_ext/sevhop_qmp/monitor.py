@@ -111,6 +111,10 @@ class SourceMonitor(Commands, Protocol):
     async def has_events(self, listener: Events) -> bool:
         """See :meth:`Monitor.has_events`."""
 
+    @property
+    def misses_events(self) -> bool:
+        """Whether some may have been lost, since whoever passes them on was restarted."""
+
     def on_first_data(self, act: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
         """See :meth:`Monitor.on_first_data`."""
 
@@ -305,6 +309,11 @@ class Monitor(Commands):
         finally:
             event.cancel()
             hangup.cancel()
+
+    @property
+    def misses_events(self) -> bool:
+        """They come from QEMU itself."""
+        return False
 
     async def has_events(self, listener: Events) -> bool:
         """Whether a listener has collected any event, of all that QEMU has sent until now."""

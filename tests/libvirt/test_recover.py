@@ -6,11 +6,8 @@ After each the guest is checked: it runs, under its name, in one QEMU, and has l
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,33 +15,24 @@ from tests.support.faults import broken_upgrade
 from tests.support.faults.broken_upgrade import HELD, IN_THE_SOURCE, RUNNING
 from tests.support.faults.operator import Operator
 from tests.support.faults.table import Cell
-from tests.support.guests.build import ROOT
 from tests.support.guests.daemon import Daemon, kill
 from tests.support.guests.enclosure import GUESTS
 from tests.support.guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
+from . import breaking
+from .breaking import recover
 from .conftest import StartDomain
 from .lived import LivedInDomain
 
-PATH = "A domain of libvirt: `sevhop upgrade`"
+PATH = "A domain of libvirt: `sevhop upgrade --no-transit`"
 
 
 def break_off(
     daemon: Daemon, guest: LivedInDomain, emulator: Path, point: str, fault: str, operator: Operator | None = None
 ) -> int:
-    """Upgrade with a fault, and perhaps somebody who does something meanwhile; the exit status."""
-    program = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", broken_upgrade.__name__]
-    also = [str(operator)] if operator else []
-    return daemon.run(*program, guest.name, emulator, point, fault, *also).returncode
-
-
-def recover(daemon: Daemon) -> dict[str, Any]:
-    """Run ``sevhop recover``; what it prints, and its exit status."""
-    done = daemon.sevhop("recover", "--json")
-    assert done.stderr == "", done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer | {"status": done.returncode}
+    """Upgrade without a transit, with a fault, and perhaps somebody who does something meanwhile; the exit status."""
+    return breaking.break_off(broken_upgrade, daemon, guest, emulator, point, fault, operator)
 
 
 def note(
@@ -57,18 +45,8 @@ def note(
     *,
     defined: bool = True,
 ) -> None:
-    """
-    See that the guest runs and lost nothing, that nothing is left, and write that down.
-
-    :param defined: whether it will start there the next time, too.
-    """
-    assert guest.state == "running"
-    guest.see_unchanged()
-    verdict = guest.wait_for_ticks()
-    end = "source" if guest.emulator() == str(old) else "destination"
-    note_fault(PATH, point, fault, Cell.running(end, verdict))
-    assert (guest.emulator("--inactive") == guest.emulator()) == defined
-    assert daemon.left_over() == []
+    """See :func:`.breaking.note`."""
+    breaking.note(PATH, note_fault, daemon, guest, point, fault, old, defined=defined)
 
 
 @pytest.fixture

@@ -430,6 +430,8 @@ class SimulatedMonitor:
         finally:
             self._qemu.listeners.remove(listener)
 
+    misses_events = False
+
     async def has_events(self, listener: Listener) -> bool:
         await self._actor.gate()
         return not listener.empty()

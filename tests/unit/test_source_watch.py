@@ -31,6 +31,12 @@ class Source:
 
     def __init__(self) -> None:
         self.listener = EventListener()
+        self.misses_events = False
+        self.state = "paused"
+
+    async def execute(self, command: str) -> dict[str, object]:
+        assert command == "query-status"
+        return {"status": self.state, "running": self.state == "running"}
 
     async def has_events(self, listener: EventListener) -> bool:
         return not listener.empty()
@@ -134,3 +140,18 @@ async def test_paused_guest_is_not_resumed(source: Source, watch: SourceWatch) -
     watch.stopping()
     await watch.verify_stopped(was_running=False)
     assert not await watch.stopped_by_us()
+
+
+@pytest.mark.parametrize(("state", "ours"), [("paused", True), ("io-error", False), ("running", False)])
+@in_loop
+async def test_guest_is_resumed_by_its_state_if_events_were_lost(
+    state: str, ours: bool, source: Source, watch: SourceWatch
+) -> None:
+    """Otherwise it would stay stopped when libvirt is restarted in the downtime. But it does not hop."""
+    watch.stopping()
+    source.misses_events, source.state = True, state
+    assert await watch.stopped_by_us() == ours
+    with pytest.raises(SevhopError, match="libvirt was restarted"):
+        await watch.verify_stopped(was_running=True)
+    with pytest.raises(SevhopError, match="libvirt was restarted"):
+        await watch.verify_undisturbed()

@@ -16,7 +16,7 @@ from typing import Any, Self
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Events, SourceMonitor
 
-from .stopped_guest import resumed_by_another
+from .stopped_guest import STOPPED, resumed_by_another
 
 #: Events after which a guest is not what it was when it was checked, and their message.
 _CHANGES = {
@@ -73,7 +73,7 @@ class SourceWatch:
 
         :raises SevhopError: something has changed since the watch began.
         """
-        await self._collect()
+        await self._collect_all()
         for name in self._before:
             if reason := self._disturbance(name):
                 raise SevhopError(reason, "try again")
@@ -85,7 +85,7 @@ class SourceWatch:
         :param was_running: whether the hop has stopped it; otherwise it was paused all the time.
         :raises SevhopError: it runs, or something else has happened to it.
         """
-        await self._collect()
+        await self._collect_all()
         events = self._since if was_running else self._before + self._since
         if "RESUME" in events:
             raise resumed_by_another()
@@ -98,9 +98,24 @@ class SourceWatch:
             raise SevhopError("the guest was stopped by another client", "try again")
 
     async def stopped_by_us(self) -> bool:
-        """Whether our ``stop`` has stopped the guest, and nothing has happened after which it must not be resumed."""
+        """
+        Whether our ``stop`` has stopped the guest, and nothing has happened after which it must not be resumed. If
+        events were lost, the run state must do: what else stops a guest leaves it in another one.
+        """
         await self._collect()
-        return "STOP" in self._since and not any(name in _ENDS for name in self._before + self._since)
+        if any(name in _ENDS for name in self._before + self._since):
+            return False
+        if "STOP" in self._since or not self._monitor.misses_events:
+            return "STOP" in self._since
+        return (await self._monitor.execute("query-status"))["status"] in STOPPED
+
+    async def _collect_all(self) -> None:
+        """:raises SevhopError: some were lost."""
+        await self._collect()
+        if self._monitor.misses_events:
+            raise SevhopError(
+                "libvirt was restarted, and it is unknown what happened to the guest meanwhile", "try again"
+            )
 
     async def _collect(self) -> None:
         await self._monitor.has_events(self._listener)

@@ -44,7 +44,7 @@ from .upgrade_restore import define_emulator, end_hanging_destination, not_defin
 
 #: Seconds between two polls of the keeper.
 _POLL = 0.01
-#: Seconds until libvirt has given up a destination that has exited.
+#: Seconds until libvirt has given up a destination that has exited; more if a step may take more.
 _CLEAN_UP = 30.0
 
 
@@ -241,7 +241,7 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
     :raises SevhopError: it has failed, and the guest runs in the transit.
     """
     # A restore that somebody else has begun, or that has failed, is over before.
-    await _until_inactive(connection, transit.uuid, keeper)
+    await _until_inactive(connection, transit, keeper)
     failure: DomainError | None = None
     try:
         await connection.restore(str(keeper.image), timeout=transit.step_timeout)
@@ -273,14 +273,14 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
         await asyncio.sleep(_POLL)
 
 
-async def _until_inactive(connection: Connection, uuid: str, keeper: KeeperClient) -> None:
+async def _until_inactive(connection: Connection, transit: InTransit, keeper: KeeperClient) -> None:
     """
     Wait until the domain is off, or the keeper has finished.
 
     :raises SevhopError: it stays active.
     """
-    deadline = time.monotonic() + _CLEAN_UP
-    while TransitState((await keeper.status())["state"]) not in FINISHED and await _active(connection, uuid):
+    deadline = time.monotonic() + max(_CLEAN_UP, transit.step_timeout)
+    while TransitState((await keeper.status())["state"]) not in FINISHED and await _active(connection, transit.uuid):
         if time.monotonic() > deadline:
             raise SevhopError("the domain is still active in libvirt", "see virsh list")
         await asyncio.sleep(_POLL)

@@ -224,12 +224,7 @@ async def define(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient)
     """Give the persistent definition the new emulator, and release the keeper. Nothing here can hurt the guest."""
     connection, uuid = checked.connection, checked.domain.uuid
     try:
-        try:
-            note = await define_emulator(connection, uuid, checked.old, checked.new)
-        except DomainError:
-            if not await connection.reconnect():
-                raise
-            note = await define_emulator(connection, uuid, checked.old, checked.new)
+        note = await define_emulator(connection, uuid, checked.old, checked.new)
     except (SevhopError, domain_xml.DomainXmlError) as err:
         note = not_defined(checked.domain.name, err)
     if note:
@@ -250,8 +245,17 @@ async def define_emulator(connection: Connection, uuid: str, old: str, new: str)
     what somebody wants for the next start.
 
     :return: a note if it has another one; otherwise empty.
-    :raises DomainError: libvirt refuses.
+    :raises DomainError: libvirt refuses, also once more if the daemon was restarted meanwhile.
     """
+    try:
+        return await _define_emulator(connection, uuid, old, new)
+    except DomainError:
+        if not await connection.reconnect():
+            raise
+        return await _define_emulator(connection, uuid, old, new)
+
+
+async def _define_emulator(connection: Connection, uuid: str, old: str, new: str) -> str:
     domain = await connection.domain_with(uuid)
     if domain is None or not await domain.persistent():
         return ""

@@ -38,6 +38,7 @@ class DomainSourceMonitor(DomainMonitor):
         self._process = process
         self._events = events
         self._closed = False
+        self._misses_events = False
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -78,9 +79,16 @@ class DomainSourceMonitor(DomainMonitor):
 
     async def has_events(self, listener: Events) -> bool:
         """See :meth:`sevhop_qmp.monitor.Monitor.has_events`; of all that QEMU has sent before its last answer to us."""
-        with contextlib.suppress(SevhopError):  # a daemon that is restarted delivers no event any more
+        try:
             await self._events.delivered(self.timeout)
+        except SevhopError:
+            self._misses_events = True
         return not listener.empty()
+
+    @property
+    def misses_events(self) -> bool:
+        """See :class:`sevhop_qmp.monitor.SourceMonitor`: a daemon that is restarted delivers none any more."""
+        return self._misses_events
 
     @contextlib.contextmanager
     def on_first_data(self, act: Callable[[], None]) -> Iterator[None]:

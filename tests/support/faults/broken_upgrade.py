@@ -75,54 +75,71 @@ RUNNING = (
 )
 
 
-def main(name: str, emulator: str, point: str, kind: str, operator: str = "") -> int:
-    """Upgrade."""
-    keeper = 0
-    fault = Fault(
-        point,
-        kind,
-        {
-            "source": lambda: upgrade.report.source_pid,
-            "destination": lambda: upgrade.report.destination_pid,
-            "keeper": lambda: keeper,
-            "daemon": lambda: int(Path("/run/libvirtd.pid").read_text()),
-        },
-        Operator.parsed(operator).at if operator else lambda _: None,
-    )
-    upgrade = Upgrade(DEFAULT_URI, name, UpgradeOptions(emulator=emulator, transit=False), fault.heard)
+class Broken:
+    """
+    An upgrade with one fault. What it does with libvirt, the source and the keeper are actions.
 
-    async def execute(original: Original, monitor: DomainMonitor, command: str, *arguments: Any) -> Any:
-        return await fault.around(
+    :param destination: the pid of the QEMU that is being started.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: UpgradeOptions,
+        point: str,
+        kind: str,
+        operator: str,
+        destination: Callable[[Upgrade], int] = lambda upgrade: upgrade.report.destination_pid,
+    ) -> None:
+        self.keeper = 0
+        self.fault = Fault(
+            point,
+            kind,
+            {
+                "source": lambda: self.upgrade.report.source_pid,
+                "destination": lambda: destination(self.upgrade),
+                "keeper": lambda: self.keeper,
+                "daemon": lambda: int(Path("/run/libvirtd.pid").read_text()),
+            },
+            Operator.parsed(operator).at if operator else lambda _: None,
+        )
+        self.upgrade = Upgrade(DEFAULT_URI, name, options, self.fault.heard)
+        patched(DomainMonitor, "_execute", self._execute)
+        patched(libvirt_daemon, "call", self._call)
+        patched(KeeperClient, "_ask", self._ask)
+
+    async def _execute(self, original: Original, monitor: DomainMonitor, command: str, *arguments: Any) -> Any:
+        return await self.fault.around(
             f"monitor {command}",
             lambda: original(monitor, command, *arguments),
             CommandError(command, "refused for a test"),
             MonitorTimeout(f"QEMU did not answer {command}, for a test"),
         )
 
-    async def call(original: Original, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    async def _call(self, original: Original, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         # Whether the hook is called is verified by a restore, once for each daemon.
         probe = any("/probe-" in str(argument) for argument in arguments)
-        return await fault.around(
+        return await self.fault.around(
             "libvirt probe" if probe else f"libvirt {function.__name__}",
             lambda: original(function, *arguments, **options),
             DomainError("refused for a test"),
             DomainError("libvirt did not answer, for a test"),
         )
 
-    async def ask(original: Original, process: KeeperClient, request: str) -> Any:
-        nonlocal keeper
-        keeper = peer_credentials(process._control)[0]
-        return await fault.around(
+    async def _ask(self, original: Original, process: KeeperClient, request: str) -> Any:
+        self.keeper = peer_credentials(process._control)[0]
+        return await self.fault.around(
             f"keeper {request.split()[0]}",
             lambda: original(process, request),
             KeeperError("refused for a test"),
             KeeperError("the keeper did not answer, for a test"),
         )
 
-    patched(DomainMonitor, "_execute", execute)
-    patched(libvirt_daemon, "call", call)
-    patched(KeeperClient, "_ask", ask)
-    return run(upgrade)
+
+def main(name: str, emulator: str, point: str, kind: str, operator: str = "") -> int:
+    """Upgrade."""
+    options = UpgradeOptions(emulator=emulator, transit=False)
+    return run(Broken(name, options, point, kind, operator).upgrade)
 
 
 if __name__ == "__main__":

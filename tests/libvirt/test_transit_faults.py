@@ -1,0 +1,109 @@
+"""
+Upgrades by way of a transit that are interrupted at every step, and the result of ``sevhop recover``.
+
+After each the guest is checked: it runs, under its name, in one QEMU, and has lost nothing. The second hop is
+interrupted in test_transit_restore.py and test_transit_recover.py.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import broken_transit
+from tests.support.faults.broken_transit import IN_THE_SOURCE, IN_TRANSIT, KEPT, RESTORED, SAVED
+from tests.support.guests.daemon import Daemon
+from tests.support.guests.running import wait_until
+
+from ..conftest import NoteFault, some_of
+from . import breaking
+from .breaking import recover
+from .conftest import StartDomain
+from .lived import LivedInDomain
+
+PATH = "A domain of libvirt: `sevhop upgrade`"
+_ALL = (*IN_THE_SOURCE, *SAVED, *IN_TRANSIT, *RESTORED)
+
+
+@pytest.fixture
+def guest(daemon: Daemon, start: StartDomain, tmp_path: Path) -> LivedInDomain:
+    """A counting guest in the older QEMU, that has lived."""
+    return LivedInDomain.started(daemon, start, f"guest-{tmp_path.name[-20:]}")
+
+
+def break_off(daemon: Daemon, guest: LivedInDomain, emulator: Path, point: str, fault: str) -> int:
+    return breaking.break_off(broken_transit, daemon, guest, emulator, point, fault)
+
+
+def note(
+    note_fault: NoteFault, daemon: Daemon, guest: LivedInDomain, point: str, fault: str, old: Path, defined: bool = True
+) -> None:
+    wait_until(lambda: daemon.left_over() == [], 60, "the keeper exits")
+    breaking.note(PATH, note_fault, daemon, guest, point, fault, old, defined=defined)
+
+
+@pytest.mark.parametrize("point", some_of((*IN_THE_SOURCE, *SAVED)) + some_of((*IN_TRANSIT, *RESTORED)))
+def test_recover_finds_the_guest_after_command_killed(
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    assert break_off(daemon, guest, new, point, "command") in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    answer = recover(daemon)
+    assert answer["status"] == 0, answer
+    (one,) = answer["guests"]
+    assert one["result"] == ("source" if point in (*IN_THE_SOURCE, *SAVED) else "destination")
+    note(note_fault, daemon, guest, point, "command", old)
+    assert recover(daemon) == {"guests": [], "status": 0}
+
+
+@pytest.mark.parametrize("fault", ["daemon", "error", "silence"])
+@pytest.mark.parametrize("point", some_of([point for point in _ALL if "before" in point]))
+def test_guest_survives_failed_step(
+    point: str, fault: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    status = break_off(daemon, guest, new, point, fault)
+    if fault == "daemon":
+        daemon.wait_until_it_answers()
+    assert status in (0, 3, 4)
+    answer = recover(daemon)
+    assert answer["status"] == 0, answer
+    assert status == 4 or not answer["guests"]
+    # A definition that libvirt refuses is only reported.
+    refused = "defineXML" in point and fault != "daemon"
+    note(note_fault, daemon, guest, point, fault, old, defined=not refused)
+
+
+@pytest.mark.parametrize("point", some_of((*SAVED, *IN_TRANSIT, *RESTORED)))
+def test_upgrade_completes_if_source_is_killed_once_saved(
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    """The transit has all that it needs."""
+    status = break_off(daemon, guest, new, point, "source")
+    if status:
+        answer = recover(daemon)
+        assert (status, answer["status"]) == (4, 0), answer
+    note(note_fault, daemon, guest, point, "source", old)
+
+
+@pytest.mark.parametrize("point", some_of((*IN_THE_SOURCE[2:], *SAVED)))
+def test_guest_stays_in_source_if_transit_is_killed(
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    """Before it has the guest."""
+    pid = guest.pid
+    assert break_off(daemon, guest, new, point, "destination") == 3
+    assert guest.pid == pid
+    note(note_fault, daemon, guest, point, "destination", old)
+
+
+@pytest.mark.parametrize("point", some_of(KEPT))
+def test_upgrade_completes_if_keeper_is_killed(
+    point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
+) -> None:
+    """Its supervisor restarts it."""
+    status = break_off(daemon, guest, new, point, "keeper")
+    if status:
+        answer = recover(daemon)
+        assert (status, answer["status"]) == (4, 0), answer
+    note(note_fault, daemon, guest, point, "keeper", old)
