@@ -134,7 +134,7 @@ def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest
     assert daemon.left_over() == []
 
     daemon.install()
-    report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "60")
+    report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "300")
     assert report["outcome"] == "done", report["reason"]
     assert report["move"]["errno"] == 0
     assert guest.emulator() == str(new)
@@ -158,7 +158,7 @@ def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, sh
     assert confinement(old_pid) == expected
     assert uses_vhost(old_pid)
 
-    report = daemon.upgrade(shared.name, "--emulator", new, "--timeout", "120", "--prepare")
+    report = daemon.upgrade(shared.name, "--emulator", new, "--timeout", "300", "--prepare")
     assert (report["outcome"], report["in_transit"], report["notes"]) == ("prepared", True, []), report
     assert shared.state == "shut off"
     (label,) = copies(shared)
@@ -193,7 +193,7 @@ def test_copy_of_the_profile_is_removed_if_the_guest_stays(daemon: Daemon, share
         command.communicate(timeout=300)
         assert command.returncode == status
         if number == signal.SIGKILL:
-            done = daemon.sevhop("recover", "--timeout", "120")
+            done = daemon.sevhop("recover", "--timeout", "300")
             assert done.returncode == 0, done.stderr
         assert copies(shared) == []
         assert shared.pid == pid

@@ -34,7 +34,7 @@ KERNELS = {"test_sev_es_domain_changes_its_qemu": "6.1"}
 #: Starts a counting guest in a QEMU; keywords are fields of :class:`.daemon.Description`.
 StartEs = Callable[..., DomainGuest]
 #: Seconds for a step; everything is slow in the lab.
-PATIENCE = ("--timeout", "60")
+PATIENCE = ("--timeout", "300")
 #: The way of these tests; the other one is in test_sev_transit.py.
 WITHOUT = ("--no-transit",)
 

@@ -83,7 +83,7 @@ def test_linux_domain_changes_its_qemu_ten_times(
         downtimes = []
         for label in itertools.islice(itertools.cycle(labels), HOPS):
             emulator = emulators.emulator(label)
-            report = daemon.upgrade(guest.name, "--emulator", emulator, "--timeout", "120")
+            report = daemon.upgrade(guest.name, "--emulator", emulator, "--timeout", "300")
             assert report["outcome"] == "done", report
             assert (report["context"], report["move"]["errno"], report["notes"]) == (context, 0, [])
             downtimes.append(report["downtime_ms"])

@@ -30,9 +30,9 @@ from .launch import launch_of
 #: The kernel on which a kind of guest is tested: both sides are tested side by side.
 KERNELS = {"sev": "6.1", "sev-es": "6.12"}
 #: Seconds for a step; everything is slow in the lab.
-PATIENCE = ("--timeout", "60")
+PATIENCE = ("--timeout", "300")
 #: Seconds until a moment of an upgrade.
-LONG = 400
+LONG = 1200
 
 
 @pytest.fixture(scope="module")

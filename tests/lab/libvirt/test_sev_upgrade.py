@@ -26,7 +26,7 @@ KERNELS = {
 }
 #: Seconds for a step, since everything is slow in the lab; and the way of these tests. The other one is in
 #: test_sev_transit.py.
-WITHOUT = ("--timeout", "60", "--no-transit")
+WITHOUT = ("--timeout", "300", "--no-transit")
 
 
 @pytest.fixture

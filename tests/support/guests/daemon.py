@@ -24,7 +24,7 @@ from .release import Release, entered
 from .running import PATIENCE, GuestFailed, wait_ended, wait_until
 
 _PATIENCE = 60.0
-_TIMEOUT = 300
+_TIMEOUT = 1200
 _ENCLOSURE = Path(__file__).with_name("enclosure.py")
 
 
