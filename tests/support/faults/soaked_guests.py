@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from sevhop.records import journal
 from sevhop.records.run_directory import RUN
@@ -27,7 +27,7 @@ from tests.support.guests.life import Life, lived_in
 from tests.support.guests.machine import Machine
 from tests.support.guests.running import Guest, processes_of, processes_of_domain, wait_until
 
-from . import broken_hop, broken_upgrade
+from . import broken_hop, broken_transit, broken_upgrade
 from .operator import Kind, Operator
 
 Done: TypeAlias = subprocess.CompletedProcess[str]
@@ -176,11 +176,12 @@ class Standalone(SoakedGuest):
 
 
 class Domain(SoakedGuest):
-    """A domain of a libvirt daemon that has no other."""
+    """A domain of a libvirt daemon that has no other. It is upgraded by way of a transit."""
 
     kind: Kind = "domain"
-    others_change = broken_upgrade.OTHERS_CHANGE
-    others_continue = broken_upgrade.OTHERS_CHANGE
+    others_change: tuple[str, ...] = broken_transit.OTHERS_CHANGE
+    others_continue: tuple[str, ...] = broken_transit.OTHERS_CHANGE
+    _program = broken_transit
 
     def __init__(self, guest: DomainGuest, choices: Random) -> None:
         self._guest = guest
@@ -194,7 +195,7 @@ class Domain(SoakedGuest):
 
     @classmethod
     @contextmanager
-    def start(cls, emulator: Path, choices: Random) -> Iterator[Domain]:
+    def start(cls, emulator: Path, choices: Random) -> Iterator[Self]:
         """Start a daemon and a domain in it."""
         with Daemon.installed() as daemon:
             images = linux.images()
@@ -206,19 +207,20 @@ class Domain(SoakedGuest):
     @staticmethod
     def faults() -> list[tuple[str, str]]:
         """See :class:`SoakedGuest`."""
-        held = (*broken_upgrade.IN_THE_SOURCE, *broken_upgrade.HELD)
-        saved = (*broken_upgrade.HELD, *broken_upgrade.RUNNING)
-        points = (*broken_upgrade.IN_THE_SOURCE, *saved)
+        before = (*broken_transit.IN_THE_SOURCE, *broken_transit.SAVED)
+        after = (*broken_transit.IN_TRANSIT, *broken_transit.RESTORED)
+        points = (*before, *after)
         return [
             *((point, "command") for point in points),
-            *((point, "keeper") for point in held[1:]),
-            *((point, "source") for point in saved),
+            *((point, "destination") for point in before[2:]),
+            *((point, "source") for point in (*broken_transit.SAVED, *after)),
+            *((point, "keeper") for point in broken_transit.KEPT),
             *_refusals(points, "daemon", "error", "silence"),
         ]
 
     def hop(self, emulator: Path, point: str, fault: str, operator: Operator | None) -> Done:
         """See :class:`SoakedGuest`."""
-        program = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", broken_upgrade.__name__]
+        program = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", self._program.__name__]
         also = [str(operator)] if operator else []
         done = self._guest.daemon.run(*program, self._guest.name, emulator, point, fault, *also)
         if fault == "daemon":
@@ -264,6 +266,27 @@ class Domain(SoakedGuest):
     def daemon(self) -> int | None:
         """See :class:`SoakedGuest`."""
         return self._guest.daemon.pid_of_libvirtd
+
+
+class DomainWithoutTransit(Domain):
+    """A domain that is upgraded without a transit."""
+
+    others_change = broken_upgrade.OTHERS_CHANGE
+    others_continue = broken_upgrade.OTHERS_CHANGE
+    _program = broken_upgrade
+
+    @staticmethod
+    def faults() -> list[tuple[str, str]]:
+        """See :class:`SoakedGuest`."""
+        held = (*broken_upgrade.IN_THE_SOURCE, *broken_upgrade.HELD)
+        saved = (*broken_upgrade.HELD, *broken_upgrade.RUNNING)
+        points = (*broken_upgrade.IN_THE_SOURCE, *saved)
+        return [
+            *((point, "command") for point in points),
+            *((point, "keeper") for point in held[1:]),
+            *((point, "source") for point in saved),
+            *_refusals(points, "daemon", "error", "silence"),
+        ]
 
 
 def _refusals(points: tuple[str, ...], *faults: str) -> list[tuple[str, str]]:

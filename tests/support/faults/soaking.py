@@ -37,7 +37,7 @@ from tests.support.guests.running import GuestFailed, wait_until
 
 from .fault import kill
 from .operator import Operator
-from .soaked_guests import Domain, SoakedGuest, Standalone
+from .soaked_guests import Domain, DomainWithoutTransit, SoakedGuest, Standalone
 
 #: Ticks that the guest must count on after each hop.
 _TICKS = 2
@@ -303,17 +303,21 @@ def _kib(pid: int) -> int:
 
 
 def soak(soaked: Soaked, hops: int, minutes: float, share: float, life: float) -> None:
-    """Hop until there have been so many, or so many minutes are over, or something went wrong."""
+    """
+    Hop until there have been so many, or so many minutes are over, or something went wrong.
+
+    :param share: see :class:`Soak`; ``life`` as well.
+    """
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     began = time.monotonic()
     shm = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="sevhop-soak-") as scratch:
         starting: AbstractContextManager[SoakedGuest]
         choices = random.Random(soaked.seed)
-        if soaked.path == "libvirt":
-            starting = Domain.start(old, choices)
-        else:
+        if soaked.path == "standalone":
             starting = Standalone.start(Path(scratch, "guest"), old, choices)
+        else:
+            starting = {"libvirt": Domain, "no-transit": DomainWithoutTransit}[soaked.path].start(old, choices)
         with starting as guest:
             guest.wait_for_ticks(_TICKS)
             run = Soak(soaked, guest, choices, Path(scratch), share=share, life=life, old=old, new=new)
@@ -343,9 +347,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), metavar="S", help="of all choices")
     parser.add_argument(
         "--path",
-        choices=("standalone", "libvirt"),
+        choices=("standalone", "libvirt", "no-transit"),
         default="standalone",
-        help="without libvirt, or of a domain (default: %(default)s)",
+        help="without libvirt, or upgrades of a domain; those without a transit (default: %(default)s)",
     )
     parser.add_argument(
         "--faults", type=float, default=0.5, metavar="SHARE", help="of hops that get a fault (default: %(default)s)"
