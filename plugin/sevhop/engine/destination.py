@@ -16,7 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -165,7 +165,7 @@ class Destination:
         *,
         timeout: float = HopOptions.start_timeout,
         command_timeout: float = COMMAND_TIMEOUT,
-        started: Callable[[QemuProcess, Path], None] = lambda process, directory: None,
+        started: Callable[[QemuProcess, Path], Awaitable[None]] | None = None,
         directory: Path | None = None,
         within: Sequence[str] = (),
         keep: Sequence[int] = (),
@@ -178,7 +178,7 @@ class Destination:
         :param arguments: its command line without the program; what makes a destination of it is added here.
         :param timeout: seconds until its monitor must answer.
         :param command_timeout: seconds for each command afterwards.
-        :param started: called as soon as the process exists, with it and the directory of its monitor.
+        :param started: awaited as soon as the process exists, with it and the directory of its monitor.
         :param directory: created for its monitor; by default one with a random name.
         :param within: command prefix: a program that executes QEMU in other namespaces.
         :param keep: descriptors that it inherits.
@@ -218,7 +218,8 @@ class Destination:
             listener.close()
         self = cls(QemuProcess.open(child.pid), directory, child, log)
         try:
-            started(self.process, directory)
+            if started is not None:
+                await started(self.process, directory)
             if launch_context.identity is None:
                 _place(child.pid, launch_context)
             # QEMU serves its monitors when it has created the machine.

@@ -87,10 +87,11 @@ async def start_destination(
 
     cgroups = acquired.launch_context.cgroups
 
-    def record_destination(process: QemuProcess, directory: Path) -> None:
+    async def record_destination(process: QemuProcess, directory: Path) -> None:
         hop.record(destination=Process.of(process), directory=str(directory))
         if cgroups is not None:
-            for text in cgroups.enter(process.pid):
+            # In a thread: it waits for systemd, and the guest of another hop may be stopped meanwhile.
+            for text in await shielded(asyncio.to_thread(cgroups.enter, process.pid)):
                 hop.note(text)
 
     destination = await Destination.start(
