@@ -22,7 +22,6 @@ from sevhop.engine.retire import retire
 from sevhop.engine.transit_hop import TransitHop, TransitSource
 from sevhop.engine.transit_restore import InTransit, recorded, restore_from_transit, take_into_keeper
 from sevhop.errors import HopError
-from sevhop.guest import runtime_settings, saved_settings
 from sevhop.keeper.client import KeeperClient
 from sevhop.libvirt import domain_xml
 from sevhop.libvirt.connection import Connection
@@ -59,7 +58,6 @@ async def enter(name: str, emulator: str, timeout: float) -> dict[str, object]:
         subject = TransitSource(
             connection, domain, examined.process, examined.disks, examined.xml, emulator, examined.flag
         )
-        settings = await runtime_settings.read(examined.monitor, examined.process)
         displays = domain_xml.ports(await domain.live_xml())
         hop = TransitHop(subject, HopOptions(), recorder=lambda **fields: journal.write(recorded(fields)))
         report = await hop.run()
@@ -78,11 +76,11 @@ async def enter(name: str, emulator: str, timeout: float) -> dict[str, object]:
             monitor=directory / MONITOR,
             directory=directory,
             cgroups=transit.cgroups,
+            settings=hop.settings,
             displays=displays,
             step_timeout=timeout,
         )
         held = await take_into_keeper(there)
-        saved_settings.save(held.directory, settings, None)
         await retire(domain, examined.process, timeout)
         fields = {
             "uri": there.uri,

@@ -14,7 +14,9 @@ import pytest
 
 from tests.support.faults import broken_transit
 from tests.support.faults.broken_transit import IN_THE_SOURCE, IN_TRANSIT, KEPT, RESTORED, SAVED
+from tests.support.faults.operator import Operator
 from tests.support.guests.daemon import Daemon
+from tests.support.guests.enclosure import GUESTS
 from tests.support.guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
@@ -72,6 +74,37 @@ def test_guest_survives_failed_step(
     # A definition that libvirt refuses is only reported.
     refused = "defineXML" in point and fault != "daemon"
     note(note_fault, daemon, guest, point, fault, old, defined=not refused)
+
+
+@pytest.mark.parametrize(
+    ("point", "fault"), [("phase finish", "command"), ("phase keep", "command"), ("before keeper status 0", "silence")]
+)
+def test_setting_that_libvirt_does_not_know_survives(
+    point: str, fault: str, daemon: Daemon, guest: LivedInDomain, new: Path
+) -> None:
+    """Whoever finishes the upgrade."""
+    limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0)
+    guest.monitor("block_set_io_throttle", id="/machine/peripheral/virtio-disk0/virtio-backend", iops=123456, **limits)
+    guest.remember()
+    break_off(daemon, guest, new, point, fault)
+    answer = recover(daemon)
+    assert answer["status"] == 0, answer
+    assert guest.emulator() == str(new)
+    guest.see_unchanged()
+
+
+@pytest.mark.parametrize("point", ["phase acquire", "phase prepare"])
+def test_domain_that_is_changed_while_the_transit_starts_stays_in_source(
+    point: str, daemon: Daemon, guest: LivedInDomain, new: Path, tmp_path: Path
+) -> None:
+    """The destination would be started from what libvirt knew before."""
+    pid, answer = guest.pid, f"{GUESTS}/{guest.name}.answer"
+    operator = Operator(point, "throttle", 1, "domain", guest.name, answer)
+    assert breaking.break_off(broken_transit, daemon, guest, new, "phase check", "none", operator) == 3
+    assert guest.pid == pid
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    (iops,) = (value for name, value in guest.life.facts().items() if name == "throttle virtio-disk0")
+    assert f"<total_iops_sec>{iops}</total_iops_sec>" in daemon.virsh("dumpxml", guest.name)
 
 
 @pytest.mark.parametrize("point", some_of((*SAVED, *IN_TRANSIT, *RESTORED)))

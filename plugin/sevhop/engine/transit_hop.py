@@ -31,8 +31,7 @@ from ..cancellation import shielded
 from ..disks.block_graph import BlockGraph
 from ..errors import RecoveryRequired, Refused
 from ..events import Listener, ignore
-from ..guest import command_line, inspection, reboot
-from ..guest.runtime_settings import Settings
+from ..guest import command_line, inspection, reboot, saved_settings
 from ..keeper.handover import SourceHandles
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
@@ -94,7 +93,7 @@ class TransitHop(HopPhases):
         :class:`sevhop.records.hop_record.HopRecord`. The guest may be stopped (``downtime.running``): then it must not
         wait for the disk.
     :ivar transit: has the guest, when :meth:`run` has returned. Its monitor stays connected.
-    :ivar settings: run-time settings that the guest had in the source, by then.
+    :ivar settings: run-time settings that the guest had in the source; see :mod:`sevhop.guest.saved_settings`.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class TransitHop(HopPhases):
         super().__init__(subject.domain.name, options, listener)
         self.report.kind = "domain"
         self.transit: Transit | None = None
-        self.settings: Settings | None = None
+        self.settings = ""
         self._subject = subject
         self._recorder = recorder
         self._environment: dict[str, str] = {}
@@ -227,8 +226,16 @@ class TransitHop(HopPhases):
         return cgroups
 
     async def prepare_destination(self, checked: Checked, acquired: Acquired) -> Prepared:
-        """Start the transit, and compare it with the source."""
+        """
+        Start the transit, and compare it with the source.
+
+        :raises SevhopError: another client has changed the domain meanwhile.
+        """
         prepared = await super().prepare_destination(checked, acquired)
+        self.settings = saved_settings.dump(reboot.settings_after_hop(checked.guest, prepared.settings), None)
+        self.record(settings=self.settings)
+        if domain_xml.without_additions(await self._subject.domain.xml()) != self._subject.xml:
+            raise SevhopError("another client has changed the domain", "try again")
         if reboot.stops(checked.guest) and (note := await leave_reboot_mark(prepared.started.destination)):
             self.note(note)
         return prepared
@@ -260,7 +267,6 @@ class TransitHop(HopPhases):
         """
         destination = started.destination
         cgroups, profile = acquired.launch_context.cgroups, acquired.launch_context.profile
-        self.settings = prepared.settings
         self.transit = Transit(
             destination,
             prepared.guest,

@@ -28,7 +28,6 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..errors import LOST_HINT, GuestLost, RecoveryRequired
-from ..guest import saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperConfig, KeeperError
 from ..keeper.paths import KeeperPaths
@@ -165,6 +164,7 @@ class TransitRecovery:
             Path(record.transit_directory),
             tuple(record.cgroups),
             record.apparmor_profile,
+            record.settings,
             step_timeout=max(self._timeout, KeeperConfig.step_timeout),
         )
 
@@ -305,14 +305,7 @@ class TransitRecovery:
                 protected_state.restore(self._process, status.protected_state_offset)
             await resume_source(monitor, running=self._record.running)
             await adopt.finish(monitor)  # a command that was killed right after the commit has not
-        settings = b""
-        with contextlib.suppress(OSError):
-            settings = saved_settings.path_in(self._last_directory()).read_bytes()
-        keeper = await take_into_keeper(transit)  # it removes what the last one has left
-        if settings:
-            with contextlib.suppress(OSError):
-                saved_settings.path_in(keeper.directory).write_bytes(settings)
-        return keeper
+        return await take_into_keeper(transit)  # it removes what the last one has left
 
     async def without_transit(self) -> RecoveredGuest:
         """

@@ -62,6 +62,7 @@ class InTransit:
     :ivar directory: its own, which is removed with it.
     :ivar cgroups: directories of the cgroups that were made for it.
     :ivar apparmor_profile: name of the profile that was loaded for it; empty without one.
+    :ivar settings: made at run time; see :mod:`sevhop.guest.saved_settings`.
     :ivar displays: the ports that libvirt had chosen for the displays.
     :ivar step_timeout: seconds for each step of the hop, and for libvirt to accept the destination.
     :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
@@ -78,6 +79,7 @@ class InTransit:
     directory: Path
     cgroups: tuple[str, ...] = ()
     apparmor_profile: str = ""
+    settings: str = ""
     displays: Sequence[dict[str, str]] = ()
     step_timeout: float = KeeperConfig.step_timeout
     move_deadline: float = KeeperConfig.move_deadline
@@ -131,6 +133,7 @@ async def take_into_keeper(transit: InTransit) -> KeeperClient:
             described.on_poweroff,
             described.on_reboot,
             described.on_crash,
+            transit.settings,
         ),
     )
     keeper = await KeeperClient.start(config)

@@ -27,7 +27,6 @@ from sevhop_qmp.process import QemuProcess
 
 from ..errors import GuestState, RecoveryRequired, Refused
 from ..events import Event, HopFinished, Listener
-from ..guest import reboot, saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.paths import KeeperPaths
 from ..libvirt import domain_xml
@@ -155,7 +154,7 @@ async def keep(
 
     :raises SevhopError: it cannot; the guest runs in the transit.
     """
-    there, settings = first.hop.transit, first.hop.settings
+    there = first.hop.transit
     assert there is not None
     process = QemuProcess.open(there.process.pid)
     hop.resources.callback(process.close)
@@ -163,13 +162,15 @@ async def keep(
     await there.leave()
     with contextlib.suppress(SevhopError):  # the daemon may have been restarted
         await checked.domain.reconnect()
-    displays = domain_xml.ports(await checked.domain.live_xml())
     domain = checked.domain
+    displays = domain_xml.ports(await domain.live_xml())
+    xml = await _latest_xml(checked)
+    hop.record(xml=xml)
     transit = InTransit(
         checked.connection.uri,
         domain.name,
         domain.uuid,
-        checked.xml,
+        xml,
         back.emulator,
         checked.new,
         process,
@@ -177,6 +178,7 @@ async def keep(
         directory,
         there.cgroups,
         there.apparmor_profile,
+        first.hop.settings,
         displays,
         options.step_timeout,
         options.move_deadline,
@@ -184,9 +186,13 @@ async def keep(
     keeper = await take_into_keeper(transit)
     hop.resources.callback(keeper.close)
     hop.record(directory=str(keeper.directory), transit=Process.of(process))
-    if settings is not None:
-        saved_settings.save(keeper.directory, reboot.settings_after_hop(checked.guest, settings), None)
     return KeptDomain(transit, keeper)
+
+
+async def _latest_xml(checked: CheckedDomain) -> str:
+    """The domain as it ran: others may have changed it until now. If it is off, libvirt knows only its definition."""
+    xml = domain_xml.without_additions(await checked.domain.xml())
+    return xml if await checked.domain.active() else checked.xml
 
 
 async def leave_libvirt(options: UpgradeOptions, checked: CheckedDomain) -> None:

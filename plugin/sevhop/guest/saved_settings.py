@@ -7,6 +7,7 @@ the keeper's directory before (:func:`save`), set before the guest runs as far a
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,9 +30,25 @@ def save(directory: Path, ours: Settings, cpu: cpu_features.FeatureWords | None)
     :param cpu: the guest's CPUID features, if the destination is to be compared with them before it runs.
     :raises SevhopError: they cannot be saved.
     """
+    write(directory, dump(ours, cpu))
+
+
+def dump(ours: Settings, cpu: cpu_features.FeatureWords | None) -> str:
+    """The settings as :func:`write` takes them."""
+    return json.dumps({"settings": asdict(ours), "cpu": cpu})
+
+
+def write(directory: Path, text: str) -> None:
+    """
+    Save what :func:`dump` has made of settings.
+
+    :param directory: of the keeper.
+    :raises SevhopError: it cannot be saved.
+    """
     path = path_in(directory)
     try:
-        path.write_text(json.dumps({"settings": asdict(ours), "cpu": cpu}))
+        with open(path, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(text)
     except OSError as err:
         raise SevhopError(
             f"cannot save the settings of the guest in {path}: {err.strerror}", "make room in /run, and try again"

@@ -36,6 +36,7 @@ class TransitConfig:
     :ivar cgroups: directories of the cgroups that were made for it, removed as well.
     :ivar apparmor_profile: name of the profile that was loaded for it, likewise; empty without one.
     :ivar on_poweroff, on_reboot, on_crash: of the domain; empty where its XML has none.
+    :ivar settings: made at run time, for the destination; see :mod:`sevhop.guest.saved_settings`.
     """
 
     monitor: str
@@ -45,6 +46,7 @@ class TransitConfig:
     on_poweroff: str = ""
     on_reboot: str = ""
     on_crash: str = ""
+    settings: str = ""
 
 
 @dataclass(frozen=True)

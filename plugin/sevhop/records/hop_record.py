@@ -86,6 +86,7 @@ class HopRecord:
     :ivar oom_score_adj: standalone, and of the transit: the source's, which the destination gets when it has the guest.
     :ivar guest_paths: standalone: paths that must lead to the destination after the hop; see
         :mod:`sevhop.engine.guest_paths`.
+    :ivar settings: made at run time, of a guest that hops into a transit; see :mod:`sevhop.guest.saved_settings`.
     :ivar cgroups: directories of those that were made for a transit; see :mod:`sevhop.process.machine_cgroup`.
     :ivar apparmor_profile: name of the one that was loaded for a transit; see :mod:`sevhop.process.apparmor_profile`.
     """
@@ -117,6 +118,7 @@ class HopRecord:
     broken: str = ""
     guest_paths: dict[str, Any] = field(default_factory=dict)
     oom_score_adj: int = 0
+    settings: str = ""
     cgroups: list[str] = field(default_factory=list)
     apparmor_profile: str = ""
     version: int = VERSION

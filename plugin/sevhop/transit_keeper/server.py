@@ -21,6 +21,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..engine.transit import remove_confinement
+from ..guest import saved_settings
 from ..keeper.clients import Clients
 from ..keeper.config import KeeperConfig
 from ..keeper.fdstore import FdStore
@@ -50,6 +51,8 @@ class TransitServer:
 
     def __init__(self, config: KeeperConfig, paths: KeeperPaths, handles: SourceHandles) -> None:
         assert config.transit is not None
+        if config.transit.settings:
+            saved_settings.write(paths.directory, config.transit.settings)
         self._config = config
         self._transit = config.transit
         self._paths = paths
