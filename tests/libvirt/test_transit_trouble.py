@@ -94,7 +94,7 @@ HOOKS = {
     "prints": ("echo '<domain/>'; echo hello >&2", ""),
     "hangs": (f"while [ -e {MARK} ]; do sleep 0.1; done", SILENT),
     "leaves a process": (f"(while [ -e {MARK} ]; do sleep 0.1; done) &", SILENT),
-    "calls libvirt": ("timeout 60 virsh domstate $1", SILENT),
+    "calls libvirt": ("timeout 20 virsh domstate $1", SILENT),
 }
 
 

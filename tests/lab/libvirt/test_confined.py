@@ -179,6 +179,7 @@ def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, sh
     assert denials(daemon, label) <= denials(daemon, expected)
 
 
+@pytest.mark.faults
 def test_copy_of_the_profile_is_removed_if_the_guest_stays(daemon: Daemon, shared: DomainGuest) -> None:
     """By an upgrade that is interrupted, and by `sevhop recover` after one that was killed."""
     new, pid = emulators.emulator(emulators.NEW), shared.pid

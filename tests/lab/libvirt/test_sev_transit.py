@@ -35,6 +35,12 @@ PATIENCE = ("--timeout", "300")
 LONG = 1200
 
 
+#: What is tested with both kinds takes long.
+MOSTLY_SEV_ES = pytest.mark.parametrize(
+    "guest", ["sev-es", pytest.param("sev", marks=pytest.mark.faults)], indirect=True
+)
+
+
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
     """A daemon, with sevhop's hook. Starting it and having it probe two QEMUs takes minutes in emulation."""
@@ -126,6 +132,7 @@ def test_guest_changes_its_qemu_by_way_of_a_transit(guest: DomainGuest) -> None:
         assert launch_of(guest) == before
 
 
+@MOSTLY_SEV_ES
 def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(guest: DomainGuest) -> None:
     """The transit may lock as much memory as the domain's QEMU could."""
     limit, context = locked(guest.pid), contexts()
@@ -149,6 +156,7 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(guest: 
     wait_until(lambda: guest.state == "running", LONG, "it runs")
 
 
+@MOSTLY_SEV_ES
 def test_paused_guest_stays_paused_in_both_hops(guest: DomainGuest) -> None:
     """It is the destination's with the move, without having run there."""
     context = contexts()
