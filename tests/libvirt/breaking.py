@@ -46,6 +46,23 @@ def recover(daemon: Daemon) -> dict[str, Any]:
     return answer | {"status": done.returncode}
 
 
+def recover_from_failed_step(daemon: Daemon, status: int, point: str, fault: str) -> bool:
+    """
+    An upgrade in which libvirtd was killed, or a step was refused or not answered: recover, if there is anything to do.
+
+    :param status: exit status of the upgrade.
+    :return: whether the guest will start in the same emulator the next time.
+    """
+    if fault == "daemon":
+        daemon.wait_until_it_answers()
+    assert status in (0, 3, 4)
+    answer = recover(daemon)
+    assert answer["status"] == 0, answer
+    assert status == 4 or not answer["guests"]
+    # A definition that libvirt refuses is only reported.
+    return not ("defineXML" in point and fault != "daemon")
+
+
 def note(
     path: str,
     note_fault: NoteFault,

@@ -21,7 +21,7 @@ from tests.support.guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
 from . import breaking
-from .breaking import recover
+from .breaking import recover, recover_from_failed_step
 from .conftest import StartDomain
 from .lived import LivedInDomain
 
@@ -74,15 +74,8 @@ def test_guest_survives_failed_step(
     point: str, fault: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     status = break_off(daemon, guest, new, point, fault)
-    if fault == "daemon":
-        daemon.wait_until_it_answers()
-    assert status in (0, 3, 4)
-    answer = recover(daemon)
-    assert answer["status"] == 0, answer
-    assert status == 4 or not answer["guests"]
-    # A definition that libvirt refuses is only reported.
-    refused = "defineXML" in point and fault != "daemon"
-    note(note_fault, daemon, guest, point, fault, old, defined=not refused)
+    defined = recover_from_failed_step(daemon, status, point, fault)
+    note(note_fault, daemon, guest, point, fault, old, defined=defined)
 
 
 @pytest.mark.parametrize("point", some_of((*HELD, *RUNNING)))

@@ -105,9 +105,9 @@ class SourceWatch:
         await self._collect()
         if any(name in _ENDS for name in self._before + self._since):
             return False
-        if "STOP" in self._since or not self._monitor.misses_events:
-            return "STOP" in self._since
-        return (await self._monitor.execute("query-status"))["status"] in STOPPED
+        if "STOP" in self._since:
+            return True
+        return self._monitor.misses_events and (await self._monitor.execute("query-status"))["status"] in STOPPED
 
     async def _collect_all(self) -> None:
         """:raises SevhopError: some were lost."""
