@@ -25,6 +25,7 @@ NOT_RUN: dict[str, str] = {
     "tools/test": _ALL_OF_IT,
     'tools/test tests/qemu/test_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
     'tools/test tests/qemu/test_sev_es_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
+    'tools/test tests/libvirt/test_transit_faults.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
     'tools/test tests/libvirt/test_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
     'tools/test tests/lab/qemu/test_sev_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
     'tools/test tests/lab/qemu/test_sev_es_recover.py -m "faults or not faults" --fault-table FILE': _ALL_OF_IT,
