@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def test_guest_runs_in_the_transit_while_another_hook_hangs(daemon: Daemon, star
     guest = start()
     guest.wait_for_ticks()
     with other_hook_hangs(daemon):
+        began = time.monotonic()
         report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "5")
+        assert time.monotonic() - began < 30, "two steps, and not what libvirt needs"
         assert (report["status"], report["guest_state"]) == (4, "running in the transit"), report
         guest.wait_for_ticks()
     assert "runs in the transit" in daemon.sevhop("status").stdout

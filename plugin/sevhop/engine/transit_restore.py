@@ -44,7 +44,8 @@ from .upgrade_restore import define_emulator, end_hanging_destination, not_defin
 
 #: Seconds between two polls of the keeper.
 _POLL = 0.01
-#: Seconds until libvirt has given up a destination that has exited; more if a step may take more.
+#: Seconds until libvirt has given up what others have begun, such as a destination that has exited; more if a step may
+#: take more.
 _CLEAN_UP = 30.0
 
 
@@ -189,6 +190,7 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
     :raises RecoveryRequired: the guest still runs in the transit.
     """
     failures: list[str] = []
+    patience = max(_CLEAN_UP, transit.step_timeout)
     for emulator in dict.fromkeys((transit.new, transit.old)):
         try:
             status = await keeper.status()
@@ -197,11 +199,13 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
                 failures.clear()
             else:
                 await keeper.use(emulator)
-                status = await _restore(connection, transit, keeper)
+                status = await _restore(connection, transit, keeper, patience)
         except GuestLost:
             raise
         except SevhopError as err:
             failures.append(f"{emulator}: {err.message}")
+            # A libvirt that is busy with the first attempt, because a hook does not return, has no time for another.
+            patience = transit.step_timeout
         else:
             notes = await complete(connection, transit.name, transit.uuid, transit.old, keeper)
             return Restored(emulator, "; ".join(failures), status, [*filter(None, [status["note"]]), *notes])
@@ -236,15 +240,16 @@ async def complete(connection: Connection, name: str, uuid: str, old: str, keepe
     return list(filter(None, notes))
 
 
-async def _restore(connection: Connection, transit: InTransit, keeper: KeeperClient) -> dict[str, Any]:
+async def _restore(connection: Connection, transit: InTransit, keeper: KeeperClient, patience: float) -> dict[str, Any]:
     """
     One attempt.
 
+    :param patience: seconds until a restore that was begun before must be over.
     :return: the keeper's status afterwards.
     :raises SevhopError: it has failed, and the guest runs in the transit.
     """
     # A restore that somebody else has begun, or that has failed, is over before.
-    await _until_inactive(connection, transit, keeper)
+    await _until_inactive(connection, transit, keeper, patience)
     failure: DomainError | None = None
     try:
         await connection.restore(str(keeper.image), timeout=transit.step_timeout)
@@ -276,13 +281,13 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
         await asyncio.sleep(_POLL)
 
 
-async def _until_inactive(connection: Connection, transit: InTransit, keeper: KeeperClient) -> None:
+async def _until_inactive(connection: Connection, transit: InTransit, keeper: KeeperClient, patience: float) -> None:
     """
     Wait until the domain is off, or the keeper has finished.
 
     :raises SevhopError: it stays active.
     """
-    deadline = time.monotonic() + max(_CLEAN_UP, transit.step_timeout)
+    deadline = time.monotonic() + patience
     while TransitState((await keeper.status())["state"]) not in FINISHED and await _active(connection, transit.uuid):
         if time.monotonic() > deadline:
             raise SevhopError("the domain is still active in libvirt", "see virsh list")

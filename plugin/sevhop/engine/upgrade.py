@@ -89,6 +89,8 @@ class Upgrade(Transaction):
                 return False
         finally:
             self._first = None
+        # The guest runs. What libvirt does not do within a step is left to a later attempt.
+        checked.connection.timeout = min(checked.connection.timeout, options.step_timeout)
         kept = await self.run_phase("keep", upgrade_transit.keep(self, options, checked, back, first))
         await self.run_phase("retire", upgrade_transit.leave_libvirt(options, checked))
         if options.prepare_only:
