@@ -79,6 +79,21 @@ class OpenFiles(ProcDirectory):
     def _among(self, names: Iterable[str]) -> set[Identity]:
         return {found for name in names if (found := self._identity(name)) is not None}
 
+    def writable(self, identity: Identity) -> bool:
+        """Whether the process has a descriptor now with which it can write to a file; also if it has exited."""
+        try:
+            names = self._list()
+        except ProcessError:
+            return True
+        return any(self._identity(name) == identity and self._writes(name) for name in names)
+
+    def _writes(self, name: str) -> bool:
+        try:
+            # The permissions of the link are those of the descriptor (proc(5)).
+            return bool(os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_mode & stat.S_IWUSR)
+        except OSError:
+            return False  # closed meanwhile
+
     def path(self, identity: Identity) -> str:
         """The kernel's current path of a file; empty when it is not open any more."""
         for name in self._list():

@@ -65,3 +65,13 @@ def test_closed_image_is_a_change(quick: bool, files: tuple[OpenFiles, int, int]
     found, disk, other = files
     os.dup2(other, disk)
     assert found.changed(quick=quick) == {file_identity(image.stat())}
+
+
+def test_image_opened_for_writing_is_writable(files: tuple[OpenFiles, int, int], image: Path) -> None:
+    found, _, _ = files
+    identity = file_identity(image.stat())
+    assert identity is not None
+    assert not found.writable(identity)
+    with image.open("r+b"):
+        assert found.writable(identity)
+    assert not found.writable(identity)

@@ -175,8 +175,11 @@ class DiskGuard:
         return [f"{before[key]} cannot be used any more: the next backup must be a full one" for key in sorted(lost)]
 
     def _unlocked(self, node: Node) -> bool:
-        """Whether QEMU must be queried whether a node is active: one that is written to, without a lock."""
-
+        """
+        Whether QEMU must be queried whether a node is active: one that may be written to, without a lock. libvirt leaves
+        it to QEMU whether it opens a firmware for writing (``auto-read-only``), and QEMU does not.
+        """
         if node.active is None or node.read_only or node.children or node.driver in _NOTHING:
             return False
-        return self._images.identities.get(node.name) not in self._locks.locked
+        identity = self._images.identities.get(node.name)
+        return identity is None or (identity not in self._locks.locked and self._images.files.writable(identity))
