@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from sevhop.engine.transit import Transit
-from sevhop.libvirt import domain_xml
 from sevhop.process import machine_cgroup
 from sevhop_qmp import adopt
 from sevhop_qmp.process import QemuProcess
@@ -58,9 +57,9 @@ class Transits:
         self._directories: set[Path] = set()
         self._cgroups: set[str] = set()
 
-    def hop(self, guest: DomainGuest, emulator: Path, fault: str = "", *, monitor: Path | str = "") -> dict[str, Any]:
+    def hop(self, guest: DomainGuest, emulator: Path, fault: str = "") -> dict[str, Any]:
         """What is reported."""
-        done = self._daemon.run(sys.executable, _PROGRAM, "hop", guest.name, emulator, fault, monitor)
+        done = self._daemon.run(sys.executable, _PROGRAM, "hop", guest.name, emulator, fault)
         assert done.stdout, done.stderr
         report: dict[str, Any] = json.loads(done.stdout)
         if pid := report["destination_pid"]:
@@ -173,16 +172,11 @@ def test_guest_with_other_devices_goes_on_in_a_transit(
     assert_goes_on_without_libvirt(transits, guest, transits.hop(guest, new if there else old))
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["by libvirt", "by a monitor of its own"])
-def test_guest_in_flash_goes_on_in_a_transit(own: bool, start: StartDomain, transits: Transits, new: Path) -> None:
+def test_guest_in_flash_goes_on_in_a_transit(start: StartDomain, transits: Transits, new: Path) -> None:
     """Its firmware is an image that is read, and its variables one that is written."""
-    path = GUESTS / "monitor"
-    argument = f"<q:arg value='-qmp'/><q:arg value='unix:{path},server=on,wait=off'/>"
-    more = f"<q:commandline xmlns:q='{domain_xml.NAMESPACE}'>{argument}</q:commandline>"
-    guest = start(pflash=True, elements=more if own else "")
+    guest = start(pflash=True)
     guest.wait_for_ticks()
-    report = transits.hop(guest, new, monitor=path if own else "")
-    assert_goes_on_without_libvirt(transits, guest, report)
+    assert_goes_on_without_libvirt(transits, guest, transits.hop(guest, new))
 
 
 def test_paused_guest_stays_paused_in_a_transit(

@@ -6,6 +6,7 @@ QEMU before the first hop's commit, afterwards in the transit.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -176,6 +177,28 @@ def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
     assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_upgraded_guest_is_stopped_without_libvirt(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, rich: bool
+) -> None:
+    """Its QEMU has a monitor that is ours alone: libvirt may hang from the stop to the transit."""
+    guest = start(pflash=rich, balloon="virtio" if rich else "none")
+    guest.wait_for_ticks()
+    for emulator in (new, old):
+        assert daemon.upgrade(guest.name, "--emulator", emulator)["outcome"] == "done"
+    with PausedUpgrade.at("stop", guest, new, "--timeout", "5") as upgrade:
+        os.kill(daemon.pid_of_libvirtd, signal.SIGSTOP)
+        try:
+            report = upgrade.finish()
+        finally:
+            os.kill(daemon.pid_of_libvirtd, signal.SIGCONT)
+    assert (report["status"], report["guest_state"]) == (4, "running in the transit"), report
+    guest.wait_for_ticks()
+    assert daemon.sevhop("recover").returncode == 0
+    assert (guest.state, guest.emulator()) == ("running", str(new))
     guest.wait_for_ticks()
 
 

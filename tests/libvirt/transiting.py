@@ -1,5 +1,5 @@
 """
-The first half of an upgrade by way of a transit, as a program: ``hop NAME EMULATOR [FAULT [MONITOR]]`` has a domain hop
+The first half of an upgrade by way of a transit, as a program: ``hop NAME EMULATOR [FAULT]`` has a domain hop
 into a transit, and exits; ``retire NAME PID`` retires the source. Both print JSON.
 
 A fault is ``PHASE source`` or ``PHASE destination``: that QEMU is killed when the phase begins. ``PHASE COMMAND`` is
@@ -15,7 +15,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from sevhop.checks.domain import examine
@@ -28,14 +27,13 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 
-async def hop(name: str, emulator: str, fault: str = "", qmp: str = "") -> dict[str, Any]:
+async def hop(name: str, emulator: str, fault: str = "") -> dict[str, Any]:
     """Hop. What is reported, and the error if there was one."""
     connection = await Connection.open()
     domain = await connection.domain(name)
     async with examine(connection, domain, emulator) as examined:
         subject = TransitSource(
-            *(connection, domain, examined.process, examined.disks, examined.xml, emulator, examined.flag),
-            qmp=Path(qmp) if qmp else None,
+            connection, domain, examined.process, examined.disks, examined.xml, emulator, examined.flag
         )
 
         def heard(event: Event) -> None:

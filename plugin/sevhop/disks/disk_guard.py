@@ -176,8 +176,8 @@ class DiskGuard:
 
     def _unlocked(self, node: Node) -> bool:
         """
-        Whether QEMU must be queried whether a node is active: one that may be written to, without a lock. libvirt leaves
-        it to QEMU whether it opens a firmware for writing (``auto-read-only``), and QEMU does not.
+        Whether QEMU must be queried whether a node is active: one that may be written to, without a lock. libvirt
+        leaves it to QEMU whether it opens a firmware for writing (``auto-read-only``), and QEMU does not.
         """
         if node.active is None or node.read_only or node.children or node.driver in _NOTHING:
             return False

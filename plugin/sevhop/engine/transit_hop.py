@@ -5,7 +5,8 @@ still has the domain. ::
     check      can a transit carry this guest? Its command line is derived from libvirt's for the new emulator
     acquire    take the source's VM and memory, its taps and logs, and the environment of its process
     prepare    the transit is started beside the source, in its namespaces, as its user
-    stop ...   as in every hop (:mod:`sevhop.engine.hop`), by way of libvirt's monitor
+    stop ...   as in every hop (:mod:`sevhop.engine.hop`); by way of libvirt's monitor, unless the source has one for us
+               (:mod:`sevhop.libvirt.own_monitor`)
     finish     the guest is the transit's. The source is left halted, and libvirt still believes in it
 
 Until the commit every failure is rolled back to the source, as in a hop outside libvirt, and libvirt sees no more than
@@ -19,7 +20,6 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sevhop_qmp import adopt
@@ -33,7 +33,7 @@ from ..errors import RecoveryRequired, Refused
 from ..events import Listener, ignore
 from ..guest import command_line, inspection, reboot, saved_settings
 from ..keeper.handover import SourceHandles
-from ..libvirt import domain_xml
+from ..libvirt import domain_xml, own_monitor
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.source_monitor import DomainSourceMonitor
@@ -44,7 +44,7 @@ from ..process.machine_cgroup import MachineCgroup
 from ..records.journal import JournalError
 from . import present_cards, transit_command_line
 from .check import Acquired, Checked
-from .destination import LaunchContext, connect
+from .destination import LaunchContext
 from .finish import activate_disks
 from .guest_paths import GuestPaths
 from .hop import HopPhases
@@ -71,8 +71,6 @@ class TransitSource:
     :ivar xml: the domain as it runs, without what earlier hops have added.
     :ivar emulator: the QEMU that the transit is started from.
     :ivar flag: see :class:`sevhop.checks.registers.Registers`.
-    :ivar qmp: socket of a monitor of the source that nobody uses; without one commands go by way of libvirt, which
-        takes longer.
     """
 
     connection: Connection
@@ -82,7 +80,6 @@ class TransitSource:
     xml: str
     emulator: str
     flag: int = 0
-    qmp: Path | None = None
 
 
 class TransitHop(HopPhases):
@@ -153,8 +150,9 @@ class TransitHop(HopPhases):
     async def _connect(self) -> SourceMonitor:
         """:raises SevhopError: the source does not answer."""
         subject, timeout = self._subject, self.options.step_timeout
-        if subject.qmp is not None:
-            return await self.resources.enter_async_context(await connect(subject.source, subject.qmp, timeout=timeout))
+        own = await self.resources.enter_async_context(own_monitor.opened(await subject.domain.monitor(), timeout))
+        if own is not None:
+            return own
         return await self.resources.enter_async_context(
             DomainSourceMonitor.opened(subject.connection, subject.domain, subject.source, timeout)
         )
