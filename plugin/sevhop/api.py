@@ -166,40 +166,44 @@ async def upgrade_fleet(
     *,
     jobs: int = 1,
     keep_going: bool = False,
+    max_failures: int = 1,
+    exclude: Sequence[str] = (),
     connect: str | None = None,
     listener: Listener = ignore,
 ) -> list[Report]:
     """
     Replace the QEMU of several domains of libvirt. The outcome of each is in its report, and not raised.
 
-    :param domains: their names, or a rule that selects them.
+    :param domains: their names, UUIDs or ids, which are looked up before anything is done; or a rule that selects them.
     :param jobs: how many may be upgraded, and so stopped, at a time.
     :param keep_going: begin further ones after one has failed or was refused.
+    :param max_failures: how many guests may be lost or need a recovery until no further one begins all the same.
+    :param exclude: patterns of the names of domains that a rule does not select, such as ``db-*``.
     :return: the reports of those that were begun, in this order.
-    :raises SevhopError: libvirt does not list its domains; nothing was touched.
+    :raises SevhopError: there is no such domain, or libvirt does not list its domains; nothing was touched.
     """
-    if jobs < 1:
-        raise ValueError(f"{jobs} jobs")
+    if jobs < 1 or max_failures < 1:
+        raise ValueError(f"{jobs} jobs, {max_failures} failures")
     expect_libvirt()
     from .engine import fleet
     from .libvirt.daemon import DEFAULT_URI
 
     uri = connect or DEFAULT_URI
-    by_rule = isinstance(domains, Choice)
     if domains is Choice.ALL:
-        names = await fleet.all_active(uri)
+        selection = await fleet.all_active(uri, exclude)
     elif domains is Choice.OUTDATED:
-        names = await fleet.all_outdated(uri, options.emulator)
+        selection = await fleet.all_outdated(uri, options.emulator, exclude)
     else:
-        names = list(domains)
+        assert not isinstance(domains, Choice)
+        selection = await fleet.named(uri, domains)
     deferring = DeferringListener(listener)
     upgrades = fleet.Fleet(
         uri,
-        names,
+        selection,
         options,
-        by_rule=by_rule,
         jobs=jobs,
         keep_going=keep_going,
+        max_failures=max_failures,
         listener=deferring,
     )
     await _interruptible(upgrades, deferring)
@@ -257,9 +261,30 @@ async def recover(guests: Sequence[str] = (), *, step_timeout: float = COMMAND_T
     Complete or roll back interrupted hops. Safe at any time, also when there are none.
 
     :param guests: their names; all when there are none.
-    :return: the result for each of them.
+    :return: the result for each of them that has an interrupted hop.
+    :raises SevhopError: there is no such guest; nothing was touched.
     """
+    for name in recovery.without_hop(guests):
+        await _verify_exists(name)
     return await recovery.recover(guests, timeout=step_timeout)
+
+
+async def _verify_exists(guest: str) -> None:
+    """:raises Refused: it is neither a domain, as far as libvirt answers, nor a QMP socket."""
+    if "/" in guest or importlib.util.find_spec("libvirt") is None:
+        return
+    from .libvirt.connection import Connection
+    from .libvirt.daemon import NO_DOMAIN, DomainError
+
+    try:
+        connection = await Connection.open()
+        try:
+            await connection.look_up(guest)
+        finally:
+            connection.close()
+    except DomainError as err:
+        if err.code == NO_DOMAIN:
+            raise Refused(f"there is no guest {guest}", "see: sevhop status") from err
 
 
 def expect_libvirt() -> None:

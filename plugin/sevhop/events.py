@@ -44,9 +44,14 @@ class Event:
 
 @dataclass(frozen=True)
 class DomainsSelected(Event):
-    """Domains are going to be upgraded, in this order; it is the first event of a fleet."""
+    """
+    Domains are going to be upgraded, in this order; it is the first event of a fleet.
+
+    :ivar excluded: domains that a rule would have selected.
+    """
 
     domains: tuple[str, ...]
+    excluded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from sevhop.libvirt.domain import METADATA
 
 from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.enclosure import GUESTS, PROGRAMS
@@ -167,6 +168,41 @@ def test_upgrade_all_skips_domains_that_cannot_hop(daemon: Daemon, start: StartD
     for guest in others:
         assert guest.emulator() == str(new)
         guest.wait_for_ticks()
+
+
+def test_named_domains_are_looked_up_before_the_first_is_touched(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """By name, UUID or id, as virsh does it; a name may look like an id."""
+    guest, numbered = start(name="b"), start(name="4711")
+    pid = guest.pid
+    done = daemon.sevhop("upgrade", "b", "no-such-domain", "--json", "--emulator", new)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["domains"]) == (1, [])
+    assert "no domain with matching name 'no-such-domain'" in found["reason"]
+    assert guest.pid == pid
+    number = daemon.virsh("domid", "b")
+    for name in ("b", daemon.virsh("domuuid", "b"), daemon.virsh("domuuid", "b").replace("-", "").upper(), number):
+        done = daemon.sevhop("upgrade", name, "b", "--dry-run", "--json", "--emulator", new)
+        assert [one["guest"] for one in json.loads(done.stdout)["domains"]] == ["b"], name
+        assert daemon.sevhop("check", name, "--emulator", new).returncode == 0
+        assert daemon.sevhop("status", name).stdout.startswith("b: ")
+    done = daemon.sevhop("upgrade", "4711", "--dry-run", "--json", "--emulator", new)
+    assert [one["guest"] for one in json.loads(done.stdout)["domains"]] == [numbered.name]
+    assert daemon.sevhop("recover", "no-such-domain").stderr.startswith("sevhop: there is no guest no-such-domain")
+
+
+def test_domains_are_excluded_by_pattern_and_by_their_owner(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    for name in ("db-1", "db-2", "mail", "web"):
+        start(name=name)
+    element = "<leave-alone reason='licence'/>"
+    daemon.virsh("metadata", "mail", "--uri", METADATA, "--key", "sevhop", "--set", element, "--live", "--config")
+    done = daemon.sevhop("upgrade", "--all", "--exclude", "db-*", "--dry-run", "--json", "--emulator", new)
+    found = json.loads(done.stdout)
+    assert [one["guest"] for one in found["domains"]] == ["web"]
+    assert found["excluded"] == ["db-1", "db-2", "mail"]
+    done = daemon.sevhop("upgrade", "--outdated", "--exclude", "[dw]*", "--emulator", new)
+    assert (done.returncode, done.stdout) == (0, "no other domain is outdated; excluded: db-1, db-2, mail, web\n")
+    done = daemon.sevhop("upgrade", "mail", "--dry-run", "--emulator", new)
+    assert done.stdout.startswith("mail: "), "it was named"
 
 
 def test_upgrade_outdated_selects_only_outdated_domains(

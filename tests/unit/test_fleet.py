@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from sevhop.engine import fleet
-from sevhop.engine.fleet import Fleet
+from sevhop.engine.fleet import Fleet, Selection
 from sevhop.errors import GuestLost, Interrupted, RecoveryRequired, Refused, RolledBack
 from sevhop.events import DomainsSelected, Event, HopFinished, Listener
 from sevhop.options import UpgradeOptions
@@ -19,7 +19,10 @@ FAILURES: dict[str, type[SevhopError]] = {
     "rolled-back": RolledBack,
     "recovery-required": RecoveryRequired,
     "guest-lost": GuestLost,
+    "recovery-required again": RecoveryRequired,
+    "guest-lost again": GuestLost,
 }
+NEEDS_PERSON = {name for name, error in FAILURES.items() if error in (RecoveryRequired, GuestLost)}
 
 
 class Upgrade:
@@ -67,14 +70,26 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "Upgrade", Upgrade)
 
 
-def run(*names: str, by_rule: bool = False, keep_going: bool = False, jobs: int = 1) -> list[str]:
+def run(
+    *names: str, by_rule: bool = False, keep_going: bool = False, jobs: int = 1, max_failures: int = 1
+) -> list[str]:
     """The domains that were tried."""
     events: list[Event] = []
-    one = Fleet("", names, UpgradeOptions(), by_rule=by_rule, keep_going=keep_going, jobs=jobs, listener=events.append)
+    selection = Selection(names, by_rule, ("excluded",))
+    one = Fleet(
+        "",
+        selection,
+        UpgradeOptions(),
+        keep_going=keep_going,
+        jobs=jobs,
+        max_failures=max_failures,
+        listener=events.append,
+    )
     asyncio.run(one.run())
     begun = [upgrade.report.guest for upgrade in one.upgrades]
     first, *rest = events
-    assert isinstance(first, DomainsSelected) and first.domains == names
+    assert isinstance(first, DomainsSelected)
+    assert (first.domains, first.excluded) == (names, ("excluded",))
     assert sorted(event.guest for event in rest if isinstance(event, HopFinished)) == sorted(begun)
     return begun
 
@@ -94,7 +109,16 @@ def test_fleet_without_domains_upgrades_nothing() -> None:
 def test_failure_stops_the_fleet_unless_skipped(failure: str, by_rule: bool) -> None:
     skipped = by_rule and failure == "refused"
     assert run("a", failure, "b", by_rule=by_rule) == (["a", failure, "b"] if skipped else ["a", failure])
-    assert run("a", failure, "b", by_rule=by_rule, keep_going=True) == ["a", failure, "b"]
+    goes_on = failure not in NEEDS_PERSON
+    assert run("a", failure, "b", by_rule=by_rule, keep_going=True) == ["a", failure, *(["b"] if goes_on else [])]
+
+
+@pytest.mark.parametrize("failure", ["recovery-required", "guest-lost"])
+def test_guests_that_need_a_person_stop_the_fleet_when_they_are_too_many(failure: str) -> None:
+    names = ("a", failure, "b", f"{failure} again", "c")
+    assert run(*names, keep_going=True, max_failures=2) == list(names[:4])
+    assert run(*names, keep_going=True, max_failures=3) == list(names)
+    assert run(*names, max_failures=3) == ["a", failure], "only those who want to go on"
 
 
 def test_failure_does_not_stop_upgrades_in_progress() -> None:
@@ -103,21 +127,16 @@ def test_failure_does_not_stop_upgrades_in_progress() -> None:
 
 
 def test_bug_does_not_stop_upgrades_in_progress() -> None:
-    one = Fleet("", ["bug", "a", "b"], UpgradeOptions(), jobs=2, keep_going=True)
+    one = Fleet("", Selection(("bug", "a", "b")), UpgradeOptions(), jobs=2, keep_going=True)
     with pytest.raises(ZeroDivisionError):
         asyncio.run(one.run())
     assert [upgrade.report.outcome for upgrade in one.upgrades] == ["", "done"]
 
 
-def test_domain_named_twice_is_upgraded_once() -> None:
-    one = Fleet("", ["a", "b", "a"], UpgradeOptions(), jobs=3)
-    asyncio.run(one.run())
-    assert [upgrade.report.guest for upgrade in one.upgrades] == ["a", "b"]
-
-
 @pytest.mark.parametrize(("jobs", "begun"), [(1, 2), (3, 4)])
 def test_interruption_rolls_back_all_in_progress(jobs: int, begun: int) -> None:
-    one = Fleet("", ["a", "slow", "slower", "slowest", "b"], UpgradeOptions(), by_rule=True, keep_going=True, jobs=jobs)
+    selection = Selection(("a", "slow", "slower", "slowest", "b"), by_rule=True)
+    one = Fleet("", selection, UpgradeOptions(), keep_going=True, jobs=jobs)
 
     async def interrupted() -> None:
         running = asyncio.ensure_future(one.run())

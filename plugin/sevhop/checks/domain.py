@@ -277,7 +277,7 @@ async def check_domain(uri: str, name: str, emulator: str | None) -> CheckResult
     """
     connection = await Connection.open(uri)
     try:
-        async with examine(connection, await connection.domain(name), emulator, in_full=True) as examined:
+        async with examine(connection, await connection.look_up(name), emulator, in_full=True) as examined:
             return examined.tree
     finally:
         connection.close()

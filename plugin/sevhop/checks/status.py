@@ -35,7 +35,7 @@ async def survey(uri: str, names: Sequence[str], emulator: str | None = None) ->
         suspended = {name for name in hopping if _has_keeper(name)}
         active = await connection.domains()
         if names:
-            domains = [await connection.domain(name) for name in names if name not in hopping]
+            domains = [await connection.look_up(name) for name in names if name not in hopping]
             domains += [domain for domain in active if domain.name in hopping - suspended]
         else:
             domains = [domain for domain in active if domain.name not in suspended]

@@ -106,6 +106,8 @@ def _hop(options: argparse.Namespace) -> int:
 def _upgrade(options: argparse.Namespace) -> int:
     if bool(options.domains) + options.all + options.outdated != 1:
         options.misused("name domains, or give --all or --outdated")
+    if options.exclude and options.domains:
+        options.misused("--exclude goes with --all or --outdated")
     try:
         with _progress(options) as progress:
             outcomes = Outcomes(options, progress)
@@ -123,6 +125,8 @@ def _upgrade(options: argparse.Namespace) -> int:
                     connect=options.connect,
                     jobs=options.jobs,
                     keep_going=options.keep_going,
+                    max_failures=options.max_failures,
+                    exclude=options.exclude,
                     listener=outcomes,
                 )
             )
@@ -130,12 +134,15 @@ def _upgrade(options: argparse.Namespace) -> int:
         return _no_domains(options, err)
     if reports is None and not outcomes.selected:
         return _no_domains(options, api.Interrupted("interrupted"))
-    _add_metrics(options, outcomes.in_order(), _outdated(options))
+    # A dry run is no hop that was refused.
+    _add_metrics(options, () if options.dry_run else outcomes.in_order(), _outdated(options))
     if options.json:
-        print(json.dumps({"domains": [report.as_json() for report in outcomes.in_order()]}))
+        found = [report.as_json() for report in outcomes.in_order()]
+        print(json.dumps({"domains": found, "excluded": list(outcomes.excluded)}))
     elif not outcomes.selected:
-        say(f"no domain is {'outdated' if options.outdated else 'active'}")
-    elif len(outcomes.selected) > 1:
+        others = f"; excluded: {', '.join(outcomes.excluded)}" if outcomes.excluded else ""
+        say(f"no {'other ' if others else ''}domain is {'outdated' if options.outdated else 'active'}{others}")
+    elif len(outcomes.selected) > 1 or outcomes.excluded:
         say(outcomes.summary())
     return outcomes.status
 
@@ -182,8 +189,15 @@ _EXIT_OF_RECOVERY = {RecoveryOutcome.MANUAL: EXIT_RECOVERY_REQUIRED, RecoveryOut
 
 
 def _recover(options: argparse.Namespace) -> int:
-    # A guest that is stopped now was left stopped by an interrupted hop already: a hangup must not do so again.
-    found = _run(api.recover(options.guests, step_timeout=options.timeout), hangup=False)
+    try:
+        # A guest that is stopped now was left stopped by an interrupted hop already: a hangup must not do so again.
+        found = _run(api.recover(options.guests, step_timeout=options.timeout), hangup=False)
+    except SevhopError as err:
+        if options.json:
+            print(json.dumps({"guests": [], "reason": str(err)}))
+        else:
+            complain(f"{err}; nothing was touched")
+        return EXIT_REFUSED
     if found is None:
         complain("the recovery was interrupted; run it again")
         return EXIT_RECOVERY_REQUIRED

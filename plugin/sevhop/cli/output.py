@@ -45,11 +45,13 @@ class Outcomes:
     A listener that prints the reports of hops.
 
     :ivar selected: the domains to be upgraded.
+    :ivar excluded: those that would have been selected by a rule otherwise.
     :ivar reports: of those hops that are over.
     """
 
     def __init__(self, options: argparse.Namespace, progress: Progress | None) -> None:
         self.selected: tuple[str, ...] = ()
+        self.excluded: tuple[str, ...] = ()
         self.reports: dict[str, Report] = {}
         self._options = options
         self._progress = progress
@@ -58,7 +60,7 @@ class Outcomes:
     def __call__(self, event: Event) -> None:
         self._records(event)
         if isinstance(event, DomainsSelected):
-            self.selected = event.domains
+            self.selected, self.excluded = event.domains, event.excluded
         elif isinstance(event, HopFinished):
             self.reports[event.guest] = event.report
             self._print_report(event.report)
@@ -97,6 +99,8 @@ class Outcomes:
         outcomes = Counter(report.outcome for report in self.in_order())
         if left := len(self.selected) - len(self.reports):
             outcomes["not tried"] = left
+        if self.excluded:
+            outcomes["excluded"] = len(self.excluded)
         return f"{len(self.selected)} domains: " + ", ".join(
             f"{count} {outcome}" for outcome, count in outcomes.items()
         )

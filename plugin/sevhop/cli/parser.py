@@ -50,10 +50,11 @@ def parser() -> argparse.ArgumentParser:
         help="replace the QEMU of libvirt domains",
         description="Replace the QEMU process of libvirt domains without rebooting them. Each domain keeps its name, "
         "UUID and definition; only the emulator changes.",
-        epilog="At most --jobs domains are stopped at a time. After a failure, or after a named domain was refused, no "
-        "further upgrade begins; those in progress are completed. With --all and --outdated, domains that cannot hop "
-        "are skipped and reported. SIGINT, SIGTERM, SIGQUIT and SIGHUP roll back all upgrades in progress. The exit "
-        "status is that of the most severe outcome; a skipped domain counts as 1.",
+        epilog="A DOMAIN is a name, a UUID or an id; all are looked up before the first is touched. At most --jobs "
+        "domains are stopped at a time. After a failure, or after a named domain was refused, no further upgrade "
+        "begins; those in progress are completed. With --all and --outdated, domains that cannot hop are skipped and "
+        "reported. SIGINT, SIGTERM, SIGQUIT and SIGHUP roll back all upgrades in progress. The exit status is that of "
+        "the most severe outcome; a skipped domain counts as 1.",
     )
     upgrade.add_argument("domains", nargs="*", metavar="DOMAIN")
     upgrade.add_argument("--all", action="store_true", help="all active domains")
@@ -81,7 +82,22 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--jobs", type=_count, default=1, metavar="N", help="domains to upgrade at a time (default: %(default)s)"
     )
+    upgrade.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="with --all and --outdated: leave domains alone whose name matches, such as 'db-*'; may be repeated",
+    )
     upgrade.add_argument("--keep-going", action="store_true", help="begin further upgrades after a failure or refusal")
+    upgrade.add_argument(
+        "--max-failures",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="begin no further upgrade, also with --keep-going, when N guests were lost or need a recovery "
+        "(default: %(default)s)",
+    )
     upgrade.add_argument(
         "--prepare",
         action="store_true",

@@ -2,9 +2,10 @@
 Upgrades of several domains, a few at a time.
 
 After an upgrade has failed no other begins, nor after a domain that was named is refused; those in progress are
-completed. Where domains were selected by a rule instead (all, or all that are outdated), one that is refused is skipped
-and reported: it was not touched, and nobody has claimed that it can hop. An interruption rolls back all that are in
-progress and lets no other begin, whatever was asked for.
+completed. Whoever wants to go on all the same does so until a guest needs a person. Where domains were selected by a
+rule instead (all, or all that are outdated), one that is refused is skipped and reported: it was not touched, and
+nobody has claimed that it can hop. An interruption rolls back all that are in progress and lets no other begin,
+whatever was asked for.
 
 An upgrade has one guest, so no more guests are stopped at a time than upgrades are in progress.
 """
@@ -12,40 +13,97 @@ An upgrade has one guest, so no more guests are stopped at a time than upgrades 
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from sevhop_qmp.errors import SevhopError
 
 from ..checks.status import survey
-from ..errors import Interrupted, Refused
+from ..errors import GuestLost, Interrupted, RecoveryRequired, Refused
 from ..events import DomainsSelected, Listener, ignore
 from ..libvirt.connection import Connection
+from ..libvirt.daemon import NO_DOMAIN, DomainError
 from ..options import UpgradeOptions
+from ..records.run_directory import hop_of
 from .upgrade import Upgrade
 
 
-async def all_active(uri: str) -> list[str]:
+@dataclass(frozen=True)
+class Selection:
     """
-    The names of all active domains.
+    The domains to upgrade.
 
+    :ivar names: of them, each once.
+    :ivar by_rule: they were selected by a rule, not named.
+    :ivar excluded: domains that the rule would have selected.
+    """
+
+    names: tuple[str, ...]
+    by_rule: bool = False
+    excluded: tuple[str, ...] = ()
+
+
+async def named(uri: str, given: Sequence[str]) -> Selection:
+    """
+    Domains that were named: all of them are looked up before anything is done with the first.
+
+    :param given: names, UUIDs or ids.
+    :raises SevhopError: there is no such domain, or libvirt does not answer.
+    """
+    connection = await Connection.open(uri)
+    try:
+        # libvirt does not know a transient domain while its guest is elsewhere.
+        names = [name if hop_of(name) else (await connection.look_up(name)).name for name in given]
+    finally:
+        connection.close()
+    return Selection(tuple(dict.fromkeys(names)))
+
+
+async def all_active(uri: str, exclude: Sequence[str] = ()) -> Selection:
+    """
+    All active domains.
+
+    :param exclude: patterns of names (:mod:`fnmatch`); a domain may opt out as well.
     :raises SevhopError: libvirt does not answer.
     """
     connection = await Connection.open(uri)
     try:
-        return [domain.name for domain in await connection.domains()]
+        names = [domain.name for domain in await connection.domains()]
+        return await _without_excluded(connection, names, exclude)
     finally:
         connection.close()
 
 
-async def all_outdated(uri: str, emulator: str | None) -> list[str]:
+async def all_outdated(uri: str, emulator: str | None, exclude: Sequence[str] = ()) -> Selection:
     """
-    The names of those active domains that an upgrade would change, and of those for which that is unknown.
+    Those active domains that an upgrade would change, and those for which that is unknown.
 
     :param emulator: the QEMU to go to; by default each domain's own, as it is on disk now.
+    :param exclude: patterns of names (:mod:`fnmatch`); a domain may opt out as well.
     :raises SevhopError: libvirt does not answer.
     """
     rows = await survey(uri, (), emulator)
-    return [row.name for row in rows if row.outdated or (row.blocker and not row.running_version)]
+    names = [row.name for row in rows if row.outdated or (row.blocker and not row.running_version)]
+    connection = await Connection.open(uri)
+    try:
+        return await _without_excluded(connection, names, exclude)
+    finally:
+        connection.close()
+
+
+async def _without_excluded(connection: Connection, names: Sequence[str], exclude: Sequence[str]) -> Selection:
+    excluded = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)]
+    for name in names:
+        if name in excluded:
+            continue
+        try:
+            if await (await connection.domain(name)).is_left_alone():
+                excluded.append(name)
+        except DomainError as err:
+            if err.code != NO_DOMAIN:  # one in a hop may be unknown; then its upgrade is refused
+                raise
+    return Selection(tuple(name for name in names if name not in excluded), True, tuple(sorted(excluded)))
 
 
 class Fleet:
@@ -58,26 +116,26 @@ class Fleet:
     def __init__(
         self,
         uri: str,
-        names: Sequence[str],
+        selection: Selection,
         options: UpgradeOptions,
         *,
-        by_rule: bool = False,
         jobs: int = 1,
         keep_going: bool = False,
+        max_failures: int = 1,
         listener: Listener = ignore,
     ) -> None:
         """
-        :param by_rule: whether the domains were selected by a rule, not named.
         :param jobs: how many may be in progress at a time.
         :param keep_going: begin further ones after one has failed or was refused.
+        :param max_failures: how many guests may need a person until no further one begins all the same.
         """
         self.upgrades: list[Upgrade] = []
         self._uri = uri
-        self._names = tuple(dict.fromkeys(names))
+        self._selection = selection
         self._options = options
-        self._by_rule = by_rule
         self._jobs = jobs
         self._keep_going = keep_going
+        self._failures_left = max_failures
         self._listener = listener
         self._stopping = False
         self._interrupted = False
@@ -88,9 +146,10 @@ class Fleet:
 
         :raises Interrupted: one was rolled back, or not begun, because of :meth:`interrupt`.
         """
-        self._listener(DomainsSelected(self._names))
-        waiting = iter(self._names)
-        workers = [asyncio.ensure_future(self._work(waiting)) for _ in range(min(self._jobs, len(self._names)))]
+        names = self._selection.names
+        self._listener(DomainsSelected(names, self._selection.excluded))
+        waiting = iter(names)
+        workers = [asyncio.ensure_future(self._work(waiting)) for _ in range(min(self._jobs, len(names)))]
         if workers:
             await asyncio.wait(workers)
         for worker in workers:
@@ -102,7 +161,7 @@ class Fleet:
         """Roll back those in progress that are not committed, and begin no other. :return: whether there was one."""
         self._stopping = True
         interrupted = [upgrade.interrupt() for upgrade in self.upgrades if not upgrade.report.outcome]
-        self._interrupted = self._interrupted or any(interrupted) or len(self.upgrades) < len(self._names)
+        self._interrupted = self._interrupted or any(interrupted) or len(self.upgrades) < len(self._selection.names)
         return any(interrupted)
 
     async def _work(self, waiting: Iterator[str]) -> None:
@@ -119,4 +178,7 @@ class Fleet:
                 raise
 
     def _continues_after(self, error: SevhopError) -> bool:
-        return self._keep_going or (self._by_rule and isinstance(error, Refused))
+        if isinstance(error, RecoveryRequired | GuestLost):
+            self._failures_left -= 1
+            return self._keep_going and self._failures_left > 0
+        return self._keep_going or (self._selection.by_rule and isinstance(error, Refused))

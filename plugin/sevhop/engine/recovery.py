@@ -39,6 +39,18 @@ async def recover(names: Sequence[str] = (), *, timeout: float = COMMAND_TIMEOUT
     return found
 
 
+def without_hop(names: Sequence[str]) -> list[str]:
+    """Those of some guests that have no interrupted hop, as far as the journal can be read."""
+    known: set[str] = set()
+    for path in journal.journals():
+        try:
+            record = journal.read(path)
+        except JournalError:
+            continue
+        known |= {record.guest, record.uuid}
+    return [name for name in names if name not in known]
+
+
 def directories_of(path: Path) -> set[str]:
     """The run directories of a hop, also that of a keeper which the journal does not have yet."""
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
+from typing import Any
 from xml.etree import ElementTree
 
 import libvirt
@@ -13,6 +15,9 @@ from .domain import Domain
 
 #: Base label of the security model "dac" in the daemon's capabilities: numbers, after a plus sign.
 _DAC_LABEL = re.compile(r"\+(?P<uid>\d+):\+(?P<gid>\d+)")
+_UUID = re.compile("[0-9a-fA-F]{8}(?:-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+#: Ids of domains are below that (``int``).
+_IDS = 1 << 31
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
@@ -31,6 +36,26 @@ class Connection(Daemon):
     async def domain(self, name: str) -> Domain:
         """:raises DomainError: there is no such domain."""
         return Domain(self, await self.call(self.raw.lookupByName, name))
+
+    async def look_up(self, text: str) -> Domain:
+        """
+        A domain as virsh looks it up: by its id, its UUID, or its name, in this order.
+
+        :raises DomainError: there is no such domain.
+        """
+        ways: list[tuple[Callable[[Any], Any], Any]] = [(self.raw.lookupByName, text)]
+        if _UUID.fullmatch(text):
+            ways.insert(0, (self.raw.lookupByUUIDString, text))
+        if text.isascii() and text.isdecimal() and int(text) < _IDS:
+            ways.insert(0, (self.raw.lookupByID, int(text)))
+        for function, key in ways[:-1]:
+            try:
+                return Domain(self, await self.call(function, key))
+            except DomainError as err:
+                if err.code != NO_DOMAIN:
+                    raise
+        function, key = ways[-1]
+        return Domain(self, await self.call(function, key))
 
     async def domain_with(self, uuid: str) -> Domain | None:
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ _PID_FILES = Path("/run/libvirt/qemu")
 #: A URI at which there is no daemon.
 _NOWHERE = "qemu+unix:///system?socket=/dev/null"
 _POLL = 0.001
+#: XML namespace of our element in the metadata of domains. It is a name, not an address.
+METADATA = "urn:sevhop:domain"
+_LEFT_ALONE = re.compile(r"<(?:[\w.-]+:)?leave-alone\b")
 #: libvirt's errors for a domain that has no QEMU, or was transient and is gone with it.
 _OFF = (libvirt.VIR_ERR_OPERATION_INVALID, NO_DOMAIN)
 
@@ -60,6 +64,18 @@ class Domain:
             if err.code == NO_DOMAIN:
                 return False
             raise
+
+    async def is_left_alone(self) -> bool:
+        """Whether its owner has opted out of upgrades of all domains, by an element in its metadata."""
+        kind, flags = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_CURRENT
+        try:
+            found = await self._connection.call(self._raw.metadata, kind, METADATA, flags)
+        except DomainError as err:
+            if err.code == libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+                return False
+            raise
+        # libvirt has parsed it.
+        return bool(_LEFT_ALONE.match(found))
 
     async def persistent(self) -> bool:
         """Whether it stays defined without a QEMU."""
