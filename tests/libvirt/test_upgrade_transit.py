@@ -151,7 +151,7 @@ def test_guest_runs_in_the_transit_while_another_hook_hangs(daemon: Daemon, star
     with other_hook_hangs(daemon):
         began = time.monotonic()
         report = daemon.upgrade(guest.name, "--emulator", new, "--timeout", "5")
-        assert time.monotonic() - began < 30, "two steps, and not what libvirt needs"
+        assert time.monotonic() - began < 60, "two steps, and not what libvirt needs"
         assert (report["status"], report["guest_state"]) == (4, "running in the transit"), report
         guest.wait_for_ticks()
     assert "runs in the transit" in daemon.sevhop("status").stdout
@@ -189,7 +189,7 @@ def test_upgraded_guest_is_stopped_without_libvirt(
     guest.wait_for_ticks()
     for emulator in (new, old):
         assert daemon.upgrade(guest.name, "--emulator", emulator)["outcome"] == "done"
-    with PausedUpgrade.at("stop", guest, new, "--timeout", "5") as upgrade:
+    with PausedUpgrade.at("stop", guest, new, "--timeout", "10") as upgrade:
         os.kill(daemon.pid_of_libvirtd, signal.SIGSTOP)
         try:
             report = upgrade.finish()
