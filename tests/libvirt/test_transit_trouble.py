@@ -28,8 +28,8 @@ STEP, COMMAND = 5, 60
 LASTING = [name for name, fault in FAULTS.items() if fault.mend is not None]
 
 
-#: Brings a guest into the transit.
-Prepare = Callable[[DomainGuest], None]
+#: Brings a guest into the transit, and returns the image that it can be restored from.
+Prepare = Callable[[DomainGuest], str]
 
 
 @pytest.fixture
@@ -37,11 +37,12 @@ def prepared(daemon: Daemon, new: Path, record_property: Any) -> Iterator[Prepar
     """Until the end of the test that guest may not be stopped for long."""
     with contextlib.ExitStack() as watches:
 
-        def prepare(guest: DomainGuest) -> None:
+        def prepare(guest: DomainGuest) -> str:
             guest.wait_for_ticks()
             watches.enter_context(watched(guest, record_property))
             report = daemon.upgrade(guest.name, "--emulator", new, "--prepare", "--timeout", str(STEP))
             assert (report["outcome"], report["in_transit"]) == ("prepared", True), report
+            return str(report["image"])
 
         yield prepare
 
@@ -184,5 +185,19 @@ def test_operations_of_others_do_not_touch_the_guest(
     prepared(guest)
     done = daemon.run("virsh", *words, guest.name)
     assert done.returncode == 1
+    guest.wait_for_ticks()
+    assert_arrives(daemon, guest, new)
+
+
+def test_guest_runs_if_others_restore_its_domain_paused(
+    daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path
+) -> None:
+    """libvirt never accepts a destination then, so that is ended, and the guest goes on in the transit."""
+    guest = start()
+    done = daemon.run("virsh", "restore", prepared(guest), "--paused")
+    assert done.returncode == 0
+    assert "the guest runs in the transit" in daemon.sevhop("status", guest.name).stdout
+    guest.wait_for_ticks()
+    wait_until(lambda: guest.state == "shut off", 60, "the new QEMU has ended")
     guest.wait_for_ticks()
     assert_arrives(daemon, guest, new)
