@@ -51,7 +51,7 @@ from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
 from .checks import guest as guest_checks
-from .checks.domain_status import DomainStatus
+from .checks.domain_status import DomainStatus, Place
 from .checks.result import CheckResult, Status
 from .engine import hop as standalone
 from .engine import recovery
@@ -94,6 +94,7 @@ __all__ = [
     "Phase",
     "PhaseBegan",
     "PhaseEnded",
+    "Place",
     "RecoveredGuest",
     "RecoveryOutcome",
     "RecoveryRequired",

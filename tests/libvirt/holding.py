@@ -50,6 +50,11 @@ class PausedUpgrade:
                 command.kill()
                 command.communicate(timeout=_PATIENCE)
 
+    @property
+    def pid(self) -> int:
+        """Of the command."""
+        return self._command.pid
+
     def resume(self) -> None:
         """Continue it."""
         self._command.send_signal(signal.SIGCONT)

@@ -141,7 +141,10 @@ def test_keeper_ignores_signals(daemon: Daemon, start: StartDomain, new: Path) -
     for name in ("HUP", "INT", "TERM"):
         for pid in keepers(daemon):
             daemon.run("kill", f"-{name}", str(pid))
-    assert "waiting" in daemon.sevhop("status").stdout
+    done = daemon.sevhop("status", "--json")
+    (row,) = json.loads(done.stdout)["domains"]
+    assert (done.returncode, row["place"], row["attended"]) == (4, "keeper", False)
+    assert "waiting" in row["operation"]
     assert len(keepers(daemon)) == 2
     for pid in keepers(daemon):
         assert Path(f"/proc/{pid}/cwd").resolve() == Path("/")

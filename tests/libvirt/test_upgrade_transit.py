@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.guests.daemon import Daemon, kill
-from tests.support.guests.running import wait_until
+from tests.support.guests.running import processes_of_domain, wait_until
 
 from .conftest import StartDomain
 from .failing import DYING, assert_as_before, other_hook_hangs, other_hook_refuses, wrapper
@@ -84,6 +84,28 @@ def test_paused_guest_stays_paused_in_both_hops(daemon: Daemon, start: StartDoma
     guest.wait_for_ticks()
 
 
+def seen(daemon: Daemon, name: str) -> tuple[int, str, bool]:
+    """The exit status of ``sevhop status``, and where it sees the guest, and whether a command is at work on it."""
+    done = daemon.sevhop("status", "--json")
+    (row,) = (row for row in json.loads(done.stdout)["domains"] if row["name"] == name)
+    assert (row["elsewhere_s"] is not None) == (row["place"] == "transit")
+    return done.returncode, row["place"], row["attended"]
+
+
+def test_status_reports_where_the_guest_is(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    assert seen(daemon, guest.name) == (0, "domain", True)
+    for phase, place in (("save", "domain"), ("restore", "transit")):
+        with PausedUpgrade.at(phase, guest, new) as upgrade:
+            assert seen(daemon, guest.name) == (0, place, True)
+            kill(upgrade.pid)
+            assert seen(daemon, guest.name) == (4, place, False)
+        assert daemon.sevhop("recover").returncode == 0
+        assert seen(daemon, guest.name) == (0, "domain", True)
+    guest.wait_for_ticks()
+
+
 def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
     daemon: Daemon, start: StartDomain, new: Path
 ) -> None:
@@ -97,6 +119,7 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
     assert refused.returncode == 1
     assert "transit" in refused.stderr
     assert "runs in the transit" in daemon.sevhop("status").stdout
+    assert seen(daemon, guest.name) == (4, "transit", False)
     assert "sevhop recover" in daemon.upgrade(guest.name)["reason"]
     daemon.virsh("restore", report["image"])
     wait_until(lambda: guest.state == "running", 30, "it is restored")
@@ -236,6 +259,28 @@ def test_domain_whose_guest_is_in_the_transit_is_not_started_beside_it(
     guest.wait_for_ticks()
     done = daemon.sevhop("recover")
     assert (done.returncode, guest.state, guest.emulator()) == (0, "running", str(new)), done
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("phase", ["finish", "keep"])
+def test_paused_guest_is_not_lost_with_its_transit(
+    daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
+) -> None:
+    """It has not run there, and its old QEMU is only halted."""
+    guest = start()
+    guest.wait_for_ticks()
+    pid = guest.pid
+    daemon.virsh("suspend", guest.name)
+    with PausedUpgrade.at(phase, guest, new) as upgrade:
+        (transit,) = set(processes_of_domain(guest.name)) - {pid}
+        kill(transit)
+        report = upgrade.finish()
+    assert report["outcome"] in ("recovery-required", "rolled-back"), report
+    done = daemon.sevhop("recover")
+    assert (done.returncode, guest.state, guest.pid) == (0, "paused", pid), done
+    daemon.virsh("resume", guest.name)
+    assert_as_before(daemon, guest, old)
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
     guest.wait_for_ticks()
 
 

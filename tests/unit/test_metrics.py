@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sevhop.checks.domain_status import DomainStatus, Place
 from sevhop.observe import metrics
 from sevhop.records import journal
 from sevhop.report import Report
@@ -35,6 +36,10 @@ def samples(directory: Path) -> dict[str, float]:
         ("sevhop_hops", "counter"),
         ("sevhop_downtime_seconds", "histogram"),
         ("sevhop_outdated_domains", "gauge"),
+        ("sevhop_blocked_domains", "gauge"),
+        ("sevhop_guests", "gauge"),
+        ("sevhop_unattended_guests", "gauge"),
+        ("sevhop_elsewhere_seconds", "gauge"),
     }
     assert all(family.documentation for family in families)
     return {
@@ -42,6 +47,15 @@ def samples(directory: Path) -> dict[str, float]:
         for family in families
         for sample in family.samples
     }
+
+
+DOMAINS = [
+    DomainStatus("a", "7.2.22", "unchanged", "10.0.13"),
+    DomainStatus("b", "10.0.13", "unchanged", "10.0.13", blocker="it has a TPM"),
+    DomainStatus("c", place=Place.TRANSIT, attended=False, elsewhere_s=90.5),
+    DomainStatus("d", place=Place.TRANSIT, elsewhere_s=0.5),
+    DomainStatus("e", place=Place.KEEPER, attended=False, blocker="it is suspended"),
+]
 
 
 def done(ms: float | None) -> Report:
@@ -58,7 +72,7 @@ def test_counters_are_zero_at_first(directory: Path) -> None:
 
 
 def test_counters_are_incremented_by_each_hop(directory: Path) -> None:
-    metrics.add(directory, [done(9.3), done(None), Report(outcome="rolled-back", downtime_ms=100.0)], 3)
+    metrics.add(directory, [done(9.3), done(None), Report(outcome="rolled-back", downtime_ms=100.0)], DOMAINS)
     metrics.add(directory, [done(228.25), done(60_000.0), Report(outcome="checked"), Report(outcome="prepared")])
     found = samples(directory)
     assert {name: value for name, value in found.items() if name.startswith("sevhop_hops") and value} == {
@@ -69,9 +83,17 @@ def test_counters_are_incremented_by_each_hop(directory: Path) -> None:
     assert counts == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3]
     assert found["sevhop_downtime_seconds_count"] == 3
     assert found["sevhop_downtime_seconds_sum"] == pytest.approx(60.23755)
-    assert found["sevhop_outdated_domains"] == 3
-    metrics.add(directory, outdated=0)
-    assert samples(directory)["sevhop_outdated_domains"] == 0
+    assert found["sevhop_outdated_domains"] == 1
+    assert found["sevhop_blocked_domains"] == 2
+    assert {place: found[f"sevhop_guests {place}"] for place in ("domain", "transit", "keeper")} == {
+        "domain": 2,
+        "transit": 2,
+        "keeper": 1,
+    }
+    assert found["sevhop_unattended_guests"] == 2
+    assert found["sevhop_elsewhere_seconds"] == 90.5
+    metrics.add(directory, domains=[])
+    assert samples(directory)["sevhop_outdated_domains"] == samples(directory)["sevhop_guests transit"] == 0
     assert samples(directory)["sevhop_hops_total done"] == 4
     assert os.listdir(directory) == [metrics.FILE]
     assert (directory / metrics.FILE).stat().st_mode & 0o777 == 0o644

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import asdict, dataclass
 
 from sevhop_qmp.process import OnDisk
+
+
+class Place(enum.Enum):
+    """
+    Where the guest of a domain is.
+
+    ``DOMAIN``
+        where libvirt thinks
+    ``TRANSIT``
+        it runs in the transit, beside libvirt
+    ``KEEPER``
+        it is suspended in the keeper
+    """
+
+    DOMAIN = "domain"
+    TRANSIT = "transit"
+    KEEPER = "keeper"
 
 
 @dataclass(frozen=True)
@@ -17,6 +35,10 @@ class DomainStatus:
     :ivar installed_version: the version that its emulator has on disk now; empty when there is none.
     :ivar operation: its hop in progress, or interrupted; empty when there is none.
     :ivar blocker: why it cannot hop; empty when it can.
+    :ivar place: where its guest is.
+    :ivar attended: whether a command is at work on its hop, or there is none; otherwise ``sevhop recover`` must act, or
+        for a prepared upgrade somebody must restore the domain.
+    :ivar elsewhere_s: seconds that the transit has been there in which the guest is, if it is.
     """
 
     name: str
@@ -25,6 +47,9 @@ class DomainStatus:
     installed_version: str = ""
     operation: str = ""
     blocker: str = ""
+    place: Place = Place.DOMAIN
+    attended: bool = True
+    elsewhere_s: float | None = None
 
     @property
     def outdated(self) -> bool:
@@ -35,7 +60,7 @@ class DomainStatus:
 
     def as_json(self) -> dict[str, object]:
         """For ``--json``."""
-        return asdict(self) | {"outdated": self.outdated}
+        return asdict(self) | {"place": self.place.value, "outdated": self.outdated}
 
     def __str__(self) -> str:
         if not self.running_version:

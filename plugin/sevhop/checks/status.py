@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sevhop_qmp.errors import SevhopError
 
@@ -16,7 +17,7 @@ from ..records import journal
 from ..records.journal import JournalError
 from ..records.run_directory import alive, hop_of, hops_in_progress
 from .domain import examine
-from .domain_status import DomainStatus
+from .domain_status import DomainStatus, Place
 
 
 async def survey(uri: str, names: Sequence[str], emulator: str | None = None) -> list[DomainStatus]:
@@ -42,7 +43,7 @@ async def survey(uri: str, names: Sequence[str], emulator: str | None = None) ->
         rows = [await _status(connection, domain, emulator) for domain in domains]
         without = hopping - {domain.name for domain in domains}
         rows += [DomainStatus(name, operation=await _operation(name)) for name in without]
-        return sorted(rows, key=lambda row: row.name)
+        return sorted(map(_with_place, rows), key=lambda row: row.name)
     finally:
         connection.close()
 
@@ -71,6 +72,28 @@ async def _status(connection: Connection, domain: Domain, emulator: str | None) 
             )
     except SevhopError as err:
         return DomainStatus(domain.name, operation=operation, blocker=str(err))
+
+
+def _with_place(row: DomainStatus) -> DomainStatus:
+    """With what the journal, and the processes that it names, say of the guest."""
+    for path in journal.journals():
+        try:
+            record = journal.read(path)
+        except JournalError:
+            continue
+        if record.kind != "domain" or record.guest != row.name or not record.this_boot:
+            continue
+        attended = journal.in_progress(path)
+        if record.committed and record.transit is not None and (transit := record.transit.open()) is not None:
+            transit.close()
+            return replace(row, place=Place.TRANSIT, attended=attended, elsewhere_s=record.transit.age)
+        source = record.source.open()
+        if source is None:
+            place = Place.KEEPER if record.transit is None and _has_keeper(row.name) else Place.DOMAIN
+            return replace(row, place=place, attended=attended)
+        source.close()
+        return replace(row, attended=attended)
+    return row
 
 
 def _left_in_transit(name: str) -> str:

@@ -63,10 +63,12 @@ def _run(work: Coroutine[Any, Any, Answer], *, hangup: bool = True) -> Answer | 
         return None
 
 
-def _add_metrics(options: argparse.Namespace, reports: Iterable[Report], outdated: int | None = None) -> None:
+def _add_metrics(
+    options: argparse.Namespace, reports: Iterable[Report], domains: Sequence[api.DomainStatus] | None = None
+) -> None:
     if options.metrics_dir is not None:
         try:
-            metrics.add(options.metrics_dir, reports, outdated)
+            metrics.add(options.metrics_dir, reports, domains)
         except SevhopError as err:
             complain(str(err))
 
@@ -135,7 +137,7 @@ def _upgrade(options: argparse.Namespace) -> int:
     if reports is None and not outcomes.selected:
         return _no_domains(options, api.Interrupted("interrupted"))
     # A dry run is no hop that was refused.
-    _add_metrics(options, () if options.dry_run else outcomes.in_order(), _outdated(options))
+    _add_metrics(options, () if options.dry_run else outcomes.in_order(), _all_domains(options))
     if options.json:
         found = [report.as_json() for report in outcomes.in_order()]
         print(json.dumps({"domains": found, "excluded": list(outcomes.excluded)}))
@@ -147,11 +149,11 @@ def _upgrade(options: argparse.Namespace) -> int:
     return outcomes.status
 
 
-def _outdated(options: argparse.Namespace) -> int | None:
-    """How many domains are outdated now; None if there are no metrics to write, or libvirt does not answer."""
+def _all_domains(options: argparse.Namespace) -> list[api.DomainStatus] | None:
+    """As they are now; None if there are no metrics to write, or libvirt does not answer."""
     if options.metrics_dir is not None:
         with contextlib.suppress(SevhopError):
-            return sum(row.outdated for row in asyncio.run(api.status(connect=options.connect)))
+            return asyncio.run(api.status(connect=options.connect))
     return None
 
 
@@ -173,13 +175,13 @@ def _status(options: argparse.Namespace) -> int:
     except SevhopError as err:
         return _no_domains(options, err)
     if not options.domains:
-        _add_metrics(options, (), sum(row.outdated for row in rows))
+        _add_metrics(options, (), rows)
     if options.json:
         print(json.dumps({"domains": [row.as_json() for row in rows]}))
     else:
         for row in rows:
             say(row)
-    return EXIT_DONE
+    return EXIT_DONE if all(row.attended for row in rows) else EXIT_RECOVERY_REQUIRED
 
 
 # -- sevhop recover --------------------------------------------------------------------------------

@@ -73,10 +73,24 @@ async def settle(journal: Journal, *, named: bool, timeout: float) -> RecoveredG
         connection.close()
 
 
+def _paused_in_source(record: HopRecord) -> bool:
+    """
+    Whether the guest was paused all the time, and the transit that had it has exited: the old QEMU, halted, has all of
+    it as well, unless it has run in the transit.
+    """
+    if record.running or (source := record.source.open()) is None:
+        return False
+    source.close()
+    if record.transit is None or (transit := record.transit.open()) is None:
+        return True
+    transit.close()
+    return False
+
+
 async def _settle(journal: Journal, connection: Connection, named: bool, timeout: float) -> RecoveredGuest:
     record = journal.record
     if record.transit is not None:
-        if not record.committed:
+        if not record.committed or _paused_in_source(record):
             recovered = await first_hop_recovery.settle(record, connection, timeout=timeout)
             if recovered.result is not RecoveryOutcome.DESTINATION:
                 return recovered

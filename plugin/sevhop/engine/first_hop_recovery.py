@@ -9,6 +9,7 @@ reached through libvirt; and when the guest is in the transit, libvirt's part of
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from sevhop_qmp import adopt
@@ -42,7 +43,9 @@ async def settle(record: HopRecord, connection: Connection, *, timeout: float) -
     try:
         old = DomainQemu(source, record, connection, timeout)
         new = NewQemu(transit, Path(record.transit_directory), timeout)
-        recovered = await InterruptedFirstHop(old, new, timeout).settle(record)
+        # The phases after it are those of the upgrade. What may be, may be in its last one.
+        phase = "finish" if record.committed else record.phase
+        recovered = await InterruptedFirstHop(old, new, timeout).settle(replace(record, phase=phase))
     finally:
         for one in (source, transit):
             if one is not None:

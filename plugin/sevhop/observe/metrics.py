@@ -4,8 +4,14 @@ Metrics for Prometheus, as a file for the textfile collector of its node exporte
 ==================================  ==============================================================================
 ``sevhop_hops_total``               hops by ``outcome``
 ``sevhop_downtime_seconds``         histogram: guest downtime of the hops that are done
-``sevhop_outdated_domains``         domains whose QEMU is not the installed one, when last counted
+``sevhop_outdated_domains``         domains whose QEMU is not the installed one
+``sevhop_blocked_domains``          domains that cannot hop, most of them until they are started again
+``sevhop_guests``                   guests of domains by ``place``: the domain, the transit, the keeper
+``sevhop_unattended_guests``        guests with a hop that no command is at work on
+``sevhop_elsewhere_seconds``        how long the longest guest has been in a transit
 ==================================  ==============================================================================
+
+The last five are of the last time when domains were counted.
 
 Commands are short-lived, so the file is also the store of the counters: each command reads it at its end, adds, and
 replaces it atomically, under a lock. The directory may belong to another user. What is read there is used only if it is
@@ -22,11 +28,12 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 
+from ..checks.domain_status import DomainStatus, Place
 from ..records import journal
 from ..report import Report
 
@@ -39,16 +46,20 @@ BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _HOPS = "sevhop_hops_total"
 _DOWNTIME = "sevhop_downtime_seconds"
 _OUTDATED = "sevhop_outdated_domains"
+_BLOCKED = "sevhop_blocked_domains"
+_GUESTS = "sevhop_guests"
+_UNATTENDED = "sevhop_unattended_guests"
+_ELSEWHERE = "sevhop_elsewhere_seconds"
 _MOST_BYTES = 64 << 10
 _SAMPLE = re.compile(r"(?P<name>[a-z_]+(?:\{[a-z]+=\"[^\"\\\n]*\"\})?) (?P<value>[0-9]{1,15}(?:\.[0-9]{1,9})?)")
 
 
-def add(path: Path, reports: Iterable[Report] = (), outdated: int | None = None) -> None:
+def add(path: Path, reports: Iterable[Report] = (), domains: Sequence[DomainStatus] | None = None) -> None:
     """
     Add to the file in a directory.
 
     :param reports: of hops that are over; those of prepared and checked ones are not counted.
-    :param outdated: how many domains are outdated; None if not counted.
+    :param domains: all of them; None if they were not counted.
     :raises SevhopError: it cannot be written.
     """
     try:
@@ -57,8 +68,8 @@ def add(path: Path, reports: Iterable[Report] = (), outdated: int | None = None)
             for report in reports:
                 if report.outcome in OUTCOMES:
                     _count(samples, report)
-            if outdated is not None:
-                samples[_OUTDATED] = outdated
+            if domains is not None:
+                samples |= _gauges(domains)
             _write(directory, samples)
     except OSError as err:
         raise SevhopError(
@@ -105,6 +116,16 @@ def _zeros() -> dict[str, float]:
     return hops | buckets | {f"{_DOWNTIME}_sum": 0.0, f"{_DOWNTIME}_count": 0.0}
 
 
+def _gauges(domains: Sequence[DomainStatus]) -> dict[str, float]:
+    found: dict[str, float] = {
+        _OUTDATED: sum(row.outdated for row in domains),
+        _BLOCKED: sum(bool(row.blocker) for row in domains),
+        _UNATTENDED: sum(not row.attended for row in domains),
+        _ELSEWHERE: max((row.elsewhere_s or 0.0 for row in domains), default=0.0),
+    }
+    return found | {f'{_GUESTS}{{place="{one.value}"}}': sum(row.place is one for row in domains) for one in Place}
+
+
 def _read(directory: int) -> dict[str, float]:
     """The counters so far; none if there is no file, or it is not one of ours."""
     try:
@@ -124,7 +145,7 @@ def _read(directory: int) -> dict[str, float]:
             if match is None:
                 return {}
             samples[match["name"]] = float(match["value"])
-    return samples if samples.keys() - {_OUTDATED} == _zeros().keys() else {}
+    return samples if samples.keys() - _gauges(()).keys() == _zeros().keys() else {}
 
 
 def _write(directory: int, samples: dict[str, float]) -> None:
@@ -148,6 +169,10 @@ def _text(samples: dict[str, float]) -> str:
         _HOPS: ("counter", "Hops of guests to another QEMU, by outcome."),
         _DOWNTIME: ("histogram", "Guest downtime of the hops that are done, in seconds."),
         _OUTDATED: ("gauge", "Domains whose QEMU is not the installed one, when last counted."),
+        _BLOCKED: ("gauge", "Domains that cannot hop, when last counted."),
+        _GUESTS: ("gauge", "Guests of domains by the place where they are, when last counted."),
+        _UNATTENDED: ("gauge", "Guests with a hop that no command is at work on, when last counted."),
+        _ELSEWHERE: ("gauge", "How long the longest guest has been in a transit, in seconds."),
     }
     lines = []
     for family, (kind, text) in families.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +40,11 @@ class Process:
     def of(cls, process: QemuProcess) -> Self:
         """:raises ProcessError: it has exited."""
         return cls(process.pid, process.start_time)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was started, if it still exists."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.started / os.sysconf("SC_CLK_TCK")
 
     def open(self) -> QemuProcess | None:
         """The process; None if it has exited."""

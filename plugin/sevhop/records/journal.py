@@ -208,7 +208,7 @@ def remove_unfinished() -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(DIRECTORY):
             path = DIRECTORY / name
-            if name.startswith(".") and not _locked(path):
+            if name.startswith(".") and not in_progress(path):
                 path.unlink()
 
 
@@ -258,7 +258,8 @@ def _sync(directory: Path) -> None:
         os.close(fd)
 
 
-def _locked(path: Path) -> bool:
+def in_progress(path: Path) -> bool:
+    """Whether the command that writes a journal, or a recovery, is alive."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -277,7 +278,7 @@ def _existing_hop(path: Path) -> SevhopError:
         record = read(path)
     except JournalError as err:
         return err
-    if _locked(path):
+    if in_progress(path):
         return HopInProgress(f"process {record.command} is hopping {record.guest}", "wait for it; see sevhop status")
     return HopInterrupted(
         f'an earlier hop of {record.guest} was interrupted in phase "{record.phase or "acquire"}"',
