@@ -194,6 +194,20 @@ def test_keeper_that_dies_after_the_hop_does_not_lose_a_paused_guest(
     transit.assert_arrived(new)
 
 
+def test_destination_that_dies_after_the_hop_does_not_take_a_paused_guest_with_it(
+    daemon: Daemon, transit: TransitGuest, old: Path, new: Path, tmp_path: Path
+) -> None:
+    """It has not run there, and the transit still has all of it."""
+    daemon.virsh("suspend", transit.guest.name)
+    kills = intercepting.KILL_DESTINATION_OF_MOVE
+    transit.enter(new, environment=intercepting.environment(tmp_path, "arrived", kills))
+    result = transit.finish()
+    assert result.get("emulator") == str(old), result
+    assert transit.guest.state == "paused"
+    daemon.virsh("resume", transit.guest.name)
+    transit.assert_arrived(old)
+
+
 def test_keeper_that_dies_before_is_continued(
     daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any
 ) -> None:

@@ -46,6 +46,8 @@ _PART_OF_STEP = 0.8
 _ARRIVED = frozenset({GuestState.RUNNING_IN_NEW, GuestState.PAUSED_IN_NEW})
 #: Seconds between two attempts to reach a transit that does not answer.
 _POLL = 0.1
+#: Seconds until a QEMU has exited that has hung up. Meanwhile nobody waits but for a guest that is paused.
+_EXIT = 1.0
 
 
 class Restores:
@@ -162,7 +164,7 @@ class Restores:
         except asyncio.CancelledError:
             await self._undo(attempt, "the restore was ended")
         except HopError as err:
-            if err.guest_state in _ARRIVED:
+            if err.guest_state in _ARRIVED and not await self._is_still_here(attempt):
                 self._ledger.record.note = str(err)
                 await self._arrived(attempt)
             else:
@@ -263,7 +265,7 @@ class Restores:
     async def _is_there(self, attempt: TransitAttempt) -> bool:
         """Whether the guest is the destination's, and what is in the transit is outdated."""
         record = self._ledger.record
-        if attempt.has_run or record.committed:
+        if attempt.has_run or (record.committed and not await self._is_still_here(attempt)):
             return True
         if not record.moving:
             return False
@@ -278,6 +280,15 @@ class Restores:
                 await asyncio.sleep(_POLL)
         # The destination has all of the guest but perhaps the context, and that is in a VM that we have.
         return True
+
+    async def _is_still_here(self, attempt: TransitAttempt) -> bool:
+        """
+        Whether the destination has exited with a guest that it has not run, since that was paused: the transit still
+        has all of it, unless its SEV context has been moved.
+        """
+        if attempt.has_run or self._ledger.record.moving or not self._process.alive:
+            return False
+        return attempt.destination is None or await attempt.destination.wait(_EXIT)
 
     async def _undo(self, attempt: TransitAttempt, reason: str) -> None:
         """Something has failed. A guest that is in the destination all the same stays there."""
@@ -323,7 +334,7 @@ class Restores:
         """The guest is the transit's: end the destination, and see that the guest runs."""
         log.info("back to the transit: %s", reason)
         self._decided = True
-        self._ledger.record.reason = reason
+        self._ledger.record.reason, self._ledger.record.committed = reason, False
         if attempt.destination is not None:
             attempt.destination.kill()
             # The transit must not run the guest as long as the other QEMU might.
