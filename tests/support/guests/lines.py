@@ -12,6 +12,9 @@ from typing import Self
 
 #: Seconds in which the guest must answer.
 PATIENCE = 150.0
+#: Seconds after which a word is sent again. The guest may read it from a virtio port before it hears that the port is
+#: connected, which comes over another queue; then it cannot answer, and does not wait.
+_AGAIN = 10.0
 
 
 class Line:
@@ -39,12 +42,16 @@ class Line:
         """Whether the guest repeats it."""
         fd = self._open()
         try:
-            os.write(fd, f"{word}\n".encode())
             heard = b""
-            deadline = time.monotonic() + PATIENCE
+            deadline, again = time.monotonic() + PATIENCE, 0.0
             while f"GOT {word}".encode() not in heard:
-                if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                if (now := time.monotonic()) > deadline:
                     return False
+                if now >= again:
+                    os.write(fd, f"{word}\n".encode())
+                    again = now + _AGAIN
+                if not select.select([fd], [], [], again - now)[0]:
+                    continue
                 if not (some := os.read(fd, 4096)):
                     return False  # its QEMU has hung up
                 heard += some
