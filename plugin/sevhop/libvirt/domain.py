@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import libvirt
 
@@ -21,7 +21,6 @@ _NOWHERE = "qemu+unix:///system?socket=/dev/null"
 _POLL = 0.001
 #: XML namespace of our element in the metadata of domains. It is a name, not an address.
 METADATA = "urn:sevhop:domain"
-_LEFT_ALONE = re.compile(r"<(?:[\w.-]+:)?leave-alone\b")
 #: libvirt's errors for a domain that has no QEMU, or was transient and is gone with it.
 _OFF = (libvirt.VIR_ERR_OPERATION_INVALID, NO_DOMAIN)
 
@@ -74,8 +73,7 @@ class Domain:
             if err.code == libvirt.VIR_ERR_NO_DOMAIN_METADATA:
                 return False
             raise
-        # libvirt has parsed it.
-        return bool(_LEFT_ALONE.match(found))
+        return ElementTree.fromstring(found).tag.rpartition("}")[2] == "leave-alone"
 
     async def persistent(self) -> bool:
         """Whether it stays defined without a QEMU."""
