@@ -114,7 +114,7 @@ def test_guest_with_every_device_survives_upgrades(daemon: Daemon, start: StartD
         assert plugged(guest) == 128 << 20
 
         for emulator in (new, old):
-            report = daemon.upgrade(guest.name, "--emulator", emulator)
+            report = daemon.upgrade(guest.name, "--emulator", emulator, "--timeout", "60")
             assert report["outcome"] == "done", report
             transit, rehearsal = report["notes"]
             assert transit == "not by way of a transit: its TPM exits with the old QEMU"
