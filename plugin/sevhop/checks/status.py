@@ -84,15 +84,10 @@ def _with_place(row: DomainStatus) -> DomainStatus:
         if record.kind != "domain" or record.guest != row.name or not record.this_boot:
             continue
         attended = journal.in_progress(path)
-        if record.committed and record.transit is not None and (transit := record.transit.open()) is not None:
-            transit.close()
+        if record.committed and record.transit is not None and record.transit.exists:
             return replace(row, place=Place.TRANSIT, attended=attended, elsewhere_s=record.transit.age)
-        source = record.source.open()
-        if source is None:
-            place = Place.KEEPER if record.transit is None and _has_keeper(row.name) else Place.DOMAIN
-            return replace(row, place=place, attended=attended)
-        source.close()
-        return replace(row, attended=attended)
+        suspended = record.transit is None and not record.source.exists and _has_keeper(row.name)
+        return replace(row, place=Place.KEEPER if suspended else Place.DOMAIN, attended=attended)
     return row
 
 
@@ -101,8 +96,7 @@ def _left_in_transit(name: str) -> str:
     for path in journal.journals():
         with contextlib.suppress(JournalError):
             record = journal.read(path)
-            if record.guest == name and record.transit is not None and (process := record.transit.open()) is not None:
-                process.close()
+            if record.guest == name and record.transit is not None and record.transit.exists:
                 where = f"the guest runs in the transit (process {record.transit.pid})"
                 return f"{where}, without a keeper; run: sevhop recover"
     return ""

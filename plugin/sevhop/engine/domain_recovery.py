@@ -78,13 +78,8 @@ def _paused_in_source(record: HopRecord) -> bool:
     Whether the guest was paused all the time, and the transit that had it has exited: the old QEMU, halted, has all of
     it as well, unless it has run in the transit.
     """
-    if record.running or (source := record.source.open()) is None:
-        return False
-    source.close()
-    if record.transit is None or (transit := record.transit.open()) is None:
-        return True
-    transit.close()
-    return False
+    assert record.transit is not None
+    return not record.running and record.source.exists and not record.transit.exists
 
 
 async def _settle(journal: Journal, connection: Connection, named: bool, timeout: float) -> RecoveredGuest:

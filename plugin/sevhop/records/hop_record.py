@@ -46,6 +46,13 @@ class Process:
         """Seconds since it was started, if it still exists."""
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self.started / os.sysconf("SC_CLK_TCK")
 
+    @property
+    def exists(self) -> bool:
+        """Whether it has not exited."""
+        if (process := self.open()) is not None:
+            process.close()
+        return process is not None
+
     def open(self) -> QemuProcess | None:
         """The process; None if it has exited."""
         with contextlib.suppress(SevhopError):
