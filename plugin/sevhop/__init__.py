@@ -14,7 +14,7 @@ imports only from those below it.
                              realtime_reset. A libvirt domain: upgrade, with its phases in upgrade_prepare,
                              upgrade_save, upgrade_restore; rehearsal, rehearsal_command_line, isolated_tap,
                              present_cards, retire, fleet. The hop of its guest into a QEMU beside libvirt: transit_hop,
-                             transit, transit_blockers, transit_command_line, transit_descriptors.
+                             transit, transit_blockers, fixed_taps, transit_command_line, transit_descriptors.
                              Both: transaction (rollback and commit), stopped_guest (verified, resumed). After an
                              interruption: recovery, hop_recovery, domain_recovery, interrupted_qemu, ownership (which
                              QEMU may run the guest), recovery_result

@@ -284,15 +284,59 @@ def test_paused_guest_is_not_lost_with_its_transit(
     guest.wait_for_ticks()
 
 
-def test_domain_with_a_tap_of_its_own_name_is_upgraded_without(daemon: Daemon, start: StartDomain, new: Path) -> None:
-    """libvirt could not make that tap again as long as the transit has it."""
-    card = "<interface type='ethernet'><target dev='of-its-own' managed='yes'/><model type='virtio'/></interface>"
-    guest = start(more=card)
+OF_ITS_OWN = "<interface type='ethernet'><target dev='of-its-own' managed='{}'/><model type='virtio'/></interface>"
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_tap_has_its_own_name_afterwards(
+    daemon: Daemon, start: StartDomain, new: Path, old: Path, prepared: bool
+) -> None:
+    """libvirt makes another of that name while the transit still has the first."""
+    guest = start(more=OF_ITS_OWN.format("yes"))
+    for emulator in (new, old):
+        guest.wait_for_ticks()
+        report = daemon.upgrade(guest.name, "--emulator", emulator, *["--prepare"] * prepared)
+        assert report["outcome"] == ("prepared" if prepared else "done"), report
+        assert any("tap of-its-own is called sevhop" in note for note in report["notes"]), report
+        if prepared:
+            assert "of-its-own" not in daemon.run("ip", "-brief", "link").stdout
+            daemon.virsh("restore", report["image"])
+            assert daemon.sevhop("recover").returncode == 0
+        else:
+            assert len(report["downtimes_ms"]) == 2
+        guest.wait_for_ticks()
+        links = daemon.run("ip", "-brief", "link").stdout
+        assert "of-its-own" in links
+        assert "sevhop" not in links
+        assert "of-its-own" in daemon.virsh("domiflist", guest.name)
+        assert guest.emulator() == str(emulator)
+
+
+def test_recover_leaves_libvirt_the_name_of_a_tap(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """The upgrade was killed before it did."""
+    guest = start(more=OF_ITS_OWN.format("yes"))
     guest.wait_for_ticks()
-    report = daemon.upgrade(guest.name, "--emulator", new)
-    assert (report["outcome"], report["downtimes_ms"]) == ("done", []), report
-    assert any("libvirt cannot make of-its-own again" in note for note in report["notes"])
+    when_begun(daemon, guest.name, "retire", lambda command: command.kill(), "--emulator", new)
+    assert daemon.sevhop("recover", guest.name).returncode == 0
     guest.wait_for_ticks()
+    assert guest.emulator() == str(new)
+    assert "of-its-own" in daemon.run("ip", "-brief", "link").stdout
+
+
+def test_domain_with_a_tap_of_somebody_else_is_upgraded_without(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    """Only one QEMU can have it."""
+    done = daemon.run("ip", "tuntap", "add", "dev", "of-its-own", "mode", "tap", "vnet_hdr")
+    if done.returncode:
+        pytest.skip(f"no tap can be made here: {done.stderr.strip()}")
+    try:
+        guest = start(more=OF_ITS_OWN.format("no"))
+        guest.wait_for_ticks()
+        report = daemon.upgrade(guest.name, "--emulator", new)
+        assert (report["outcome"], report["downtimes_ms"]) == ("done", []), report
+        assert any("the tap of-its-own is not libvirt's own" in note for note in report["notes"])
+        guest.wait_for_ticks()
+    finally:
+        assert daemon.run("ip", "link", "delete", "of-its-own").returncode == 0
 
 
 @pytest.mark.parametrize("phase", PHASES)

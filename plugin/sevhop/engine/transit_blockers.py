@@ -15,6 +15,7 @@ from sevhop_qmp.process import QemuProcess
 
 from ..libvirt import lock_manager
 from ..process.apparmor_profile import ProfileCopy
+from . import fixed_taps
 
 _INTERFACES = "devices/interface"
 #: Where it is in the XML, and what cannot be carried.
@@ -46,8 +47,6 @@ _ELEMENTS = (
     (f"{_INTERFACES}/downscript", "the script of a network card shuts it down with the old QEMU"),
     (f"{_INTERFACES}/backend[@type='passt']", "the passt of a network card exits with the old QEMU"),
 )
-#: Prefix of the taps whose name libvirt has chosen.
-_CHOSEN = "vnet"
 
 
 def blocker(xml: str, process: QemuProcess) -> str:
@@ -67,17 +66,4 @@ def blocker(xml: str, process: QemuProcess) -> str:
         return err.message
     if lock_manager.in_use():
         return "libvirt gives up the leases of its disks when the old QEMU exits"
-    return ""
-
-
-def unrestorable(xml: str) -> str:
-    """
-    Why libvirt could not start a domain as long as a transit has it; empty if nothing is known.
-
-    :param xml: of the domain as it runs.
-    """
-    for target in ElementTree.fromstring(xml).iterfind(f"{_INTERFACES}/target"):
-        # libvirt chooses these names itself, and takes one that is free.
-        if not target.get("dev", _CHOSEN).startswith(_CHOSEN):
-            return f"libvirt cannot make {target.get('dev')} again while the transit has it"
-    return ""
+    return fixed_taps.blocker(xml, process)

@@ -36,7 +36,7 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..records import run_directory
 from ..records.hop_record import HopRecord
-from . import protected_state, transit_move
+from . import fixed_taps, protected_state, transit_move
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 from .stopped_guest import resume_source
 from .transit import remove_confinement
@@ -60,6 +60,8 @@ async def settle(record: HopRecord, connection: Connection, *, named: bool, time
     process = record.transit.open() if record.transit else None
     keeper = await _keeper(record)
     try:
+        if process is not None:
+            fixed_taps.rename(record.xml, process)
         recovery = TransitRecovery(record, connection, process, keeper, timeout)
         if keeper is None and process is None:
             return await recovery.without_transit()

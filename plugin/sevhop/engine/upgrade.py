@@ -92,7 +92,7 @@ class Upgrade(Transaction):
         # The guest runs. What libvirt does not do within a step is left to a later attempt.
         checked.connection.timeout = min(checked.connection.timeout, options.step_timeout)
         kept = await self.run_phase("keep", upgrade_transit.keep(self, options, checked, back, first))
-        await self.run_phase("retire", upgrade_transit.leave_libvirt(options, checked))
+        await self.run_phase("retire", upgrade_transit.leave_libvirt(self, options, checked, kept.transit.process))
         if options.prepare_only:
             self._leave_prepared(kept.keeper)
             self.report.in_transit = True

@@ -34,9 +34,9 @@ from ..options import HopOptions, UpgradeOptions
 from ..records import run_directory
 from ..records.hop_record import Process
 from ..report import Phase, Report
+from . import fixed_taps
 from .retire import retire
 from .transaction import Transaction
-from .transit_blockers import unrestorable
 from .transit_command_line import Untransitable
 from .transit_hop import TransitHop, TransitSource
 from .transit_restore import InTransit, Restored, recorded, restore_from_transit, take_into_keeper
@@ -105,10 +105,9 @@ async def enter_transit(hop: Transaction, checked: CheckedDomain, first: FirstHo
     :return: False if a transit cannot carry this domain; nothing was touched.
     :raises HopError: see :meth:`.transaction.Transaction.run`.
     """
-    report, reason = first.hop.report, unrestorable(checked.xml)
+    report, reason = first.hop.report, ""
     try:
-        if not reason:
-            await first.hop.run()
+        await first.hop.run()
     except Refused as err:
         if not isinstance(err.__cause__, Untransitable):
             raise
@@ -195,13 +194,17 @@ async def _latest_xml(checked: CheckedDomain) -> str:
     return xml if await checked.domain.active() else checked.xml
 
 
-async def leave_libvirt(options: UpgradeOptions, checked: CheckedDomain) -> None:
+async def leave_libvirt(
+    hop: Transaction, options: UpgradeOptions, checked: CheckedDomain, transit: QemuProcess
+) -> None:
     """
-    End the old QEMU, and have libvirt see that.
+    End the old QEMU, have libvirt see that, and leave it the names of the taps.
 
     :raises SevhopError: it does not; the guest runs in the transit.
     """
     await retire(checked.domain, checked.source, options.step_timeout)
+    for name, other in fixed_taps.rename(checked.xml, transit).items():
+        hop.note(f"tap {name} is called {other} while the guest is in the transit; rules for {name} do not apply to it")
 
 
 async def restore(hop: Transaction, checked: CheckedDomain, kept: KeptDomain) -> Restored:
