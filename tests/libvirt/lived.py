@@ -25,10 +25,17 @@ class LivedInDomain(DomainGuest):
     life: DomainLife
 
     @classmethod
-    def started(cls, daemon: Daemon, start: StartDomain, name: str, **fields: object) -> LivedInDomain:
-        """Start a domain to which everything happens once. :param fields: see :data:`.conftest.StartDomain`."""
+    def started(
+        cls, daemon: Daemon, start: StartDomain, name: str, *, more: str = "", **fields: object
+    ) -> LivedInDomain:
+        """
+        Start a domain to which everything happens once.
+
+        :param more: further devices.
+        :param fields: see :data:`.conftest.StartDomain`.
+        """
         domain_life.make_files(daemon.run, name)
-        start(name=name, more=domain_life.devices(name), **fields)
+        start(name=name, more=domain_life.devices(name) + more, **fields)
         self = cls(daemon, name)
         self.life = DomainLife(daemon.run, name, random.Random(name))
         self.wait_for_ticks(3)

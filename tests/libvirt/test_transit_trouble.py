@@ -6,6 +6,7 @@ reported in time, and when the trouble is over the upgrade is finished.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .failing import MARK, another_hook
+from .lived import LivedInDomain
 from .restart_faults import FAULTS
 from .transit_guest import watched
 
@@ -30,6 +32,16 @@ LASTING = [name for name, fault in FAULTS.items() if fault.mend is not None]
 
 #: Brings a guest into the transit, and returns the image that it can be restored from.
 Prepare = Callable[[DomainGuest], str]
+
+
+@pytest.fixture(params=["new", pytest.param("lived in", marks=pytest.mark.faults)])
+def begin(
+    daemon: Daemon, start: StartDomain, request: pytest.FixtureRequest, tmp_path: Path
+) -> Callable[..., DomainGuest]:
+    """Starts a guest. Of one that has lived the settings are compared in the end."""
+    if request.param == "new":
+        return start
+    return functools.partial(LivedInDomain.started, daemon, start, f"lived-{tmp_path.name[-20:]}")
 
 
 @pytest.fixture
@@ -63,10 +75,12 @@ def assert_waits(daemon: Daemon, guest: DomainGuest, reason: str, step: int = ST
 
 
 def assert_arrives(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
-    """... and nothing is left."""
+    """... as it was, and nothing is left."""
     done = daemon.sevhop("recover", guest.name, "--timeout", "60")
     assert done.returncode == 0, done
     assert (guest.state, guest.emulator(), guest.emulator("--inactive")) == ("running", str(emulator), str(emulator))
+    if isinstance(guest, LivedInDomain):
+        guest.see_unchanged()
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
 
@@ -74,10 +88,10 @@ def assert_arrives(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
 @pytest.mark.parametrize("name", LASTING)
 @pytest.mark.usefixtures("surroundings")
 def test_guest_runs_while_libvirt_cannot_start_its_domain(
-    daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path, name: str
+    daemon: Daemon, begin: Callable[..., DomainGuest], prepared: Prepare, new: Path, name: str
 ) -> None:
     fault = FAULTS[name]
-    guest = start(**fault.domain)
+    guest = begin(**fault.domain)
     prepared(guest)
     fault.make(daemon, guest)
     assert_waits(daemon, guest, "")
@@ -102,13 +116,13 @@ HOOKS = {
 @pytest.mark.parametrize("what", HOOKS)
 def test_guest_runs_whatever_another_hook_does(
     daemon: Daemon,
-    start: StartDomain,
+    begin: Callable[..., DomainGuest],
     prepared: Prepare,
     new: Path,
     what: str,
 ) -> None:
     script, reason = HOOKS[what]
-    guest = start()
+    guest = begin()
     prepared(guest)
     with another_hook(daemon, f'[ "$1 $2/$3" = "{guest.name} started/begin" ] || exit 0\n{script}'):
         if reason:
@@ -122,9 +136,9 @@ def test_guest_runs_whatever_another_hook_does(
 
 @pytest.mark.parametrize("how", ["stopped", "gone"])
 def test_guest_runs_while_libvirt_does_not_answer(
-    daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path, how: str
+    daemon: Daemon, begin: Callable[..., DomainGuest], prepared: Prepare, new: Path, how: str
 ) -> None:
-    guest = start()
+    guest = begin()
     prepared(guest)
     with contextlib.ExitStack() as trouble:
         if how == "gone":
@@ -140,9 +154,11 @@ def test_guest_runs_while_libvirt_does_not_answer(
     assert_arrives(daemon, guest, new)
 
 
-def test_guest_runs_while_the_disk_is_full(daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path) -> None:
+def test_guest_runs_while_the_disk_is_full(
+    daemon: Daemon, begin: Callable[..., DomainGuest], prepared: Prepare, new: Path
+) -> None:
     """That of the journal, and that of libvirt's logs."""
-    guest = start()
+    guest = begin()
     prepared(guest)
     with full(daemon, "/var/lib/sevhop"), full(daemon, "/var/log/libvirt"):
         recover(daemon, guest)
@@ -175,13 +191,13 @@ def full(daemon: Daemon, directory: str) -> Iterator[None]:
 @pytest.mark.parametrize("words", [("start",), ("shutdown",), ("destroy",), ("suspend",), ("reset",)])
 def test_operations_of_others_do_not_touch_the_guest(
     daemon: Daemon,
-    start: StartDomain,
+    begin: Callable[..., DomainGuest],
     prepared: Prepare,
     new: Path,
     words: tuple[str, ...],
 ) -> None:
     """The domain is shut off for libvirt, so nobody can do any harm but by starting it, which is refused."""
-    guest = start()
+    guest = begin()
     prepared(guest)
     done = daemon.run("virsh", *words, guest.name)
     assert done.returncode == 1
@@ -190,10 +206,10 @@ def test_operations_of_others_do_not_touch_the_guest(
 
 
 def test_guest_runs_if_others_restore_its_domain_paused(
-    daemon: Daemon, start: StartDomain, prepared: Prepare, new: Path
+    daemon: Daemon, begin: Callable[..., DomainGuest], prepared: Prepare, new: Path
 ) -> None:
     """libvirt never accepts a destination then, so that is ended, and the guest goes on in the transit."""
-    guest = start()
+    guest = begin()
     done = daemon.run("virsh", "restore", prepared(guest), "--paused")
     assert done.returncode == 0
     assert "the guest runs in the transit" in daemon.sevhop("status", guest.name).stdout
