@@ -69,9 +69,11 @@ from .events import (
     MoveAttempted,
     PhaseBegan,
     PhaseEnded,
+    WindowClosed,
     ignore,
 )
-from .options import HopOptions, UpgradeOptions
+from .options import HopOptions, UpgradeOptions, Window
+from .process import shutdown_inhibitor
 from .report import Phase, Report
 
 __all__ = [
@@ -104,6 +106,8 @@ __all__ = [
     "SevhopError",
     "Status",
     "UpgradeOptions",
+    "Window",
+    "WindowClosed",
     "check",
     "hop",
     "recover",
@@ -169,6 +173,7 @@ async def upgrade_fleet(
     keep_going: bool = False,
     max_failures: int = 1,
     exclude: Sequence[str] = (),
+    window: Window | None = None,
     connect: str | None = None,
     listener: Listener = ignore,
 ) -> list[Report]:
@@ -176,10 +181,11 @@ async def upgrade_fleet(
     Replace the QEMU of several domains of libvirt. The outcome of each is in its report, and not raised.
 
     :param domains: their names, UUIDs or ids, which are looked up before anything is done; or a rule that selects them.
-    :param jobs: how many may be upgraded, and so stopped, at a time.
+    :param jobs: how many may be upgraded, and so stopped, at a time; fewer while the host has no memory for more.
     :param keep_going: begin further ones after one has failed or was refused.
     :param max_failures: how many guests may be lost or need a recovery until no further one begins all the same.
     :param exclude: patterns of the names of domains that a rule does not select, such as ``db-*``.
+    :param window: when an upgrade may begin; always by default.
     :return: the reports of those that were begun, in this order.
     :raises SevhopError: there is no such domain, or libvirt does not list its domains; nothing was touched.
     """
@@ -205,6 +211,7 @@ async def upgrade_fleet(
         jobs=jobs,
         keep_going=keep_going,
         max_failures=max_failures,
+        window=window,
         listener=deferring,
     )
     await _interruptible(upgrades, deferring)
@@ -308,16 +315,17 @@ class _Work(Protocol):
 
 async def _interruptible(work: _Work, deferring: DeferringListener) -> None:
     """Run it. When cancelled, wait until it is rolled back, or completed if it is committed."""
-    task = asyncio.ensure_future(work.run())
     cancelled: asyncio.CancelledError | None = None
     try:
-        while not task.done():
-            try:
-                await asyncio.wait({task})
-            except asyncio.CancelledError as err:
-                work.interrupt()
-                cancelled = err
-        task.result()
+        with shutdown_inhibitor.taken("the QEMU of a guest is being replaced"):
+            task = asyncio.ensure_future(work.run())
+            while not task.done():
+                try:
+                    await asyncio.wait({task})
+                except asyncio.CancelledError as err:
+                    work.interrupt()
+                    cancelled = err
+            task.result()
     except Interrupted as err:
         raise cancelled or err from err
     finally:

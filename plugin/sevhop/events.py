@@ -55,6 +55,19 @@ class DomainsSelected(Event):
 
 
 @dataclass(frozen=True)
+class WindowClosed(Event):
+    """
+    No further upgrade of a fleet begins, since it is outside the maintenance window.
+
+    :ivar window: such as ``01:00-05:00``.
+    :ivar domains: that are not upgraded.
+    """
+
+    window: str
+    domains: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class GuestEvent(Event):
     """
     Something happened to one guest.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, time
 
 from sevhop_qmp.monitor import COMMAND_TIMEOUT
+
+_WINDOW = re.compile(r"(\d{1,2}:\d{2})-(\d{1,2}:\d{2})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +54,44 @@ class UpgradeOptions:
     rehearse: bool = True
     step_timeout: float = HopOptions.step_timeout
     move_deadline: float = HopOptions.move_deadline
+
+
+@dataclass(frozen=True)
+class Window:
+    """
+    The maintenance window of a fleet: a part of each day, in the host's time zone; it may include midnight.
+
+    :ivar begin: its first minute.
+    :ivar end: the first minute after it.
+    """
+
+    begin: time
+    end: time
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """
+        Such as ``01:00-05:00``.
+
+        :raises ValueError: it is none.
+        """
+        found = _WINDOW.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text} is not of the form HH:MM-HH:MM")
+        begin, end = (datetime.strptime(word, "%H:%M").time() for word in found.groups())
+        if begin == end:
+            raise ValueError(f"{text} has no length")
+        return cls(begin, end)
+
+    def is_open(self) -> bool:
+        """Whether it is that time of day now."""
+        return self.includes(datetime.now().time())
+
+    def includes(self, moment: time) -> bool:
+        """Whether a time of day is in it."""
+        if self.begin < self.end:
+            return self.begin <= moment < self.end
+        return moment >= self.begin or moment < self.end
+
+    def __str__(self) -> str:
+        return f"{self.begin:%H:%M}-{self.end:%H:%M}"

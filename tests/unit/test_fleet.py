@@ -8,8 +8,9 @@ import pytest
 from sevhop.engine import fleet
 from sevhop.engine.fleet import Fleet, Selection
 from sevhop.errors import GuestLost, Interrupted, RecoveryRequired, Refused, RolledBack
-from sevhop.events import DomainsSelected, Event, HopFinished, Listener
-from sevhop.options import UpgradeOptions
+from sevhop.events import DomainsSelected, Event, HopFinished, Listener, WindowClosed
+from sevhop.options import UpgradeOptions, Window
+from sevhop.process import host_memory
 from sevhop.report import Report
 from sevhop_qmp.errors import SevhopError
 
@@ -98,6 +99,28 @@ def run(
 def test_fleet_upgrades_all_domains(jobs: int) -> None:
     assert run("a", "b", "c", jobs=jobs) == ["a", "b", "c"]
     assert Upgrade.most == min(jobs, 3)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 9])
+def test_no_more_upgrades_are_in_progress_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Nobody waits for ever: the first one begins in any case."""
+    monkeypatch.setattr(host_memory, "has_room", lambda upgrades: upgrades <= room)
+    assert run("a", "b", "c", jobs=3) == ["a", "b", "c"]
+    assert Upgrade.most == min(max(room, 1), 3)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_upgrade_begins_outside_the_window(monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    """Those that have begun are completed."""
+    opened = iter([True] * 2 + [False] * 9)
+    monkeypatch.setattr(Window, "is_open", lambda self: next(opened))
+    events: list[Event] = []
+    window = Window.parse("01:00-05:00")
+    one = Fleet("", Selection(("a", "b", "c", "d")), UpgradeOptions(), jobs=jobs, window=window, listener=events.append)
+    asyncio.run(one.run())
+    assert [upgrade.report.outcome for upgrade in one.upgrades] == ["done", "done"]
+    (closed,) = [event for event in events if isinstance(event, WindowClosed)]
+    assert (closed.window, closed.domains) == ("01:00-05:00", ("c", "d"))
 
 
 def test_fleet_without_domains_upgrades_nothing() -> None:

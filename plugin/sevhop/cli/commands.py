@@ -129,6 +129,7 @@ def _upgrade(options: argparse.Namespace) -> int:
                     keep_going=options.keep_going,
                     max_failures=options.max_failures,
                     exclude=options.exclude,
+                    window=options.window,
                     listener=outcomes,
                 )
             )
@@ -140,7 +141,8 @@ def _upgrade(options: argparse.Namespace) -> int:
     _add_metrics(options, () if options.dry_run else outcomes.in_order(), _all_domains(options))
     if options.json:
         found = [report.as_json() for report in outcomes.in_order()]
-        print(json.dumps({"domains": found, "excluded": list(outcomes.excluded)}))
+        left = {"excluded": list(outcomes.excluded), "outside_window": list(outcomes.outside_window)}
+        print(json.dumps({"domains": found, **left}))
     elif not outcomes.selected:
         others = f"; excluded: {', '.join(outcomes.excluded)}" if outcomes.excluded else ""
         say(f"no {'other ' if others else ''}domain is {'outdated' if options.outdated else 'active'}{others}")

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from ..checks.result import CheckResult
 from ..errors import GuestState
-from ..events import DomainsSelected, Event, HopFinished, PhaseEnded
+from ..events import DomainsSelected, Event, HopFinished, PhaseEnded, WindowClosed
 from ..observe import journald
 from ..report import Report, printable, readable_ms
 from .exit_codes import EXIT_DONE, EXIT_OF
@@ -46,12 +46,14 @@ class Outcomes:
 
     :ivar selected: the domains to be upgraded.
     :ivar excluded: those that would have been selected by a rule otherwise.
+    :ivar outside_window: those whose upgrade was not begun for that reason.
     :ivar reports: of those hops that are over.
     """
 
     def __init__(self, options: argparse.Namespace, progress: Progress | None) -> None:
         self.selected: tuple[str, ...] = ()
         self.excluded: tuple[str, ...] = ()
+        self.outside_window: tuple[str, ...] = ()
         self.reports: dict[str, Report] = {}
         self._options = options
         self._progress = progress
@@ -61,6 +63,11 @@ class Outcomes:
         self._records(event)
         if isinstance(event, DomainsSelected):
             self.selected, self.excluded = event.domains, event.excluded
+        elif isinstance(event, WindowClosed):
+            self.outside_window = event.domains
+            if not self._options.json:
+                line = f"not upgraded outside the window {event.window}: {', '.join(event.domains)}"
+                self._print(printable(line), sys.stdout)
         elif isinstance(event, HopFinished):
             self.reports[event.guest] = event.report
             self._print_report(event.report)

@@ -7,7 +7,7 @@ import contextlib
 from importlib import metadata
 from pathlib import Path
 
-from ..options import HopOptions
+from ..options import HopOptions, Window
 
 #: Each job needs a few threads and, for a moment, a second QEMU.
 MAX_JOBS = 64
@@ -99,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     upgrade.add_argument(
+        "--window",
+        type=_window,
+        metavar="HH:MM-HH:MM",
+        help="begin upgrades at that time of day only; one that has begun is completed",
+    )
+    upgrade.add_argument(
         "--prepare",
         action="store_true",
         help="stop when the guest runs in the transit, or is suspended in the keeper; virsh restore completes it",
@@ -178,6 +184,13 @@ def _seconds(text: str) -> float:
         if 0 < (value := float(text)) < _DAY:
             return value
     raise argparse.ArgumentTypeError(f"{text} is not a number of seconds: give one above 0 and below {_DAY}")
+
+
+def _window(text: str) -> Window:
+    try:
+        return Window.parse(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
 
 
 def _count(text: str) -> int:

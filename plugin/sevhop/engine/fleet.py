@@ -7,7 +7,8 @@ rule instead (all, or all that are outdated), one that is refused is skipped and
 nobody has claimed that it can hop. An interruption rolls back all that are in progress and lets no other begin,
 whatever was asked for.
 
-An upgrade has one guest, so no more guests are stopped at a time than upgrades are in progress.
+An upgrade has one guest, so no more guests are stopped at a time than upgrades are in progress. No other begins while
+the host has no memory for one more, nor outside the maintenance window.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from sevhop_qmp.errors import SevhopError
 
 from ..checks.status import survey
 from ..errors import GuestLost, Interrupted, RecoveryRequired, Refused
-from ..events import DomainsSelected, Listener, ignore
+from ..events import DomainsSelected, Listener, WindowClosed, ignore
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import NO_DOMAIN, DomainError
-from ..options import UpgradeOptions
+from ..options import UpgradeOptions, Window
+from ..process import host_memory
 from ..records.run_directory import hop_of
 from .upgrade import Upgrade
 
@@ -122,12 +124,14 @@ class Fleet:
         jobs: int = 1,
         keep_going: bool = False,
         max_failures: int = 1,
+        window: Window | None = None,
         listener: Listener = ignore,
     ) -> None:
         """
-        :param jobs: how many may be in progress at a time.
+        :param jobs: how many may be in progress at a time, as far as there is memory.
         :param keep_going: begin further ones after one has failed or was refused.
         :param max_failures: how many guests may need a person until no further one begins all the same.
+        :param window: when an upgrade may begin; always by default.
         """
         self.upgrades: list[Upgrade] = []
         self._uri = uri
@@ -136,7 +140,10 @@ class Fleet:
         self._jobs = jobs
         self._keep_going = keep_going
         self._failures_left = max_failures
+        self._window = window
         self._listener = listener
+        self._in_progress = 0
+        self._one_has_ended = asyncio.Condition()
         self._stopping = False
         self._interrupted = False
 
@@ -165,9 +172,10 @@ class Fleet:
         return any(interrupted)
 
     async def _work(self, waiting: Iterator[str]) -> None:
-        while not self._stopping and (name := next(waiting, None)) is not None:
+        while (name := await self._next(waiting)) is not None:
             upgrade = Upgrade(self._uri, name, self._options, self._listener)
             self.upgrades.append(upgrade)
+            self._in_progress += 1
             try:
                 await upgrade.run()
             except SevhopError as err:
@@ -176,6 +184,24 @@ class Fleet:
             except BaseException:
                 self._stopping = True
                 raise
+            finally:
+                self._in_progress -= 1
+                async with self._one_has_ended:
+                    self._one_has_ended.notify_all()
+
+    async def _next(self, waiting: Iterator[str]) -> str | None:
+        """The next domain, when it may begin; None if none may."""
+        async with self._one_has_ended:
+            await self._one_has_ended.wait_for(self._may_begin)
+        if self._window is not None and not self._stopping and not self._window.is_open():
+            self._stopping = True
+            if left := tuple(waiting):
+                self._listener(WindowClosed(str(self._window), left))
+        return None if self._stopping else next(waiting, None)
+
+    def _may_begin(self) -> bool:
+        """The first one always may: whether it can is its own check's business."""
+        return self._stopping or not self._in_progress or host_memory.has_room(self._in_progress + 1)
 
     def _continues_after(self, error: SevhopError) -> bool:
         if isinstance(error, RecoveryRequired | GuestLost):

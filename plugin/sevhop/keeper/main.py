@@ -30,6 +30,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 from ..libvirt import hook_server
+from ..process import shutdown_inhibitor
 from ..records.run_directory import claim, listening, remove
 from .clients import Clients
 from .config import KeeperConfig
@@ -103,7 +104,8 @@ def _keep(make: Make, config: KeeperConfig, paths: KeeperPaths) -> None:
 
     print(f"ready {paths.directory}", flush=True)
     _detach()
-    Supervisor(work).run()
+    with shutdown_inhibitor.taken(f"the guest of {config.name} is between two QEMUs; see sevhop status"):
+        Supervisor(work).run()
 
 
 async def _until_end(server: Server, *listening: Coroutine[Any, Any, None]) -> None:
