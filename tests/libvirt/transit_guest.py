@@ -25,7 +25,7 @@ _PROGRAM = Path(in_transit.__file__)
 LONGEST = 100.0
 #: Part of the time in which somebody waits for a processor: then the guest may, too, for as many ms, but not for as
 #: long as whoever fails is waited for.
-BUSY, LONGEST_ON_BUSY_HOST = 0.4, 3000.0
+BUSY, LONGEST_ON_BUSY_HOST = 0.02, 3000.0
 BRIDGED = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/></interface>"
 
 

@@ -99,8 +99,9 @@ class DomainLife(AnyLife):
             return self._commit()
         path = _file(self._domain, f"{self._name()}.qcow2")
         words = ["--disk-only", "--no-metadata", "--diskspec", f"vda,file={path}"]
-        for other in ("sdb", "sdc"):
-            words += ["--diskspec", f"{other},snapshot=no"] if self._has(other) else []
+        for other in self._xml().iterfind("devices/disk/target"):
+            if other.get("dev") != "vda":
+                words += ["--diskspec", f"{other.get('dev')},snapshot=no"]
         self._virsh("snapshot-create-as", self._domain, *words)
         return {"file vda": path, "open virtio-disk0": path}
 
