@@ -210,9 +210,11 @@ class Domain(SoakedGuest):
         before = (*broken_transit.IN_THE_SOURCE, *broken_transit.SAVED)
         after = (*broken_transit.IN_TRANSIT, *broken_transit.RESTORED)
         points = (*before, *after)
+        # Unless it has a bitmap, the guest runs in the transit as soon as that has loaded it.
+        not_loaded = (*broken_transit.IN_THE_SOURCE[2:], *broken_hop.SAVED)
         return [
             *((point, "command") for point in points),
-            *((point, "destination") for point in before[2:]),
+            *((point, "destination") for point in not_loaded),
             *((point, "source") for point in (*broken_transit.SAVED, *after)),
             *((point, "keeper") for point in broken_transit.KEPT),
             *_refusals(points, "daemon", "error", "silence"),
