@@ -269,7 +269,9 @@ async def _restore(connection: Connection, transit: InTransit, keeper: KeeperCli
         if state in FINISHED:
             raise GuestLost(status["reason"], "start the domain" if not status["note"] else status["note"])
         if state is TransitState.TRANSIT:
-            raise SevhopError(status["reason"] or (failure.message if failure else "the new QEMU has exited"))
+            # Why libvirt has ended the new QEMU only libvirt knows; the keeper may know more about one that has failed.
+            reasons = [status["reason"], failure.message if failure else ""]
+            raise SevhopError("; ".join(filter(None, reasons)) or "the new QEMU has exited")
         if state is TransitState.RESTORING and failure is not None and not await _active(connection, transit.uuid):
             # Nothing has come of it, and nothing will.
             await keeper.revoke()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from tests.support.guests import emulators
 
 from ...qemu.hops import HopDriver
@@ -16,14 +18,14 @@ __all__ = ["sev_machine", "start"]
 
 #: Seconds for a step; encryption makes it slower still.
 PATIENCE = 120.0
-HOPS = 10
 
 
-def test_guest_counts_on_after_each_of_ten_hops(sev_machine: DescribeSev, start: StartGuest) -> None:
+@pytest.mark.parametrize("hops", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_guest_counts_on_after_each_hop(sev_machine: DescribeSev, start: StartGuest, hops: int) -> None:
     guest = start(sev_machine())
     guest.wait_for_ticks(3)
     (context,) = contexts()
-    for label in itertools.islice(itertools.cycle((emulators.NEW, emulators.OLD)), HOPS):
+    for label in itertools.islice(itertools.cycle((emulators.NEW, emulators.OLD)), hops):
         report = HopDriver().run(guest, emulators.emulator(label), timeout=PATIENCE, start_timeout=PATIENCE)
         assert report.outcome == "done"
         assert report.destination_version.startswith(label)

@@ -115,6 +115,7 @@ def guest(daemon: Daemon) -> Iterator[DomainGuest]:
         yield guest
 
 
+@pytest.mark.faults
 def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest: DomainGuest) -> None:
     """Without them nothing is touched; `sevhop install` puts them in while the guest runs, and then it hops."""
     new = emulators.emulator(emulators.NEW)

@@ -96,6 +96,7 @@ def runs_in(guest: DomainGuest, label: str) -> None:
     assert "PASS registers: " in done.stdout
 
 
+@pytest.mark.faults
 def test_sev_es_domain_changes_its_qemu(start: StartEs) -> None:
     """To and fro, with its firmware in flash. libvirt and QEMU report its launch as before."""
     guest = start(emulators.OLD, pflash=True)

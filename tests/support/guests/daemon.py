@@ -188,8 +188,9 @@ class Daemon:
         return self.run(*command, *words)
 
     def upgrade(self, *words: str | Path) -> dict[str, Any]:
-        """Upgrade one domain; what is reported."""
-        done = self.sevhop("upgrade", "--json", *words)
+        """Upgrade one domain; what is reported. Steps may take longer than by default: the host may be busy."""
+        patience = [] if "--timeout" in words else ["--timeout", "30"]
+        done = self.sevhop("upgrade", "--json", *patience, *words)
         if not done.stdout:
             raise GuestFailed(f"sevhop upgrade has exited with {done.returncode}, and no report: {done.stderr}")
         report: dict[str, Any] = json.loads(done.stdout)["domains"][0]
