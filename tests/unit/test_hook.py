@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import sevhop
 from sevhop.install import host
-from sevhop.libvirt import domain_xml, hook
+from sevhop.libvirt import domain_xml, hook, xml_elements
 
 from .hooked_domain import DESTINATION, HOPPED, IMAGE, UUID, XML
 
@@ -126,13 +126,13 @@ def test_destination_is_parsed_only_where_that_decides(
 ) -> None:
     """The guest is stopped, and a large domain takes milliseconds."""
     parsed: list[bytes] = []
-    elements = domain_xml._elements
+    elements = xml_elements.parse
 
     def recorded(text: bytes) -> object:
         parsed.append(text)
         return elements(text)
 
-    monkeypatch.setattr(domain_xml, "_elements", recorded)
+    monkeypatch.setattr(domain_xml, "parse", recorded)
     with keeper.alive():
         assert run(keeper, "web", operation, "begin", "-", xml=IMAGE if operation == "restore" else DESTINATION)[0] == 0
     assert len(parsed) == times
