@@ -24,6 +24,7 @@ from ..keeper.state import State
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import NO_DOMAIN, DomainError, DomainTimeout
+from ..libvirt.definition import redefine
 from ..libvirt.domain import Domain
 from ..report import Phase
 from . import way_back
@@ -259,10 +260,14 @@ async def _define_emulator(connection: Connection, uuid: str, old: str, new: str
     domain = await connection.domain_with(uuid)
     if domain is None or not await domain.persistent():
         return ""
-    xml = await domain.inactive_xml()
-    has = domain_xml.describe(xml).emulator
-    # The one that a guest was rolled back to is not in the definition.
-    old = old if has == old else original(old)
-    if has == old and old != new:
-        await connection.define(domain_xml.with_emulator(xml, new))
-    return f"the persistent definition keeps its own emulator, {has}" if has not in (old, new) else ""
+    kept = ""
+
+    async def change(xml: str) -> str:
+        nonlocal kept
+        has = domain_xml.describe(xml).emulator
+        # The one that a guest was rolled back to is not in the definition.
+        kept = "" if has in (old, original(old), new) else has
+        return domain_xml.with_emulator(xml, new) if has in (old, original(old)) and has != new else xml
+
+    await redefine(connection, domain, change)
+    return f"the persistent definition keeps its own emulator, {kept}" if kept else ""
