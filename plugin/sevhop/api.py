@@ -12,6 +12,7 @@ sevhop from Python: what the command line does, and nothing else. ::
 :func:`upgrade`        the same for a domain of libvirt
 :func:`upgrade_fleet`  the same for several, a few at a time
 :func:`check`          whether a guest can hop, as a tree of tests
+:func:`prepare`        change the definitions of domains so that their guests can hop when they were started again
 :func:`status`         which QEMU runs each domain, and whether a newer one is installed
 :func:`recover`        complete or roll back interrupted hops
 =====================  ===========================================================================
@@ -55,6 +56,7 @@ from .checks.domain_status import DomainStatus, Place
 from .checks.result import CheckResult, Status
 from .engine import hop as standalone
 from .engine import recovery
+from .engine.preparation_result import Preparations, PreparedDefinition
 from .engine.recovery_result import RecoveredGuest, RecoveryOutcome
 from .errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
 from .events import (
@@ -97,6 +99,8 @@ __all__ = [
     "PhaseBegan",
     "PhaseEnded",
     "Place",
+    "Preparations",
+    "PreparedDefinition",
     "RecoveredGuest",
     "RecoveryOutcome",
     "RecoveryRequired",
@@ -110,6 +114,7 @@ __all__ = [
     "WindowClosed",
     "check",
     "hop",
+    "prepare",
     "recover",
     "status",
     "upgrade",
@@ -262,6 +267,31 @@ async def status(domains: Sequence[str] = (), *, connect: str | None = None) -> 
     from .libvirt.daemon import DEFAULT_URI
 
     return await domain_status.survey(connect or DEFAULT_URI, domains)
+
+
+async def prepare(
+    domains: Sequence[str] | Choice,
+    *,
+    dry_run: bool = False,
+    exclude: Sequence[str] = (),
+    connect: str | None = None,
+) -> Preparations:
+    """
+    Change the persistent definitions of domains so that their guests can hop when they were started again.
+
+    :param domains: their names, UUIDs or ids; or :attr:`Choice.ALL` that are defined, active or not.
+    :param dry_run: change nothing.
+    :param exclude: patterns of the names of domains that are left out of all, such as ``db-*``.
+    :raises SevhopError: there is no such domain, or libvirt does not answer; nothing was touched.
+    """
+    if domains is Choice.OUTDATED:
+        raise ValueError(f"{domains} cannot be prepared")
+    expect_libvirt()
+    from .engine import preparation
+    from .libvirt.daemon import DEFAULT_URI
+
+    names = None if isinstance(domains, Choice) else domains
+    return await preparation.prepare(connect or DEFAULT_URI, names, exclude=exclude, dry_run=dry_run)
 
 
 async def recover(guests: Sequence[str] = (), *, step_timeout: float = COMMAND_TIMEOUT) -> list[RecoveredGuest]:

@@ -156,7 +156,7 @@ def test_memory_that_is_no_shared_memfd_is_refused(daemon: Daemon, start: StartD
     guest.wait_for_ticks()
     report = daemon.upgrade(guest.name)
     assert (report["status"], report["outcome"]) == (1, "refused")
-    assert "memoryBacking" in report["reason"]
+    assert f"run: sevhop prepare {guest.name}; then shut the domain down and start it" in report["reason"]
     done = daemon.sevhop("check", guest.name)
     assert done.returncode == 1
     assert "FAIL memory" in done.stdout

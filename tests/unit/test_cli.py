@@ -11,7 +11,7 @@ from sevhop.cli import commands
 from sevhop.libvirt import daemon
 from sevhop_qmp.errors import SevhopError
 
-LIBVIRT = (["upgrade", "web"], ["check", "web"], ["status"], ["install"], ["uninstall"])
+LIBVIRT = (["upgrade", "web"], ["prepare", "web"], ["check", "web"], ["status"], ["install"], ["uninstall"])
 WRONG: tuple[list[str], ...] = (
     [],
     ["upgrade"],
@@ -26,6 +26,9 @@ WRONG: tuple[list[str], ...] = (
     ["upgrade", "web", "--timeout", "0"],
     ["upgrade", "web", "--timeout", "nan"],
     ["install", "now"],
+    ["prepare"],
+    ["prepare", "web", "--all"],
+    ["prepare", "web", "--exclude", "w*"],
 )
 
 
@@ -64,7 +67,15 @@ def test_missing_libvirt_package_is_reported(
 
 
 @pytest.mark.parametrize(
-    "argv", [["upgrade", "web"], ["upgrade", "--all"], ["upgrade", "--outdated"], ["status"], ["status", "web"]]
+    "argv",
+    [
+        ["upgrade", "web"],
+        ["upgrade", "--all"],
+        ["upgrade", "--outdated"],
+        ["status"],
+        ["status", "web"],
+        ["prepare", "web"],
+    ],
 )
 def test_missing_daemon_is_reported(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main([*argv, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1

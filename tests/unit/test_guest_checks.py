@@ -82,11 +82,14 @@ def test_tree_skips_children_of_a_failure() -> None:
 
 
 def test_json_has_the_whole_tree() -> None:
-    tree: CheckResult = passed("root", "x", failed("a", "b", "c"))
+    tree: CheckResult = passed("root", "x", failed("a", "b", "c", restart=True))
     assert tree.as_json() == {
         "name": "root",
         "status": "pass",
         "detail": "x",
         "hint": "",
-        "children": [{"name": "a", "status": "fail", "detail": "b", "hint": "c", "children": []}],
+        "restart_required": False,
+        "children": [
+            {"name": "a", "status": "fail", "detail": "b", "hint": "c", "restart_required": True, "children": []}
+        ],
     }

@@ -37,6 +37,7 @@ def samples(directory: Path) -> dict[str, float]:
         ("sevhop_downtime_seconds", "histogram"),
         ("sevhop_outdated_domains", "gauge"),
         ("sevhop_blocked_domains", "gauge"),
+        ("sevhop_restart_required_domains", "gauge"),
         ("sevhop_guests", "gauge"),
         ("sevhop_unattended_guests", "gauge"),
         ("sevhop_elsewhere_seconds", "gauge"),
@@ -51,7 +52,7 @@ def samples(directory: Path) -> dict[str, float]:
 
 DOMAINS = [
     DomainStatus("a", "7.2.22", "unchanged", "10.0.13"),
-    DomainStatus("b", "10.0.13", "unchanged", "10.0.13", blocker="it has a TPM"),
+    DomainStatus("b", "10.0.13", "unchanged", "10.0.13", blocker="it has a TPM", restart_required="memory: private"),
     DomainStatus("c", place=Place.TRANSIT, attended=False, elsewhere_s=90.5),
     DomainStatus("d", place=Place.TRANSIT, elsewhere_s=0.5),
     DomainStatus("e", place=Place.KEEPER, attended=False, blocker="it is suspended"),
@@ -85,6 +86,7 @@ def test_counters_are_incremented_by_each_hop(directory: Path) -> None:
     assert found["sevhop_downtime_seconds_sum"] == pytest.approx(60.23755)
     assert found["sevhop_outdated_domains"] == 1
     assert found["sevhop_blocked_domains"] == 2
+    assert found["sevhop_restart_required_domains"] == 1
     assert {place: found[f"sevhop_guests {place}"] for place in ("domain", "transit", "keeper")} == {
         "domain": 2,
         "transit": 2,

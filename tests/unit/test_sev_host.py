@@ -171,7 +171,7 @@ def test_vm_type_fails_of_kvm_sev_init2(host: Host, monkeypatch: pytest.MonkeyPa
     result = host.found("VM type")
     assert result.status is Status.FAIL, "where KVM does not answer, QEMU is trusted"
     assert "legacy-vm-type=on" in result.hint
-    monkeypatch.setattr(sev_host, "_kernel_has_types", lambda _: False)
+    monkeypatch.setattr(sev_host, "kernel_has_types", lambda _: False)
     assert host.found("VM type").status is Status.PASS
 
 
@@ -227,4 +227,4 @@ def test_memory_lock_needs_the_size_of_the_guest(host: Host) -> None:
 
 @pytest.mark.parametrize("device", ["/nonexistent", "/dev/null"])
 def test_vm_types_are_assumed_if_kvm_does_not_answer(device: str) -> None:
-    assert sev_host._kernel_has_types(Path(device))
+    assert sev_host.kernel_has_types(Path(device))

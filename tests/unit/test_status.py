@@ -22,6 +22,17 @@ LINES = {
     "web: QEMU 7.2.22 (deleted on disk), none is installed, cannot hop: emulator: gone": DomainStatus(
         "web", "7.2.22", "deleted", "", blocker="emulator: gone"
     ),
+    "web: QEMU 7.2.22, up to date, cannot hop until it is shut down and started again: memory: private (run: it)": (
+        DomainStatus(
+            "web",
+            "7.2.22",
+            "unchanged",
+            "7.2.22",
+            blocker="devices: x",
+            restart_required="memory: private",
+            hint="run: it",
+        )
+    ),
     "web: QEMU 7.2.22, up to date, can hop; hop interrupted": DomainStatus(
         "web", "7.2.22", "unchanged", "7.2.22", operation="hop interrupted"
     ),

@@ -23,8 +23,8 @@ from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
 from ..process import apparmor_profile
+from . import definition, reboot, registers, restart
 from . import guest as guest_checks
-from . import reboot, registers, restart
 from .registers import Registers
 from .result import CheckResult, Status, failed, passed
 
@@ -102,9 +102,18 @@ async def examine(
             await _libvirt(connection, domain, in_full),
             await restart.examine(connection, subject),
         ]
+        await _add_hints(connection, domain, tree, found.machine_type)
         yield Examined(tree, monitor, process, found, graph, xml, old, new, state.flag)
     finally:
         process.close()
+
+
+async def _add_hints(connection: Connection, domain: Domain, tree: CheckResult, machine: str) -> None:
+    """What to do about what the domain's definition decides."""
+    decided = [result for result in tree.failures() if result.restart and result.name in definition.DECIDES]
+    if decided and (hint := await definition.hint(connection, domain, machine)):
+        for result in decided:
+            result.hint = hint
 
 
 def _without_libvirt(
@@ -260,6 +269,7 @@ async def _libvirt(connection: Connection, domain: Domain, in_full: bool) -> Che
             name,
             "libvirt destroys it when the client that started it disconnects, but would not after a hop",
             "start it without --autodestroy",
+            restart=True,
         )
     if reason := await asyncio.to_thread(verification.reason_against):
         return failed(name, reason, "run: sevhop install")

@@ -35,6 +35,8 @@ class DomainStatus:
     :ivar installed_version: the version that its emulator has on disk now; empty when there is none.
     :ivar operation: its hop in progress, or interrupted; empty when there is none.
     :ivar blocker: why it cannot hop; empty when it can.
+    :ivar restart_required: why it cannot hop until it was shut down and started again; empty if that is not why.
+    :ivar hint: what to do so that it can hop; empty when it can, or nothing is known.
     :ivar place: where its guest is.
     :ivar attended: whether a command is at work on its hop, or there is none; otherwise ``sevhop recover`` must act, or
         for a prepared upgrade somebody must restore the domain.
@@ -47,6 +49,8 @@ class DomainStatus:
     installed_version: str = ""
     operation: str = ""
     blocker: str = ""
+    restart_required: str = ""
+    hint: str = ""
     place: Place = Place.DOMAIN
     attended: bool = True
     elsewhere_s: float | None = None
@@ -72,5 +76,8 @@ class DomainStatus:
             current = self.installed_version and not self.outdated
             disk = "up to date" if current else f"{self.installed_version or 'none'} is installed"
             able = f"cannot hop: {self.blocker}" if self.blocker else "can hop"
+            if self.restart_required:
+                hint = f" ({self.hint})" if self.hint else ""
+                able = f"cannot hop until it is shut down and started again: {self.restart_required}{hint}"
             line = f"{self.name}: QEMU {self.running_version}{replaced}, {disk}, {able}"
         return line + (f"; {self.operation}" if self.operation else "")

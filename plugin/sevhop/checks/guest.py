@@ -25,6 +25,7 @@ from ..disks.block_graph import BlockGraph
 from ..disks.images import open_images
 from ..guest import command_line, emulator, pid_file, preload
 from ..guest.inspection import Guest, inspect
+from ..libvirt import prepared_xml
 from ..process import cgroup_memory
 from ..process.confinement import Confinement
 from ..process.launch import Identity, inheritable
@@ -164,7 +165,7 @@ def domain(guest: Guest, process: QemuProcess, path: str, found: Registers, rebo
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
         _state(guest),
-        _memory(guest, "set <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"),
+        _memory(guest, f"set {prepared_xml.MEMORY_BACKING}"),
         _context(guest, process, found, rebooted, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
         _blockers(guest),
         _jobs(guest),
@@ -210,15 +211,17 @@ def _memory(
     "-machine memory-backend=ram",
 ) -> CheckResult:
     if not guest.backends:
-        return failed("memory", "private to its QEMU", hint)
+        return failed("memory", "private to its QEMU", hint, restart=True)
     for backend in guest.backends:
         if not backend.share:
-            return failed("memory", f"{backend.name} is private to its QEMU ({backend.kind}, share=off)", hint)
+            found = f"{backend.name} is private to its QEMU ({backend.kind}, share=off)"
+            return failed("memory", found, hint, restart=True)
         if backend.kind != "memory-backend-memfd":
-            return failed("memory", f"{backend.name} is a {backend.kind or 'nameless backend'}, not memfd", hint)
+            found = f"{backend.name} is a {backend.kind or 'nameless backend'}, not memfd"
+            return failed("memory", found, hint, restart=True)
     shared = sum(backend.size for backend in guest.backends)
     if shared < guest.memory:
-        return failed("memory", "part of it is private to its QEMU", hint)
+        return failed("memory", "part of it is private to its QEMU", hint, restart=True)
     return passed("memory", f"{shared >> 20} MiB in {len(guest.backends)} shared memfd(s)")
 
 

@@ -208,7 +208,7 @@ def _alias(subject: Subject) -> CheckResult:
     has = subject.guest.machine_type
     if described and described != has:
         hint = f"shut the domain down, and start it with machine='{has}'"
-        return failed(name, f"{described} is another machine in each QEMU, and {has} in this one", hint)
+        return failed(name, f"{described} is another machine in each QEMU, and {has} in this one", hint, restart=True)
     return passed(name, "none")
 
 

@@ -26,6 +26,7 @@ class CheckResult:
 
     :ivar detail: what was found, in a few words.
     :ivar hint: for a FAIL, what to do; for a PASS with a disadvantage, how to do without it.
+    :ivar restart: for a FAIL, whether it passes only when the guest was shut down and started again.
     """
 
     name: str
@@ -33,6 +34,7 @@ class CheckResult:
     detail: str = ""
     hint: str = ""
     children: list[CheckResult] = field(default_factory=list)
+    restart: bool = False
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, CheckResult]]:
         """The tree, parents before children, with depth."""
@@ -51,6 +53,7 @@ class CheckResult:
             "status": self.status.value,
             "detail": self.detail,
             "hint": self.hint,
+            "restart_required": self.restart,
             "children": [child.as_json() for child in self.children],
         }
 
@@ -60,6 +63,9 @@ def passed(name: str, detail: str = "", *children: CheckResult) -> CheckResult:
     return CheckResult(name, Status.PASS, detail, children=list(children))
 
 
-def failed(name: str, detail: str, hint: str = "", skipped: tuple[str, ...] = ()) -> CheckResult:
+def failed(
+    name: str, detail: str, hint: str = "", skipped: tuple[str, ...] = (), *, restart: bool = False
+) -> CheckResult:
     """A test that failed, with the names of those that are skipped for it."""
-    return CheckResult(name, Status.FAIL, detail, hint, [CheckResult(child, Status.SKIP) for child in skipped])
+    children = [CheckResult(child, Status.SKIP) for child in skipped]
+    return CheckResult(name, Status.FAIL, detail, hint, children, restart)

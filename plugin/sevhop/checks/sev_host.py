@@ -127,16 +127,18 @@ def _device(context: SevContext, process: QemuProcess, sandbox: bool, system: Pa
 
 def _vm_type(context: SevContext, system: Path) -> CheckResult:
     # QEMU 9.1 falls back where the kernel has no such VMs.
-    if context.typed and _kernel_has_types(system / "dev/kvm"):
+    if context.typed and kernel_has_types(system / "dev/kvm"):
         return failed(
             "VM type",
             "made by KVM_SEV_INIT2: kernels so far move such a context, but the guest does not run afterwards",
             "start the guest with legacy-vm-type=on on its sev-guest object",
+            restart=True,
         )
     return passed("VM type", "made by KVM_SEV_INIT")
 
 
-def _kernel_has_types(device: Path) -> bool:
+def kernel_has_types(device: Path = Path("/dev/kvm")) -> bool:
+    """Whether KVM makes VMs of a type of their own for SEV."""
     try:
         kvm = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -21,7 +21,7 @@ from ..engine.recovery_result import RecoveryOutcome
 from ..observe import metrics
 from ..options import HopOptions, UpgradeOptions
 from ..report import Report
-from . import terminal
+from . import prepare, terminal
 from .exit_codes import EXIT_DONE, EXIT_GUEST_LOST, EXIT_RECOVERY_REQUIRED, EXIT_REFUSED
 from .output import Outcomes, check_line, complain, say
 from .parser import parser
@@ -307,6 +307,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "hop": _hop,
     "upgrade": _upgrade,
     "check": _check,
+    "prepare": prepare.run,
     "status": _status,
     "recover": _recover,
     "install": _install,

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..options import HopOptions, Window
+from . import prepare
 
 #: Each job needs a few threads and, for a moment, a second QEMU.
 MAX_JOBS = 64
@@ -121,6 +122,8 @@ def parser() -> argparse.ArgumentParser:
         "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the guest's own, as it is on disk now)"
     )
     examine.set_defaults(command="check")
+
+    prepare.add(commands)
 
     status = commands.add_parser(
         "status",

@@ -98,6 +98,16 @@ class Connection(Daemon):
         """
         await self.call(self.raw.getDomainCapabilities, emulator, arch, machine, kind, 0, timeout=RESTORE_TIMEOUT)
 
+    async def machine_type(self, emulator: str, arch: str, machine: str, kind: str) -> str:
+        """
+        The machine type that a name is in an emulator; another one if the name is an alias.
+
+        :raises DomainError: it is no emulator for such a domain.
+        """
+        arguments = (emulator or None, arch or None, machine, kind, 0)
+        text = await self.call(self.raw.getDomainCapabilities, *arguments, timeout=RESTORE_TIMEOUT)
+        return ElementTree.fromstring(text).findtext("machine", "") or machine
+
     async def command_line(self, xml: str) -> tuple[dict[str, str], list[str]]:
         """
         The command line that the daemon would start a domain with: environment, and the emulator with its arguments.

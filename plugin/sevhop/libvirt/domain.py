@@ -64,9 +64,14 @@ class Domain:
                 return False
             raise
 
-    async def is_left_alone(self) -> bool:
-        """Whether its owner has opted out of upgrades of all domains, by an element in its metadata."""
-        kind, flags = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_CURRENT
+    async def is_left_alone(self, *, defined: bool = False) -> bool:
+        """
+        Whether its owner has opted out of upgrades of all domains, by an element in its metadata.
+
+        :param defined: in its persistent definition, which it has, instead of the running domain.
+        """
+        kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
+        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if defined else libvirt.VIR_DOMAIN_AFFECT_CURRENT
         try:
             found = await self._connection.call(self._raw.metadata, kind, METADATA, flags)
         except DomainError as err:
@@ -147,13 +152,14 @@ class Domain:
         """As it runs, with what libvirt has chosen for it."""
         return str(await self._connection.call(self._raw.XMLDesc, 0))
 
-    async def inactive_xml(self) -> str:
-        """As it will start the next time."""
-        return str(
-            await self._connection.call(
-                self._raw.XMLDesc, libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
-            )
-        )
+    async def inactive_xml(self, *, secure: bool = True) -> str:
+        """
+        As it will start the next time.
+
+        :param secure: with passwords, without which it cannot be defined again. Without them it may be shown.
+        """
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | (libvirt.VIR_DOMAIN_XML_SECURE if secure else 0)
+        return str(await self._connection.call(self._raw.XMLDesc, flags))
 
     async def descriptions(self) -> list[str]:
         """All of its XML that libvirt has: of the saved state, the snapshots, as it will start, and as it runs."""

@@ -1,17 +1,18 @@
 """
 Metrics for Prometheus, as a file for the textfile collector of its node exporter.
 
-==================================  ==============================================================================
+=================================== ==============================================================================
 ``sevhop_hops_total``               hops by ``outcome``
 ``sevhop_downtime_seconds``         histogram: guest downtime of the hops that are done
 ``sevhop_outdated_domains``         domains whose QEMU is not the installed one
-``sevhop_blocked_domains``          domains that cannot hop, most of them until they are started again
+``sevhop_blocked_domains``          domains that cannot hop
+``sevhop_restart_required_domains`` those of them that cannot until they were shut down and started again
 ``sevhop_guests``                   guests of domains by ``place``: the domain, the transit, the keeper
 ``sevhop_unattended_guests``        guests with a hop that no command is at work on
 ``sevhop_elsewhere_seconds``        how long the longest guest has been in a transit
-==================================  ==============================================================================
+=================================== ==============================================================================
 
-The last five are of the last time when domains were counted.
+The last six are of the last time when domains were counted.
 
 Commands are short-lived, so the file is also the store of the counters: each command reads it at its end, adds, and
 replaces it atomically, under a lock. The directory may belong to another user. What is read there is used only if it is
@@ -47,6 +48,7 @@ _HOPS = "sevhop_hops_total"
 _DOWNTIME = "sevhop_downtime_seconds"
 _OUTDATED = "sevhop_outdated_domains"
 _BLOCKED = "sevhop_blocked_domains"
+_RESTART_REQUIRED = "sevhop_restart_required_domains"
 _GUESTS = "sevhop_guests"
 _UNATTENDED = "sevhop_unattended_guests"
 _ELSEWHERE = "sevhop_elsewhere_seconds"
@@ -120,6 +122,7 @@ def _gauges(domains: Sequence[DomainStatus]) -> dict[str, float]:
     found: dict[str, float] = {
         _OUTDATED: sum(row.outdated for row in domains),
         _BLOCKED: sum(bool(row.blocker) for row in domains),
+        _RESTART_REQUIRED: sum(bool(row.restart_required) for row in domains),
         _UNATTENDED: sum(not row.attended for row in domains),
         _ELSEWHERE: max((row.elsewhere_s or 0.0 for row in domains), default=0.0),
     }
@@ -170,6 +173,7 @@ def _text(samples: dict[str, float]) -> str:
         _DOWNTIME: ("histogram", "Guest downtime of the hops that are done, in seconds."),
         _OUTDATED: ("gauge", "Domains whose QEMU is not the installed one, when last counted."),
         _BLOCKED: ("gauge", "Domains that cannot hop, when last counted."),
+        _RESTART_REQUIRED: ("gauge", "Domains that cannot hop until they were started again, when last counted."),
         _GUESTS: ("gauge", "Guests of domains by the place where they are, when last counted."),
         _UNATTENDED: ("gauge", "Guests with a hop that no command is at work on, when last counted."),
         _ELSEWHERE: ("gauge", "How long the longest guest has been in a transit, in seconds."),
