@@ -5,7 +5,7 @@ Programs use :mod:`sevhop.api`, and nothing else of these packages. Folders are 
 imports only from those below it.
 
 ===========================  =========================================================================================
-:mod:`sevhop.cli`            the ``sevhop`` command: commands, parser, output, progress (on a terminal), terminal
+:mod:`sevhop.cli`            the ``sevhop`` command: main, parser, commands, output, progress (on a terminal), terminal
                              (signals), exit_codes
 :mod:`sevhop.observe`        records for monitoring: journald (systemd's journal), metrics (Prometheus)
 :mod:`sevhop.api`            the public interface for Python
@@ -32,7 +32,8 @@ imports only from those below it.
 :mod:`sevhop.disks`          block_graph (the disks that a guest has now), comparison, images (their files), devices,
                              present_disks (as options), disk_guard (changes meanwhile)
 :mod:`sevhop.guest`          what runs a guest: inspection, command_line, emulator, preload (adopt.so), cpu_features,
-                             runtime_settings, saved_settings, vm_generation_id, block_queries, absent, pid_file
+                             runtime_settings, saved_settings, plugged_vcpus, vm_generation_id, block_queries, absent,
+                             pid_file
 :mod:`sevhop.process`        Linux processes: launch, launcher, confinement, seccomp_filter, scheduling, cgroup_memory,
                              machine_cgroup, apparmor_profile
 :mod:`sevhop.cancellation`   work that is completed despite a cancellation

@@ -23,7 +23,7 @@ from sevhop_qmp.run_mark import RunMark
 
 from ..disks.disk_guard import DiskGuard
 from ..errors import Refused
-from ..guest import command_line, cpu_features, inspection, reboot, runtime_settings, vm_generation_id
+from ..guest import command_line, cpu_features, inspection, plugged_vcpus, reboot, runtime_settings, vm_generation_id
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
 from ..process import confinement, launch, scheduling, seccomp_filter
@@ -128,7 +128,10 @@ async def _compare(
     destination = started.destination
     theirs = await inspection.inspect(destination.monitor, destination.process)
     if found := inspection.differences(checked.guest, theirs):
-        raise Refused("; ".join(found), "give the new QEMU the command line of the old one")
+        hint = "give the new QEMU the command line of the old one"
+        if vcpus := await plugged_vcpus.missing(checked.monitor, destination.monitor):
+            hint += f" after --, and for what was plugged since its start: {' '.join(vcpus)}"
+        raise Refused("; ".join(found), hint)
     roles = await _compare_processes(hop, checked, destination, acquired.launch_context)
     disks = await DiskGuard.open(checked.monitor, checked.source)
     hop.resources.callback(disks.close)
