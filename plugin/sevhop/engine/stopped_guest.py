@@ -45,11 +45,14 @@ async def verify_stopped(monitor: Commands, state: str | None = None) -> str:
 
     :param state: the run state that it must still be in.
     :return: its run state.
-    :raises SevhopError: another client has resumed it.
+    :raises SevhopError: another client has resumed it, or reset it.
     """
     status = await monitor.execute("query-status")
-    if status["running"] or state not in (None, status["status"]):
+    if status["running"]:
         raise resumed_by_another()
+    if state not in (None, status["status"]):
+        # It was resumed and stopped again, or reset: both leave another run state, and QEMU does not tell which it was.
+        raise SevhopError("another client has resumed or reset the guest", "stop that client, then try again")
     return str(status["status"])
 
 
