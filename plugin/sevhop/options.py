@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, time
 
-from sevhop_qmp.monitor import COMMAND_TIMEOUT
+from sevhop_qmp.time_limits import COMMAND_TIMEOUT
 
 _WINDOW = re.compile(r"(\d{1,2}:\d{2})-(\d{1,2}:\d{2})")
 

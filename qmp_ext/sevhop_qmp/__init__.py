@@ -25,6 +25,8 @@ round.
 :mod:`.address_space`         its mappings, kept after its exit
 :mod:`.open_images`           the files that it has open; :mod:`.image_locks`, its locks on them
 :mod:`.stream_sockets`        its stream sockets and their addresses
+:mod:`.invalid_data`          what is wrong with data that cannot be used
+:mod:`.time_limits`           how long a command may take
 :mod:`.exported`              variables that a QEMU exports
 :mod:`.errors`                what can go wrong, under one root
 ============================  ==================================================================

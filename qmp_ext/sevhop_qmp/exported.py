@@ -104,7 +104,9 @@ def build_id(process: QemuProcess) -> str:
     except (OSError, ValueError) as err:
         if not process.alive:
             raise ProcessError(f"process {process.pid} has exited") from err
-        raise ProcessError(f"/proc/{process.pid}/exe cannot be read: {err}") from err
+        raise ProcessError(
+            f"/proc/{process.pid}/exe cannot be read: {getattr(err, 'strerror', None) or 'it is no program'}"
+        ) from err
     return ""
 
 

@@ -22,12 +22,12 @@ from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
 from .errors import CommandError, MonitorClosed, MonitorError, MonitorTimeout
+from .invalid_data import invalid
+from .time_limits import COMMAND_TIMEOUT as COMMAND_TIMEOUT  # of this module, for those that use it
 
 # qemu.qmp reports a hang-up through its logger as well as by exception; the exception is enough.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
-#: Seconds that an ordinary command may take.
-COMMAND_TIMEOUT = 10.0
 #: Seconds in which a monitor must greet. A monitor to which another client is connected accepts, and does not.
 GREETING_TIMEOUT = 5.0
 #: Turns of the event loop in which qemu.qmp delivers what has arrived, and then some.
@@ -383,7 +383,7 @@ def protocol_errors(name: str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as err:
         hint = "report this, with the version of QEMU"
-        raise MonitorError(f"{name}: invalid answer from QEMU ({err!r})", hint) from err
+        raise MonitorError(f"{name}: invalid answer from QEMU ({invalid(err)})", hint) from err
 
 
 def readable_version(version: Mapping[str, Any]) -> str:

@@ -43,9 +43,22 @@ async def survey(uri: str, names: Sequence[str], emulator: str | None = None) ->
         rows = [await _status(connection, domain, emulator) for domain in domains]
         without = hopping - {domain.name for domain in domains}
         rows += [DomainStatus(name, operation=await _operation(name)) for name in without]
+        rows += [] if names else _of_damaged_journals()
         return sorted(map(_with_place, rows), key=lambda row: row.name)
     finally:
         connection.close()
+
+
+def _of_damaged_journals() -> list[DomainStatus]:
+    """Hops of which nobody knows the guest, by the names of their journals, as ``recover`` reports them."""
+    rows = []
+    for path in journal.journals():
+        try:
+            journal.read(path)
+        except JournalError as err:
+            if path.exists():  # its hop has not just ended
+                rows.append(DomainStatus(path.name, operation=str(err), attended=False))
+    return rows
 
 
 def _has_keeper(name: str) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.invalid_data import InvalidData
 from sevhop_qmp.stream_sockets import Address
 
 #: Device and inode.
@@ -200,6 +201,6 @@ def _identities(fields: object) -> dict[str, Identity]:
     found = {}
     for path, (device, inode) in dict(fields).items():  # type: ignore[call-overload]
         if not isinstance(device, int) or not isinstance(inode, int):
-            raise ValueError(f"{device!r}, {inode!r} is no file")
+            raise InvalidData(f"device and inode of {path} are no numbers")
         found[str(path)] = (device, inode)
     return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sevhop_qmp.errors import MonitorError
+from sevhop_qmp.invalid_data import invalid
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunState
 
@@ -230,6 +231,6 @@ def _guest_paths(record: HopRecord) -> GuestPaths:
         return GuestPaths.from_fields(record.guest_paths) if record.guest_paths else GuestPaths([])
     except (ValueError, TypeError, KeyError) as err:
         raise JournalError(
-            f"the journal of {record.guest} has invalid guest paths: {err!r}",
+            f"the journal of {record.guest} has invalid guest paths: {invalid(err)}",
             f"find out which QEMU has the guest, then remove its journal in {journal.DIRECTORY}",
         ) from err

@@ -173,8 +173,10 @@ def _firmware(program: Path, bundle: Path) -> list[Path]:
         done = subprocess.run(
             [program, "-L", "help"], capture_output=True, text=True, timeout=emulator.PATIENCE, check=False
         )
+    except subprocess.TimeoutExpired as err:
+        raise SevhopError(f"its program does not answer within {emulator.PATIENCE:g} s") from err
     except (OSError, subprocess.SubprocessError) as err:
-        raise SevhopError(f"its program does not start any more: {err}") from err
+        raise SevhopError(f"its program does not start any more: {getattr(err, 'strerror', None) or err}") from err
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise SevhopError(f"its program does not start any more: {reason}")

@@ -16,7 +16,7 @@ from sevhop_qmp.errors import SevhopError
 
 from ..libvirt import hook, hook_server
 from ..records import journal, reboot_mark
-from ..records.run_directory import DOMAINS
+from ..records.run_directory import DOMAINS, entries
 from . import apparmor, atomic_file, selinux, units, verification
 from .verification import HOOKS, SCRIPT
 
@@ -55,7 +55,7 @@ def uninstall() -> bool:
     :return: whether there were any.
     :raises SevhopError: a hop is in progress or was interrupted, or a file cannot be removed.
     """
-    if DOMAINS.is_dir() and (in_progress := sorted(os.listdir(DOMAINS))):
+    if in_progress := entries(DOMAINS):
         raise SevhopError(f"cannot uninstall: hops are in progress: {', '.join(in_progress)}", "see sevhop status")
     # Those of guests outside libvirt, and interrupted ones.
     for path in journal.journals():

@@ -80,4 +80,5 @@ def _systemctl(*arguments: str) -> None:
     except OSError as err:
         raise SevhopError(f"cannot run systemctl: {err.strerror}", "install the package systemd") from err
     if done.returncode:
-        raise SevhopError(f"cannot run systemctl {' '.join(arguments)}: {done.stderr.strip()}", "run that command")
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise SevhopError(f"cannot run systemctl {' '.join(arguments)}: {reason}", "run that command")

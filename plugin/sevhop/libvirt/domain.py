@@ -237,7 +237,8 @@ class Domain:
         try:
             return int((_PID_FILES / f"{self.name}.pid").read_text())
         except (OSError, ValueError) as err:
-            message = f"cannot find the QEMU process of domain {self.name}: {err}"
+            reason = (err.strerror if isinstance(err, OSError) else "") or "there is no pid in it"
+            message = f"cannot find the QEMU process of domain {self.name}: {_PID_FILES / self.name}.pid: {reason}"
             raise DomainError(message, hint="see virsh list, and try again") from err
 
     def _is_its_qemu(self, pid: int) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from sevhop_qmp.errors import ProcessError
+from sevhop_qmp.invalid_data import invalid
 from sevhop_qmp.process import QemuProcess
 
 from . import seccomp_filter
@@ -110,7 +111,7 @@ class Confinement:
                 without_huge_pages=status.get("THP_enabled") == "0",
             )
         except (KeyError, ValueError) as err:
-            raise ProcessError(f"cannot read the confinement of process {process.pid}: {err!r}") from err
+            raise ProcessError(f"cannot read the confinement of process {process.pid}: {invalid(err)}") from err
 
     @property
     def capabilities_after_exec(self) -> int:

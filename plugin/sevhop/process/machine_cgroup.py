@@ -150,9 +150,13 @@ class MachineCgroup:
         call += ["CollectMode", "s", "inactive-or-failed", "0"]
         try:
             subprocess.run(call, check=True, capture_output=True, text=True, timeout=_SCOPE_TIMEOUT)
-        except (OSError, subprocess.SubprocessError) as err:
-            reason = (getattr(err, "stderr", "") or "").strip() or str(err)
+        except subprocess.TimeoutExpired as err:
+            raise SevhopError(f"systemd makes no scope for the transit: no answer within {_SCOPE_TIMEOUT:g} s") from err
+        except subprocess.CalledProcessError as err:
+            reason = (err.stderr.strip() or f"busctl: exit status {err.returncode}").splitlines()[-1]
             raise SevhopError(f"systemd makes no scope for the transit: {reason}") from err
+        except OSError as err:
+            raise SevhopError(f"systemd makes no scope for the transit: busctl: {err.strerror}") from err
         deadline = time.monotonic() + _SCOPE_TIMEOUT
         while self._scope not in _read(Path(f"/proc/{pid}/cgroup")):
             if time.monotonic() > deadline:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sevhop_qmp.errors import ProcessError
+from sevhop_qmp.invalid_data import invalid
 
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_DETACH, _PTRACE_SECCOMP_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
 _WALL = 0x40000000
@@ -137,7 +138,7 @@ def _run(program: Program, data: bytes, seen: set[int]) -> int:
             else:
                 raise UnknownFilter(f"cannot evaluate a seccomp filter: unknown instruction {code:#x}")
     except (LookupError, ArithmeticError) as err:
-        raise UnknownFilter(f"cannot evaluate a seccomp filter: {err!r}") from err
+        raise UnknownFilter(f"cannot evaluate a seccomp filter: {invalid(err)}") from err
 
 
 def _holds(kind: int, one: int, other: int) -> bool:

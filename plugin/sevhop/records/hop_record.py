@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.invalid_data import InvalidData, invalid
 from sevhop_qmp.process import QemuProcess
 
 #: Of the format. A journal of another version is refused.
@@ -34,7 +35,7 @@ class Process:
     def __post_init__(self) -> None:
         """:raises ValueError: there can be no such process."""
         if not (isinstance(self.pid, int) and isinstance(self.started, int) and 0 < self.pid < _MOST_PIDS):
-            raise ValueError(f"{self.pid!r}, started at {self.started!r}, is no process")
+            raise InvalidData("a process is described that cannot exist")
 
     @classmethod
     def of(cls, process: QemuProcess) -> Self:
@@ -143,7 +144,7 @@ class HopRecord:
         for one in fields(self):
             value = getattr(self, one.name)
             if not isinstance(value, _TYPES[one.type]) or (isinstance(value, str) and "\0" in value):
-                raise ValueError(f"{one.name} cannot be {value!r}")
+                raise InvalidData(f"the field {one.name} has an invalid value")
 
     @property
     def key(self) -> str:
@@ -167,7 +168,7 @@ class HopRecord:
                     changed = changed | {name: Process(**changed[name])}
             new = replace(self, **changed)
         except (TypeError, ValueError) as err:
-            raise ValueError(f"invalid field: {err}") from err
+            raise InvalidData(f"invalid field: {invalid(err)}") from err
         return new
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.invalid_data import invalid
 
 from .hop_record import VERSION, HopRecord, Process
 from .run_directory import HopInProgress
@@ -183,11 +184,21 @@ def expect_none(guest: Process | str) -> None:
 
 
 def journals() -> Iterator[Path]:
-    """The journals of all hops that are in progress or were interrupted."""
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(DIRECTORY)):
-            if name.endswith(_SUFFIX):
-                yield DIRECTORY / name
+    """
+    The journals of all hops that are in progress or were interrupted.
+
+    :raises JournalError: it is unknown which there are.
+    """
+    try:
+        names = sorted(os.listdir(DIRECTORY))
+    except FileNotFoundError:
+        return
+    except OSError as err:
+        hint = "run sevhop as root" if isinstance(err, PermissionError) else f"see what {DIRECTORY} is"
+        raise JournalError(f"cannot read the journals in {DIRECTORY}: {err.strerror}", hint) from err
+    for name in names:
+        if name.endswith(_SUFFIX):
+            yield DIRECTORY / name
 
 
 def read(path: Path) -> HopRecord:
@@ -221,7 +232,7 @@ def _read(raw: bytes, path: Path) -> tuple[HopRecord, int]:
         values = json.loads(first)
         if values["version"] != VERSION:
             raise JournalError(
-                f"cannot read the journal {path}: its version {values['version']!r} is not supported",
+                f"cannot read the journal {path}: its version {json.dumps(values['version'])} is not supported",
                 "recover with the version of sevhop that began the hop",
             )
         known = {one.name for one in fields(HopRecord)}
@@ -236,7 +247,8 @@ def _read(raw: bytes, path: Path) -> tuple[HopRecord, int]:
             record = record.with_fields(changed)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise JournalError(
-            f"cannot read the journal {path}: {err!r}", "manual action required: inspect the journal and the guest"
+            f"cannot read the journal {path}: {invalid(err)}",
+            "manual action required: inspect the journal and the guest",
         ) from err
     return record, len(text) + len(newline)
 

@@ -187,9 +187,15 @@ def _uuid_links() -> list[Path]:
 
 
 def hop_of(name: str) -> Path | None:
-    """The directory of the keeper of a domain, None when it is in no hop. The keeper may be dead."""
+    """
+    The directory of the keeper of a domain, None when it is in no hop. The keeper may be dead.
+
+    :raises RunDirectoryError: only root can know that.
+    """
     try:
         target = os.readlink(DOMAINS / name) if _can_be_a_name(name) else ""
+    except PermissionError as err:
+        raise RunDirectoryError(f"cannot read {DOMAINS}: {err.strerror}", "run sevhop as root") from err
     except OSError:
         return None
     return DOMAINS / target if _TARGET.fullmatch(target) else None
@@ -202,10 +208,22 @@ def hop_with(uuid: str) -> Path:
 
 def hops_in_progress() -> list[str]:
     """Names of the domains that are in a hop, or whose keeper has died."""
+    return [name for name in entries(DOMAINS) if hop_of(name)]
+
+
+def entries(directory: Path) -> list[str]:
+    """
+    The names in a directory; none if it does not exist.
+
+    :raises RunDirectoryError: it cannot be read.
+    """
     try:
-        return sorted(name for name in os.listdir(DOMAINS) if hop_of(name))
+        return sorted(os.listdir(directory))
     except FileNotFoundError:
         return []
+    except OSError as err:
+        hint = "run sevhop as root" if isinstance(err, PermissionError) else f"see what {directory} is"
+        raise RunDirectoryError(f"cannot read {directory}: {err.strerror}", hint) from err
 
 
 def sweep(used: set[str]) -> None:
