@@ -115,10 +115,10 @@ def main(victim: str, moment: str = "", *arguments: str) -> int:
     if not moment:
         kill(victim)
         return 0
-    from sevhop.cli import commands
+    from sevhop.cli import main as command
 
     _kill_after(victim, moment)
-    return commands.main(list(arguments))
+    return command.main(list(arguments))
 
 
 if __name__ == "__main__":

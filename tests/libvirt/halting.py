@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from sevhop.cli import commands
+from sevhop.cli import main as command
 from sevhop.engine.transaction import Transaction
 
 run_phase = Transaction.run_phase
@@ -25,7 +25,7 @@ def main(wanted: str, *arguments: str) -> int:
         return await run_phase(transaction, name, *rest)
 
     setattr(Transaction, "run_phase", halting)  # noqa: B010
-    return commands.main(list(arguments))
+    return command.main(list(arguments))
 
 
 if __name__ == "__main__":

@@ -318,8 +318,8 @@ from pathlib import Path
 from sevhop_qmp import adopt
 path = Path(sys.argv[1])
 adopt.library_path = lambda: path
-from sevhop.cli import commands
-sys.exit(commands.main(sys.argv[2:]))
+from sevhop.cli.main import main
+sys.exit(main(sys.argv[2:]))
 """
 
 

@@ -90,7 +90,7 @@ def traced(daemon: Daemon, guest: DomainGuest, fault: str, *words: str | Path) -
     script = f"""
 import os, signal, subprocess, sys
 from pathlib import Path
-from sevhop.cli import commands
+from sevhop.cli.main import main
 from sevhop_qmp import device_state
 
 write = device_state.IncomingState.write
@@ -103,7 +103,7 @@ async def then(self, data):
     await write(self, data)
 
 device_state.IncomingState.write = then
-sys.exit(commands.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
     done = daemon.run(sys.executable, "-c", script, "upgrade", "--no-transit", guest.name, "--json", *words)
     report = json.loads(done.stdout)["domains"][0] if done.stdout else {}

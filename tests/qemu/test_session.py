@@ -20,7 +20,7 @@ from .hops import assert_unharmed
 #: The command, which at the beginning of a phase does something to itself.
 PROGRAM = """
 import asyncio, os, signal, sys
-from sevhop.cli import commands
+from sevhop.cli.main import main
 from sevhop.engine.transaction import Transaction
 
 phase, monitor, emulator, reached = sys.argv[1:]
@@ -35,7 +35,7 @@ async def halting(self, name, work):
     return await run_phase(self, name, halted())
 
 Transaction.run_phase = halting
-sys.exit(commands.main(["--verbose", "hop", "--qmp", monitor, "--emulator", emulator]))
+sys.exit(main(["--verbose", "hop", "--qmp", monitor, "--emulator", emulator]))
 """
 INTERRUPTING = [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM]
 

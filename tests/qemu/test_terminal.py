@@ -82,9 +82,7 @@ def test_progress_is_not_drawn_without_a_terminal(
 
 def test_phases_are_plain_lines_without_rich(tmp_path: Path) -> None:
     (tmp_path / "rich").write_text("")
-    program = (
-        "import sys; sys.modules['rich'] = None\nfrom sevhop.cli.commands import main; sys.exit(main(sys.argv[1:]))"
-    )
+    program = "import sys; sys.modules['rich'] = None\nfrom sevhop.cli.main import main; sys.exit(main(sys.argv[1:]))"
     status, written = run_on_terminal(sys.executable, "-c", program, "hop", "--qmp", "/nonexistent", cwd=tmp_path)
     assert status == 1
     phase, complaint = written.splitlines()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from sevhop import api
-from sevhop.cli import commands
+from sevhop.cli.main import main
 from sevhop.libvirt import daemon
 from sevhop_qmp.errors import SevhopError
 
@@ -35,7 +35,7 @@ WRONG: tuple[list[str], ...] = (
 @pytest.mark.parametrize("argv", WRONG)
 def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        commands.main(argv)
+        main(argv)
     assert end.value.code == 2
     assert "usage: sevhop" in capsys.readouterr().err
 
@@ -43,18 +43,18 @@ def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("--timeout", "soon", "a number of seconds: give one above 0 and below 86400"),
-        ("--timeout", "0", "a number of seconds: give one above 0 and below 86400"),
-        ("--jobs", "many", "a number from 1 to 64"),
-        ("--jobs", "65", "a number from 1 to 64"),
+        ("--timeout", "soon", "give seconds, above 0 and below 86400"),
+        ("--timeout", "0", "give seconds, above 0 and below 86400"),
+        ("--jobs", "many", "give a number from 1 to 64"),
+        ("--jobs", "65", "give a number from 1 to 64"),
     ],
 )
 def test_wrong_number_is_reported_with_what_is_allowed(
     option: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        commands.main(["upgrade", "web", option, value])
-    assert capsys.readouterr().err.endswith(f"error: argument {option}: {value} is not {allowed}\n")
+        main(["upgrade", "web", option, value])
+    assert capsys.readouterr().err.endswith(f"error: argument {option}: invalid value: {value}: {allowed}\n")
 
 
 @pytest.mark.parametrize("argv", LIBVIRT)
@@ -62,7 +62,7 @@ def test_missing_libvirt_package_is_reported(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert commands.main(argv) == 1
+    assert main(argv) == 1
     assert "sevhop[libvirt]" in capsys.readouterr().err
 
 
@@ -78,14 +78,14 @@ def test_missing_libvirt_package_is_reported(
     ],
 )
 def test_missing_daemon_is_reported(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.main([*argv, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
+    assert main([*argv, "--json", "--connect", "qemu+unix:///system?socket=/nonexistent"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert "nonexistent" in json.dumps(answer)
 
 
 def test_foreign_libvirt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """libvirt's test driver needs no daemon."""
-    assert commands.main(["upgrade", "--all", "--connect", "test:///default"]) == 1
+    assert main(["upgrade", "--all", "--connect", "test:///default"]) == 1
     assert "test:///default is not the system's QEMU on this host" in capsys.readouterr().err
 
 
@@ -110,6 +110,6 @@ def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str], monk
         raise SevhopError("QEMU says \x1b[2J\r\nsevhop: all is well\x9b \udcff ü")
 
     monkeypatch.setattr(api, "check", refuse)
-    assert commands.main(["check", "--qmp", "/nonexistent"]) == 1
+    assert main(["check", "--qmp", "/nonexistent"]) == 1
     error = capsys.readouterr().err
     assert error == ("sevhop: QEMU says \\x1b[2J\\r\\nsevhop: all is well\\x9b \\udcff ü; nothing was touched\n")

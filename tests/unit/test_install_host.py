@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from sevhop.cli import commands
+from sevhop.cli.main import main
 from sevhop.install import host as installation
 from sevhop.install import verification
 from sevhop.records import journal, reboot_mark
@@ -55,7 +55,7 @@ def test_uninstall_reports_domains_that_are_not_started_again(host: Path, capsys
     """On standard error: the package's script prints that."""
     for name in ("web", "db"):
         os.close(reboot_mark.make(name, UUID, "qemu:///system"))
-    assert commands.main(["uninstall"]) == 0
+    assert main(["uninstall"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "removed\n"
     assert printed.err == (
@@ -63,5 +63,5 @@ def test_uninstall_reports_domains_that_are_not_started_again(host: Path, capsys
         "run: virsh start\n"
     )
     assert reboot_mark.names() == []
-    assert commands.main(["uninstall"]) == 0
+    assert main(["uninstall"]) == 0
     assert capsys.readouterr().err == ""

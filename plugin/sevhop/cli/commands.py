@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -16,15 +17,14 @@ from typing import Any, TypeVar
 from sevhop_qmp.errors import SevhopError
 
 from .. import api
-from ..checks.result import failed
 from ..engine.recovery_result import RecoveryOutcome
+from ..errors import GuestState
 from ..observe import metrics
 from ..options import HopOptions, UpgradeOptions
 from ..report import Report
 from . import prepare, terminal
 from .exit_codes import EXIT_DONE, EXIT_GUEST_LOST, EXIT_RECOVERY_REQUIRED, EXIT_REFUSED
-from .output import Outcomes, check_line, complain, say
-from .parser import parser
+from .output import Outcomes, check_line, complain, fail, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,16 +32,39 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+log = logging.getLogger(__name__)
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``sevhop`` command."""
-    options = parser().parse_args(arguments)
-    with terminal.nonblocking_output():
-        level = logging.INFO if options.verbose else logging.CRITICAL
-        logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
-        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
-        status: int = _COMMANDS[options.command](options)
-    return status
+#: Commands after whose unexpected end nobody knows where a guest is.
+_CHANGE_GUESTS = ("hop", "upgrade", "recover")
+#: Commands that change no guest, but may have changed the host when they fail.
+_CHANGE_HOST = ("install", "uninstall")
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Execute a command. What it raises is reported, and nothing is raised but KeyboardInterrupt.
+
+    :return: its exit status.
+    """
+    level = logging.INFO if options.verbose else logging.CRITICAL
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
+    try:
+        return _COMMANDS[options.command](options)
+    except SevhopError as err:
+        # Those of hops that have begun are in their reports.
+        return fail(options, err, None if options.command in _CHANGE_HOST else GuestState.UNTOUCHED)
+    except Exception as err:
+        log.info("unexpected error", exc_info=err)
+        return fail(options, _translated(err), GuestState.UNKNOWN if options.command in _CHANGE_GUESTS else None)
+
+
+def _translated(error: Exception) -> SevhopError:
+    """An error that was not expected where it arose."""
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+        hint = "run sevhop as root" if isinstance(error, PermissionError) else ""
+        return SevhopError(f"{os.fsdecode(error.filename)}: {error.strerror}", hint)
+    return SevhopError(f"unexpected {type(error).__name__}: {error}", "this is a bug in sevhop: report it")
 
 
 def _run(work: Coroutine[Any, Any, Answer], *, hangup: bool = True) -> Answer | None:
@@ -61,6 +84,8 @@ def _run(work: Coroutine[Any, Any, Answer], *, hangup: bool = True) -> Answer | 
         return asyncio.run(interruptible())
     except asyncio.CancelledError:
         return None
+    finally:
+        terminal.ignore_interrupts()
 
 
 def _add_metrics(
@@ -83,21 +108,27 @@ def _progress(options: argparse.Namespace) -> AbstractContextManager[Progress | 
 
 
 def _hop(options: argparse.Namespace) -> int:
-    with _progress(options) as progress, contextlib.suppress(SevhopError):  # outcomes has printed it
+    with _progress(options) as progress:
         outcomes = Outcomes(options, progress)
-        _run(
-            api.hop(
-                options.qmp,
-                HopOptions(
-                    emulator=options.emulator,
-                    command=options.destination or None,
-                    step_timeout=options.timeout,
-                    start_timeout=options.start_timeout,
-                    move_deadline=options.move_deadline,
-                ),
-                listener=outcomes,
+        try:
+            _run(
+                api.hop(
+                    options.qmp,
+                    HopOptions(
+                        emulator=options.emulator,
+                        command=options.destination or None,
+                        step_timeout=options.timeout,
+                        start_timeout=options.start_timeout,
+                        move_deadline=options.move_deadline,
+                    ),
+                    listener=outcomes,
+                )
             )
-        )
+        except SevhopError:
+            if not outcomes.reports:
+                raise
+    if not outcomes.reports:
+        return fail(options, "interrupted")
     _add_metrics(options, outcomes.reports.values())
     if options.json:
         (report,) = outcomes.reports.values()
@@ -110,33 +141,30 @@ def _upgrade(options: argparse.Namespace) -> int:
         options.misused("name domains, or give --all or --outdated")
     if options.exclude and options.domains:
         options.misused("--exclude goes with --all or --outdated")
-    try:
-        with _progress(options) as progress:
-            outcomes = Outcomes(options, progress)
-            reports = _run(
-                api.upgrade_fleet(
-                    options.domains or (api.Choice.ALL if options.all else api.Choice.OUTDATED),
-                    UpgradeOptions(
-                        emulator=options.emulator,
-                        prepare_only=options.prepare,
-                        dry_run=options.dry_run,
-                        transit=not options.no_transit,
-                        rehearse=not options.no_rehearsal,
-                        step_timeout=options.timeout,
-                    ),
-                    connect=options.connect,
-                    jobs=options.jobs,
-                    keep_going=options.keep_going,
-                    max_failures=options.max_failures,
-                    exclude=options.exclude,
-                    window=options.window,
-                    listener=outcomes,
-                )
+    with _progress(options) as progress:
+        outcomes = Outcomes(options, progress)
+        reports = _run(
+            api.upgrade_fleet(
+                options.domains or (api.Choice.ALL if options.all else api.Choice.OUTDATED),
+                UpgradeOptions(
+                    emulator=options.emulator,
+                    prepare_only=options.prepare,
+                    dry_run=options.dry_run,
+                    transit=not options.no_transit,
+                    rehearse=not options.no_rehearsal,
+                    step_timeout=options.timeout,
+                ),
+                connect=options.connect,
+                jobs=options.jobs,
+                keep_going=options.keep_going,
+                max_failures=options.max_failures,
+                exclude=options.exclude,
+                window=options.window,
+                listener=outcomes,
             )
-    except SevhopError as err:
-        return _no_domains(options, err)
+        )
     if reports is None and not outcomes.selected:
-        return _no_domains(options, api.Interrupted("interrupted"))
+        return fail(options, "interrupted")
     # A dry run is no hop that was refused.
     _add_metrics(options, () if options.dry_run else outcomes.in_order(), _all_domains(options))
     if options.json:
@@ -159,23 +187,11 @@ def _all_domains(options: argparse.Namespace) -> list[api.DomainStatus] | None:
     return None
 
 
-def _no_domains(options: argparse.Namespace, error: SevhopError) -> int:
-    """Report an error from before any domain was selected."""
-    if options.json:
-        print(json.dumps({"domains": [], "reason": str(error)}))
-    else:
-        complain(f"{error}; nothing was touched")
-    return EXIT_REFUSED
-
-
 # -- sevhop status ---------------------------------------------------------------------------------
 
 
 def _status(options: argparse.Namespace) -> int:
-    try:
-        rows = asyncio.run(api.status(options.domains, connect=options.connect))
-    except SevhopError as err:
-        return _no_domains(options, err)
+    rows = asyncio.run(api.status(options.domains, connect=options.connect))
     if not options.domains:
         _add_metrics(options, (), rows)
     if options.json:
@@ -193,18 +209,10 @@ _EXIT_OF_RECOVERY = {RecoveryOutcome.MANUAL: EXIT_RECOVERY_REQUIRED, RecoveryOut
 
 
 def _recover(options: argparse.Namespace) -> int:
-    try:
-        # A guest that is stopped now was left stopped by an interrupted hop already: a hangup must not do so again.
-        found = _run(api.recover(options.guests, step_timeout=options.timeout), hangup=False)
-    except SevhopError as err:
-        if options.json:
-            print(json.dumps({"guests": [], "reason": str(err)}))
-        else:
-            complain(f"{err}; nothing was touched")
-        return EXIT_REFUSED
+    # A guest that is stopped now was left stopped by an interrupted hop already: a hangup must not do so again.
+    found = _run(api.recover(options.guests, step_timeout=options.timeout), hangup=False)
     if found is None:
-        complain("the recovery was interrupted; run it again")
-        return EXIT_RECOVERY_REQUIRED
+        return fail(options, "the recovery was interrupted; run it again", GuestState.UNKNOWN)
     if options.json:
         print(json.dumps({"guests": [one.as_json() for one in found]}))
     else:
@@ -219,7 +227,8 @@ def _recover(options: argparse.Namespace) -> int:
 
 
 def _install(options: argparse.Namespace) -> int:
-    return _administered(_verified if options.verify else _installed)
+    api.expect_libvirt()
+    return _administered(options, _verified() if options.verify else _installed())
 
 
 def _installed() -> str:
@@ -245,11 +254,8 @@ def _verified() -> str:
     return "libvirt calls the hook"
 
 
-def _uninstall(_: argparse.Namespace) -> int:
-    return _administered(_uninstalled)
-
-
-def _uninstalled() -> str:
+def _uninstall(options: argparse.Namespace) -> int:
+    api.expect_libvirt()
     from ..engine import way_back
     from ..guest import kept_emulator
     from ..install import host
@@ -258,26 +264,27 @@ def _uninstalled() -> str:
 
     rebooting = reboot_mark.names()
     done = "removed" if host.uninstall() else "it was not installed"
+    notes = []
     if kept_emulator.directories():
         asyncio.run(way_back.forget_unused_at(DEFAULT_URI))
     if kept_emulator.directories():
-        complain(f"note: {kept_emulator.DIRECTORY} stays: guests that were rolled back run from it, or are saved")
+        notes.append(f"{kept_emulator.DIRECTORY} stays: guests that were rolled back run from it, or are saved")
     if rebooting:
-        complain(
-            f"note: the next reboot of {', '.join(rebooting)} is a shutdown, and the hook does not start them again any"
+        notes.append(
+            f"the next reboot of {', '.join(rebooting)} is a shutdown, and the hook does not start them again any"
             " more; then run: virsh start"
         )
-    return done
+    return _administered(options, done, notes)
 
 
-def _administered(do: Callable[[], str]) -> int:
-    """Change the host, and print what was done."""
-    try:
-        api.expect_libvirt()
-        say(do())
-    except SevhopError as err:
-        complain(str(err))
-        return EXIT_REFUSED
+def _administered(options: argparse.Namespace, done: str, notes: Sequence[str] = ()) -> int:
+    """Print what was changed on the host."""
+    if options.json:
+        print(json.dumps({"outcome": "done", "detail": done, "notes": list(notes)}))
+    else:
+        for note in notes:
+            complain(f"note: {note}")
+        say(done)
     return EXIT_DONE
 
 
@@ -285,16 +292,7 @@ def _administered(do: Callable[[], str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    try:
-        tree = asyncio.run(
-            api.check(options.domain, qmp=options.qmp, emulator=options.emulator, connect=options.connect)
-        )
-    except SevhopError as err:
-        if options.json:
-            print(json.dumps(failed("monitor", err.message, err.hint).as_json()))
-        else:
-            complain(f"{err}; nothing was touched")
-        return EXIT_REFUSED
+    tree = asyncio.run(api.check(options.domain, qmp=options.qmp, emulator=options.emulator, connect=options.connect))
     if options.json:
         print(json.dumps(tree.as_json()))
     else:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from typing import TextIO
+
+from sevhop_qmp.errors import SevhopError
 
 from ..checks.result import CheckResult
 from ..errors import GuestState
@@ -19,6 +22,14 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 
+#: The results of a command that has none.
+_EMPTY: dict[str, dict[str, object]] = {
+    "upgrade": {"domains": []},
+    "status": {"domains": []},
+    "recover": {"guests": []},
+}
+
+
 def say(text: object) -> None:
     """Print. Much of it is text of a QEMU or its guest, so control characters are escaped."""
     print(printable_lines(text), flush=True)
@@ -27,6 +38,36 @@ def say(text: object) -> None:
 def complain(text: str) -> None:
     """Report an error, in one line."""
     print(f"sevhop: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def fail(
+    options: argparse.Namespace, error: SevhopError | str, guest_state: GuestState | None = GuestState.UNTOUCHED
+) -> int:
+    """
+    Report an error that is not that of one guest: in one line, or as :func:`error_object`.
+
+    :param guest_state: of all guests; None if the command does not change guests, but perhaps the host.
+    :return: the exit status.
+    """
+    outcome = "recovery-required" if guest_state is GuestState.UNKNOWN else "refused"
+    if options.json:
+        print(json.dumps(error_object(options.command, str(error), outcome, guest_state)))
+    elif guest_state is None:
+        complain(str(error))
+    else:
+        complain(f"{error}; {guest_sentence(guest_state)}")
+    return EXIT_OF[outcome]
+
+
+def error_object(
+    command: str, reason: str, outcome: str = "refused", guest_state: GuestState | None = GuestState.UNTOUCHED
+) -> dict[str, object]:
+    """
+    What every command prints with ``--json`` when there is nothing else to print: the same keys as in the report of a
+    hop. Those that print a list otherwise print an empty one as well.
+    """
+    state = None if guest_state is None else guest_state.value
+    return _EMPTY.get(command, {}) | {"outcome": outcome, "reason": reason, "guest_state": state}
 
 
 def printable_lines(text: object) -> str:

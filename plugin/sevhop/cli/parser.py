@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from importlib import metadata
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..options import HopOptions, Window
 from . import prepare
@@ -16,12 +19,47 @@ MAX_JOBS = 64
 _DAY = 86400
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that reports wrong usage with ``--json`` as every other error."""
+
+    _arguments: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        arguments = list(self._arguments)
+        if "--json" in arguments[: arguments.index("--") if "--" in arguments else None]:
+            from .output import error_object
+
+            print(json.dumps(error_object(self.prog.removeprefix("sevhop").strip(), message)))
+        super().error(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # argparse would print Python's list of them.
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"invalid value: {value}: give one of {', '.join(action.choices)}")
+
+
+class _Version(argparse.Action):
+    """Prints the version, which takes longer to find than everything else that ``--help`` needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("sevhop")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"sevhop {version}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
-    top = argparse.ArgumentParser(
-        prog="sevhop", description="Replace the QEMU process under running guests, without rebooting them."
-    )
-    top.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('sevhop')}")
+    top = _Parser(prog="sevhop", description="Replace the QEMU process under running guests, without rebooting them.")
+    top.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     top.add_argument("--verbose", "-v", action="store_true", help="log each step to standard error")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
@@ -150,9 +188,6 @@ def parser() -> argparse.ArgumentParser:
     for command in (upgrade, examine, status):
         command.add_argument("--connect", metavar="URI", help="libvirt connection (default: qemu:///system)")
 
-    for command in (hop, upgrade, examine, status, recover):
-        command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
-
     for command in (hop, upgrade, status):
         command.add_argument(
             "--metrics-dir", type=Path, metavar="DIR", help="update the Prometheus metrics in DIR/sevhop.prom"
@@ -173,6 +208,9 @@ def parser() -> argparse.ArgumentParser:
         "uninstall", help="remove the libvirt hook", description="Remove the hook, the rules and the units."
     )
     uninstall.set_defaults(command="uninstall")
+
+    for command in (hop, upgrade, examine, status, recover, install, uninstall):
+        command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
     return top
 
 
@@ -186,18 +224,18 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (value := float(text)) < _DAY:
             return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds: give one above 0 and below {_DAY}")
+    raise argparse.ArgumentTypeError(f"invalid value: {text}: give seconds, above 0 and below {_DAY}")
 
 
 def _window(text: str) -> Window:
     try:
         return Window.parse(text)
     except ValueError as err:
-        raise argparse.ArgumentTypeError(str(err)) from err
+        raise argparse.ArgumentTypeError(f"invalid value: {err}") from err
 
 
 def _count(text: str) -> int:
     with contextlib.suppress(ValueError):
         if 0 < (value := int(text)) <= MAX_JOBS:
             return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {MAX_JOBS}")
+    raise argparse.ArgumentTypeError(f"invalid value: {text}: give a number from 1 to {MAX_JOBS}")

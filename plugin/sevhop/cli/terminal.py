@@ -8,8 +8,8 @@ the guest, is ignored. Output is written by a thread of its own: nothing waits f
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import errno
 import os
 import queue
 import select
@@ -31,6 +31,8 @@ def handle_signals(interrupt: Callable[[], object], *, hangup: bool = True) -> N
     :param interrupt: called instead.
     :param hangup: whether SIGHUP requests an interruption, too; it does not under nohup(1).
     """
+    import asyncio  # which takes longer than --help may
+
     loop = asyncio.get_running_loop()
     for number in _INTERRUPTS:
         loop.add_signal_handler(number, interrupt)
@@ -43,10 +45,41 @@ def _nothing() -> None:
     pass
 
 
-class _Writer:
-    """Writes texts to files from a thread, in the order of the calls, and ignores errors."""
+def ignore_interrupts() -> None:
+    """From now on Ctrl-C is ignored: what a command has done to its guests is still to be reported."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def __init__(self) -> None:
+
+def open_standard_files() -> None:
+    """
+    Open standard input, output and error if the command was started without them (``>&-``): whatever is opened next
+    would get the number of one, and what is printed would be written to it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+    # Python has none for a number that was not open.
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
+
+
+class _Writer:
+    """
+    Writes texts to files from a thread, in the order of the calls, and ignores errors.
+
+    :ivar error: why something that was to be read was not written, unless nobody reads any more.
+    """
+
+    def __init__(self, output: TextIO) -> None:
+        self.error: OSError | None = None
+        self._output = output
         self._texts: queue.SimpleQueue[tuple[TextIO, str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="output", daemon=True)
         self._closed = False
@@ -54,7 +87,7 @@ class _Writer:
 
     def write(self, file: TextIO, text: str) -> None:
         if self._closed:
-            _write(file, text)
+            self._write(file, text)
         else:
             self._texts.put((file, text))
 
@@ -68,22 +101,30 @@ class _Writer:
         # A terminal with "stty tostop" stops a background process that writes to it, with all its threads.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         while (item := self._texts.get()) is not None:
-            _write(*item)
+            self._write(*item)
+
+    def _write(self, file: TextIO, text: str) -> None:
+        error = _write(file, text)
+        if error is not None and error.errno != errno.EPIPE and file is self._output and self.error is None:
+            self.error = error
 
 
-def _write(file: TextIO, text: str) -> None:
+def _write(file: TextIO, text: str) -> OSError | None:
+    """:return: why it was not written."""
     try:
         try:
             file.write(text)
         except UnicodeEncodeError as err:
             file.write(text.encode(err.encoding, "backslashreplace").decode(err.encoding))
         _flush(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as err:
         # There is nowhere to report it, and Python would flush again at exit, and change our exit status.
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             os.dup2(null, file.fileno())
             os.close(null)
+        return err if isinstance(err, OSError) else None
+    return None
 
 
 def _flush(file: TextIO) -> None:
@@ -114,13 +155,17 @@ class _Output:
 
 
 @contextlib.contextmanager
-def nonblocking_output() -> Iterator[None]:
-    """Meanwhile, writing to standard output and standard error does not block, and does not fail."""
-    writer = _Writer()
+def nonblocking_output() -> Iterator[_Writer]:
+    """
+    Meanwhile, writing to standard output and standard error does not block, and does not fail.
+
+    :return: what writes; afterwards it has the error of standard output.
+    """
+    writer = _Writer(sys.stdout)
     files = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Output(file, writer)) for file in files)
     try:
-        yield
+        yield writer
     finally:
         sys.stdout, sys.stderr = files
         writer.close()

@@ -41,6 +41,8 @@ TESTED_VERSION = 9_000_000
 DEFAULT_URI = "qemu:///system"
 #: libvirt's error for a domain that it does not know (virErrorNumber).
 NO_DOMAIN: int = libvirt.VIR_ERR_NO_DOMAIN
+#: Numbers of those errors after which another user may have success.
+_NOT_AUTHORIZED = (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED, libvirt.VIR_ERR_AUTH_UNAVAILABLE)
 
 
 class DomainError(SevhopError):
@@ -117,6 +119,8 @@ async def call(function: Callable[..., Any], *arguments: Any, timeout: float = C
         return await in_thread(timeout, function, *arguments)
     except libvirt.libvirtError as err:
         raise DomainError(err.get_error_message() or str(err), err.get_error_code() or -1) from err
+    except UnicodeEncodeError as err:
+        raise DomainError(f"libvirt knows UTF-8 only, and this is not: {err.object}") from err
     except TimeoutError as err:
         raise DomainTimeout(f"libvirt did not answer within {timeout:g} s", hint=RESTART) from err
 
@@ -171,7 +175,12 @@ class Daemon:
         """
         # By default libvirt prints errors to stderr as well.
         libvirt.registerErrorHandler(lambda *_: None, None)
-        raw = await call(libvirt.open, uri, timeout=timeout)
+        try:
+            raw = await call(libvirt.open, uri, timeout=timeout)
+        except DomainError as err:
+            if err.hint:
+                raise
+            raise DomainError(err.message, err.code, _hint(err)) from err
         self = cls(raw, uri, timeout)
         own = await self.call(raw.getURI)
         if not is_the_systems(own):
@@ -229,6 +238,13 @@ class Daemon:
     async def tested(self) -> bool:
         """Whether the running daemon is one that sevhop was tested with, or newer."""
         return bool(await self.call(self.raw.getLibVersion) >= TESTED_VERSION)
+
+
+def _hint(error: DomainError) -> str:
+    """What to do when no connection can be made."""
+    if error.code in _NOT_AUTHORIZED or "Permission denied" in error.message:
+        return "run sevhop as root"
+    return "start libvirt's daemon, or correct --connect" if error.code == libvirt.VIR_ERR_SYSTEM_ERROR else ""
 
 
 def readable_version(number: int) -> str:

@@ -136,7 +136,7 @@ def test_guest_keeps_running_if_its_upgrade_fails_before_the_commit(daemon: Daem
 #: An upgrade whose keeper does not terminate the source.
 _REFUSED = """
 import sys
-from sevhop.cli import commands
+from sevhop.cli.main import main
 from sevhop.keeper.client import KeeperClient
 from sevhop.keeper.config import KeeperError
 
@@ -144,7 +144,7 @@ async def refuse(self):
     raise KeeperError("refused for a test")
 
 KeeperClient.retire = refuse
-sys.exit(commands.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
