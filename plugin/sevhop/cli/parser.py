@@ -168,7 +168,8 @@ def parser() -> argparse.ArgumentParser:
         help="show which QEMU runs each domain",
         description="Show for each active domain which QEMU runs it, which one is installed, whether it can hop, and "
         "any hop in progress.",
-        epilog="The exit status is 4 if a hop waits for sevhop recover, or for virsh restore.",
+        epilog="The exit status is 4 if a hop waits for sevhop recover or for virsh restore, or if a journal cannot be "
+        "read.",
     )
     status.add_argument("domains", nargs="*", metavar="DOMAIN", help="default: all active domains")
     status.set_defaults(command="status")
