@@ -202,3 +202,22 @@ def test_hop_is_in_progress_as_long_as_its_keeper_listens(monkeypatch: pytest.Mo
             assert run_directory.in_hop(UUID.upper())
             assert not run_directory.in_hop(UUID.replace("5", "6"))
         assert not run_directory.in_hop(UUID)
+
+
+def test_unexpected_error_is_in_the_system_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+
+    async def fail(*_: object) -> str:
+        raise KeyError("missing")
+
+    monkeypatch.setattr(cold_start, "start", fail)
+    monkeypatch.setattr("syslog.syslog", lambda _, text: logged.append(text))
+    assert cold_start.main([UUID, "qemu:///system"]) == 1
+    (text,) = logged
+    assert f"cannot start domain {UUID} after its reboot: unexpected KeyError" in text
+    assert f"run: virsh start {UUID}" in text
+
+
+def test_wrong_usage_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cold_start.main([UUID]) == 2
+    assert capsys.readouterr().err.startswith("usage: ")

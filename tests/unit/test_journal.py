@@ -178,3 +178,24 @@ def test_process_is_distinguished_from_another_with_its_pid() -> None:
     found.close()
     assert Process(this.pid, this.started + 1).open() is None
     assert Process(2**22 - 1, 1).open() is None
+
+
+def test_interrupted_hop_of_a_domain_is_unattended() -> None:
+    mine = Journal.begin(record())
+    assert journal.unattended() == []
+    mine.leave()
+    assert journal.unattended() == ["web"]
+    mine.path.write_bytes(b"damaged\n")
+    assert journal.unattended() == []
+
+
+def test_hop_of_an_earlier_boot_is_not_unattended() -> None:
+    mine = Journal.begin(dataclasses.replace(record(), boot="earlier"))
+    mine.leave()
+    assert journal.unattended() == []
+
+
+def test_hop_outside_libvirt_is_not_of_a_domain() -> None:
+    mine = Journal.begin(dataclasses.replace(record(), kind="standalone"))
+    mine.leave()
+    assert journal.unattended() == []

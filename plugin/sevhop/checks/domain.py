@@ -23,6 +23,7 @@ from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
 from ..process import apparmor_profile
+from ..records import journal
 from . import definition, reboot, registers, restart
 from . import guest as guest_checks
 from .registers import Registers
@@ -60,9 +61,10 @@ async def examine(
 
     :param emulator: the QEMU to upgrade to; by default the one it was started from, as it is on disk now.
     :param in_full: also what libvirt reports only by an error, which it logs.
-    :raises SevhopError: the domain is not active, or cannot be inspected at all.
+    :raises SevhopError: the domain is not active, its guest is elsewhere, or it cannot be inspected at all.
     """
     if not await domain.active():
+        journal.expect_none(domain.uuid)  # it must not be started then
         raise SevhopError(f"domain {domain.name} is not running", "start it; an upgrade is for running guests")
     if await domain.job():
         # Until it ends libvirt passes no commands on to QEMU.

@@ -67,8 +67,11 @@ async def _start(domain: Domain) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The program."""
+    """The program. Nobody reads its output, so whatever happens is in the system log."""
     syslog.openlog("sevhop")
+    if len(arguments) != 2:
+        print("usage: python3 -m sevhop.cli.cold_start UUID URI", file=sys.stderr)
+        return 2
     uuid, uri = arguments
     try:
         syslog.syslog(syslog.LOG_NOTICE, printable(asyncio.run(start(uuid, uri))))
@@ -76,6 +79,10 @@ def main(arguments: list[str]) -> int:
         hint = err.hint or "see virsh list --all"
         text = f"cannot start domain {uuid} after its reboot: {err.message}; {hint}"
         syslog.syslog(syslog.LOG_ERR, printable(text))
+        return 1
+    except Exception as err:
+        text = f"cannot start domain {uuid} after its reboot: unexpected {type(err).__name__}: {err}"
+        syslog.syslog(syslog.LOG_ERR, printable(f"{text}; this is a bug in sevhop: report it; run: virsh start {uuid}"))
         return 1
     return 0
 

@@ -27,6 +27,7 @@ from ..libvirt.connection import Connection
 from ..libvirt.daemon import NO_DOMAIN, DomainError
 from ..options import UpgradeOptions, Window
 from ..process import host_memory
+from ..records.journal import unattended
 from ..records.run_directory import hop_of
 from .upgrade import Upgrade
 
@@ -64,14 +65,16 @@ async def named(uri: str, given: Sequence[str]) -> Selection:
 
 async def all_active(uri: str, exclude: Sequence[str] = ()) -> Selection:
     """
-    All active domains.
+    All active domains, and those whose hop nobody has completed.
 
     :param exclude: patterns of names (:mod:`fnmatch`); a domain may opt out as well.
     :raises SevhopError: libvirt does not answer.
     """
     connection = await Connection.open(uri)
     try:
-        names = [domain.name for domain in await connection.domains()]
+        active = [domain.name for domain in await connection.domains()]
+        # Their guests may be elsewhere; their upgrade is refused, and says what to do.
+        names = sorted({*active, *unattended()})
         return await _without_excluded(connection, names, exclude)
     finally:
         connection.close()
@@ -79,7 +82,8 @@ async def all_active(uri: str, exclude: Sequence[str] = ()) -> Selection:
 
 async def all_outdated(uri: str, emulator: str | None, exclude: Sequence[str] = ()) -> Selection:
     """
-    Those active domains that an upgrade would change, and those for which that is unknown.
+    Those active domains that an upgrade would change, and those for which that is unknown: also domains whose hop nobody
+    has completed.
 
     :param emulator: the QEMU to go to; by default each domain's own, as it is on disk now.
     :param exclude: patterns of names (:mod:`fnmatch`); a domain may opt out as well.
@@ -87,6 +91,7 @@ async def all_outdated(uri: str, emulator: str | None, exclude: Sequence[str] = 
     """
     rows = await survey(uri, (), emulator)
     names = [row.name for row in rows if row.outdated or (row.blocker and not row.running_version)]
+    names = sorted({*names, *unattended()})  # see all_active
     connection = await Connection.open(uri)
     try:
         return await _without_excluded(connection, names, exclude)

@@ -183,6 +183,21 @@ def expect_none(guest: Process | str) -> None:
             raise _existing_hop(path)
 
 
+def unattended() -> list[str]:
+    """
+    The domains whose hop was interrupted, or is prepared, in this boot of the host.
+
+    :raises JournalError: it is unknown which hops there are.
+    """
+    names = []
+    for path in journals():
+        with contextlib.suppress(JournalError):
+            record = read(path)
+            if record.kind == "domain" and record.this_boot and not in_progress(path):
+                names.append(record.guest)
+    return names
+
+
 def journals() -> Iterator[Path]:
     """
     The journals of all hops that are in progress or were interrupted.
