@@ -35,7 +35,7 @@ imports only from those below it.
                              runtime_settings, saved_settings, plugged_vcpus, vm_generation_id, block_queries, absent,
                              pid_file
 :mod:`sevhop.process`        Linux processes: launch, launcher, confinement, seccomp_filter, scheduling, cgroup_memory,
-                             machine_cgroup, apparmor_profile
+                             machine_cgroup, apparmor_profile, in_words
 :mod:`sevhop.cancellation`   work that is completed despite a cancellation
 :mod:`sevhop.events`         events that report hops in progress
 :mod:`sevhop.report`         the report of a hop

@@ -29,18 +29,18 @@ def test_confinement_of_a_copy_does_not_differ(own: Confinement) -> None:
 @pytest.mark.parametrize(
     ("changed", "reported"),
     [
-        ({"uids": (0, 0, 65534)}, "user is (0, 0, 65534) in the new QEMU, "),
-        ({"gids": (1, 1, 1)}, "group is (1, 1, 1) in the new QEMU, "),
-        ({"groups": (4, 5)}, "supplementary groups is (4, 5) in the new QEMU, "),
+        ({"uids": (0, 0, 65534)}, "user is 0, 0, 65534 in the new QEMU, "),
+        ({"gids": (1, 1, 1)}, "group is 1, 1, 1 in the new QEMU, "),
+        ({"groups": (4, 5)}, "supplementary groups is 4, 5 in the new QEMU, "),
         ({"effective": 0x1000}, "effective capabilities is 0x1000 in the new QEMU, "),
         ({"bounding": 0x1000}, "bounding set of capabilities is 0x1000 in the new QEMU, "),
-        ({"no_new_privs": True}, "no_new_privs is True in the new QEMU, False in the old one"),
+        ({"no_new_privs": True}, "no_new_privs is on in the new QEMU, off in the old one"),
         ({"seccomp": 2}, "seccomp mode is 2 in the new QEMU, "),
         ({"filters": 9}, "number of seccomp filters is 9 in the new QEMU, "),
         ({"label": "libvirt-1 (enforce)"}, "security label is libvirt-1 (enforce) in the new QEMU, "),
         ({"core_dump_filter": "7f"}, "core dump filter is 7f in the new QEMU, "),
         ({"umask": 0o7777}, "umask is 4095 in the new QEMU, "),
-        ({"cgroups": (("memory", "/x"),)}, "cgroup is [('memory', '/x')] in the new QEMU, "),
+        ({"cgroups": (("memory", "/x"),)}, "cgroup is memory:/x in the new QEMU, "),
     ],
 )
 def test_difference_is_reported_for_each_attribute(own: Confinement, changed: dict[str, object], reported: str) -> None:

@@ -82,8 +82,8 @@ async def all_active(uri: str, exclude: Sequence[str] = ()) -> Selection:
 
 async def all_outdated(uri: str, emulator: str | None, exclude: Sequence[str] = ()) -> Selection:
     """
-    Those active domains that an upgrade would change, and those for which that is unknown: also domains whose hop nobody
-    has completed.
+    Those active domains that an upgrade would change, and those for which that is unknown; also domains whose hop
+    nobody has completed.
 
     :param emulator: the QEMU to go to; by default each domain's own, as it is on disk now.
     :param exclude: patterns of names (:mod:`fnmatch`); a domain may opt out as well.

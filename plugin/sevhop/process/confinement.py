@@ -21,6 +21,7 @@ from sevhop_qmp.invalid_data import invalid
 from sevhop_qmp.process import QemuProcess
 
 from . import seccomp_filter
+from .in_words import in_words
 from .scheduling import cgroup_directory
 
 #: Names of the fields in messages.
@@ -142,7 +143,7 @@ def differences(source: Confinement, destination: Confinement) -> list[str]:
             ours, theirs = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
         if one.name in _HEXADECIMAL:
             ours, theirs = f"{ours:#x}", f"{theirs:#x}"
-        found.append(f"{_LABELS[one.name]} is {theirs} in the new QEMU, {ours} in the old one")
+        found.append(f"{_LABELS[one.name]} is {in_words(theirs)} in the new QEMU, {in_words(ours)} in the old one")
     return found
 
 

@@ -21,6 +21,8 @@ from sevhop_qmp.errors import ProcessError, SevhopError
 from sevhop_qmp.monitor import Commands, protocol_errors
 from sevhop_qmp.process import QemuProcess
 
+from .in_words import in_words
+
 _SYS_SCHED_SETATTR, _SYS_SCHED_GETATTR = 314, 315
 _SYS_IOPRIO_SET, _SYS_IOPRIO_GET = 251, 252
 _WHO_PROCESS = 1
@@ -112,7 +114,8 @@ class Thread:
             if one.name == "affinity":
                 ours, theirs = sorted(ours), sorted(theirs)
             if ours != theirs and not (one.name == "timer_slack" and "" in (ours, theirs)):
-                found.append(f"{one.name.replace('_', ' ')} is {theirs} in the new QEMU, {ours} in the old one")
+                what = one.name.replace("_", " ")
+                found.append(f"{what} is {in_words(theirs)} in the new QEMU, {in_words(ours)} in the old one")
         return found
 
 
