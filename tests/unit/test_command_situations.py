@@ -285,6 +285,7 @@ def test_names_need_not_be_utf_8(words: list[str | bytes], variables: dict[str, 
     done = sevhop(*words, state=state, env=variables)
     assert "Traceback" not in done.stderr
     assert len((done.stdout + done.stderr).splitlines()) == 1
+    assert "unexpected" not in done.stderr
     assert done.returncode == (0 if words[0] == "recover" else 1)
     assert len(sevhop(*words, "--json", state=state, env=variables).stdout.splitlines()) == 1
 

@@ -35,7 +35,10 @@ def write(path: Path, contents: bytes, mode: int, *, beside: Path | None = None,
                 os.unlink(file.name)
                 raise
     except OSError as err:
-        raise SevhopError(f"cannot write {path}: {err.strerror}", "run sevhop as root") from err
+        hint = (
+            "run sevhop as root" if isinstance(err, PermissionError) else f"see what {path.parent} is, and free space"
+        )
+        raise SevhopError(f"cannot write {path}: {err.strerror}", hint) from err
 
 
 def _copy_owner(path: Path, fd: int) -> None:
