@@ -15,6 +15,7 @@ sevhop from Python: what the command line does, and nothing else. ::
 :func:`prepare`        change the definitions of domains so that their guests can hop when they were started again
 :func:`status`         which QEMU runs each domain, and whether a newer one is installed
 :func:`recover`        complete or roll back interrupted hops
+:func:`discard`        give up a guest for which that is not possible, as :func:`assess_discard` says
 =====================  ===========================================================================
 
 All are coroutines. Errors are :exc:`SevhopError` and those below it (:mod:`sevhop.errors`); the outcome of a hop is in
@@ -43,6 +44,7 @@ import asyncio
 import enum
 import importlib.util
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +59,7 @@ from .checks.result import CheckResult, Status
 from .engine import hop as standalone
 from .engine import recovery
 from .engine.preparation_result import Preparations, PreparedDefinition
-from .engine.recovery_result import RecoveredGuest, RecoveryOutcome
+from .engine.recovery_result import Loss, RecoveredGuest, RecoveryOutcome
 from .errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
 from .events import (
     DeferringListener,
@@ -74,7 +76,7 @@ from .events import (
     WindowClosed,
     ignore,
 )
-from .options import HopOptions, UpgradeOptions, Window
+from .options import HopOptions, RecoverOptions, UpgradeOptions, Window
 from .process import shutdown_inhibitor
 from .report import Phase, Report
 
@@ -94,6 +96,7 @@ __all__ = [
     "HopOptions",
     "Interrupted",
     "Listener",
+    "Loss",
     "MoveAttempted",
     "Phase",
     "PhaseBegan",
@@ -112,7 +115,9 @@ __all__ = [
     "UpgradeOptions",
     "Window",
     "WindowClosed",
+    "assess_discard",
     "check",
+    "discard",
     "hop",
     "prepare",
     "recover",
@@ -294,17 +299,61 @@ async def prepare(
     return await preparation.prepare(connect or DEFAULT_URI, names, exclude=exclude, dry_run=dry_run)
 
 
-async def recover(guests: Sequence[str] = (), *, step_timeout: float = COMMAND_TIMEOUT) -> list[RecoveredGuest]:
+async def recover(
+    guests: Sequence[str] = (),
+    *,
+    unattended: bool = False,
+    max_age: float | None = None,
+    emulator: str | None = None,
+    set_time: bool = True,
+    step_timeout: float = COMMAND_TIMEOUT,
+) -> list[RecoveredGuest]:
     """
     Complete or roll back interrupted hops. Safe at any time, also when there are none.
 
     :param guests: their names; all when there are none.
+    :param unattended: nobody has asked for it: hops whose recovery has failed are tried less and less often.
+    :param max_age: seconds after which a guest that is suspended in the keeper is not restored; None without a limit.
+    :param emulator: the QEMU to restore one domain in, instead of those that its hop has recorded.
+    :param set_time: have the guest agent set the clock of a guest that was stopped for more than a second.
     :return: the result for each of them that has an interrupted hop.
-    :raises SevhopError: there is no such guest; nothing was touched.
+    :raises SevhopError: there is no such guest, or it cannot be restored in that emulator; nothing was touched.
     """
+    if emulator is not None and len(guests) != 1:
+        raise ValueError(f"an emulator for {len(guests)} guests")
     for name in recovery.without_hop(guests):
         await _verify_exists(name)
-    return await recovery.recover(guests, timeout=step_timeout)
+        if emulator is not None:
+            raise Refused(f"no hop of {name} was interrupted", f"to upgrade it: sevhop upgrade {shlex.quote(name)}")
+    options = RecoverOptions(
+        unattended=unattended, max_age=max_age, emulator=emulator, set_time=set_time, step_timeout=step_timeout
+    )
+    return await recovery.recover(guests, options)
+
+
+async def assess_discard(guest: str, *, step_timeout: float = COMMAND_TIMEOUT) -> Loss:
+    """
+    What would be lost with the guest of a domain whose hop was interrupted. Nothing is touched.
+
+    :raises SevhopError: it cannot be given up: its hop is in progress, or libvirt has its guest.
+    """
+    expect_libvirt()
+    from .engine import discard as engine
+
+    return await engine.assess(guest, timeout=step_timeout)
+
+
+async def discard(loss: Loss, *, step_timeout: float = COMMAND_TIMEOUT) -> RecoveredGuest:
+    """
+    Give up a guest, and remove all traces of its hop: libvirt may start the domain from its disks then.
+
+    :param loss: what somebody has agreed to.
+    :raises SevhopError: it is not where it was any more, and nothing was touched; or its process does not exit.
+    """
+    expect_libvirt()
+    from .engine import discard as engine
+
+    return await engine.discard(loss, timeout=step_timeout)
 
 
 async def _verify_exists(guest: str) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, time
+from typing import ClassVar
 
 from sevhop_qmp.time_limits import COMMAND_TIMEOUT
 
@@ -43,6 +44,7 @@ class UpgradeOptions:
     :ivar transit: have the guest run in a QEMU beside libvirt while libvirt ends the old one and starts the new one; a
         domain for which that is not possible is upgraded without.
     :ivar rehearse: without a transit: load a copy of the device state into the new QEMU first.
+    :ivar set_time: have the guest agent set the clock of a guest that was stopped for long.
     :ivar step_timeout: seconds for each step of the downtime.
     :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
     """
@@ -52,8 +54,32 @@ class UpgradeOptions:
     dry_run: bool = False
     transit: bool = True
     rehearse: bool = True
+    set_time: bool = True
     step_timeout: float = HopOptions.step_timeout
     move_deadline: float = HopOptions.move_deadline
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions:
+    """
+    Options of a recovery.
+
+    :ivar unattended: nobody has asked for it: a hop whose recovery has failed is tried less and less often, and a guest
+        that is suspended in the keeper is not restored when that is older than ``max_age``.
+    :ivar max_age: seconds since the guest was stopped; None without a limit.
+    :ivar emulator: the QEMU for a guest that waits for libvirt, instead of those that the hop has recorded.
+    :ivar set_time: have the guest agent set the clock of a guest that was stopped for long.
+    :ivar step_timeout: seconds for each step.
+    """
+
+    unattended: bool = False
+    max_age: float | None = None
+    emulator: str | None = None
+    set_time: bool = True
+    step_timeout: float = HopOptions.step_timeout
+
+    #: Of a recovery that nobody has asked for, by default.
+    UNATTENDED_AGE: ClassVar[float] = 3600.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from sevhop_qmp.move import MoveReport
 
 from .errors import GuestState
 
+#: Milliseconds after which a guest may notice by its clock that it was stopped.
+LONG_STOP_MS = 1000.0
 _SUSPENDED = "is suspended in the keeper; to resume it"
 
 
@@ -19,6 +21,35 @@ class Phase:
 
     name: str
     ms: float
+
+
+@dataclass(frozen=True)
+class Clock:
+    """
+    The clock of a guest that was stopped for long.
+
+    :ivar set: whether the guest agent has set it.
+    :ivar detail: why not.
+    """
+
+    set: bool
+    detail: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {"set": self.set, "detail": self.detail}
+
+
+def stopped_for_long(stopped_ms: float | None, clock: Clock | None) -> str:
+    """That a guest was stopped for so long that its clock matters; otherwise empty."""
+    if stopped_ms is None or stopped_ms <= LONG_STOP_MS:
+        return ""
+    text = f"the guest was stopped for {stopped_ms / 1e3:.1f} s"
+    if clock is None:
+        return f"{text}: its clock may be behind"
+    return (
+        f"{text}; its guest agent has set the clock" if clock.set else f"{text}; its clock was not set: {clock.detail}"
+    )
 
 
 @dataclass
@@ -37,6 +68,7 @@ class Report:
         None when it was never stopped. The longer one if there were two.
     :ivar downtimes_ms: both of an upgrade by way of a transit, in their order.
     :ivar rehearsal_ms: milliseconds for which the rehearsal has stopped the guest; None when it has not.
+    :ivar clock: what has become of the clock of a domain's guest that was stopped for long; None if it was not.
     :ivar move: how the SEV context was moved; None if there is none, or it was not. The last one if there were two.
     :ivar image: the save image from which ``virsh restore`` completes a prepared upgrade.
     :ivar in_transit: whether the guest of a prepared upgrade runs in the transit.
@@ -55,6 +87,7 @@ class Report:
     downtime_ms: float | None = None
     downtimes_ms: list[float] = field(default_factory=list)
     rehearsal_ms: float | None = None
+    clock: Clock | None = None
     move: MoveReport | None = None
     image: Path | None = None
     in_transit: bool = False
@@ -62,6 +95,14 @@ class Report:
     reason: str = ""
     guest_state: GuestState | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def stopped_ms(self) -> float | None:
+        """Milliseconds for which the guest was stopped in all; None if it never was."""
+        times: list[float | None] = [self.rehearsal_ms]
+        times += self.downtimes_ms or [self.downtime_ms]
+        found = [ms for ms in times if ms is not None]
+        return sum(found) if found else None
 
     def as_json(self) -> dict[str, object]:
         """The object that ``--json`` prints."""
@@ -75,6 +116,8 @@ class Report:
             "downtime_ms": _rounded(self.downtime_ms),
             "downtimes_ms": [round(ms, 3) for ms in self.downtimes_ms],
             "rehearsal_ms": _rounded(self.rehearsal_ms),
+            "stopped_ms": _rounded(self.stopped_ms),
+            "clock": None if self.clock is None else self.clock.as_json(),
             "move": None
             if self.move is None
             else {"attempts": self.move.attempts, "errno": self.move.errno, "ms": round(self.move.ms, 3)},
@@ -88,8 +131,9 @@ class Report:
 
     def __str__(self) -> str:
         """For people: a line, and one for each note."""
+        stopped = stopped_for_long(self.stopped_ms, self.clock)
         if self.reason:
-            return f"{self.guest}: {self.reason}"
+            return "; ".join(filter(None, [f"{self.guest}: {self.reason}", stopped]))
         if self.outcome == "checked":
             return f"{self.guest}: QEMU {self.source_version}, can hop to {self.emulator}"
         if self.image is not None:
@@ -102,7 +146,7 @@ class Report:
         line += f"; downtime {' and '.join(map(readable_ms, downtimes))}" if downtimes else "; it stayed paused"
         if self.rehearsal_ms is not None:
             line += f", and {readable_ms(self.rehearsal_ms)} for the rehearsal"
-        return "\n".join([line, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([line, *(f"note: {note}" for note in (*filter(None, [stopped]), *self.notes))])
 
 
 def readable_ms(ms: float) -> str:

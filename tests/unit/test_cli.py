@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import sys
 
 import pytest
 from sevhop import api
@@ -29,6 +31,14 @@ WRONG: tuple[list[str], ...] = (
     ["prepare"],
     ["prepare", "web", "--all"],
     ["prepare", "web", "--exclude", "w*"],
+    ["recover", "--discard", "--yes"],
+    ["recover", "one", "two", "--discard", "--yes"],
+    ["recover", "one", "--yes"],
+    ["recover", "one", "--discard"],  # pytest has no terminal
+    ["recover", "one", "--discard", "--yes", "--emulator", "/usr/bin/qemu"],
+    ["recover", "one", "--discard", "--yes", "--unattended"],
+    ["recover", "--emulator", "/usr/bin/qemu"],
+    ["recover", "--max-age", "0"],
 )
 
 
@@ -113,3 +123,55 @@ def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str], monk
     assert main(["check", "--qmp", "/nonexistent"]) == 1
     error = capsys.readouterr().err
     assert error == ("sevhop: QEMU says \\x1b[2J\\r\\nsevhop: all is well\\x9b \\udcff ü; nothing was touched\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [
+        ([], {"unattended": False, "max_age": None}),
+        (["--unattended"], {"unattended": True, "max_age": 3600.0}),
+        (["--unattended", "--max-age", "60"], {"unattended": True, "max_age": 60.0}),
+        (["web", "--max-age", "60", "--no-set-time"], {"max_age": 60.0, "set_time": False}),
+        (["web", "--emulator", "/q"], {"emulator": "/q", "set_time": True}),
+    ],
+)
+def test_options_of_recover_are_passed_on(
+    argv: list[str], given: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passed: dict[str, object] = {}
+
+    async def recover(guests: list[str], **options: object) -> list[api.RecoveredGuest]:
+        passed.update(options)
+        return [api.RecoveredGuest("web", api.RecoveryOutcome.POSTPONED, "a reason")]
+
+    monkeypatch.setattr(api, "recover", recover)
+    assert main(["recover", *argv]) == 4
+    assert passed | given == passed
+    assert capsys.readouterr().out == "web: not tried again yet: a reason\n"
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("yes\n", 0), ("\n", 1), ("no\n", 1), ("", 1)])
+def test_discard_needs_somebody_who_agrees(
+    answer: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    done: list[str] = []
+
+    async def assess(guest: str, **_: float) -> api.Loss:
+        return api.Loss(guest, "transit", "the guest runs in the transit")
+
+    async def discard(loss: api.Loss, **_: float) -> api.RecoveredGuest:
+        done.append(loss.guest)
+        return api.RecoveredGuest(loss.guest, api.RecoveryOutcome.DISCARDED)
+
+    monkeypatch.setattr(api, "assess_discard", assess)
+    monkeypatch.setattr(api, "discard", discard)
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    assert main(["recover", "web", "--discard"]) == status
+    out, err = capsys.readouterr()
+    assert err.startswith("web: the guest runs in the transit\nGive up the guest? [y/N] ")
+    assert (done, out) == ((["web"], "web: was given up\n") if status == 0 else ([], ""))
+    assert status == 0 or err.endswith("the guest was not given up; nothing was touched\n")

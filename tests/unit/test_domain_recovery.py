@@ -14,6 +14,7 @@ from sevhop.engine.domain_recovery import InterruptedUpgrade
 from sevhop.engine.recovery_result import RecoveryOutcome
 from sevhop.keeper.client import KeeperClient
 from sevhop.keeper.config import KeeperTimeout
+from sevhop.options import RecoverOptions
 from sevhop.process import apparmor_profile
 from sevhop.records.hop_record import HopRecord, Process
 
@@ -62,6 +63,9 @@ class Found:
     def __init__(self, record: HopRecord) -> None:
         self.record = record
 
+    def write(self, fields: dict[str, Any]) -> None:
+        """Nothing is written."""
+
     async def domain_with(self, uuid: str) -> None:
         return None
 
@@ -74,5 +78,5 @@ def test_profile_of_a_transit_that_is_not_there_is_removed(
     monkeypatch.setattr(apparmor_profile, "remove", removed.append)
     fields: Any = {"transit": transit, "committed": transit is not None, "apparmor_profile": "libvirt-1-2"}
     found: Any = Found(replace(record(tmp_path), **fields))
-    recovered = asyncio.run(domain_recovery._settle(found, found, named=True, timeout=1.0))
+    recovered = asyncio.run(domain_recovery._settle(found, found, named=True, options=RecoverOptions(step_timeout=1.0)))
     assert (recovered.result, removed) == (RecoveryOutcome.GONE, ["libvirt-1-2"])

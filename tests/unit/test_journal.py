@@ -22,7 +22,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record() -> HopRecord:
     return HopRecord(
-        kind="domain", guest="web", uuid="4711", context="sev", running=True, source=Process(7, 8), new="/q"
+        kind="domain", guest="web", uuid="4711", context="sev", running=True, source=Process(7, 8), new="/q", began=1.0
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sevhop.engine.recovery_result import RecoveredGuest, RecoveryOutcome
 from sevhop.events import HopFinished, PhaseBegan, PhaseEnded
 from sevhop.observe import journald
 from sevhop.report import Report
@@ -69,6 +70,31 @@ def test_outcome_is_recorded(journal: socket.socket) -> None:
     assert (fields["PRIORITY"], fields["SEVHOP_OUTCOME"]) == ("2", "recovery-required")
     assert fields["MESSAGE"] == "web: it \\udcff\nSEVHOP_OUTCOME=done"
     assert "SEVHOP_MS" not in fields
+    records.close()
+
+
+def test_recovery_is_recorded(journal: socket.socket) -> None:
+    records = journald.Records()
+    records.recovered(RecoveredGuest("web", RecoveryOutcome.DESTINATION, "a note", 7200.0))
+    fields = decoded(journal.recv(4096))
+    assert (fields["MESSAGE_ID"], fields["PRIORITY"]) == (journald.RECOVERY, "5")
+    assert (fields["SEVHOP_GUEST"], fields["SEVHOP_RESULT"]) == ("web", "destination")
+    assert fields["SEVHOP_MS"] == "7200.000"
+    assert fields["MESSAGE"].startswith("web: runs in the new QEMU: a note")
+    records.recovered(RecoveredGuest("web", RecoveryOutcome.MANUAL, "a reason"))
+    fields = decoded(journal.recv(4096))
+    assert (fields["PRIORITY"], fields["SEVHOP_RESULT"]) == ("2", "manual")
+    assert "SEVHOP_MS" not in fields
+    records.close()
+
+
+@pytest.mark.parametrize("result", [RecoveryOutcome.IN_PROGRESS, RecoveryOutcome.POSTPONED])
+def test_recovery_that_was_not_tried_is_not_recorded(journal: socket.socket, result: RecoveryOutcome) -> None:
+    """The timer finds it each minute."""
+    records = journald.Records()
+    records.recovered(RecoveredGuest("web", result))
+    with pytest.raises(BlockingIOError):
+        journal.recv(4096)
     records.close()
 
 

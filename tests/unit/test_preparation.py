@@ -12,7 +12,7 @@ import libvirt
 import pytest
 from sevhop import api
 from sevhop.checks import definition, sev_host
-from sevhop.cli import commands
+from sevhop.cli.main import main
 from sevhop.engine import preparation
 from sevhop.guest import emulator
 from sevhop.guest.emulator import Emulator
@@ -56,7 +56,7 @@ def run(
 
     def run(daemon: FakeDaemon, *words: str) -> tuple[int, dict[str, Any]]:
         connect(daemon, monkeypatch)
-        status = commands.main(["prepare", "--json", *words])
+        status = main(["prepare", "--json", *words])
         printed = json.loads(capsys.readouterr().out)
         rows = {row["domain"]: row for row in printed["domains"]}
         return status, rows | ({"excluded": printed["excluded"]} if printed.get("excluded") else {})
@@ -206,7 +206,7 @@ def test_what_cannot_be_prepared_is_noted(run: Run) -> None:
 
 def test_text_has_the_diff_and_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     connect(FakeDaemon(domain("old"), domain("transient", persistent=False)), monkeypatch)
-    assert commands.main(["prepare", "old", "transient"]) == 1
+    assert main(["prepare", "old", "transient"]) == 1
     printed = capsys.readouterr()
     assert printed.out.startswith("--- old, as defined\n+++ old, prepared\n@@ ")
     assert printed.out.endswith("\nold: prepared: memory in a shared memfd\n")

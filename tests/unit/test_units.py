@@ -137,6 +137,9 @@ def test_path_in_a_unit_is_quoted(path: str, quoted: str) -> None:
 
 
 def test_units_run_this_python() -> None:
-    for name, command in (("recover", "recover --timeout 30\n"), ("upgrade", "upgrade --outdated --keep-going ")):
+    for name, command in (
+        ("recover", "recover --unattended --timeout 30\n"),
+        ("upgrade", "upgrade --outdated --keep-going "),
+    ):
         start = f"ExecStart={units.quoted(sys.executable)} -m sevhop.cli {command}"
         assert start in units.text(f"sevhop-{name}.service")

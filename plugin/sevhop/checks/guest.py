@@ -109,7 +109,7 @@ def _examine(
         _arguments(arguments),
         _confinement(process, arguments),
         library(process),
-        _emulator(arguments.emulator, guest, process),
+        emulator_for(arguments.emulator, guest.machine_type, process),
     )
 
 
@@ -169,7 +169,7 @@ def domain(guest: Guest, process: QemuProcess, path: str, found: Registers, rebo
         _context(guest, process, found, rebooted, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
         _blockers(guest),
         _jobs(guest),
-        _emulator(path, guest, process),
+        emulator_for(path, guest.machine_type, process),
     )
 
 
@@ -294,7 +294,14 @@ def library(process: QemuProcess) -> CheckResult:
         return failed(name, err.message, err.hint)
 
 
-def _emulator(path: str, guest: Guest, process: QemuProcess) -> CheckResult:
+def emulator_for(path: str, machine_type: str, process: QemuProcess) -> CheckResult:
+    """
+    Test whether a guest can be given to another QEMU.
+
+    :param path: of that.
+    :param machine_type: of the guest.
+    :param process: the QEMU that has the guest.
+    """
     skipped = ("machine type",)
     user = process.credentials
     if library(process).status is not Status.PASS:
@@ -311,21 +318,21 @@ def _emulator(path: str, guest: Guest, process: QemuProcess) -> CheckResult:
         identity = Identity(Confinement.of(process), Thread.of(process.pid))
         new = preload.probe(path, identity, inheritable(process.environment))
     except preload.NotLoaded as err:
-        if guest.machine_type in err.emulator.machine_types:
+        if machine_type in err.emulator.machine_types:
             return failed("emulator", err.message, err.hint, skipped=skipped)
         new = err.emulator  # without the machine type the hop is refused anyway
     except SevhopError as err:
         return failed("emulator", err.message, err.hint, skipped=skipped)
     was = process.on_disk
     note = "" if was is OnDisk.UNCHANGED else f"; the old QEMU's binary was {was.value} on disk"
-    return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, guest))
+    return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, machine_type))
 
 
-def _machine_type(new: emulator.Emulator, guest: Guest) -> CheckResult:
-    if guest.machine_type not in new.machine_types:
+def _machine_type(new: emulator.Emulator, machine_type: str) -> CheckResult:
+    if machine_type not in new.machine_types:
         return failed(
             "machine type",
-            f"QEMU {new.version} has no {guest.machine_type}",
+            f"QEMU {new.version} has no {machine_type}",
             "shut the guest down and start it with a machine type that both have, or name another emulator",
         )
-    return passed("machine type", guest.machine_type)
+    return passed("machine type", machine_type)

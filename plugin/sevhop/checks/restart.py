@@ -70,7 +70,7 @@ async def examine(connection: Connection, subject: Subject) -> CheckResult:
         await _networks(connection, domain),
         await _volumes(connection, domain),
         await _secrets(connection, domain),
-        await _processor(connection, subject),
+        await processor(connection, subject.xml, subject.old, subject.new),
         _alias(subject),
         _plugged(subject, anonymous),
         _hooks(),
@@ -183,22 +183,25 @@ async def _secrets(connection: Connection, domain: ElementTree.Element) -> Check
     return passed(name, f"{len(elements)} in use" if elements else "none in use")
 
 
-async def _processor(connection: Connection, subject: Subject) -> CheckResult:
+async def processor(connection: Connection, xml: str, old: str, new: str) -> CheckResult:
     """
     libvirt compares a processor with what an emulator has, where its XML wants that. What the guest really has is
     compared when the new QEMU has started.
+
+    :param xml: of the domain as it runs.
+    :param old, new: the emulator it was started in, and the one to start it in.
     """
     name = "processor"
-    cpu = ElementTree.fromstring(subject.xml).find("cpu")
+    cpu = ElementTree.fromstring(xml).find("cpu")
     if cpu is None or cpu.find("model") is None or cpu.get("check", "none") == "none":
         return passed(name, "libvirt does not compare it")
-    described = domain_xml.describe(subject.xml)
+    described = domain_xml.describe(xml)
     text = ElementTree.tostring(cpu, encoding="unicode")
     kind = (described.arch, described.machine, described.kind, text)
-    lost = await resources.processor(connection, subject.new, *kind)
+    lost = await resources.processor(connection, new, *kind)
     # What both lack is not what the old one was started with.
-    if lost and not (subject.old != subject.new and await resources.processor(connection, subject.old, *kind)):
-        return failed(name, f"{subject.new}: {lost}", "choose another version of QEMU, or one with these features")
+    if lost and not (old != new and await resources.processor(connection, old, *kind)):
+        return failed(name, f"{new}: {lost}", "choose another version of QEMU, or one with these features")
     return passed(name, "the new QEMU has all features in the XML")
 
 

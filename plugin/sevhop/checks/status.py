@@ -13,7 +13,7 @@ from ..guest.emulator import probe
 from ..keeper.client import KeeperClient
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
-from ..records import journal
+from ..records import back_off, journal
 from ..records.journal import JournalError
 from ..records.run_directory import alive, hop_of, hops_in_progress
 from .domain import examine
@@ -100,6 +100,9 @@ def _with_place(row: DomainStatus) -> DomainStatus:
         if record.kind != "domain" or record.guest != row.name or not record.this_boot:
             continue
         attended = journal.in_progress(path)
+        if record.failures and not attended:
+            again = f"the last recovery failed: {record.failure}; {back_off.next_attempt(record)}"
+            row = replace(row, operation="; ".join(filter(None, [row.operation, again])))
         if record.committed and record.transit is not None and record.transit.exists:
             return replace(row, place=Place.TRANSIT, attended=attended, elsewhere_s=record.transit.age)
         suspended = record.transit is None and not record.source.exists and _has_keeper(row.name)

@@ -19,10 +19,10 @@ from sevhop_qmp.errors import SevhopError
 from .. import api
 from ..engine.recovery_result import RecoveryOutcome
 from ..errors import GuestState
-from ..observe import metrics
-from ..options import HopOptions, UpgradeOptions
+from ..observe import journald, metrics
+from ..options import HopOptions, RecoverOptions, UpgradeOptions
 from ..report import Report
-from . import prepare, terminal
+from . import discard, prepare, terminal
 from .exit_codes import EXIT_DONE, EXIT_GUEST_LOST, EXIT_RECOVERY_REQUIRED, EXIT_REFUSED
 from .output import Outcomes, check_line, complain, fail, say
 
@@ -152,6 +152,7 @@ def _upgrade(options: argparse.Namespace) -> int:
                     dry_run=options.dry_run,
                     transit=not options.no_transit,
                     rehearse=not options.no_rehearsal,
+                    set_time=not options.no_set_time,
                     step_timeout=options.timeout,
                 ),
                 connect=options.connect,
@@ -205,14 +206,23 @@ def _status(options: argparse.Namespace) -> int:
 # -- sevhop recover --------------------------------------------------------------------------------
 
 
-_EXIT_OF_RECOVERY = {RecoveryOutcome.MANUAL: EXIT_RECOVERY_REQUIRED, RecoveryOutcome.GONE: EXIT_GUEST_LOST}
+_EXIT_OF_RECOVERY = {
+    RecoveryOutcome.MANUAL: EXIT_RECOVERY_REQUIRED,
+    RecoveryOutcome.POSTPONED: EXIT_RECOVERY_REQUIRED,
+    RecoveryOutcome.GONE: EXIT_GUEST_LOST,
+}
 
 
 def _recover(options: argparse.Namespace) -> int:
+    discard.verify_usage(options)
     # A guest that is stopped now was left stopped by an interrupted hop already: a hangup must not do so again.
-    found = _run(api.recover(options.guests, step_timeout=options.timeout), hangup=False)
+    found = discard.discard(options) if options.discard else _run(_recovery(options), hangup=False)
     if found is None:
         return fail(options, "the recovery was interrupted; run it again", GuestState.UNKNOWN)
+    records = journald.Records()
+    for one in found:
+        records.recovered(one)
+    records.close()
     if options.json:
         print(json.dumps({"guests": [one.as_json() for one in found]}))
     else:
@@ -221,6 +231,18 @@ def _recover(options: argparse.Namespace) -> int:
         if not found:
             say("no interrupted hop was found")
     return max((_EXIT_OF_RECOVERY.get(one.result, EXIT_DONE) for one in found), default=EXIT_DONE)
+
+
+def _recovery(options: argparse.Namespace) -> Coroutine[Any, Any, list[api.RecoveredGuest]]:
+    max_age = RecoverOptions.UNATTENDED_AGE if options.unattended and options.max_age is None else options.max_age
+    return api.recover(
+        options.guests,
+        unattended=options.unattended,
+        max_age=max_age,
+        emulator=options.emulator,
+        set_time=not options.no_set_time,
+        step_timeout=options.timeout,
+    )
 
 
 # -- sevhop install, uninstall ---------------------------------------------------------------------

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except SystemExit as end:
                 usage, status = end, end.code
             else:
-                changes_guests = options.command not in ("check", "status")
+                changes_guests = options.command not in ("check", "prepare", "status")
                 status = _executed(options)
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..options import HopOptions, Window
-from . import prepare
+from ..options import HopOptions, RecoverOptions, Window
 
 #: Each job needs a few threads and, for a moment, a second QEMU.
 MAX_JOBS = 64
@@ -161,7 +160,25 @@ def parser() -> argparse.ArgumentParser:
     )
     examine.set_defaults(command="check")
 
-    prepare.add(commands)
+    prepare = commands.add_parser(
+        "prepare",
+        help="change the definitions of libvirt domains so that they can hop",
+        description="Change the persistent definition of libvirt domains so that their guests can hop when they were "
+        "shut down and started again, and show the difference. Running domains are not touched.",
+        epilog="A DOMAIN is a name, a UUID or an id; all are looked up before the first is changed. A definition that "
+        "has everything is not changed. The exit status is 1 if a domain was refused.",
+    )
+    prepare.add_argument("domains", nargs="*", metavar="DOMAIN")
+    prepare.add_argument("--all", action="store_true", help="all domains that are defined, active or not")
+    prepare.add_argument("--dry-run", action="store_true", help="show the difference only; nothing is changed")
+    prepare.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="with --all: leave domains alone whose name matches, such as 'db-*'; may be repeated",
+    )
+    prepare.set_defaults(command="prepare", misused=prepare.error)
 
     status = commands.add_parser(
         "status",
@@ -181,12 +198,20 @@ def parser() -> argparse.ArgumentParser:
         "one. Safe at any time, also when no hop was interrupted.",
     )
     recover.add_argument("guests", nargs="*", metavar="DOMAIN", help="domain, or guest outside libvirt (default: all)")
-    recover.set_defaults(command="recover")
+    _add_recover_options(recover)
+    recover.set_defaults(command="recover", misused=recover.error)
 
     for command in (hop, upgrade, recover):
         _add_seconds(command, "--timeout", HopOptions.step_timeout, "for each step")
 
-    for command in (upgrade, examine, status):
+    for command in (upgrade, recover):
+        command.add_argument(
+            "--no-set-time",
+            action="store_true",
+            help="do not have the guest agent set the clock of a guest that was stopped for more than a second",
+        )
+
+    for command in (upgrade, examine, prepare, status):
         command.add_argument("--connect", metavar="URI", help="libvirt connection (default: qemu:///system)")
 
     for command in (hop, upgrade, status):
@@ -210,9 +235,37 @@ def parser() -> argparse.ArgumentParser:
     )
     uninstall.set_defaults(command="uninstall")
 
-    for command in (hop, upgrade, examine, status, recover, install, uninstall):
+    for command in (hop, upgrade, examine, prepare, status, recover, install, uninstall):
         command.add_argument("--json", action="store_true", help="print one JSON object, errors included")
     return top
+
+
+def _add_recover_options(recover: argparse.ArgumentParser) -> None:
+    recover.add_argument(
+        "--emulator",
+        metavar="PATH",
+        help="restore one DOMAIN in this QEMU binary, instead of those that its hop has recorded; it is checked before "
+        "anything is touched",
+    )
+    recover.add_argument(
+        "--discard",
+        action="store_true",
+        help="give up the guest of one DOMAIN, which is lost as by a power failure, when it can neither be completed "
+        "nor rolled back; asks on a terminal",
+    )
+    recover.add_argument("--yes", action="store_true", help="with --discard: do not ask")
+    recover.add_argument(
+        "--unattended",
+        action="store_true",
+        help="as the timer does it: try hops whose recovery has failed less and less often, and apply --max-age",
+    )
+    recover.add_argument(
+        "--max-age",
+        type=_seconds,
+        metavar="S",
+        help="seconds after which a guest that is suspended in the keeper is not restored (default: no limit; with "
+        f"--unattended {RecoverOptions.UNATTENDED_AGE:g}); one that runs in the transit has no age",
+    )
 
 
 def _add_seconds(command: argparse.ArgumentParser, option: str, default: float, purpose: str) -> None:

@@ -22,14 +22,17 @@ import asyncio
 import contextlib
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from ..disks import block_graph
-from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired
+from ..checks import chosen_emulator
+from ..disks import block_graph, unchanged_images
+from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired, Refused
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperError, KeeperTimeout
@@ -38,37 +41,41 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..libvirt.daemon import DomainError
 from ..libvirt.domain import Domain
+from ..options import RecoverOptions
 from ..process import apparmor_profile
 from ..records import run_directory
 from ..records.hop_record import HopRecord
 from ..records.journal import Journal
-from . import first_hop_recovery, protected_state, transit_recovery, way_back
-from .recovery_result import RecoveredGuest, RecoveryOutcome
+from . import first_hop_recovery, guest_clock, protected_state, transit_recovery, way_back
+from .recovery_result import RecoveredGuest, RecoveryOutcome, stopped_until_now
 from .stopped_guest import STOPPED
+from .suspended_guest import verify_age, verify_images
 from .upgrade_restore import define_emulator, end_hanging_destination, not_defined, start_destination
 from .upgrade_save import resume_hint
 
 #: Seconds for what is in progress on a domain that nobody has named, such as a slow restore by another client.
 _UNNAMED_PATIENCE = 60.0
 _POLL = 0.05
+_NOT_WAITING = "the guest does not wait for libvirt in the transit or the keeper, so no other emulator is of use"
 
 
-async def settle(journal: Journal, *, named: bool, timeout: float) -> RecoveredGuest:
+async def settle(journal: Journal, *, named: bool, options: RecoverOptions) -> RecoveredGuest:
     """
     Finish the hop of a domain, or roll it back.
 
     :param journal: of the hop; ours.
     :param named: whether the caller has named this domain. An upgrade that was prepared on purpose waits for that.
-    :param timeout: seconds for each step, also for one in progress, such as a restore by another client.
+    :param options: ``step_timeout`` is also for what is in progress, such as a restore by another client.
     :raises SevhopError: that is not possible now; nothing of the guest is lost.
     """
     record = journal.record
-    connection = await Connection.open(record.uri, timeout)
+    connection = await Connection.open(record.uri, options.step_timeout)
     try:
-        recovered = await _settle(journal, connection, named, timeout)
+        recovered = await _settle(journal, connection, named, options)
         if recovered.result is not RecoveryOutcome.IN_PROGRESS:
             await way_back.forget_unused(connection, record.uuid)
-        return recovered
+        clock = await guest_clock.settle(connection, record.uuid, recovered.stopped_ms, set_time=options.set_time)
+        return replace(recovered, clock=clock)
     finally:
         connection.close()
 
@@ -82,23 +89,29 @@ def _paused_in_source(record: HopRecord) -> bool:
     return not record.running and record.source.exists and not record.transit.exists
 
 
-async def _settle(journal: Journal, connection: Connection, named: bool, timeout: float) -> RecoveredGuest:
-    record = journal.record
+async def _settle(journal: Journal, connection: Connection, named: bool, options: RecoverOptions) -> RecoveredGuest:
+    record, timeout = journal.record, options.step_timeout
     if record.transit is not None:
+        if options.emulator is not None:
+            await chosen_emulator.verify_for_transit(record, connection, options.emulator)
         if not record.committed or _paused_in_source(record):
             recovered = await first_hop_recovery.settle(record, connection, timeout=timeout)
             if recovered.result is not RecoveryOutcome.DESTINATION:
                 return recovered
             # Whoever recovers it after us must not take the exit of the transit for that of the guest.
-            journal.write({"committed": True})
-            record = replace(record, committed=True)
-        return await transit_recovery.settle(record, connection, named=named, timeout=timeout)
+            journal.write({"committed": True, "stopped_ms": recovered.stopped_ms or record.stopped_ms})
+        return await transit_recovery.settle(journal, connection, named=named, options=options)
     # It was loaded for a transit that was not started.
     await asyncio.to_thread(apparmor_profile.remove, record.apparmor_profile)
     keeper = await _keeper(record, timeout)
     source = record.source.open()
     try:
-        return await InterruptedUpgrade(record, connection, keeper, source).settle(named)
+        if options.emulator is not None:
+            if keeper is None or source is not None:
+                raise Refused(_NOT_WAITING, "recover it without --emulator")
+            await chosen_emulator.verify_for_image(record, connection, keeper.image, options.emulator)
+        interrupted = InterruptedUpgrade(record, connection, keeper, source, journal.write, options)
+        return await interrupted.settle(named)
     finally:
         if keeper is not None:
             keeper.close()
@@ -137,11 +150,16 @@ class InterruptedUpgrade:
         connection: Connection,
         keeper: KeeperClient | None,
         source: QemuProcess | None,
+        write: Callable[[dict[str, Any]], None] = lambda fields: None,
+        options: RecoverOptions = RecoverOptions(),
     ) -> None:
+        """:param write: appends to the journal."""
         self._record = record
         self._connection = connection
         self._keeper = keeper
         self._source = source
+        self._write = write
+        self._options = options
 
     async def settle(self, named: bool) -> RecoveredGuest:
         """:raises SevhopError: see :func:`settle`."""
@@ -257,37 +275,57 @@ class InterruptedUpgrade:
         await protected_state.set_reboot_action(monitor, record.reboot_action)
         status = await monitor.execute("query-status")
         # One that has shut down since, had an I/O error, or was paused by another client, stays as it is.
+        stopped_ms = None
         ours = status["running"] or (status["status"] in STOPPED and record.stopped)
         if record.running and ours and not await domain.running():
             await domain.resume()
+            stopped_ms = stopped_until_now(record)
         elif not status["running"]:
             await block_graph.activate(monitor)
         await block_graph.activate_spares(monitor)
         with contextlib.suppress(SevhopError):
             await monitor.remove_fds()
         await self._release_keeper()
-        return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE)
+        return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE, stopped_ms=stopped_ms)
 
     async def _restore(self) -> RecoveredGuest:
-        keeper = self._required_keeper()
+        keeper, options = self._required_keeper(), self._options
+        verify_age(self._record, options)
+        verify_images(self._record, await keeper.status())
         await self._verify_not_started_by_another()
+        if options.emulator is not None:
+            self._write({"new": options.emulator})
+            self._record = replace(self._record, new=options.emulator)
+            await keeper.use(options.emulator)
         try:
             await start_destination(self._connection, self._record.uuid, keeper)
         except SevhopError as err:
             reason = (await keeper.status())["reason"] or err.message
+            if options.emulator is not None:
+                self._record_images()
+                raise RecoveryRequired(reason, resume_hint(keeper)) from err
             await keeper.use(self._record.kept or self._record.old)
             try:
                 await start_destination(self._connection, self._record.uuid, keeper)
             except SevhopError as again:
+                self._record_images()
                 raise RecoveryRequired(
                     f"{reason}; in the old emulator: {again.message}",
                     resume_hint(keeper),
                 ) from again
+            stopped_ms = stopped_until_now(self._record)
             text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])
             await self._activate_images()
             await self._release_keeper()
-            return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, text)
-        return await self.finish(self._record)
+            return RecoveredGuest(self._record.guest, RecoveryOutcome.SOURCE, text, stopped_ms)
+        stopped_ms = stopped_until_now(self._record)
+        return replace(await self.finish(self._record), stopped_ms=stopped_ms)
+
+    def _record_images(self) -> None:
+        """The QEMUs that have failed may have written to them."""
+        with contextlib.suppress(SevhopError):
+            images = unchanged_images.recorded(self._record.images)
+            self._write({"images": images, "images_at": time.monotonic()})
 
     async def finish(self, record: HopRecord) -> RecoveredGuest:
         """The guest is in its new QEMU: what is left of the phases restore and define."""

@@ -30,7 +30,7 @@ from .guest_paths import GuestPaths
 from .interrupted_qemu import NewQemu, OldQemu
 from .ownership import Course, Destination, Facts, Source, decide
 from .realtime_reset import reset_boosted
-from .recovery_result import RecoveredGuest, RecoveryOutcome
+from .recovery_result import RecoveredGuest, RecoveryOutcome, stopped_until_now
 from .stopped_guest import restore_oom_score_adj
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class InterruptedHop:
         self._new = new
         self._timeout = timeout
         self._status = ""
+        self._source_ran = False
 
     async def settle(self, record: HopRecord) -> RecoveredGuest:
         """
@@ -122,7 +123,8 @@ class InterruptedHop:
             # It ran there, and something has stopped it since. It stays stopped.
             notes.append(f"the guest is {self._status}")
         await self._complete(record, notes)
-        return RecoveredGuest(record.guest, RecoveryOutcome.DESTINATION, "; ".join(notes))
+        stopped_ms = stopped_until_now(record) if resume else None
+        return RecoveredGuest(record.guest, RecoveryOutcome.DESTINATION, "; ".join(notes), stopped_ms)
 
     async def _complete(self, record: HopRecord, notes: list[str]) -> None:
         """:raises SevhopError: not all is done."""
@@ -160,7 +162,9 @@ class InterruptedHop:
             return RecoveredGuest(record.guest, RecoveryOutcome.GONE, f"{what}; {LOST_HINT}")
         # If something other than the hop has stopped it, it stays stopped.
         text = f"the guest is {state}" if record.running and state != "running" else ""
-        return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE, text)
+        resumed = state == "running" and record.stopped and not self._source_ran
+        stopped_ms = stopped_until_now(record) if resumed else None
+        return RecoveredGuest(record.guest, RecoveryOutcome.SOURCE, text, stopped_ms)
 
     def _released(self, record: HopRecord) -> bool:
         return record.phase == "finish" and self._new.alive and not Path(record.directory).exists()
@@ -175,7 +179,7 @@ class InterruptedHop:
             if not waits or asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(_POLL)
-        self._status = seen.status
+        self._status, self._source_ran = seen.status, source is Source.RUNS
         return Facts(
             source,
             seen.destination,

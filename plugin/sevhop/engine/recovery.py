@@ -4,20 +4,23 @@ Recover interrupted hops: finish them, or roll them back. The guest then runs in
 The :mod:`sevhop.records.journal` has what was in progress; what has become of it is probed. Each kind of hop has a
 module with ``settle``, which probes and decides, ``finish`` and ``rollback``: :mod:`sevhop.engine.hop_recovery`, and
 :mod:`sevhop.engine.domain_recovery`. Nothing is done to a hop whose command is still alive, and nothing is done twice:
-a recovery may be interrupted and repeated.
+a recovery may be interrupted and repeated. One that nobody has asked for waits longer after each failure
+(:mod:`sevhop.records.back_off`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import COMMAND_TIMEOUT
 
-from ..errors import LOST_HINT
-from ..records import journal, run_directory
+from ..errors import LOST_HINT, Refused
+from ..options import RecoverOptions
+from ..records import back_off, journal, run_directory
 from ..records.journal import Journal, JournalError
 from ..records.run_directory import HopInProgress
 from . import hop_recovery
@@ -26,15 +29,15 @@ from .recovery_result import RecoveredGuest, RecoveryOutcome
 log = logging.getLogger(__name__)
 
 
-async def recover(names: Sequence[str] = (), *, timeout: float = COMMAND_TIMEOUT) -> list[RecoveredGuest]:
+async def recover(names: Sequence[str] = (), options: RecoverOptions = RecoverOptions()) -> list[RecoveredGuest]:
     """
     Complete interrupted hops, or roll them back.
 
     :param names: of guests; all when there are none. An upgrade that was prepared on purpose is skipped then.
-    :param timeout: seconds for each step.
+    :raises Refused: the emulator in the options cannot have the guest; nothing was touched.
     """
     journal.remove_unfinished()
-    found = [one for path in journal.journals() if (one := await _recover(path, names, timeout)) is not None]
+    found = [one for path in journal.journals() if (one := await _recover(path, names, options)) is not None]
     run_directory.sweep({directory for path in journal.journals() for directory in directories_of(path)})
     return found
 
@@ -61,7 +64,7 @@ def directories_of(path: Path) -> set[str]:
     return {record.directory, record.transit_directory, of_keeper} - {""}
 
 
-async def _recover(path: Path, names: Sequence[str], timeout: float) -> RecoveredGuest | None:
+async def _recover(path: Path, names: Sequence[str], options: RecoverOptions) -> RecoveredGuest | None:
     try:
         record = journal.read(path)
     except JournalError as err:
@@ -74,10 +77,20 @@ async def _recover(path: Path, names: Sequence[str], timeout: float) -> Recovere
         return RecoveredGuest(record.guest, RecoveryOutcome.IN_PROGRESS, err.message)
     except JournalError as err:
         return None if not path.exists() else RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, str(err))
+    record = mine.record
+    if options.unattended and back_off.remaining(record):
+        mine.leave()
+        when = f"{back_off.next_attempt(record)}, or by: sevhop recover {shlex.quote(record.guest)}"
+        return RecoveredGuest(record.guest, RecoveryOutcome.POSTPONED, f"{record.failure}; {when}")
     log.info("%s: interrupted in phase %s", record.guest, record.phase)
     try:
-        recovered = await _settle(mine, bool(names), timeout)
+        recovered = await _settle(mine, bool(names), options)
+    except Refused:  # what the caller has asked for
+        mine.leave()
+        raise
     except SevhopError as err:
+        with contextlib.suppress(JournalError):
+            mine.write(back_off.after_failure(record, str(err), unattended=options.unattended))
         mine.leave()
         return RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, str(err))
     except BaseException:
@@ -90,7 +103,7 @@ async def _recover(path: Path, names: Sequence[str], timeout: float) -> Recovere
     return recovered
 
 
-async def _settle(mine: Journal, named: bool, timeout: float) -> RecoveredGuest:
+async def _settle(mine: Journal, named: bool, options: RecoverOptions) -> RecoveredGuest:
     record = mine.record
     if not record.this_boot:
         return RecoveredGuest(
@@ -102,5 +115,7 @@ async def _settle(mine: Journal, named: bool, timeout: float) -> RecoveredGuest:
         # libvirt is only needed here, and is optional.
         from . import domain_recovery
 
-        return await domain_recovery.settle(mine, named=named, timeout=timeout)
-    return await hop_recovery.settle(record, timeout)
+        return await domain_recovery.settle(mine, named=named, options=options)
+    if options.emulator is not None:
+        raise Refused("--emulator is for domains", "without it this guest is recovered in one of its two QEMUs")
+    return await hop_recovery.settle(record, options.step_timeout)

@@ -26,7 +26,7 @@ from sevhop_qmp.errors import SevhopError
 from ..cancellation import shielded, wait_out
 from ..errors import LOST_HINT, GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
 from ..events import Event, GuestResumed, GuestStopped, HopFinished, Listener, PhaseBegan, PhaseEnded
-from ..records.hop_record import HopRecord
+from ..records.hop_record import HopRecord, uptime
 from ..records.journal import Journal, JournalError
 from ..report import Phase, Report
 
@@ -345,6 +345,8 @@ class Transaction(abc.ABC):
         """
         if self._journal is None:
             return
+        if fields.get("stopped"):
+            fields["stopped_at"] = uptime()
         try:
             # No fsync while the guest is stopped.
             self._journal.write(fields, flush=not self.downtime.running)

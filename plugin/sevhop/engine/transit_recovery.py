@@ -34,10 +34,12 @@ from ..keeper.paths import KeeperPaths
 from ..keeper.transit_state import TransitState
 from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
+from ..options import RecoverOptions
 from ..records import run_directory
 from ..records.hop_record import HopRecord
+from ..records.journal import Journal
 from . import fixed_taps, protected_state, transit_move
-from .recovery_result import RecoveredGuest, RecoveryOutcome
+from .recovery_result import RecoveredGuest, RecoveryOutcome, stopped_until_now
 from .stopped_guest import resume_source
 from .transit import remove_confinement
 from .transit_restore import InTransit, complete, restore_from_transit, take_into_keeper, write_image
@@ -47,22 +49,24 @@ _PATIENCE = 60.0
 _POLL = 0.05
 
 
-async def settle(record: HopRecord, connection: Connection, *, named: bool, timeout: float) -> RecoveredGuest:
+async def settle(journal: Journal, connection: Connection, *, named: bool, options: RecoverOptions) -> RecoveredGuest:
     """
-    Finish the second hop of a domain.
+    Finish the second hop of a domain. However long its guest has been in the transit, it is alive.
 
     :param named: whether the caller has named this domain. One that waits in the transit on purpose is left there
         otherwise.
-    :param timeout: seconds for each step.
     :raises SevhopError: that is not possible now; the guest runs in the transit.
     """
-    await _retire(record, connection, timeout)
+    await _retire(journal.record, connection, options.step_timeout)
+    if options.emulator is not None:
+        journal.write({"new": options.emulator})
+    record = journal.record
     process = record.transit.open() if record.transit else None
-    keeper = await _keeper(record)
+    keeper = await keeper_of(record)
     try:
         if process is not None:
             fixed_taps.rename(record.xml, process)
-        recovery = TransitRecovery(record, connection, process, keeper, timeout)
+        recovery = TransitRecovery(record, connection, process, keeper, options)
         if keeper is None and process is None:
             return await recovery.without_transit()
         return await recovery.settle(named)
@@ -86,7 +90,7 @@ async def _retire(record: HopRecord, connection: Connection, timeout: float) -> 
         await domain.destroy()
 
 
-async def _keeper(record: HopRecord) -> KeeperClient | None:
+async def keeper_of(record: HopRecord) -> KeeperClient | None:
     """The keeper that has the transit, if there is one."""
     directory = run_directory.hop_with(record.uuid)
     with contextlib.suppress(KeeperError):
@@ -108,14 +112,16 @@ class TransitRecovery:
         connection: Connection,
         process: QemuProcess | None,
         keeper: KeeperClient | None,
-        timeout: float,
+        options: RecoverOptions,
     ) -> None:
         self.keeper = keeper
         self._record = record
         self._connection = connection
         self._process = process
-        self._timeout = timeout
+        self._timeout = options.step_timeout
+        self._only_new = options.emulator is not None
         self._outdated = ""
+        self._stopped_ms = record.stopped_ms
 
     async def settle(self, named: bool) -> RecoveredGuest:
         """:raises SevhopError: see :func:`settle`."""
@@ -138,9 +144,11 @@ class TransitRecovery:
                 restored = await restore_from_transit(self._connection, self._transit(), self.keeper)
             except GuestLost as err:
                 return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, str(err))
+            self._stopped_ms += restored.status["downtime_ms"]
             return await self._found([restored.failure, *restored.notes])
         status = await self.keeper.status()
         if state is TransitState.OVER:
+            self._stopped_ms += status["downtime_ms"]
             return await self._finish()
         if state is not TransitState.ENDED:
             raise RecoveryRequired(
@@ -167,6 +175,7 @@ class TransitRecovery:
             tuple(record.cgroups),
             record.apparmor_profile,
             record.settings,
+            only_new=self._only_new,
             step_timeout=max(self._timeout, KeeperConfig.step_timeout),
         )
 
@@ -305,7 +314,10 @@ class TransitRecovery:
             status = await adopt.adopt_status(monitor)
             if status.finished:
                 protected_state.restore(self._process, status.protected_state_offset)
-            await resume_source(monitor, running=self._record.running)
+            stopped = not (await monitor.execute("query-status"))["running"]
+            state = await resume_source(monitor, running=self._record.running)
+            if stopped and state == "running":
+                self._stopped_ms = stopped_until_now(self._record) or self._stopped_ms
             await adopt.finish(monitor)  # a command that was killed right after the commit has not
         return await take_into_keeper(transit)  # it removes what the last one has left
 
@@ -368,4 +380,4 @@ class TransitRecovery:
         record = self._record
         old = bool(emulator) and (emulator == record.kept or emulator == record.old != record.new)
         result = RecoveryOutcome.SOURCE if old else RecoveryOutcome.DESTINATION
-        return RecoveredGuest(record.guest, result, "; ".join(filter(None, notes)))
+        return RecoveredGuest(record.guest, result, "; ".join(filter(None, notes)), self._stopped_ms or None)

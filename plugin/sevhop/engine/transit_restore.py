@@ -65,6 +65,7 @@ class InTransit:
     :ivar apparmor_profile: name of the profile that was loaded for it; empty without one.
     :ivar settings: made at run time; see :mod:`sevhop.guest.saved_settings`.
     :ivar displays: the ports that libvirt had chosen for the displays.
+    :ivar only_new: the old emulator is not tried.
     :ivar step_timeout: seconds for each step of the hop, and for libvirt to accept the destination.
     :ivar move_deadline: seconds for which a busy move of the SEV context is retried.
     """
@@ -82,6 +83,7 @@ class InTransit:
     apparmor_profile: str = ""
     settings: str = ""
     displays: Sequence[dict[str, str]] = ()
+    only_new: bool = False
     step_timeout: float = KeeperConfig.step_timeout
     move_deadline: float = KeeperConfig.move_deadline
 
@@ -191,7 +193,7 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
     """
     failures: list[str] = []
     patience = max(_CLEAN_UP, transit.step_timeout)
-    for emulator in dict.fromkeys((transit.new, transit.old)):
+    for emulator in dict.fromkeys((transit.new,) if transit.only_new else (transit.new, transit.old)):
         try:
             status = await keeper.status()
             if TransitState(status["state"]) is TransitState.OVER:  # the last attempt has succeeded after all

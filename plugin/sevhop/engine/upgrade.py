@@ -32,7 +32,7 @@ from ..errors import GuestLost, GuestState, RecoveryRequired, RolledBack
 from ..events import Listener, ignore
 from ..keeper.client import KeeperClient
 from ..options import UpgradeOptions
-from . import upgrade_transit, way_back
+from . import guest_clock, upgrade_transit, way_back
 from .transaction import Transaction
 from .transit_hop import TransitHop
 from .upgrade_prepare import (
@@ -44,7 +44,7 @@ from .upgrade_prepare import (
     rehearse,
 )
 from .upgrade_restore import define, restore
-from .upgrade_save import StoppedDomain, save, stop, terminate
+from .upgrade_save import StoppedDomain, record_images, save, stop, terminate
 from .way_back import WayBack
 
 
@@ -67,9 +67,17 @@ class Upgrade(Transaction):
         checked = await self.run_phase("check", check(self, self._uri, self._name, options))
         if options.dry_run:
             return
+        self.resources.push_async_callback(self._settle_clock, checked)
         back = await way_back.prepare(self, checked.connection, checked.source, checked.xml, checked.monitor.version)
         if not (options.transit and await self._by_transit(checked, back)):
             await self._by_image(checked, back)
+
+    async def _settle_clock(self, checked: CheckedDomain) -> None:
+        """At the end, wherever the guest runs then: in the new QEMU, or in the old one again."""
+        work = guest_clock.settle(
+            checked.connection, checked.domain.uuid, self.report.stopped_ms, set_time=self._options.set_time
+        )
+        self.report.clock = await self.uncancelled(work)
 
     def interrupt(self) -> bool:
         """See :meth:`.transaction.Transaction.interrupt`."""
@@ -165,6 +173,7 @@ class Upgrade(Transaction):
             await keeper.release()
             raise
         except SevhopError as err:
+            record_images(self, checked, keeper)  # the QEMUs that have failed may have written to them
             raise RecoveryRequired(
                 f"{self.phase}: {failure.message}; in the old emulator: {err.message}",
                 self.committed_hint,

@@ -7,7 +7,9 @@ import contextlib
 import logging
 import os
 import shlex
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from sevhop_qmp import adopt, stream_sockets
 from sevhop_qmp.errors import SevhopError, StateError
@@ -15,7 +17,7 @@ from sevhop_qmp.monitor import Commands, Monitor
 
 from ..cancellation import shielded
 from ..checks import guest as guest_checks
-from ..disks import block_graph
+from ..disks import block_graph, unchanged_images
 from ..errors import GuestState, RecoveryRequired
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperError, KeeperTimeout
@@ -234,9 +236,16 @@ async def terminate(
                 elif await _may_be_killed(keeper):
                     hop.commit(GuestState.UNKNOWN)
         prepared.state.source_ended()
+        record_images(hop, checked, keeper)
         # Not every init reaps at once; libvirt would wait for it.
         await checked.source.wait_reaped(options.step_timeout)
         await checked.domain.destroy()
+
+
+def record_images(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient) -> None:
+    """Record the images of a guest that is suspended in the keeper, as they are when no QEMU has them open."""
+    paths: list[str | Path] = [*unchanged_images.paths(checked.disks, checked.xml), keeper.image]
+    hop.record(images=unchanged_images.recorded(paths), images_at=time.monotonic())
 
 
 async def _may_be_killed(keeper: KeeperClient) -> bool:

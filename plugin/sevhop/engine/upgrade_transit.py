@@ -120,13 +120,13 @@ async def enter_transit(hop: Transaction, checked: CheckedDomain, first: FirstHo
         _add_phases(hop.report, report)
         hop.report.notes += report.notes
         hop.report.move = report.move
+        _add_downtime(hop, report.downtime_ms)
     if reason:
         run_directory.remove(checked.domain.name, first.guard)
         hop.record(directory="")
         hop.note(f"not by way of a transit: {reason}")
         return False
     hop.commit(GuestState.IN_TRANSIT)
-    _add_downtime(hop, report.downtime_ms)
     return True
 
 
@@ -164,7 +164,7 @@ async def keep(
     domain = checked.domain
     displays = domain_xml.ports(await domain.live_xml())
     xml = await _latest_xml(checked)
-    hop.record(xml=xml)
+    hop.record(xml=xml, stopped_ms=hop.report.stopped_ms or 0.0)
     transit = InTransit(
         checked.connection.uri,
         domain.name,
@@ -179,8 +179,8 @@ async def keep(
         there.apparmor_profile,
         first.hop.settings,
         displays,
-        options.step_timeout,
-        options.move_deadline,
+        step_timeout=options.step_timeout,
+        move_deadline=options.move_deadline,
     )
     keeper = await take_into_keeper(transit)
     hop.resources.callback(keeper.close)

@@ -112,13 +112,13 @@ async def forget_unused(connection: Connection, finished: str = "") -> None:
             await asyncio.to_thread(kept_emulator.remove, directory)
 
 
-async def forget_unused_at(uri: str) -> None:
+async def forget_unused_at(uri: str, finished: str = "") -> None:
     """See :func:`forget_unused`; without a daemon all stay."""
     try:
         connection = await Connection.open(uri)
     except SevhopError:
         return
     try:
-        await forget_unused(connection)
+        await forget_unused(connection, finished)
     finally:
         connection.close()

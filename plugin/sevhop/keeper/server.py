@@ -230,6 +230,7 @@ class KeeperServer:
             "emulator": self.record.emulator,
             "destination": self._destination.pid if self._destination else 0,
             "version": self.record.version,
+            "restore_began": self.record.restore_began,
             "until_started_ms": self.record.until_started_ms,
             "commit_ms": self.record.commit_ms,
             "move": asdict(self._context_vms.report) if self._context_vms.report else None,

@@ -19,6 +19,8 @@ _PID_FILES = Path("/run/libvirt/qemu")
 #: A URI at which there is no daemon.
 _NOWHERE = "qemu+unix:///system?socket=/dev/null"
 _POLL = 0.001
+#: The channel by which libvirt reaches the guest agent.
+_AGENT = "org.qemu.guest_agent.0"
 #: XML namespace of our element in the metadata of domains. It is a name, not an address.
 METADATA = "urn:sevhop:domain"
 #: libvirt's errors for a domain that has no QEMU, or was transient and is gone with it.
@@ -182,6 +184,22 @@ class Domain:
     async def resume(self) -> None:
         """Resume the guest."""
         await self._connection.call(self._raw.resume)
+
+    async def has_agent(self) -> bool | None:
+        """Whether its guest agent is connected; None if it has no channel for one."""
+        for target in ElementTree.fromstring(await self.live_xml()).iterfind("devices/channel/target"):
+            if target.get("name") == _AGENT:
+                return target.get("state") == "connected"
+        return None
+
+    async def synchronize_clock(self, timeout: float) -> None:
+        """
+        Have the guest agent set the guest's clock by its real-time clock, which does not stop.
+
+        :param timeout: seconds.
+        :raises DomainError: libvirt or the agent refuses, or does not answer in time.
+        """
+        await self._connection.call(self._raw.setTime, None, libvirt.VIR_DOMAIN_TIME_SYNC, timeout=timeout)
 
     async def destroy(self) -> None:
         """Have libvirt clean up after a QEMU; one that still runs is killed. libvirt may be restarted meanwhile."""

@@ -2,10 +2,12 @@
 Records for the journal of systemd, by its native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/).
 
 ======================  ==========================================================================================
-``MESSAGE_ID``          :data:`PHASE` for a phase that is over, :data:`OUTCOME` for a hop that is
+``MESSAGE_ID``          :data:`PHASE` for a phase that is over, :data:`OUTCOME` for a hop that is, :data:`RECOVERY` for
+                        an interrupted one that was recovered, or could not be
 ``SEVHOP_GUEST``        the guest: a domain, or the path of a QMP socket
 ``SEVHOP_PHASE``        the phase; only with :data:`PHASE`
 ``SEVHOP_OUTCOME``      the outcome of the hop; only with :data:`OUTCOME`
+``SEVHOP_RESULT``       the result of the recovery; only with :data:`RECOVERY`
 ``SEVHOP_MS``           milliseconds: of the phase, or of the downtime, if there was one
 ======================  ==========================================================================================
 
@@ -24,6 +26,7 @@ import struct
 import syslog
 from pathlib import Path
 
+from ..engine.recovery_result import RecoveredGuest, RecoveryOutcome
 from ..events import Event, HopFinished, PhaseEnded
 
 #: Where systemd-journald listens.
@@ -32,6 +35,8 @@ SOCKET = Path("/run/systemd/journal/socket")
 PHASE = "089898dfeb824b40b4faba06382c02b9"
 #: A hop is over.
 OUTCOME = "8c22f705ac624006b73beded23242774"
+#: An interrupted hop was recovered, or could not be.
+RECOVERY = "fb48435b6ce94e50879d7535e81a9777"
 
 #: Records that are queued for a busy journal, at most; of more the oldest are dropped.
 _MAX_UNSENT = 10_000
@@ -45,6 +50,17 @@ _PRIORITY = {
     "rolled-back": syslog.LOG_ERR,
     "recovery-required": syslog.LOG_CRIT,
     "guest-lost": syslog.LOG_CRIT,
+}
+
+
+#: Those results of a recovery of which there is a record: in the others nothing was tried.
+_PRIORITY_OF_RESULT = {
+    RecoveryOutcome.SOURCE: syslog.LOG_NOTICE,
+    RecoveryOutcome.DESTINATION: syslog.LOG_NOTICE,
+    RecoveryOutcome.SAVED: syslog.LOG_WARNING,
+    RecoveryOutcome.DISCARDED: syslog.LOG_WARNING,
+    RecoveryOutcome.MANUAL: syslog.LOG_CRIT,
+    RecoveryOutcome.GONE: syslog.LOG_CRIT,
 }
 
 
@@ -74,6 +90,19 @@ class Records:
                 MESSAGE_ID=OUTCOME,
                 SEVHOP_GUEST=event.guest,
                 SEVHOP_OUTCOME=report.outcome,
+                **fields,
+            )
+
+    def recovered(self, guest: RecoveredGuest) -> None:
+        """Write a record for a guest whose hop was recovered, or could not be."""
+        if (priority := _PRIORITY_OF_RESULT.get(guest.result)) is not None:
+            fields = {} if guest.stopped_ms is None else {"SEVHOP_MS": f"{guest.stopped_ms:.3f}"}
+            self._write(
+                PRIORITY=priority,
+                MESSAGE=str(guest),
+                MESSAGE_ID=RECOVERY,
+                SEVHOP_GUEST=guest.guest,
+                SEVHOP_RESULT=guest.name,
                 **fields,
             )
 

@@ -21,6 +21,11 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MOST_PIDS = 1 << 31
 
 
+def uptime() -> float:
+    """Seconds since the host was booted, also those in which it slept. Nobody sets this clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 @dataclass(frozen=True)
 class Process:
     """
@@ -45,7 +50,7 @@ class Process:
     @property
     def age(self) -> float:
         """Seconds since it was started, if it still exists."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.started / os.sysconf("SC_CLK_TCK")
+        return uptime() - self.started / os.sysconf("SC_CLK_TCK")
 
     @property
     def exists(self) -> bool:
@@ -103,6 +108,15 @@ class HopRecord:
     :ivar settings: made at run time, of a guest that hops into a transit; see :mod:`sevhop.guest.saved_settings`.
     :ivar cgroups: directories of those that were made for a transit; see :mod:`sevhop.process.machine_cgroup`.
     :ivar apparmor_profile: name of the one that was loaded for a transit; see :mod:`sevhop.process.apparmor_profile`.
+    :ivar began: when the hop began, by :func:`uptime`.
+    :ivar stopped_at: when it last stopped the guest, by :func:`uptime`; 0 if it has not.
+    :ivar stopped_ms: milliseconds for which it had stopped the guest before the phase in progress.
+    :ivar images: those of a guest that is suspended in the keeper, which nobody may change; see
+        :mod:`sevhop.disks.unchanged_images`.
+    :ivar images_at: when they were recorded, by :func:`time.monotonic`.
+    :ivar failures: recoveries that have failed, one after the other.
+    :ivar failure: why the last one has.
+    :ivar next_attempt: when the timer tries again, by :func:`uptime`.
     """
 
     kind: str
@@ -135,6 +149,14 @@ class HopRecord:
     settings: str = ""
     cgroups: list[str] = field(default_factory=list)
     apparmor_profile: str = ""
+    began: float = field(default_factory=uptime)
+    stopped_at: float = 0.0
+    stopped_ms: float = 0.0
+    images: dict[str, Any] = field(default_factory=dict)
+    images_at: float = 0.0
+    failures: int = 0
+    failure: str = ""
+    next_attempt: float = 0.0
     version: int = VERSION
     command: int = field(default_factory=os.getpid)
     boot: str = field(default_factory=lambda: _BOOT_ID.read_text().strip())
@@ -177,6 +199,7 @@ _TYPES: dict[Any, Any] = {
     "str": str,
     "bool": bool,
     "int": int,
+    "float": (int, float),
     "dict[str, Any]": dict,
     "list[str]": list,
     "Process": Process,
