@@ -23,8 +23,8 @@
  * The ticks are made by its processors in turn, so that one that is lost stops the count.
  *
  * Whoever sends a line to it, on a serial line or a virtio port, hears "GOT" and the line; JSON is answered as a guest
- * agent answers `guest-sync` and `guest-ping`. If there is a watchdog it is armed, and fed at each tick until somebody
- * prints "STARVE".
+ * agent answers `guest-sync` and `guest-ping`, and `guest-set-time`, at which it prints "CLOCK SET"; after a line "MUTE"
+ * it does not answer that. If there is a watchdog it is armed, and fed at each tick until somebody prints "STARVE".
  *
  * Static, without a shell beside it: a tick is then some milliseconds also under emulation.
  */
@@ -386,8 +386,15 @@ static void obey(int file, const char *line)
 {
     char answer[LONGEST_LINE + 8];
     const char *id = strstr(line, "\"id\":");
+    static int mute;
     int length;
 
+    mute |= !strcmp(line, "MUTE");
+    if (strstr(line, "\"guest-set-time\"")) {
+        if (mute)
+            return;
+        say("CLOCK SET\n");
+    }
     if (id)
         length = snprintf(answer, sizeof answer, "{\"return\":%lld}\n", atoll(id + 5));
     else
