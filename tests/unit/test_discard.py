@@ -194,6 +194,7 @@ def test_guest_that_has_moved_meanwhile_is_left_alone(libvirt: Libvirt, process:
 def test_remains_of_a_hop_before_a_reboot_are_removed(libvirt: Libvirt, process: subprocess.Popen[bytes]) -> None:
     """Its pids may be those of other processes now."""
     interrupted(replace(RECORD, boot="another", transit=identity(process), committed=True))
+    assert asyncio.run(discard.assess("web1", timeout=0.2)).state == "nowhere"
     assert given_up() is RecoveryOutcome.DISCARDED
     assert process.poll() is None
     assert list(journal.journals()) == []

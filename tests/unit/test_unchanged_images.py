@@ -72,7 +72,7 @@ def test_change_of_an_image_is_named(image: Path, change: Callable[[Path], None]
 def test_image_that_is_gone_is_changed(image: Path) -> None:
     before = of(image)
     image.unlink()
-    assert unchanged_images.changed(before) == f"{image} is not there any more"
+    assert unchanged_images.changed(before) == f"{image}: No such file or directory"
 
 
 def test_images_that_a_qemu_of_the_hop_has_had_must_be_the_same_files(image: Path) -> None:
@@ -81,6 +81,11 @@ def test_images_that_a_qemu_of_the_hop_has_had_must_be_the_same_files(image: Pat
     assert unchanged_images.changed(before, opened=True) == ""
     replaced(image)
     assert "another file" in unchanged_images.changed(before, opened=True)
+
+
+def test_what_is_no_file_is_not_compared() -> None:
+    """The unit of the timer does not see devices."""
+    assert unchanged_images.recorded(["/dev/null", "/missing"]) == {}
 
 
 def test_images_are_those_in_use_with_their_backing_images_but_no_shared_one() -> None:

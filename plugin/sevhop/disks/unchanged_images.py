@@ -3,11 +3,12 @@ The images of a guest that is suspended in the keeper: no QEMU has them open, so
 change them until the guest is restored. It would write what it remembers over what is new.
 
 What is recorded of each is what a change cannot leave as it is: which file it is, its size, and when it was last
-written. Of a block device that is its number; of an image on a server nothing is known here.
+written. Of a block device the kernel does not record that, and of an image on a server nothing is known here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from xml.etree import ElementTree
 
 from .block_graph import FILE_DRIVERS, BlockGraph
 
-#: Of a file; of a block device only the first one.
+#: What has changed, in the order of :func:`_identity`.
 _WORDS = ("it is another file", "its size has changed", "it was written to")
 
 
@@ -36,9 +37,13 @@ def paths(graph: BlockGraph, xml: str) -> list[str]:
 
 
 def recorded(images: Iterable[str | Path]) -> dict[str, Any]:
-    """What is recorded of images, by their paths. One that cannot be found is left out."""
-    found = {str(path): _identity(path) for path in images}
-    return {path: identity for path, identity in found.items() if identity is not None}
+    """What is recorded of images, by their paths. What is no file, or cannot be found, is left out."""
+    found = {}
+    for path in images:
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG((status := os.stat(path)).st_mode):
+                found[str(path)] = _identity(status)
+    return found
 
 
 def changed(before: Mapping[str, Any], *, opened: bool = False) -> str:
@@ -49,22 +54,17 @@ def changed(before: Mapping[str, Any], *, opened: bool = False) -> str:
     :param opened: a QEMU of the hop has had the images since, and may have written to them.
     :return: which one, and how; empty if none was changed.
     """
+    words = _WORDS[:1] if opened else _WORDS
     for path, was in before.items():
-        now = _identity(path)
-        if now is None:
-            return f"{path} is not there any more"
-        words = _WORDS[:1] if opened else _WORDS
-        different = [text for text, one, other in zip(words, was, now, strict=False) if one != other]
-        if different:
+        try:
+            now = _identity(os.stat(path))
+        except OSError as err:
+            return f"{path}: {err.strerror}"
+        if different := [text for text, one, other in zip(words, was, now, strict=False) if one != other]:
             return f"{path}: {', and '.join(different)}"
     return ""
 
 
-def _identity(path: str | Path) -> list[Any] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    if stat.S_ISBLK(found.st_mode):
-        return [f"block {found.st_rdev}"]
-    return [f"file {found.st_dev}:{found.st_ino}", found.st_size, found.st_mtime_ns]
+def _identity(status: os.stat_result) -> list[Any]:
+    """One value for each of :data:`_WORDS`."""
+    return [f"{status.st_dev}:{status.st_ino}", status.st_size, status.st_mtime_ns]
