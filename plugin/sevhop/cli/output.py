@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 #: The results of a command that has none.
 _EMPTY: dict[str, dict[str, object]] = {
     "upgrade": {"domains": []},
+    "prepare": {"domains": []},
     "status": {"domains": []},
     "recover": {"guests": []},
 }
