@@ -30,6 +30,7 @@ from ..events import Event, HopFinished, Listener
 from ..keeper.client import KeeperClient
 from ..keeper.paths import KeeperPaths
 from ..libvirt import domain_xml
+from ..libvirt.daemon import DomainTimeout
 from ..options import HopOptions, UpgradeOptions
 from ..records import run_directory
 from ..records.hop_record import Process
@@ -162,8 +163,13 @@ async def keep(
     with contextlib.suppress(SevhopError):  # the daemon may have been restarted
         await checked.domain.reconnect()
     domain = checked.domain
-    displays = domain_xml.ports(await domain.live_xml())
-    xml = await _latest_xml(checked)
+    xml, displays = checked.xml, list[dict[str, str]]()
+    try:
+        displays = domain_xml.ports(await domain.live_xml())
+        xml = await _latest_xml(checked)
+    except DomainTimeout as err:
+        # A daemon that was restarted waits for the old QEMU, which is halted, until that has ended (seen with 11.3).
+        hop.note(f"what others have changed in the hop is lost, and ports of displays may be others: {err.message}")
     hop.record(xml=xml, stopped_ms=hop.report.stopped_ms or 0.0)
     transit = InTransit(
         checked.connection.uri,
