@@ -7,6 +7,7 @@ import contextlib
 import os
 import pickle
 import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -150,6 +151,17 @@ def test_permissions_keep_foreign_users_out(keeper: Serving, run: Path) -> None:
         assert as_user(NOBODY, lambda path=keeper.directory / name: call(path, b"status")) is PermissionError  # type: ignore[misc]
     for path in (run, run / "domains", keeper.directory, keeper.monitor):
         assert as_user(NOBODY, lambda path=path: os.listdir(path)) is PermissionError  # type: ignore[misc]
+
+
+def test_directory_of_a_keeper_is_reached_by_qemus_user_whatever_the_umask() -> None:
+    """That of a service's is 0077."""
+    before = os.umask(0o077)
+    try:
+        directory = run_directory.claim("web", UUID)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o711
+    assert stat.S_IMODE(directory.parent.stat().st_mode) == 0o711
 
 
 def test_names_cannot_be_guessed(run: Path) -> None:

@@ -86,7 +86,8 @@ def make(mode: int = 0o700) -> Path:
     """Make a directory for a hop. Its name cannot be guessed, and its parent cannot be listed by others."""
     _make_outer()
     directory = RUN / secrets.token_hex(16)
-    directory.mkdir(mode=mode)
+    directory.mkdir(mode=0o700)
+    directory.chmod(mode)  # a umask does not count: QEMU's user must reach what is in the directory of a keeper
     return directory
 
 
