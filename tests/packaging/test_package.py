@@ -69,11 +69,11 @@ def test_units_run_what_is_installed(unpacked: Path) -> None:
 
 def test_units_that_upgrade_are_not_enabled(package: Path) -> None:
     script = said("dpkg-deb", "--info", package, "postinst")
-    assert re.search("deb-systemd-invoke .*sevhop-recover.timer", script)
+    assert re.search("deb-systemd-invoke .*sevhop-recover.path", script)
     assert not re.search("deb-systemd-invoke .*sevhop-upgrade", script)
     # What debhelper writes for a unit that is only enabled again if the administrator had enabled it.
     assert "deb-systemd-helper debian-installed 'sevhop-upgrade.path'" in script
-    assert "deb-systemd-helper debian-installed 'sevhop-recover.timer'" not in script
+    assert "deb-systemd-helper debian-installed 'sevhop-recover.path'" not in script
 
 
 def test_package_is_for_any_python_of_debian(package: Path) -> None:

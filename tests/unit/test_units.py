@@ -49,8 +49,8 @@ def test_units_are_installed_and_removed(booted: Path, tmp_path: Path) -> None:
     assert installed == [tmp_path / name for name in units.NAMES]
     assert {path.stat().st_mode & 0o777 for path in installed} == {0o644}
     assert not any("@PYTHON@" in path.read_text() for path in installed)
-    recover = "sevhop-recover.service sevhop-recover.timer"
-    assert booted.read_text().splitlines() == ["daemon-reload", f"enable {recover}", "start sevhop-recover.timer"]
+    recover = "sevhop-recover.service sevhop-recover.path"
+    assert booted.read_text().splitlines() == ["daemon-reload", f"enable {recover}", "start sevhop-recover.path"]
     booted.unlink()
     assert units.uninstall()
     assert booted.read_text().splitlines() == [f"disable --now {' '.join(units.NAMES)}", "daemon-reload"]
@@ -107,11 +107,11 @@ def test_units_can_be_enabled(tmp_path: Path) -> None:
         (directory / name).write_text(units.text(name))
     enabled = (*units.RECOVER, units.UPGRADE[0])
     subprocess.run([program, f"--root={tmp_path}", "enable", *enabled], capture_output=True, check=True)
-    wanted = {path.parent.name: path.name for path in directory.glob("*.wants/*")}
+    wanted = {(path.parent.name, path.name) for path in directory.glob("*.wants/*")}
     assert wanted == {
-        "multi-user.target.wants": "sevhop-recover.service",
-        "timers.target.wants": "sevhop-recover.timer",
-        "paths.target.wants": "sevhop-upgrade.path",
+        ("multi-user.target.wants", "sevhop-recover.service"),
+        ("paths.target.wants", "sevhop-recover.path"),
+        ("paths.target.wants", "sevhop-upgrade.path"),
     }
 
 

@@ -23,10 +23,12 @@ PACKAGED = Path("/usr/lib/systemd/system")
 _BOOTED = Path("/run/systemd/system")
 _TEMPLATES = Path(__file__).resolve().parent.parent / "host" / "systemd"
 #: These are enabled.
-RECOVER = ("sevhop-recover.service", "sevhop-recover.timer")
+RECOVER = ("sevhop-recover.service", "sevhop-recover.path")
+#: The last of those starts this one, and this one the first.
+DELAY = "sevhop-recover.timer"
 #: These are not; the administrator enables the first one.
 UPGRADE = ("sevhop-upgrade.path", "sevhop-upgrade.timer", "sevhop-upgrade.service")
-NAMES = (*RECOVER, *UPGRADE)
+NAMES = (*RECOVER, DELAY, *UPGRADE)
 
 
 def install() -> list[Path]:
