@@ -62,7 +62,7 @@ def test_units_run_what_is_installed(unpacked: Path) -> None:
     texts = {name: next(unpacked.glob(f"**/systemd/system/{name}")).read_text() for name in units.NAMES}
     commands = [line for text in texts.values() for line in text.splitlines() if line.startswith("ExecStart=")]
     assert commands == [
-        "ExecStart=/usr/bin/sevhop recover --timeout 30",
+        "ExecStart=/usr/bin/sevhop recover --unattended --timeout 30",
         "ExecStart=/usr/bin/sevhop upgrade --outdated --keep-going $SEVHOP_UPGRADE_OPTIONS",
     ]
 
