@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pty
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sevhop.report import LONG_STOP_MS
 
 from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.enclosure import GUESTS
@@ -106,11 +108,14 @@ def suspended(daemon: Daemon, start: StartDomain, new: Path) -> DomainGuest:
 def test_suspended_guest_is_restored_late_only_if_somebody_asks(
     daemon: Daemon, suspended: DomainGuest, new: Path
 ) -> None:
+    began = time.monotonic()
     late = daemon.sevhop("recover", suspended.name, "--unattended", "--max-age", "0.001")
     assert (late.returncode, "is not restored unasked" in late.stdout) == (4, True), late
     again = daemon.sevhop("recover", suspended.name, "--unattended", "--max-age", "0.001")
     assert (again.returncode, "not tried again yet" in again.stdout) == (4, True), again
     assert "not restored unasked" in daemon.sevhop("status", suspended.name).stdout
+    # By then it has been stopped for so long that it is reported.
+    wait_until(lambda: time.monotonic() > began + LONG_STOP_MS / 1e3, 10, "the guest was stopped for long")
     done = daemon.sevhop("recover", suspended.name)
     assert (done.returncode, "the guest was stopped for" in done.stdout) == (0, True), done
     assert "its clock was not set: it has no guest agent" in done.stdout

@@ -85,7 +85,8 @@ def test_recover_ends_a_destination_that_hangs(daemon: Daemon, start: StartDomai
     wait_until(lambda: bool(hanging(guest, source)), 60, "the destination hangs")
     kill(command.pid)
     command.communicate()
-    done = daemon.sevhop("recover", guest.name, "--timeout", str(LIMIT))
+    # Also the old emulator must be restored in that time.
+    done = daemon.sevhop("recover", guest.name, "--timeout", str(2 * LIMIT))
     assert done.returncode == 0, done
     assert hanging(guest, source) == []
     assert_as_before(daemon, guest, old)

@@ -183,14 +183,17 @@ class Daemon:
             self.run("ip", "link", "delete", name)
 
     def sevhop(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run sevhop: of this tree, or what is installed in the release."""
+        """
+        Run sevhop: of this tree, or what is installed in the release. Unless a test limits them, steps may take longer
+        than by default: the host may be busy.
+        """
         command = [sys.executable, "-m", "sevhop.cli"] if self._inside is None else ["sevhop"]
-        return self.run(*command, *words)
+        patient = words and words[0] in ("upgrade", "recover") and "--timeout" not in words
+        return self.run(*command, *words, *(["--timeout", "30"] if patient else []))
 
     def upgrade(self, *words: str | Path) -> dict[str, Any]:
-        """Upgrade one domain; what is reported. Steps may take longer than by default: the host may be busy."""
-        patience = [] if "--timeout" in words else ["--timeout", "30"]
-        done = self.sevhop("upgrade", "--json", *patience, *words)
+        """Upgrade one domain; what is reported."""
+        done = self.sevhop("upgrade", "--json", *words)
         if not done.stdout:
             raise GuestFailed(f"sevhop upgrade has exited with {done.returncode}, and no report: {done.stderr}")
         report: dict[str, Any] = json.loads(done.stdout)["domains"][0]
