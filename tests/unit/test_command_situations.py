@@ -329,7 +329,13 @@ def silent_daemon(state: Path) -> Iterator[tuple[socket.socket, str]]:
 def test_ctrl_c_is_one_line(words: list[str], more: list[str], silent_daemon: tuple[socket.socket, str]) -> None:
     listener, uri = silent_daemon
     command = [sys.executable, "-m", "sevhop.cli", *words, "--connect", uri, *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # As from a terminal, also where these tests run in the background and ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with process:
         try:
             connection, _ = listener.accept()
             with connection:
