@@ -88,7 +88,7 @@ def test_recover_ends_a_destination_that_hangs(daemon: Daemon, start: StartDomai
     # Also the old emulator must be restored in that time.
     done = daemon.sevhop("recover", guest.name, "--timeout", str(2 * LIMIT))
     assert done.returncode == 0, done
-    assert hanging(guest, source) == []
+    wait_until(lambda: hanging(guest, source) == [], 10, "the destination that hangs has exited")
     assert_as_before(daemon, guest, old)
 
 
