@@ -78,7 +78,7 @@ async def _verify(connection: Connection, xml: str, old: str, chosen: str, proce
         results = await shielded(asyncio.to_thread(_emulator, chosen, described.machine, process))
         results.children.append(await processor(connection, xml, old, chosen))
         for found in results.failures():
-            raise SevhopError(f"{found.name}: {found.detail}", found.hint)
+            raise SevhopError(found.reason, found.hint)
         await connection.probe_capabilities(chosen, described.arch, described.machine, described.kind)
         await connection.command_line(domain_xml.without_interfaces(changed))
     except domain_xml.DomainXmlError as err:

@@ -46,6 +46,15 @@ class CheckResult:
         """All that failed."""
         return [result for _, result in self.walk() if result.status is Status.FAIL]
 
+    def restart_failure(self) -> CheckResult | None:
+        """The first that failed and passes only when the guest was shut down and started again."""
+        return next((failure for failure in self.failures() if failure.restart), None)
+
+    @property
+    def reason(self) -> str:
+        """Why a guest cannot hop, in one line; of a FAIL."""
+        return f"{self.name}: {self.detail}"
+
     def as_json(self) -> dict[str, object]:
         """For ``--json``."""
         return {

@@ -71,7 +71,7 @@ async def _status(connection: Connection, domain: Domain, emulator: str | None) 
     try:
         async with examine(connection, domain, emulator) as examined:
             failures = examined.tree.failures()
-            restart = next((failure for failure in failures if failure.restart), None)
+            restart = examined.tree.restart_failure()
             try:
                 installed_version = probe(examined.new).version
             except SevhopError:
@@ -82,8 +82,8 @@ async def _status(connection: Connection, domain: Domain, emulator: str | None) 
                 binary_state=kept_emulator.on_disk(examined.process, examined.old).value,
                 installed_version=installed_version,
                 operation=operation,
-                blocker=f"{failures[0].name}: {failures[0].detail}" if failures else "",
-                restart_required=f"{restart.name}: {restart.detail}" if restart is not None else "",
+                blocker=failures[0].reason if failures else "",
+                restart_required=restart.reason if restart is not None else "",
                 hint=(restart or failures[0]).hint if failures else "",
             )
     except SevhopError as err:

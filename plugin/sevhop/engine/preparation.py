@@ -142,9 +142,8 @@ async def _running(connection: Connection, domain: Domain) -> _Running:
         return _Running()
     try:
         async with examine(connection, domain) as examined:
-            failure = next((one for one in examined.tree.failures() if one.restart), None)
-            reason = f"{failure.name}: {failure.detail}" if failure is not None else ""
-            return _Running(True, examined.guest.machine_type, reason)
+            failure = examined.tree.restart_failure()
+            return _Running(True, examined.guest.machine_type, failure.reason if failure is not None else "")
     except SevhopError as err:
         return _Running(True, notes=(f"whether it can hop now is not known: {err.message}",))
 
