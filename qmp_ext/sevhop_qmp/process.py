@@ -222,6 +222,15 @@ class QemuProcess(PidfdProcess):
                 found.append(Descriptor(number, os.readlink(self._proc / "fd" / str(number))))
         return found
 
+    def descriptor_info(self, number: int) -> dict[str, str]:
+        """
+        What the kernel reports of one of its descriptors (proc(5), ``fdinfo``), by name; empty if it has no such one.
+
+        :raises ProcessError: it has exited.
+        """
+        lines = self.fact(f"fdinfo/{number}").splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
     def vm_descriptor(self) -> int | None:
         """Number of the KVM VM descriptor; None under TCG."""
         return next((fd.number for fd in self.descriptors() if fd.target == KVM_VM_LINK), None)

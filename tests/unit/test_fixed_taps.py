@@ -31,8 +31,9 @@ class Qemu:
     def descriptors(self) -> list[Descriptor]:
         return [Descriptor(number, "/dev/net/tun") for number in self.numbers]
 
-    def fact(self, name: str) -> str:
-        return Path("/proc/thread-self", name).read_text()
+    def descriptor_info(self, number: int) -> dict[str, str]:
+        lines = Path(f"/proc/thread-self/fdinfo/{number}").read_text().splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def domain(*cards: str) -> str:

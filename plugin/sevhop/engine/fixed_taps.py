@@ -75,14 +75,8 @@ def _fixed(xml: str) -> dict[str, bool]:
 
 def _taps(process: QemuProcess) -> set[str]:
     """The names that the taps of a QEMU have now (drivers/net/tun.c, ``tun_chr_show_fdinfo``)."""
-    names = set()
-    for descriptor in process.descriptors():
-        if descriptor.target == _TUN:
-            for line in process.fact(f"fdinfo/{descriptor.number}").splitlines():
-                key, _, value = line.partition(":")
-                if key == "iff":
-                    names.add(value.strip())
-    return names
+    taps = [descriptor.number for descriptor in process.descriptors() if descriptor.target == _TUN]
+    return {name for number in taps if (name := process.descriptor_info(number).get("iff"))}
 
 
 def _rename(name: str) -> str:

@@ -66,12 +66,8 @@ class InheritedDescriptors:
         return False
 
     def _flags(self, number: int) -> int:
-        """As open(2) has them (proc(5), ``fdinfo``)."""
-        for line in self._source.fact(f"fdinfo/{number}").splitlines():
-            name, _, value = line.partition(":")
-            if name == "flags":
-                return int(value, 8)
-        return os.O_RDONLY
+        """As open(2) has them."""
+        return int(self._source.descriptor_info(number).get("flags", "0"), 8)
 
     def close(self) -> None:
         """Close them here."""
