@@ -36,6 +36,19 @@ def test_version_and_machine_types_are_read(tmp_path: Path) -> None:
     assert found.needs_pipe
 
 
+def test_emulator_of_rhel_is_known_with_its_machine_types(tmp_path: Path) -> None:
+    """It has a name and machine types of its own, and a version with a suffix."""
+    greeting = GREETING.replace('"package": ""', '"package": "qemu-kvm-9.0.0-10.el9_5"')
+    machines = (
+        '{"return": [{"name": "pc-q35-rhel9.4.0", "alias": "q35"}, {"name": "pc-q35-rhel9.2.0"}, '
+        '{"name": "pc-i440fx-rhel7.6.0", "alias": "pc"}]}'
+    )
+    path = printing(tmp_path / "qemu-kvm", greeting, '{"return": {}}', machines, '{"return": {}}')
+    found = probe(str(path))
+    assert found.version == "11.1.3"
+    assert found.machine_types >= {"pc-q35-rhel9.4.0", "pc-q35-rhel9.2.0", "q35"}
+
+
 def test_binary_is_probed_once_until_it_changes(tmp_path: Path) -> None:
     path = printing(tmp_path / "qemu", GREETING, "{}", MACHINES)
     log = Path(f"{path}.log")
