@@ -31,12 +31,18 @@ NEWEST = "sid"
 ON_NEWEST = HERE / "contract", HERE / "qemu"
 #: Tests in this directory run in a lab that keeps the memory of guests encrypted, on the first kernel only.
 ENCRYPTED = HERE / "encrypted"
+#: Tests in this directory run in a lab with SELinux, on the second one only.
+WITH_SELINUX = HERE / "selinux"
+#: Options of such labs.
+OPTIONS = {ENCRYPTED: "--encrypt", WITH_SELINUX: "--selinux"}
+#: Kernels of those tests.
+ONLY_KERNELS = {ENCRYPTED: KERNELS[:1], WITH_SELINUX: KERNELS[1:]}
 #: Tests for which programs are built first.
 SELFTESTS = "test_selftests.py"
 INSIDE = os.environ.get("SEVHOP_LAB")
 
-#: Which lab a test runs in: the kernel, and whether it encrypts.
-Lab = tuple[str, bool]
+#: Which lab a test runs in: the kernel, and a further option of the lab.
+Lab = tuple[str, str]
 _remotes = pytest.StashKey[dict[Lab, Remote]]()
 
 
@@ -58,7 +64,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # The pytest outside has selected, by the marker, too.
         wanted: list[object] = [_on_request(INSIDE) if INSIDE == NEWEST and Remote.REPORTS in os.environ else INSIDE]
     else:
-        wanted = [*(KERNELS[:1] if ENCRYPTED in path.parents else KERNELS)]
+        special = next((directory for directory in OPTIONS if directory in path.parents), None)
+        wanted = [*(KERNELS if special is None else ONLY_KERNELS[special])]
         if any(directory in path.parents for directory in ON_NEWEST):
             wanted.append(_on_request(NEWEST))
     metafunc.parametrize("kernel", wanted, indirect=True)
@@ -112,7 +119,8 @@ def _build_selftests(series: set[str]) -> None:
 
 def _lab_of(item: pytest.Item) -> Lab:
     assert isinstance(item, pytest.Function)
-    return str(item.callspec.params["kernel"]), ENCRYPTED in item.path.parents
+    option = next((option for directory, option in OPTIONS.items() if directory in item.path.parents), "")
+    return str(item.callspec.params["kernel"]), option
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -23,14 +23,14 @@ class Remote:
     One lab with one pytest in it.
 
     :param kernel: the series that the lab boots.
-    :param encrypt: whether it keeps the memory of guests encrypted.
+    :param option: a further one of the lab, or empty.
     :param tests: node ids. They are run in this order, and the same ones must be asked for.
     """
 
     MARK = "\x1e"
     REPORTS = "SEVHOP_LAB_REPORTS"
 
-    def __init__(self, config: pytest.Config, kernel: str, encrypt: bool, tests: Iterable[str]) -> None:
+    def __init__(self, config: pytest.Config, kernel: str, option: str, tests: Iterable[str]) -> None:
         self._config = config
         self._kernel = kernel
         self._kept: dict[str, list[pytest.TestReport]] = {}
@@ -39,7 +39,7 @@ class Remote:
         inner = ["env", f"{self.REPORTS}=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         # Tests that run only if their marker is asked for.
         inner += [f"-m={config.option.markexpr}", *tests]
-        options = ["--kernel", kernel, *(["--encrypt"] if encrypt else [])]
+        options = ["--kernel", kernel, *([option] if option else [])]
         self._process = subprocess.Popen(
             [RUN, *options, "--timeout", str(TIME_LIMIT), "--show", sys.prefix, *inner],
             cwd=config.rootpath,

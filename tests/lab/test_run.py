@@ -161,7 +161,7 @@ def test_lab_sees_no_sevhop_libvirt_or_temporary_files_of_host(tmp_path: Path) -
 
 def test_cache_has_no_leftovers() -> None:
     names = {path.name for path in CACHE.iterdir()}
-    entries = {*kernels.SERIES, "processor"}
+    entries = {*kernels.SERIES, "processor", "selinux"}
     assert names <= {name for entry in entries for name in (entry, f"{entry}.lock")}
     for directory in kernels.SERIES.keys() & names:
         inside = os.listdir(CACHE / directory)

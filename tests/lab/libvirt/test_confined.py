@@ -81,7 +81,7 @@ def daemon(kernel: str) -> Iterator[Daemon]:
     """A daemon, with sevhop's hook and rules. In emulation it takes its time to start and to probe two QEMUs."""
     if kernel != "6.12":
         pytest.skip("libvirt's profiles are the same on every kernel, and once takes minutes")
-    daemon = Daemon.start(apparmor=True)
+    daemon = Daemon.start(security="apparmor")
     try:
         for name, path in additions(daemon).items():
             path.write_text(ADMINISTRATOR[name])

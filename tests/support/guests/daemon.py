@@ -25,6 +25,8 @@ from .running import PATIENCE, GuestFailed, wait_ended, wait_until
 
 _PATIENCE = 60.0
 _TIMEOUT = 1200
+#: The context of a user's shell whom SELinux does not confine.
+_USER = "unconfined_u:unconfined_r:unconfined_t:s0-s0:c0.c1023"
 _ENCLOSURE = Path(__file__).with_name("enclosure.py")
 
 
@@ -35,17 +37,19 @@ class Daemon:
     :ivar pid: of the process that is its namespaces.
     """
 
-    def __init__(self, process: subprocess.Popen[str], inside: Release | None) -> None:
+    def __init__(self, process: subprocess.Popen[str], inside: Release | None, security: str = "none") -> None:
         self._process = process
+        self._security = security
         self._inside = inside
         self.pid = process.pid
 
     @classmethod
-    def start(cls, *, apparmor: bool = False, inside: Release | None = None) -> Self:
+    def start(cls, *, security: Literal["none", "apparmor", "selinux"] = "none", inside: Release | None = None) -> Self:
         """
         Start one, and wait until it answers.
 
-        :param apparmor: confined by AppArmor, and its guests as well. Only in the lab: it changes what the kernel does.
+        :param security: what confines it and its guests. Only in the lab: it changes what the kernel does. With SELinux
+            commands are run as from the shell of an unconfined user.
         :param inside: the daemon, the QEMU and the Python of that release.
         """
         command = ["unshare", "--mount", "--net", "--propagation", "private"]
@@ -53,7 +57,7 @@ class Daemon:
             command += [sys.executable, str(_ENCLOSURE)]
         else:
             command = entered(inside.pid, *command, "python3", "-c", _ENCLOSURE.read_text())
-        command += ["apparmor"] if apparmor else []
+        command += [security]
         # What ends a whole group of processes is for us alone: it ends when its input does, and cleans up.
         process = subprocess.Popen(
             command,
@@ -66,7 +70,7 @@ class Daemon:
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
             raise GuestFailed("the libvirt daemon did not start")
-        self = cls(process, inside)
+        self = cls(process, inside, security)
         self.wait_until_it_answers()
         return self
 
@@ -135,7 +139,9 @@ class Daemon:
     def start_command(self, *command: str | Path, terminal: int | None = None) -> subprocess.Popen[str]:
         """Start a command in there, perhaps on a terminal."""
         if self._inside is None:
-            words = ["nsenter", "--mount", "--net", "--target", str(self.pid), "--", *map(str, command)]
+            words = ["nsenter", "--mount", "--net", "--target", str(self.pid), "--"]
+            words += ["runcon", _USER] if self._security == "selinux" else []
+            words += map(str, command)
         else:
             words = entered(self.pid, *command)
         if terminal is not None:

@@ -9,6 +9,9 @@ a QEMU that it has ended is really gone, and not every init reaps at once.
 With the argument ``apparmor`` daemon and guests are confined by libvirt's own profiles. The kernel has to load them, so
 that is for the lab only.
 
+With ``selinux`` they are confined by SELinux, in a lab that has it (``tools/lab/run --selinux``): what they use gets
+the labels that an installed system has, and the policy is enforced until the daemon has ended.
+
 It prints ``ready`` when the daemon may be asked, starts it again when it has died, and ends it when its standard input
 ends.
 """
@@ -46,6 +49,24 @@ cgroup_controllers = []
 stdio_handler = "file"
 """
 _APPARMOR = Path("/etc/apparmor.d")
+_ENFORCE = Path("/sys/fs/selinux/enforce")
+#: What the service of the daemon would run it as.
+_DAEMON = "system_u:system_r:virtd_t:s0-s0:c0.c1023"
+#: Labels of the policy's file contexts.
+_LABELS = {
+    "root_t": ["/"],
+    "etc_t": ["/etc", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"],
+    "ld_so_cache_t": ["/etc/ld.so.cache"],
+    "usr_t": ["/usr", "/usr/share", "/usr/share/seabios", "/usr/share/qemu"],
+    "var_t": ["/var"],
+    "var_lib_t": ["/var/lib"],
+    "var_log_t": ["/var/log"],
+    "bin_t": ["/usr/bin", "/usr/sbin", "/usr/sbin/dmidecode", "/usr/bin/env", "/usr/bin/python3.*", "/usr/bin/cat"],
+    "shell_exec_t": ["/bin/bash", "/bin/dash"],
+    "virtd_exec_t": ["/usr/sbin/libvirtd"],
+    "qemu_exec_t": ["/usr/bin/qemu-system-x86_64", "/var/cache/sevhop/qemu/*/usr/bin/qemu-system-x86_64"],
+    "kvm_device_t": ["/dev/sev"],
+}
 #: Where the kernel's security modules are spoken to.
 _SECURITY = Path("/sys/kernel/security")
 
@@ -63,13 +84,16 @@ def main() -> int:
     GUESTS.mkdir(mode=0o777)
     GUESTS.chmod(0o777)
     PROGRAMS.mkdir(mode=0o755)
-    security = "apparmor" if "apparmor" in sys.argv[1:] else "none"
+    security = next((name for name in ("apparmor", "selinux") if name in sys.argv[1:]), "none")
     Path("/etc/libvirt/qemu.conf").write_text(_CONFIGURATION.format(security=security))
     _own_kvm()
     _own_network()
     _own_authority()
     if security == "apparmor":
         _confine()
+    elif security == "selinux":
+        _label()
+        _ENFORCE.write_text("1")
     elif (_SECURITY / "apparmor").exists():
         # Here there is no AppArmor, and so nobody changes the host's profiles.
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", _SECURITY], check=True)
@@ -91,7 +115,7 @@ def main() -> int:
         os.kill(daemon, signal.SIGTERM)
         signal.alarm(_GRACE)
 
-    daemon = _start()
+    daemon = _start(security)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(daemon, signal.SIGKILL))
     print("ready", flush=True)
@@ -103,14 +127,17 @@ def main() -> int:
                 _end_the_rest()
                 if security == "apparmor":
                     _profiles("--remove")
+                elif security == "selinux":
+                    _ENFORCE.write_text("0")
                 return 0
-            daemon = _start()
+            daemon = _start(security)
 
 
-def _start() -> int:
+def _start(security: str) -> int:
     # libvirtd -t would end when it is idle. Its messages repeat what virsh prints.
     program = shutil.which("libvirtd") or "/usr/sbin/libvirtd"
-    return subprocess.Popen([program], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
+    words = ["runcon", _DAEMON, program] if security == "selinux" else [program]
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
 
 
 def _end_the_rest() -> None:
@@ -139,6 +166,20 @@ def _profiles(*what: str) -> None:
     """A profile that stays in the kernel would confine the next daemon as well, by its path."""
     for profile in ("usr.lib.libvirt.virt-aa-helper", "usr.sbin.libvirtd"):
         subprocess.run(["apparmor_parser", *what, _APPARMOR / profile], check=True)
+
+
+def _label() -> None:
+    """As on an installed system. What is not named here has the one label that the lab gives to the machine's files."""
+    subprocess.run(["restorecon", "-RF", "/dev", *_OWN], check=True, stdout=subprocess.DEVNULL)
+    for kind, paths in _LABELS.items():
+        for path in paths:
+            for one in Path("/").glob(path[1:]) if "*" in path else [Path(path)]:
+                if one.exists():
+                    os.setxattr(one.resolve(), "security.selinux", f"system_u:object_r:{kind}:s0".encode() + b"\0")
+    # As an administrator does it for directories with images.
+    os.setxattr(GUESTS, "security.selinux", b"system_u:object_r:virt_image_t:s0\0")
+    # Nothing is left out of the kernel's log of what was denied.
+    Path("/proc/sys/kernel/printk_ratelimit").write_text("0")
 
 
 def _own_network() -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tests.support.guests import build
 
-from . import emulator, initramfs, kernels, machine, wire
+from . import emulator, initramfs, kernels, machine, selinux, wire
 from .errors import LabError, LabTimeout
 
 TIMED_OUT = 124  # as timeout(1) has it
@@ -46,6 +46,8 @@ def _parser() -> _Parser:
     option("--memory", type=int, default=2048, metavar="MIB", help="size of the lab; %(default)s")
     option("--processors", type=int, default=2, metavar="N", help="of the lab; %(default)s")
     option("--encrypt", action="store_true", help="keep the memory of guests encrypted, so that a copy is garbage")
+    policy = "have SELinux, with Debian's policy, in place of AppArmor; permissive at first"
+    option("--selinux", action="store_true", help=policy)
     show = "a directory in /tmp, /var/tmp or /run to be visible as well as the project and the current directory"
     option("--show", type=Path, action="append", default=[], metavar="DIRECTORY", help=show)
     option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="and its arguments")
@@ -83,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kernel = kernels.obtain(options.kernel)
             base = initramfs.base(kernel)
         size = options.memory, options.processors
-        lab = machine.Lab(emulator.obtain(), kernel, *size, options.encrypt, tuple(options.show))
+        policy = selinux.obtain() if options.selinux else None
+        lab = machine.Lab(emulator.obtain(), kernel, *size, options.encrypt, tuple(options.show), policy)
         return machine.run(lab, base, job, options.timeout, _writer(1), _writer(2))
     except BrokenPipeError:
         return 128 + signal.SIGPIPE

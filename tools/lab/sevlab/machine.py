@@ -22,6 +22,7 @@ from tests.support.guests import build
 from . import initramfs, wire
 from .errors import LabError, LabTimeout
 from .kernels import Kernel
+from .selinux import Policy
 
 BOOT_LIMIT = 300.0  # seconds; it takes about 5 on an idle machine, and several labs at once share processors
 CONSOLE_LINES = 60
@@ -61,6 +62,7 @@ class Lab:
     :param memory: its size in MiB.
     :param processors: their number.
     :param encrypt: guests' memory is kept encrypted, which is slow.
+    :param policy: of SELinux, which is loaded and not enforced; without one there is AppArmor.
     :param shown: directories of the machine that are visible in the lab although they lie in one that is not.
     """
 
@@ -70,6 +72,7 @@ class Lab:
     processors: int
     encrypt: bool = False
     shown: tuple[Path, ...] = ()
+    policy: Policy | None = None
 
 
 @dataclass
@@ -159,11 +162,12 @@ def _receive(end: socket.socket) -> bytes:
 
 
 def _command(lab: Lab, initrd: int, console: int, port: int) -> list[str]:
+    kernel = f"{_KERNEL} security=selinux enforcing=0" if lab.policy else _KERNEL
     return [
         str(lab.emulator), *_MACHINE.split(), *_FIRMWARE.split(), "-no-reboot",
         "-device", f"sev-psp,encrypt={'on' if lab.encrypt else 'off'}",
         "-m", str(lab.memory), "-smp", str(lab.processors),
-        "-kernel", str(lab.kernel.image), "-initrd", f"/dev/fd/{initrd}", "-append", _KERNEL,
+        "-kernel", str(lab.kernel.image), "-initrd", f"/dev/fd/{initrd}", "-append", kernel,
         "-chardev", f"socket,id=console,fd={console}", "-serial", "chardev:console",
         "-chardev", f"socket,id=port,fd={port}",
         "-device", "virtio-serial-pci,max_ports=2", "-device", "virtserialport,nr=1,chardev=port,name=lab",
@@ -183,7 +187,12 @@ def _instructions(lab: Lab, job: wire.Job) -> bytes:
             "run/shown": (0o600, "".join(f"{path}\n" for path in _hidden(needed, empty)).encode()),
             "run/stage": (0o600, f"{sys.executable}\n{Path(__file__).with_name('inside.py')}\n".encode()),
         }
+        | (_policy(lab.policy) if lab.policy else {})
     )
+
+
+def _policy(policy: Policy) -> dict[str, tuple[int, bytes]]:
+    return {"run/policy": (0o600, policy.binary), "run/selinux": (0o600, f"{policy.root}\n".encode())}
 
 
 def _temporary() -> list[str]:
