@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from qemu.qmp import EventListener
 
-from . import adopt
+from . import adopt, selinux
 from .errors import CommandError, MonitorError, StateError
 from .monitor import Commands, Monitor
 
@@ -402,6 +402,7 @@ def _pipe(exit_stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> tuple
     ends = FileIO(read_fd, "rb"), FileIO(write_fd, "wb")
     for end in ends:
         exit_stack.callback(end.close)
+    selinux.share(read_fd)
     # Room for the whole state means that neither side waits for the other. Less is only slower.
     with contextlib.suppress(OSError):
         fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)

@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
+from . import selinux
 from .errors import CommandError, MonitorClosed, MonitorError, MonitorTimeout
 from .invalid_data import invalid
 from .time_limits import COMMAND_TIMEOUT as COMMAND_TIMEOUT  # of this module, for those that use it
@@ -354,7 +355,9 @@ class Monitor(Commands):
 
 
 async def _connect_unix(path: str, timeout: float) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    # QEMU's end of it gets the level of this one.
+    with selinux.sharing_sockets():
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.setblocking(False)
     try:
         async with asyncio.timeout(timeout):

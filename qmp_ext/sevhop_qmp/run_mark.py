@@ -15,6 +15,7 @@ import fcntl
 import os
 from typing import Self
 
+from . import selinux
 from .errors import ProcessError
 from .process import QemuProcess
 
@@ -55,6 +56,11 @@ class RunMark:
     def create(cls) -> Self:
         """A new one: the guest has not run."""
         fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            selinux.share(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         os.ftruncate(fd, 1)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         return cls(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from . import selinux
 from .device_state import EMPTY_DESCRIPTION, MAGIC, STATE_TIMEOUT, cannot_save, header, no_state
 from .errors import CommandError, MonitorError
 from .monitor import Commands
@@ -37,6 +38,7 @@ class SavedDeviceState:
     async def arm(self) -> None:
         """:raises CommandError, MonitorError: the source refuses, or does not answer."""
         self._file = os.memfd_create("sevhop-device-state", os.MFD_CLOEXEC)
+        selinux.share(self._file)
         # QEMU opens a descriptor of an fd set only in exactly the mode that it has.
         write_end = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_CLOEXEC)
         try:

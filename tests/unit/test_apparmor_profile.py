@@ -111,7 +111,6 @@ def test_process_that_nothing_confines_needs_no_copy(confinement: str) -> None:
 @pytest.mark.parametrize(
     "confinement",
     [
-        "system_u:system_r:svirt_t:s0:c1,c2",
         "libvirt-1234 (enforce)",
         "my-profile (enforce)",
         f"{ORIGINAL}//passt (enforce)",

@@ -169,6 +169,37 @@ LIVE = """<domain><devices>
 </devices></domain>"""
 
 
+CONTEXT = "system_u:system_r:svirt_t:s0:c1,c2"
+DYNAMIC = "<seclabel type='dynamic' model='selinux' relabel='yes'><label>a:b:c:s0:c9</label></seclabel>"
+
+
+@pytest.mark.parametrize(
+    ("seclabel", "labelled"),
+    [
+        ("", True),
+        (DYNAMIC, True),
+        ("<seclabel type='dynamic' model='selinux'><baselabel>a:b:&lt;c&gt;:s0</baselabel></seclabel>", True),
+        ("<seclabel type='dynamic' model='dac'/>", True),
+        (f"<seclabel type='none' model='dac'/>{DYNAMIC}", True),
+        ("<seclabel type='static' model='selinux'><label>a:b:c:s0:c9</label></seclabel>", False),
+        ("<seclabel type='none' model='selinux'/>", False),
+        ("<seclabel type='none'/>", False),
+    ],
+)
+def test_destination_has_the_label_of_the_source(seclabel: str, labelled: bool) -> None:
+    """As long as it runs: libvirt chooses one again for a domain that is started otherwise."""
+    xml = PLAIN.replace("</domain>", f"{seclabel}</domain>")
+    fixed = f"<seclabel type='static' model='selinux' relabel='yes'><label>{CONTEXT}</label></seclabel>"
+    added = domain_xml.for_destination(xml, "/opt/qemu", ENVIRONMENT, "/m", label=CONTEXT)
+    assert added.count(fixed) == labelled
+    assert added.count("<seclabel ") == max(xml.count("<seclabel "), 1 + ("'dac'" in seclabel) if labelled else 0)
+    back = domain_xml.with_emulator(domain_xml.without_additions(added), "/usr/bin/qemu-system-x86_64")
+    assert "".join(back.split()) == "".join(xml.split())
+    again = domain_xml.for_destination(added, "/q", ENVIRONMENT, "/m", label=CONTEXT)
+    assert again.count(fixed) == labelled
+    assert fixed not in domain_xml.for_destination(xml, "/opt/qemu", ENVIRONMENT, "/m")
+
+
 def test_displays_keep_their_ports_until_restored_again() -> None:
     xml = PLAIN.replace("\n  </devices>", DISPLAYS)
     ports = domain_xml.ports(LIVE)

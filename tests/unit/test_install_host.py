@@ -27,7 +27,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(installation, "DOMAINS", tmp_path / "domains")
     monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
     redirect_marks(tmp_path, monkeypatch)
-    for place in ("apparmor", "units"):
+    for place in ("apparmor", "selinux", "units"):
         monkeypatch.setattr(getattr(installation, place), "uninstall", lambda: False)
     return tmp_path
 

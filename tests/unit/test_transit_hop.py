@@ -75,10 +75,11 @@ def test_profile_is_recorded_before_it_is_loaded_and_removed_in_a_rollback(monke
     assert done[2:] == [f"remove {found.label.profile}"]
 
 
-def test_nothing_is_loaded_for_a_source_that_nothing_confines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_loaded_for_a_source_without_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     subject: Any = Subject()
     monkeypatch.delattr(ProfileCopy, "load")
     assert profile(TransitHop(subject), "unconfined") is None
+    assert profile(TransitHop(subject), "system_u:system_r:svirt_t:s0:c1,c2") is None
 
 
 def test_domain_is_not_carried_if_its_profile_cannot_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,5 +91,5 @@ def test_domain_is_not_carried_if_its_profile_cannot_be_copied(monkeypatch: pyte
     monkeypatch.setattr(ProfileCopy, "load", fail)
     with pytest.raises(Untransitable, match=r"confined .*: cannot run apparmor_parser"):
         profile(TransitHop(subject), CONFINED)
-    with pytest.raises(Untransitable, match="svirt_t"):
-        profile(TransitHop(subject), "system_u:system_r:svirt_t:s0")
+    with pytest.raises(Untransitable, match="my-profile"):
+        profile(TransitHop(subject), "my-profile (enforce)")

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
+from sevhop_qmp import selinux as selinux_kernel
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
 from ..cancellation import shielded
 from ..disks.block_graph import BlockGraph
 from ..guest import inspection, kept_path
-from ..install import apparmor, verification
+from ..install import apparmor, selinux, verification
 from ..libvirt import domain_xml, resources
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
@@ -231,14 +232,13 @@ def _confinement(process: QemuProcess, uuid: str) -> CheckResult:
     confinement = process.confinement
     if confinement in apparmor_profile.UNCONFINED:
         return passed(name, "none")
+    if selinux_kernel.is_context(confinement):
+        if reason := selinux.reason_against(confinement, verification.daemons().values()):
+            return failed(name, reason, "run: sevhop install")
+        return passed(name, f"SELinux, {confinement}")
     label = apparmor_profile.label(confinement)
     if label is None:
-        return failed(
-            name,
-            f"{confinement}: SELinux makes a program that changes its domain drop preloaded libraries, and "
-            "whether the new QEMU would keep adopt.so has not been tested",
-            "<seclabel type='none' model='selinux'/>",
-        )
+        return failed(name, f"{confinement}: a security module that is not known", "<seclabel type='none'/>")
     if label.mode != "complain":
         if label.profile != f"libvirt-{uuid}":
             return failed(

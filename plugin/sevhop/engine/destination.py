@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt, selinux
 from sevhop_qmp.credentials import Credentials
 from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
@@ -189,12 +189,14 @@ class Destination:
             directory = run_directory.make()
         else:
             directory.mkdir(mode=0o700)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with selinux.sharing_sockets():
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # QEMU's messages during the start are needed for errors; later they go where the source's went.
         log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
         environment = dict(launch_context.environment)
         environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", launch_context.stderr, inherited=environment)
         try:
+            selinux.share(log.fileno())
             listener.bind(str(directory / MONITOR))
             listener.listen()
             child = _spawn(

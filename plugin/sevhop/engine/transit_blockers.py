@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
+from ..disks import image_labels
 from ..libvirt import lock_manager
 from ..process.apparmor_profile import ProfileCopy
 from . import fixed_taps
@@ -64,6 +65,8 @@ def blocker(xml: str, process: QemuProcess) -> str:
         ProfileCopy.of(process.confinement)
     except SevhopError as err:
         return err.message
+    if reason := image_labels.unusable(process):
+        return reason
     if lock_manager.in_use():
         return "libvirt gives up the leases of its disks when the old QEMU exits"
     return fixed_taps.blocker(xml, process)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt, selinux
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
@@ -156,7 +156,8 @@ def write_image(transit: InTransit, keeper: KeeperClient) -> None:
     """
     environment = adopt.environment(keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
     monitor = str(keeper.monitor)
-    xml = domain_xml.for_destination(transit.xml, transit.new, environment, monitor, transit.displays)
+    label = selinux.context_in(transit.process.confinement)
+    xml = domain_xml.for_destination(transit.xml, transit.new, environment, monitor, transit.displays, label)
     try:
         with open(keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             # libvirt lets also a paused guest run: only then it reports that it has finished.

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sevhop_qmp import adopt, stream_sockets
+from sevhop_qmp import adopt, selinux, stream_sockets
 from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.monitor import Commands, Monitor
 
@@ -194,7 +194,9 @@ async def save(
         await verify_still_stopped()  # a running guest gives up nothing
         raise
     environment = adopt.environment(keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
-    xml = domain_xml.for_destination(checked.xml, checked.new, environment, str(keeper.monitor), prepared.displays)
+    label = selinux.context_in(checked.source.confinement)
+    monitor = str(keeper.monitor)
+    xml = domain_xml.for_destination(checked.xml, checked.new, environment, monitor, prepared.displays, label)
     try:
         with open(keeper.image, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             SaveImage(xml, stopped.was_running, stream, prepared.piped).write(file)

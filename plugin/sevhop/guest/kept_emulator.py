@@ -27,6 +27,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from sevhop_qmp import selinux
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
@@ -161,6 +162,8 @@ def _copy(source: str, path: Path) -> None:
             raise SevhopError(f"its program cannot be trusted with a guest: {who}")
         shutil.copyfileobj(file, copy, 1 << 20)
         os.fchmod(copy.fileno(), 0o755)
+        # Only with its label may libvirt start it.
+        selinux.copy_label(file.fileno(), copy.fileno())
 
 
 def _firmware(program: Path, bundle: Path) -> list[Path]:

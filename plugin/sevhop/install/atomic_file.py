@@ -6,18 +6,28 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 
 
-def write(path: Path, contents: bytes, mode: int, *, beside: Path | None = None, keep_owner: bool = False) -> None:
+def write(
+    path: Path,
+    contents: bytes,
+    mode: int,
+    *,
+    beside: Path | None = None,
+    keep_owner: bool = False,
+    prepare: Callable[[Path], None] = lambda path: None,
+) -> None:
     """
     Write a file, or replace the one that is there.
 
     :param beside: directory of the same file system for the temporary file; by default that of ``path``. It must be one
         whose files nobody reads or runs.
     :param keep_owner: give the new file the owner, group and mode of the one that it replaces, if there is one.
+    :param prepare: called with the temporary file before that takes its place.
     :raises SevhopError: it cannot be written; then the old one is still there.
     """
     try:
@@ -29,6 +39,7 @@ def write(path: Path, contents: bytes, mode: int, *, beside: Path | None = None,
                 os.fchmod(file.fileno(), mode)
                 if keep_owner:
                     _copy_owner(path, file.fileno())
+                prepare(Path(file.name))
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
             except BaseException:

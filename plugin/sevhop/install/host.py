@@ -25,16 +25,18 @@ _HERE = Path(__file__).resolve().parent.parent
 
 def install() -> list[Path]:
     """
-    Write the script, the rules and the units, and have the daemon look for the script.
+    Write the script, the rules and the units, load the policy module, and have the daemon look for the script.
 
     :return: the files that are sevhop's or have lines of it.
     :raises SevhopError: one of them cannot be written, or is not accepted; or libvirt may not run the script.
     """
-    selinux.verify_hook(HOOKS, verification.daemons().values())
-    rules = apparmor.install()
+    daemons = verification.daemons().values()
+    rules = selinux.install(SCRIPT, daemons) + apparmor.install()
+    selinux.verify_hook(HOOKS, daemons)
     text = hook_script()
-    # Not in the script's own directory: libvirt runs whatever is there.
-    atomic_file.write(SCRIPT, text.encode(), 0o755, beside=HOOKS)
+    # Not in the script's own directory: libvirt runs whatever is there. With its label, if it needs one: libvirt waits
+    # for it whenever a domain is started.
+    atomic_file.write(SCRIPT, text.encode(), 0o755, beside=HOOKS, prepare=selinux.label_hook)
     _reload_daemon()
     return [SCRIPT, *rules, *units.install()]
 
@@ -68,13 +70,16 @@ def uninstall() -> bool:
     removed = units.uninstall() | apparmor.uninstall()
     try:
         SCRIPT.unlink()
+        removed = True
     except FileNotFoundError:
-        return removed
+        pass
     except OSError as err:
         raise SevhopError(f"cannot remove {SCRIPT}: {err.strerror}", "run sevhop as root") from err
-    with contextlib.suppress(OSError):
-        SCRIPT.parent.rmdir()
-    return True
+    if removed:
+        with contextlib.suppress(OSError):
+            SCRIPT.parent.rmdir()
+    # Last: with the script, but without the module, libvirt could start no domain.
+    return selinux.uninstall() | removed
 
 
 def _reload_daemon() -> None:

@@ -9,6 +9,7 @@ import logging
 import socket
 from typing import Self
 
+from sevhop_qmp import selinux
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark
 
@@ -40,7 +41,8 @@ class LocalKeeper(HandoverProtocol):
         stops_at_reboot: bool = False,
     ) -> None:
         super().__init__(handles, context, run_mark, source=source, stops_at_reboot=stops_at_reboot)
-        ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with selinux.sharing_sockets():
+            ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A process that is killed closes its last descriptor first (the kernel's list of delayed closes is last in,
         # first out). So the destination finds this socket closed before it takes the end of its stream for a complete
         # one.

@@ -34,6 +34,9 @@ MONITOR = "SEVHOP_MONITOR"
 #: The numbers of its displays whose ports libvirt has chosen.
 _AUTOPORT = "SEVHOP_AUTOPORT"
 _PORTS = ("port", "tlsPort")
+_SECLABEL = ("domain", "seclabel")
+#: The element that the label of SELinux is in place of; empty if there was none.
+_LABELLED = "SEVHOP_SECLABEL"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,12 @@ def ports(xml: str) -> list[dict[str, str]]:
 
 
 def for_destination(
-    xml: str, emulator: str, environment: dict[str, str], monitor: str, displays: Sequence[dict[str, str]] = ()
+    xml: str,
+    emulator: str,
+    environment: dict[str, str],
+    monitor: str,
+    displays: Sequence[dict[str, str]] = (),
+    label: str = "",
 ) -> str:
     """
     The domain of a destination. A display whose port libvirt has chosen keeps it: a client that connects to it again
@@ -114,6 +122,8 @@ def for_destination(
     :param environment: of QEMU, in addition to the domain's own.
     :param monitor: path of the socket of the monitor for the keeper.
     :param displays: the source's :func:`ports`.
+    :param label: of SELinux, that the source has. libvirt would choose another one, with which the destination could
+        use neither the guest's memory nor its disks as long as the source does.
     :raises DomainXmlError: this is no domain, or one without an emulator.
     """
     text = with_emulator(without_additions(xml), emulator).encode()
@@ -133,10 +143,33 @@ def for_destination(
     if kept:
         environment[_AUTOPORT] = ",".join(kept)
     edits += [with_attributes(text, element, {"append": "on"}) for element in _logs(parse(text))]
+    edits += _with_label(text, label, environment) if label else []
     added = "".join(f"<q:env name='{escape(name)}' value='{escape(v)}'/>" for name, v in environment.items())
     end = parse(text)[0].inner_end
     edits.append((end, end, f"<q:commandline xmlns:q='{NAMESPACE}'>{added}</q:commandline>\n".encode()))
     return edited(text, edits)
+
+
+def _with_label(text: bytes, label: str, environment: dict[str, str]) -> list[Edit]:
+    """The administrator's own choice of a label stays: then the destination has the source's all the same, or none."""
+    elements = parse(text)
+    chosen = [one for one in elements if one.path == _SECLABEL and one.attributes.get("model", "selinux") == "selinux"]
+    if any(one.attributes.get("type", "dynamic") != "dynamic" for one in chosen):
+        return []
+    start, end = (chosen[0].start, chosen[0].end) if chosen else 2 * (elements[0].inner_end,)
+    environment[_LABELLED] = text[start:end].decode()
+    fixed = f"<seclabel type='static' model='selinux' relabel='yes'><label>{escape(label)}</label></seclabel>"
+    return [(start, end, fixed.encode())]
+
+
+def _without_label(text: bytes) -> list[Edit]:
+    elements = parse(text)
+    kept = [one for one in elements if _is_mark(one) and one.attributes["name"] == _LABELLED]
+    fixed = [one for one in elements if one.path == _SECLABEL and one.attributes.get("model") == "selinux"]
+    if not kept or not fixed:
+        return []
+    before = kept[0].attributes.get("value", "")
+    return [(fixed[0].start, fixed[0].end, before.encode()) if before else cut(text, fixed[0])]
 
 
 def _logs(elements: Sequence[Element]) -> list[Element]:
@@ -155,7 +188,7 @@ def without_additions(xml: str) -> str:
     :raises DomainXmlError: this is no domain.
     """
     text = encoded(with_chosen_ports(xml))
-    edits: list[Edit] = []
+    edits = _without_label(text)
     for commandline in (one for one in parse(text) if one.path == _COMMANDLINE):
         ours: list[Element] = []
         for child in commandline.children:

@@ -13,6 +13,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
+from sevhop_qmp import selinux
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 
@@ -49,7 +50,8 @@ async def _is_free(domain: DomainMonitor) -> bool:
 
 
 async def _connect(domain: DomainMonitor, timeout: float) -> Monitor | None:
-    ours, theirs = socket.socketpair()
+    with selinux.sharing_sockets():
+        ours, theirs = socket.socketpair()
     try:
         with theirs:
             await domain.send_fd(_FD_NAME, theirs.fileno())

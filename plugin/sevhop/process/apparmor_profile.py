@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from sevhop_qmp import selinux
 from sevhop_qmp.errors import SevhopError
 
 PROFILES = Path("/etc/apparmor.d")
@@ -86,10 +87,10 @@ class ProfileCopy:
         Decide what it is to be. Nothing is touched.
 
         :param confinement: label of the domain's QEMU.
-        :return: None if nothing confines it.
+        :return: None if nothing confines it, or SELinux, which takes nothing back: a transit has the same label.
         :raises SevhopError: it is not confined by a profile that libvirt has made, and that alone.
         """
-        if confinement in UNCONFINED:
+        if confinement in UNCONFINED or selinux.is_context(confinement):
             return None
         original = label(confinement)
         if original is None or original.mode not in _MODES or not _OF_A_DOMAIN.fullmatch(original.profile):

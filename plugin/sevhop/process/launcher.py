@@ -69,7 +69,9 @@ def _set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
+    # "w" would ask for the creation of a file, which SELinux logs as denied.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    with open(descriptor, "w", encoding="ascii") as file:
         file.write(text)
 
 

@@ -18,6 +18,7 @@ import socket
 import stat
 from pathlib import Path
 
+from sevhop_qmp import selinux
 from sevhop_qmp.errors import SevhopError
 
 #: The parent of the directories of all hops; root's, others may only search it.
@@ -54,8 +55,9 @@ def make_run_directories() -> None:
 
 
 def _make_outer() -> None:
-    """QEMU's user may search it, but not list it."""
+    """QEMU's user may search it, but not list it. What is made in there has its label."""
     make_or_check(RUN, 0o711)
+    selinux.share(RUN)
 
 
 def make_or_check(path: Path, mode: int) -> None:
@@ -139,7 +141,8 @@ def _can_be_a_name(name: str) -> bool:
 
 def listening(path: Path, uid: int) -> socket.socket:
     """A listening socket to which one user can connect, and root."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    with selinux.sharing_sockets():
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     listener.bind(str(path))
     os.chmod(path, 0o600)
     os.chown(path, uid, -1)

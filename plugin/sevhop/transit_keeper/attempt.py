@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sevhop_qmp import selinux
 from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
@@ -64,6 +65,7 @@ class TransitAttempt:
         self.destination: QemuProcess | None = None
         if stored is None:
             self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
+            selinux.share(self.reader)
             os.set_blocking(self.writer, False)
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self.reader, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
