@@ -93,10 +93,10 @@ def some_of(points: Sequence[str]) -> list[Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by the directory that they lie in: ``qemu``, ``lab``, ``libvirt``, ``docs``, ``packaging``."""
+    """Mark tests by the directory that they lie in, such as ``qemu`` or ``lab``."""
     for item in items:
         kind = item.path.relative_to(TESTS).parts[0]
-        if kind in ("qemu", "lab", "libvirt", "docs", "packaging"):
+        if kind in ("qemu", "lab", "libvirt", "docs", "packaging", "systemd"):
             item.add_marker(kind)
     left_out = [name for name in ON_REQUEST if name not in config.option.markexpr]
     if rest := [item for item in items if any(map(item.get_closest_marker, left_out))]:

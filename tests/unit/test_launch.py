@@ -147,3 +147,26 @@ def test_process_does_not_start_with_a_limit_above_our_own(own: Identity) -> Non
     code, _, err = run(replace(own, confinement=replace(own.confinement, limits=limits)), "/bin/true")
     assert code == 1
     assert "sevhop: cannot apply the resource limits of the old QEMU to the new one: " in err
+
+
+def test_command_is_not_executed_before_the_gate_is_open(own: Identity) -> None:
+    gate, opened = os.pipe()
+    try:
+        with spawn(("/bin/echo", "runs"), {}, own, gate=gate, stdout=subprocess.PIPE) as child:
+            # Its parent decides: this process is in whatever cgroup that puts it, when it opens its files.
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(0.5)
+            os.write(opened, b"\0")
+            assert child.communicate(timeout=30)[0] == b"runs\n"
+    finally:
+        os.close(gate)
+        os.close(opened)
+
+
+def test_command_is_not_executed_if_its_parent_exits_before(own: Identity) -> None:
+    gate, opened = os.pipe()
+    with spawn(("/bin/echo", "runs"), {}, own, gate=gate, stdout=subprocess.PIPE) as child:
+        os.close(gate)
+        os.close(opened)
+        assert child.communicate(timeout=30)[0] == b""
+    assert child.returncode == 1

@@ -195,6 +195,7 @@ class Destination:
         log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
         environment = dict(launch_context.environment)
         environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", launch_context.stderr, inherited=environment)
+        gate, opened = os.pipe2(os.O_CLOEXEC)
         try:
             selinux.share(log.fileno())
             listener.bind(str(directory / MONITOR))
@@ -204,6 +205,7 @@ class Destination:
                 launch_context,
                 environment,
                 stderr=log.fileno(),
+                gate=gate,
                 keep=[
                     *(listener.fileno(), keeper.theirs.fileno(), launch_context.stderr),
                     *launch_context.keep,
@@ -211,6 +213,7 @@ class Destination:
                 ],
             )
         except (OSError, subprocess.SubprocessError) as err:
+            os.close(opened)
             log.close()
             shutil.rmtree(directory, ignore_errors=True)
             reason = getattr(err, "strerror", None) or err
@@ -218,10 +221,16 @@ class Destination:
         finally:
             # Then the socket is closed when QEMU exits, and a client that waits to be accepted gets an error.
             listener.close()
+            os.close(gate)
         self = cls(QemuProcess.open(child.pid), directory, child, log)
         try:
-            if started is not None:
-                await started(self.process, directory)
+            try:
+                if started is not None:
+                    await started(self.process, directory)
+                with contextlib.suppress(OSError):  # it has exited
+                    os.write(opened, b"\0")
+            finally:
+                os.close(opened)
             if launch_context.identity is None:
                 _place(child.pid, launch_context)
             # QEMU serves its monitors when it has created the machine.
@@ -298,6 +307,7 @@ def _spawn(
     environment: dict[str, str],
     *,
     stderr: int,
+    gate: int,
     keep: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     identity = launch_context.identity
@@ -326,6 +336,7 @@ def _spawn(
         cgroups=cgroups,
         namespaces=launch_context.namespaces,
         keep=keep,
+        gate=gate if own else None,
         stdout=launch_context.stdout,
         stderr=stderr,
     )

@@ -49,6 +49,7 @@ def spawn(
     cgroups: Sequence[str] = (),
     namespaces: Sequence[int] = (),
     keep: Sequence[int] = (),
+    gate: int | None = None,
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int | IO[bytes] = subprocess.DEVNULL,
     stderr: int | IO[bytes] = subprocess.DEVNULL,
@@ -61,10 +62,13 @@ def spawn(
     :param cgroups: directories of the cgroups that it joins.
     :param namespaces: descriptors of those that it enters (setns(2)).
     :param keep: descriptors that it inherits.
+    :param gate: descriptor of a pipe: it does not execute QEMU before there is a byte to be read. QEMU opens its
+        files then, and which devices it may open is decided by the cgroup in which it is at that moment.
     :raises OSError, subprocess.SubprocessError: no process can be created.
     """
     specification = _specification(identity, directory, cgroups)
     specification |= {"command": list(command), "environment": dict(environment), "namespaces": list(namespaces)}
+    specification["gate"] = gate
     spec = os.memfd_create("sevhop-launch", 0)
     try:
         with os.fdopen(spec, "w", encoding="utf-8", errors="surrogatepass", closefd=False) as file:
@@ -77,7 +81,7 @@ def spawn(
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            pass_fds=[spec, *keep, *namespaces, *([directory] if directory is not None else [])],
+            pass_fds=[spec, *keep, *namespaces, *(fd for fd in (directory, gate) if fd is not None)],
             start_new_session=True,
         )
     finally:

@@ -200,6 +200,17 @@ def _no_new_privileges(wanted: bool) -> None:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def _wait_at(gate: int) -> None:
+    """
+    Wait until the parent has put this process where it is to be.
+
+    :raises SystemExit: the parent has exited.
+    """
+    if not os.read(gate, 1):
+        raise SystemExit(1)
+    os.close(gate)
+
+
 #: What is applied: its name in messages, its key in the specification (None there: unchanged), and the step.
 _STEPS: tuple[tuple[str, str, Callable[[dict[str, Any]], None]], ...] = (
     ("out-of-memory score", "oom_score_adj", lambda spec: _own_oom_score_adj(spec["oom_score_adj"])),
@@ -219,6 +230,7 @@ _STEPS: tuple[tuple[str, str, Callable[[dict[str, Any]], None]], ...] = (
     ("user and groups", "uids", lambda spec: _own_ids(spec["uids"], spec["gids"], spec["groups"])),
     ("capabilities", "ambient", lambda spec: _own_capabilities(spec["inheritable"], spec["ambient"], spec["uids"][1])),
     ("no_new_privs", "no_new_privs", lambda spec: _no_new_privileges(spec["no_new_privs"])),
+    ("cgroup", "gate", lambda spec: _wait_at(spec["gate"])),
 )
 
 

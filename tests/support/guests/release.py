@@ -12,7 +12,8 @@ from .running import GuestFailed
 
 _PATIENCE = 30.0
 _TIMEOUT = 300
-_ENVIRONMENT = (
+#: What commands in a release get, and nothing else.
+ENVIRONMENT = (
     *("env", "--ignore-environment", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"),
     *("LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"),
 )
@@ -98,4 +99,4 @@ def entered(pid: int, *command: str | Path) -> list[str]:
 
     :param pid: of a process in there.
     """
-    return ["nsenter", "--mount", "--net", "--target", str(pid), "--", *_ENVIRONMENT, *map(str, command)]
+    return ["nsenter", "--mount", "--net", "--target", str(pid), "--", *ENVIRONMENT, *map(str, command)]

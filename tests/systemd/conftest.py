@@ -1,0 +1,186 @@
+"""
+The package on a host with systemd: a Debian release that is booted, with libvirt as one of its units.
+
+Everything is told to systemd, or started by it: what a test runs is a unit of its own, whose end ends what it has left.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.guests import counter
+from tests.support.guests.booted import Booted
+from tests.support.guests.build import ROOT, Unavailable
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
+from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.machine import Accelerator
+from tests.support.guests.running import wait_until
+
+#: A host as its administrator has installed it. What is only recommended is not there, but for what guests are confined
+#: and counted by.
+HOST = (
+    *("systemd", "systemd-sysv", "systemd-container", "dbus", "polkitd", "iproute2", "procps"),
+    *("libvirt-daemon-system", "libvirt-clients", "qemu-system-x86", "qemu-utils", "seabios", "ipxe-qemu"),
+)
+#: Debian 13 has it in another package.
+_OF_SUITE = {"bookworm": ("libvirt-daemon-system-systemd",), "trixie": ()}
+_DOWNLOADED = ("python3-libvirt", "python3-tenacity")
+EMULATOR = Path("/usr/bin/qemu-system-x86_64")
+#: Seconds.
+PATIENCE = 60.0
+#: Drop-ins: no test waits for minutes. The last one is how long libvirt-guests waits for a guest that does not listen.
+_SOON = {
+    "sevhop-upgrade.timer": "[Timer]\nOnActiveSec=\nOnActiveSec=1s\nAccuracySec=1ms\n",
+    "sevhop-recover.timer": "[Timer]\nOnBootSec=\nOnBootSec=2h\nOnUnitInactiveSec=1s\nAccuracySec=1ms\n",
+}
+_GUESTS_AT_SHUTDOWN = "ON_BOOT=ignore\nON_SHUTDOWN=shutdown\nSHUTDOWN_TIMEOUT=2\n"
+
+
+class Host(Daemon):
+    """libvirt as a unit of a booted release."""
+
+    def __init__(self, release: Booted) -> None:
+        self.release = release
+
+    def start_command(self, *command: str | Path, terminal: int | None = None) -> subprocess.Popen[str]:
+        """Start a command as a unit."""
+        return subprocess.Popen(
+            self.release.as_unit(*command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def root(self) -> Path:
+        """The file system as it looks in there."""
+        return self.release.root
+
+    @property
+    def pid_of_libvirtd(self) -> int:
+        """As it is numbered in there; 0 while it is not running."""
+        return int(self.release.show("libvirtd.service", "MainPID"))
+
+    def sevhop(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run the installed sevhop, as a unit."""
+        return self.run("sevhop", *words)
+
+    def systemctl(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """As a root shell that belongs to no unit."""
+        return self.release.entered("systemctl", *words)
+
+    def must(self, *words: str) -> None:
+        """systemctl, which must succeed."""
+        done = self.systemctl(*words)
+        assert done.returncode == 0, done.stderr + self.log()
+
+    def log(self, *words: str) -> str:
+        """What is in systemd's journal of this boot."""
+        return self.release.entered("journalctl", "--no-pager", "--boot", *words).stdout
+
+    def inhibitors(self) -> str:
+        """As users see them."""
+        return self.release.entered("systemd-inhibit", "--list", "--no-pager", "--no-legend").stdout
+
+    def units(self, pattern: str) -> list[str]:
+        """Names of the loaded units that match."""
+        rows = self.systemctl("list-units", "--plain", "--no-legend", "--all", pattern).stdout.splitlines()
+        return [row.split()[0] for row in rows]
+
+    def leftover_units(self) -> list[str]:
+        """Scopes of transits and keepers."""
+        return self.units("sevhop-transit-*") + self.units("sevhop-keeper-*")
+
+    def replace_emulator(self) -> None:
+        """As a package does."""
+        done = self.release.entered("sh", "-e", "-c", f"cp {EMULATOR} {EMULATOR}.new; mv {EMULATOR}.new {EMULATOR}")
+        assert done.returncode == 0, done.stderr
+
+    def boot(self) -> None:
+        """Boot, and wait until libvirt answers."""
+        self.release.boot()
+        self.wait_until_it_answers()
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package."""
+    directory = tmp_path_factory.mktemp("package")
+    done = subprocess.run([ROOT / "tools/package", directory], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = directory.glob("sevhop_*.deb")
+    return path
+
+
+@pytest.fixture(scope="session", params=["bookworm", "trixie"])
+def release(request: pytest.FixtureRequest) -> Iterator[Booted]:
+    """A Debian 12, and a Debian 13; not booted yet."""
+    suite: str = request.param
+    try:
+        release = Booted.start(suite, (*HOST, *_OF_SUITE[suite]), _DOWNLOADED)
+    except Unavailable as err:
+        pytest.skip(f"no Debian {suite}: {err}")
+    try:
+        yield release
+    finally:
+        release.stop()
+
+
+@pytest.fixture(scope="session")
+def installed(release: Booted, package: Path) -> Host:
+    """Booted, and the package was installed then."""
+    for unit, text in _SOON.items():
+        directory = release.root / f"etc/systemd/system/{unit}.d"
+        directory.mkdir(parents=True)
+        (directory / "soon.conf").write_text(text)
+    (release.root / "etc/default/libvirt-guests").write_text(_GUESTS_AT_SHUTDOWN)
+    guests = release.root / str(GUESTS).lstrip("/")
+    guests.mkdir(parents=True)
+    guests.chmod(0o777)
+    shutil.copyfile(counter.firmware(), guests / "counter.bin")
+    shutil.copyfile(package, release.root / "root/package.deb")
+    host = Host(release)
+    try:
+        host.boot()
+    except Unavailable as err:
+        pytest.skip(str(err))
+    release.install("/root/package.deb")
+    host.install()
+    return host
+
+
+@pytest.fixture
+def host(installed: Host) -> Iterator[Host]:
+    """It is up, and nothing is left over."""
+    if not installed.release.up:
+        installed.boot()
+    yield installed
+    if installed.release.up:
+        installed.systemctl("stop", "sevhop-upgrade.path", "sevhop-upgrade.timer", "sevhop-upgrade.service")
+        installed.systemctl("reset-failed")
+
+
+@pytest.fixture
+def guest(host: Host, accelerator: Accelerator) -> Iterator[DomainGuest]:
+    """A domain that counts."""
+    description = Description("web1", EMULATOR, accelerator, firmware=GUESTS / "counter.bin")
+    guest = DomainGuest.start(host, description)
+    guest.wait_for_ticks()
+    try:
+        yield guest
+    finally:
+        if not host.release.up:
+            host.boot()
+        host.sevhop("recover", guest.name)
+        guest.end()
+        for suffix in ("qcow2", "log", "xml"):
+            guest.file(suffix).unlink(missing_ok=True)
+    assert host.left_over() == []
+    wait_until(lambda: host.leftover_units() == [], PATIENCE, "no unit of sevhop is left")
+    assert "sevhop" not in host.inhibitors()
