@@ -143,3 +143,20 @@ def test_keeper_has_a_scope_of_its_own_under_systemd(monkeypatch: pytest.MonkeyP
     assert first[4].startswith("--unit=sevhop-keeper-")
     assert first[4] != second[4]
     assert first[first.index("--") + 1 :] == [sys.executable, "-m", "sevhop.keeper.main"]
+
+
+def test_keeper_is_stopped_before_its_transit_when_the_host_shuts_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And after libvirt-guests, and after the service in which an upgrade may be in progress."""
+    (tmp_path / "systemd-run").touch(mode=0o755)
+    monkeypatch.setattr(keeper_client, "_SYSTEMD", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    groups = ["/sys/fs/cgroup/cpu/machine.slice/one.scope", "/sys/fs/cgroup/pids/machine.slice/one.scope"]
+    found = [word for word in keeper_client._command("a.keeper", groups) if word.startswith("--property=")]
+    assert found == [
+        "--property=Before=virt-guest-shutdown.target",
+        "--property=Before=sevhop-upgrade.service",
+        "--property=TimeoutStopSec=300",
+        "--property=After=one.scope",
+    ]

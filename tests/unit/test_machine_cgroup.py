@@ -122,8 +122,9 @@ def test_scope_is_asked_of_systemd(root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert one.enter(PID) == []
     words = (root / "called").read_text().splitlines()
     assert words[words.index("StartTransientUnit") + 2 :] == [
-        *(scope, "fail", "4", "PIDs", "au", "1", str(PID), "Slice", "s", "machine.slice"),
-        *("Delegate", "b", "true", "CollectMode", "s", "inactive-or-failed", "0"),
+        *(scope, "fail", "5", "PIDs", "au", "1", str(PID), "Slice", "s", "machine.slice"),
+        *("Delegate", "b", "true", "Before", "as", "2", "virt-guest-shutdown.target", "sevhop-upgrade.service"),
+        *("CollectMode", "s", "inactive-or-failed", "0"),
     ]
 
 

@@ -13,10 +13,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
 from ..libvirt import domain_xml
+from ..process import host_shutdown
 from ..records.run_directory import alive, hop_of, remove
 from .config import MESSAGE, KeeperConfig, KeeperError, KeeperTimeout
 from .paths import KeeperPaths
@@ -58,7 +60,7 @@ class KeeperClient:
         """
         # Not asyncio's subprocess: that one kills its child when the loop is closed, and this child must outlive us.
         process = subprocess.Popen(
-            _command() if config.transit is None else _command("sevhop.transit_keeper.main"),
+            _command() if config.transit is None else _command("sevhop.transit_keeper.main", config.transit.cgroups),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -206,12 +208,13 @@ async def _connect(directory: Path) -> socket.socket:
     return control
 
 
-def _command(module: str = "sevhop.keeper.main") -> list[str]:
+def _command(module: str = "sevhop.keeper.main", cgroups: Sequence[str] = ()) -> list[str]:
     """
     What starts a keeper. Where systemd runs it gets a scope of its own, so that it is not terminated with the login
     session or the service that the command belongs to.
 
     :param module: its program.
+    :param cgroups: of a transit, which is stopped after the keeper when the host shuts down.
     """
     keeper = [sys.executable, "-m", module]
     systemd_run = shutil.which("systemd-run")
@@ -219,8 +222,11 @@ def _command(module: str = "sevhop.keeper.main") -> list[str]:
         return keeper
     unit = f"--unit=sevhop-keeper-{secrets.token_hex(8)}"
     description = "--description=sevhop keeper: has the memory of a guest whose QEMU is being replaced"
-
-    return [systemd_run, "--scope", "--quiet", "--collect", unit, description, "--", *keeper]
+    properties = [f"Before={unit}" for unit in host_shutdown.BEFORE]
+    if scopes := sorted({Path(group).name for group in cgroups}):
+        properties += [f"TimeoutStopSec={host_shutdown.PATIENCE}", *(f"After={name}" for name in scopes)]
+    ordered = [f"--property={text}" for text in properties]
+    return [systemd_run, "--scope", "--quiet", "--collect", unit, description, *ordered, "--", *keeper]
 
 
 def _first_line(file: IO[bytes]) -> str:

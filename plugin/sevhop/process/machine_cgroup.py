@@ -22,6 +22,7 @@ from typing import Self
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
+from . import host_shutdown
 from .cgroup_memory import OF_DOMAINS
 from .scheduling import cgroup_directory
 
@@ -146,7 +147,8 @@ class MachineCgroup:
         unit = slice_of if slice_of.endswith(".slice") else "-.slice"
         call = ["busctl", "--quiet", "call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1"]
         call += ["org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", self._scope, "fail"]
-        call += ["4", "PIDs", "au", "1", str(pid), "Slice", "s", unit, "Delegate", "b", "true"]
+        call += ["5", "PIDs", "au", "1", str(pid), "Slice", "s", unit, "Delegate", "b", "true"]
+        call += ["Before", "as", str(len(host_shutdown.BEFORE)), *host_shutdown.BEFORE]
         call += ["CollectMode", "s", "inactive-or-failed", "0"]
         try:
             subprocess.run(call, check=True, capture_output=True, text=True, timeout=_SCOPE_TIMEOUT)

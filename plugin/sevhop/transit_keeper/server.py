@@ -30,6 +30,7 @@ from ..keeper.paths import KeeperPaths
 from ..keeper.state import HookAction
 from ..keeper.tasks import Tasks
 from ..keeper.transit_state import FINISHED, TransitState, at_hook, reason_against_request
+from ..process import host_shutdown
 from .ledger import Ledger, TransitRecord
 from .restores import Restores
 from .watch import End, TransitWatch
@@ -61,6 +62,7 @@ class TransitServer:
         self._ledger = Ledger(config.emulator)
         self._restores = Restores(config, paths, handles, self._ledger, self._watch, self._restored, self._end)
         self._tasks = Tasks()
+        self._host_stops = False
         self.clients = Clients(config.command, self._command_gone)
         self.end = asyncio.Event()
 
@@ -89,8 +91,23 @@ class TransitServer:
             self._paths.transit.write_text(f"{self._process.pid} {self._process.start_time}")
 
     def terminate(self) -> None:
-        """On SIGTERM."""
+        """On SIGTERM. Whoever ends a keeper ends no guest, unless that is systemd and the host shuts down."""
         self._command_gone()
+        if not self._host_stops:
+            self._host_stops = True  # the supervisor passes on its own SIGTERM: one is enough
+            self._tasks.start(self._stop_with_host())
+
+    async def _stop_with_host(self) -> None:
+        """libvirt-guests does not know of the guest: have it shut down, and do not start it again."""
+        if not await asyncio.to_thread(host_shutdown.in_progress):
+            self._host_stops = False
+            return
+        with contextlib.suppress(SevhopError):
+            monitor = await self._watch.connected()
+            if (await monitor.execute("query-status"))["running"]:
+                await monitor.execute("system_powerdown")
+                return
+        self.end.set()  # it cannot shut down: nobody is to wait for that
 
     def _command_gone(self) -> None:
         if self.record.state in FINISHED:
@@ -203,6 +220,6 @@ class TransitServer:
         await self._process.wait(self._config.step_timeout)
         self.record.reason = end.reason
         self._ledger.enter(TransitState.ENDED)
-        if end.restarts:
+        if end.restarts and not self._host_stops:
             self.record.note = await self._watch.start_domain(self._config)
         await self._finish(TransitState.ENDED)
