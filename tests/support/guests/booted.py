@@ -1,14 +1,15 @@
 """
 A Debian release that is booted: systemd is its first process, in namespaces of its own.
 
-The kernel is the machine's, as in a container. What is written stays from one boot to the next, in memory, and is
-thrown away at the end; /run is new with each boot, as it should be. Of the cgroups there is what no other hierarchy of
+The kernel is the machine's, as in a container, and so is the boot id. What is written stays from one boot to the next,
+in memory, and is thrown away at the end; /run is new with each boot. Of the cgroups there is what no other hierarchy of
 the machine has, perhaps no controller at all: processes are sorted, and killed, by them in any case.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
@@ -32,7 +33,11 @@ _INIT = """
 umount --recursive --lazy /dev /sys
 umount --recursive --lazy /proc
 mount -n -t proc -o nosuid,nodev,noexec proc /proc
-for path in /proc/sys /proc/sysrq-trigger; do mount --bind $path $path; mount -o remount,bind,ro $path; done
+for path in /proc/sys /proc/sysrq-trigger; do
+    [ -e $path ] || continue
+    mount --bind $path $path
+    mount -o remount,bind,ro $path
+done
 mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
 mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
 mount -o remount,bind,ro /sys
@@ -53,8 +58,6 @@ mknod -m 666 /dev/net/tun c 10 200
 mknod -m 660 /dev/kvm c 10 232
 chgrp kvm /dev/kvm
 mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /run
-cat /proc/sys/kernel/random/uuid >/run/boot-id
-mount --bind /run/boot-id /proc/sys/kernel/random/boot_id
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs /tmp
 hostname sevhop-test
 exec env --ignore-environment container=sevhop-test setpriv --bounding-set $1 --inh-caps $1 /lib/systemd/systemd
@@ -107,8 +110,8 @@ class Booted(Release):
 
         def found() -> bool:
             if self._unshare is None or self._unshare.poll() is not None:
-                raise Unavailable("systemd cannot be booted in a container here")
-            with contextlib.suppress(OSError, ValueError):
+                raise Unavailable(f"systemd cannot be booted in a container here: {self._reason()}")
+            with contextlib.suppress(OSError, IndexError):
                 self.init = int(children.read_text().split()[0])
                 return Path(f"/proc/{self.init}/comm").read_text().strip() == "systemd"
             return False
@@ -122,6 +125,10 @@ class Booted(Release):
         state = self.entered("systemctl", "is-system-running").stdout.strip()
         return state in ("running", "degraded")
 
+    def _reason(self) -> str:
+        assert self._unshare is not None and self._unshare.stderr is not None
+        return self._unshare.stderr.read().decode(errors="replace").strip()
+
     @property
     def up(self) -> bool:
         """Whether its first process exists."""
@@ -133,8 +140,9 @@ class Booted(Release):
         self.wait_down()
 
     def crash(self) -> None:
-        """End all processes at once."""
-        os.kill(self.init, signal.SIGKILL)
+        """End all processes at once; the first one ends with its parent (``--kill-child``)."""
+        assert self._unshare is not None
+        self._unshare.kill()
         self.wait_down()
 
     def wait_down(self) -> None:
@@ -223,7 +231,15 @@ def _processes(group: Path) -> list[int]:
 
 
 def _remove(group: Path) -> None:
-    wait_until(lambda: not _processes(group), _DOWN, "its processes have exited")
-    for path in sorted((path for path in group.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts)):
-        path.rmdir()
-    group.rmdir()
+    """The kernel lets go of it a moment after the last process has exited."""
+    inner = sorted((path for path in group.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
+    for path in [*inner, group]:
+        wait_until(functools.partial(_removed, path), _DOWN, f"{path} is empty")
+
+
+def _removed(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except OSError:
+        return False
+    return True
