@@ -24,7 +24,6 @@ _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
 #: ET_DYN: a position-independent program; its symbols are offsets from where it is mapped.
 _SHARED = 3
-_DYNSYM = 11
 #: Of a note: lengths of name and content, type. The build ID is one of GNU's.
 _NOTE = struct.Struct("<III")
 _NOTES, _BUILD_ID = 7, 3
@@ -33,8 +32,12 @@ _GNU = b"GNU\0"
 _RETURNS_VARIABLE = re.compile(rb"(?:\xf3\x0f\x1e\xfa)?\x8b\x05(?P<distance>.{4})\xc3", re.DOTALL)
 _CODE = 16
 _FUNCTION = 2
-#: Bytes of the longest name that is looked up.
-_NAME = 64
+# The table by which the dynamic loader finds a symbol (ld(1), ``--hash-style=gnu``): numbers of buckets, of the first
+# symbol in it, and of words of a filter, which is not used here; then these, the buckets, and a hash for each symbol.
+_GNU_HASH = 0x6FFFFFF6
+_HASH_HEADER = struct.Struct("<IIII")
+_HASH = struct.Struct("<I")
+_WORD, _HASH_OF_NOTHING = 8, 5381
 _INT = struct.Struct("<i")
 
 
@@ -156,17 +159,38 @@ def _symbols(text: mmap.mmap, names: set[bytes]) -> dict[bytes, tuple[int, bool]
         return {}
     kind = _HEADER.unpack_from(text)[0]
     sections = _sections(text)
-    table = next(section for section in [*sections, None] if section is None or section[1] == _DYNSYM)
-    if table is None or kind != _SHARED:
+    index = next((section for section in sections if section[1] == _GNU_HASH), None)
+    if index is None or kind != _SHARED:
         return {}
-    _, _, _, _, offset, length, strings, _, _, _ = table
-    base = sections[strings][4]
+    table = sections[index[6]]
+    strings = sections[table[6]]
     found: dict[bytes, tuple[int, bool]] = {}
-    for name, info, _, _, value, _ in _SYMBOL.iter_unpack(text[offset : offset + length]):
-        at = base + name
-        end = text.find(b"\0", at, at + _NAME)
-        if end > 0 and value and text[at:end] in names:
-            found[text[at:end]] = value, info & 0xF == _FUNCTION
-            if len(found) == len(names):
+    for wanted in names:
+        for number in _candidates(text, index[4], wanted):
+            name, info, _, _, value, _ = _SYMBOL.unpack_from(text, table[4] + number * _SYMBOL.size)
+            at = strings[4] + name
+            if value and text[at : at + len(wanted) + 1] == wanted + b"\0":
+                found[wanted] = value, info & 0xF == _FUNCTION
                 break
     return found
+
+
+def _candidates(text: mmap.mmap, at: int, name: bytes) -> Iterator[int]:
+    """
+    The numbers of the symbols whose name may be this one: as the dynamic loader finds them, since to read all of the
+    tens of thousands that a QEMU has takes Python 20 ms.
+    """
+    buckets, first, words, _ = _HASH_HEADER.unpack_from(text, at)
+    heads = at + _HASH_HEADER.size + words * _WORD
+    wanted = _HASH_OF_NOTHING
+    for byte in name:
+        wanted = (wanted * 33 + byte) & 0xFFFFFFFF
+    (number,) = _HASH.unpack_from(text, heads + wanted % buckets * _HASH.size)
+    chain = heads + buckets * _HASH.size
+    while number >= first:
+        (hashed,) = _HASH.unpack_from(text, chain + (number - first) * _HASH.size)
+        if hashed | 1 == wanted | 1:
+            yield number
+        if hashed & 1:  # the last one of this bucket
+            return
+        number += 1
