@@ -286,8 +286,9 @@ class Confined:
     def descriptors(self) -> list[Any]:
         return [SimpleNamespace(number=self.number, target=str(self.path))] if self.path else []
 
-    def fact(self, name: str) -> str:
-        return f"pos:\t0\nflags:\t{self.flags | os.O_CLOEXEC:o}\n"
+    def descriptor_info(self, number: int) -> dict[str, str]:
+        assert number == self.number
+        return {"pos": "0", "flags": f"{self.flags | os.O_CLOEXEC:o}"}
 
 
 @pytest.mark.parametrize(

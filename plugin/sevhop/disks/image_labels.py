@@ -58,10 +58,7 @@ def unusable(process: QemuProcess) -> str:
 
 
 def _mode(process: QemuProcess, number: int) -> int:
-    """How it was opened (proc(5), ``fdinfo``)."""
-    with contextlib.suppress(ProcessError, ValueError):
-        for line in process.fact(f"fdinfo/{number}").splitlines():
-            name, _, value = line.partition(":")
-            if name == "flags":
-                return int(value, 8) & os.O_ACCMODE
+    """How it was opened."""
+    with contextlib.suppress(ProcessError, ValueError, KeyError):
+        return int(process.descriptor_info(number)["flags"], 8) & os.O_ACCMODE
     return os.O_RDWR
