@@ -16,6 +16,8 @@ from tests.support.guests.daemon import Daemon, Description, DomainGuest, proces
 
 from ..contract.sev import contexts
 
+pytestmark = pytest.mark.long
+
 _DENIED = re.compile(r"avc: +denied .*permissive=0.*")
 _NUMBERS = re.compile(r"(pid|ino|ioctlcmd|name|path|dev)=\S+ ?")
 PATIENCE = ("--timeout", "300")
