@@ -203,7 +203,7 @@ def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
     guest.wait_for_ticks()
 
 
-@pytest.mark.parametrize("rich", [False, True])
+@pytest.mark.parametrize("rich", [pytest.param(False, marks=pytest.mark.faults), True])
 def test_upgraded_guest_is_stopped_without_libvirt(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, rich: bool
 ) -> None:
