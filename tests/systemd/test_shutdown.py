@@ -44,7 +44,7 @@ def test_recover_at_boot_settles_what_a_crash_has_left(host: Host, guest: Domain
     assert host.sevhop("recover").stdout == "no interrupted hop was found\n"
     assert guest.state == "shut off"
     host.virsh("start", guest.name)
-    guest.wait_for_ticks()
+    wait_until(lambda: guest.seen().restarts == 1 and guest.seen().last > 10, PATIENCE, "the guest counts from 0 again")
 
 
 def test_recover_is_ordered_before_libvirt_guests(host: Host) -> None:

@@ -209,8 +209,10 @@ class Daemon:
 
     def left_over(self) -> list[str]:
         """What hops have left behind in there."""
-        run, state = self.root / "run/sevhop", self.root / "var/lib/sevhop"
-        names = {str(path.relative_to(root)) for root in (run, state) if root.exists() for path in root.rglob("*")}
+        names = set()
+        for root in (self.root / "run/sevhop", self.root / "var/lib/sevhop"):
+            for directory, directories, files in os.walk(root):  # what vanishes meanwhile is omitted
+                names |= {os.path.relpath(os.path.join(directory, name), root) for name in (*directories, *files)}
         return sorted(names - {"domains", "reboot", "journal", "hook-verified"})
 
     def _in_its_network(self) -> list[int]:
