@@ -21,7 +21,7 @@ from tests.support.guests.build import ROOT, Unavailable
 from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.enclosure import GUESTS
 from tests.support.guests.machine import Accelerator
-from tests.support.guests.running import wait_until
+from tests.support.guests.running import GuestFailed, wait_until
 
 #: A host as its administrator has installed it. What is only recommended is not there, but for what guests are confined
 #: and counted by.
@@ -100,6 +100,13 @@ class Host(Daemon):
     def left_over(self) -> list[str]:
         """What hops have left behind, but for the program of a guest that was restored in its old emulator."""
         return [name for name in super().left_over() if not name.startswith("emulators")]
+
+    def wait_until_recovered(self) -> None:
+        """:raises GuestFailed: the units have not finished what was interrupted, also not in a second attempt."""
+        try:
+            wait_until(lambda: self.left_over() == [], 4 * PATIENCE, "the hop has been finished")
+        except GuestFailed as err:
+            raise GuestFailed(f"{err}: {self.log('--unit=sevhop-recover.service', '--lines=100')}") from err
 
     def units(self, pattern: str) -> list[str]:
         """Names of the loaded units that match."""

@@ -16,9 +16,6 @@ from .prepared import complete, prepare
 
 pytestmark = pytest.mark.long
 
-#: Seconds until an upgrade has been recovered, with two attempts: the second one comes a minute later.
-RECOVERED = 4 * PATIENCE
-
 
 def scopes(host: Host) -> dict[str, list[str]]:
     """Names of the processes of each scope of ours."""
@@ -92,7 +89,7 @@ def test_guest_runs_when_the_upgrade_service_ends_in_the_restore(
         )
         guest.wait_for_ticks()
     # The timer does that, without anybody. Its first attempt may have met the hook: the second one comes later.
-    wait_until(lambda: host.left_over() == [], RECOVERED, "the hop has been finished")
+    host.wait_until_recovered()
     wait_until(lambda: guest.state == "running", PATIENCE, "libvirt has the domain")
     assert guest.pid != before
     guest.wait_for_ticks()
@@ -105,7 +102,7 @@ def test_timer_recovers_a_killed_upgrade(host: Host, guest: DomainGuest) -> None
         checkpoint.wait()
         host.must("kill", "--signal=KILL", "sevhop-upgrade.service")
         guest.wait_for_ticks()
-    wait_until(lambda: host.left_over() == [], RECOVERED, "the hop has been finished")
+    host.wait_until_recovered()
     assert guest.state == "running"
     guest.wait_for_ticks()
     assert "web1" in host.log("--unit=sevhop-recover.service")
