@@ -37,6 +37,17 @@ LINES = {
         "web", "7.2.22", "unchanged", "7.2.22", operation="hop interrupted"
     ),
     "web: hop in progress: waiting": DomainStatus("web", operation="hop in progress: waiting"),
+    "web: runs in the transit; the last attempt failed: x (run: it) (run: sevhop recover web)": DomainStatus(
+        "web", operation="runs in the transit; the last attempt failed: x (run: it)", hint="run: sevhop recover web"
+    ),
+    "web: runs in the transit; the last attempt failed: x (then run: sevhop recover web)": DomainStatus(
+        "web",
+        operation="runs in the transit; the last attempt failed: x (then run: sevhop recover web)",
+        hint="run: sevhop recover web",
+    ),
+    "web: QEMU 7.2.22, up to date, cannot hop: libvirt: no hook (run: sevhop install)": DomainStatus(
+        "web", "7.2.22", "unchanged", "7.2.22", blocker="libvirt: no hook", hint="run: sevhop install"
+    ),
     "web: domain web is not running": DomainStatus("web", blocker="domain web is not running"),
     "web: no QEMU": DomainStatus("web"),
 }

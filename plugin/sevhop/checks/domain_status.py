@@ -36,7 +36,8 @@ class DomainStatus:
     :ivar operation: its hop in progress, or interrupted; empty when there is none.
     :ivar blocker: why it cannot hop; empty when it can.
     :ivar restart_required: why it cannot hop until it was shut down and started again; empty if that is not why.
-    :ivar hint: what to do so that it can hop; empty when it can, or nothing is known.
+    :ivar hint: what to do: so that its hop is finished, if that is not attended; otherwise so that it can hop. Empty
+        when nothing is to be done, or is known.
     :ivar place: where its guest is.
     :ivar attended: whether a command is at work on its hop, or there is none; otherwise ``sevhop recover`` must act, or
         for a prepared upgrade somebody must restore the domain.
@@ -69,7 +70,7 @@ class DomainStatus:
     def __str__(self) -> str:
         if not self.running_version:
             if self.operation and not self.blocker:
-                return f"{self.name}: {self.operation}"
+                return f"{self.name}: {self.operation}{self._advice}"
             line = f"{self.name}: {self.blocker or 'no QEMU'}"
         else:
             replaced = "" if self.binary_state == OnDisk.UNCHANGED.value else f" ({self.binary_state} on disk)"
@@ -77,7 +78,11 @@ class DomainStatus:
             disk = "up to date" if current else f"{self.installed_version or 'none'} is installed"
             able = f"cannot hop: {self.blocker}" if self.blocker else "can hop"
             if self.restart_required:
-                hint = f" ({self.hint})" if self.hint else ""
-                able = f"cannot hop until it is shut down and started again: {self.restart_required}{hint}"
+                able = f"cannot hop until it is shut down and started again: {self.restart_required}"
             line = f"{self.name}: QEMU {self.running_version}{replaced}, {disk}, {able}"
-        return line + (f"; {self.operation}" if self.operation else "")
+        return line + (f"; {self.operation}" if self.operation else "") + self._advice
+
+    @property
+    def _advice(self) -> str:
+        """Not twice: what a command has reported of its failure may have it."""
+        return f" ({self.hint})" if self.hint and self.hint not in self.operation else ""

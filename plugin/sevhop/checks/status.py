@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 
 from ..guest import kept_emulator
 from ..guest.emulator import probe
 from ..keeper.client import KeeperClient
+from ..keeper.paths import KeeperPaths
+from ..keeper.transit_state import RESTORE_ENDED, TransitState
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..records import back_off, journal
+from ..records.hop_record import PREPARED, HopRecord
 from ..records.journal import JournalError
-from ..records.run_directory import alive, hop_of, hops_in_progress
+from ..records.run_directory import alive, hop_of, hop_with, hops_in_progress
 from .domain import examine
 from .domain_status import DomainStatus, Place
 
@@ -92,51 +97,65 @@ async def _status(connection: Connection, domain: Domain, emulator: str | None) 
 
 def _with_place(row: DomainStatus) -> DomainStatus:
     """With what the journal, and the processes that it names, say of the guest."""
-    for path in journal.journals():
-        try:
-            record = journal.read(path)
-        except JournalError:
-            continue
-        if record.kind != "domain" or record.guest != row.name or not record.this_boot:
-            continue
-        attended = journal.in_progress(path)
-        if record.failures and not attended:
-            again = f"the last recovery failed: {record.failure}; {back_off.next_attempt(record)}"
-            row = replace(row, operation="; ".join(filter(None, [row.operation, again])))
-        if record.committed and record.transit is not None and record.transit.exists:
-            return replace(row, place=Place.TRANSIT, attended=attended, elsewhere_s=record.transit.age)
-        suspended = record.transit is None and not record.source.exists and _has_keeper(row.name)
-        return replace(row, place=Place.KEEPER if suspended else Place.DOMAIN, attended=attended)
-    return row
+    found = _journal_of(row.name)
+    if found is None:
+        return row
+    path, record = found
+    attended = journal.in_progress(path)
+    in_transit = record.committed and record.transit is not None and record.transit.exists
+    suspended = not in_transit and record.transit is None and not record.source.exists and _has_keeper(row.name)
+    if in_transit and record.transit is not None:
+        row = replace(row, place=Place.TRANSIT, elsewhere_s=record.transit.age)
+    elif suspended:
+        row = replace(row, place=Place.KEEPER)
+    return row if attended else _unattended(row, record)
 
 
-def _left_in_transit(name: str) -> str:
-    """A guest whose transit has no keeper any more; empty if there is none."""
+def _unattended(row: DomainStatus, record: HopRecord) -> DomainStatus:
+    """No command is at work on the hop: what has failed, and what is to be done."""
+    operation = [row.operation or f'hop not finished (phase "{record.phase or "acquire"}")']
+    if record.failure:
+        operation.append(f"the last attempt failed: {record.failure}")
+    if record.failures and record.phase != PREPARED:  # one that waits on purpose is not tried unasked
+        operation.append(back_off.next_attempt(record))
+    hint = f"run: sevhop recover {shlex.quote(row.name)}"
+    image = KeeperPaths(hop_with(record.uuid)).image
+    if row.place is not Place.DOMAIN and image.exists():
+        hint += f", or virsh restore {image}"
+    return replace(row, operation="; ".join(operation), hint=hint, attended=False)
+
+
+def _journal_of(name: str) -> tuple[Path, HopRecord] | None:
+    """Of the hop of a domain in this boot of the host, if there is one."""
     for path in journal.journals():
         with contextlib.suppress(JournalError):
             record = journal.read(path)
-            if record.guest == name and record.transit is not None and record.transit.exists:
-                where = f"the guest runs in the transit (process {record.transit.pid})"
-                return f"{where}, without a keeper; run: sevhop recover"
-    return ""
+            if record.kind == "domain" and record.guest == name and record.this_boot:
+                return path, record
+    return None
 
 
 async def _operation(name: str) -> str:
     directory = hop_of(name)
     if directory is None:
         return ""
+    _, record = _journal_of(name) or (None, None)
     try:
         keeper = await KeeperClient.connect(directory)
     except SevhopError:
-        return _left_in_transit(name) or "hop interrupted: its keeper is gone"
+        if record is not None and record.transit is not None and record.transit.exists:
+            return f"the guest runs in the transit (process {record.transit.pid}), without a keeper"
+        return "hop interrupted: its keeper is gone"
     try:
         status = await keeper.status()
-        if status.get("transit"):
-            running = f"the guest runs in the transit (QEMU {status['transit_version']}, process {status['transit']})"
-            failed = f"; the last restore failed: {status['reason']}" if status["reason"] else ""
-            return (
-                f"{running}: {status['state']}{failed}; to finish: sevhop recover, or virsh restore {status['image']}"
-            )
-        return f"hop in progress: {status['state']}, image {status['image']}"
+        if not status.get("transit"):
+            return f"hop in progress: {status['state']}, image {status['image']}"
+        running = f"the guest runs in the transit (QEMU {status['transit_version']}, process {status['transit']})"
+        if status["state"] != TransitState.TRANSIT.value:
+            running += f": {status['state']}"
+        # Of a restore that a command has ended, the command has recorded why.
+        reason, failure = status["reason"], "" if record is None else record.failure
+        known = failure and (reason == RESTORE_ENDED or reason in failure)
+        return f"{running}; the last restore failed: {reason}" if reason and not known else running
     finally:
         keeper.close()

@@ -44,7 +44,7 @@ from ..libvirt.domain import Domain
 from ..options import RecoverOptions
 from ..process import apparmor_profile
 from ..records import run_directory
-from ..records.hop_record import HopRecord
+from ..records.hop_record import PREPARED, HopRecord
 from ..records.journal import Journal
 from . import first_hop_recovery, guest_clock, protected_state, transit_recovery, way_back
 from .recovery_result import RecoveredGuest, RecoveryOutcome, stopped_until_now
@@ -166,11 +166,12 @@ class InterruptedUpgrade:
         state = await self._settled(named)
         if self._source is not None and state in (State.HELD, None):
             return await self.rollback(self._record, self._source)
-        if state is State.WAITING and self._record.phase == "prepared" and not named:
+        if state is State.WAITING and self._record.phase == PREPARED and not named:
             return RecoveredGuest(
                 self._record.guest,
                 RecoveryOutcome.IN_PROGRESS,
-                f"suspended in the keeper; resume it with: virsh restore {self._required_keeper().image}",
+                f"suspended in the keeper; resume it with: virsh restore {self._required_keeper().image}, or"
+                f" sevhop recover {shlex.quote(self._record.guest)}",
             )
         if state is State.WAITING:
             return await self._restore()

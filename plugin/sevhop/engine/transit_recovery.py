@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ from ..libvirt import domain_xml
 from ..libvirt.connection import Connection
 from ..options import RecoverOptions
 from ..records import run_directory
-from ..records.hop_record import HopRecord
+from ..records.hop_record import PREPARED, HopRecord
 from ..records.journal import Journal
 from . import fixed_taps, protected_state, transit_move
 from .recovery_result import RecoveredGuest, RecoveryOutcome, stopped_until_now
@@ -135,8 +136,9 @@ class TransitRecovery:
             self.keeper = await self._keep_again()
         state = await self._settled()
         if state is TransitState.TRANSIT:
-            if self._record.phase == "prepared" and not named:
-                detail = f"runs in the transit; to finish: virsh restore {self.keeper.image}"
+            if self._record.phase == PREPARED and not named:
+                by_name = f"sevhop recover {shlex.quote(self._record.guest)}"
+                detail = f"runs in the transit; to finish: virsh restore {self.keeper.image}, or {by_name}"
                 return RecoveredGuest(self._record.guest, RecoveryOutcome.IN_PROGRESS, detail)
             try:
                 if not self.keeper.image.exists():

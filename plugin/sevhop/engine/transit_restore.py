@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
             return Restored(emulator, "; ".join(failures), status, [*filter(None, [status["note"]]), *notes])
     raise RecoveryRequired(
         f"libvirt cannot restore the domain: {'; '.join(failures)}",
-        f"when that is corrected, run: sevhop recover, or virsh restore {keeper.image}",
+        f"when that is corrected, run: sevhop recover {shlex.quote(transit.name)}, or virsh restore {keeper.image}",
         GuestState.IN_TRANSIT,
     )
 

@@ -32,6 +32,7 @@ from ..errors import GuestLost, GuestState, RecoveryRequired, RolledBack
 from ..events import Listener, ignore
 from ..keeper.client import KeeperClient
 from ..options import UpgradeOptions
+from ..records.hop_record import PREPARED
 from . import guest_clock, upgrade_transit, way_back
 from .transaction import Transaction
 from .transit_hop import TransitHop
@@ -119,7 +120,7 @@ class Upgrade(Transaction):
 
     def _leave_prepared(self, keeper: KeeperClient) -> None:
         self.report.image = keeper.image
-        self.record(phase="prepared")
+        self.record(phase=PREPARED)
         self.unfinished = True
 
     async def _by_image(self, checked: CheckedDomain, back: WayBack) -> None:

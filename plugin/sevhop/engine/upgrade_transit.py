@@ -220,7 +220,11 @@ async def restore(hop: Transaction, checked: CheckedDomain, kept: KeptDomain) ->
     :raises GuestLost: it has been switched off in the transit.
     :raises RecoveryRequired: it still runs in the transit.
     """
-    restored = await restore_from_transit(checked.connection, kept.transit, kept.keeper)
+    try:
+        restored = await restore_from_transit(checked.connection, kept.transit, kept.keeper)
+    except RecoveryRequired as err:
+        hop.record(failure=str(err).replace("\0", ""))  # for sevhop status
+        raise
     status = restored.status
     hop.report.destination_pid, hop.report.destination_version = status["destination"], status["version"]
     if status["move"] is not None:

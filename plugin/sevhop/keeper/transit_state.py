@@ -48,6 +48,9 @@ class TransitState(enum.Enum):
 #: Nothing is kept for the domain any more.
 FINISHED = frozenset({TransitState.OVER, TransitState.ENDED})
 
+#: The reason if somebody has ended a restore, who knows more about it.
+RESTORE_ENDED = "the restore was ended"
+
 _RECOVER = "run: sevhop recover"
 #: Steps at which a domain is started that is not being restored.
 _COLD_STARTS = frozenset({("prepare", "cold-start"), ("migrate", "begin")})

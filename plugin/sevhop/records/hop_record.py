@@ -15,6 +15,8 @@ from sevhop_qmp.process import QemuProcess
 
 #: Of the format. A journal of another version is refused.
 VERSION = 1
+#: The phase of an upgrade that has stopped on purpose, until somebody completes it.
+PREPARED = "prepared"
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 #: Above the limit of any kernel.
@@ -115,7 +117,7 @@ class HopRecord:
         :mod:`sevhop.disks.unchanged_images`.
     :ivar images_at: when they were recorded, by :func:`time.monotonic`.
     :ivar failures: recoveries that have failed, one after the other.
-    :ivar failure: why the last one has.
+    :ivar failure: why the last one has, or the upgrade that left the guest in the transit.
     :ivar next_attempt: when the timer tries again, by :func:`uptime`.
     """
 

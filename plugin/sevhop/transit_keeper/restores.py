@@ -32,7 +32,7 @@ from ..keeper.handover import SourceHandles
 from ..keeper.paths import KeeperPaths
 from ..keeper.restore import clear_monitor
 from ..keeper.tasks import Tasks
-from ..keeper.transit_state import TransitState, reason_against_request
+from ..keeper.transit_state import RESTORE_ENDED, TransitState, reason_against_request
 from ..options import HopOptions
 from .attempt import TransitAttempt
 from .ledger import Ledger
@@ -162,7 +162,7 @@ class Restores:
             finally:
                 await probed.monitor.close()
         except asyncio.CancelledError:
-            await self._undo(attempt, "the restore was ended")
+            await self._undo(attempt, RESTORE_ENDED)
         except HopError as err:
             if err.guest_state in _ARRIVED and not await self._is_still_here(attempt):
                 self._ledger.record.note = str(err)

@@ -1,0 +1,176 @@
+"""What ``sevhop status`` reports of domains whose hop waits for somebody."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sevhop.checks import status
+from sevhop.checks.domain_status import DomainStatus, Place
+from sevhop.keeper.client import KeeperClient
+from sevhop.keeper.paths import KeeperPaths
+from sevhop.keeper.transit_state import RESTORE_ENDED
+from sevhop.libvirt.connection import Connection
+from sevhop.records import journal, run_directory
+from sevhop.records.hop_record import HopRecord, Process
+from sevhop.records.journal import Journal
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess
+
+UUID = "0c9d2f5e-0000-4000-8000-000000000001"
+
+
+@dataclass
+class FakeDomain:
+    """One that libvirt knows, and that cannot be examined."""
+
+    name: str = "web"
+
+
+@dataclass
+class FakeLibvirt:
+    active: list[FakeDomain] = field(default_factory=list)
+
+    async def domains(self) -> list[FakeDomain]:
+        return self.active
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FakeKeeper:
+    """One whose last restore has failed."""
+
+    reason = RESTORE_ENDED
+    state = "transit"
+
+    async def status(self) -> dict[str, Any]:
+        return {"transit": 4711, "transit_version": "10.0.13", "state": self.state, "reason": self.reason}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLibvirt:
+    """The daemon; no hop is there yet."""
+    monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
+    monkeypatch.setattr(run_directory, "RUN", tmp_path / "run")
+    monkeypatch.setattr(run_directory, "DOMAINS", tmp_path / "run" / "domains")
+    libvirt = FakeLibvirt()
+
+    async def connect(uri: str) -> FakeLibvirt:
+        return libvirt
+
+    def examine(*_: object) -> None:
+        raise SevhopError("not examined here")
+
+    monkeypatch.setattr(Connection, "open", connect)
+    monkeypatch.setattr(status, "examine", examine)
+    return libvirt
+
+
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch) -> FakeKeeper:
+    """Of the guest in the transit."""
+    keeper = FakeKeeper()
+
+    async def connect(directory: Path) -> FakeKeeper:
+        return keeper
+
+    monkeypatch.setattr(KeeperClient, "connect", connect)
+    return keeper
+
+
+def left_behind(**fields: Any) -> None:
+    """A hop whose command is not at work any more."""
+    record = HopRecord(
+        kind="domain", guest="web", uuid=UUID, context="none", running=True, source=Process(1 << 22, 1), new="/q"
+    )
+    mine = Journal.begin(record)
+    mine.write(fields)
+    mine.leave()
+
+
+def in_transit(**fields: Any) -> Path:
+    """The same, with its guest in a transit; the path of its save image."""
+    process = QemuProcess.open(os.getpid())
+    left_behind(committed=True, transit=Process.of(process), **fields)
+    process.close()
+    image = KeeperPaths(run_directory.claim("web", UUID)).image
+    image.touch()
+    return image
+
+
+def row() -> DomainStatus:
+    (one,) = asyncio.run(status.survey("qemu:///system", []))
+    return one
+
+
+def test_guest_in_the_transit_has_both_ways_to_finish_as_hint(libvirt: FakeLibvirt, keeper: FakeKeeper) -> None:
+    """By name: a prepared upgrade is left alone by ``sevhop recover`` otherwise."""
+    image = in_transit(phase="prepared")
+    found = row()
+    assert found.hint == f"run: sevhop recover web, or virsh restore {image}"
+    assert (found.place, found.attended) == (Place.TRANSIT, False)
+    assert str(found) == (
+        f"web: the guest runs in the transit (QEMU 10.0.13, process 4711); the last restore failed: {RESTORE_ENDED}"
+        f" ({found.hint})"
+    )
+
+
+def test_failure_of_the_upgrade_is_reported_instead_of_the_keepers(libvirt: FakeLibvirt, keeper: FakeKeeper) -> None:
+    """It has ended the restore: the keeper does not know why."""
+    in_transit(phase="restore", failure="the hook x has refused it")
+    assert row().operation.endswith("process 4711); the last attempt failed: the hook x has refused it")
+
+
+def test_failure_of_a_later_restore_is_reported_with_that_of_the_upgrade(
+    libvirt: FakeLibvirt, keeper: FakeKeeper
+) -> None:
+    in_transit(phase="restore", failure="first")
+    keeper.reason = "second"
+    assert "; the last restore failed: second; the last attempt failed: first" in row().operation
+
+
+@pytest.mark.parametrize(("phase", "tried"), [("restore", True), ("prepared", False)])
+def test_next_attempt_is_reported_if_there_will_be_one(
+    libvirt: FakeLibvirt, keeper: FakeKeeper, phase: str, tried: bool
+) -> None:
+    in_transit(phase=phase, failure="first", failures=1)
+    assert ("tried again after" in row().operation) == tried
+
+
+def test_state_of_the_keeper_is_reported_if_it_is_restoring(libvirt: FakeLibvirt, keeper: FakeKeeper) -> None:
+    in_transit(phase="restore")
+    keeper.state = "restoring"
+    assert "process 4711): restoring" in row().operation
+
+
+def test_guest_in_the_transit_without_a_keeper_has_the_hint(libvirt: FakeLibvirt) -> None:
+    in_transit(phase="restore")
+    found = row()
+    assert found.operation == f"the guest runs in the transit (process {os.getpid()}), without a keeper"
+    assert found.hint.startswith("run: sevhop recover web")
+
+
+def test_journal_that_is_left_is_reported_with_what_to_do(libvirt: FakeLibvirt) -> None:
+    """After virsh restore the guest is libvirt's, and the next upgrade is refused until the journal is removed."""
+    left_behind(phase="prepared")
+    libvirt.active = [FakeDomain()]
+    found = row()
+    assert (found.operation, found.hint) == ('hop not finished (phase "prepared")', "run: sevhop recover web")
+    assert (found.place, found.attended) == (Place.DOMAIN, False)
+
+
+def test_hop_of_a_command_that_is_at_work_has_no_hint(libvirt: FakeLibvirt) -> None:
+    record = HopRecord(kind="domain", guest="web", uuid=UUID, context="none", running=True, source=Process(1, 1))
+    mine = Journal.begin(record)
+    libvirt.active = [FakeDomain()]
+    found = row()
+    assert (found.operation, found.hint, found.attended) == ("", "", True)
+    mine.end()
