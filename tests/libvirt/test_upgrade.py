@@ -118,7 +118,7 @@ def test_prepared_upgrade_without_a_transit_is_completed_by_virsh(
     assert refused.returncode == 1
     assert "virsh restore" in refused.stderr
     assert "waiting" in daemon.sevhop("status").stdout
-    assert 'was interrupted in phase "prepared"' in daemon.upgrade(guest.name)["reason"]
+    assert "was prepared, and is not finished (run: sevhop recover" in daemon.upgrade(guest.name)["reason"]
     assert daemon.sevhop("uninstall").returncode == 1
     done = daemon.sevhop("recover")
     assert (done.returncode, guest.state) == (0, "shut off")

@@ -92,6 +92,14 @@ def test_journal_begin_refuses_after_an_interrupted_hop() -> None:
     assert journal.read(mine.path).phase == "commit"
 
 
+def test_journal_begin_refuses_after_a_prepared_upgrade_which_was_not_interrupted() -> None:
+    mine = Journal.begin(record())
+    mine.write({"phase": "prepared"})
+    mine.leave()
+    with pytest.raises(HopInterrupted, match=r"an upgrade of web was prepared, .* \(run: sevhop recover web\)"):
+        Journal.begin(record())
+
+
 def test_expect_none_knows_source_destination_and_uuid() -> None:
     mine = Journal.begin(record())
     mine.write({"destination": Process(9, 10)})

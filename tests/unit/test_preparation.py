@@ -17,6 +17,9 @@ from sevhop.engine import preparation
 from sevhop.guest import emulator
 from sevhop.guest.emulator import Emulator
 from sevhop.libvirt import prepared_xml
+from sevhop.records import journal
+from sevhop.records.hop_record import HopRecord, Process
+from sevhop.records.journal import Journal
 
 from .defined_domains import PASSWORD, FakeDaemon, FakeDomain, connect
 
@@ -44,8 +47,9 @@ def domain(name: str, machine: str = "pc-q35-7.2", **fields: object) -> FakeDoma
 
 
 @pytest.fixture(autouse=True)
-def no_hops(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_hops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "hop_of", lambda _: None)
+    monkeypatch.setattr(journal, "DIRECTORY", tmp_path)
 
 
 @pytest.fixture
@@ -186,6 +190,17 @@ def test_domain_in_a_hop_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -
     daemon = FakeDaemon(domain("a"))
     assert run(daemon, "a")[1]["a"]["outcome"] == "refused"
     assert daemon.defines == 0
+
+
+def test_domain_whose_upgrade_waits_for_somebody_is_refused_with_what_to_do(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "hop_of", Path)
+    a = domain("a")
+    source = Process(1 << 22, 1)
+    record = HopRecord("domain", "a", "none", True, source, uuid=a.UUIDString(), phase="prepared")
+    Journal.begin(record).leave()
+    assert run(FakeDaemon(a), "a")[1]["a"]["hint"] == "run: sevhop recover a"
 
 
 def test_nothing_named_is_nothing_prepared(monkeypatch: pytest.MonkeyPatch) -> None:

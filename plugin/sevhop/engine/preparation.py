@@ -23,6 +23,7 @@ from ..libvirt.connection import Connection
 from ..libvirt.daemon import NO_DOMAIN, DomainError
 from ..libvirt.definition import redefine
 from ..libvirt.domain import Domain
+from ..records import journal
 from ..records.run_directory import hop_of
 from .preparation_result import Preparations, PreparedDefinition
 
@@ -85,6 +86,7 @@ async def _prepare(connection: Connection, domain: Domain, dry_run: bool) -> Pre
             f"add {prepared_xml.MEMORY_BACKING} to the XML that it is created from",
         )
     if hop_of(domain.name) is not None:
+        journal.expect_none(domain.uuid)  # it knows which one, and whether that waits for somebody
         raise Refused(f"a hop of domain {domain.name} is in progress", "wait for it to end; see sevhop status")
     now = await _running(connection, domain)
     made = PreparedDefinition(domain.name, "unchanged", active=now.active, restart_required=now.reason, notes=now.notes)

@@ -32,7 +32,7 @@ from typing import Any, Self
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.invalid_data import invalid
 
-from .hop_record import VERSION, HopRecord, Process
+from .hop_record import PREPARED, VERSION, HopRecord, Process
 from .run_directory import HopInProgress
 
 #: Where journals are; root's alone.
@@ -47,7 +47,7 @@ class JournalError(SevhopError):
 
 
 class HopInterrupted(JournalError):
-    """An earlier hop of this guest was interrupted, and must be recovered first."""
+    """An earlier hop of this guest was interrupted, or is prepared, and must be recovered first."""
 
 
 class Journal:
@@ -307,10 +307,10 @@ def _existing_hop(path: Path) -> SevhopError:
         return err
     if in_progress(path):
         return HopInProgress(f"process {record.command} is hopping {record.guest}", "wait for it; see sevhop status")
-    return HopInterrupted(
-        f'an earlier hop of {record.guest} was interrupted in phase "{record.phase or "acquire"}"',
-        f"run: sevhop recover {shlex.quote(record.guest)}",
-    )
+    what = f'an earlier hop of {record.guest} was interrupted in phase "{record.phase or "acquire"}"'
+    if record.phase == PREPARED:
+        what = f"an upgrade of {record.guest} was prepared, and is not finished"
+    return HopInterrupted(what, f"run: sevhop recover {shlex.quote(record.guest)}")
 
 
 def _write_error(err: OSError) -> JournalError:
