@@ -43,6 +43,41 @@ def test_reply_is_kept_if_this_process_did_not_run_for_longer_than_the_timeout()
     assert asyncio.run(stopped()) == "reply"
 
 
+HOOK_FAILED = (
+    "Hook script execution failed: internal error: Child process (LC_ALL=C PATH=/usr/sbin:/usr/bin HOME=/root "
+    "/etc/libvirt/hooks/qemu.d/50-inventory web prepare begin -) unexpected "
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            f"{HOOK_FAILED}exit status 1: inventory: in maintenance: call 4711\n",
+            "the hook /etc/libvirt/hooks/qemu.d/50-inventory has failed (exit status 1): inventory: in maintenance: "
+            "call 4711",
+        ),
+        (f"{HOOK_FAILED}exit status 3", "the hook /etc/libvirt/hooks/qemu.d/50-inventory has failed (exit status 3)"),
+        (
+            f"{HOOK_FAILED}fatal signal 15: ",
+            "the hook /etc/libvirt/hooks/qemu.d/50-inventory has failed (fatal signal 15)",
+        ),
+        ("qemu has exited: \nfirst\n  second\n", "qemu has exited:; first; second"),
+        ("Hook script execution failed: no such file", "Hook script execution failed: no such file"),
+    ],
+)
+def test_error_of_libvirt_is_one_line_with_the_reason(message: str, line: str) -> None:
+    def failing() -> None:
+        error = libvirt.libvirtError(message)
+        error.err = (libvirt.VIR_ERR_HOOK_SCRIPT_FAILED, 0, message)
+        raise error
+
+    with pytest.raises(daemon.DomainError) as raised:
+        asyncio.run(daemon.call(failing))
+    assert raised.value.message == line
+    assert raised.value.code == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED
+
+
 HANGS = """
 import asyncio
 import subprocess

@@ -193,7 +193,7 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
     :raises GuestLost: the guest has been switched off in the transit.
     :raises RecoveryRequired: the guest still runs in the transit.
     """
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     patience = max(_CLEAN_UP, transit.step_timeout)
     for emulator in dict.fromkeys((transit.new,) if transit.only_new else (transit.new, transit.old)):
         try:
@@ -207,17 +207,24 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
         except GuestLost:
             raise
         except SevhopError as err:
-            failures.append(f"{emulator}: {err.message}")
+            failures[emulator] = err.message
             # A libvirt that is busy with the first attempt, because a hook does not return, has no time for another.
             patience = transit.step_timeout
         else:
             notes = await complete(connection, transit.name, transit.uuid, transit.old, keeper)
-            return Restored(emulator, "; ".join(failures), status, [*filter(None, [status["note"]]), *notes])
+            return Restored(emulator, _reasons(failures), status, [*filter(None, [status["note"]]), *notes])
     raise RecoveryRequired(
-        f"libvirt cannot restore the domain: {'; '.join(failures)}",
+        f"libvirt cannot restore the domain: {_reasons(failures)}",
         f"when that is corrected, run: sevhop recover {shlex.quote(transit.name)}, or virsh restore {keeper.image}",
         GuestState.IN_TRANSIT,
     )
+
+
+def _reasons(failures: Mapping[str, str]) -> str:
+    """Why the domain could not be restored in some emulators; what they have in common is there once."""
+    if len(failures) > 1 and len(set(failures.values())) == 1:
+        return f"{' and '.join(failures)}: {next(iter(failures.values()))}"
+    return "; ".join(f"{emulator}: {reason}" for emulator, reason in failures.items())
 
 
 async def complete(connection: Connection, name: str, uuid: str, old: str, keeper: KeeperClient | None) -> list[str]:

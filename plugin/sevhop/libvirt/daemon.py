@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +39,11 @@ _SLICES = 10
 MINIMUM_VERSION = 8_002_000
 #: The oldest that all of this was tested with.
 TESTED_VERSION = 9_000_000
+#: What libvirt reports of a hook that has not exited with 0; before it are the variables that it was given.
+_HOOK_FAILED = re.compile(
+    r"Hook script execution failed: internal error: Child process \(.*?(?P<hook>/\S*/libvirt/hooks/\S+) [^()]*\)"
+    r" unexpected (?P<how>[^:]*):? ?(?P<why>.*)"
+)
 DEFAULT_URI = "qemu:///system"
 #: libvirt's error for a domain that it does not know (virErrorNumber).
 NO_DOMAIN: int = libvirt.VIR_ERR_NO_DOMAIN
@@ -118,11 +124,23 @@ async def call(function: Callable[..., Any], *arguments: Any, timeout: float = C
     try:
         return await in_thread(timeout, function, *arguments)
     except libvirt.libvirtError as err:
-        raise DomainError(err.get_error_message() or str(err), err.get_error_code() or -1) from err
+        raise DomainError(_readable(err.get_error_message() or str(err)), err.get_error_code() or -1) from err
     except UnicodeEncodeError as err:
         raise DomainError(f"libvirt knows UTF-8 only, and this is not: {err.object}") from err
     except TimeoutError as err:
         raise DomainTimeout(f"libvirt did not answer within {timeout:g} s", hint=RESTART) from err
+
+
+def _readable(message: str) -> str:
+    """
+    An error of libvirt's in one line. That of a hook has a whole command line with its environment, before which nobody
+    finds the reason.
+    """
+    line = "; ".join(filter(None, map(str.strip, message.splitlines())))
+    failed = _HOOK_FAILED.fullmatch(line)
+    if failed is None:
+        return line
+    return f"the hook {failed['hook']} has failed ({failed['how']})" + (f": {failed['why']}" if failed["why"] else "")
 
 
 async def in_thread(timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
