@@ -195,7 +195,8 @@ class Monitor(Commands):
             sock.close()
             raise MonitorError(
                 f"cannot use the monitor {name}: no QMP greeting within {greeting_timeout:g} s",
-                "another client is connected, or it is not a QMP monitor; give the guest a second one for sevhop",
+                "another client is connected, or it is not a QMP monitor; for a domain of libvirt use sevhop upgrade, "
+                "otherwise give the guest a second monitor for sevhop",
             ) from err
         except QMPError as err:
             sock.close()

@@ -50,6 +50,13 @@ def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture
     assert "usage: sevhop" in capsys.readouterr().err
 
 
+def test_selections_that_exclude_each_other_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both were given: "name domains, or give --all" reads as if none was."""
+    with pytest.raises(SystemExit):
+        main(["upgrade", "--all", "web"])
+    assert "one of the three" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from sevhop.checks.guest import _blockers, _context, _machine_type, _state
+from sevhop.checks.guest import _blockers, _context, _disks, _machine_type, _state
 from sevhop.checks.registers import Registers
 from sevhop.checks.result import CheckResult, Status, failed, passed
+from sevhop.disks.block_graph import BlockGraph
 from sevhop.guest.emulator import Emulator
 from sevhop.guest.inspection import SevContext
 from sevhop_qmp.process import QemuProcess
@@ -68,6 +69,13 @@ def test_state_fails_unless_running_or_paused(state: str) -> None:
 def test_hint_for_a_guest_that_was_started_paused_is_to_resume_it() -> None:
     """libvirt calls it paused, as a guest that can hop."""
     assert _state(guest(state="prelaunch")).hint == "resume it: it was started paused, and has not run yet"
+
+
+def test_hint_for_a_deleted_image_has_what_is_to_be_done_with_a_medium() -> None:
+    """Nobody copies an ISO of which the guest has no more use."""
+    result = _disks(BlockGraph({}, {}, ()), ["disk sata0-0-0: /images/debian.iso"])
+    assert result.status is Status.FAIL
+    assert "virsh change-media --eject" in result.hint
 
 
 def test_tree_skips_children_of_a_failure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -76,6 +77,30 @@ def test_error_of_libvirt_is_one_line_with_the_reason(message: str, line: str) -
         asyncio.run(daemon.call(failing))
     assert raised.value.message == line
     assert raised.value.code == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "user", "hint"),
+    [
+        (libvirt.VIR_ERR_AUTH_UNAVAILABLE, "no polkit agent", 1000, "run sevhop as root"),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, "Unable to get system bus connection", 1000, "run sevhop as root"),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, "Unable to get system bus connection", 0, ""),
+        (libvirt.VIR_ERR_SYSTEM_ERROR, "No such file", 1000, "start libvirt's daemon, or correct --connect"),
+    ],
+)
+def test_user_whom_libvirt_does_not_accept_is_told_to_be_root(
+    code: int, message: str, user: int, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(uri: str) -> None:
+        error = libvirt.libvirtError(message)
+        error.err = (code, 0, message)
+        raise error
+
+    monkeypatch.setattr(libvirt, "open", failing)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(daemon.DomainError) as raised:
+        asyncio.run(daemon.Daemon.open())
+    assert raised.value.hint == hint
 
 
 HANGS = """

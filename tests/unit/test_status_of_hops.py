@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from sevhop.checks import status
 from sevhop.checks.domain_status import DomainStatus, Place
+from sevhop.cli.main import main
 from sevhop.keeper.client import KeeperClient
 from sevhop.keeper.paths import KeeperPaths
 from sevhop.keeper.transit_state import RESTORE_ENDED
@@ -165,6 +167,13 @@ def test_journal_that_is_left_is_reported_with_what_to_do(libvirt: FakeLibvirt) 
     found = row()
     assert (found.operation, found.hint) == ('hop not finished (phase "prepared")', "run: sevhop recover web")
     assert (found.place, found.attended) == (Place.DOMAIN, False)
+
+
+def test_status_without_domains_is_a_line(libvirt: FakeLibvirt, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 0
+    assert capsys.readouterr().out == "no domain is active\n"
+    assert main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"domains": []}
 
 
 def test_hop_of_a_command_that_is_at_work_has_no_hint(libvirt: FakeLibvirt) -> None:

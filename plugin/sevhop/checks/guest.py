@@ -132,7 +132,8 @@ def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> CheckResult:
             name,
             f"{misplaced[0]} is not the file that the guest has open: it was deleted or replaced, or is a "
             "temporary snapshot",
-            "copy the disk to a file of its own (QMP drive-mirror, virsh blockcopy), or shut the guest down",
+            "put that file back, eject it if it is a medium (virsh change-media --eject), copy the disk to another "
+            "file (virsh blockcopy, QMP drive-mirror), or shut the guest down",
         )
     if graph.exports:
         return failed(

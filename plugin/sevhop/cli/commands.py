@@ -138,7 +138,7 @@ def _hop(options: argparse.Namespace) -> int:
 
 def _upgrade(options: argparse.Namespace) -> int:
     if bool(options.domains) + options.all + options.outdated != 1:
-        options.misused("name domains, or give --all or --outdated")
+        options.misused("name domains, or give --all or --outdated: one of the three")
     if options.exclude and options.domains:
         options.misused("--exclude goes with --all or --outdated")
     with _progress(options) as progress:
@@ -200,6 +200,8 @@ def _status(options: argparse.Namespace) -> int:
     else:
         for row in rows:
             say(row)
+        if not rows:
+            say("no domain is active")
     return EXIT_DONE if all(row.attended for row in rows) else EXIT_RECOVERY_REQUIRED
 
 

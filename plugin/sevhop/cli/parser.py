@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     hop = commands.add_parser(
         "hop",
         help="replace the QEMU of a guest outside libvirt",
-        description="Replace the QEMU process behind a QMP socket without rebooting its guest.",
+        description="Replace the QEMU process behind a QMP socket without rebooting its guest. Domains of libvirt are "
+        "for sevhop upgrade.",
     )
     hop.add_argument("--qmp", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
     hop.add_argument(
@@ -222,7 +223,8 @@ def parser() -> argparse.ArgumentParser:
     install = commands.add_parser(
         "install",
         help="install the libvirt hook",
-        description="Install the libvirt hook, AppArmor rules and systemd units; verify that libvirt calls the hook.",
+        description="Install the libvirt hook, rules for AppArmor, a policy module for SELinux, and systemd units; "
+        "verify that libvirt calls the hook.",
     )
     install.add_argument(
         "--verify",

@@ -14,7 +14,7 @@ from .output import complain, say
 def run(options: argparse.Namespace) -> int:
     """The command. :return: its exit status."""
     if bool(options.domains) == options.all:
-        options.misused("name domains, or give --all")
+        options.misused("name domains, or give --all: one of the two")
     if options.exclude and options.domains:
         options.misused("--exclude goes with --all")
     done = asyncio.run(

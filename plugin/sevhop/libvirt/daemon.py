@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import re
 import threading
 import time
@@ -262,7 +263,9 @@ def _hint(error: DomainError) -> str:
     """What to do when no connection can be made."""
     if error.code in _NOT_AUTHORIZED or "Permission denied" in error.message:
         return "run sevhop as root"
-    return "start libvirt's daemon, or correct --connect" if error.code == libvirt.VIR_ERR_SYSTEM_ERROR else ""
+    if error.code == libvirt.VIR_ERR_SYSTEM_ERROR:
+        return "start libvirt's daemon, or correct --connect"
+    return "run sevhop as root" if os.geteuid() else ""  # without polkit libvirt does not say that this is why
 
 
 def readable_version(number: int) -> str:
