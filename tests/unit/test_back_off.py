@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sevhop.engine import hop_recovery, recovery
 from sevhop.engine.recovery_result import RecoveredGuest, RecoveryOutcome
+from sevhop.errors import GuestState, RecoveryRequired
 from sevhop.options import RecoverOptions
 from sevhop.records import back_off, hop_record, journal, run_directory
 from sevhop.records.hop_record import HopRecord, Process
@@ -70,6 +71,20 @@ def test_timer_reports_the_last_reason_until_it_tries_again(clock: Clock) -> Non
     assert (one.result, len(clock.attempts)) == (RecoveryOutcome.POSTPONED, 1)
     assert one.detail.startswith("libvirt is not there; tried again after ")
     assert one.detail.endswith(", or by: sevhop recover /run/qmp")
+
+
+@pytest.mark.parametrize(
+    ("state", "end"),
+    [(GuestState.IN_TRANSIT, "(try); the guest is running in the transit"), (GuestState.UNKNOWN, "(try)")],
+)
+def test_failure_is_reported_with_the_state_of_the_guest(
+    clock: Clock, state: GuestState, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def settle(record: HopRecord, timeout: float) -> RecoveredGuest:
+        raise RecoveryRequired("no", "try", state)
+
+    monkeypatch.setattr(hop_recovery, "settle", settle)
+    assert recovered(PERSON).detail == f"no {end}"
 
 
 def test_person_is_never_made_to_wait(clock: Clock) -> None:

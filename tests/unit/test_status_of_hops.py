@@ -49,9 +49,11 @@ class FakeKeeper:
 
     reason = RESTORE_ENDED
     state = "transit"
+    transit = 4711
 
     async def status(self) -> dict[str, Any]:
-        return {"transit": 4711, "transit_version": "10.0.13", "state": self.state, "reason": self.reason}
+        found = {"transit": self.transit, "transit_version": "10.0.13", "state": self.state, "reason": self.reason}
+        return found | {"image": "/image"}
 
     def close(self) -> None:
         """Nothing is open."""
@@ -158,6 +160,38 @@ def test_guest_in_the_transit_without_a_keeper_has_the_hint(libvirt: FakeLibvirt
     found = row()
     assert found.operation == f"the guest runs in the transit (process {os.getpid()}), without a keeper"
     assert found.hint.startswith("run: sevhop recover web")
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ("restoring", "the guest is suspended in the keeper: restoring"),
+        ("waiting", "the guest is suspended in the keeper: waiting"),
+        ("held", "hop in progress: held"),
+    ],
+)
+def test_suspended_guest_is_not_called_a_hop_in_progress(
+    libvirt: FakeLibvirt, keeper: FakeKeeper, state: str, text: str
+) -> None:
+    """Nobody is at work on it: it waits, also after a restore that has failed."""
+    left_behind(phase="restore")
+    run_directory.claim("web", UUID)
+    keeper.state, keeper.transit = state, 0
+    assert row().operation == f"{text}, image /image"
+
+
+def test_reason_of_an_upgrade_is_not_reported_when_its_guest_is_there(
+    libvirt: FakeLibvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client has restored it since."""
+
+    async def examined(*_: object) -> DomainStatus:
+        return DomainStatus("web", "10.0.13", "unchanged", "10.0.13")
+
+    monkeypatch.setattr(status, "_status", examined)
+    left_behind(phase="restore", transit=Process(1 << 22, 1), committed=True, failure="x", failures=1)
+    libvirt.active = [FakeDomain()]
+    assert row().operation == 'hop not finished (phase "restore")'
 
 
 def test_journal_that_is_left_is_reported_with_what_to_do(libvirt: FakeLibvirt) -> None:

@@ -14,6 +14,7 @@ from ..guest import kept_emulator
 from ..guest.emulator import probe
 from ..keeper.client import KeeperClient
 from ..keeper.paths import KeeperPaths
+from ..keeper.state import State
 from ..keeper.transit_state import RESTORE_ENDED, TransitState
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
@@ -114,10 +115,11 @@ def _with_place(row: DomainStatus) -> DomainStatus:
 def _unattended(row: DomainStatus, record: HopRecord) -> DomainStatus:
     """No command is at work on the hop: what has failed, and what is to be done."""
     operation = [row.operation or f'hop not finished (phase "{record.phase or "acquire"}")']
-    if record.failure:
+    arrived = row.running_version and record.transit is not None and not record.transit.exists
+    if record.failure and not arrived:
         operation.append(f"the last attempt failed: {record.failure}")
-    if record.failures and record.phase != PREPARED:  # one that waits on purpose is not tried unasked
-        operation.append(back_off.next_attempt(record))
+        if record.failures and record.phase != PREPARED:  # one that waits on purpose is not tried unasked
+            operation.append(back_off.next_attempt(record))
     hint = f"run: sevhop recover {shlex.quote(row.name)}"
     image = KeeperPaths(hop_with(record.uuid)).image
     if row.place is not Place.DOMAIN and image.exists():
@@ -149,7 +151,9 @@ async def _operation(name: str) -> str:
     try:
         status = await keeper.status()
         if not status.get("transit"):
-            return f"hop in progress: {status['state']}, image {status['image']}"
+            waits = status["state"] in (State.WAITING.value, State.RESTORING.value)
+            what = "the guest is suspended in the keeper" if waits else "hop in progress"
+            return f"{what}: {status['state']}, image {status['image']}"
         running = f"the guest runs in the transit (QEMU {status['transit_version']}, process {status['transit']})"
         if status["state"] != TransitState.TRANSIT.value:
             running += f": {status['state']}"

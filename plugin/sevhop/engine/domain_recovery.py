@@ -32,7 +32,7 @@ from sevhop_qmp.process import QemuProcess
 
 from ..checks import chosen_emulator
 from ..disks import block_graph, unchanged_images
-from ..errors import LOST_HINT, SAVED_HINT, RecoveryRequired, Refused
+from ..errors import LOST_HINT, SAVED_HINT, GuestState, RecoveryRequired, Refused
 from ..guest import saved_settings
 from ..keeper.client import KeeperClient
 from ..keeper.config import KeeperError, KeeperTimeout
@@ -304,7 +304,7 @@ class InterruptedUpgrade:
             reason = (await keeper.status())["reason"] or err.message
             if options.emulator is not None:
                 self._record_images()
-                raise RecoveryRequired(reason, resume_hint(keeper)) from err
+                raise RecoveryRequired(reason, resume_hint(self._record.guest, keeper), GuestState.SUSPENDED) from err
             await keeper.use(self._record.kept or self._record.old)
             try:
                 await start_destination(self._connection, self._record.uuid, keeper)
@@ -312,7 +312,8 @@ class InterruptedUpgrade:
                 self._record_images()
                 raise RecoveryRequired(
                     f"{reason}; in the old emulator: {again.message}",
-                    resume_hint(keeper),
+                    resume_hint(self._record.guest, keeper),
+                    GuestState.SUSPENDED,
                 ) from again
             stopped_ms = stopped_until_now(self._record)
             text = "; ".join([f"in a new process, since {reason}", *await self._finish_settings()])

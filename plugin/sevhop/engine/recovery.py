@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 
-from ..errors import LOST_HINT, Refused
+from ..errors import LOST_HINT, GuestState, HopError, Refused
 from ..options import RecoverOptions
 from ..records import back_off, journal, run_directory
 from ..records.journal import Journal, JournalError
@@ -92,7 +92,7 @@ async def _recover(path: Path, names: Sequence[str], options: RecoverOptions) ->
         with contextlib.suppress(JournalError):
             mine.write(back_off.after_failure(record, str(err), unattended=options.unattended))
         mine.leave()
-        return RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, str(err))
+        return RecoveredGuest(record.guest, RecoveryOutcome.MANUAL, _with_state(err))
     except BaseException:
         mine.leave()
         raise
@@ -101,6 +101,13 @@ async def _recover(path: Path, names: Sequence[str], options: RecoverOptions) ->
     else:
         mine.end()
     return recovered
+
+
+def _with_state(error: SevhopError) -> str:
+    """An error, and where the guest is, if that is known."""
+    if isinstance(error, HopError) and error.guest_state is not GuestState.UNKNOWN:
+        return f"{error}; the guest is {error.guest_state.value}"
+    return str(error)
 
 
 async def _settle(mine: Journal, named: bool, options: RecoverOptions) -> RecoveredGuest:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from ..libvirt.daemon import DomainError, DomainTimeout
 from ..libvirt.save_image import SaveImage
 from .destination import MONITOR
 from .upgrade_restore import define_emulator, end_hanging_destination, not_defined
+from .upgrade_save import resume_hint
 
 #: Seconds between two polls of the keeper.
 _POLL = 0.01
@@ -215,7 +215,7 @@ async def restore_from_transit(connection: Connection, transit: InTransit, keepe
             return Restored(emulator, _reasons(failures), status, [*filter(None, [status["note"]]), *notes])
     raise RecoveryRequired(
         f"libvirt cannot restore the domain: {_reasons(failures)}",
-        f"when that is corrected, run: sevhop recover {shlex.quote(transit.name)}, or virsh restore {keeper.image}",
+        resume_hint(transit.name, keeper),
         GuestState.IN_TRANSIT,
     )
 

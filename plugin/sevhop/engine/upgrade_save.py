@@ -234,7 +234,7 @@ async def terminate(
                 await keeper.retire()
             finally:
                 if not checked.source.alive:
-                    hop.commit(GuestState.SUSPENDED, resume_hint(keeper))
+                    hop.commit(GuestState.SUSPENDED, resume_hint(checked.domain.name, keeper))
                 elif await _may_be_killed(keeper):
                     hop.commit(GuestState.UNKNOWN)
         prepared.state.source_ended()
@@ -260,6 +260,6 @@ async def _may_be_killed(keeper: KeeperClient) -> bool:
         return False
 
 
-def resume_hint(keeper: KeeperClient) -> str:
-    """What to do with a guest that is suspended in a keeper."""
-    return f"the guest is suspended in the keeper; resume it with: virsh restore {keeper.image}"
+def resume_hint(name: str, keeper: KeeperClient) -> str:
+    """What to do with the guest of a domain, which waits in a keeper because libvirt cannot restore it."""
+    return f"when that is corrected, run: sevhop recover {shlex.quote(name)}, or virsh restore {keeper.image}"
