@@ -62,7 +62,8 @@ class Report:
     :ivar emulator: the QEMU to hop to; empty when unknown.
     :ivar outcome: ``done``, ``refused``, ``rolled-back``, ``recovery-required`` or ``guest-lost``; of an upgrade also
         ``prepared`` or ``checked``.
-    :ivar reason: why it is not done, in one line.
+    :ivar reason: why it is not done, and what to do, in one line.
+    :ivar hint: what to do, alone; empty when there is nothing to advise.
     :ivar guest_state: the state of the guest if it is not done.
     :ivar downtime_ms: milliseconds from the command that stops the source until the guest ran again, in either QEMU;
         None when it was never stopped. The longer one if there were two.
@@ -93,6 +94,7 @@ class Report:
     in_transit: bool = False
     outcome: str = ""
     reason: str = ""
+    hint: str = ""
     guest_state: GuestState | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -125,6 +127,7 @@ class Report:
             "in_transit": self.in_transit,
             "outcome": self.outcome,
             "reason": self.reason,
+            "hint": self.hint,
             "guest_state": None if self.guest_state is None else self.guest_state.value,
             "notes": self.notes,
         }

@@ -131,6 +131,7 @@ def test_user_without_rights_is_told_to_be_root(words: list[str], state: Path) -
     found = object_of(done)
     assert (done.returncode, found["outcome"]) == (1, "refused")
     assert "(run sevhop as root)" in found["reason"]
+    assert found["hint"] == "run sevhop as root"
 
 
 @needs_root

@@ -166,7 +166,9 @@ def test_failure_after_the_commit_has_the_hint_of_the_commit() -> None:
         raise SevhopError("it does not answer", "try again")
 
     hint = "virsh restore image"
-    assert failed(script)[1].hint == hint
+    transaction, error = failed(script)
+    assert error.hint == hint
+    assert (transaction.report.reason, transaction.report.hint) == (f"{error.message} ({hint})", hint)
     hint = ""
     assert failed(script)[1].hint == "run: sevhop recover guest"
 

@@ -52,7 +52,8 @@ def fail(
     """
     outcome = "recovery-required" if guest_state is GuestState.UNKNOWN else "refused"
     if options.json:
-        print(json.dumps(error_object(options.command, str(error), outcome, guest_state)))
+        hint = error.hint if isinstance(error, SevhopError) else ""
+        print(json.dumps(error_object(options.command, str(error), outcome, guest_state, hint)))
     elif guest_state is None:
         complain(str(error))
     else:
@@ -61,14 +62,18 @@ def fail(
 
 
 def error_object(
-    command: str, reason: str, outcome: str = "refused", guest_state: GuestState | None = GuestState.UNTOUCHED
+    command: str,
+    reason: str,
+    outcome: str = "refused",
+    guest_state: GuestState | None = GuestState.UNTOUCHED,
+    hint: str = "",
 ) -> dict[str, object]:
     """
     What every command prints with ``--json`` when there is nothing else to print: the same keys as in the report of a
     hop. Those that print a list otherwise print an empty one as well.
     """
     state = None if guest_state is None else guest_state.value
-    return _EMPTY.get(command, {}) | {"outcome": outcome, "reason": reason, "guest_state": state}
+    return _EMPTY.get(command, {}) | {"outcome": outcome, "reason": reason, "hint": hint, "guest_state": state}
 
 
 def printable_lines(text: object) -> str:

@@ -175,7 +175,7 @@ class Transaction(abc.ABC):
             elif isinstance(err, GuestLost) and not err.hint:
                 err.hint = LOST_HINT
             self.report.outcome = _OUTCOMES.get(type(err), "rolled-back")
-            self.report.reason = str(err)
+            self.report.reason, self.report.hint = str(err), err.hint
             if isinstance(err, HopError):
                 self.report.guest_state = err.guest_state
             raise
