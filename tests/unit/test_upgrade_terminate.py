@@ -80,7 +80,7 @@ def test_source_that_may_be_killed_is_not_resumed(
     monkeypatch.setattr(upgrade_save, "verify_stopped", nothing)
     monkeypatch.setattr(stream_sockets, "connections", lambda *_: [])
     monkeypatch.setattr(domain_xml, "without_additions", lambda xml: xml)
-    checked: Any = Anything(source=Anything(alive=alive), domain=Anything(), monitor=None, xml=None)
+    checked: Any = Anything(source=Anything(alive=alive), domain=Anything(name="web1"), monitor=None, xml=None)
     prepared: Any = Anything(disks=Anything())
     stopped: Any = Anything(state="paused")
     keeper: Any = Keeper(error, state)
