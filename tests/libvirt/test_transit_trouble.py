@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from tests.support.guests.daemon import Daemon, DomainGuest
-from tests.support.guests.running import wait_until
+from tests.support.guests.enclosure import GUESTS
+from tests.support.guests.running import processes_of_domain, wait_until
 
 from .conftest import StartDomain
 from .failing import MARK, another_hook
@@ -215,5 +216,26 @@ def test_guest_runs_if_others_restore_its_domain_paused(
     assert "the guest runs in the transit" in daemon.sevhop("status", guest.name).stdout
     guest.wait_for_ticks()
     wait_until(lambda: guest.state == "shut off", 60, "the new QEMU has ended")
+    guest.wait_for_ticks()
+    assert_arrives(daemon, guest, new)
+
+
+@pytest.mark.parametrize("hopped", [False, True], ids=["saved before a hop", "saved after a hop"])
+def test_other_image_of_the_domain_is_not_restored_beside_the_guest(
+    daemon: Daemon, start: StartDomain, prepared: Prepare, old: Path, new: Path, hopped: bool
+) -> None:
+    """What is in there would run on the guest's disks, and only QEMU's locks would be against it."""
+    guest = start(emulator=new if hopped else old)
+    image = GUESTS / f"{guest.name}.save"
+    guest.wait_for_ticks()
+    if hopped:
+        assert daemon.upgrade(guest.name, "--emulator", old)["outcome"] == "done"
+    daemon.virsh("save", guest.name, image)
+    daemon.virsh("restore", image)
+    ours = prepared(guest)
+    refused = daemon.run("virsh", "restore", image)
+    assert refused.returncode == 1
+    assert f"its guest runs in the transit; run: virsh restore {ours}" in refused.stderr
+    assert len(processes_of_domain(guest.name)) == 1
     guest.wait_for_ticks()
     assert_arrives(daemon, guest, new)

@@ -78,14 +78,23 @@ def test_keeper_is_asked_at_some_steps(keeper: FakeKeeper, operation: str) -> No
     with keeper.alive():
         printed = XML if operation == "restore" else ""
         assert run(keeper, "web", operation, "begin", "-") == (0, printed, "")
-    sub = "cold-start" if operation == "prepare" else "begin"
+    sub = {"prepare": "cold-start", "restore": "another"}.get(operation, "begin")
     assert keeper.asked == [f"hook {operation} {sub} {UUID}"]
 
 
 def test_keeper_is_asked_when_an_image_is_restored(keeper: FakeKeeper) -> None:
     with keeper.alive():
         assert run(keeper, "web", "prepare", "begin", "-", xml=DESTINATION) == (0, "", "")
-    assert keeper.asked == [f"hook prepare begin {UUID}"]
+        assert run(keeper, "web", "restore", "begin", "-", xml=IMAGE)[0] == 0
+    assert keeper.asked == [f"hook prepare begin {UUID}", f"hook restore begin {UUID}"]
+
+
+def test_image_of_a_domain_that_has_hopped_before_is_another(keeper: FakeKeeper) -> None:
+    """virsh save has written it, with what that hop had left in the domain."""
+    with keeper.alive():
+        keeper.answer = "error another"
+        assert run(keeper, "web", "restore", "begin", "-", xml=HOPPED) == (1, "", "sevhop: another\n")
+    assert keeper.asked == [f"hook restore another {UUID}"]
 
 
 @pytest.mark.parametrize(

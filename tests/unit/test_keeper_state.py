@@ -117,6 +117,13 @@ def test_orphan_does_not_prevent_a_restore() -> None:
 
 
 @pytest.mark.parametrize("state", State)
+def test_another_image_is_never_restored(state: State) -> None:
+    action, reason = hooked(Facts(state), "restore another")
+    assert action is HookAction.REFUSE
+    assert reason.endswith(f"virsh restore {IMAGE}") == (state in SOURCE_GONE - FINISHED)
+
+
+@pytest.mark.parametrize("state", State)
 def test_start_commits_only_in_a_restore(state: State) -> None:
     action, reason = hooked(Facts(state), "started begin")
     if state in FINISHED:

@@ -118,6 +118,15 @@ def reason_against_restore(state: State, *, has_run: bool) -> str:
     return f"cannot restore the guest: {RAN}; {_RECOVER}" if state is State.LOST or has_run else ""
 
 
+def reason_against_another_image(state: State, image: object) -> str:
+    """Against a restore of the domain from an image that the guest is not in."""
+    if state in _NO_DESTINATION - SOURCE_GONE or state in FINISHED:
+        return reason_against_restore(state, has_run=False)
+    return (
+        f"cannot restore the domain from this image: its guest is suspended in the keeper; run: virsh restore {image}"
+    )
+
+
 def reason_against_start(state: State, operation: str, sub: str, image: object) -> str:
     """Against a cold start of the domain, or its migration to here. A restore has its ``prepare begin``, too."""
     restoring = (operation, sub) == ("prepare", "begin") and state not in _NO_DESTINATION
@@ -141,7 +150,7 @@ def reason_against_namesake(state: State, operation: str, sub: str, uuid: str, i
 
     :param uuid: of the domain whose guest the keeper has.
     """
-    starts = operation in ("prepare", "restore", "migrate") and sub in ("begin", "cold-start")
+    starts = operation in ("prepare", "restore", "migrate") and sub in ("begin", "cold-start", "another")
     if not starts or state is State.OVER:
         return ""
     hint = f"run: virsh restore {image}" if state in SOURCE_GONE else "wait for it, or run: sevhop recover"
@@ -159,6 +168,8 @@ def at_hook(facts: Facts, operation: str, sub: str, *, own: bool, uuid: str, ima
         action, reason = HookAction.IGNORE, reason_against_namesake(facts.state, operation, sub, uuid, image)
     elif reason := reason_against_start(facts.state, operation, sub, image):
         pass
+    elif (operation, sub) == ("restore", "another"):
+        reason = reason_against_another_image(facts.state, image)
     elif (operation, sub) == ("restore", "begin"):
         action = HookAction.BEGIN_RESTORE
         if facts.committing or (not facts.has_run and facts.attempt is Attempt.IN_PROGRESS):

@@ -54,17 +54,26 @@ RESTORE_ENDED = "the restore was ended"
 _RECOVER = "run: sevhop recover"
 #: Steps at which a domain is started that is not being restored.
 _COLD_STARTS = frozenset({("prepare", "cold-start"), ("migrate", "begin")})
-_STARTS = _COLD_STARTS | {("prepare", "begin"), ("restore", "begin")}
+_STARTS = _COLD_STARTS | {("prepare", "begin"), ("restore", "begin"), ("restore", "another")}
 
 
 def at_hook(
-    state: TransitState, operation: str, sub: str, *, own: bool, restoring: bool, uuid: str, image: object
+    state: TransitState,
+    operation: str,
+    sub: str,
+    *,
+    own: bool,
+    restoring: bool,
+    connected: bool,
+    uuid: str,
+    image: object,
 ) -> tuple[HookAction, str]:
     """
     What to do at a step of a domain, and why it is refused if it is.
 
     :param own: whether it is the domain whose guest is in the transit; ``uuid`` is that one's.
     :param restoring: a restore of it is in progress that may yet succeed.
+    :param connected: the QEMU that libvirt has started for it has asked for the guest.
     """
     step = (operation, sub)
     if state in FINISHED:
@@ -76,11 +85,17 @@ def at_hook(
         if restoring:
             return HookAction.REFUSE, f"cannot restore the guest: it is being restored already; wait, or {_RECOVER}"
         return HookAction.BEGIN_RESTORE, ""
+    if step == ("restore", "another"):
+        reason = "cannot restore the domain from this image: its guest runs in the transit"
+        return HookAction.REFUSE, f"{reason}; run: virsh restore {image}"
     expected = state is TransitState.RESTORING
     if step in _COLD_STARTS or (step == ("prepare", "begin") and not expected):
         return HookAction.REFUSE, f"cannot start the domain: its guest runs in the transit; run: virsh restore {image}"
     if step == ("started", "begin") and not expected:
         return HookAction.REFUSE, f'cannot restore the guest: the keeper is in state "{state.value}"; try again'
+    if step == ("started", "begin") and not connected:
+        # Whatever it has loaded is not this guest.
+        return HookAction.REFUSE, f"cannot start this QEMU: its guest runs in the transit; run: virsh restore {image}"
     return HookAction.ALLOW, ""
 
 

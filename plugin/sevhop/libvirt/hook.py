@@ -9,6 +9,8 @@ hop. The keeper of that hop decides. The hook's request and the keeper's replies
 ======================  =============================================================================================
 ``restore begin``       the domain gets the emulator that the keeper names: the new one, or after a failure the old
                         one; restored again, its displays may get other ports: those may be what failed
+``restore another``     the same for an image that sevhop has not written, such as an older one of ``virsh save``:
+                        refused as long as the guest is somewhere else than in there
 ``prepare begin``       refused unless a restore has begun
 ``prepare cold-start``  the same for a domain that is started, not restored: refused while its guest is suspended in
                         the keeper, or the guest of another domain of that name is
@@ -134,6 +136,8 @@ def _answer(name: str, operation: str, sub: str, xml: str, keeper: Callable[[str
     try:
         if operation == "prepare" and _RESTORED_MARK not in _marks(xml):
             sub = "cold-start"
+        elif operation == "restore" and IMAGE_MARK not in xml:
+            sub = "another"
         answer = keeper(f"hook {operation} {sub} {_uuid(xml)}")
     except (ConnectionResetError, BrokenPipeError, TimeoutError, BlockingIOError):
         # If the keeper has just died it is restarted. Whether it has committed is not known here.

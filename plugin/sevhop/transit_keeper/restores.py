@@ -90,6 +90,11 @@ class Restores:
             return True
         return self._ledger.attempt is not None and self._ledger.attempt.in_progress
 
+    @property
+    def connected(self) -> bool:
+        """Whether the QEMU of the one in progress has asked for the guest."""
+        return self._ledger.attempt is not None and self._ledger.attempt.destination is not None
+
     # -- begin and end -------------------------------------------------------------------------------
 
     async def begin(self, hook: int) -> str:

@@ -194,6 +194,7 @@ class TransitServer:
             sub,
             own=uuid.lower() == self._config.uuid.lower(),
             restoring=self._restores.in_progress,
+            connected=self._restores.connected,
             uuid=self._config.uuid,
             image=self._paths.image,
         )
