@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.support.guests.daemon import Daemon, kill
 from tests.support.guests.running import wait_until
 
 from . import intercepting
+from .conftest import StartDomain
 from .transit_guest import TransitGuest, kill_keeper_and_supervisor, measured
 
 
@@ -92,4 +94,42 @@ def test_recover_ends_a_destination_that_waits_for_a_transit_that_is_gone(
     done = daemon.sevhop("recover")
     assert (done.returncode, "it was in the transit, which has exited" in done.stdout) == (5, True), done
     wait_until(lambda: transit.guest.state == "shut off", 30, "the destination exits")
+    wait_until(lambda: daemon.left_over() == [], 30, "nothing is left")
+
+
+_NO_KEEPER = """
+import sys
+
+if "sevhop.transit_keeper.main" in " ".join(sys.orig_argv):
+    import sevhop.keeper.main as module
+    from sevhop_qmp.errors import SevhopError
+
+    def keep(*arguments):
+        raise SevhopError("refused for a test")
+
+    module._keep = keep
+"""
+
+
+def test_domain_is_not_started_beside_a_guest_that_nobody_keeps(
+    daemon: Daemon, start: StartDomain, new: Path, tmp_path: Path
+) -> None:
+    """Its keeper could not be started, neither by the upgrade nor by a recovery."""
+    (tmp_path / "sitecustomize.py").write_text(_NO_KEEPER)
+    environment = f"PYTHONPATH={tmp_path}"
+    guest = start()
+    guest.wait_for_ticks()
+    command = ["env", environment, sys.executable, "-m", "sevhop.cli"]
+    done = daemon.run(*command, "upgrade", guest.name, "--emulator", new)
+    assert (done.returncode, "refused for a test" in done.stderr) == (4, True), done
+    # Whoever sees a domain that does not answer destroys it, and starts it again.
+    daemon.virsh("destroy", guest.name)
+    for _ in range(2):
+        refused = daemon.run("virsh", "start", guest.name)
+        assert (refused.returncode, "its guest runs in the transit" in refused.stderr) == (1, True), refused
+        guest.wait_for_ticks()
+        assert daemon.run(*command, "recover").returncode == 4
+    done = daemon.sevhop("recover")
+    assert (done.returncode, guest.state, guest.emulator()) == (0, "running", str(new)), done
+    guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "nothing is left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import pickle
 import socket
@@ -21,9 +22,10 @@ from sevhop.keeper.handover import SourceHandles
 from sevhop.keeper.paths import KeeperPaths
 from sevhop.keeper.server import KeeperServer
 from sevhop.keeper.state import State
-from sevhop.libvirt import hook_server
+from sevhop.libvirt import hook, hook_server
 from sevhop.records import run_directory
 from sevhop.records.run_directory import HopInProgress, RunDirectoryError
+from sevhop_qmp.process import QemuProcess
 
 from .keeper_config import UUID, config
 
@@ -309,6 +311,28 @@ def test_run_directory_that_a_journal_names_is_not_swept(run: Path) -> None:
     run_directory.sweep({str(directory)})
     assert run_directory.hops_in_progress() == ["web"]
     assert (run / f"uuid-{UUID}").resolve() == directory.resolve()
+
+
+def test_guest_in_a_transit_is_found_before_its_keeper_listens(run: Path) -> None:
+    """Whoever starts its domain meanwhile would start it beside it; and nothing but its keeper takes its place."""
+    transit = f"{os.getpid()} {QemuProcess.open(os.getpid()).start_time}"
+    left = run_directory.claim("web", UUID, transit=transit)
+    directory = run_directory.claim("web", UUID, transit=transit)
+    assert not left.exists()
+    xml = f"<domain><name>web</name><uuid>{UUID}</uuid></domain>"
+    for name in ("web", "renamed"):
+        refusal = io.StringIO()
+        arguments = [name, "prepare", "begin", "-"]
+        status = hook.main(arguments, io.StringIO(xml), io.StringIO(), refusal, domains=str(run / "domains"))
+        assert (status, f"its guest runs in the transit (process {os.getpid()})" in refusal.getvalue()) == (1, True)
+    for other in ("web", "renamed"):
+        with pytest.raises(HopInProgress):
+            run_directory.claim(other, UUID)
+    run_directory.sweep(set())
+    assert run_directory.hop_with(UUID) == directory
+    (directory / hook.TRANSIT).write_text(f"{os.getpid()} 1")  # another process has its pid
+    run_directory.sweep(set())
+    assert os.listdir(run) == ["domains"]
 
 
 def test_second_claim_is_refused(keeper: Serving) -> None:

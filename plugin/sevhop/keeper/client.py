@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from ..libvirt import domain_xml
+from ..libvirt.hook import transit_of
 from ..process import host_shutdown
 from ..records.run_directory import alive, hop_of, remove
 from .config import MESSAGE, KeeperConfig, KeeperError, KeeperTimeout
@@ -77,7 +78,8 @@ class KeeperClient:
         except (TimeoutError, OSError) as err:
             process.kill()
             process.wait()
-            if (left := hop_of(config.name)) is not None and not alive(left):
+            left = hop_of(config.name)
+            if left is not None and not alive(left) and not transit_of(str(left)):
                 remove(config.name, left)
             raise KeeperError(
                 f"cannot start the keeper: it did not answer within {START_TIMEOUT:g} s", _TRY_AGAIN

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from ..libvirt import hook_server
+from ..libvirt import hook, hook_server
 from ..process import shutdown_inhibitor
 from ..records.run_directory import claim, listening, remove
 from .clients import Clients
@@ -83,7 +83,7 @@ def _keep(make: Make, config: KeeperConfig, paths: KeeperPaths) -> None:
     os.chown(monitor, config.uid, config.gid)
     server = make(config, paths, handles)
     control = listening(paths.control, os.geteuid())
-    hook = listening(paths.hook, os.geteuid())
+    calls = listening(paths.hook, os.geteuid())
     keeper = listening(paths.keeper, config.uid)
 
     async def serve(fd_store: FdStore) -> None:
@@ -92,7 +92,7 @@ def _keep(make: Make, config: KeeperConfig, paths: KeeperPaths) -> None:
             server,
             server.clients.listen(control, os.geteuid(), server.answer_control),
             server.destinations(keeper),
-            hook_server.listen(hook, server.answer_hook),
+            hook_server.listen(calls, server.answer_hook),
         )
         # Whoever waits for our exit must not find anything left.
         remove(config.name, paths.directory)
@@ -126,6 +126,17 @@ def _detach() -> None:
     os.close(null)
 
 
+def _transit(config: KeeperConfig) -> str:
+    """:raises ProcessError: it has exited."""
+    if config.transit is None:
+        return ""
+    transit = QemuProcess.open(config.pid)
+    try:
+        return f"{transit.pid} {transit.start_time}"
+    finally:
+        transit.close()
+
+
 def main(make: Make = KeeperServer) -> int:
     """The process, which becomes the supervisor. :param make: what the keeper is."""
     protect()
@@ -133,11 +144,13 @@ def main(make: Make = KeeperServer) -> int:
     logging.basicConfig(level=logging.CRITICAL)
     try:
         config = KeeperConfig.from_json(sys.stdin.read())
-        directory = claim(config.name, config.uuid)
+        directory = claim(config.name, config.uuid, transit=_transit(config))
         try:
             _keep(make, config, KeeperPaths(directory))
         finally:
-            remove(config.name, directory)
+            # If nobody keeps a guest that runs in the transit, the hook still has to find that.
+            if not hook.transit_of(str(directory)):
+                remove(config.name, directory)
     except SevhopError as err:
         print(err, flush=True)
         return 1

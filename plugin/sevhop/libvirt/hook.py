@@ -102,7 +102,7 @@ def main(
             return ask(os.path.join(directory, "control"), request)
         except (FileNotFoundError, ConnectionRefusedError):
             # Nothing but a start is refused: libvirt ends a QEMU whose hook fails when the daemon connects to it again.
-            if request.split(" ")[1] in _STARTS and (pid := _transit(directory)):
+            if request.split(" ")[1] in _STARTS and (pid := transit_of(directory)):
                 where = f"its guest runs in the transit (process {pid}), which has no keeper any more"
                 return f"error cannot start domain {name}: {where}; run: sevhop recover"
             raise
@@ -119,13 +119,14 @@ def main(
     return 0
 
 
-def _transit(directory: str) -> str:
-    """The pid of the QEMU that the guest runs in, if a dead keeper has left one; otherwise empty."""
+def transit_of(directory: str) -> str:
+    """The pid of the QEMU beside libvirt that the guest runs in, by what is in a keeper's directory; or empty."""
     try:
         with open(os.path.join(directory, TRANSIT)) as file:
             pid, started = file.read(_MESSAGE).split()
         with open(f"/proc/{int(pid)}/stat") as file:
-            return pid if file.read(_MESSAGE).rpartition(")")[2].split()[19] == started else ""
+            fields = file.read(_MESSAGE).rpartition(")")[2].split()
+        return pid if fields[19] == started and fields[0] != "Z" else ""
     except (OSError, ValueError, IndexError):
         return ""
 

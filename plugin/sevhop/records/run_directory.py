@@ -21,6 +21,8 @@ from pathlib import Path
 from sevhop_qmp import selinux
 from sevhop_qmp.errors import SevhopError
 
+from ..libvirt.hook import TRANSIT, transit_of
+
 #: The parent of the directories of all hops; root's, others may only search it.
 RUN = Path("/run/sevhop")
 #: One link for each hop in progress, named like the domain; the hook looks here.
@@ -93,11 +95,13 @@ def make(mode: int = 0o700) -> Path:
     return directory
 
 
-def claim(name: str, uuid: str) -> Path:
+def claim(name: str, uuid: str, *, transit: str = "") -> Path:
     """
     Make the directory of a keeper, and the links by which the hook finds it. What a dead keeper has left is removed.
 
-    :raises HopInProgress: a hop of this domain is in progress.
+    :param transit: pid and start time of the QEMU beside libvirt that the guest runs in, if it does. It is in the
+        directory before the hook finds that, so that nobody can start the domain before the keeper serves it.
+    :raises HopInProgress: a hop of this domain is in progress, or its guest runs in another transit.
     :raises RunDirectoryError: something else is in the place of what is made here.
     """
     if not _can_be_a_name(name):
@@ -106,29 +110,47 @@ def claim(name: str, uuid: str) -> Path:
         raise RunDirectoryError(f"{uuid!a} is not the UUID of a domain")
     make_run_directories()
     left = hop_of(name)
-    if left is not None:
-        if alive(left):
-            raise HopInProgress(f"a hop of domain {name} is in progress", "see sevhop status")
-        remove(name, left)
-    directory = make(mode=0o711)
+    if left is not None and (alive(left) or _has_another_transit(left, transit)):
+        raise HopInProgress(f"a hop of domain {name} is in progress", "see sevhop status")
+    directory = _with_transit(make(mode=0o711), transit)
     try:
+        if left is not None:
+            _unlink(name, left)
         os.symlink(f"../{directory.name}", DOMAINS / name)
     except OSError as err:
-        directory.rmdir()
+        shutil.rmtree(directory, ignore_errors=True)
         if isinstance(err, FileExistsError) and hop_of(name) is not None:
             raise HopInProgress(f"a hop of domain {name} is in progress", "see sevhop status") from err
         raise RunDirectoryError(f"{DOMAINS / name}: {err.strerror}", "if it is there, remove it") from err
     by_uuid = RUN / f"{UUID_LINK}{uuid.lower()}"
     try:
-        if by_uuid.is_symlink() and not alive(by_uuid):
+        if by_uuid.is_symlink() and not alive(by_uuid) and not _has_another_transit(by_uuid, transit):
             by_uuid.unlink()
         os.symlink(directory.name, by_uuid)
     except OSError as err:
         remove(name, directory)
-        if isinstance(err, FileExistsError) and alive(by_uuid):
+        if isinstance(err, FileExistsError) and (alive(by_uuid) or transit_of(str(by_uuid))):
             raise HopInProgress(f"a hop of the domain with UUID {uuid} is in progress", "see sevhop status") from err
         raise RunDirectoryError(f"{by_uuid}: {err.strerror}", "if it is there, remove it") from err
+    if left is not None:
+        shutil.rmtree(left, ignore_errors=True)
     return directory
+
+
+def _with_transit(directory: Path, transit: str) -> Path:
+    """:raises RunDirectoryError: the disk is full."""
+    try:
+        if transit:
+            (directory / TRANSIT).write_text(transit)
+    except OSError as err:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise RunDirectoryError(f"{directory}: {err.strerror}", "free space in /run, then try again") from err
+    return directory
+
+
+def _has_another_transit(directory: Path, transit: str) -> bool:
+    pid = transit_of(str(directory))
+    return bool(pid) and pid != transit.partition(" ")[0]
 
 
 def _can_be_a_name(name: str) -> bool:
@@ -174,6 +196,11 @@ def _listens(path: Path, kind: int) -> bool:
 
 def remove(name: str, directory: Path) -> None:
     """Remove what :func:`claim` made."""
+    _unlink(name, directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unlink(name: str, directory: Path) -> None:
     with contextlib.suppress(OSError):
         if (DOMAINS / name).resolve() == directory.resolve():
             (DOMAINS / name).unlink()
@@ -181,7 +208,6 @@ def remove(name: str, directory: Path) -> None:
         with contextlib.suppress(OSError):
             if link.resolve() == directory.resolve():
                 link.unlink()
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _uuid_links() -> list[Path]:
@@ -232,7 +258,7 @@ def entries(directory: Path) -> list[str]:
 
 def sweep(used: set[str]) -> None:
     """
-    Remove what killed hops have left.
+    Remove what killed hops have left, but not that of a guest that runs in a transit: the hook finds it by that.
 
     :param used: directories that a journal mentions.
     :raises RunDirectoryError: what is there was not made by sevhop.
@@ -242,7 +268,7 @@ def sweep(used: set[str]) -> None:
     _make_outer()
     for name in hops_in_progress():
         directory = hop_of(name)
-        if directory is not None and not alive(directory) and str(RUN / directory.name) not in used:
+        if directory is not None and not _needed(directory) and str(RUN / directory.name) not in used:
             remove(name, directory)
     for link in _uuid_links():
         if not link.exists():
@@ -253,6 +279,11 @@ def sweep(used: set[str]) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _needed(directory: Path) -> bool:
+    """Whether a keeper listens there, or the hook needs it."""
+    return alive(directory) or bool(transit_of(str(directory)))
+
+
 def _served(directory: Path) -> bool:
-    """Whether a keeper or a destination listens there."""
-    return alive(directory) or _listens(directory / "monitor", socket.SOCK_STREAM)
+    """The same, or whether a destination listens there."""
+    return _needed(directory) or _listens(directory / "monitor", socket.SOCK_STREAM)
