@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.support.guests.running import wait_until
 
 from . import intercepting
 from .conftest import StartDomain
-from .transit_guest import TransitGuest, kill_keeper_and_supervisor, measured
+from .transit_guest import KEEPER, TransitGuest, kill_keeper_and_supervisor, measured
 
 
 def test_recover_restores_the_domain(daemon: Daemon, transit: TransitGuest, new: Path, record_property: Any) -> None:
@@ -98,6 +99,7 @@ def test_recover_ends_a_destination_that_waits_for_a_transit_that_is_gone(
 
 
 _NO_KEEPER = """
+import signal
 import sys
 
 if "sevhop.transit_keeper.main" in " ".join(sys.orig_argv):
@@ -133,3 +135,23 @@ def test_domain_is_not_started_beside_a_guest_that_nobody_keeps(
     assert (done.returncode, guest.state, guest.emulator()) == (0, "running", str(new)), done
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "nothing is left")
+
+
+@pytest.mark.parametrize("moment", ["met", "stopped"])
+def test_recover_does_not_act_beside_a_keeper_that_hangs(
+    daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
+) -> None:
+    """It has the guest, and goes on with its hop when it does not hang any more."""
+    transit.enter(new, environment=intercepting.environment(tmp_path, moment, intercepting.WAIT))
+    transit.restore().communicate(timeout=60)
+    reached = daemon.root / str(intercepting.REACHED).lstrip("/")
+    wait_until(reached.exists, 60, "the moment comes")
+    (keeper,) = daemon.named(KEEPER)
+    kill(keeper, signal.SIGSTOP)
+    try:
+        done = daemon.sevhop("recover", "--timeout", "2")
+        assert (done.returncode, "did not reply" in done.stdout) == (4, True), done
+    finally:
+        (daemon.root / str(intercepting.GO).lstrip("/")).touch()
+        kill(keeper, signal.SIGCONT)
+    transit.assert_arrived(new)

@@ -30,7 +30,7 @@ from sevhop_qmp.run_mark import RunMark, RunState
 
 from ..errors import LOST_HINT, GuestLost, RecoveryRequired
 from ..keeper.client import KeeperClient
-from ..keeper.config import KeeperConfig, KeeperError
+from ..keeper.config import KeeperConfig, KeeperError, KeeperTimeout
 from ..keeper.paths import KeeperPaths
 from ..keeper.transit_state import TransitState
 from ..libvirt import domain_xml
@@ -62,8 +62,8 @@ async def settle(journal: Journal, connection: Connection, *, named: bool, optio
     if options.emulator is not None:
         journal.write({"new": options.emulator})
     record = journal.record
+    keeper = await keeper_of(record, options.step_timeout)
     process = record.transit.open() if record.transit else None
-    keeper = await keeper_of(record)
     try:
         if process is not None:
             fixed_taps.rename(record.xml, process)
@@ -91,16 +91,30 @@ async def _retire(record: HopRecord, connection: Connection, timeout: float) -> 
         await domain.destroy()
 
 
-async def keeper_of(record: HopRecord) -> KeeperClient | None:
-    """The keeper that has the transit, if there is one."""
+async def keeper_of(record: HopRecord, timeout: float) -> KeeperClient | None:
+    """
+    The keeper that has the transit, if there is one.
+
+    :param timeout: seconds for its reply.
+    :raises KeeperTimeout: it hangs. It goes on with what it does when it does not hang any more, so nobody else may.
+    """
     directory = run_directory.hop_with(record.uuid)
-    with contextlib.suppress(KeeperError):
+    try:
         keeper = await KeeperClient.connect(directory)
-        with contextlib.suppress(KeeperError):
-            status = await keeper.status()
-            if status["uuid"] == record.uuid and status.get("transit"):
-                return keeper
+    except KeeperError:
+        return None
+    usual, keeper.timeout = keeper.timeout, timeout
+    try:
+        status = await keeper.status()
+        keeper.timeout = usual
+        if status["uuid"] == record.uuid and status.get("transit"):
+            return keeper
+    except KeeperTimeout:
         keeper.close()
+        raise
+    except KeeperError:
+        pass
+    keeper.close()
     return None
 
 
