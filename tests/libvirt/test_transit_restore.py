@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from tests.support.guests.daemon import Daemon, kill
 from tests.support.guests.running import processes_of_domain, wait_until
 
-from . import intercepting
+from . import in_transit, intercepting
 from .failing import CANNOT_LOAD, DYING, other_hook_refuses, wrapper
 from .holding import Checkpoint
 from .transit_guest import TransitGuest, measured
@@ -253,6 +255,27 @@ def test_destination_that_hangs_while_it_loads_is_ended_in_a_step(
     assert result.get("emulator") in (str(old), str(new)), result
     transit.assert_arrived(Path(result["emulator"]))
     print(f"longest gap {transit.longest_gap():.1f} ms")
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_bitmap_that_others_add_before_the_guest_arrives_is_removed(
+    daemon: Daemon, transit: TransitGuest, old: Path, new: Path, tmp_path: Path, newer: bool
+) -> None:
+    """It does not know what the guest has written meanwhile, and an incremental backup would leave that out."""
+    emulator = new if newer else old
+    transit.enter(emulator, environment=intercepting.environment(tmp_path, "met", intercepting.WAIT))
+    finishing = daemon.start_command(sys.executable, in_transit.__file__, "finish")
+    reached = daemon.root / str(intercepting.REACHED).lstrip("/")
+    wait_until(reached.exists, 60, "the moment comes")
+    (before,) = (row["inserted"] for row in transit.guest.monitor("query-block")["return"] if "inserted" in row)
+    daemon.virsh("checkpoint-create-as", transit.guest.name, "checkpoint")
+    (daemon.root / str(intercepting.GO).lstrip("/")).touch()
+    report = json.loads(finishing.communicate(timeout=60)[0])
+    assert "dirty bitmap checkpoint was added before the guest was there" in str(report["notes"]), report
+    (now,) = (row["inserted"] for row in transit.guest.monitor("query-block")["return"] if "inserted" in row)
+    assert (now["node-name"], now.get("dirty-bitmaps", [])) == (before["node-name"], [])
+    daemon.virsh("checkpoint-delete", transit.guest.name, "checkpoint", "--metadata")
+    transit.assert_arrived(emulator)
 
 
 def test_hook_that_hangs_does_not_stop_the_guest(

@@ -30,7 +30,7 @@ from pathlib import Path
 from sevhop_qmp import adopt, device_state, ram_blocks
 from sevhop_qmp.device_state import IncomingState, OutgoingState
 from sevhop_qmp.errors import SevhopError, StateError
-from sevhop_qmp.monitor import Monitor
+from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_block_sync import RamBlockSync
 from sevhop_qmp.run_mark import RunMark, RunState
@@ -139,6 +139,7 @@ class SecondHop(Transaction):
         self._met = meeting
         self._options = options
         self._stopped_options = replace(options, step_timeout=options.step_timeout * _PART_OF_STEP)
+        self._bitmaps: set[tuple[str, str]] = set()
 
     async def _script(self) -> None:
         destination = self._met.destination
@@ -202,6 +203,7 @@ class SecondHop(Transaction):
             self.resources.callback(disks.close)
             if found := await disks.differences(destination.monitor, process, names=False):
                 raise SevhopError(found[0])
+            self._bitmaps = await _bitmaps(destination.monitor)
             encrypted = ENCRYPTED_BLOCKS if checked.has_context else frozenset()
             pairs = ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks, encrypted=encrypted)
             ram = RamBlockSync(checked.source, process, pairs)
@@ -262,8 +264,20 @@ class SecondHop(Transaction):
         await inspection.verify_unchanged(checked.monitor, checked.guest)
         await prepared.disks.verify_unchanged(checked.monitor)
         await checked.watch.verify_undisturbed()
+        await self._remove_new_bitmaps(prepared.started.destination.monitor)
         self._met.stopping(checked.was_running)
         return await stop_verified(self, checked, prepared)
+
+    async def _remove_new_bitmaps(self, monitor: Commands) -> None:
+        """
+        libvirt reports a running domain already. A bitmap that a client has added to the destination since does not
+        record what the guest writes in the transit, so a backup that relies on it would be wrong.
+
+        :raises SevhopError: it cannot be removed.
+        """
+        for node, name in await _bitmaps(monitor) - self._bitmaps:
+            await monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+            self.note(f"dirty bitmap {name} was added before the guest was there, and removed: make a full backup")
 
     async def _commit(self, checked: Checked, prepared: Prepared, stopped: Stopped) -> None:
         """
@@ -318,3 +332,9 @@ class SecondHop(Transaction):
         checked.source.kill()
         if not await checked.source.wait(self._options.step_timeout):
             self.note(f"the transit (process {checked.source.pid}) was killed and has not exited: restore its storage")
+
+
+async def _bitmaps(monitor: Commands) -> set[tuple[str, str]]:
+    """The dirty bitmaps of a QEMU: node and name."""
+    graph = await block_graph.read(monitor)
+    return {(node.name, bitmap.name) for node in graph.nodes.values() for bitmap in node.bitmaps if bitmap.name}
