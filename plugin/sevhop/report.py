@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -141,7 +142,8 @@ class Report:
             return f"{self.guest}: QEMU {self.source_version}, can hop to {self.emulator}"
         if self.image is not None:
             where = "runs in the transit; to complete the upgrade" if self.in_transit else _SUSPENDED
-            return f"{self.guest}: the guest {where}: virsh restore {self.image}"
+            by_name = f"sevhop recover {shlex.quote(self.guest)}"
+            return f"{self.guest}: the guest {where}: {by_name}, or virsh restore {self.image}"
         line = f"{self.guest}: QEMU {self.source_version} -> {self.destination_version}"
         if self.kind == "standalone":
             line += f", now process {self.destination_pid}"

@@ -146,7 +146,8 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--prepare",
         action="store_true",
-        help="stop when the guest runs in the transit, or is suspended in the keeper; virsh restore completes it",
+        help="stop when the guest runs in the transit, or is suspended in the keeper; sevhop recover DOMAIN, or virsh "
+        "restore, completes it",
     )
     upgrade.set_defaults(command="upgrade", misused=upgrade.error)
 

@@ -1,0 +1,23 @@
+"""What a report is for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sevhop.report import Report
+
+IMAGE = Path("/run/sevhop/0/image")
+
+
+@pytest.mark.parametrize(
+    ("in_transit", "line"),
+    [
+        (True, "web 1: the guest runs in the transit; to complete the upgrade: "),
+        (False, "web 1: the guest is suspended in the keeper; to resume it: "),
+    ],
+)
+def test_prepared_upgrade_has_the_command_that_leaves_nothing_behind_first(in_transit: bool, line: str) -> None:
+    """After virsh restore there is still the journal."""
+    report = Report(guest="web 1", kind="domain", image=IMAGE, in_transit=in_transit, outcome="prepared")
+    assert str(report) == f"{line}sevhop recover 'web 1', or virsh restore {IMAGE}"
