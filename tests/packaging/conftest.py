@@ -1,6 +1,6 @@
 """
-The package is built once, and installed in clean Debian releases (:mod:`tests.support.guests.release`), each with a
-libvirt daemon and a QEMU of its own.
+The packages are built once, and Debian's is installed in clean Debian releases (:mod:`tests.support.guests.release`),
+each with a libvirt daemon and a QEMU of its own.
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ from tests.support.guests.release import Release
 #: Where the package is in a release; the name does not show whose it is.
 PACKAGE = Path("/root/package.deb")
 #: A host as the package finds it: with libvirt and QEMU, and without Python.
-_HOST = (
+HOST = (
     *("libvirt-daemon-system", "libvirt-clients", "qemu-system-x86", "qemu-utils", "seabios", "ipxe-qemu"),
     *("bash-completion", "zsh", "fish", "gcc", "libc6-dev"),
 )
 #: What the package depends on, and what makes virtual environments.
-_DOWNLOADED = ("python3-libvirt", "python3-tenacity", VENV := "python3-venv")
+DOWNLOADED = ("python3-libvirt", "python3-tenacity", VENV := "python3-venv")
 #: As libvirt takes it, and as no shell may.
 NAME = "guest-$(touch pwned);a b*"
 
 
+def left(release: Release) -> list[str]:
+    """Whatever is called sevhop, or speaks of it where programs are configured."""
+    files = release.must("find", "/", "-xdev", "-iname", "*sevhop*").splitlines()
+    return files + release.run("grep", "--recursive", "--files-with-matches", "sevhop", "/etc").stdout.splitlines()
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``tools/package`` leaves in its directory."""
+    """What ``tools/package --rpm`` leaves in its directory."""
     directory = tmp_path_factory.mktemp("package")
-    done = subprocess.run([ROOT / "tools/package", directory], capture_output=True, text=True, check=False)
+    done = subprocess.run([ROOT / "tools/package", "--rpm", directory], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -52,7 +58,7 @@ def package(built: Path) -> Path:
 def clean(request: pytest.FixtureRequest) -> Iterator[Release]:
     """A newly installed Debian 12, and a Debian 13."""
     try:
-        release = Release.start(request.param, _HOST, _DOWNLOADED)
+        release = Release.start(request.param, HOST, DOWNLOADED)
     except Unavailable as err:
         pytest.skip(f"no Debian {request.param}: {err}")
     try:

@@ -9,15 +9,9 @@ from sevhop.install import units
 from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.release import Release
 
-from .conftest import NAME, PACKAGE
+from .conftest import NAME, PACKAGE, left
 
 _HOOK = Path("/etc/libvirt/hooks/qemu.d/sevhop")
-
-
-def left(release: Release) -> list[str]:
-    """Whatever is called sevhop, or speaks of it where programs are configured."""
-    files = release.must("find", "/", "-xdev", "-iname", "*sevhop*").splitlines()
-    return files + release.run("grep", "--recursive", "--files-with-matches", "sevhop", "/etc").stdout.splitlines()
 
 
 def test_command_runs_after_installation(host: Release) -> None:
