@@ -56,6 +56,7 @@ class _Faults:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", type=Path, metavar="FILE", help="write what became of the guests after faults")
+    parser.addoption("--virtqemud", action="store_true", help="run tests/libvirt with virtqemud instead of libvirtd")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,7 @@ import pytest
 from bench.downtime import Sampler, memory_of
 
 from tests.support.guests import counter, emulators
-from tests.support.guests.build import Unavailable
+from tests.support.guests.build import ROOT, Unavailable, fetch
 from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.machine import Accelerator
 from tests.support.guests.running import wait_until
@@ -28,9 +28,20 @@ StartDomain = Callable[..., DomainGuest]
 
 
 @pytest.fixture(scope="session")
-def daemon(libvirt_of_ones_own: None) -> Iterator[Daemon]:
+def modular(request: pytest.FixtureRequest) -> Path | None:
+    """The directory of virtqemud, if the tests shall run with that; built the first time."""
+    if not request.config.getoption("--virtqemud"):
+        return None
+    try:
+        return Path(fetch([ROOT / "tools" / "fetch-virtqemud"]))
+    except Unavailable as err:
+        pytest.skip(f"no virtqemud: {err}")
+
+
+@pytest.fixture(scope="session")
+def daemon(libvirt_of_ones_own: None, modular: Path | None) -> Iterator[Daemon]:
     """A daemon, with sevhop's hook."""
-    with Daemon.installed() as daemon:
+    with Daemon.installed(modular=modular) as daemon:
         yield daemon
         done = daemon.sevhop("uninstall")
         assert done.returncode == 0, done.stderr

@@ -53,6 +53,7 @@ def test_guest_stays_in_source_if_daemon_dies_before_restore(
 
 
 @THE_REST
+@pytest.mark.virtqemud
 def test_upgrade_rolls_back_if_daemon_dies_after_source_exit(
     daemon: Daemon, start: StartDomain, old: Path, new: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_guest_suspended_in_keeper_survives_daemon_death(daemon: Daemon, start: 
 
 
 @THE_REST
+@pytest.mark.virtqemud
 def test_guest_resumes_if_daemon_is_not_restarted(daemon: Daemon, start: StartDomain, old: Path, new: Path) -> None:
     """Then the guest is resumed without it."""
     guest = start()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from tests.support.guests.daemon import Daemon, kill
 
 from . import listening
@@ -75,6 +77,7 @@ def test_clients_see_the_documented_events_of_an_upgrade(
     guest.wait_for_ticks()
 
 
+@pytest.mark.virtqemud
 def test_clients_see_the_documented_events_of_a_rollback(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()

@@ -6,12 +6,15 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .holding import Checkpoint, PausedUpgrade
 
+pytestmark = pytest.mark.virtqemud
 _SCRIPT = Path("/etc/libvirt/hooks/qemu.d/sevhop")
 
 

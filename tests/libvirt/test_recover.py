@@ -68,6 +68,7 @@ def test_recover_resumes_guest_after_command_killed(
     assert recover(daemon) == {"guests": [], "status": 0}
 
 
+@pytest.mark.virtqemud
 @pytest.mark.parametrize("fault", ["daemon", "error", "silence"])
 @pytest.mark.parametrize("point", some_of([point for point in (*IN_THE_SOURCE, *HELD, *RUNNING) if "before" in point]))
 def test_guest_survives_failed_step(
@@ -103,6 +104,7 @@ HOOK = [
 ]
 
 
+@pytest.mark.virtqemud
 @pytest.mark.parametrize("point", some_of(HOOK))
 def test_upgrade_rolls_back_only_if_killed_hook_may_refuse(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault

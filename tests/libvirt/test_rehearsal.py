@@ -91,6 +91,7 @@ def traced(daemon: Daemon, guest: DomainGuest, fault: str, *words: str | Path) -
 import os, signal, subprocess, sys
 from pathlib import Path
 from sevhop.cli.main import main
+from sevhop.install import verification
 from sevhop_qmp import device_state
 
 write = device_state.IncomingState.write
@@ -219,7 +220,7 @@ FAULTS = {
     "interrupted": ("os.kill(os.getpid(), signal.SIGINT)", (3, "rolled-back"), "interrupted"),
     "resumed": ("subprocess.run(['virsh', '-q', 'resume', name])", (1, "refused"), "another client resumed"),
     "libvirt dies": (
-        "os.kill(int(Path('/run/libvirtd.pid').read_text()), signal.SIGKILL)",
+        "os.kill(next(iter(verification.daemons().values())), signal.SIGKILL)",
         (3, "rolled-back"),
         "rehearse: libvirt cannot send ",
     ),

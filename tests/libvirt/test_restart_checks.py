@@ -16,6 +16,7 @@ from .failing import assert_as_before
 from .restart_faults import FAULTS, VOLUME
 
 
+@pytest.mark.virtqemud
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.usefixtures("surroundings")
 def test_upgrade_is_refused_if_libvirt_cannot_start_the_domain_again(
@@ -40,6 +41,7 @@ def test_upgrade_is_refused_if_libvirt_cannot_start_the_domain_again(
     assert_as_before(daemon, guest, old)
 
 
+@pytest.mark.virtqemud
 @pytest.mark.usefixtures("surroundings")
 def test_domain_with_a_volume_hops(daemon: Daemon, start: StartDomain, new: Path) -> None:
     """Its disk has no path in the XML."""

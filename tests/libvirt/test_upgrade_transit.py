@@ -51,6 +51,7 @@ def when_begun(daemon: Daemon, name: str, phase: str, act: Callable[[Any], None]
     return command.returncode, out
 
 
+@pytest.mark.virtqemud
 @pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
 def test_guest_runs_while_libvirt_restarts(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, back: bool
@@ -106,6 +107,7 @@ def test_status_reports_where_the_guest_is(daemon: Daemon, start: StartDomain, n
     guest.wait_for_ticks()
 
 
+@pytest.mark.virtqemud
 def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
     daemon: Daemon, start: StartDomain, new: Path
 ) -> None:
@@ -203,6 +205,7 @@ def test_recover_finishes_or_rolls_back_after_the_command_was_killed(
     guest.wait_for_ticks()
 
 
+@pytest.mark.virtqemud
 @pytest.mark.parametrize("rich", [pytest.param(False, marks=pytest.mark.faults), True])
 def test_upgraded_guest_is_stopped_without_libvirt(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, rich: bool
@@ -225,6 +228,7 @@ def test_upgraded_guest_is_stopped_without_libvirt(
     guest.wait_for_ticks()
 
 
+@pytest.mark.virtqemud
 @pytest.mark.parametrize("phase", ["prepare", "save", "keep"])
 def test_guest_runs_after_the_daemon_was_restarted_in_the_first_hop(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
@@ -241,6 +245,7 @@ def test_guest_runs_after_the_daemon_was_restarted_in_the_first_hop(
     guest.wait_for_ticks()
 
 
+@pytest.mark.virtqemud
 def test_domain_whose_guest_is_in_the_transit_is_not_started_beside_it(
     daemon: Daemon, start: StartDomain, new: Path
 ) -> None:

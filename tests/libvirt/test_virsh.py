@@ -19,6 +19,7 @@ from .conftest import StartDomain
 _COUNT = re.compile(rb"(?<=\n)[0-9a-f]{8}(?=\r?\n)")
 
 
+@pytest.mark.virtqemud
 def test_virsh_works_after_an_upgrade(daemon: Daemon, start: StartDomain, new: Path) -> None:
     guest = start()
     guest.wait_for_ticks()

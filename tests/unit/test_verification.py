@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from sevhop.install import verification
 from sevhop.libvirt.daemon import DomainError
 from sevhop_qmp.errors import SevhopError
+
+from tests.support.guests.running import wait_until
 
 
 class Daemon:
@@ -93,3 +97,18 @@ def test_check_changes_nothing(script: Path) -> None:
 def test_invalid_record_does_not_verify_the_hook(script: Path, record: str) -> None:
     verification.RECORD.write_bytes(record.encode(errors="surrogateescape"))
     assert not verification.is_recorded()
+
+
+@pytest.mark.parametrize("name", ["libvirtd", "virtqemud"])
+def test_daemon_is_found_by_its_pid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The one of a daemon that has ended may have the pid of another process."""
+    monkeypatch.setattr(verification, "_PID_FILES", tuple(tmp_path / path.name for path in verification._PID_FILES))
+    for path in verification._PID_FILES:
+        path.write_text(f"{os.getpid()}\n")
+    program = shutil.copy(shutil.which("sleep") or "", tmp_path / name)
+    with subprocess.Popen([program, "60"]) as daemon:
+        wait_until(lambda: Path(f"/proc/{daemon.pid}/comm").read_text() == f"{name}\n", 10, "the program runs")
+        (tmp_path / f"{name}.pid").write_text(f"{daemon.pid}\n")
+        found, called = verification.daemons(), verification.daemon_name()
+        daemon.kill()
+    assert (found, called) == ({name: daemon.pid}, name)

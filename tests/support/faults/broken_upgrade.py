@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from sevhop.engine.upgrade import Upgrade
+from sevhop.install import verification
 from sevhop.keeper.client import KeeperClient
 from sevhop.keeper.config import KeeperError
 from sevhop.libvirt import daemon as libvirt_daemon
@@ -99,7 +99,7 @@ class Broken:
                 "source": lambda: self.upgrade.report.source_pid,
                 "destination": lambda: destination(self.upgrade),
                 "keeper": lambda: self.keeper,
-                "daemon": lambda: int(Path("/run/libvirtd.pid").read_text()),
+                "daemon": lambda: next(iter(verification.daemons().values())),
             },
             Operator.parsed(operator).at if operator else lambda _: None,
         )

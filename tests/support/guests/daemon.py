@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from . import counter
 from .build import Unavailable
-from .enclosure import GUESTS
+from .enclosure import BESIDE, GUESTS
 from .judge import Verdict, judge_files, judge_log
 from .linux import GATEWAY, KERNEL_ARGUMENTS, LinuxImages, sev_firmware
 from .machine import C_BIT, OVMF_CODE, OVMF_VARIABLES, Accelerator
@@ -28,6 +28,7 @@ _TIMEOUT = 1200
 #: The context of a user's shell whom SELinux does not confine.
 _USER = "unconfined_u:unconfined_r:unconfined_t:s0-s0:c0.c1023"
 _ENCLOSURE = Path(__file__).with_name("enclosure.py")
+_DAEMONS = ("libvirtd", "virtqemud", *BESIDE)
 
 
 class Daemon:
@@ -37,27 +38,41 @@ class Daemon:
     :ivar pid: of the process that is its namespaces.
     """
 
-    def __init__(self, process: subprocess.Popen[str], inside: Release | None, security: str = "none") -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[str],
+        inside: Release | None,
+        security: str = "none",
+        name: Literal["libvirtd", "virtqemud"] = "libvirtd",
+    ) -> None:
         self._process = process
         self._security = security
         self._inside = inside
+        self._name = name
         self.pid = process.pid
 
     @classmethod
-    def start(cls, *, security: Literal["none", "apparmor", "selinux"] = "none", inside: Release | None = None) -> Self:
+    def start(
+        cls,
+        *,
+        security: Literal["none", "apparmor", "selinux"] = "none",
+        inside: Release | None = None,
+        modular: Path | None = None,
+    ) -> Self:
         """
         Start one, and wait until it answers.
 
         :param security: what confines it and its guests. Only in the lab: it changes what the kernel does. With SELinux
             commands are run as from the shell of an unconfined user.
         :param inside: the daemon, the QEMU and the Python of that release.
+        :param modular: virtqemud and the other modular daemons, in that directory, instead of libvirtd.
         """
         command = ["unshare", "--mount", "--net", "--propagation", "private"]
         if inside is None:
             command += [sys.executable, str(_ENCLOSURE)]
         else:
             command = entered(inside.pid, *command, "python3", "-c", _ENCLOSURE.read_text())
-        command += [security]
+        command += [security] if modular is None else [security, f"virtqemud={modular}"]
         # What ends a whole group of processes is for us alone: it ends when its input does, and cleans up.
         process = subprocess.Popen(
             command,
@@ -70,15 +85,18 @@ class Daemon:
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
             raise GuestFailed("the libvirt daemon did not start")
-        self = cls(process, inside, security)
+        self = cls(process, inside, security, "libvirtd" if modular is None else "virtqemud")
         self.wait_until_it_answers()
+        if modular is not None:
+            for name in BESIDE:
+                self._wait_for("virsh", "-c", f"{name.removeprefix('virt').removesuffix('d')}:///system", "uri")
         return self
 
     @classmethod
     @contextlib.contextmanager
-    def installed(cls, *, inside: Release | None = None) -> Iterator[Self]:
+    def installed(cls, *, inside: Release | None = None, modular: Path | None = None) -> Iterator[Self]:
         """One with sevhop's hook, until the end of the context; see :meth:`start`."""
-        daemon = cls.start(inside=inside)
+        daemon = cls.start(inside=inside, modular=modular)
         try:
             daemon.install()
             yield daemon
@@ -124,7 +142,10 @@ class Daemon:
 
     def wait_until_it_answers(self) -> None:
         """Wait until there is a daemon, again."""
-        wait_until(lambda: self.run("virsh", "list").returncode == 0, _PATIENCE, "the libvirt daemon answers")
+        self._wait_for("virsh", "list")
+
+    def _wait_for(self, *command: str) -> None:
+        wait_until(lambda: self.run(*command).returncode == 0, _PATIENCE, f"the libvirt daemon answers to {command}")
 
     @property
     def root(self) -> Path:
@@ -133,8 +154,8 @@ class Daemon:
 
     @property
     def pid_of_libvirtd(self) -> int:
-        """Of the daemon alone; a restarted one has another."""
-        return int((self.root / "run/libvirtd.pid").read_text())
+        """Of the daemon alone, libvirtd or virtqemud; a restarted one has another."""
+        return int((self.root / f"run/{self._name}.pid").read_text())
 
     def start_command(self, *command: str | Path, terminal: int | None = None) -> subprocess.Popen[str]:
         """Start a command in there, perhaps on a terminal."""
@@ -144,17 +165,19 @@ class Daemon:
             words += map(str, command)
         else:
             words = entered(self.pid, *command)
+        environment = _environment()
+        if self._name == "virtqemud":
+            # By itself virsh of Debian looks for libvirtd alone.
+            environment["LIBVIRT_DEFAULT_URI"] = "qemu:///system"
         if terminal is not None:
-            return subprocess.Popen(
-                words, stdin=terminal, stdout=terminal, stderr=terminal, text=True, env=_environment()
-            )
+            return subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, text=True, env=environment)
         return subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=_environment(),
+            env=environment,
         )
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -232,7 +255,7 @@ class Daemon:
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 here = entry.name.isdigit() and os.readlink(entry / "ns/mnt") == own
-                if here and (entry / "comm").read_text().strip() != "libvirtd":
+                if here and (entry / "comm").read_text().strip() not in _DAEMONS:
                     found.append(int(entry.name))
         return found
 

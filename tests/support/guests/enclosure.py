@@ -12,6 +12,8 @@ that is for the lab only.
 With ``selinux`` they are confined by SELinux, in a lab that has it (``tools/lab/run --selinux``): what they use gets
 the labels that an installed system has, and the policy is enforced until the daemon has ended.
 
+With ``virtqemud=DIRECTORY`` the daemon is libvirt's for QEMU alone, and the others that it asks run beside it.
+
 It prints ``ready`` when the daemon may be asked, starts it again when it has died, and ends it when its standard input
 ends.
 """
@@ -50,6 +52,9 @@ stdio_handler = "file"
 """
 _APPARMOR = Path("/etc/apparmor.d")
 _ENFORCE = Path("/sys/fs/selinux/enforce")
+#: The modular daemons that virtqemud asks for networks, pools and so on.
+BESIDE = ("virtnetworkd", "virtnodedevd", "virtnwfilterd", "virtsecretd", "virtstoraged")
+_MODULAR = "virtqemud="
 #: What the service of the daemon would run it as.
 _DAEMON = "system_u:system_r:virtd_t:s0-s0:c0.c1023"
 #: Labels of the policy's file contexts.
@@ -115,7 +120,12 @@ def main() -> int:
         os.kill(daemon, signal.SIGTERM)
         signal.alarm(_GRACE)
 
-    daemon = _start(security)
+    directories = [Path(word.removeprefix(_MODULAR)) for word in sys.argv[1:] if word.startswith(_MODULAR)]
+    program = directories[0] / "virtqemud" if directories else Path(shutil.which("libvirtd") or "/usr/sbin/libvirtd")
+    if directories:
+        for name in BESIDE:
+            _run(program.with_name(name))
+    daemon = _start(program, security)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(daemon, signal.SIGKILL))
     print("ready", flush=True)
@@ -130,13 +140,15 @@ def main() -> int:
                 elif security == "selinux":
                     _ENFORCE.write_text("0")
                 return 0
-            daemon = _start(security)
+            daemon = _start(program, security)
 
 
-def _start(security: str) -> int:
-    # libvirtd -t would end when it is idle. Its messages repeat what virsh prints.
-    program = shutil.which("libvirtd") or "/usr/sbin/libvirtd"
-    words = ["runcon", _DAEMON, program] if security == "selinux" else [program]
+def _start(program: Path, security: str) -> int:
+    return _run("runcon", _DAEMON, program) if security == "selinux" else _run(program)
+
+
+def _run(*words: str | Path) -> int:
+    # A daemon with -t would end when it is idle. Its messages repeat what virsh prints.
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
 
 
