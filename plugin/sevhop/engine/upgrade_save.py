@@ -234,7 +234,7 @@ async def terminate(
                 await keeper.retire()
             finally:
                 if not checked.source.alive:
-                    hop.commit(GuestState.SUSPENDED, resume_hint(checked.domain.name, keeper))
+                    hop.commit(GuestState.SUSPENDED, resume_hint(hop.report.guest, keeper))
                 elif await _may_be_killed(keeper):
                     hop.commit(GuestState.UNKNOWN)
         prepared.state.source_ended()
