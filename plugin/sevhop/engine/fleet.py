@@ -14,7 +14,6 @@ the host has no memory for one more, nor outside the maintenance window.
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from ..options import UpgradeOptions, Window
 from ..process import host_memory
 from ..records.journal import unattended
 from ..records.run_directory import hop_of
+from .exclusion import is_excluded
 from .upgrade import Upgrade
 
 
@@ -100,17 +100,19 @@ async def all_outdated(uri: str, emulator: str | None, exclude: Sequence[str] = 
 
 
 async def _without_excluded(connection: Connection, names: Sequence[str], exclude: Sequence[str]) -> Selection:
-    excluded = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)]
+    chosen, excluded = list[str](), list[str]()
     for name in names:
-        if name in excluded:
-            continue
-        try:
-            if await (await connection.domain(name)).is_left_alone():
-                excluded.append(name)
-        except DomainError as err:
-            if err.code != NO_DOMAIN:  # one in a hop may be unknown; then its upgrade is refused
-                raise
-    return Selection(tuple(name for name in names if name not in excluded), True, tuple(sorted(excluded)))
+        (excluded if await _is_excluded(connection, name, exclude) else chosen).append(name)
+    return Selection(tuple(chosen), True, tuple(sorted(excluded)))
+
+
+async def _is_excluded(connection: Connection, name: str, exclude: Sequence[str]) -> bool:
+    try:
+        return await is_excluded(name, await connection.domain(name), exclude)
+    except DomainError as err:
+        if err.code != NO_DOMAIN:  # one in a hop may be unknown; then its upgrade is refused
+            raise
+        return await is_excluded(name, None, exclude)
 
 
 class Fleet:

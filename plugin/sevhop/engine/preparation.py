@@ -6,7 +6,6 @@ the next time. The running domains stay as they are, and so do their guests.
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from ..libvirt.definition import redefine
 from ..libvirt.domain import Domain
 from ..records import journal
 from ..records.run_directory import hop_of
+from .exclusion import is_excluded
 from .preparation_result import Preparations, PreparedDefinition
 
 _ACPI = "without <features><acpi/></features> libvirt 9.0 cannot start it in QEMU 9 or later"
@@ -58,11 +58,10 @@ async def _defined(connection: Connection, exclude: Sequence[str]) -> tuple[list
     """All domains that have a definition, by name; and the names of those that are left out."""
     domains, excluded = [], []
     for domain in sorted(await connection.all_domains(), key=lambda one: one.name):
-        matches = any(fnmatch.fnmatchcase(domain.name, pattern) for pattern in exclude)
         try:
             if not await domain.persistent():
                 continue
-            if matches or await domain.is_left_alone() or await domain.is_left_alone(defined=True):
+            if await is_excluded(domain.name, domain, exclude, defined=True):
                 excluded.append(domain.name)
             else:
                 domains.append(domain)
