@@ -58,6 +58,25 @@ def test_selections_that_exclude_each_other_are_named(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["upgrade"], "name domains, or give --all or --outdated: one of the three"),
+        (["upgrade", "--all", "--outdated"], "name domains, or give --all or --outdated: one of the three"),
+        (["upgrade", "web", "--exclude", "w*"], "--exclude goes with --all or --outdated"),
+        (["prepare"], "name domains, or give --all: one of the two"),
+        (["prepare", "web", "--all"], "name domains, or give --all: one of the two"),
+        (["prepare", "web", "--exclude", "w*"], "--exclude goes with --all"),
+    ],
+)
+def test_wrong_selection_is_reported_with_the_rules_of_the_command(
+    argv: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert capsys.readouterr().err.endswith(f"sevhop {argv[0]}: error: {reason}\n")
+
+
+@pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
         ("--timeout", "soon", "give seconds, above 0 and below 86400"),

@@ -371,5 +371,5 @@ def test_help_imports_little(words: list[str]) -> None:
     ours = {name for name in imported if name.startswith("sevhop")}
     assert ours <= {
         *("sevhop", "sevhop.options", "sevhop_qmp", "sevhop_qmp.time_limits"),
-        *(f"sevhop.cli{name}" for name in ("", ".main", ".parser", ".terminal", ".exit_codes")),
+        *(f"sevhop.cli{name}" for name in ("", ".main", ".parser", ".selection", ".terminal", ".exit_codes")),
     }

@@ -22,7 +22,7 @@ from ..errors import GuestState
 from ..observe import journald, metrics
 from ..options import HopOptions, RecoverOptions, UpgradeOptions
 from ..report import Report
-from . import discard, prepare, terminal
+from . import discard, prepare, selection, terminal
 from .exit_codes import EXIT_DONE, EXIT_GUEST_LOST, EXIT_RECOVERY_REQUIRED, EXIT_REFUSED
 from .output import Outcomes, check_line, complain, fail, say
 
@@ -137,10 +137,7 @@ def _hop(options: argparse.Namespace) -> int:
 
 
 def _upgrade(options: argparse.Namespace) -> int:
-    if bool(options.domains) + options.all + options.outdated != 1:
-        options.misused("name domains, or give --all or --outdated: one of the three")
-    if options.exclude and options.domains:
-        options.misused("--exclude goes with --all or --outdated")
+    selection.verify_usage(options)
     with _progress(options) as progress:
         outcomes = Outcomes(options, progress)
         reports = _run(

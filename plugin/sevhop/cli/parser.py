@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..options import HopOptions, RecoverOptions, Window
+from . import selection
 
 #: Each job needs a few threads and, for a moment, a second QEMU.
 MAX_JOBS = 64
@@ -121,13 +122,7 @@ def parser() -> argparse.ArgumentParser:
     upgrade.add_argument(
         "--jobs", type=_count, default=1, metavar="N", help="domains to upgrade at a time (default: %(default)s)"
     )
-    upgrade.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="with --all and --outdated: leave domains alone whose name matches, such as 'db-*'; may be repeated",
-    )
+    selection.add_exclude(upgrade, "--all", "--outdated")
     upgrade.add_argument("--keep-going", action="store_true", help="begin further upgrades after a failure or refusal")
     upgrade.add_argument(
         "--max-failures",
@@ -173,13 +168,7 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("domains", nargs="*", metavar="DOMAIN")
     prepare.add_argument("--all", action="store_true", help="all domains that are defined, active or not")
     prepare.add_argument("--dry-run", action="store_true", help="show the difference only; nothing is changed")
-    prepare.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="with --all: leave domains alone whose name matches, such as 'db-*'; may be repeated",
-    )
+    selection.add_exclude(prepare, "--all")
     prepare.set_defaults(command="prepare", misused=prepare.error)
 
     status = commands.add_parser(

@@ -7,16 +7,14 @@ import asyncio
 import json
 
 from .. import api
+from . import selection
 from .exit_codes import EXIT_DONE, EXIT_REFUSED
 from .output import complain, say
 
 
 def run(options: argparse.Namespace) -> int:
     """The command. :return: its exit status."""
-    if bool(options.domains) == options.all:
-        options.misused("name domains, or give --all: one of the two")
-    if options.exclude and options.domains:
-        options.misused("--exclude goes with --all")
+    selection.verify_usage(options)
     done = asyncio.run(
         api.prepare(
             options.domains or api.Choice.ALL,
