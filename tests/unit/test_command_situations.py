@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sevhop.records.hop_record import VERSION
 
 #: The command, with the state of the host elsewhere.
 _ELSEWHERE = """
@@ -176,8 +177,8 @@ DAMAGED = {
     "list": b"[1, 2]\n",
     "number": b"3\n",
     "other version": b'{"version": [7, "x"]}\n',
-    "without fields": b'{"version": 1, "source": {"pid": 1, "started": 1}}\n',
-    "wrong source": b'{"version": 1, "source": {"pid": "x", "started": []}}\n',
+    "without fields": b'{"version": %d, "source": {"pid": 1, "started": 1}}\n' % VERSION,
+    "wrong source": b'{"version": %d, "source": {"pid": "x", "started": []}}\n' % VERSION,
     "not UTF-8": b'{"version": "\xff"}\n',
     "deep": b"[" * 100_000 + b"\n",
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import pytest
 from sevhop.records import journal
-from sevhop.records.hop_record import HopRecord, Process
+from sevhop.records.hop_record import VERSION, HopRecord, Process
 from sevhop.records.journal import HopInterrupted, Journal, JournalError
 from sevhop.records.run_directory import HopInProgress
 from sevhop_qmp.process import QemuProcess
@@ -130,7 +132,16 @@ def test_take_over_ignores_a_torn_last_line(cut: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"\n", b"[]\n", b"{}\n", b'{"version": 2}\n', b'{"version": 1}\n', b"\xff\n", b'{"version": 1, "source": 3}'],
+    [
+        b"",
+        b"\n",
+        b"[]\n",
+        b"{}\n",
+        f'{{"version": {VERSION + 1}}}\n'.encode(),
+        f'{{"version": {VERSION}}}\n'.encode(),
+        b"\xff\n",
+        f'{{"version": {VERSION}, "source": 3}}'.encode(),
+    ],
 )
 def test_read_refuses_garbage(text: bytes, directory: Path) -> None:
     directory.mkdir(parents=True)
@@ -140,6 +151,33 @@ def test_read_refuses_garbage(text: bytes, directory: Path) -> None:
         journal.read(path)
     with pytest.raises(JournalError):
         Journal.take_over(path)
+
+
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
+def test_journal_of_another_version_is_refused_with_what_to_do(version: int, directory: Path) -> None:
+    """That of an older one may lack fields; it is not reported as damaged."""
+    directory.mkdir(parents=True)
+    path = directory / "domain-4711.journal"
+    fields = dataclasses.asdict(record()) | {"version": version}
+    del fields["images"], fields["next_attempt"]
+    path.write_text(json.dumps(fields) + "\n")
+    for use in (journal.read, Journal.take_over):
+        with pytest.raises(JournalError) as caught:
+            use(path)
+        assert str(caught.value) == (
+            f"cannot read the journal {path}: its version {version} is not supported (recover with the version of "
+            "sevhop that began the hop)"
+        )
+
+
+#: Of the versions of the format that there were, as far as they are known: a digest of the names and types.
+FORMATS = {2: "acb551794627e0b5"}
+
+
+def test_version_is_raised_with_the_fields() -> None:
+    """Whoever changes a field raises the version, and adds the digest that this shows."""
+    text = "\n".join(f"{one.name}: {one.type}" for cls in (HopRecord, Process) for one in dataclasses.fields(cls))
+    assert FORMATS[VERSION] == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_read_refuses_an_unknown_field() -> None:

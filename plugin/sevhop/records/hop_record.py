@@ -13,8 +13,9 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.invalid_data import InvalidData, invalid
 from sevhop_qmp.process import QemuProcess
 
-#: Of the format. A journal of another version is refused.
-VERSION = 1
+#: Of the format: raised with any change of the fields. A journal of another version is refused, since a recovery that
+#: misses a field, or does not understand one, does the wrong thing to a guest.
+VERSION = 2
 #: The phase of an upgrade that has stopped on purpose, until somebody completes it.
 PREPARED = "prepared"
 
