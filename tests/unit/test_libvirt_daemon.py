@@ -186,3 +186,33 @@ def test_connection_limits_each_call() -> None:
     with pytest.raises(MonitorTimeout, match=r"within 0\.05 s"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(libvirt_qemu, "qemuMonitorCommandWithFiles", lambda *_: time.sleep(0.2))
         asyncio.run(monitor.execute("query-status"))
+
+
+_POLKIT = "Unable to get system bus connection"
+
+
+@pytest.mark.parametrize(
+    ("uid", "uri", "code", "message", "hint"),
+    [
+        (1000, daemon.DEFAULT_URI, libvirt.VIR_ERR_INTERNAL_ERROR, _POLKIT, "run sevhop as root"),
+        (1000, daemon.DEFAULT_URI, libvirt.VIR_ERR_AUTH_UNAVAILABLE, "no agent", "run sevhop as root"),
+        (1000, daemon.DEFAULT_URI, libvirt.VIR_ERR_SYSTEM_ERROR, "connect: Permission denied", "run sevhop as root"),
+        (1000, daemon.DEFAULT_URI, libvirt.VIR_ERR_SYSTEM_ERROR, "No such file", "start libvirt's daemon"),
+        (1000, "nonsense:///", libvirt.VIR_ERR_NO_CONNECT, "no driver", ""),
+        (0, daemon.DEFAULT_URI, libvirt.VIR_ERR_INTERNAL_ERROR, _POLKIT, ""),
+    ],
+)
+def test_connection_that_fails_is_reported_with_what_to_do(
+    uid: int, uri: str, code: int, message: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: str) -> None:
+        error = libvirt.libvirtError(message)
+        error.err = (code, 0, message, 2, "", None, None, 0, 0)
+        raise error
+
+    monkeypatch.setattr(libvirt, "open", refuse)
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    with pytest.raises(daemon.DomainError) as caught:
+        asyncio.run(daemon.Daemon.open(uri))
+    assert caught.value.message == message
+    assert caught.value.hint.partition(",")[0] == hint

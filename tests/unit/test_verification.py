@@ -112,3 +112,18 @@ def test_daemon_is_found_by_its_pid_file(tmp_path: Path, monkeypatch: pytest.Mon
         found, called = verification.daemons(), verification.daemon_name()
         daemon.kill()
     assert (found, called) == ({name: daemon.pid}, name)
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"), [(PermissionError, "run sevhop as root"), (FileNotFoundError, "run: sevhop install")]
+)
+def test_part_of_the_hook_that_cannot_be_read_is_reported_with_what_to_do(
+    error: type[OSError], hint: str, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise error(1, "no", str(script))
+
+    monkeypatch.setattr(verification, "_identity", refuse)
+    with pytest.raises(SevhopError) as caught:
+        ensure(Daemon())
+    assert (caught.value.message, caught.value.hint) == (f"cannot read {script}, a part of the hook: no", hint)

@@ -104,9 +104,8 @@ async def verify_hook(connection: Connection, attempts: int = 1) -> None:
         try:
             identity = _identity()
         except OSError as err:
-            raise SevhopError(
-                f"cannot read {err.filename}, a part of the hook: {err.strerror}", "run: sevhop install"
-            ) from err
+            hint = "run sevhop as root" if isinstance(err, PermissionError) else "run: sevhop install"
+            raise SevhopError(f"cannot read {err.filename}, a part of the hook: {err.strerror}", hint) from err
         if await _hook_answers(connection):
             with contextlib.suppress(OSError, SevhopError):  # then it is verified again next time
                 make_run_directories()

@@ -199,7 +199,7 @@ class Daemon:
         except DomainError as err:
             if err.hint:
                 raise
-            raise DomainError(err.message, err.code, _hint(err)) from err
+            raise DomainError(err.message, err.code, _hint(err, uri)) from err
         self = cls(raw, uri, timeout)
         own = await self.call(raw.getURI)
         if not is_the_systems(own):
@@ -259,13 +259,14 @@ class Daemon:
         return bool(await self.call(self.raw.getLibVersion) >= TESTED_VERSION)
 
 
-def _hint(error: DomainError) -> str:
+def _hint(error: DomainError, uri: str) -> str:
     """What to do when no connection can be made."""
     if error.code in _NOT_AUTHORIZED or "Permission denied" in error.message:
         return "run sevhop as root"
     if error.code == libvirt.VIR_ERR_SYSTEM_ERROR:
         return "start libvirt's daemon, or correct --connect"
-    return "run sevhop as root" if os.geteuid() else ""  # without polkit libvirt does not say that this is why
+    # The daemon asks polkit whether that user may, and where it cannot ask reports why, not that it has refused.
+    return "run sevhop as root" if os.geteuid() and is_the_systems(uri) else ""
 
 
 def readable_version(number: int) -> str:
