@@ -44,7 +44,6 @@ import asyncio
 import enum
 import importlib.util
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +56,7 @@ from .checks import guest as guest_checks
 from .checks.domain_status import DomainStatus, Place
 from .checks.result import CheckResult, Status
 from .engine import hop as standalone
-from .engine import recovery
+from .engine import recovery, recovery_names
 from .engine.preparation_result import Preparations, PreparedDefinition
 from .engine.recovery_result import Loss, RecoveredGuest, RecoveryOutcome
 from .errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
@@ -321,14 +320,11 @@ async def recover(
     """
     if emulator is not None and len(guests) != 1:
         raise ValueError(f"an emulator for {len(guests)} guests")
-    for name in recovery.without_hop(guests):
-        await _verify_exists(name)
-        if emulator is not None:
-            raise Refused(f"no hop of {name} was interrupted", f"to upgrade it: sevhop upgrade {shlex.quote(name)}")
+    names = await recovery_names.resolve(guests, emulator=emulator)
     options = RecoverOptions(
         unattended=unattended, max_age=max_age, emulator=emulator, set_time=set_time, step_timeout=step_timeout
     )
-    return await recovery.recover(guests, options)
+    return await recovery.recover(names, options)
 
 
 async def assess_discard(guest: str, *, step_timeout: float = COMMAND_TIMEOUT) -> Loss:
@@ -354,24 +350,6 @@ async def discard(loss: Loss, *, step_timeout: float = COMMAND_TIMEOUT) -> Recov
     from .engine import discard as engine
 
     return await engine.discard(loss, timeout=step_timeout)
-
-
-async def _verify_exists(guest: str) -> None:
-    """:raises Refused: it is neither a domain, as far as libvirt answers, nor a QMP socket."""
-    if "/" in guest or importlib.util.find_spec("libvirt") is None:
-        return
-    from .libvirt.connection import Connection
-    from .libvirt.daemon import NO_DOMAIN, DomainError
-
-    try:
-        connection = await Connection.open()
-        try:
-            await connection.look_up(guest)
-        finally:
-            connection.close()
-    except DomainError as err:
-        if err.code == NO_DOMAIN:
-            raise Refused(f"there is no guest {guest}", "see: sevhop status") from err
 
 
 def expect_libvirt() -> None:

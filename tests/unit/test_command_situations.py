@@ -198,6 +198,20 @@ def test_damaged_journal_needs_a_person(content: bytes, state: Path) -> None:
     assert path.exists()
 
 
+def test_damaged_journal_can_be_given_up(state: Path) -> None:
+    """By the name under which it is reported, by whoever agrees."""
+    path = state / "journal" / "domain-x.journal"
+    path.write_bytes(b"")
+    (found,) = object_of(sevhop("recover", "domain-x.journal", "--json", state=state))["guests"]
+    assert "sevhop recover domain-x.journal --discard" in found["detail"]
+    refused = sevhop("recover", "domain-x.journal", "--discard", state=state)
+    assert (refused.returncode, path.exists()) == (2, True), refused
+    done = sevhop("recover", "domain-x.journal", "--discard", "--yes", state=state)
+    assert done.stdout == "domain-x.journal: was given up: only its hop: no QEMU was touched\n"
+    assert (done.returncode, done.stderr, path.exists()) == (0, "", False)
+    assert sevhop("recover", state=state).stdout == "no interrupted hop was found\n"
+
+
 def test_journal_that_is_no_file_needs_a_person(state: Path) -> None:
     (state / "journal" / "domain-x.journal").mkdir()
     done = sevhop("recover", state=state)

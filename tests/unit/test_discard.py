@@ -8,67 +8,20 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sevhop.engine import discard, way_back
+from sevhop.engine import discard
 from sevhop.engine.recovery_result import RecoveryOutcome
 from sevhop.errors import Refused
 from sevhop.keeper.listeners import listening_at
-from sevhop.libvirt.daemon import DomainError
 from sevhop.records import journal, run_directory
 from sevhop.records.hop_record import HopRecord, Process
 from sevhop.records.journal import Journal
 from sevhop_qmp.process import QemuProcess
 
-UUID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
-GONE = Process(1 << 30, 1)
-RECORD = HopRecord(
-    kind="domain", guest="web1", uuid=UUID, context="none", running=True, source=GONE, uri="qemu:///system"
-)
+from .given_up import RECORD, UUID, Libvirt, libvirt
 
-
-class Libvirt:
-    """
-    A daemon with one domain.
-
-    :ivar has_qemu: whether that is active.
-    """
-
-    def __init__(self) -> None:
-        self.has_qemu = False
-        self.answers = True
-
-    async def open(self, *_: Any) -> Libvirt:
-        """In the place of ``Connection.open``."""
-        if not self.answers:
-            raise DomainError("no daemon")
-        return self
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-    async def domain_with(self, uuid: str) -> Libvirt:
-        return self
-
-    async def active(self) -> bool:
-        return self.has_qemu
-
-
-@pytest.fixture
-def libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Libvirt:
-    """A daemon; run directory and journal are the test's."""
-    made = Libvirt()
-    monkeypatch.setattr(discard, "Connection", made)
-    monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
-    monkeypatch.setattr(run_directory, "RUN", tmp_path / "run")
-    monkeypatch.setattr(run_directory, "DOMAINS", tmp_path / "run/domains")
-
-    async def forget(uri: str, finished: str) -> None:
-        assert (uri, finished) == (RECORD.uri, UUID)
-
-    monkeypatch.setattr(way_back, "forget_unused_at", forget)
-    return made
+__all__ = ["libvirt"]  # the fixture
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ def discard(options: argparse.Namespace) -> list[api.RecoveredGuest]:
 
 
 def _agreed(loss: api.Loss) -> bool:
-    print(f"{printable_lines(loss)}\nGive up the guest? [y/N] ", end="", file=sys.stderr, flush=True)
+    question = "Give up the guest?" if loss.has_guest else "Remove that?"
+    print(f"{printable_lines(loss)}\n{question} [y/N] ", end="", file=sys.stderr, flush=True)
     try:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
     except KeyboardInterrupt:

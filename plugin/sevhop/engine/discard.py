@@ -10,6 +10,14 @@ libvirt has a QEMU of the domain        refused: that is not ours to give up
 its old QEMU is there                   refused, unless the guest has left it for the transit
 ======================================  =====================================================================
 
+If the journal is damaged, all that is decided by what is found of the hop otherwise (:mod:`.damaged_hop`):
+
+======================================  =====================================================================
+libvirt has the only QEMU of a domain   that stays: the guest is nowhere else
+another QEMU of the domain is there     refused, unless it is the transit, and the only one
+the guest is outside libvirt            no QEMU is touched, only the journal is removed
+======================================  =====================================================================
+
 Then the journal, the image, and all other traces of the hop are removed, so that libvirt may start the domain from its
 disks.
 """
@@ -35,9 +43,10 @@ from ..keeper.state import State
 from ..keeper.transit_state import TransitState
 from ..libvirt.connection import Connection
 from ..records import journal, run_directory
-from ..records.hop_record import HopRecord, uptime
+from ..records.hop_record import NO_PROCESS, HopRecord, uptime
 from ..records.journal import Journal, JournalError
-from . import way_back
+from . import damaged_hop, recovery, way_back
+from .damaged_hop import DamagedHop
 from .recovery_result import Loss, RecoveredGuest, RecoveryOutcome
 from .suspended_guest import readable
 from .transit import remove_confinement
@@ -46,6 +55,10 @@ _POLL = 0.05
 #: The guest gets no chance to write what it has in its memory.
 _AS_POWER = "as by a power failure: what it has not written to its disks is lost"
 _REMAINS = "only what the hop has left in the journal and in /run/sevhop is removed"
+_MAY_START = "libvirt may start the domain from its disks"
+#: Where the guest of a hop with a damaged journal is that is not given up.
+_IN_DOMAIN, _OUTSIDE = "domain", "outside"
+_DONE = {_IN_DOMAIN: "only its hop: the guest stays in libvirt's QEMU", _OUTSIDE: "only its hop: no QEMU was touched"}
 
 
 async def assess(name: str, *, timeout: float) -> Loss:
@@ -56,10 +69,11 @@ async def assess(name: str, *, timeout: float) -> Loss:
     :param timeout: seconds for each answer.
     :raises Refused: a hop of it is in progress, or its guest is where libvirt sees it.
     """
-    path, record = _interrupted(name)
+    path, record = await _interrupted(name)
     if journal.in_progress(path):
-        raise Refused(f"process {record.command} is hopping {record.guest}, or recovers it", "wait for it")
-    return await _assess(record, timeout)
+        who = "another process" if record is None else f"process {record.command}"
+        raise Refused(f"{who} is hopping {name if record is None else record.guest}, or recovers it", "wait for it")
+    return await (_assess_damaged(damaged_hop.examine(path), timeout) if record is None else _assess(record, timeout))
 
 
 async def discard(expected: Loss, *, timeout: float) -> RecoveredGuest:
@@ -71,26 +85,36 @@ async def discard(expected: Loss, *, timeout: float) -> RecoveredGuest:
     :raises Refused: it is somewhere else now; nothing was touched.
     :raises RecoveryRequired: its process does not exit.
     """
-    path, record = _interrupted(expected.guest)
+    path, record = await _interrupted(expected.guest)
+    damaged = damaged_hop.examine(path) if record is None else None
     try:
-        mine = Journal.take_over(path)
+        mine = Journal.take_over(path) if damaged is None else Journal.take_over_unreadable(path, damaged.record)
     except SevhopError as err:
         raise Refused(err.message, err.hint) from err
     try:
         record = mine.record
-        found = await _assess(record, timeout)
+        found = await (_assess(record, timeout) if damaged is None else _assess_damaged(damaged, timeout))
         if found.state != expected.state:
             raise Refused(f"the guest is not where it was any more: {found.text}", "decide again")
-        await _give_up(record, found, timeout)
+        if found.state not in (_IN_DOMAIN, _OUTSIDE):
+            await _give_up(record, found, timeout)
+        elif found.state == _IN_DOMAIN:
+            await _release_held(record, timeout)
     except BaseException:
         mine.leave()
         raise
     mine.end()
-    return RecoveredGuest(record.guest, RecoveryOutcome.DISCARDED, "libvirt may start the domain from its disks")
+    if damaged is not None:
+        recovery.sweep()
+    return RecoveredGuest(record.guest, RecoveryOutcome.DISCARDED, _DONE.get(found.state, _MAY_START))
 
 
-def _interrupted(name: str) -> tuple[Path, HopRecord]:
-    """:raises Refused: there is no such hop."""
+async def _interrupted(name: str) -> tuple[Path, HopRecord | None]:
+    """
+    The journal of a hop, and what is in it; None if it is damaged.
+
+    :raises Refused: there is no such hop.
+    """
     for path in journal.journals():
         try:
             record = journal.read(path)
@@ -102,7 +126,39 @@ def _interrupted(name: str) -> tuple[Path, HopRecord]:
             hint = f"terminate its QEMU (process {record.source.pid}), then run: sevhop recover {shlex.quote(name)}"
             raise Refused(f"{name} is no domain", hint)
         return path, record
+    if (found := await damaged_hop.find(name)) is not None:
+        return found, None
     raise Refused(f"no hop of {name} was interrupted", "see: sevhop status")
+
+
+async def _assess_damaged(found: DamagedHop, timeout: float) -> Loss:
+    """:raises Refused: it is not known which QEMU has the guest."""
+    record, others = found.record, found.others
+    if record.kind != "domain":
+        old = f"the old one (process {record.source.pid})"
+        where = f"{old}, or one that the hop has started" if record.source.exists else f"a new one: {old} has exited"
+        where = "the one that is there" if record.source == NO_PROCESS else where
+        return Loss(record.guest, _OUTSIDE, f"only the journal is removed; the guest stays in its QEMU: {where}")
+    if not await _has_qemu(record, timeout):
+        if others:
+            raise Refused(
+                f"process {others[0]} is a QEMU of the domain, which libvirt does not have; it may have the guest",
+                "terminate it if it has not, or the guest is to be given up; then this again",
+            )
+        return await _assess(record, timeout)
+    directory = _directory(record)
+    serves = directory is not None and run_directory.alive(directory)
+    state = await _state_of_keeper(directory, timeout) if directory is not None and serves else State.HELD.value
+    if record.transit is not None or len(others) != 1 or state not in (State.HELD.value, ""):
+        elsewhere = [f"process {record.transit.pid}, the transit"] if record.transit is not None else []
+        elsewhere += ["the keeper"] if serves and record.transit is None else []
+        pids = [f"process {pid}" for pid in others]
+        raise Refused(
+            f"libvirt has a QEMU of the domain, and any of these may have the guest: {'; '.join(pids + elsewhere)}",
+            "find out which has it, and terminate the others; then this again",
+        )
+    text = f"the guest is in libvirt's QEMU (process {others[0]}), which stays as it is"
+    return Loss(record.guest, _IN_DOMAIN, f"{text}, perhaps paused; {_REMAINS}")
 
 
 async def _assess(record: HopRecord, timeout: float) -> Loss:
@@ -134,19 +190,27 @@ async def _assess(record: HopRecord, timeout: float) -> Loss:
     return Loss(record.guest, "nowhere", f"neither a QEMU nor a keeper has the guest; {_REMAINS}")
 
 
-async def _verify_libvirt_has_none(record: HopRecord, timeout: float) -> None:
-    """:raises Refused: libvirt has a QEMU of the domain, or does not answer."""
-    name = shlex.quote(record.guest)
+async def _has_qemu(record: HopRecord, timeout: float) -> bool:
+    """
+    Whether libvirt has a QEMU of the domain.
+
+    :raises Refused: it does not answer.
+    """
     try:
         connection = await Connection.open(record.uri, timeout)
         try:
             domain = await connection.domain_with(record.uuid)
-            active = domain is not None and await domain.active()
+            return domain is not None and await domain.active()
         finally:
             connection.close()
     except SevhopError as err:
         raise Refused(f"whether libvirt has the guest is not known: {err.message}", err.hint) from err
-    if active:
+
+
+async def _verify_libvirt_has_none(record: HopRecord, timeout: float) -> None:
+    """:raises Refused: libvirt has a QEMU of the domain, or does not answer."""
+    name = shlex.quote(record.guest)
+    if await _has_qemu(record, timeout):
         raise Refused(
             f"libvirt has a QEMU of domain {record.guest}, which may have the guest",
             f"run: sevhop recover {name}; to give up that QEMU: virsh destroy {name}, then this again",
@@ -201,6 +265,14 @@ async def _give_up(record: HopRecord, loss: Loss, timeout: float) -> None:
     if directory is not None:
         run_directory.remove(record.guest, directory)
     await way_back.forget_unused_at(record.uri, record.uuid)
+
+
+async def _release_held(record: HopRecord, timeout: float) -> None:
+    """Have a keeper exit that has only duplicates of what the source has."""
+    directory = _directory(record)
+    if directory is not None and run_directory.alive(directory):
+        await _release(directory, timeout)
+        await _end_keeper(directory, timeout, timeout)
 
 
 async def _kill(process: PidfdProcess, timeout: float) -> None:

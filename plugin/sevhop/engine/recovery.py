@@ -33,25 +33,19 @@ async def recover(names: Sequence[str] = (), options: RecoverOptions = RecoverOp
     """
     Complete interrupted hops, or roll them back.
 
-    :param names: of guests; all when there are none. An upgrade that was prepared on purpose is skipped then.
+    :param names: of guests, and of damaged journals; all when there are none. An upgrade that was prepared on purpose
+        is skipped then.
     :raises Refused: the emulator in the options cannot have the guest; nothing was touched.
     """
     journal.remove_unfinished()
     found = [one for path in journal.journals() if (one := await _recover(path, names, options)) is not None]
-    run_directory.sweep({directory for path in journal.journals() for directory in directories_of(path)})
+    sweep()
     return found
 
 
-def without_hop(names: Sequence[str]) -> list[str]:
-    """Those of some guests that have no interrupted hop, as far as the journal can be read."""
-    known: set[str] = set()
-    for path in journal.journals():
-        try:
-            record = journal.read(path)
-        except JournalError:
-            continue
-        known |= {record.guest, record.uuid}
-    return [name for name in names if name not in known]
+def sweep() -> None:
+    """Remove what killed hops have left in ``/run/sevhop``, as far as no journal that can be read mentions it."""
+    run_directory.sweep({directory for path in journal.journals() for directory in directories_of(path)})
 
 
 def directories_of(path: Path) -> set[str]:
@@ -68,7 +62,9 @@ async def _recover(path: Path, names: Sequence[str], options: RecoverOptions) ->
     try:
         record = journal.read(path)
     except JournalError as err:
-        return None if names or not path.exists() else RecoveredGuest(path.name, RecoveryOutcome.MANUAL, str(err))
+        if (names and path.name not in names) or not path.exists():
+            return None
+        return RecoveredGuest(path.name, RecoveryOutcome.MANUAL, str(err))
     if names and record.guest not in names and record.uuid not in names:
         return None
     try:

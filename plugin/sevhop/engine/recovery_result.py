@@ -67,14 +67,20 @@ class Loss:
     """
     What would be lost with a guest.
 
-    :ivar guest: its name.
-    :ivar state: where it is: ``transit``, ``keeper``, ``hanging-keeper`` or ``nowhere``.
+    :ivar guest: its name; or that of its journal, which is damaged.
+    :ivar state: where it is: ``transit``, ``keeper``, ``hanging-keeper`` or ``nowhere``; or where it stays, if only the
+        journal is removed: ``domain`` in libvirt's QEMU, ``outside`` of libvirt in its own.
     :ivar text: what is lost, in one line.
     """
 
     guest: str
     state: str
     text: str
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether a guest is lost, or may be."""
+        return self.state in ("transit", "keeper", "hanging-keeper")
 
     def __str__(self) -> str:
         return f"{self.guest}: {self.text}"

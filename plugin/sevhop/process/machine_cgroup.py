@@ -42,6 +42,8 @@ _DEVICES, _DENY, _ALLOW = "devices.list", "devices.deny", "devices.allow"
 _TYPE, _CONTROLLERS = "cgroup.type", "cgroup.subtree_control"
 #: Exists while systemd manages the host (sd_booted(3)).
 _SYSTEMD = Path("/run/systemd/system")
+#: Prefix of the name of the cgroup of a transit.
+_SCOPE = "sevhop-transit-"
 #: Seconds for systemd to make a scope, and between two looks.
 _SCOPE_TIMEOUT = 10.0
 _POLL = 0.01
@@ -92,7 +94,7 @@ class MachineCgroup:
 
         :raises SevhopError: it has exited, or a hierarchy is not mounted.
         """
-        scope = f"sevhop-transit-{secrets.token_hex(8)}.scope"
+        scope = f"{_SCOPE}{secrets.token_hex(8)}.scope"
         found, paths = [], source.cgroups
         for controllers, path in paths:
             parts = path.split("/")
@@ -168,6 +170,21 @@ class MachineCgroup:
     def remove(self) -> None:
         """Remove them, as far as nothing is in there. May be repeated."""
         remove(self.directories)
+
+
+def of_transit(process: QemuProcess) -> list[str]:
+    """
+    The directories that were made for a transit, as :attr:`MachineCgroup.directories`.
+
+    :raises SevhopError: it has exited, or a hierarchy is not mounted.
+    """
+    found = []
+    for controllers, path in process.cgroups:
+        parts = path.split("/")
+        for number, part in enumerate(parts):
+            if part.startswith(_SCOPE):
+                found.append(str(cgroup_directory(controllers, "/".join(parts[: number + 1]))))
+    return found
 
 
 def _is_of_a_domain(name: str) -> bool:

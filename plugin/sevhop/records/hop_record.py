@@ -73,6 +73,10 @@ class Process:
         return None
 
 
+#: In the place of one that is not known: no kernel has such a pid.
+NO_PROCESS = Process(_MOST_PIDS - 1, 1)
+
+
 @dataclass(frozen=True)
 class HopRecord:
     """

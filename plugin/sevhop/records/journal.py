@@ -116,23 +116,28 @@ class Journal:
         :raises HopInProgress: another process has it locked.
         :raises JournalError: it cannot be read.
         """
+        fd = _locked(path, os.O_RDWR)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as err:
-            raise JournalError(f"cannot read the journal {path}: {err.strerror}") from err
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            raw = os.pread(fd, os.fstat(fd).st_size, 0)
-            if not os.fstat(fd).st_nlink:
-                raise JournalError(f"cannot recover the hop of {path}: it has just finished", "nothing is to be done")
-            record, size = _read(raw, path)
-        except BlockingIOError as err:
-            os.close(fd)
-            raise _existing_hop(path) from err
+            record, size = _read(os.pread(fd, os.fstat(fd).st_size, 0), path)
         except BaseException:
             os.close(fd)
             raise
         return cls(path, fd, record, size)
+
+    @classmethod
+    def take_over_unreadable(cls, path: Path, record: HopRecord) -> Self:
+        """
+        The same for a journal that cannot be read, and is only to be removed.
+
+        :param record: what is known of the hop otherwise.
+        :raises HopInProgress: another process has it locked.
+        :raises JournalError: it cannot be opened, or can be read.
+        """
+        fd = _locked(path, os.O_RDONLY)
+        if not is_unreadable(path):
+            os.close(fd)
+            raise JournalError(f"the journal {path} can be read", "run: sevhop recover")
+        return cls(path, fd, record, 0)
 
     def write(self, fields: Mapping[str, Any], *, flush: bool = True) -> None:
         """
@@ -216,6 +221,15 @@ def journals() -> Iterator[Path]:
             yield DIRECTORY / name
 
 
+def is_unreadable(path: Path) -> bool:
+    """Whether a journal is there, and damaged or of another version."""
+    try:
+        read(path)
+    except JournalError:
+        return path.exists()  # its hop has not just ended
+    return False
+
+
 def read(path: Path) -> HopRecord:
     """
     The record of a journal, locked or not.
@@ -263,7 +277,8 @@ def _read(raw: bytes, path: Path) -> tuple[HopRecord, int]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise JournalError(
             f"cannot read the journal {path}: {invalid(err)}",
-            "manual action required: inspect the journal and the guest",
+            "find out where the guest is; to remove what its hop has left: "
+            f"sevhop recover {shlex.quote(path.name)} --discard",
         ) from err
     return record, len(text) + len(newline)
 
@@ -298,6 +313,30 @@ def in_progress(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def _locked(path: Path, flags: int) -> int:
+    """
+    A descriptor that has the lock.
+
+    :raises HopInProgress: another process has it.
+    :raises JournalError: it cannot be opened.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as err:
+        raise JournalError(f"cannot read the journal {path}: {err.strerror}") from err
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(fd).st_nlink:
+            raise JournalError(f"cannot recover the hop of {path}: it has just finished", "nothing is to be done")
+    except BlockingIOError as err:
+        os.close(fd)
+        raise _existing_hop(path) from err
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _existing_hop(path: Path) -> SevhopError:
