@@ -41,7 +41,7 @@ class DomainStatus:
     :ivar place: where its guest is.
     :ivar attended: whether a command is at work on its hop, or there is none; otherwise ``sevhop recover`` must act, or
         for a prepared upgrade somebody must restore the domain.
-    :ivar elsewhere_s: seconds that the transit has been there in which the guest is, if it is.
+    :ivar elsewhere_s: seconds since its guest has been in the transit, or suspended in the keeper; None if it is not.
     """
 
     name: str

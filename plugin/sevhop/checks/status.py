@@ -19,7 +19,7 @@ from ..keeper.transit_state import RESTORE_ENDED, TransitState
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..records import back_off, journal
-from ..records.hop_record import PREPARED, HopRecord
+from ..records.hop_record import PREPARED, HopRecord, uptime
 from ..records.journal import JournalError
 from ..records.run_directory import alive, hop_of, hop_with, hops_in_progress
 from .domain import examine
@@ -108,7 +108,7 @@ def _with_place(row: DomainStatus) -> DomainStatus:
     if in_transit and record.transit is not None:
         row = replace(row, place=Place.TRANSIT, elsewhere_s=record.transit.age)
     elif suspended:
-        row = replace(row, place=Place.KEEPER)
+        row = replace(row, place=Place.KEEPER, elsewhere_s=uptime() - (record.stopped_at or record.began))
     return row if attended else _unattended(row, record)
 
 

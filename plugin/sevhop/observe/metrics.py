@@ -9,7 +9,7 @@ Metrics for Prometheus, as a file for the textfile collector of its node exporte
 ``sevhop_restart_required_domains`` those of them that cannot until they were shut down and started again
 ``sevhop_guests``                   guests of domains by ``place``: the domain, the transit, the keeper
 ``sevhop_unattended_guests``        guests with a hop that no command is at work on
-``sevhop_elsewhere_seconds``        how long the longest guest has been in a transit
+``sevhop_elsewhere_seconds``        how long the longest guest has been in a transit or the keeper
 =================================== ==============================================================================
 
 The last six are of the last time when domains were counted.
@@ -176,7 +176,7 @@ def _text(samples: dict[str, float]) -> str:
         _RESTART_REQUIRED: ("gauge", "Domains that cannot hop until they were started again, when last counted."),
         _GUESTS: ("gauge", "Guests of domains by the place where they are, when last counted."),
         _UNATTENDED: ("gauge", "Guests with a hop that no command is at work on, when last counted."),
-        _ELSEWHERE: ("gauge", "How long the longest guest has been in a transit, in seconds."),
+        _ELSEWHERE: ("gauge", "How long the longest guest has been in a transit or the keeper, in seconds."),
     }
     lines = []
     for family, (kind, text) in families.items():
