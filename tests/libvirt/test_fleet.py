@@ -6,12 +6,9 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,36 +21,12 @@ from tests.support.guests.running import wait_until
 
 from .conftest import StartDomain
 from .failing import wrapper
+from .systemd_journal import journal
 from .transit_guest import kill_keeper_and_supervisor
 
 UNABLE = "a-private-one"
 NAMES = ("fleet-a", "fleet-b", "fleet-c")
 PLAYBOOK = Path(__file__).parents[2] / "docs" / "examples" / "upgrade-qemu.yml"
-
-
-@contextmanager
-def journal(daemon: Daemon) -> Iterator[list[str]]:
-    """A socket in the place of systemd-journald. :return: the records, complete after the context."""
-    path = daemon.root / str(journald.SOCKET).lstrip("/")
-    path.parent.mkdir(parents=True)
-    records: list[str] = []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(str(path))
-
-        def read() -> None:
-            while record := listener.recv(1 << 16):
-                records.append(record.decode())
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            yield records
-        finally:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
-                last.sendto(b"", str(path))
-            reader.join()
-            path.unlink()
-            path.parent.rmdir()
 
 
 def test_fleet_rolls_back_on_sigterm_and_records_upgrades(daemon: Daemon, start: StartDomain, new: Path) -> None:
