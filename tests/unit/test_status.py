@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sevhop.checks import status
 from sevhop.checks.domain_status import DomainStatus
+from sevhop.records import journal, run_directory
+from sevhop.records.hop_record import HopRecord, Process
 from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.process import OnDisk, QemuProcess
 
@@ -103,3 +108,50 @@ def test_executable_of_an_exited_process_is_an_error(process: QemuProcess) -> No
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ProcessError, match="has exited"):
         assert process.on_disk
+
+
+class Libvirt:
+    """A daemon without active domains."""
+
+    async def open(self, *_: object) -> Libvirt:
+        """In the place of ``Connection.open``."""
+        return self
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    async def domains(self) -> list[object]:
+        return []
+
+
+GONE = Process(1 << 30, 1)
+HOP = HopRecord("domain", "my web", "none", True, GONE, uuid="4711", phase="retire")
+#: Of an interrupted hop without a keeper.
+INTERRUPTED = {
+    'hop not finished (phase "retire")': HOP,
+    'hop not finished (phase "acquire")': replace(HOP, phase=""),
+    "the host was rebooted during its hop": replace(HOP, boot="another", transit=GONE, committed=True),
+    "the transit has exited, in which the guest was": replace(HOP, transit=GONE, committed=True),
+    'hop not finished (phase "retire"); the last attempt failed: it hangs': replace(HOP, failure="it hangs"),
+}
+
+
+@pytest.mark.parametrize("text", INTERRUPTED)
+@pytest.mark.parametrize("names", [[], ["my web"]])
+def test_interrupted_hop_is_listed_although_libvirt_has_no_qemu_of_its_domain(
+    text: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "Connection", Libvirt())
+    monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
+    monkeypatch.setattr(run_directory, "DOMAINS", tmp_path / "domains")
+    journal.Journal.begin(INTERRUPTED[text]).leave()
+    (row,) = asyncio.run(status.survey("qemu:///system", names))
+    assert (str(row), row.attended) == (f"my web: {text} (run: sevhop recover 'my web')", False)
+
+
+def test_interrupted_hop_is_not_listed_with_other_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
+    journal.Journal.begin(replace(HOP, kind="standalone", guest="/run/qmp")).leave()
+    monkeypatch.setattr(status, "Connection", Libvirt())
+    monkeypatch.setattr(run_directory, "DOMAINS", tmp_path / "domains")
+    assert asyncio.run(status.survey("qemu:///system", [])) == []

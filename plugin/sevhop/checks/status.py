@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,9 @@ async def survey(uri: str, names: Sequence[str], emulator: str | None = None) ->
     """
     connection = await Connection.open(uri)
     try:
-        hopping = {name for name in names or hops_in_progress() if hop_of(name) is not None}
+        recorded = {record.guest for _, record in _journals()}
+        asked = names or {*hops_in_progress(), *recorded}
+        hopping = {name for name in asked if hop_of(name) is not None or name in recorded}
         # libvirt is busy with a domain during its hop, and does not know a transient one while its guest is suspended.
         # When the hop was interrupted, the domain may have a QEMU again.
         suspended = {name for name in hopping if _has_keeper(name)}
@@ -103,6 +105,8 @@ def _with_place(row: DomainStatus) -> DomainStatus:
         return row
     path, record = found
     attended = journal.in_progress(path)
+    if not record.this_boot:  # what it names is of others now
+        return row if attended else _unattended(row, record)
     in_transit = record.committed and record.transit is not None and record.transit.exists
     suspended = not in_transit and record.transit is None and not record.source.exists and _has_keeper(row.name)
     if in_transit and record.transit is not None:
@@ -114,7 +118,7 @@ def _with_place(row: DomainStatus) -> DomainStatus:
 
 def _unattended(row: DomainStatus, record: HopRecord) -> DomainStatus:
     """No command is at work on the hop: what has failed, and what is to be done."""
-    operation = [row.operation or f'hop not finished (phase "{record.phase or "acquire"}")']
+    operation = [row.operation or _not_finished(row, record)]
     arrived = row.running_version and record.transit is not None and not record.transit.exists
     if record.failure and not arrived:
         operation.append(f"the last attempt failed: {record.failure}")
@@ -127,14 +131,26 @@ def _unattended(row: DomainStatus, record: HopRecord) -> DomainStatus:
     return replace(row, operation="; ".join(operation), hint=hint, attended=False)
 
 
-def _journal_of(name: str) -> tuple[Path, HopRecord] | None:
-    """Of the hop of a domain in this boot of the host, if there is one."""
+def _not_finished(row: DomainStatus, record: HopRecord) -> str:
+    """What is known of a hop that has no keeper."""
+    if not record.this_boot:
+        return "the host was rebooted during its hop"
+    if record.transit is not None and not record.transit.exists and not row.running_version:
+        return "the transit has exited, in which the guest was"
+    return f'hop not finished (phase "{record.phase or "acquire"}")'
+
+
+def _journals() -> Iterator[tuple[Path, HopRecord]]:
+    """Of the hops of domains, in progress or not, as far as they can be read."""
     for path in journal.journals():
         with contextlib.suppress(JournalError):
-            record = journal.read(path)
-            if record.kind == "domain" and record.guest == name and record.this_boot:
-                return path, record
-    return None
+            if (record := journal.read(path)).kind == "domain":
+                yield path, record
+
+
+def _journal_of(name: str) -> tuple[Path, HopRecord] | None:
+    """Of the hop of a domain, if there is one."""
+    return next(((path, record) for path, record in _journals() if record.guest == name), None)
 
 
 async def _operation(name: str) -> str:
@@ -154,6 +170,8 @@ async def _operation(name: str) -> str:
             waits = status["state"] in (State.WAITING.value, State.RESTORING.value)
             what = "the guest is suspended in the keeper" if waits else "hop in progress"
             return f"{what}: {status['state']}, image {status['image']}"
+        if status["state"] == TransitState.ENDED.value:
+            return f"the guest is off: {status['reason']}"
         running = f"the guest runs in the transit (QEMU {status['transit_version']}, process {status['transit']})"
         if status["state"] != TransitState.TRANSIT.value:
             running += f": {status['state']}"
