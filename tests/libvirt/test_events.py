@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.guests.daemon import Daemon, kill
+from tests.support.guests.running import processes_of_domain
 
 from . import listening
 from .conftest import StartDomain
+from .failing import other_hook_refuses
 from .holding import PausedUpgrade
 
 _PAGE = Path(__file__).parents[2] / "docs/clients.md"
@@ -88,6 +90,43 @@ def test_clients_see_the_documented_events_of_a_rollback(daemon: Daemon, start: 
     assert seen.names == documented("An upgrade that is rolled back")
     assert seen.ids == [before, before]
     guest.wait_for_ticks()
+
+
+def test_clients_see_the_documented_events_of_an_upgrade_that_libvirt_does_not_complete(
+    daemon: Daemon, start: StartDomain, new: Path
+) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    before = int(daemon.virsh("domid", guest.name))
+    with recorded(daemon, guest.name) as seen, other_hook_refuses(daemon):
+        assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "rolled-back"
+    assert seen.names == documented("An upgrade that libvirt does not complete")
+    after = int(daemon.virsh("domid", guest.name))
+    assert after > before
+    assert seen.ids == [before, -1, after, after]
+    guest.wait_for_ticks()
+
+
+def test_clients_see_no_event_of_a_guest_that_ends_in_the_transit(
+    daemon: Daemon, start: StartDomain, new: Path
+) -> None:
+    """They have been notified of the end of the domain before; sevhop reports it, and libvirt may start it again."""
+    guest = start()
+    guest.wait_for_ticks()
+    with recorded(daemon, guest.name) as seen:
+        assert daemon.upgrade(guest.name, "--emulator", new, "--prepare")["outcome"] == "prepared"
+        (transit,) = processes_of_domain(guest.name)
+        kill(transit)
+        done = daemon.sevhop("status", guest.name)
+        reported = [
+            f"{guest.name}: the guest is off: ",
+            f"{guest.name}: the transit has exited, in which the guest was",
+        ]
+        assert (done.returncode, done.stdout.startswith(tuple(reported))) == (4, True), done
+        assert f"run: sevhop recover {guest.name}" in done.stdout
+        assert daemon.sevhop("recover", guest.name).returncode == 5
+        assert daemon.sevhop("status").returncode == 0
+    assert seen.names == documented("A prepared upgrade")
 
 
 def test_clients_see_the_documented_events_of_a_prepared_upgrade(daemon: Daemon, start: StartDomain, new: Path) -> None:
