@@ -148,3 +148,42 @@ def test_discard_ends_the_guest_in_the_keeper(daemon: Daemon, suspended: DomainG
     assert_starts_again(suspended)
     left = daemon.sevhop("recover", suspended.name, "--discard", "--yes")
     assert (left.returncode, f"no hop of {suspended.name} was interrupted" in left.stderr) == (1, True), left
+
+
+def damaged_journal(daemon: Daemon, guest: DomainGuest) -> Path:
+    """That of the domain's hop, of which nothing can be read any more."""
+    directory = daemon.root / "var/lib/sevhop/journal"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"domain-{daemon.virsh('domuuid', guest.name)}.journal"
+    path.write_bytes(b"{}\n")
+    return path
+
+
+def test_guest_in_the_transit_is_given_up_without_its_journal(daemon: Daemon, transit: TransitGuest, new: Path) -> None:
+    """Everybody reports the journal; what it does not have any more is found otherwise."""
+    name = transit.guest.name
+    transit.enter(new)
+    path = damaged_journal(daemon, transit.guest)
+    for words in (["recover"], ["recover", name], ["status"]):
+        done = daemon.sevhop(*words)
+        hint = f"sevhop recover {path.name} --discard"
+        assert (done.returncode, done.stdout.count(hint)) == (4, 1), done
+    transit.guest.wait_for_ticks()
+    done = daemon.sevhop("recover", path.name, "--discard", "--yes")
+    assert (done.returncode, "was given up: libvirt may start" in done.stdout) == (0, True), done
+    wait_until(lambda: processes_of_domain(name) == [], 30, "the transit ends")
+    wait_until(lambda: daemon.left_over() == [], 30, "nothing is left")
+    assert_starts_again(transit.guest)
+
+
+def test_guest_in_libvirts_qemu_outlives_its_damaged_journal(daemon: Daemon, start: StartDomain, new: Path) -> None:
+    guest = start()
+    guest.wait_for_ticks()
+    path = damaged_journal(daemon, guest)
+    refused = daemon.upgrade(guest.name, "--emulator", new)
+    assert (refused["outcome"], f"{path.name} --discard" in refused["reason"]) == ("refused", True), refused
+    done = daemon.sevhop("recover", guest.name, "--discard", "--yes")
+    assert (done.returncode, "the guest stays in libvirt's QEMU" in done.stdout) == (0, True), done
+    guest.wait_for_ticks()
+    assert daemon.upgrade(guest.name, "--emulator", new)["outcome"] == "done"
+    guest.wait_for_ticks()
