@@ -7,10 +7,12 @@ All of this is downtime. Nothing is queried here that could have been queried be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 from dataclasses import dataclass
 
 from sevhop_qmp.errors import MonitorClosed, SevhopError, StateError
+from sevhop_qmp.monitor import Commands
 from sevhop_qmp.thread_states import ThreadStates
 
 from ..cancellation import shielded
@@ -138,6 +140,7 @@ async def _resume_stopped_source(hop: Transaction, checked: Checked, prepared: P
         await monitor.execute("query-status", timeout=max(stopped_guest.CONT_DEADLINE, monitor.timeout))
     if hop.downtime.began and await checked.watch.stopped_by_us():
         await resume_guest(monitor)
+        await _report_jobs(hop, monitor)
     elif saved:
         # It has given up its images, but the guest is not ours to resume.
         await block_graph.activate(monitor)
@@ -147,6 +150,13 @@ async def _resume_stopped_source(hop: Transaction, checked: Checked, prepared: P
     if saved:
         for text in await disks.lost_bitmaps(monitor):
             hop.note(text)
+
+
+async def _report_jobs(hop: Transaction, monitor: Commands) -> None:
+    """Others found a paused guest when they began while it was stopped, and libvirt leaves it paused in the end."""
+    with contextlib.suppress(SevhopError):
+        for job in await inspection.jobs(monitor):
+            hop.note(f"another client's job began while the guest was stopped ({job}): resume it if it is paused then")
 
 
 async def map_memory(prepared: Prepared) -> None:

@@ -185,6 +185,16 @@ async def _jobs(monitor: Commands, migration: dict[str, Any]) -> tuple[str, ...]
     return tuple(jobs)
 
 
+async def jobs(monitor: Commands) -> tuple[str, ...]:
+    """
+    What is in progress in a QEMU: block jobs, a migration (saving and dumping a domain is one), a backup.
+
+    :raises SevhopError: QEMU does not answer, or its answers make no sense.
+    """
+    with protocol_errors(monitor.name):
+        return await _jobs(monitor, await monitor.execute("query-migrate"))
+
+
 async def verify_unchanged(monitor: Commands, guest: Guest) -> None:
     """
     Verify what other clients can change while a guest runs: its run state, devices and jobs.
@@ -195,13 +205,13 @@ async def verify_unchanged(monitor: Commands, guest: Guest) -> None:
     with protocol_errors(monitor.name):
         status = str((await monitor.execute("query-status"))["status"])
         devices = await _devices(monitor)
-        jobs = await _jobs(monitor, await monitor.execute("query-migrate"))
+    begun = await jobs(monitor)
     if status != guest.state:
         raise SevhopError(f"the guest was {guest.state} and is {status}: another client has changed that", "try again")
     for name in devices.keys() ^ guest.devices.keys():
         raise SevhopError(f"device {name} was plugged or unplugged by another client", "try again")
-    if jobs:
-        raise SevhopError(f"another client has begun a job: {', '.join(jobs)}", "try again when it has ended")
+    if begun:
+        raise SevhopError(f"another client has begun a job: {', '.join(begun)}", "try again when it has ended")
 
 
 def differences(source: Guest, destination: Guest) -> list[str]:
