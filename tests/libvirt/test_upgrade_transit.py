@@ -215,7 +215,7 @@ def test_upgraded_guest_is_stopped_without_libvirt(
     guest.wait_for_ticks()
     for emulator in (new, old):
         assert daemon.upgrade(guest.name, "--emulator", emulator)["outcome"] == "done"
-    with PausedUpgrade.at("stop", guest, new, "--timeout", "10") as upgrade:
+    with PausedUpgrade.at("stop", guest, new, "--timeout", "5") as upgrade:
         os.kill(daemon.pid_of_libvirtd, signal.SIGSTOP)
         try:
             report = upgrade.finish()

@@ -52,7 +52,11 @@ def install(daemon: Daemon, old: Path) -> Callable[..., None]:
 
 @contextmanager
 def modules_of(daemon: Daemon, emulator: Path) -> Iterator[None]:
-    """Those of another emulator are installed as well."""
+    """
+    Those of another emulator are installed as well. With them the one in /usr/bin does not start any more, which is
+    used to verify once that this daemon calls the hook.
+    """
+    assert daemon.sevhop("install", "--verify").returncode == 0
     installed = "/usr/lib/x86_64-linux-gnu/qemu"
     assert daemon.run("mount", "--bind", f"{emulator.parents[2]}{installed}", installed).returncode == 0
     try:
