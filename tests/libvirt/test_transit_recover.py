@@ -81,15 +81,20 @@ def test_recover_finds_the_guest_without_keeper_and_supervisor(
     transit.assert_arrived(new)
 
 
+def halt_at(moment: str, daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path) -> None:
+    """The second hop waits there."""
+    transit.enter(new, environment=intercepting.environment(tmp_path, moment, intercepting.WAIT))
+    transit.restore().communicate(timeout=60)
+    reached = daemon.root / str(intercepting.REACHED).lstrip("/")
+    wait_until(reached.exists, 60, "the moment comes")
+
+
 @pytest.mark.parametrize("moment", ["met", "stopped"])
 def test_recover_ends_a_destination_that_waits_for_a_transit_that_is_gone(
     daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
 ) -> None:
     """The guest is lost with the transit. Whoever waits for it is not the guest."""
-    transit.enter(new, environment=intercepting.environment(tmp_path, moment, intercepting.WAIT))
-    transit.restore().communicate(timeout=60)
-    reached = daemon.root / str(intercepting.REACHED).lstrip("/")
-    wait_until(reached.exists, 60, "the moment comes")
+    halt_at(moment, daemon, transit, new, tmp_path)
     kill_keeper_and_supervisor(daemon)
     kill(transit.transit)
     done = daemon.sevhop("recover")
@@ -142,10 +147,7 @@ def test_recover_does_not_act_beside_a_keeper_that_hangs(
     daemon: Daemon, transit: TransitGuest, new: Path, tmp_path: Path, moment: str
 ) -> None:
     """It has the guest, and goes on with its hop when it does not hang any more."""
-    transit.enter(new, environment=intercepting.environment(tmp_path, moment, intercepting.WAIT))
-    transit.restore().communicate(timeout=60)
-    reached = daemon.root / str(intercepting.REACHED).lstrip("/")
-    wait_until(reached.exists, 60, "the moment comes")
+    halt_at(moment, daemon, transit, new, tmp_path)
     (keeper,) = daemon.named(KEEPER)
     kill(keeper, signal.SIGSTOP)
     try:

@@ -35,7 +35,7 @@ class Transit:
 
 
 def terminated(transit: Transit, times: int = 1) -> bool:
-    """Send SIGTERM to its keeper. :return: whether the keeper ends by itself."""
+    """Send SIGTERM to its keeper. :return: whether the keeper ends."""
 
     async def run() -> bool:
         server: Any = TransitServer.__new__(TransitServer)
