@@ -77,18 +77,12 @@ class TransitServer:
         if self.record.released or self.record.state in FINISHED:
             self.end.set()
             return
-        self._leave_trace()
         self._tasks.start(self.clients.watch_command())
         self._tasks.start(self._watch_transit())
         if attempt is None:
             self._ledger.checkpoint()
         else:
             self._restores.continue_attempt(attempt, dict(fd_store.descriptors))
-
-    def _leave_trace(self) -> None:
-        """If no keeper is left the hook finds the transit, and does not let the domain be started."""
-        with contextlib.suppress(SevhopError, OSError):
-            self._paths.transit.write_text(f"{self._process.pid} {self._process.start_time}")
 
     def terminate(self) -> None:
         """On SIGTERM. Whoever ends a keeper ends no guest, unless that is systemd and the host shuts down."""
