@@ -80,6 +80,8 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # Open for reading, too: what is written stays there for a hook that is about to open it.
+        self._go = os.open(directory / "go", os.O_RDWR | os.O_CLOEXEC)
 
     @classmethod
     @contextmanager
@@ -106,10 +108,9 @@ class Checkpoint:
             yield checkpoint
         finally:
             script.unlink()
-            (directory / "armed").unlink(missing_ok=True)
-            checkpoint.release()
             for path in directory.iterdir():
                 path.unlink()
+            os.close(checkpoint._go)  # a hook that waits reads its end
             directory.rmdir()
 
     def wait(self) -> None:
@@ -117,10 +118,5 @@ class Checkpoint:
         wait_until((self._directory / "reached").exists, _PATIENCE, "libvirt reaches the step")
 
     def release(self) -> None:
-        """Unblock libvirt, if it is blocked."""
-        try:
-            fd = os.open(self._directory / "go", os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            return  # nobody waits
-        os.write(fd, b"\n")
-        os.close(fd)
+        """Unblock libvirt, which is blocked, or about to be."""
+        os.write(self._go, b"\n")
