@@ -47,6 +47,7 @@ from .hops import (
     assert_unharmed,
     followed_by,
     hang_destination,
+    hop,
     interrupt,
     kill_destination,
     kill_source,
@@ -115,6 +116,20 @@ def test_guest_that_cannot_hop_is_refused(
     assert "FAIL" in checked.stdout
     if "prelaunch" in reason:
         guest.execute("cont")
+    assert_untouched(guest, pid)
+
+
+def test_guest_with_two_user_networks_is_refused_an_older_qemu_only(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest
+) -> None:
+    """The older one would exit when it loads the second's state: by QEMU's number of it there is none."""
+    second = ("-netdev", "user,id=second,restrict=on", "-device", "virtio-net-pci,netdev=second,romfile=")
+    guest = start(counter_machine(network=True, more=second), old)
+    guest.wait_for_ticks(5)
+    hop(guest, new)
+    pid = guest.pid
+    with pytest.raises(Refused, match="cannot load the state of 2 user networks"):
+        HopDriver().run(guest, old)
     assert_untouched(guest, pid)
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from sevhop.checks.guest import _blockers, _context, _disks, _machine_type, _state
+from sevhop.checks.guest import _blockers, _context, _disks, _machine_type, _state, _user_networks
 from sevhop.checks.registers import Registers
 from sevhop.checks.result import CheckResult, Status, failed, passed
 from sevhop.disks.block_graph import BlockGraph
@@ -51,6 +51,22 @@ def test_machine_type_fails_if_the_new_qemu_lacks_it() -> None:
     assert result.detail == "QEMU 12.0.0 has no pc-q35-7.2"
     assert result.hint
     assert _machine_type(new, "q35").status is Status.PASS
+
+
+@pytest.mark.parametrize(
+    ("was", "new", "status"),
+    [
+        ("10.0.13", "7.2.22", Status.FAIL),
+        ("8.2.0", "8.1.5", Status.FAIL),
+        ("10.0.13", "8.2.0", Status.PASS),
+        ("7.2.22", "10.0.13", Status.PASS),
+        ("7.2.22", "7.2.22", Status.PASS),
+    ],
+)
+def test_user_networks_fail_if_the_new_qemu_does_not_number_them(was: str, new: str, status: Status) -> None:
+    result = _user_networks(Emulator("/usr/bin/qemu", new, frozenset()), guest(version=was, user_networks=2))
+    assert result.status is status
+    assert bool(result.hint) == (status is Status.FAIL)
 
 
 def test_blockers_ignore_only_sevs_own() -> None:

@@ -109,7 +109,7 @@ def _examine(
         _arguments(arguments),
         _confinement(process, arguments),
         library(process),
-        emulator_for(arguments.emulator, guest.machine_type, process),
+        emulator_for(arguments.emulator, guest.machine_type, process, guest),
     )
 
 
@@ -170,7 +170,7 @@ def domain(guest: Guest, process: QemuProcess, path: str, found: Registers, rebo
         _context(guest, process, found, rebooted, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
         _blockers(guest),
         _jobs(guest),
-        emulator_for(path, guest.machine_type, process),
+        emulator_for(path, guest.machine_type, process, guest),
     )
 
 
@@ -295,13 +295,14 @@ def library(process: QemuProcess) -> CheckResult:
         return failed(name, err.message, err.hint)
 
 
-def emulator_for(path: str, machine_type: str, process: QemuProcess) -> CheckResult:
+def emulator_for(path: str, machine_type: str, process: QemuProcess, guest: Guest | None = None) -> CheckResult:
     """
     Test whether a guest can be given to another QEMU.
 
     :param path: of that.
     :param machine_type: of the guest.
     :param process: the QEMU that has the guest.
+    :param guest: what is known of it, if that QEMU is to load its state.
     """
     skipped = ("machine type",)
     user = process.credentials
@@ -326,7 +327,10 @@ def emulator_for(path: str, machine_type: str, process: QemuProcess) -> CheckRes
         return failed("emulator", err.message, err.hint, skipped=skipped)
     was = process.on_disk
     note = "" if was is OnDisk.UNCHANGED else f"; the old QEMU's binary was {was.value} on disk"
-    return passed("emulator", f"{path}, QEMU {new.version}{note}", _machine_type(new, machine_type))
+    tested = [_machine_type(new, machine_type)]
+    if guest is not None and guest.user_networks > 1:
+        tested.append(_user_networks(new, guest))
+    return passed("emulator", f"{path}, QEMU {new.version}{note}", *tested)
 
 
 def _machine_type(new: emulator.Emulator, machine_type: str) -> CheckResult:
@@ -337,3 +341,17 @@ def _machine_type(new: emulator.Emulator, machine_type: str) -> CheckResult:
             "shut the guest down and start it with a machine type that both have, or name another emulator",
         )
     return passed("machine type", machine_type)
+
+
+def _user_networks(new: emulator.Emulator, guest: Guest) -> CheckResult:
+    """Up to 8.2 all of them had the number 0 in a stream; such a QEMU finds nothing that has the second's."""
+    name = "user networks"
+    numbered = emulator.numbers_user_networks
+    if numbered(guest.version) and not numbered(new.version):
+        return failed(
+            name,
+            f"QEMU {new.version} cannot load the state of {guest.user_networks} user networks "
+            f"from QEMU {guest.version}",
+            "unplug the network cards of type user except for one, or name a QEMU from 8.2 on with --emulator",
+        )
+    return passed(name, str(guest.user_networks))

@@ -30,6 +30,8 @@ COMMANDS = (
 )
 #: The first version that refuses to read a stream from a descriptor of a regular file, which is what libvirt passes.
 _NO_STREAM_FROM_FILE = (11, 0, 0)
+#: The first version whose streams number the user networks (``register_savevm_live``, net/slirp.c).
+_NUMBERED_USER_NETWORKS = (8, 2, 0)
 #: As many symbolic links as the kernel follows.
 _LINKS = 40
 #: A path, and device, inode, size and modification time of the file.
@@ -55,7 +57,16 @@ class Emulator:
     @property
     def needs_pipe(self) -> bool:
         """Whether it loads a stream from a pipe only, not from a file that libvirt has opened."""
-        return tuple(map(int, self.version.split("."))) >= _NO_STREAM_FROM_FILE
+        return _numbers(self.version) >= _NO_STREAM_FROM_FILE
+
+
+def numbers_user_networks(version: str) -> bool:
+    """Whether the state of several user networks (``-netdev user``) is kept apart in a QEMU's streams."""
+    return _numbers(version) >= _NUMBERED_USER_NETWORKS
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 #: Binaries that this process has probed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from sevhop_qmp.ram_blocks import RamBlock
 
 #: Bit of the SEV policy that asks for encrypted registers (AMD SEV API, table "Guest Policy").
 _POLICY_ES = 0x4
+
+#: A backend of this type in what ``info network`` prints.
+_USER_NETWORK = re.compile(r": index=0,type=user,")
 
 #: RAM blocks that were encrypted at launch (LAUNCH_UPDATE). Their content depends on its physical address and cannot be
 #: copied.
@@ -70,6 +74,7 @@ class Guest:
     :ivar blockers: QEMU's migration blockers, also for devices that cannot be migrated.
     :ivar jobs: block jobs and other long tasks in progress.
     :ivar blocks: its RAM blocks by name.
+    :ivar user_networks: the number of its network backends of type ``user``.
     """
 
     name: str
@@ -85,6 +90,7 @@ class Guest:
     blockers: tuple[str, ...]
     jobs: tuple[str, ...]
     blocks: dict[str, RamBlock]
+    user_networks: int = 0
 
     @property
     def vcpus(self) -> int:
@@ -119,6 +125,7 @@ async def inspect(monitor: Commands, process: QemuProcess) -> Guest:
             blockers=tuple(str(reason) for reason in migration.get("blocked-reasons", ())),
             jobs=await _jobs(monitor, migration),
             blocks=await ram_blocks.read(monitor, process),
+            user_networks=len(_USER_NETWORK.findall(await monitor.hmp("info network"))),
         )
 
 
