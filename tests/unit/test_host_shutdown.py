@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sevhop.keeper.tasks import Tasks
 from sevhop.keeper.transit_state import TransitState
-from sevhop.process import host_shutdown
+from sevhop.process import host_shutdown, systemd
 from sevhop.transit_keeper.server import TransitServer
 from sevhop_qmp.errors import MonitorError
 
@@ -84,7 +84,7 @@ def test_systemd_knows_whether_the_host_shuts_down(
     program.write_text(f'#!/bin/sh\n[ "$*" = is-system-running ] && echo {says}\nexit 1\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(host_shutdown, "_BOOTED", tmp_path)
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     assert host_shutdown.in_progress() is expected
-    monkeypatch.setattr(host_shutdown, "_BOOTED", tmp_path / "missing")
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path / "missing")
     assert not host_shutdown.in_progress()

@@ -18,6 +18,7 @@ import pytest
 from sevhop.keeper import client as keeper_client
 from sevhop.keeper.client import KeeperClient
 from sevhop.keeper.config import KeeperError, KeeperTimeout
+from sevhop.process import systemd
 
 
 @contextmanager
@@ -129,14 +130,14 @@ def test_late_reply_is_not_taken_for_that_to_the_next_request(tmp_path: Path) ->
 
 
 def test_keeper_has_only_a_session_without_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(keeper_client, "_SYSTEMD", tmp_path / "missing")
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path / "missing")
     assert keeper_client._command() == [sys.executable, "-m", "sevhop.keeper.main"]
 
 
 def test_keeper_has_a_scope_of_its_own_under_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "systemd-run"
     program.touch(mode=0o755)
-    monkeypatch.setattr(keeper_client, "_SYSTEMD", tmp_path)
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     first, second = keeper_client._command(), keeper_client._command()
     assert first[:4] == [str(program), "--scope", "--quiet", "--collect"]
@@ -150,7 +151,7 @@ def test_keeper_is_stopped_before_its_transit_when_the_host_shuts_down(
 ) -> None:
     """And after libvirt-guests, and after the service in which an upgrade may be in progress."""
     (tmp_path / "systemd-run").touch(mode=0o755)
-    monkeypatch.setattr(keeper_client, "_SYSTEMD", tmp_path)
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     groups = ["/sys/fs/cgroup/cpu/machine.slice/one.scope", "/sys/fs/cgroup/pids/machine.slice/one.scope"]
     found = [word for word in keeper_client._command("a.keeper", groups) if word.startswith("--property=")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sevhop.process import machine_cgroup
+from sevhop.process import machine_cgroup, systemd
 from sevhop.process.machine_cgroup import MachineCgroup
 from sevhop_qmp.errors import SevhopError
 
@@ -39,7 +39,7 @@ def beside(*cgroups: tuple[str, str]) -> MachineCgroup | None:
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the hierarchies are; systemd does not manage this host."""
     monkeypatch.setattr(machine_cgroup, "cgroup_directory", lambda controllers, path: tmp_path / path.lstrip("/"))
-    monkeypatch.setattr(machine_cgroup, "_SYSTEMD", tmp_path / "none")
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path / "none")
     for group, files in INSIDE.items():
         directory = tmp_path / DOMAIN.lstrip("/") / group
         directory.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def test_scope_is_asked_of_systemd(root: Path, monkeypatch: pytest.MonkeyPatch) 
     (programs / "busctl").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{root}/called\n')
     (programs / "busctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setattr(machine_cgroup, "_SYSTEMD", root)
+    monkeypatch.setattr(systemd, "BOOTED", root)
     one = beside(("", f"{DOMAIN}/libvirt/emulator"))
     assert one is not None
     scope = Path(one.directories[0]).name
@@ -134,7 +134,7 @@ def test_systemds_refusal_is_reported(root: Path, monkeypatch: pytest.MonkeyPatc
     (programs / "busctl").write_text("#!/bin/sh\necho 'Call failed: no such slice' >&2\nexit 1\n")
     (programs / "busctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setattr(machine_cgroup, "_SYSTEMD", root)
+    monkeypatch.setattr(systemd, "BOOTED", root)
     one = beside(("", f"{DOMAIN}/libvirt/emulator"))
     assert one is not None
     with pytest.raises(SevhopError, match="systemd makes no scope for the transit: Call failed: no such slice"):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sevhop.process import shutdown_inhibitor
+from sevhop.process import shutdown_inhibitor, systemd
 from sevhop.process.shutdown_inhibitor import taken
 
 from tests.support.guests.running import wait_until
@@ -27,7 +27,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "systemd-inhibit"
     program.write_text(PROGRAM.format(said=tmp_path / "said"))
     program.chmod(0o755)
-    monkeypatch.setattr(shutdown_inhibitor, "_BOOTED", tmp_path)
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     monkeypatch.setattr(shutdown_inhibitor, "_PROGRAM", program)
     return tmp_path / "said"
 
@@ -49,9 +49,9 @@ def test_inhibitor_is_taken_meanwhile(said: Path) -> None:
 def test_inhibitor_ends_with_a_process_that_is_killed(said: Path) -> None:
     program = f"""
 import os, pathlib, signal
-from sevhop.process import shutdown_inhibitor as inhibitor
-inhibitor._BOOTED = pathlib.Path({str(said.parent)!r})
-inhibitor._PROGRAM = inhibitor._BOOTED / "systemd-inhibit"
+from sevhop.process import systemd, shutdown_inhibitor as inhibitor
+systemd.BOOTED = pathlib.Path({str(said.parent)!r})
+inhibitor._PROGRAM = systemd.BOOTED / "systemd-inhibit"
 with inhibitor.taken("a_hop"):
     print(flush=True)
     signal.pause()
@@ -73,6 +73,6 @@ def test_hop_goes_on_without(said: Path, monkeypatch: pytest.MonkeyPatch, caplog
     with taken("a hop"):
         pass
     assert "No such file" in caplog.text
-    monkeypatch.setattr(shutdown_inhibitor, "_BOOTED", said)
+    monkeypatch.setattr(systemd, "BOOTED", said)
     with taken("a hop"):
         pass

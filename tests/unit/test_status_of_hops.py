@@ -17,6 +17,7 @@ from sevhop.keeper.client import KeeperClient
 from sevhop.keeper.paths import KeeperPaths
 from sevhop.keeper.transit_state import RESTORE_ENDED
 from sevhop.libvirt.connection import Connection
+from sevhop.process import systemd
 from sevhop.records import journal, run_directory
 from sevhop.records.hop_record import HopRecord, Process
 from sevhop.records.journal import Journal
@@ -141,10 +142,13 @@ def test_failure_of_a_later_restore_is_reported_with_that_of_the_upgrade(
     assert "; the last restore failed: second; the last attempt failed: first" in row().operation
 
 
-@pytest.mark.parametrize(("phase", "tried"), [("restore", True), ("prepared", False)])
+@pytest.mark.parametrize(
+    ("phase", "timer", "tried"), [("restore", True, True), ("prepared", True, False), ("restore", False, False)]
+)
 def test_next_attempt_is_reported_if_there_will_be_one(
-    libvirt: FakeLibvirt, keeper: FakeKeeper, phase: str, tried: bool
+    libvirt: FakeLibvirt, keeper: FakeKeeper, monkeypatch: pytest.MonkeyPatch, phase: str, timer: bool, tried: bool
 ) -> None:
+    monkeypatch.setattr(systemd, "manages_host", lambda: timer)
     in_transit(phase=phase, failure="first", failures=1)
     assert ("tried again after" in row().operation) == tried
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sevhop.install import units
+from sevhop.process import systemd
 from sevhop_qmp.errors import SevhopError
 
 #: The highest exposure that ``systemd-analyze security`` may report, in tenths: 0 is a unit that can do nothing.
@@ -39,7 +40,7 @@ def booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     systemctl.write_text(f'#!/bin/sh\necho "$*" >> {calls}\n')
     systemctl.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(units, "_BOOTED", tmp_path)
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     monkeypatch.setattr(units, "DIRECTORY", tmp_path)
     return calls
 
@@ -76,7 +77,7 @@ def test_install_fails_if_systemctl_does(booted: Path, tmp_path: Path) -> None:
 
 
 def test_install_does_nothing_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "_BOOTED", tmp_path / "missing")
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path / "missing")
     monkeypatch.setattr(units, "DIRECTORY", tmp_path)
     assert units.install() == []
     assert not units.uninstall()

@@ -18,6 +18,7 @@ from ..keeper.state import State
 from ..keeper.transit_state import RESTORE_ENDED, TransitState
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
+from ..process import systemd
 from ..records import back_off, journal
 from ..records.hop_record import PREPARED, HopRecord, uptime
 from ..records.journal import JournalError
@@ -122,7 +123,8 @@ def _unattended(row: DomainStatus, record: HopRecord) -> DomainStatus:
     arrived = row.running_version and record.transit is not None and not record.transit.exists
     if record.failure and not arrived:
         operation.append(f"the last attempt failed: {record.failure}")
-        if record.failures and record.phase != PREPARED:  # one that waits on purpose is not tried unasked
+        # One that waits on purpose is not tried unasked, and without systemd there is no timer that would.
+        if record.failures and record.phase != PREPARED and systemd.manages_host():
             operation.append(back_off.next_attempt(record))
     hint = f"run: sevhop recover {shlex.quote(row.name)}"
     image = KeeperPaths(hop_with(record.uuid)).image

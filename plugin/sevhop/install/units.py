@@ -13,14 +13,13 @@ from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 
+from ..process import systemd
 from . import atomic_file
 
 #: Where the administrator's units are.
 DIRECTORY = Path("/etc/systemd/system")
 #: Where units of packages are.
 PACKAGED = Path("/usr/lib/systemd/system")
-#: Exists if systemd runs (sd_booted(3)).
-_BOOTED = Path("/run/systemd/system")
 _TEMPLATES = Path(__file__).resolve().parent.parent / "host" / "systemd"
 #: These are enabled.
 RECOVER = ("sevhop-recover.service", "sevhop-recover.path")
@@ -38,7 +37,7 @@ def install() -> list[Path]:
     :return: their files.
     :raises SevhopError: a file cannot be written, or systemctl fails.
     """
-    if not _BOOTED.is_dir() or all((PACKAGED / name).exists() for name in NAMES):
+    if not systemd.manages_host() or all((PACKAGED / name).exists() for name in NAMES):
         return []
     for name in NAMES:
         atomic_file.write(DIRECTORY / name, text(name).encode(), 0o644)
@@ -56,7 +55,7 @@ def uninstall() -> bool:
     :raises SevhopError: systemctl fails.
     """
     there = [name for name in NAMES if (DIRECTORY / name).exists()]
-    if not there or not _BOOTED.is_dir():
+    if not there or not systemd.manages_host():
         return False
     _systemctl("disable", "--now", *there)
     for name in there:

@@ -19,7 +19,7 @@ from typing import IO, Any, Self
 
 from ..libvirt import domain_xml
 from ..libvirt.hook import transit_of
-from ..process import host_shutdown
+from ..process import host_shutdown, systemd
 from ..records.run_directory import alive, hop_of, remove
 from .config import MESSAGE, KeeperConfig, KeeperError, KeeperTimeout
 from .paths import KeeperPaths
@@ -32,8 +32,6 @@ START_TIMEOUT = 120.0
 ANSWER_TIMEOUT = 30.0
 _TRY_AGAIN = "try again; the system log may have the reason"
 _RECOVER = "run: sevhop recover"
-#: Exists where systemd runs (sd_booted(3)).
-_SYSTEMD = Path("/run/systemd/system")
 
 
 class KeeperClient:
@@ -220,7 +218,7 @@ def _command(module: str = "sevhop.keeper.main", cgroups: Sequence[str] = ()) ->
     """
     keeper = [sys.executable, "-m", module]
     systemd_run = shutil.which("systemd-run")
-    if not _SYSTEMD.is_dir() or systemd_run is None:
+    if not systemd.manages_host() or systemd_run is None:
         return keeper
     unit = f"--unit=sevhop-keeper-{secrets.token_hex(8)}"
     description = "--description=sevhop keeper: has the memory of a guest whose QEMU is being replaced"

@@ -9,10 +9,9 @@ in progress: first the keeper, which has the guest shut down (:mod:`sevhop.trans
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
-#: Exists if systemd runs (sd_booted(3)).
-_BOOTED = Path("/run/systemd/system")
+from . import systemd
+
 #: Seconds in which systemd must answer.
 _TIMEOUT = 5.0
 #: Units that are stopped before the scopes of transits and keepers are. To systemd these are started before those.
@@ -23,7 +22,7 @@ PATIENCE = 300
 
 def in_progress() -> bool:
     """Whether the host is shutting down."""
-    if not _BOOTED.is_dir():
+    if not systemd.manages_host():
         return False
     try:
         done = subprocess.run(

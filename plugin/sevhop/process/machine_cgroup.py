@@ -22,7 +22,7 @@ from typing import Self
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
-from . import host_shutdown
+from . import host_shutdown, systemd
 from .cgroup_memory import OF_DOMAINS
 from .scheduling import cgroup_directory
 
@@ -40,8 +40,6 @@ _SETTINGS = (
 #: What a QEMU has a right to, cgroup v1: read from one file, and written to two others.
 _DEVICES, _DENY, _ALLOW = "devices.list", "devices.deny", "devices.allow"
 _TYPE, _CONTROLLERS = "cgroup.type", "cgroup.subtree_control"
-#: Exists while systemd manages the host (sd_booted(3)).
-_SYSTEMD = Path("/run/systemd/system")
 #: Prefix of the name of the cgroup of a transit.
 _SCOPE = "sevhop-transit-"
 #: Seconds for systemd to make a scope, and between two looks.
@@ -117,7 +115,7 @@ class MachineCgroup:
         :raises SevhopError: they cannot be made.
         """
         try:
-            if _SYSTEMD.is_dir():
+            if systemd.manages_host():
                 self._make_scope(pid)
             for one in self._hierarchies:
                 _make_tree(*one.directories())

@@ -13,10 +13,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import systemd
+
 log = logging.getLogger(__name__)
 
-#: Exists if systemd runs (sd_booted(3)).
-_BOOTED = Path("/run/systemd/system")
 _PROGRAM = Path("/usr/bin/systemd-inhibit")
 #: Seconds.
 _PATIENCE = 1.0
@@ -30,7 +30,7 @@ def taken(why: str) -> Iterator[None]:
 
     :param why: what users see who want to shut down.
     """
-    if not _BOOTED.is_dir():
+    if not systemd.manages_host():
         yield
         return
     command = [str(_PROGRAM), "--what=shutdown:sleep", "--mode=block", "--who=sevhop", f"--why={why}", "/bin/cat"]
