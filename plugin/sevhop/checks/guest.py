@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
+from ..cancellation import wait_out
 from ..disks import devices, present_disks
 from ..disks.block_graph import BlockGraph
 from ..disks.images import open_images
@@ -67,16 +68,32 @@ async def standalone(
     :raises SevhopError: the source does not answer, or cannot be inspected at all.
     """
     source = process.command_line
-    guest = await inspect(monitor, process)
-    graph, result = await disks(monitor, process)
-    if command:
-        arguments = command_line.Derived(command[0], list(command[1:]))
-    else:
-        program = emulator or path_on_disk(process.executable)
-        argv = command_line.with_machine_type(pid_file.absolute(process, source[1:]), guest.machine_type)
-        arguments = await _with_present_disks(command_line.derive(program, argv, secrets.token_hex(4)), graph, monitor)
-    found = await registers.examine(guest, process, monitor)
-    return Verdict(_examine(guest, process, arguments, result, found), guest, graph, arguments, found.flag)
+    program = command[0] if command else emulator or path_on_disk(process.executable)
+    async with _probing(program, process) as probed:
+        guest = await inspect(monitor, process)
+        graph, result = await disks(monitor, process)
+        if command:
+            arguments = command_line.Derived(program, list(command[1:]))
+        else:
+            argv = command_line.with_machine_type(pid_file.absolute(process, source[1:]), guest.machine_type)
+            derived = command_line.derive(program, argv, secrets.token_hex(4))
+            arguments = await _with_present_disks(derived, graph, monitor)
+        found = await registers.examine(guest, process, monitor)
+    tree = _examine(guest, process, arguments, result, found, probed.result)
+    return Verdict(tree, guest, graph, arguments, found.flag)
+
+
+@contextlib.asynccontextmanager
+async def _probing(path: str, process: QemuProcess) -> AsyncIterator[asyncio.Future[emulator.Emulator]]:
+    """Meanwhile an emulator is probed. In the end the result is there, which may be an error."""
+    probed = asyncio.ensure_future(asyncio.to_thread(_probe, path, process))
+    try:
+        yield probed
+    finally:
+        cancelled = await wait_out(probed)
+        probed.exception()  # it is for who asks for the result
+        if cancelled is not None:
+            raise cancelled
 
 
 async def _with_present_disks(
@@ -94,7 +111,12 @@ async def _with_present_disks(
 
 
 def _examine(
-    guest: Guest, process: QemuProcess, arguments: command_line.Derived, disks: CheckResult, found: Registers
+    guest: Guest,
+    process: QemuProcess,
+    arguments: command_line.Derived,
+    disks: CheckResult,
+    found: Registers,
+    probed: Callable[[], emulator.Emulator],
 ) -> CheckResult:
     return passed(
         "guest",
@@ -109,7 +131,7 @@ def _examine(
         _arguments(arguments),
         _confinement(process, arguments),
         library(process),
-        emulator_for(arguments.emulator, guest.machine_type, process, guest),
+        emulator_for(arguments.emulator, guest.machine_type, process, guest, probed),
     )
 
 
@@ -295,7 +317,26 @@ def library(process: QemuProcess) -> CheckResult:
         return failed(name, err.message, err.hint)
 
 
-def emulator_for(path: str, machine_type: str, process: QemuProcess, guest: Guest | None = None) -> CheckResult:
+def _probe(path: str, process: QemuProcess) -> emulator.Emulator:
+    """:raises SevhopError: the user of a guest's QEMU cannot have this one instead, or it cannot be probed."""
+    emulator.trusted(path)
+    user = process.credentials
+    if not user.may("x", Path(path)):
+        raise SevhopError(
+            f"the user of the guest's QEMU ({user.uid}) may not run {path}",
+            "install it for all users, or name another one with --emulator",
+        )
+    identity = Identity(Confinement.of(process), Thread.of(process.pid))
+    return preload.probe(path, identity, inheritable(process.environment))
+
+
+def emulator_for(
+    path: str,
+    machine_type: str,
+    process: QemuProcess,
+    guest: Guest | None = None,
+    probed: Callable[[], emulator.Emulator] | None = None,
+) -> CheckResult:
     """
     Test whether a guest can be given to another QEMU.
 
@@ -303,22 +344,13 @@ def emulator_for(path: str, machine_type: str, process: QemuProcess, guest: Gues
     :param machine_type: of the guest.
     :param process: the QEMU that has the guest.
     :param guest: what is known of it, if that QEMU is to load its state.
+    :param probed: what a probe of that QEMU has returned, or raised; by default it is probed here.
     """
     skipped = ("machine type",)
-    user = process.credentials
     if library(process).status is not Status.PASS:
         return CheckResult("emulator", Status.SKIP, children=[CheckResult("machine type", Status.SKIP)])
     try:
-        emulator.trusted(path)
-        if not user.may("x", Path(path)):
-            return failed(
-                "emulator",
-                f"the user of the guest's QEMU ({user.uid}) may not run {path}",
-                "install it for all users, or name another one with --emulator",
-                skipped=skipped,
-            )
-        identity = Identity(Confinement.of(process), Thread.of(process.pid))
-        new = preload.probe(path, identity, inheritable(process.environment))
+        new = probed() if probed is not None else _probe(path, process)
     except preload.NotLoaded as err:
         if machine_type in err.emulator.machine_types:
             return failed("emulator", err.message, err.hint, skipped=skipped)
