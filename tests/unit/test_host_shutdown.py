@@ -88,3 +88,14 @@ def test_systemd_knows_whether_the_host_shuts_down(
     assert host_shutdown.in_progress() is expected
     monkeypatch.setattr(systemd, "BOOTED", tmp_path / "missing")
     assert not host_shutdown.in_progress()
+
+
+def test_systemd_is_asked_once_more_if_it_kills_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper's scope is being stopped: what the keeper starts then may be killed with it."""
+    program = tmp_path / "systemctl"
+    program.write_text(f"#!/bin/sh\nmkdir {tmp_path}/asked 2>/dev/null && kill $$\necho stopping\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
+    assert host_shutdown.in_progress()
+    assert (tmp_path / "asked").is_dir()

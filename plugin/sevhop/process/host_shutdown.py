@@ -14,6 +14,8 @@ from . import systemd
 
 #: Seconds in which systemd must answer.
 _TIMEOUT = 5.0
+#: If it is killed.
+_ATTEMPTS = 5
 #: Units that are stopped before the scopes of transits and keepers are. To systemd these are started before those.
 BEFORE = ("virt-guest-shutdown.target", "sevhop-upgrade.service")
 #: Seconds for a guest to shut down, as with libvirt-guests.
@@ -24,10 +26,14 @@ def in_progress() -> bool:
     """Whether the host is shutting down."""
     if not systemd.manages_host():
         return False
-    try:
-        done = subprocess.run(
-            ["systemctl", "is-system-running"], capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return done.stdout.strip() == "stopping"
+    for _ in range(_ATTEMPTS):
+        try:
+            done = subprocess.run(
+                ["systemctl", "is-system-running"], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            )
+        except (OSError, subprocess.SubprocessError):
+            return False
+        # systemd ends all processes of a scope, and then those that these have started meanwhile: also this one.
+        if done.returncode >= 0:
+            return done.stdout.strip() == "stopping"
+    return False
