@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sevhop.install import units
 
-from tests.support.guests import counter
+from tests.support.guests import counter, linux
 from tests.support.guests.booted import Booted
 from tests.support.guests.build import ROOT, Unavailable
 from tests.support.guests.daemon import Daemon, Description, DomainGuest
@@ -191,10 +193,9 @@ def host(installed: Host) -> Iterator[Host]:
         installed.systemctl("reset-failed")
 
 
-@pytest.fixture
-def guest(host: Host, accelerator: Accelerator) -> Iterator[DomainGuest]:
-    """A domain that counts."""
-    description = Description("web1", EMULATOR, accelerator, firmware=GUESTS / "counter.bin")
+@contextmanager
+def _domain(host: Host, description: Description) -> Iterator[DomainGuest]:
+    """A domain until the end of the context. After that nothing is left of it, nor of a hop."""
     guest = DomainGuest.start(host, description)
     guest.wait_for_ticks()
     try:
@@ -212,3 +213,26 @@ def guest(host: Host, accelerator: Accelerator) -> Iterator[DomainGuest]:
     assert host.left_over() == []
     wait_until(lambda: host.leftover_units() == [], PATIENCE, "no unit of sevhop is left")
     assert "sevhop" not in host.inhibitors()
+
+
+@pytest.fixture
+def guest(host: Host, accelerator: Accelerator) -> Iterator[DomainGuest]:
+    """A domain that counts."""
+    with _domain(host, Description("web1", EMULATOR, accelerator, firmware=GUESTS / "counter.bin")) as guest:
+        yield guest
+
+
+@pytest.fixture
+def linux_guest(host: Host) -> Iterator[DomainGuest]:
+    """One that runs Linux, which shuts down when it is asked to."""
+    try:
+        images = linux.images()
+    except Unavailable as err:
+        pytest.skip(f"no Linux guest: {err}")
+    inside = {}
+    for name, path in (("unpacked", images.unpacked), ("initrd", images.initrd)):
+        inside[name] = GUESTS / name
+        shutil.copyfile(path, host.root / str(inside[name]).lstrip("/"))
+    description = Description("web2", EMULATOR, "tcg", memory_mib=256, linux=replace(images, **inside))
+    with _domain(host, description) as guest:
+        yield guest

@@ -34,6 +34,22 @@ def test_shutdown_is_refused_meanwhile(host: Host, guest: DomainGuest) -> None:
     complete(host, guest, image)
 
 
+def test_guest_in_the_transit_is_shut_down_with_the_host(host: Host, linux_guest: DomainGuest) -> None:
+    """As by its power button, with nothing lost. The next boot does not start it."""
+    prepare(host, linux_guest)
+    linux_guest.wait_for_ticks()
+    host.release.power_off()
+    assert "POWER-BUTTON" in linux_guest.file("log").read_text()
+    verdict = linux_guest.judge()
+    assert verdict.writes
+    assert verdict.unharmed, verdict
+    host.boot()
+    host.wait_until_recovered()
+    assert linux_guest.state == "shut off"
+    host.virsh("start", linux_guest.name)
+    wait_until(lambda: linux_guest.seen().restarts == 1, 2 * PATIENCE, "the guest starts again")
+
+
 def test_recover_at_boot_settles_what_a_crash_has_left(host: Host, guest: DomainGuest) -> None:
     prepare(host, guest)
     host.release.crash()
