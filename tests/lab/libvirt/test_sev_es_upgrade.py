@@ -110,6 +110,7 @@ def test_sev_es_domain_changes_its_qemu(start: StartEs) -> None:
         assert launch_of(guest) == before
 
 
+@pytest.mark.faults
 def test_guest_keeps_running_if_its_upgrade_fails_before_the_commit(daemon: Daemon, start: StartEs) -> None:
     """By then its QEMU was made to save all vCPU state: in the rehearsal, and after the stop."""
     guest = start(emulators.NEW)

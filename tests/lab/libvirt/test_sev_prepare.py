@@ -32,6 +32,7 @@ def check_of(daemon: Daemon, guest: DomainGuest) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.long
 def test_prepared_sev_domain_can_hop_when_it_is_started_again(daemon: Daemon) -> None:
     description = Description(
         "sev",
