@@ -32,6 +32,7 @@ START_TIMEOUT = 120.0
 ANSWER_TIMEOUT = 30.0
 _TRY_AGAIN = "try again; the system log may have the reason"
 _RECOVER = "run: sevhop recover"
+_HANGS = f"{_RECOVER}; if that meets the same, kill the process sevhop-keeper, not its supervisor, and run it again"
 
 
 class KeeperClient:
@@ -170,7 +171,7 @@ class KeeperClient:
                 self._unanswered = False
                 answer = await self._exchange(request)
         except TimeoutError as err:
-            raise KeeperTimeout(f"the keeper did not reply within {self.timeout:g} s", _RECOVER) from err
+            raise KeeperTimeout(f"the keeper did not reply within {self.timeout:g} s", _HANGS) from err
         except OSError as err:
             raise KeeperError("the keeper is gone", _RECOVER) from err
         verdict, _, rest = answer.partition(" ")
