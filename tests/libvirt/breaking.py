@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from tests.support.faults.operator import Operator
 from tests.support.faults.table import Cell
@@ -38,14 +36,6 @@ def break_off(
     return done.returncode
 
 
-def recover(daemon: Daemon) -> dict[str, Any]:
-    """Run ``sevhop recover``; what it prints, and its exit status."""
-    done = daemon.sevhop("recover", "--json")
-    assert done.stderr == "", done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer | {"status": done.returncode}
-
-
 def recover_from_failed_step(daemon: Daemon, status: int, point: str, fault: str) -> bool:
     """
     An upgrade in which libvirtd was killed, or a step was refused or not answered: recover, if there is anything to do.
@@ -56,7 +46,7 @@ def recover_from_failed_step(daemon: Daemon, status: int, point: str, fault: str
     if fault == "daemon":
         daemon.wait_until_it_answers()
     assert status in (0, 3, 4)
-    answer = recover(daemon)
+    answer = daemon.recover()
     assert answer["status"] == 0, answer
     assert status == 4 or not answer["guests"]
     # A definition that libvirt refuses is only reported.

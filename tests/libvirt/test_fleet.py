@@ -149,8 +149,8 @@ def test_service_allows_what_a_recovery_needs(daemon: Daemon, start: StartDomain
         *(sys.executable, "-m", "sevhop.cli", "recover", "--timeout", "30"),
     )
     wait_until(lambda: bool(daemon.named("sevhop-keeper")), 60, "a keeper is started")
-    done = daemon.sevhop("recover", "served")
-    assert (done.returncode, done.stdout) == (0, "served: runs in the new QEMU\n"), done.stderr
+    done = daemon.recover_one("served")
+    assert (done["status"], done["result"], done["detail"]) == (0, "destination", ""), done
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
     assert service.wait(60) == 0
     calls = (daemon.root / "run/calls").read_text(errors="replace")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,13 +15,6 @@ from .conftest import StartDomain
 _SCRIPT = "etc/libvirt/hooks/qemu.d/sevhop"
 
 
-def recover(daemon: Daemon, *names: str) -> dict[str, Any]:
-    """Run ``sevhop recover``; its report of the only hop, and its exit status."""
-    done = daemon.sevhop("recover", "--json", *names)
-    (one,) = json.loads(done.stdout)["guests"]
-    return {**one, "status": done.returncode}
-
-
 def prepared(daemon: Daemon, guest: DomainGuest, new: Path) -> str:
     """Suspend it in the keeper. :return: the save image."""
     guest.wait_for_ticks(3)
@@ -34,7 +25,7 @@ def prepared(daemon: Daemon, guest: DomainGuest, new: Path) -> str:
 
 def assert_keeps_running(daemon: Daemon, guest: DomainGuest) -> None:
     """It resumes, and nothing of it is lost."""
-    assert recover(daemon, guest.name)["status"] == 0
+    assert daemon.recover_one(guest.name)["status"] == 0
     assert guest.state == "running"
     guest.wait_for_ticks()
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
@@ -56,7 +47,7 @@ def test_domain_of_the_same_name_is_not_started(daemon: Daemon, start: StartDoma
     assert f"virsh restore {image}" in refused.stderr
     if not transient:
         # libvirt has no room for both. The guest stays where it is.
-        stuck = recover(daemon, guest.name)
+        stuck = daemon.recover_one(guest.name)
         assert (stuck["status"], stuck["result"]) == (4, "manual"), stuck
         daemon.virsh("undefine", guest.name)
     assert_keeps_running(daemon, guest)
@@ -91,7 +82,7 @@ def test_recover_terminates_no_guest_of_others(daemon: Daemon, start: StartDomai
     daemon.virsh("start", guest.name)
     script.write_text(text)
     pid = guest.pid
-    stuck = recover(daemon, guest.name)
+    stuck = daemon.recover_one(guest.name)
     assert (stuck["status"], stuck["result"]) == (4, "manual"), stuck
     if uuid == "the same":
         assert f"(process {pid}) while its guest is suspended in the keeper" in stuck["detail"]
@@ -100,7 +91,7 @@ def test_recover_terminates_no_guest_of_others(daemon: Daemon, start: StartDomai
     daemon.virsh("destroy", guest.name)
     if uuid == "another":
         daemon.virsh("undefine", guest.name)
-    assert recover(daemon, guest.name)["status"] == 0
+    assert daemon.recover_one(guest.name)["status"] == 0
     assert guest.state == "running"
     ticks = guest.seen().ticks
     wait_until(lambda: guest.seen().ticks > ticks, 30, "it counts on")

@@ -21,7 +21,7 @@ from tests.support.guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
 from . import breaking
-from .breaking import recover, recover_from_failed_step
+from .breaking import recover_from_failed_step
 from .conftest import StartDomain
 from .lived import LivedInDomain
 
@@ -60,12 +60,12 @@ def test_recover_resumes_guest_after_command_killed(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     assert break_off(daemon, guest, new, point, "command") in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    answer = recover(daemon)
+    answer = daemon.recover()
     assert answer["status"] == 0, answer
     (one,) = answer["guests"]
     assert one["result"] == ("source" if point in IN_THE_SOURCE else "destination")
     note(note_fault, daemon, guest, point, "command", old)
-    assert recover(daemon) == {"guests": [], "status": 0}
+    assert daemon.recover() == {"guests": [], "status": 0}
 
 
 @pytest.mark.virtqemud
@@ -129,7 +129,7 @@ def test_upgrade_rolls_back_only_if_killed_hook_may_refuse(
     assert not (daemon.root / "run/armed").exists()
     may_refuse = operation not in ("stopped", "release")
     assert (report["status"], report["outcome"]) == ((3, "rolled-back") if may_refuse else (0, "done")), report
-    assert recover(daemon) == {"guests": [], "status": 0}
+    assert daemon.recover() == {"guests": [], "status": 0}
     note(note_fault, daemon, guest, point, "hook", old)
 
 
@@ -176,7 +176,7 @@ def test_recover_loses_nothing_when_run_late(
     break_off(daemon, guest, new, point, "command")
     if guest.state == "running":
         wait_until(lambda: guest.seen().ticks > ticks + 100, 60, "it has run for a while")
-    answer = recover(daemon)
+    answer = daemon.recover()
     assert answer["status"] == 0, answer
     note(note_fault, daemon, guest, point, "command", old)
 
@@ -190,7 +190,7 @@ def test_recover_restores_no_outdated_state_if_new_qemu_exited(
     kill(guest.pid)
     wait_until(lambda: guest.state == "shut off", 60, "libvirt has noticed")
     ticks = guest.seen().ticks
-    answer = recover(daemon)
+    answer = daemon.recover()
     assert all(one["result"] in ("gone", "destination") for one in answer["guests"]), answer
     assert guest.state == "shut off"
     assert guest.seen().ticks == ticks
@@ -205,7 +205,7 @@ def test_recover_leaves_paused_guest_paused(
     """It is not let run by recover."""
     break_off(daemon, guest, new, point, "command")
     guest.life.do("stop")
-    answer = recover(daemon)
+    answer = daemon.recover()
     assert answer["status"] == 0, answer
     assert guest.state == "paused"
     guest.life.do("cont")
@@ -219,7 +219,7 @@ def test_guest_that_was_paused_while_an_upgrade_was_prepared_stays_paused(
     """The command was killed before it stopped the guest, so it is not for recover to resume it."""
     paused = Operator("phase prepare", "stop", 0, "domain", guest.name, f"{GUESTS}/{guest.name}.answer")
     break_off(daemon, guest, new, point, "command", paused)
-    (one,) = recover(daemon)["guests"]
+    (one,) = daemon.recover()["guests"]
     assert one["result"] == "source"
     assert guest.state == "paused"
     guest.life.do("cont")

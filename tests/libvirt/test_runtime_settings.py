@@ -67,8 +67,8 @@ def test_settings_are_set_in_the_new_qemu(daemon: Daemon, start: StartDomain, ol
             assert (report["outcome"], report["notes"]) == ("done", []), report
         else:
             assert daemon.upgrade(guest.name, "--emulator", emulator, "--prepare")["outcome"] == "prepared"
-            done = daemon.sevhop("recover", guest.name)
-            assert (done.returncode, done.stdout) == (0, f"{guest.name}: runs in the new QEMU\n")
+            done = daemon.recover_one(guest.name)
+            assert (done["status"], done["result"], done["detail"]) == (0, "destination", ""), done
         assert settings(guest) == before
         guest.wait_for_ticks(3)
 

@@ -21,7 +21,7 @@ from tests.support.guests.running import wait_until
 
 from ..conftest import NoteFault, some_of
 from . import breaking
-from .breaking import recover, recover_from_failed_step
+from .breaking import recover_from_failed_step
 from .conftest import StartDomain
 from .lived import LivedInDomain
 
@@ -51,12 +51,12 @@ def test_recover_finds_the_guest_after_command_killed(
     point: str, daemon: Daemon, guest: LivedInDomain, old: Path, new: Path, note_fault: NoteFault
 ) -> None:
     assert break_off(daemon, guest, new, point, "command") in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    answer = recover(daemon)
+    answer = daemon.recover()
     assert answer["status"] == 0, answer
     (one,) = answer["guests"]
     assert one["result"] == ("source" if point in (*IN_THE_SOURCE, *SAVED) else "destination")
     note(note_fault, daemon, guest, point, "command", old)
-    assert recover(daemon) == {"guests": [], "status": 0}
+    assert daemon.recover() == {"guests": [], "status": 0}
 
 
 @pytest.mark.parametrize("fault", ["daemon", "error", "silence"])
@@ -80,7 +80,7 @@ def test_setting_that_libvirt_does_not_know_survives(
     guest.monitor("block_set_io_throttle", id="/machine/peripheral/virtio-disk0/virtio-backend", iops=123456, **limits)
     guest.remember()
     break_off(daemon, guest, new, point, fault)
-    answer = recover(daemon)
+    answer = daemon.recover()
     assert answer["status"] == 0, answer
     assert guest.emulator() == str(new)
     guest.see_unchanged()
@@ -107,7 +107,7 @@ def test_upgrade_completes_if_source_is_killed_once_saved(
     """The transit has all that it needs."""
     status = break_off(daemon, guest, new, point, "source")
     if status:
-        answer = recover(daemon)
+        answer = daemon.recover()
         assert (status, answer["status"]) == (4, 0), answer
     note(note_fault, daemon, guest, point, "source", old)
 
@@ -130,6 +130,6 @@ def test_upgrade_completes_if_keeper_is_killed(
     """Its supervisor restarts it."""
     status = break_off(daemon, guest, new, point, "keeper")
     if status:
-        answer = recover(daemon)
+        answer = daemon.recover()
         assert (status, answer["status"]) == (4, 0), answer
     note(note_fault, daemon, guest, point, "keeper", old)

@@ -128,8 +128,8 @@ def test_prepared_upgrade_without_a_transit_is_completed_by_virsh(
     assert guest.emulator() == str(new)
     guest.wait_for_ticks()
     # libvirt was restoring, so the definition had to wait.
-    done = daemon.sevhop("recover")
-    assert (done.returncode, done.stdout) == (0, f"{guest.name}: runs in the new QEMU\n")
+    one = daemon.recover_one()
+    assert (one["status"], one["result"], one["detail"]) == (0, "destination", ""), one
     assert guest.emulator("--inactive") == str(new)
 
 

@@ -127,8 +127,8 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(
     wait_until(lambda: guest.state == "running", 30, "it is restored")
     assert guest.emulator() == str(new)
     guest.wait_for_ticks()
-    done = daemon.sevhop("recover")
-    assert (done.returncode, done.stdout) == (0, f"{guest.name}: runs in the new QEMU\n")
+    done = daemon.recover_one()
+    assert (done["status"], done["result"], done["detail"]) == (0, "destination", ""), done
     assert guest.emulator("--inactive") == str(new)
 
 

@@ -145,8 +145,8 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(guest: 
     assert locked(transit) == limit
     guest.daemon.virsh("restore", report["image"])
     wait_until(lambda: processes_of_domain(guest.name) == [guest.pid], LONG, "it hops")
-    done = guest.daemon.sevhop("recover", guest.name, *PATIENCE)
-    assert (done.returncode, done.stdout) == (0, f"{guest.name}: runs in the new QEMU\n")
+    one = guest.daemon.recover_one(guest.name, *PATIENCE)
+    assert (one["status"], one["result"], one["detail"]) == (0, "destination", ""), one
     runs_in(guest, emulators.NEW)
     assert contexts() == context
 
@@ -247,8 +247,8 @@ def test_recover_finds_the_context_without_keeper_and_supervisor(
     wait_until(files(daemon)[0].exists, LONG, "the moment comes")
     kill_keeper_and_supervisor(daemon)
     ended(command)
-    done = daemon.sevhop("recover", guest.name, *PATIENCE)
-    assert (done.returncode, done.stdout) == (0, f"{guest.name}: runs in the new QEMU\n"), done
+    done = daemon.recover_one(guest.name, *PATIENCE)
+    assert (done["status"], done["result"], done["detail"]) == (0, "destination", ""), done
     runs_in(guest, emulators.NEW)
     assert contexts() == context
 

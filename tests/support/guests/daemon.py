@@ -230,6 +230,23 @@ class Daemon:
             print(json.dumps(report, indent=2), done.stderr, file=sys.stderr)
         return report | {"status": done.returncode}
 
+    def recover(self, *words: str | Path) -> dict[str, Any]:
+        """Recover all guests, or those of these names; what is reported, and the exit status."""
+        done = self.sevhop("recover", "--json", *words)
+        if not done.stdout or done.stderr:
+            raise GuestFailed(f"sevhop recover has exited with {done.returncode}: {done.stderr}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer | {"status": done.returncode}
+
+    def recover_one(self, *words: str | Path) -> dict[str, Any]:
+        """
+        As :meth:`recover`, of the only guest. Its line for people may differ on a busy host: it has a guest that was
+        stopped for long.
+        """
+        answer = self.recover(*words)
+        (one,) = answer["guests"]
+        return {**one, "status": answer["status"]}
+
     def left_over(self) -> list[str]:
         """What hops have left behind in there."""
         names = set()
