@@ -1,7 +1,5 @@
 """``python3 -m sevhop.cli``: the ``sevhop`` command."""
 
-import sys
+from .main import program
 
-from .main import main
-
-sys.exit(main())
+program()

@@ -8,9 +8,11 @@ at once.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from . import terminal
 from .exit_codes import EXIT_REFUSED
@@ -49,6 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise usage
     assert isinstance(status, int)
     return status
+
+
+def program() -> NoReturn:
+    """
+    Execute the command of this process, and exit. All that it has printed is written by then, and what Python would do
+    at its end, such as to free each object, is left to the kernel: that saves a tenth of the time that a hop takes.
+
+    :raises SystemExit: after ``--help``, ``--version`` and wrong usage.
+    """
+    os._exit(main())
 
 
 def _executed(options: argparse.Namespace) -> int:
