@@ -56,7 +56,6 @@ from .checks import guest as guest_checks
 from .checks.domain_status import DomainStatus, Place
 from .checks.result import CheckResult, Status
 from .engine import hop as standalone
-from .engine import recovery, recovery_names
 from .engine.preparation_result import Preparations, PreparedDefinition
 from .engine.recovery_result import Loss, RecoveredGuest, RecoveryOutcome
 from .errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
@@ -320,6 +319,8 @@ async def recover(
     """
     if emulator is not None and len(guests) != 1:
         raise ValueError(f"an emulator for {len(guests)} guests")
+    from .engine import recovery, recovery_names
+
     names = await recovery_names.resolve(guests, emulator=emulator)
     options = RecoverOptions(
         unattended=unattended, max_age=max_age, emulator=emulator, set_time=set_time, step_timeout=step_timeout

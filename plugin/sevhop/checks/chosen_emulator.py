@@ -89,7 +89,8 @@ async def _verify(connection: Connection, xml: str, old: str, chosen: str, proce
 
 def _emulator(chosen: str, machine: str, process: QemuProcess | None) -> CheckResult:
     if process is not None:
-        return passed("restart", "", guest_checks.emulator_for(chosen, machine, process))
+        readable = guest_checks.library(process)
+        return passed("restart", "", guest_checks.emulator_for(chosen, machine, process, readable))
     found = emulator.probe(chosen)
     if machine not in found.machine_types:
         return passed("restart", "", failed("machine type", f"QEMU {found.version} has no {machine}", _ANOTHER))

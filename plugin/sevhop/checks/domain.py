@@ -19,7 +19,7 @@ from ..cancellation import shielded
 from ..disks.block_graph import BlockGraph
 from ..guest import inspection, kept_path
 from ..install import apparmor, selinux, verification
-from ..libvirt import domain_xml, resources
+from ..libvirt import domain_xml, prepared_xml, resources
 from ..libvirt.connection import Connection
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
@@ -129,10 +129,10 @@ def _without_libvirt(
     rebooted: list[CheckResult],
 ) -> CheckResult:
     """What is checked without the daemon."""
-    tree = guest_checks.domain(found, process, new, state, rebooted)
+    tree = guest_checks.domain(found, process, new, state, rebooted, f"set {prepared_xml.MEMORY_BACKING}")
     # First: a device that cannot be re-created may have memory of its own, for which there is no hint either.
     tree.children[:0] = [devices(xml)]
-    tree.children += [guest_checks.library(process), _confinement(process, uuid)]
+    tree.children += [_confinement(process, uuid)]
     return tree
 
 

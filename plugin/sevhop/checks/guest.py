@@ -26,7 +26,6 @@ from ..disks.block_graph import BlockGraph
 from ..disks.images import open_images
 from ..guest import command_line, emulator, pid_file, preload
 from ..guest.inspection import Guest, inspect
-from ..libvirt import prepared_xml
 from ..process import cgroup_memory
 from ..process.confinement import Confinement
 from ..process.launch import Identity, inheritable
@@ -118,6 +117,7 @@ def _examine(
     found: Registers,
     probed: Callable[[], emulator.Emulator],
 ) -> CheckResult:
+    readable = library(process)
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
@@ -130,8 +130,8 @@ def _examine(
         disks,
         _arguments(arguments),
         _confinement(process, arguments),
-        library(process),
-        emulator_for(arguments.emulator, guest.machine_type, process, guest, probed),
+        readable,
+        emulator_for(arguments.emulator, guest.machine_type, process, readable, guest, probed),
     )
 
 
@@ -176,23 +176,28 @@ def _disks(graph: BlockGraph, misplaced: Sequence[str]) -> CheckResult:
     return passed(name, f"{sum(1 for disk in graph.disks.values() if disk.root)} in use, as their files are on disk")
 
 
-def domain(guest: Guest, process: QemuProcess, path: str, found: Registers, rebooted: list[CheckResult]) -> CheckResult:
+def domain(
+    guest: Guest, process: QemuProcess, path: str, found: Registers, rebooted: list[CheckResult], memory: str
+) -> CheckResult:
     """
     Test the guest of a libvirt domain. Its command line and the environment of its QEMU are libvirt's job.
 
     :param found: see :func:`.registers.examine`.
     :param path: of the QEMU to upgrade to.
     :param rebooted: see :func:`.reboot.domain`.
+    :param memory: what to do if its memory cannot be shared.
     """
+    readable = library(process)
     return passed(
         "guest",
         f"{guest.name}, QEMU {guest.version}, process {process.pid}",
         _state(guest),
-        _memory(guest, f"set {prepared_xml.MEMORY_BACKING}"),
+        _memory(guest, memory),
         _context(guest, process, found, rebooted, own_group=sev_host.DOMAIN_GROUP, sandbox=True),
         _blockers(guest),
         _jobs(guest),
-        emulator_for(path, guest.machine_type, process, guest),
+        readable,
+        emulator_for(path, guest.machine_type, process, readable, guest),
     )
 
 
@@ -334,6 +339,7 @@ def emulator_for(
     path: str,
     machine_type: str,
     process: QemuProcess,
+    readable: CheckResult,
     guest: Guest | None = None,
     probed: Callable[[], emulator.Emulator] | None = None,
 ) -> CheckResult:
@@ -343,11 +349,12 @@ def emulator_for(
     :param path: of that.
     :param machine_type: of the guest.
     :param process: the QEMU that has the guest.
+    :param readable: see :func:`library`.
     :param guest: what is known of it, if that QEMU is to load its state.
     :param probed: what a probe of that QEMU has returned, or raised; by default it is probed here.
     """
     skipped = ("machine type",)
-    if library(process).status is not Status.PASS:
+    if readable.status is not Status.PASS:
         return CheckResult("emulator", Status.SKIP, children=[CheckResult("machine type", Status.SKIP)])
     try:
         new = probed() if probed is not None else _probe(path, process)
