@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.guests import emulators, real_mode
+from tests.support.guests import apparmor, emulators, real_mode
 from tests.support.guests.build import CACHE
-from tests.support.guests.daemon import Daemon, Description, DomainGuest, process_file
+from tests.support.guests.daemon import Daemon, Description, DomainGuest
 from tests.support.guests.running import wait_until
 
 from ..contract.sev import contexts
@@ -37,7 +37,6 @@ ADMINISTRATOR = {
 CARD = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/><driver name='vhost'/></interface>"
 #: The processor of the lab, for a guest that is not encrypted.
 CPU = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>EPYC</model></cpu>"
-_LOADED = Path("/sys/kernel/security/apparmor/profiles")
 _DENIED = re.compile(r'apparmor="DENIED" operation="(?P<operation>[^"]*)" .*profile="(?P<profile>[^"]*)"(?P<rest>.*)')
 _WHO = re.compile(r" (pid|comm|fsuid|ouid)=\S+")
 
@@ -50,23 +49,6 @@ def uses_vhost(pid: int) -> bool:
 def additions(daemon: Daemon) -> dict[str, Path]:
     """The files for local additions."""
     return {name: daemon.root / "etc/apparmor.d/local" / name for name in ADMINISTRATOR}
-
-
-def confinement(pid: int) -> str:
-    """The label of a process."""
-    return Path(f"/proc/{pid}/attr/current").read_text().strip("\n\0")
-
-
-def copies(guest: DomainGuest) -> list[str]:
-    """Label of each copy of a domain's profile that the kernel has."""
-    name = f"libvirt-{guest.daemon.virsh('domuuid', guest.name)}-"
-    return [line for line in _LOADED.read_text().splitlines() if line.startswith(name)]
-
-
-def confined_by(label: str) -> list[int]:
-    """The processes that have a label."""
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [pid for pid in pids if process_file(pid, "attr/current").decode().strip("\n\0") == label]
 
 
 def denials(daemon: Daemon, label: str) -> set[str]:
@@ -119,11 +101,11 @@ def guest(daemon: Daemon) -> Iterator[DomainGuest]:
 def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest: DomainGuest) -> None:
     """Without them nothing is touched; `sevhop install` puts them in while the guest runs, and then it hops."""
     new = emulators.emulator(emulators.NEW)
-    expected = f"libvirt-{daemon.virsh('domuuid', guest.name)} (enforce)"
+    expected = apparmor.label(guest)
     pid = guest.pid
-    assert confinement(pid) == expected
+    assert apparmor.confinement(pid) == expected
     assert uses_vhost(pid)
-    assert confinement(int((daemon.root / "run/libvirtd.pid").read_text())) == "libvirtd (enforce)"
+    assert apparmor.confinement(int((daemon.root / "run/libvirtd.pid").read_text())) == "libvirtd (enforce)"
 
     name = "abstractions/libvirt-qemu"
     additions(daemon)[name].write_text(ADMINISTRATOR[name])
@@ -140,7 +122,7 @@ def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest
     assert report["move"]["errno"] == 0
     assert guest.emulator() == str(new)
     assert guest.pid != pid
-    assert confinement(guest.pid) == expected
+    assert apparmor.confinement(guest.pid) == expected
     assert uses_vhost(guest.pid)
     guest.wait_for_ticks()
 
@@ -155,25 +137,25 @@ def shared(daemon: Daemon) -> Iterator[DomainGuest]:
 def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, shared: DomainGuest) -> None:
     """The domain's own is unloaded by libvirt meanwhile. The copy is gone when the guest is libvirt's again."""
     new, old_pid = emulators.emulator(emulators.NEW), shared.pid
-    expected = f"libvirt-{daemon.virsh('domuuid', shared.name)} (enforce)"
-    assert confinement(old_pid) == expected
+    expected = apparmor.label(shared)
+    assert apparmor.confinement(old_pid) == expected
     assert uses_vhost(old_pid)
 
     report = daemon.upgrade(shared.name, "--emulator", new, "--timeout", "300", "--prepare")
     assert (report["outcome"], report["in_transit"], report["notes"]) == ("prepared", True, []), report
     assert shared.state == "shut off"
-    (label,) = copies(shared)
+    (label,) = apparmor.copies(shared)
     assert label.endswith(" (enforce)")
-    assert expected not in _LOADED.read_text().splitlines()
-    (transit,) = confined_by(label)
+    assert expected not in apparmor.LOADED.read_text().splitlines()
+    (transit,) = apparmor.confined_by(label)
     assert os.readlink(f"/proc/{transit}/exe") == str(new.resolve())
     assert not uses_vhost(transit)
     shared.wait_for_ticks()
 
     daemon.virsh("restore", report["image"])
-    wait_until(lambda: shared.state == "running" and not copies(shared), 120, "the copy is removed")
+    wait_until(lambda: shared.state == "running" and not apparmor.copies(shared), 120, "the copy is removed")
     assert shared.emulator() == str(new)
-    assert confinement(shared.pid) == expected
+    assert apparmor.confinement(shared.pid) == expected
     assert uses_vhost(shared.pid)
     shared.wait_for_ticks()
     done = daemon.recover_one()
@@ -191,13 +173,13 @@ def test_copy_of_the_profile_is_removed_if_the_guest_stays(daemon: Daemon, share
         )
         assert command.stderr is not None
         assert any(line.strip().endswith(": prepare") for line in command.stderr)
-        assert len(copies(shared)) == 1
+        assert len(apparmor.copies(shared)) == 1
         command.send_signal(number)
         command.communicate(timeout=300)
         assert command.returncode == status
         if number == signal.SIGKILL:
             done = daemon.sevhop("recover", "--timeout", "300")
             assert done.returncode == 0, done.stderr
-        assert copies(shared) == []
+        assert apparmor.copies(shared) == []
         assert shared.pid == pid
         shared.wait_for_ticks()

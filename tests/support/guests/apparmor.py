@@ -1,0 +1,36 @@
+"""AppArmor as the kernel has it: what confines a process, and which copies of a domain's profile are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .daemon import DomainGuest, process_file
+
+#: The kernel's interface; without AppArmor there is none.
+SECURITY = Path("/sys/kernel/security/apparmor")
+LOADED = SECURITY / "profiles"
+
+
+def confinement(pid: int, root: Path = Path("/")) -> str:
+    """The label of a process. :param root: of the file system in whose /proc it has this number."""
+    return (root / f"proc/{pid}/attr/current").read_text().strip("\n\0")
+
+
+def label(guest: DomainGuest) -> str:
+    """That of a domain's QEMU, by the profile that libvirt makes for it."""
+    return f"{_profile(guest)} (enforce)"
+
+
+def copies(guest: DomainGuest) -> list[str]:
+    """Label of each copy of a domain's profile that the kernel has."""
+    return [line for line in LOADED.read_text().splitlines() if line.startswith(f"{_profile(guest)}-")]
+
+
+def confined_by(label: str) -> list[int]:
+    """The processes that have a label."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if process_file(pid, "attr/current").decode().strip("\n\0") == label]
+
+
+def _profile(guest: DomainGuest) -> str:
+    return f"libvirt-{guest.daemon.virsh('domuuid', guest.name)}"
