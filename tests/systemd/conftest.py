@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from sevhop.install import units
 
-from tests.support.guests import counter, linux
+from tests.support.guests import apparmor, counter, linux
 from tests.support.guests.booted import Booted
 from tests.support.guests.build import ROOT, Unavailable
 from tests.support.guests.daemon import Daemon, Description, DomainGuest
@@ -39,9 +39,9 @@ EMULATOR = Path("/usr/bin/qemu-system-x86_64")
 #: In the SEV lab the processor is emulated, and there is no network to build the package with.
 _LAB = "SEVHOP_LAB" in os.environ
 _BUILT = "SEVHOP_PACKAGE"
-OPTIONS = ("--timeout", "120") if _LAB else ()
+OPTIONS = ("--timeout", "600") if _LAB else ()
 #: Seconds.
-PATIENCE = 600.0 if _LAB else 60.0
+PATIENCE = 1200.0 if _LAB else 60.0
 #: Five starts within ten seconds are too many for systemd; with its own minute a unit comes nowhere near that.
 _OFTEN = "[Unit]\nStartLimitIntervalSec=0\n"
 #: Drop-ins: no test waits for minutes. The last one is how long libvirt-guests waits for a guest that does not listen.
@@ -50,6 +50,26 @@ _SOON = {
     "sevhop-recover.timer": f"{_OFTEN}[Timer]\nOnActiveSec=\nOnActiveSec=1s\nAccuracySec=1ms\n",
     "sevhop-recover.service": _OFTEN,
 }
+#: In the lab AppArmor confines libvirt and its guests. Elsewhere others use the kernel that has its profiles.
+_CONFINED = _LAB and apparmor.SECURITY.exists()
+#: AppArmor's own unit does nothing in a container.
+_APPARMOR = """\
+[Unit]
+Description=Load libvirt's profiles
+Before=libvirtd.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=mount -t securityfs securityfs /sys/kernel/security
+ExecStart=apparmor_parser --replace --skip-cache /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper
+ExecStart=apparmor_parser --replace --skip-cache /etc/apparmor.d/usr.sbin.libvirtd
+
+[Install]
+WantedBy=multi-user.target
+"""
+#: libvirt has each profile compiled several times, and that takes most of the time in emulation.
+_COMPILED_QUICKLY = "Optimize=no-expr-simplify\nOptimize=no-minimize\n"
 _GUESTS_AT_SHUTDOWN = "ON_BOOT=ignore\nON_SHUTDOWN=shutdown\nSHUTDOWN_TIMEOUT=2\n"
 
 
@@ -172,6 +192,10 @@ def installed(release: Booted, package: Path) -> Host:
     guests.mkdir(parents=True)
     shutil.copyfile(counter.firmware(), guests / "counter.bin")
     shutil.copyfile(package, release.root / "root/package.deb")
+    if _CONFINED:
+        (release.root / "etc/apparmor/parser.conf").write_text(_COMPILED_QUICKLY)
+        (release.root / "etc/systemd/system/profiles.service").write_text(_APPARMOR)
+        release.must("systemctl", "enable", "--quiet", "profiles.service")
     host = Host(release)
     try:
         host.boot()
@@ -213,6 +237,16 @@ def _domain(host: Host, description: Description) -> Iterator[DomainGuest]:
     assert host.left_over() == []
     wait_until(lambda: host.leftover_units() == [], PATIENCE, "no unit of sevhop is left")
     assert "sevhop" not in host.inhibitors()
+
+
+@pytest.fixture
+def confined(host: Host) -> Host:
+    """libvirt confines its guests by AppArmor."""
+    if not _CONFINED:
+        pytest.skip("AppArmor's profiles are the kernel's, which others use as well: in the lab only (tools/lab/run)")
+    host.wait_until_it_answers()  # it exits when nobody needs it
+    assert apparmor.confinement(host.pid_of_libvirtd, host.root) == "libvirtd (enforce)"
+    return host
 
 
 @pytest.fixture
