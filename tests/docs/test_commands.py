@@ -61,7 +61,8 @@ def page_commands(one: Page) -> list[Command]:
 
 #: Reported when a busy host has stopped a guest for more than a second.
 _STOPPED_FOR_LONG = re.compile(
-    r"[:;] the guest was stopped for [^;\n]+ s; its clock was not set: it has no guest agent"
+    r"\nnote: the guest was stopped for [^\n]+"
+    r"|[:;] the guest was stopped for [^;\n]+ s; its clock was not set: it has no guest agent"
 )
 RUN = [one for one in pages() if any(command.text not in NOT_RUN for command in page_commands(one))]
 
