@@ -20,7 +20,7 @@ import struct
 import sys
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # at run time they would take a quarter of the time until QEMU is executed
+if TYPE_CHECKING:  # at run time QEMU would be executed milliseconds later
     from collections.abc import Callable
     from typing import Any
 
