@@ -20,7 +20,7 @@ from tests.support.guests.machine import Accelerator
 from tests.support.guests.running import wait_until
 
 from .restart_faults import surroundings_of
-from .transit_guest import BRIDGED, TransitGuest, end_everything
+from .transit_guest import BRIDGED, SHORTEST, TransitGuest, end_everything
 
 #: Starts a domain, a ``transient`` one if wanted; other keywords are fields of
 #: :class:`tests.support.guests.daemon.Description`.
@@ -57,7 +57,7 @@ def newest(emulator: Callable[[str], Path]) -> Path:
 def start(daemon: Daemon, old: Path, accelerator: Accelerator, tmp_path: Path) -> Iterator[StartDomain]:
     """Start domains in the older QEMU; they are destroyed and undefined with the test."""
     try:
-        counter.firmware()
+        counter.firmware(idle=True)
     except Unavailable as err:
         pytest.skip(f"the bare-metal counter cannot be built: {err}")
     before = set(daemon.processes())
@@ -107,6 +107,6 @@ def transit(daemon: Daemon, start: StartDomain, request: pytest.FixtureRequest) 
         guest.wait_for_ticks()
         memory = memory_of(guest.pid)
         assert memory is not None
-        sampler = resources.enter_context(Sampler(memory))
+        sampler = resources.enter_context(Sampler(memory, SHORTEST))
         sampler.wait()
         yield TransitGuest(daemon, guest, sampler)

@@ -196,7 +196,7 @@ def surroundings_of(daemon: Daemon) -> Iterator[None]:
         rm -rf {GUESTS}/logs {MEDIA} {GUESTS}/pool
         mkdir -m 777 {GUESTS}/logs {MEDIA} {GUESTS}/pool
         for medium in {GUESTS}/disc.iso {MEDIA}/disc.iso; do truncate -s 1M $medium; chmod 644 $medium; done
-        cp {counter.firmware()} {FIRMWARE}
+        cp {counter.firmware(idle=True)} {FIRMWARE}
         chmod 644 {FIRMWARE}
         ip link add bridge type bridge
         ip link add gone type bridge

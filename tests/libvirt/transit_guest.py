@@ -23,6 +23,8 @@ KEEPER, SUPERVISOR = "sevhop-keeper", "sevhop-supervisor"[:15]
 _PROGRAM = Path(in_transit.__file__)
 #: ms; a pause is some of them.
 LONGEST = 100.0
+#: ms; the counter is idle for one of them at a time.
+SHORTEST = 3
 #: Part of the time in which somebody waits for a processor: then the guest may, too, for as many ms, but not for as
 #: long as whoever fails is waited for.
 BUSY, LONGEST_ON_BUSY_HOST = 0.02, 3000.0
@@ -150,7 +152,7 @@ def watched(guest: DomainGuest, record: Any) -> Iterator[None]:
     """A guest that counts is never stopped for long."""
     memory = memory_of(guest.pid)
     assert memory is not None
-    with Sampler(memory) as sampler:
+    with Sampler(memory, SHORTEST) as sampler:
         sampler.wait()
         load = _Load()
         yield

@@ -86,7 +86,7 @@ def daemon(host: Release) -> Iterator[Daemon]:
 def guest(daemon: Daemon, accelerator: Accelerator) -> Iterator[DomainGuest]:
     """A domain of libvirt, started in the QEMU of that release."""
     firmware = GUESTS / "counter.bin"
-    shutil.copyfile(counter.firmware(), daemon.root / firmware.relative_to("/"))
+    shutil.copyfile(counter.firmware(idle=True), daemon.root / firmware.relative_to("/"))
     emulator = Path("/usr/bin/qemu-system-x86_64")
     guest = DomainGuest.start(daemon, Description(NAME, emulator, accelerator, firmware=firmware))
     try:

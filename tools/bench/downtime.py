@@ -30,17 +30,21 @@ class Sampler:
     Samples a guest's number until :meth:`stop`. A context manager.
 
     :ivar began: when the number began to grow, ns; 0 until then.
-    :ivar gaps: (from, to) of each time it did not grow for a millisecond or longer, ns.
+    :param shortest: gaps that are shorter than this do not count, ms.
+    :ivar gaps: (from, to) of each time it did not grow, ns.
     :ivar last: when it grew for the last time, ns.
     """
 
-    def __init__(self, memory: Path) -> None:
+    def __init__(self, memory: Path, shortest: int = 1) -> None:
         self.began = 0
         self.gaps: list[tuple[int, int]] = []
         self.last = 0
         self._fd = os.open(memory, os.O_RDONLY | os.O_CLOEXEC)
         self._process = subprocess.Popen(
-            [_program(), memory, hex(counter.COUNTER)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+            [_program(), memory, hex(counter.COUNTER), str(shortest * 1_000_000)],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
         )
 
     def __enter__(self) -> Self:
@@ -93,7 +97,7 @@ class Sampler:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """The longest gap: from, to. Empty if it was shorter than a millisecond."""
+        """The longest gap: from, to. Empty if there was none."""
         return max(self.gaps, key=lambda gap: gap[1] - gap[0], default=(self.last, self.last))
 
 

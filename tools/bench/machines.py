@@ -42,7 +42,7 @@ def like_domain(kind: str, directory: Path, accelerator: Accelerator, memory_mib
 
 def domain(kind: str, name: str, emulator: Path, accelerator: Accelerator, memory_mib: int) -> Description:
     """Also the minimal one has a disk and a network card."""
-    minimal = Description(name, emulator, accelerator, memory_mib=memory_mib)
+    minimal = Description(name, emulator, accelerator, memory_mib=memory_mib, firmware=counter.firmware())
     if kind == MINIMAL:
         return minimal
     return dataclasses.replace(minimal, pflash=True, balloon="virtio", more=_RICH_DEVICES)

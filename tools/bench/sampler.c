@@ -2,14 +2,14 @@
 /*
  * Watches a number in a guest's memory that grows for as long as the guest runs.
  *
- *   sampler MEMORY OFFSET
+ *   sampler MEMORY OFFSET GAP
  *
- * MEMORY is the file behind the guest's memory (/proc/PID/fd/N), OFFSET the offset of the number in it. Output, with times in
- * nanoseconds of CLOCK_MONOTONIC:
+ * MEMORY is the file behind the guest's memory (/proc/PID/fd/N), OFFSET the offset of the number in it, GAP the shortest gap
+ * that is reported, in nanoseconds. Output, with times in nanoseconds of CLOCK_MONOTONIC:
  *
- *   first T       the number has begun to grow, by several consecutive steps: being loaded into memory is one step
- *   gap T U       it did not grow from T to U, a millisecond or longer, and was read several times in between: otherwise the
- *                 sampler itself may have been without a processor
+ *   first T       the number has begun to grow, by several steps without a gap: being loaded into memory is one step
+ *   gap T U       it did not grow from T to U, and was read several times in between: otherwise the sampler itself may have
+ *                 been without a processor
  *   last T        at the end (SIGTERM): when it grew for the last time
  *
  * It runs with a realtime priority, so that other processes do not cause gaps, and sleeps nearly all of the time.
@@ -27,7 +27,6 @@
 #define PERIOD 100000 /* ns between two samples, at least */
 #define LONGEST 10000000 /* and at most */
 #define ERROR 64 /* a gap may be too long by 1/ERROR of it */
-#define GAP 1000000 /* ns of the shortest gap that is reported */
 #define SAMPLES 4 /* without growth, in a gap */
 #define STEPS 4 /* that make growth */
 
@@ -58,16 +57,17 @@ static struct timespec period(int64_t still)
 int main(int argc, char **argv)
 {
     struct sched_param priority = {.sched_priority = 50};
-    int64_t begun = 0, grown = 0;
+    int64_t begun = 0, grown = 0, gap;
     uint64_t offset, before;
     int steps = 0, samples = 0, fd;
     char *page;
 
-    if (argc != 3) {
-        fprintf(stderr, "usage: sampler MEMORY OFFSET\n");
+    if (argc != 4) {
+        fprintf(stderr, "usage: sampler MEMORY OFFSET GAP\n");
         return 2;
     }
     offset = strtoull(argv[2], NULL, 0);
+    gap = strtoll(argv[3], NULL, 0);
     fd = open(argv[1], O_RDONLY | O_CLOEXEC);
     page = fd < 0 ? MAP_FAILED : mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, (off_t)(offset & ~UINT64_C(4095)));
     if (page == MAP_FAILED) {
@@ -91,7 +91,7 @@ int main(int argc, char **argv)
         time = now();
         if (value == before) {
             samples++;
-            if (steps < STEPS)
+            if (steps < STEPS && time - grown >= gap)
                 steps = 0;
             continue;
         }
@@ -101,7 +101,7 @@ int main(int argc, char **argv)
                 begun = time;
             if (++steps == STEPS)
                 printf("first %" PRId64 "\n", begun);
-        } else if (time - grown >= GAP && samples >= SAMPLES) {
+        } else if (time - grown >= gap && samples >= SAMPLES) {
             printf("gap %" PRId64 " %" PRId64 "\n", grown, time);
         }
         grown = time;

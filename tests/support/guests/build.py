@@ -73,21 +73,23 @@ def built(name: str, sources: Sequence[Path | str], make: Callable[[Path], None]
     return wanted
 
 
-def firmware(name: str, source: Path) -> Path:
+def firmware(name: str, source: Path, *defines: str) -> Path:
     """
     An image for ``-bios`` in assembly, which may include ``*.inc`` of its directory.
 
     :param name: of the result, with its suffix.
+    :param defines: names of macros.
     :raises Unavailable: no assembler.
     :raises BuildFailed: the source is wrong.
     """
+    options = [f"-D{name}" for name in defines]
 
     def assemble(image: Path) -> None:
         unlinked = image.with_suffix(".o")
-        run(["gcc", "-m32", "-c", "-o", unlinked, source])
+        run(["gcc", "-m32", *options, "-c", "-o", unlinked, source])
         run(["ld", "-m", "elf_i386", "-Ttext", "0", "--entry", "0", "--oformat", "binary", "-o", image, unlinked])
 
-    return built(name, [source, *sorted(source.parent.glob("*.inc"))], assemble)
+    return built(name, [source, *sorted(source.parent.glob("*.inc")), *options], assemble)
 
 
 def fetch(command: Sequence[str | Path]) -> str:

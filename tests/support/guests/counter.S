@@ -1,5 +1,6 @@
 /*
- * The bare-metal counter: a firmware image (-bios, 64 KiB) that counts and checks its own memory for ever.
+ * The bare-metal counter: a firmware image (-bios, 64 KiB) that counts and checks its own memory for ever. With IDLE defined
+ * it counts less and waits for the timer's interrupts, as most guests do most of the time.
  *
  * Serial port COM1:
  *   START          once, when it begins; a second START means that the guest was restarted
@@ -12,14 +13,15 @@
  *   0x200008       u32, the number of the last line
  *   0x20000c       u32, how many BAD lines there were
  *   0x200010       u32, MAGIC once it counts
- *   0x400000       4 MiB of a pattern, different in every page. With each line one page is checked and written again in
+ *   0x400000       1 MiB of a pattern, different in every page. With each line one page is checked and written again in
  *                  the next generation, so that a stale page is seen as well as a foreign one.
  *
  * The low half of the counter and the generation are also kept in registers: memory and vCPU state reach the next
  * VMM by different ways and must fit together afterwards.
  *
- * Nothing but `in` and `out` leaves the guest on purpose: it also runs where no other instruction can be
- * intercepted, and slowly (string instructions where possible) where KVM emulates every single instruction.
+ * Without IDLE nothing but `in` and `out` leaves the guest on purpose: it also runs where no other instruction can be
+ * intercepted, and slowly (string instructions where possible) where KVM emulates every single instruction. There KVM does
+ * not know `iret` in protected mode, so none is needed: an interrupt comes at one place only.
  */
 
 #define ROM         0xffff0000          /* where the image is mapped, just below 4 GiB */
@@ -29,9 +31,16 @@
 #define BAD_LINES   0x0020000c
 #define MAGIC_AT    0x00200010
 #define LAST_TIME   0x00200014          /* u16, reading of the timer at the last line */
+#define TICKS       0x00200018          /* u16, interrupts of the timer; only if IDLE is defined */
 #define PATTERN     0x00400000
-#define PATTERN_END 0x00800000
+#define PATTERN_END 0x00500000
 #define STACK       0x00007000
+
+/* The local APIC, which has to let the interrupts of the PIC pass. */
+#define APIC_SPURIOUS 0xfee000f0
+#define APIC_ENABLED  0x1ff
+#define APIC_LINT0    0xfee00350
+#define FROM_PIC      0x700
 
 #include "counting.inc"
 
@@ -80,6 +89,13 @@ in_ram:
         start_counting
         movl    $PATTERN, %edi
         clear_results esi
+#ifdef IDLE
+        movw    %si, TICKS
+        lidtl   PROGRAM + idt_in_ram - start16
+        movl    $APIC_ENABLED, APIC_SPURIOUS
+        movl    $FROM_PIC, APIC_LINT0
+        start_interrupts
+#endif
 
         count_for_a_line
         movl    %edi, %ebx
@@ -117,6 +133,15 @@ put_bad:
         jmp     put_char
 
         define_printing ebx, edx
+
+#ifdef IDLE
+        .align  8
+idt:    .fill   TIMER_VECTOR, 8, 0
+        .word   tick - start16, 0x08, 0x8e00, PROGRAM >> 16
+idt_in_ram:
+        .word   (TIMER_VECTOR + 1) * 8 - 1
+        .long   PROGRAM + idt - start16
+#endif
 
         .align  8
 gdt:    .quad   0

@@ -104,7 +104,8 @@ class Daemon:
             daemon.stop()
 
     def install(self) -> None:
-        """``sevhop install``, which must succeed."""
+        """``sevhop install``, which must succeed, however long the daemon probes the emulators here."""
+        self.virsh("capabilities")
         done = self.sevhop("install")
         if done.returncode:
             raise GuestFailed(done.stderr)
@@ -303,7 +304,7 @@ class Description:
 
     :ivar memory: shared in a memfd, of huge pages if wanted, or in a file; or private.
     :ivar vcpus: their number.
-    :ivar firmware: the counter.
+    :ivar firmware: the counter; the one that is idle mostly by default.
     :ivar pflash: it is in flash, with variables beside it, as a UEFI is.
     :ivar cpu: the element; a plain one by default.
     :ivar sev: encrypted, as the SEV lab wants it. Its virtio devices reach only what the guest lends them, and its UEFI
@@ -385,7 +386,7 @@ class Description:
                 kernel += f"<loader readonly='yes' type='pflash'>{code}</loader>"
                 kernel += f"<nvram template='{template}'>{GUESTS}/{self.name}.fd</nvram>"
             return kernel
-        loader = f"<loader readonly='yes' type='rom'>{self.firmware or counter.firmware()}</loader>"
+        loader = f"<loader readonly='yes' type='rom'>{self.firmware or counter.firmware(idle=True)}</loader>"
         if self.pflash:
             variables = f"<nvram template='{counter.firmware()}'>{GUESTS}/{self.name}.fd</nvram>"
             loader = loader.replace("'rom'", "'pflash'") + variables
