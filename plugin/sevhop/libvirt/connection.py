@@ -25,8 +25,12 @@ class Connection(Daemon):
     """A connection to the libvirt daemon of this host. Use :meth:`open`."""
 
     async def qemu_user(self) -> tuple[int, int]:
-        """User and group that QEMU runs as unless a domain has its own; root's where the daemon reports none."""
-        capabilities = ElementTree.fromstring(await self.call(self.raw.getCapabilities))
+        """
+        User and group that QEMU runs as unless a domain has its own; root's where the daemon reports none.
+
+        The first time the daemon probes all emulators for that.
+        """
+        capabilities = ElementTree.fromstring(await self.call(self.raw.getCapabilities, timeout=RESTORE_TIMEOUT))
         for model in capabilities.iterfind("host/secmodel"):
             label = _DAC_LABEL.fullmatch(model.findtext("baselabel") or "")
             if model.findtext("model") == "dac" and label:
