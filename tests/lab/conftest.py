@@ -88,7 +88,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 
 
 def _remote_of(item: pytest.Item) -> Remote:
-    """The lab that the item runs in. At the first call all labs that are needed start, side by side."""
+    """The lab that the item runs in. From the first call all labs that are needed run, as many at once as fit."""
     stash = item.session.stash
     if _remotes not in stash:
         selected: dict[Lab, list[str]] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ RUN = "tools/lab/run"
 #: Seconds for one test. What all of them take in one lab depends on what else the machine does, so that is not limited.
 TEST_LIMIT = 1800.0
 TIME_LIMIT = 24 * 3600
+#: A lab keeps a processor busy. If there are more labs they wait, since tests in them have time limits.
+_PLACES = threading.Semaphore(os.cpu_count() or 1)
 
 
 class Remote:
@@ -40,15 +44,46 @@ class Remote:
         # Tests that run only if their marker is asked for.
         inner += [f"-m={config.option.markexpr}", *tests]
         options = ["--kernel", kernel, *([option] if option else [])]
-        self._process = subprocess.Popen(
-            [RUN, *options, "--timeout", str(TIME_LIMIT), "--show", sys.prefix, *inner],
-            cwd=config.rootpath,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        self._command = [RUN, *options, "--timeout", str(TIME_LIMIT), "--show", sys.prefix, *inner]
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._starting = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        """In a thread: run the lab when there is a place for it. Collect what it prints, with an empty line last."""
+        try:
+            with _PLACES:
+                with self._starting:
+                    if self._ended:
+                        return
+                    self._process = subprocess.Popen(
+                        self._command,
+                        cwd=self._config.rootpath,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        errors="replace",
+                    )
+                while line := self._read(self._process):
+                    self._lines.put(line)
+                self._process.wait()
+        finally:
+            self._lines.put("")
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str]) -> str:
+        """A line that the lab prints; empty if it has exited, or was ended because one test takes too long."""
+        assert process.stdout
+        limit = threading.Timer(TEST_LIMIT, process.terminate)
+        limit.start()
+        try:
+            return process.stdout.readline()
+        finally:
+            limit.cancel()
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The reports of a test, waiting until it has run. If the lab exits before, a report of that."""
@@ -64,21 +99,12 @@ class Remote:
         return self._kept.pop(item.nodeid)
 
     def _arriving(self) -> Iterator[pytest.TestReport]:
-        while line := self._next_line():
+        while line := self._lines.get():
             text, mark, data = line.partition(self.MARK)
             self._output.append(text)
             if mark:
                 yield self._report(json.loads(data))
-
-    def _next_line(self) -> str:
-        """Of what the lab prints; empty if it has exited, or was ended because one test takes too long."""
-        assert self._process.stdout
-        limit = threading.Timer(TEST_LIMIT, self._process.terminate)
-        limit.start()
-        try:
-            return self._process.stdout.readline()
-        finally:
-            limit.cancel()
+        self._lines.put("")  # it stays the end
 
     def _report(self, data: dict[str, Any]) -> pytest.TestReport:
         for name in ("location", "longrepr"):  # JSON has no tuples
@@ -89,6 +115,7 @@ class Remote:
         return report
 
     def _lost(self, item: pytest.Item) -> pytest.TestReport:
+        assert self._process
         text = f"the lab with kernel {self._kernel} ended ({self._process.wait()}) before the test had run\n"
         return pytest.TestReport(
             nodeid=item.nodeid,
@@ -100,5 +127,9 @@ class Remote:
         )
 
     def end(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        """End the lab, or do not start it."""
+        with self._starting:
+            self._ended = True
+            if self._process is not None:
+                self._process.terminate()
+        self._thread.join()
