@@ -62,17 +62,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     if INSIDE:
         # The pytest outside has selected, by the marker, too.
-        wanted: list[object] = [_on_request(INSIDE) if INSIDE == NEWEST and Remote.REPORTS in os.environ else INSIDE]
+        wanted = [INSIDE]
     else:
         special = next((directory for directory in OPTIONS if directory in path.parents), None)
         wanted = [*(KERNELS if special is None else ONLY_KERNELS[special])]
         if any(directory in path.parents for directory in ON_NEWEST):
-            wanted.append(_on_request(NEWEST))
-    metafunc.parametrize("kernel", wanted, indirect=True)
+            wanted.append(NEWEST)
+    if INSIDE and Remote.REPORTS not in os.environ:
+        mostly = wanted
+    elif (mark := metafunc.definition.get_closest_marker("one_kernel")) is not None:
+        mostly = [*mark.args]
+    else:
+        mostly = [*KERNELS]
+    marked = [pytest.param(one, marks=[] if one in mostly else [pytest.mark.long]) for one in wanted]
+    metafunc.parametrize("kernel", marked, indirect=True)
 
 
-def _on_request(kernel: str) -> object:
-    return pytest.param(kernel, marks=pytest.mark.long)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Labs with an option come last. They start when another one has ended, and no test is to wait for that."""
+    items.sort(key=lambda item: _runs_in_lab(item.path) and bool(_lab_of(item)[1]))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,7 +20,7 @@ __all__ = ["sev_machine", "start"]
 PATIENCE = 120.0
 
 
-@pytest.mark.parametrize("hops", [4, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("hops", [2, pytest.param(10, marks=pytest.mark.long)])
 def test_guest_counts_on_after_each_hop(sev_machine: DescribeSev, start: StartGuest, hops: int) -> None:
     guest = start(sev_machine())
     guest.wait_for_ticks(3)

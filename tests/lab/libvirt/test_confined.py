@@ -37,6 +37,9 @@ ADMINISTRATOR = {
 CARD = "<interface type='bridge'><source bridge='{}'/><model type='virtio'/><driver name='vhost'/></interface>"
 #: The processor of the lab, for a guest that is not encrypted.
 CPU = "<cpu mode='custom' match='exact' check='none'><model fallback='allow'>EPYC</model></cpu>"
+#: libvirt's profiles are the same on every kernel.
+pytestmark = pytest.mark.one_kernel("6.12")
+
 _DENIED = re.compile(r'apparmor="DENIED" operation="(?P<operation>[^"]*)" .*profile="(?P<profile>[^"]*)"(?P<rest>.*)')
 _WHO = re.compile(r" (pid|comm|fsuid|ouid)=\S+")
 
@@ -59,10 +62,8 @@ def denials(daemon: Daemon, label: str) -> set[str]:
 
 
 @pytest.fixture
-def daemon(kernel: str) -> Iterator[Daemon]:
+def daemon() -> Iterator[Daemon]:
     """A daemon, with sevhop's hook and rules. In emulation it takes its time to start and to probe two QEMUs."""
-    if kernel != "6.12":
-        pytest.skip("libvirt's profiles are the same on every kernel, and once takes minutes")
     daemon = Daemon.start(security="apparmor")
     try:
         for name, path in additions(daemon).items():

@@ -29,8 +29,9 @@ from ..contract.sev import POLICY_SEV_ES, contexts
 from .launch import launch_of
 
 POLICY = POLICY_SEV_ES | 1
-#: The kernel on which a test runs: one on the first, the others on the second, side by side.
-KERNELS = {"test_sev_es_domain_changes_its_qemu": "6.1"}
+#: libvirt makes no difference between kernels.
+pytestmark = pytest.mark.one_kernel("6.12")
+
 #: Starts a counting guest in a QEMU; keywords are fields of :class:`.daemon.Description`.
 StartEs = Callable[..., DomainGuest]
 #: Seconds for a step; everything is slow in the lab.
@@ -47,11 +48,8 @@ def daemon() -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def start(kernel: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartEs]:
+def start(daemon: Daemon, tmp_path: Path) -> Iterator[StartEs]:
     """Start guests, which are destroyed with the test."""
-    if kernel != KERNELS.get(request.node.originalname, "6.12"):
-        pytest.skip("libvirt makes no difference between kernels: once is enough")
-    daemon: Daemon = request.getfixturevalue("daemon")
     with ExitStack() as guests:
 
         def one(label: str, *options: str, **fields: Any) -> DomainGuest:

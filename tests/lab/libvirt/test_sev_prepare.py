@@ -13,10 +13,8 @@ from tests.support.guests.daemon import Daemon, Description, DomainGuest
 
 
 @pytest.fixture
-def daemon(kernel: str) -> Iterator[Daemon]:
+def daemon() -> Iterator[Daemon]:
     """A daemon, with sevhop's hook. Starting it and having it probe a QEMU takes minutes in emulation."""
-    if kernel != "6.12":
-        pytest.skip("a definition makes no difference between kernels: once is enough")
     with Daemon.installed() as daemon:
         yield daemon
 
@@ -32,6 +30,7 @@ def check_of(daemon: Daemon, guest: DomainGuest) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.one_kernel("6.12")
 @pytest.mark.long
 def test_prepared_sev_domain_can_hop_when_it_is_started_again(daemon: Daemon) -> None:
     description = Description(

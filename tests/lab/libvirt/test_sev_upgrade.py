@@ -18,22 +18,17 @@ from ...libvirt import dying
 from ...libvirt.failing import other_hook_refuses
 from ..contract.sev import contexts
 
-#: The kernel on which a test runs: each once, side by side.
-KERNELS = {
-    "test_sev_domain_changes_its_qemu": "6.1",
-    "test_upgrade_is_rolled_back_if_other_hook_refuses_after_move": "6.1",
-    "test_upgrade_is_rolled_back_if_keeper_dies_around_the_move": "6.12",
-}
+#: libvirt makes no difference between kernels.
+pytestmark = pytest.mark.one_kernel("6.1")
+
 #: Seconds for a step, since everything is slow in the lab; and the way of these tests. The other one is in
 #: test_sev_transit.py.
 WITHOUT = ("--timeout", "300", "--no-transit")
 
 
 @pytest.fixture
-def daemon(kernel: str, request: pytest.FixtureRequest) -> Iterator[Daemon]:
+def daemon() -> Iterator[Daemon]:
     """A daemon, with sevhop's hook. Starting it and having it probe two QEMUs takes minutes in emulation."""
-    if kernel != KERNELS[request.node.originalname]:
-        pytest.skip("libvirt makes no difference between kernels: once is enough")
     with Daemon.installed() as daemon:
         yield daemon
 

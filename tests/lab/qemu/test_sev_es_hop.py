@@ -28,8 +28,15 @@ def policy_of(guest: Guest) -> tuple[str, int]:
     return sev["state"], sev["policy"]
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
-@pytest.mark.parametrize("first", [emulators.OLD, emulators.NEW])
+@pytest.mark.parametrize(
+    ("first", "cpus"),
+    [
+        (emulators.OLD, 1),
+        (emulators.NEW, 2),
+        pytest.param(emulators.OLD, 2, marks=pytest.mark.long),
+        pytest.param(emulators.NEW, 1, marks=pytest.mark.long),
+    ],
+)
 def test_sev_es_guest_hops_to_and_fro(first: str, cpus: int, start_es: StartEs) -> None:
     """It is halted most of the time, and only its local APIC wakes it; the second vCPU was never started."""
     guest = start_es(first, cpus)
@@ -44,6 +51,7 @@ def test_sev_es_guest_hops_to_and_fro(first: str, cpus: int, start_es: StartEs) 
     assert verdict.unharmed, verdict
 
 
+@pytest.mark.one_kernel("6.1")
 @pytest.mark.parametrize("label", [emulators.OLD, emulators.NEW])
 def test_sev_es_guest_runs_on_after_a_rollback(label: str, start_es: StartEs) -> None:
     """Also one whose QEMU had begun to access its vCPUs; and it can hop afterwards."""
@@ -58,6 +66,7 @@ def test_sev_es_guest_runs_on_after_a_rollback(label: str, start_es: StartEs) ->
     assert guest.stop().unharmed
 
 
+@pytest.mark.one_kernel("6.12")
 def test_sev_es_guest_survives_destination_killed_after_commit(start_es: StartEs) -> None:
     """Its context is in the VM of that one, and goes to a third QEMU."""
     guest = start_es(emulators.NEW)

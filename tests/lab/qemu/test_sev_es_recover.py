@@ -21,6 +21,9 @@ from ...qemu.protected import assert_can_hop_again
 from ..contract.sev import POLICY_SEV_ES, contexts
 from .conftest import StartEs
 
+#: What a hop does in which order does not depend on the kernel.
+pytestmark = pytest.mark.one_kernel("6.12")
+
 PATH = "An SEV-ES guest outside libvirt, in the lab"
 #: The last one is not known to the command: it is about to ask for the move, or has.
 BEFORE = ("phase save", "phase load", "after halt 0", "phase commit", "before x-sev-migrate-from 0")
@@ -35,10 +38,8 @@ def chosen(*points: str) -> list[Any]:
 
 
 @pytest.fixture
-def guest(kernel: str, start_es: StartEs) -> Guest:
+def guest(start_es: StartEs) -> Guest:
     """A counting SEV-ES guest, whose QEMU leaves its vCPU state alone."""
-    if kernel == "6.1":
-        pytest.skip("what a hop does in which order does not depend on the kernel: once is enough")
     return start_es(emulators.NEW)
 
 

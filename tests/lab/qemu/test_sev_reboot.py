@@ -39,6 +39,7 @@ def has_restarted(guest: Guest, times: int) -> bool:
     return guest.seen().restarts == times
 
 
+@pytest.mark.one_kernel("6.12")
 @pytest.mark.parametrize("label", [emulators.NEW, emulators.UNSTABLE])
 def test_sev_guest_with_shared_firmware_reboots_after_hops(
     label: str, sev_machine: DescribeSev, guests: ExitStack
@@ -78,6 +79,7 @@ def test_sev_guest_with_private_firmware_shuts_down_at_a_reboot(sev_machine: Des
     shut_down_at_reset(guest)
 
 
+@pytest.mark.one_kernel("6.1")
 @pytest.mark.parametrize("label", [emulators.NEW, emulators.UNSTABLE])
 def test_sev_es_guest_shuts_down_at_a_reboot(label: str, guests: ExitStack, tmp_path: Path) -> None:
     """Also in a QEMU that launches such a guest again if it has launched it before."""

@@ -22,6 +22,9 @@ from ...qemu.lived import LivedInGuest
 from ..contract.sev import contexts
 from .conftest import DescribeSev, StartGuest
 
+#: What a hop does in which order does not depend on the kernel.
+pytestmark = pytest.mark.one_kernel("6.12")
+
 PATH = "An SEV guest outside libvirt, in the lab"
 BEFORE = ("phase load", "phase commit", "before x-sev-migrate-from 0")
 BEHIND = ("after x-sev-migrate-from 0", "phase resume", "before cont 0")
@@ -34,10 +37,8 @@ def right_behind_the_move(*points: str) -> list[Any]:
 
 
 @pytest.fixture
-def guest(kernel: str, sev_machine: DescribeSev, start: StartGuest) -> Guest:
+def guest(sev_machine: DescribeSev, start: StartGuest) -> Guest:
     """A counting SEV guest, that has lived."""
-    if kernel == "6.1":
-        pytest.skip("what a hop does in which order does not depend on the kernel: once is enough")
     guest = start(lived_in(sev_machine()))
     guest.wait_for_ticks(3)
     return LivedInGuest.of(guest)
