@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
@@ -87,10 +87,10 @@ def note_fault(record_property: Callable[[str, object], None]) -> NoteFault:
     return note
 
 
-def some_of(points: Sequence[str]) -> list[Any]:
-    """Every sixth point; the rest of the table of faults takes long, and runs when it is asked for by its marker."""
+def some_of(points: Iterable[str], every: int = 6) -> list[Any]:
+    """Every sixth point, or so: a table of faults takes long, and the rest runs when it is asked for by its marker."""
     rest = pytest.mark.faults
-    return [pytest.param(point, marks=[rest] if number % 6 else []) for number, point in enumerate(points)]
+    return [pytest.param(point, marks=[rest] if number % every else []) for number, point in enumerate(points)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.running import wait_until
 
+from ..conftest import some_of
 from .conftest import StartDomain
 from .holding import Checkpoint, PausedUpgrade
 
@@ -44,9 +45,7 @@ RESUMES = {
 }
 
 
-@pytest.mark.parametrize(
-    "when", [pytest.param(when, marks=pytest.mark.faults if "pauses" in when else ()) for when in RESUMES]
-)
+@pytest.mark.parametrize("when", some_of(RESUMES, 2))
 def test_guest_survives_being_resumed_by_others(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, when: str
 ) -> None:
@@ -87,7 +86,7 @@ def test_guest_paused_by_others_stays_paused(daemon: Daemon, start: StartDomain,
     assert_unharmed(daemon, guest, new)
 
 
-@pytest.mark.parametrize("phase", ["prepare", "save"])
+@pytest.mark.parametrize("phase", some_of(["prepare", "save"]))
 def test_upgrade_completes_if_others_dump_the_memory(daemon: Daemon, start: StartDomain, new: Path, phase: str) -> None:
     """That stops the guest, unless it has been, and leaves it as it was."""
     guest = start()
@@ -100,7 +99,7 @@ def test_upgrade_completes_if_others_dump_the_memory(daemon: Daemon, start: Star
     assert_unharmed(daemon, guest, new)
 
 
-@pytest.mark.parametrize("phase", ["prepare", "save", "terminate"])
+@pytest.mark.parametrize("phase", some_of(["prepare", "save", "terminate"], 2))
 def test_upgrade_rolls_back_if_others_save_the_domain(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
 ) -> None:
@@ -158,7 +157,7 @@ def test_guest_is_lost_if_others_terminate_unsaved_source(
     assert daemon.upgrade(guest.name, "--no-transit", "--emulator", new)["outcome"] == "done"
 
 
-@pytest.mark.parametrize("how", ["destroys it", "kills its QEMU", "tries to save it"])
+@pytest.mark.parametrize("how", some_of(["destroys it", "kills its QEMU", "tries to save it"], 2))
 def test_upgrade_completes_if_others_terminate_saved_source(
     daemon: Daemon, start: StartDomain, new: Path, how: str
 ) -> None:

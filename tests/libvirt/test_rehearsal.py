@@ -18,6 +18,7 @@ from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.enclosure import GUESTS
 from tests.support.guests.running import wait_until
 
+from ..conftest import some_of
 from .conftest import StartDomain
 from .failing import CANNOT_LOAD, DYING, assert_as_before, wrapper
 
@@ -121,11 +122,7 @@ REFUSED = {
 }
 
 
-#: Has as long as a start may take.
-LONG = pytest.mark.faults
-
-
-@pytest.mark.parametrize("how", [pytest.param(how, marks=LONG if how == "hangs" else []) for how in REFUSED])
+@pytest.mark.parametrize("how", some_of(REFUSED, 5))
 def test_upgrade_is_refused_if_rehearsal_fails(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str
 ) -> None:
@@ -228,7 +225,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("what", some_of(FAULTS, 3))
 def test_guest_survives_fault_during_rehearsal_downtime(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str
 ) -> None:
@@ -325,7 +322,7 @@ def leases(guest: DomainGuest, virtlockd: int) -> list[str]:
     return [line for line in Path("/proc/locks").read_text().splitlines() if name in line]
 
 
-@pytest.mark.parametrize("what", ["refuses", "is interrupted", "is done"])
+@pytest.mark.parametrize("what", some_of(["refuses", "is interrupted", "is done"], 2))
 def test_lease_is_acquired_after_an_upgrade(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, what: str
 ) -> None:
