@@ -190,7 +190,7 @@ def installed(release: Booted, package: Path) -> Host:
     (release.root / "etc/default/sevhop").write_text(f'SEVHOP_UPGRADE_OPTIONS="{" ".join(OPTIONS)}"\n')
     guests = release.root / str(GUESTS).lstrip("/")
     guests.mkdir(parents=True)
-    shutil.copyfile(counter.firmware(idle=True), guests / "counter.bin")
+    shutil.copyfile(counter.firmware(idle=not _LAB), guests / "counter.bin")
     shutil.copyfile(package, release.root / "root/package.deb")
     if _CONFINED:
         (release.root / "etc/apparmor/parser.conf").write_text(_COMPILED_QUICKLY)

@@ -34,7 +34,8 @@ def firmware(*, idle: bool = False) -> Path:
     The image for ``-bios``, assembled if need be.
 
     :param idle: it counts 16 thousand times a second instead of as fast as it can, and waits for interrupts in
-        between: a processor of the host has little to do with it.
+        between: a processor of the host has little to do with it. Not for KVM in the lab: there `hlt` ended without
+        an interrupt, and once no interrupt came at all.
     :raises build.Unavailable: no assembler.
     """
     return build.firmware("idle-counter.bin", _SOURCE, "IDLE") if idle else build.firmware("counter.bin", _SOURCE)
