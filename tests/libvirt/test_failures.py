@@ -21,11 +21,8 @@ from ..conftest import some_of
 from .conftest import StartDomain
 from .failing import DYING, assert_as_before, other_hook_refuses, wrapper
 
-#: libvirt waits for ten seconds for a QEMU that ignores the library, and the keeper for one that ignores it.
-_SLOW = ("starts without the library", "starts without the keeper")
 
-
-@pytest.mark.parametrize("how", [pytest.param(how, marks=pytest.mark.faults if how in _SLOW else []) for how in DYING])
+@pytest.mark.parametrize("how", some_of(DYING))
 def test_upgrade_rolls_back_if_destination_fails(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str
 ) -> None:

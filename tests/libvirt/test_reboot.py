@@ -17,6 +17,7 @@ import pytest
 from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.running import wait_until
 
+from ..conftest import some_of
 from .conftest import StartDomain
 from .failing import other_hook_refuses
 from .holding import PausedUpgrade
@@ -145,7 +146,7 @@ def test_domain_whose_upgrade_was_rolled_back_is_started_again(
     assert guest.emulator() == str(old)
 
 
-@pytest.mark.parametrize("phase", ["rehearse", "prepare", "stop"])
+@pytest.mark.parametrize("phase", some_of(["rehearse", "prepare", "stop"], 2))
 def test_domain_that_reboots_before_its_next_upgrade_stops_it_is_started_again(
     phase: str, daemon: Daemon, start: StartDomain, old: Path, new: Path, environment: str
 ) -> None:

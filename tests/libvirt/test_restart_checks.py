@@ -34,9 +34,8 @@ def test_upgrade_is_refused_if_libvirt_cannot_start_the_domain_again(
     assert fault.reason in line
     assert " -> " in line, "a hint"
     assert found.returncode == 1
-    for option in ([], ["--no-rehearsal"]):
-        report = daemon.upgrade(guest.name, "--emulator", new, *option)
-        assert (report["status"], report["outcome"], report["downtime_ms"]) == (1, "refused", None), report
+    report = daemon.upgrade(guest.name, "--emulator", new)
+    assert (report["status"], report["outcome"], report["downtime_ms"]) == (1, "refused", None), report
     assert guest.pid == pid
     assert_as_before(daemon, guest, old)
 

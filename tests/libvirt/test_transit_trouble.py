@@ -20,6 +20,7 @@ from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.enclosure import GUESTS
 from tests.support.guests.running import processes_of_domain, wait_until
 
+from ..conftest import some_of
 from .conftest import StartDomain
 from .failing import MARK, another_hook
 from .lived import LivedInDomain
@@ -86,7 +87,7 @@ def assert_arrives(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
     wait_until(lambda: daemon.left_over() == [], 30, "the keeper exits")
 
 
-@pytest.mark.parametrize("name", LASTING)
+@pytest.mark.parametrize("name", some_of(LASTING, 2))
 @pytest.mark.usefixtures("surroundings")
 def test_guest_runs_while_libvirt_cannot_start_its_domain(
     daemon: Daemon, begin: Callable[..., DomainGuest], prepared: Prepare, new: Path, name: str
@@ -114,11 +115,7 @@ HOOKS = {
 }
 
 
-#: By default only what is tested nowhere else.
-WHAT = [pytest.param(what, marks=pytest.mark.faults if what == "hangs" else ()) for what in HOOKS]
-
-
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("what", some_of(HOOKS, 3))
 def test_guest_runs_whatever_another_hook_does(
     daemon: Daemon,
     begin: Callable[..., DomainGuest],

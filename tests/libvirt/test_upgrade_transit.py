@@ -19,6 +19,7 @@ import pytest
 from tests.support.guests.daemon import Daemon, kill
 from tests.support.guests.running import processes_of_domain, wait_until
 
+from ..conftest import some_of
 from .conftest import StartDomain
 from .failing import DYING, assert_as_before, other_hook_hangs, other_hook_refuses, wrapper
 from .holding import PausedUpgrade
@@ -141,7 +142,7 @@ def test_domain_that_a_transit_cannot_carry_is_upgraded_without(daemon: Daemon, 
     guest.wait_for_ticks()
 
 
-@pytest.mark.parametrize("how", DYING)
+@pytest.mark.parametrize("how", some_of(DYING, 2))
 def test_emulator_that_fails_is_found_out_in_the_first_hop(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str
 ) -> None:
@@ -229,7 +230,7 @@ def test_upgraded_guest_is_stopped_without_libvirt(
 
 
 @pytest.mark.virtqemud
-@pytest.mark.parametrize("phase", ["prepare", "save", "keep"])
+@pytest.mark.parametrize("phase", some_of(["prepare", "save", "keep"], 2))
 def test_guest_runs_after_the_daemon_was_restarted_in_the_first_hop(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, phase: str
 ) -> None:

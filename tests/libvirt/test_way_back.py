@@ -104,8 +104,15 @@ def assert_upgraded(daemon: Daemon, guest: DomainGuest, emulator: Path = INSTALL
     assert daemon.left_over() == []
 
 
-@pytest.mark.parametrize("what", ["replaced", "deleted"])
-@pytest.mark.parametrize("accelerated", ["kvm", "tcg"])
+@pytest.mark.parametrize(
+    ("accelerated", "what"),
+    [
+        ("kvm", "replaced"),
+        ("tcg", "deleted"),
+        pytest.param("kvm", "deleted", marks=pytest.mark.faults),
+        pytest.param("tcg", "replaced", marks=pytest.mark.faults),
+    ],
+)
 def test_guest_is_rolled_back_although_its_emulator_is_not_on_disk(
     daemon: Daemon,
     start: StartDomain,
