@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
@@ -51,3 +52,19 @@ def test_libvirt_is_not_asked_while_the_source_exists() -> None:
     with pytest.raises(SevhopError, match=r"cannot kill the old QEMU \(process 4711\)"):
         asyncio.run(retire(both, both, 1.0))
     assert both.done == ["kill", "wait"]
+
+
+def test_libvirt_is_hung_up_on_if_it_waits_for_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client has asked something, and there is nobody who would answer."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(stream_sockets, "connections", lambda *_: [writer])
+
+    class Waiting(Retired):
+        async def destroy(self) -> None:
+            assert await asyncio.to_thread(os.read, reader, 1) == b""
+            await super().destroy()
+
+    both: Any = Waiting()
+    asyncio.run(retire(both, both, 1.0))
+    os.close(reader)
+    assert both.done[-1] == "destroy"

@@ -27,7 +27,7 @@ from ..libvirt.daemon import DomainError
 from ..libvirt.save_image import SaveImage
 from ..options import UpgradeOptions
 from . import protected_state
-from .retire import LIBVIRT_MONITOR, libvirt_kept_connected
+from .retire import LIBVIRT_MONITOR, clean_up, libvirt_kept_connected
 from .stopped_guest import verify_stopped
 from .transaction import Transaction
 from .upgrade_prepare import CheckedDomain, PreparedDomain
@@ -217,7 +217,7 @@ async def terminate(
 
     :raises SevhopError: somebody has resumed or changed the guest since it was saved.
     """
-    with libvirt_kept_connected(checked.source):
+    with libvirt_kept_connected(checked.source) as hang_up:
         try:
             await verify_stopped(checked.monitor, stopped.state)
             await prepared.disks.verify_unchanged_when_stopped()
@@ -241,7 +241,7 @@ async def terminate(
         record_images(hop, checked, keeper)
         # Not every init reaps at once; libvirt would wait for it.
         await checked.source.wait_reaped(options.step_timeout)
-        await checked.domain.destroy()
+        await clean_up(checked.domain, hang_up)
 
 
 def record_images(hop: Transaction, checked: CheckedDomain, keeper: KeeperClient) -> None:
