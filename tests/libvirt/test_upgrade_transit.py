@@ -253,18 +253,45 @@ def test_domain_whose_guest_is_in_the_transit_is_not_started_beside_it(
     """Without a keeper yet: whoever sees a domain that does not answer destroys it, and starts it again."""
     guest = start(transient=True)
     guest.wait_for_ticks()
-    described = daemon.virsh("dumpxml", guest.name)
+    described, uuid = daemon.virsh("dumpxml", guest.name), daemon.virsh("domuuid", guest.name)
     when_begun(daemon, guest.name, "keep", lambda command: kill(command.pid), "--emulator", new)
     daemon.virsh("destroy", guest.name)
     (daemon.root / "run/again.xml").write_text(described)
     refused = daemon.run("virsh", "create", "/run/again.xml")
     assert refused.returncode == 1
     assert "its guest runs in the transit" in refused.stderr
+    for words in (("check", guest.name), ("check", uuid), ("upgrade", guest.name), ("upgrade", uuid)):
+        found = daemon.sevhop(*words)
+        assert found.returncode == 1
+        assert f'{guest.name} was interrupted in phase "keep" (run: sevhop recover {guest.name})' in found.stderr
     assert daemon.sevhop("recover", "another").returncode == 1
     assert daemon.run("virsh", "create", "/run/again.xml").returncode == 1
     guest.wait_for_ticks()
     done = daemon.sevhop("recover")
     assert (done.returncode, guest.state, guest.emulator()) == (0, "running", str(new)), done
+    guest.wait_for_ticks()
+
+
+@pytest.mark.virtqemud
+def test_upgrade_does_not_wait_for_questions_of_others_to_the_old_qemu(
+    daemon: Daemon, start: StartDomain, new: Path
+) -> None:
+    """As a metrics exporter has them: the QEMU is halted, so there will be no answer."""
+    guest = start()
+    guest.wait_for_ticks()
+    asking = []
+
+    def ask(command: Any) -> None:
+        os.kill(command.pid, signal.SIGSTOP)
+        asking.append(daemon.start_command("virsh", "domblkstat", guest.name, "vda"))
+        wait_until(lambda: "occupied" in daemon.virsh("domcontrol", guest.name), 30, "libvirt waits for the QEMU")
+        os.kill(command.pid, signal.SIGCONT)
+
+    status, text = when_begun(daemon, guest.name, "keep", ask, "--emulator", new)
+    assert status == 0, text
+    assert json.loads(text)["domains"][0]["outcome"] == "done"
+    assert asking[0].wait(30) == 1
+    asking[0].communicate()
     guest.wait_for_ticks()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -21,6 +21,7 @@ from ..guest import inspection, kept_path
 from ..install import apparmor, selinux, verification
 from ..libvirt import domain_xml, prepared_xml, resources
 from ..libvirt.connection import Connection
+from ..libvirt.daemon import NO_DOMAIN, DomainError
 from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
 from ..process import apparmor_profile
@@ -51,6 +52,28 @@ class Examined:
     old: str
     new: str
     flag: int = 0
+
+
+@contextlib.contextmanager
+def or_its_hop(name: str) -> Iterator[None]:
+    """
+    Around the lookup of a domain: while its guest is elsewhere libvirt does not know a transient one.
+
+    :param name: or the UUID.
+    :raises HopInterrupted: instead of the error that there is no such domain.
+    :raises HopInProgress: likewise.
+    """
+    try:
+        yield
+    except DomainError as err:
+        if err.code == NO_DOMAIN:
+            try:
+                journal.expect_none(name)
+            except journal.HopInterrupted as hop:
+                raise hop from err
+            except journal.JournalError:
+                pass  # only root can know
+        raise
 
 
 @contextlib.asynccontextmanager
@@ -289,7 +312,9 @@ async def check_domain(uri: str, name: str, emulator: str | None) -> CheckResult
     """
     connection = await Connection.open(uri)
     try:
-        async with examine(connection, await connection.look_up(name), emulator, in_full=True) as examined:
+        with or_its_hop(name):
+            domain = await connection.look_up(name)
+        async with examine(connection, domain, emulator, in_full=True) as examined:
             return examined.tree
     finally:
         connection.close()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from sevhop_qmp.errors import SevhopError
 
+from ..checks.domain import or_its_hop
 from ..checks.status import survey
 from ..errors import GuestLost, Interrupted, RecoveryRequired, Refused
 from ..events import DomainsSelected, Listener, WindowClosed, ignore
@@ -56,8 +57,12 @@ async def named(uri: str, given: Sequence[str]) -> Selection:
     """
     connection = await Connection.open(uri)
     try:
-        # libvirt does not know a transient domain while its guest is elsewhere.
-        names = [name if hop_of(name) else (await connection.look_up(name)).name for name in given]
+        names = []
+        for name in given:
+            if not hop_of(name):
+                with or_its_hop(name):
+                    name = (await connection.look_up(name)).name
+            names.append(name)
     finally:
         connection.close()
     return Selection(tuple(dict.fromkeys(names)))

@@ -11,7 +11,7 @@ from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.protected_state import ProtectedState
 from sevhop_qmp.saved_device_state import SavedDeviceState
 
-from ..checks.domain import examine
+from ..checks.domain import examine, or_its_hop
 from ..disks import comparison
 from ..disks.block_graph import BlockGraph
 from ..disks.disk_guard import DiskGuard
@@ -99,7 +99,8 @@ async def check(hop: Transaction, uri: str, name: str, options: UpgradeOptions) 
     try:
         connection = await Connection.open(uri)
         hop.resources.callback(connection.close)
-        domain = await connection.domain(name)
+        with or_its_hop(name):
+            domain = await connection.domain(name)
         # If an earlier hop was interrupted, the domain may be shut off because of that.
         journal.expect_none(domain.uuid)
         examined = await hop.resources.enter_async_context(examine(connection, domain, options.emulator, in_full=True))

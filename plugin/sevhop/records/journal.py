@@ -174,8 +174,8 @@ def expect_none(guest: Process | str) -> None:
     """
     Verify that no hop of a guest is in progress or was interrupted.
 
-    :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain; or the absolute path of
-        the QMP socket of a QEMU that may be halted, and so not answer.
+    :param guest: its QEMU, which may be the destination of that hop; or the UUID of a domain, or the name of one that
+        libvirt does not know; or the absolute path of the QMP socket of a QEMU that may be halted, and so not answer.
     :raises HopInProgress: another command is hopping this guest.
     :raises HopInterrupted: an earlier hop was interrupted.
     """
@@ -184,7 +184,8 @@ def expect_none(guest: Process | str) -> None:
             record = read(path)
         except JournalError:
             continue
-        if guest in (record.source, record.destination, record.uuid if record.kind == "domain" else record.monitor):
+        known_as = (record.uuid, record.guest) if record.kind == "domain" else (record.monitor,)
+        if guest in (record.source, record.destination, *known_as):
             raise _existing_hop(path)
 
 
