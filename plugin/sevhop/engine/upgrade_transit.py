@@ -28,7 +28,6 @@ from sevhop_qmp.process import QemuProcess
 from ..errors import GuestState, RecoveryRequired, Refused
 from ..events import Event, HopFinished, Listener
 from ..keeper.client import KeeperClient
-from ..keeper.paths import KeeperPaths
 from ..libvirt import domain_xml
 from ..libvirt.daemon import DomainTimeout
 from ..options import HopOptions, UpgradeOptions
@@ -85,7 +84,7 @@ def first_hop(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain)
 def _recorder(hop: Transaction, guard: Path) -> Callable[..., None]:
     def record(**fields: Any) -> None:
         if isinstance(transit := fields.get("destination"), Process):
-            KeeperPaths(guard).transit.write_text(f"{transit.pid} {transit.started}")
+            run_directory.note_transit(guard, f"{transit.pid} {transit.started}")
         hop.record(**recorded(fields))
 
     return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..libvirt import hook, hook_server
+from ..libvirt import hook_server
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,3 @@ class KeeperPaths:
     def image(self) -> Path:
         """The save image: the guest's device state."""
         return self.directory / "image"
-
-    @property
-    def transit(self) -> Path:
-        """Pid and start time of the transit that the guest runs in, if it does."""
-        return self.directory / hook.TRANSIT

@@ -141,11 +141,24 @@ def _with_transit(directory: Path, transit: str) -> Path:
     """:raises RunDirectoryError: the disk is full."""
     try:
         if transit:
-            (directory / TRANSIT).write_text(transit)
-    except OSError as err:
+            note_transit(directory, transit)
+    except RunDirectoryError:
         shutil.rmtree(directory, ignore_errors=True)
-        raise RunDirectoryError(f"{directory}: {err.strerror}", "free space in /run, then try again") from err
+        raise
     return directory
+
+
+def note_transit(directory: Path, transit: str) -> None:
+    """
+    Leave there which process is the transit.
+
+    :param transit: its number, and when it was started.
+    :raises RunDirectoryError: the disk is full.
+    """
+    try:
+        (directory / TRANSIT).write_text(transit)
+    except OSError as err:
+        raise RunDirectoryError(f"{directory}: {err.strerror}", "free space in /run, then try again") from err
 
 
 def _has_another_transit(directory: Path, transit: str) -> bool:
