@@ -68,13 +68,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         wanted = [*(KERNELS if special is None else ONLY_KERNELS[special])]
         if any(directory in path.parents for directory in ON_NEWEST):
             wanted.append(NEWEST)
-    if INSIDE and Remote.REPORTS not in os.environ:
-        mostly = wanted
-    elif (mark := metafunc.definition.get_closest_marker("one_kernel")) is not None:
-        mostly = [*mark.args]
-    else:
-        mostly = [*KERNELS]
-    marked = [pytest.param(one, marks=[] if one in mostly else [pytest.mark.long]) for one in wanted]
+    mark = metafunc.definition.get_closest_marker("one_kernel")
+    # Whoever starts pytest in a lab, or on a host with SEV, has chosen the kernel.
+    by_default = [INSIDE] if INSIDE and Remote.REPORTS not in os.environ else [*(mark.args if mark else KERNELS)]
+    marked = [pytest.param(one, marks=[] if one in by_default else [pytest.mark.long]) for one in wanted]
     metafunc.parametrize("kernel", marked, indirect=True)
 
 

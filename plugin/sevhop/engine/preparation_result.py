@@ -11,8 +11,8 @@ class PreparedDefinition:
     What became of the definition of a domain.
 
     :ivar domain: its name.
-    :ivar outcome: ``done``, ``unchanged`` if there was nothing to do, ``checked`` in a dry run if there is something to
-        do, or ``refused``.
+    :ivar outcome: ``done``, ``unchanged`` if there was nothing to change, ``checked`` in a dry run if there is
+        something, or ``refused``.
     :ivar changes: each in a few words.
     :ivar diff: unified, of the definition without its passwords.
     :ivar active: whether it has a guest now, which the changes do not reach.
@@ -41,7 +41,7 @@ class PreparedDefinition:
         """For people: the diff, a line, and one for each note."""
         if self.reason:
             return f"{self.domain}: {self.reason}{f' ({self.hint})' if self.hint else ''}; nothing was touched"
-        words = {"done": "prepared", "checked": "would be prepared", "unchanged": "nothing to do"}
+        words = {"done": "prepared", "checked": "would be prepared", "unchanged": "nothing to change"}
         line = f"{self.domain}: {words[self.outcome]}"
         line += f": {', '.join(self.changes)}" if self.changes else ""
         if self.restart_required:
