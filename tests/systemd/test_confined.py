@@ -24,8 +24,9 @@ pytestmark = pytest.mark.long
 def assert_confined(host: Host, guest: DomainGuest) -> None:
     """The guest runs in libvirt's QEMU, by its own profile, of which there is no copy."""
     guest.wait_for_ticks()
-    assert apparmor.confinement(guest.pid, host.root) == apparmor.label(guest)
-    wait_until(lambda: apparmor.copies(guest) == [], PATIENCE, "the copy is removed")
+    profile = apparmor.profile_of(guest)
+    assert apparmor.confinement(guest.pid, host.root) == apparmor.label(profile)
+    wait_until(lambda: apparmor.copies(profile) == [], PATIENCE, "the copy is removed")
 
 
 def test_service_upgrades_a_confined_domain(confined: Host, guest: DomainGuest) -> None:
@@ -45,7 +46,7 @@ def test_confined_transit_is_in_its_own_scope(confined: Host, guest: DomainGuest
     """It outlives the unit of the command, by a copy of the profile."""
     image = prepare(confined, guest)
     guest.wait_for_ticks()
-    (label,) = apparmor.copies(guest)
+    (label,) = apparmor.copies(apparmor.profile_of(guest))
     (transit,) = apparmor.confined_by(label)
     (scope,) = confined.units("sevhop-transit-*")
     assert confined.release.processes_of(scope) == [transit]
@@ -56,12 +57,13 @@ def test_confined_transit_is_in_its_own_scope(confined: Host, guest: DomainGuest
 def test_timer_recovers_a_confined_domain(confined: Host, guest: DomainGuest) -> None:
     """An upgrade that was killed with its guest in the transit. The unit's own limits let it remove the profile."""
     confined.replace_emulator()
+    profile = apparmor.profile_of(guest)
     with Checkpoint.at(confined, guest, "stopped/end") as checkpoint:
         confined.must("start", "--no-block", "sevhop-upgrade.service")
         checkpoint.wait()
         confined.must("kill", "--signal=KILL", "sevhop-upgrade.service")
         guest.wait_for_ticks()
-        assert len(apparmor.copies(guest)) == 1
+        assert len(apparmor.copies(profile)) == 1
     confined.wait_until_recovered()
     assert guest.state == "running"
     assert_confined(confined, guest)

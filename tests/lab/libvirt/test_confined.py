@@ -102,7 +102,7 @@ def guest(daemon: Daemon) -> Iterator[DomainGuest]:
 def test_confined_guest_hops_only_with_the_installed_rules(daemon: Daemon, guest: DomainGuest) -> None:
     """Without them nothing is touched; `sevhop install` puts them in while the guest runs, and then it hops."""
     new = emulators.emulator(emulators.NEW)
-    expected = apparmor.label(guest)
+    expected = apparmor.label(apparmor.profile_of(guest))
     pid = guest.pid
     assert apparmor.confinement(pid) == expected
     assert uses_vhost(pid)
@@ -138,14 +138,15 @@ def shared(daemon: Daemon) -> Iterator[DomainGuest]:
 def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, shared: DomainGuest) -> None:
     """The domain's own is unloaded by libvirt meanwhile. The copy is gone when the guest is libvirt's again."""
     new, old_pid = emulators.emulator(emulators.NEW), shared.pid
-    expected = apparmor.label(shared)
+    profile = apparmor.profile_of(shared)
+    expected = apparmor.label(profile)
     assert apparmor.confinement(old_pid) == expected
     assert uses_vhost(old_pid)
 
     report = daemon.upgrade(shared.name, "--emulator", new, "--timeout", "300", "--prepare")
     assert (report["outcome"], report["in_transit"], report["notes"]) == ("prepared", True, []), report
     assert shared.state == "shut off"
-    (label,) = apparmor.copies(shared)
+    (label,) = apparmor.copies(profile)
     assert label.endswith(" (enforce)")
     assert expected not in apparmor.LOADED.read_text().splitlines()
     (transit,) = apparmor.confined_by(label)
@@ -154,7 +155,7 @@ def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, sh
     shared.wait_for_ticks()
 
     daemon.virsh("restore", report["image"])
-    wait_until(lambda: shared.state == "running" and not apparmor.copies(shared), 120, "the copy is removed")
+    wait_until(lambda: shared.state == "running" and not apparmor.copies(profile), 120, "the copy is removed")
     assert shared.emulator() == str(new)
     assert apparmor.confinement(shared.pid) == expected
     assert uses_vhost(shared.pid)
@@ -168,19 +169,20 @@ def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, sh
 def test_copy_of_the_profile_is_removed_if_the_guest_stays(daemon: Daemon, shared: DomainGuest) -> None:
     """By an upgrade that is interrupted, and by `sevhop recover` after one that was killed."""
     new, pid = emulators.emulator(emulators.NEW), shared.pid
+    profile = apparmor.profile_of(shared)
     for number, status in ((signal.SIGINT, 3), (signal.SIGKILL, -signal.SIGKILL)):
         command = daemon.start_command(
             *(sys.executable, "-m", "sevhop.cli", "--verbose", "upgrade", shared.name, "--emulator", new)
         )
         assert command.stderr is not None
         assert any(line.strip().endswith(": prepare") for line in command.stderr)
-        assert len(apparmor.copies(shared)) == 1
+        assert len(apparmor.copies(profile)) == 1
         command.send_signal(number)
         command.communicate(timeout=300)
         assert command.returncode == status
         if number == signal.SIGKILL:
             done = daemon.sevhop("recover", "--timeout", "300")
             assert done.returncode == 0, done.stderr
-        assert apparmor.copies(shared) == []
+        assert apparmor.copies(profile) == []
         assert shared.pid == pid
         shared.wait_for_ticks()

@@ -16,21 +16,22 @@ def confinement(pid: int, root: Path = Path("/")) -> str:
     return (root / f"proc/{pid}/attr/current").read_text().strip("\n\0")
 
 
-def label(guest: DomainGuest) -> str:
-    """That of a domain's QEMU, by the profile that libvirt makes for it."""
-    return f"{_profile(guest)} (enforce)"
+def profile_of(guest: DomainGuest) -> str:
+    """The profile that libvirt makes for a domain; it must not be busy with that."""
+    return f"libvirt-{guest.daemon.virsh('domuuid', guest.name)}"
 
 
-def copies(guest: DomainGuest) -> list[str]:
+def label(profile: str) -> str:
+    """That of a domain's QEMU, by the domain's profile."""
+    return f"{profile} (enforce)"
+
+
+def copies(profile: str) -> list[str]:
     """Label of each copy of a domain's profile that the kernel has."""
-    return [line for line in LOADED.read_text().splitlines() if line.startswith(f"{_profile(guest)}-")]
+    return [line for line in LOADED.read_text().splitlines() if line.startswith(f"{profile}-")]
 
 
 def confined_by(label: str) -> list[int]:
     """The processes that have a label."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [pid for pid in pids if process_file(pid, "attr/current").decode().strip("\n\0") == label]
-
-
-def _profile(guest: DomainGuest) -> str:
-    return f"libvirt-{guest.daemon.virsh('domuuid', guest.name)}"
