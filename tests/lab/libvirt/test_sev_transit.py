@@ -33,10 +33,6 @@ PATIENCE = ("--timeout", "300")
 LONG = 1200
 
 
-#: What is tested with both kinds takes long; see :func:`guest`.
-MOSTLY_SEV_ES = pytest.mark.one_kernel("6.12")
-
-
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
     """A daemon, with sevhop's hook. Starting it and having it probe two QEMUs takes minutes in emulation."""
@@ -128,7 +124,7 @@ def test_guest_changes_its_qemu_by_way_of_a_transit(guest: DomainGuest) -> None:
         assert launch_of(guest) == before
 
 
-@MOSTLY_SEV_ES
+@pytest.mark.one_kernel("6.12")
 def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(guest: DomainGuest) -> None:
     """The transit may lock as much memory as the domain's QEMU could."""
     limit, context = locked(guest.pid), contexts()
@@ -152,7 +148,7 @@ def test_prepared_guest_runs_in_the_transit_until_any_client_restores_it(guest: 
     wait_until(lambda: guest.state == "running", LONG, "it runs")
 
 
-@MOSTLY_SEV_ES
+@pytest.mark.long
 def test_paused_guest_stays_paused_in_both_hops(guest: DomainGuest) -> None:
     """It is the destination's with the move, without having run there."""
     context = contexts()

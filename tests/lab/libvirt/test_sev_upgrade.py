@@ -60,6 +60,7 @@ def arrived(daemon: Daemon, guest: DomainGuest, emulator: Path) -> None:
     assert (status["context"], status["moved"], status["ram"]) == ("sev", True, "shared")
 
 
+@pytest.mark.faults
 def test_sev_domain_changes_its_qemu(daemon: Daemon, guest: DomainGuest) -> None:
     old, new = emulators.emulator(emulators.OLD), emulators.emulator(emulators.NEW)
     assert "Migration is not implemented" in daemon.run("virsh", "save", guest.name, "/run/image").stderr

@@ -20,6 +20,8 @@ from .conftest import DescribeSev
 
 #: Seconds for a step; everything is slow in the lab.
 PATIENCE = 300.0
+#: Of QEMUs that can share firmware.
+LABELS = [emulators.NEW, pytest.param(emulators.UNSTABLE, marks=pytest.mark.long)]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def has_restarted(guest: Guest, times: int) -> bool:
 
 
 @pytest.mark.one_kernel("6.12")
-@pytest.mark.parametrize("label", [emulators.NEW, emulators.UNSTABLE])
+@pytest.mark.parametrize("label", LABELS)
 def test_sev_guest_with_shared_firmware_reboots_after_hops(
     label: str, sev_machine: DescribeSev, guests: ExitStack
 ) -> None:
@@ -71,6 +73,7 @@ def shut_down_at_reset(guest: Guest) -> None:
     assert verdict.ticks >= ticks
 
 
+@pytest.mark.one_kernel("6.1")
 def test_sev_guest_with_private_firmware_shuts_down_at_a_reboot(sev_machine: DescribeSev, guests: ExitStack) -> None:
     guest = guests.enter_context(Guest.start(sev_machine(policy=1), emulators.emulator(emulators.NEW)))
     guest.wait_for_ticks(5)
@@ -80,7 +83,7 @@ def test_sev_guest_with_private_firmware_shuts_down_at_a_reboot(sev_machine: Des
 
 
 @pytest.mark.one_kernel("6.1")
-@pytest.mark.parametrize("label", [emulators.NEW, emulators.UNSTABLE])
+@pytest.mark.parametrize("label", LABELS)
 def test_sev_es_guest_shuts_down_at_a_reboot(label: str, guests: ExitStack, tmp_path: Path) -> None:
     """Also in a QEMU that launches such a guest again if it has launched it before."""
     machine = Machine(
