@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from sevhop_qmp import adopt
-from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.errors import ProcessError, SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
@@ -48,6 +48,8 @@ from .transit_restore import InTransit, complete, restore_from_transit, take_int
 #: Seconds for what is in progress, such as a restore by another client.
 _PATIENCE = 60.0
 _POLL = 0.05
+#: Seconds in which a destination that has not run its guest exits when its keeper has; usually some milliseconds.
+_EXIT = 5.0
 
 
 async def settle(journal: Journal, connection: Connection, *, named: bool, options: RecoverOptions) -> RecoveredGuest:
@@ -344,12 +346,26 @@ class TransitRecovery:
         """
         domain = await self._connection.domain_with(self._record.uuid)
         if domain is not None and await domain.active():
-            if not await self._waits_for_lost_context(domain.living_pid()):
+            pid = domain.living_pid()
+            if await self._stays(pid) and not await self._waits_for_lost_context(pid):
                 return await self._finish()
             await domain.destroy()
         await self._remove_transit()
         detail = f"it was in the transit, which has exited; {LOST_HINT}"
         return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
+
+    async def _stays(self, pid: int | None) -> bool:
+        """Whether a destination without a keeper is not about to exit. libvirt notices an exit some time later."""
+        if pid is None:
+            return False
+        try:
+            process = QemuProcess.open(pid)
+        except ProcessError:
+            return False
+        try:
+            return not await process.wait(min(self._timeout, _EXIT))
+        finally:
+            process.close()
 
     async def _waits_for_lost_context(self, pid: int | None) -> bool:
         """:raises RecoveryRequired: it does not run its guest."""
