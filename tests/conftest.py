@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
@@ -91,6 +91,12 @@ def some_of(points: Iterable[str], every: int = 6) -> list[Any]:
     """Every sixth point, or so: a table of faults takes long, and the rest runs when it is asked for by its marker."""
     rest = pytest.mark.faults
     return [pytest.param(point, marks=[rest] if number % every else []) for number, point in enumerate(points)]
+
+
+def each_once(first: Sequence[str], second: Sequence[str]) -> list[Any]:
+    """All pairs of two equally long lists. By default each value is in one of them; the rest has the marker as well."""
+    pairs = [(one, other, row != column) for row, one in enumerate(first) for column, other in enumerate(second)]
+    return [pytest.param(one, other, marks=[pytest.mark.faults] if rest else []) for one, other, rest in pairs]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.running import wait_until
 
+from ..conftest import each_once
 from .conftest import StartDomain
 from .holding import PausedUpgrade
 
@@ -115,15 +116,7 @@ def test_snapshot_while_an_upgrade_is_prepared_rolls_back(
     assert drive(guest)["inserted"]["file"] == str(overlay)
 
 
-@pytest.mark.parametrize(
-    ("version", "how"),
-    [
-        ("old", "interrupted"),
-        ("new", "killed"),
-        pytest.param("old", "killed", marks=pytest.mark.faults),
-        pytest.param("new", "interrupted", marks=pytest.mark.faults),
-    ],
-)
+@pytest.mark.parametrize(("version", "how"), each_once(["old", "new"], ["interrupted", "killed"]))
 def test_paused_guest_has_its_disks_after_a_rollback(
     daemon: Daemon, start: StartDomain, old: Path, new: Path, how: str, version: str
 ) -> None:

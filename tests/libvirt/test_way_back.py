@@ -16,6 +16,7 @@ from tests.support.guests.daemon import Daemon, DomainGuest, kill
 from tests.support.guests.enclosure import GUESTS, PROGRAMS
 from tests.support.guests.running import wait_until
 
+from ..conftest import each_once
 from .conftest import StartDomain
 from .failing import DYING, wrapper
 
@@ -104,15 +105,7 @@ def assert_upgraded(daemon: Daemon, guest: DomainGuest, emulator: Path = INSTALL
     assert daemon.left_over() == []
 
 
-@pytest.mark.parametrize(
-    ("accelerated", "what"),
-    [
-        ("kvm", "replaced"),
-        ("tcg", "deleted"),
-        pytest.param("kvm", "deleted", marks=pytest.mark.faults),
-        pytest.param("tcg", "replaced", marks=pytest.mark.faults),
-    ],
-)
+@pytest.mark.parametrize(("accelerated", "what"), each_once(["kvm", "tcg"], ["replaced", "deleted"]))
 def test_guest_is_rolled_back_although_its_emulator_is_not_on_disk(
     daemon: Daemon,
     start: StartDomain,
