@@ -29,8 +29,8 @@ class Sampler:
     """
     Samples a guest's number until :meth:`stop`. A context manager.
 
-    :ivar began: when the number began to grow, ns; 0 until then.
     :param shortest: gaps that are shorter than this do not count, ms.
+    :ivar began: when the number began to grow, ns; 0 until then.
     :ivar gaps: (from, to) of each time it did not grow, ns.
     :ivar last: when it grew for the last time, ns.
     """

@@ -346,16 +346,20 @@ class TransitRecovery:
         """
         domain = await self._connection.domain_with(self._record.uuid)
         if domain is not None and await domain.active():
-            pid = domain.living_pid()
-            if await self._stays(pid) and not await self._waits_for_lost_context(pid):
+            if await self._has_the_guest(domain.living_pid()):
                 return await self._finish()
             await domain.destroy()
         await self._remove_transit()
         detail = f"it was in the transit, which has exited; {LOST_HINT}"
         return RecoveredGuest(self._record.guest, RecoveryOutcome.GONE, detail)
 
-    async def _stays(self, pid: int | None) -> bool:
-        """Whether a destination without a keeper is not about to exit. libvirt notices an exit some time later."""
+    async def _has_the_guest(self, pid: int | None) -> bool:
+        """
+        Whether a destination without a keeper neither is about to exit, which libvirt notices some time later, nor
+        waits for a context that is lost.
+
+        :raises RecoveryRequired: it does not run its guest.
+        """
         if pid is None:
             return False
         try:
@@ -363,22 +367,15 @@ class TransitRecovery:
         except ProcessError:
             return False
         try:
-            return not await process.wait(min(self._timeout, _EXIT))
-        finally:
-            process.close()
-
-    async def _waits_for_lost_context(self, pid: int | None) -> bool:
-        """:raises RecoveryRequired: it does not run its guest."""
-        if pid is None or not KeeperPaths(self._last_directory()).monitor.exists():
-            return False
-        process = QemuProcess.open(pid)
-        try:
-            await self._finish_there(process)
-        except transit_move.ContextLost:
+            if await process.wait(min(self._timeout, _EXIT)):
+                return False
+            if KeeperPaths(self._last_directory()).monitor.exists():
+                await self._finish_there(process)
             return True
+        except transit_move.ContextLost:
+            return False
         finally:
             process.close()
-        return False
 
     async def _gone(self, reason: str) -> RecoveredGuest:
         """What is in the transit is outdated, and nothing else is left."""

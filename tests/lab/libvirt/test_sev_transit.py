@@ -46,8 +46,8 @@ def guest(daemon: Daemon, kernel: str, tmp_path: Path) -> Iterator[DomainGuest]:
     A counting guest in the older emulator; it is destroyed with the test. It is one with SEV-ES unless the kernel is
     the first one: libvirt makes no difference between kernels, and so both kinds are tested side by side.
     """
-    kind = "sev" if kernel == "6.1" else "sev-es"
-    es = kind == "sev-es"
+    es = kernel != "6.1"
+    kind = "sev-es" if es else "sev"
     description = Description(
         f"{kind}-{tmp_path.name[-20:]}",
         emulators.emulator(emulators.OLD),
