@@ -8,7 +8,7 @@ with more privileges than the old one. If anything cannot be applied, the start 
 from __future__ import annotations
 
 import contextlib
-import json
+import marshal
 import os
 import shutil
 import subprocess
@@ -71,8 +71,8 @@ def spawn(
     specification["gate"] = gate
     spec = os.memfd_create("sevhop-launch", 0)
     try:
-        with os.fdopen(spec, "w", encoding="utf-8", errors="surrogatepass", closefd=False) as file:
-            json.dump(specification, file, ensure_ascii=False)
+        with os.fdopen(spec, "wb", closefd=False) as file:
+            marshal.dump(specification, file)
         os.lseek(spec, 0, os.SEEK_SET)
         return subprocess.Popen(
             [_python(), "-I", "-S", str(_PROGRAM), str(spec)],
@@ -138,7 +138,7 @@ def _specification(identity: Identity, directory: int | None, cgroups: Sequence[
         "ambient": confinement.ambient,
         "no_new_privs": confinement.no_new_privs,
         "label": confinement.label or None,
-        "limits": {str(number): [soft, hard] for number, soft, hard in confinement.limits},
+        "limits": {number: (soft, hard) for number, soft, hard in confinement.limits},
         "core_dump_filter": confinement.core_dump_filter or None,
         "personality": confinement.personality,
         "without_huge_pages": confinement.without_huge_pages,
