@@ -5,8 +5,8 @@ Programs use :mod:`sevhop.api`, and nothing else of these packages. Folders are 
 imports only from those below it.
 
 ===========================  =========================================================================================
-:mod:`sevhop.cli`            the ``sevhop`` command: main, parser, commands, output, progress (on a terminal), terminal
-                             (signals), exit_codes
+:mod:`sevhop.cli`            the ``sevhop`` command: main, parser, commands (which has a module for each), output,
+                             outcomes, progress (on a terminal), terminal (signals), interruptible, exit_codes
 :mod:`sevhop.observe`        records for monitoring: journald (systemd's journal), metrics (Prometheus)
 :mod:`sevhop.api`            the public interface for Python
 :mod:`sevhop.engine`         what changes a guest. Outside libvirt: hop, with its phases in check, prepare, transfer,

@@ -42,8 +42,10 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import importlib
 import importlib.util
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,11 +55,8 @@ from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
 from .checks import guest as guest_checks
-from .checks.domain_status import DomainStatus, Place
 from .checks.result import CheckResult, Status
 from .engine import hop as standalone
-from .engine.preparation_result import Preparations, PreparedDefinition
-from .engine.recovery_result import Loss, RecoveredGuest, RecoveryOutcome
 from .errors import GuestLost, GuestState, HopError, Interrupted, RecoveryRequired, Refused, RolledBack
 from .events import (
     DeferringListener,
@@ -77,6 +76,12 @@ from .events import (
 from .options import HopOptions, RecoverOptions, UpgradeOptions, Window
 from .process import shutdown_inhibitor
 from .report import Phase, Report
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .checks.domain_status import DomainStatus, Place
+    from .engine.preparation_result import Preparations, PreparedDefinition
+    from .engine.recovery_result import Loss, RecoveredGuest, RecoveryOutcome
 
 __all__ = [
     "CheckResult",
@@ -125,6 +130,20 @@ __all__ = [
 ]
 
 
+#: Results that a hop does not have: their modules are imported for who uses them.
+_ELSEWHERE = {
+    **dict.fromkeys(("DomainStatus", "Place"), "checks.domain_status"),
+    **dict.fromkeys(("PreparedDefinition", "Preparations"), "engine.preparation_result"),
+    **dict.fromkeys(("Loss", "RecoveredGuest", "RecoveryOutcome"), "engine.recovery_result"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f".{_ELSEWHERE[name]}", __package__), name)
+
+
 class Choice(enum.Enum):
     """Domains selected by a rule. One that cannot hop is skipped and reported."""
 
@@ -133,19 +152,24 @@ class Choice(enum.Enum):
 
 
 async def hop(
-    qmp: str | os.PathLike[str], options: HopOptions = HopOptions(), *, listener: Listener = ignore
+    qmp: str | os.PathLike[str],
+    options: HopOptions = HopOptions(),
+    *,
+    connection: socket.socket | None = None,
+    listener: Listener = ignore,
 ) -> Report:
     """
     Replace the QEMU under a running guest.
 
     :param qmp: its QMP socket.
+    :param connection: to that socket, if there is one already; the hop closes it.
     :raises Refused: the guest cannot hop; nothing was touched.
     :raises RolledBack: a phase failed, and the guest is in its old QEMU as before.
     :raises RecoveryRequired: a phase failed, and nothing of the guest is lost, but it must be recovered.
     :raises GuestLost: its QEMU exited before its state was saved.
     """
     deferring = DeferringListener(listener)
-    one = standalone.Hop(Path(qmp), options, deferring)
+    one = standalone.Hop(Path(qmp), options, deferring, connection=connection)
     await _interruptible(one, deferring)
     return one.report
 

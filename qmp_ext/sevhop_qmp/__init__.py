@@ -7,7 +7,8 @@ round.
 
 ============================  ==================================================================
 :mod:`.monitor`               a QMP connection: commands, descriptors, events, deadlines
-:mod:`.adopt`                 the commands that adopt.so adds to a destination
+:mod:`.adopt_library`         adopt.so, and how a QEMU gets it
+:mod:`.adopt`                 the commands that it adds to a destination
 :mod:`.move`                  the call that moves the SEV context, its errnos and when to retry
 :mod:`.misc_cgroup`           whether EBUSY means that no SEV ASID is left
 :mod:`.run_mark`              whether the guest has run in the destination
@@ -25,6 +26,7 @@ round.
 :mod:`.address_space`         its mappings, kept after its exit
 :mod:`.open_images`           the files that it has open; :mod:`.image_locks`, its locks on them
 :mod:`.stream_sockets`        its stream sockets and their addresses
+:mod:`.peer`                  the process at the other end of a socket
 :mod:`.invalid_data`          what is wrong with data that cannot be used
 :mod:`.time_limits`           how long a command may take
 :mod:`.exported`              variables that a QEMU exports

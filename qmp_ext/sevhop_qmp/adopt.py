@@ -1,5 +1,5 @@
 """
-The destination's side of a hop: the library that is preloaded into it, and the QMP commands that it adds there.
+The QMP commands that adopt.so (:mod:`sevhop_qmp.adopt_library`) adds to a destination.
 
 The commands are documented, with units and errors, in ``qmp_ext/adopt/adopt.json``. Each has one function here. They
 raise what :meth:`sevhop_qmp.monitor.Monitor.execute` raises: :class:`~sevhop_qmp.errors.CommandError` when the
@@ -8,62 +8,14 @@ destination refuses (with its reason), :class:`~sevhop_qmp.errors.MonitorError` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from .monitor import Commands, Monitor, protocol_errors
+from .invalid_data import protocol_errors
+from .monitor import Commands, Monitor
 
-#: The commands that the library adds, as ``query-commands`` lists them.
-COMMANDS = (
-    "x-sev-adopt-ram",
-    "x-sev-migrate-from",
-    "x-sev-adopt-status",
-    "x-sev-adopt-announce",
-    "x-sev-adopt-finish",
-    "x-sev-reboot-mark",
-)
-
-_PRELOAD = "LD_PRELOAD"
-_KEEPER = "SEVHOP_KEEPER"
-_STDERR = "SEVHOP_STDERR"
 #: Name of the descriptor in :func:`use_reboot_mark`.
 _REBOOT_MARK = "sevhop-reboot-mark"
-
-
-def library_path() -> Path:
-    """
-    Path of adopt.so: in this package, or the target of a link there.
-
-    :raises FileNotFoundError: the package was not built (``pip install .`` builds it).
-    """
-    path = (Path(__file__).parent / "preload" / "adopt.so").resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: install the package with a C compiler present")
-    return path
-
-
-def environment(
-    keeper: Path | str, stderr: int | None = None, inherited: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """
-    What the environment of a destination, and only of a destination, must have: the library removes it at once.
-
-    :param keeper: path of the keeper's listening socket, or ``fd:N`` for a connected one that is inherited.
-    :param stderr: inherited descriptor that becomes the destination's stderr when the hop is over.
-    :param inherited: the environment that this is added to. Other libraries that it preloads stay preloaded.
-    """
-    added = {**library_environment(inherited or {}), _KEEPER: str(keeper)}
-    if stderr is not None:
-        added[_STDERR] = str(stderr)
-    return added
-
-
-def library_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What only loads the library into a program: without a keeper it adds its commands, and adopts nothing."""
-    others = inherited.get(_PRELOAD, "")
-    return {_PRELOAD: f"{library_path()}:{others}" if others else str(library_path())}
 
 
 @dataclass(frozen=True)

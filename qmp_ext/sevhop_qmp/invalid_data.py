@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+
+from .errors import MonitorError
 
 
 class InvalidData(ValueError):
@@ -32,3 +36,17 @@ _TEXTS: dict[type[Exception], str] = {
     UnicodeError: "a text is not valid UTF-8",
     ArithmeticError: "a number is out of range",
 }
+
+
+@contextlib.contextmanager
+def protocol_errors(name: str) -> Iterator[None]:
+    """
+    Around code that parses an answer: a compromised QEMU may answer anything.
+
+    :raises MonitorError: the answer is invalid.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as err:
+        hint = "report this, with the version of QEMU"
+        raise MonitorError(f"{name}: invalid answer from QEMU ({invalid(err)})", hint) from err

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +20,9 @@ from typing import Any, Protocol, Self
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
-from . import selinux
 from .errors import CommandError, MonitorClosed, MonitorError, MonitorTimeout
-from .invalid_data import invalid
+from .invalid_data import protocol_errors
+from .peer import open_socket, peer_credentials
 from .time_limits import COMMAND_TIMEOUT as COMMAND_TIMEOUT  # of this module, for those that use it
 
 # qemu.qmp reports a hang-up through its logger as well as by exception; the exception is enough.
@@ -168,6 +167,7 @@ class Monitor(Commands):
         cls,
         address: Path | str | socket.socket,
         *,
+        name: str = "private monitor",
         timeout: float = COMMAND_TIMEOUT,
         greeting_timeout: float = GREETING_TIMEOUT,
     ) -> Self:
@@ -175,12 +175,13 @@ class Monitor(Commands):
         Connect and negotiate.
 
         :param address: path of a UNIX socket, or a connected socket, which the monitor then owns.
+        :param name: of a connected socket, for messages.
         :param timeout: seconds for each later command that has none of its own.
         :param greeting_timeout: seconds until QEMU must have greeted.
         :raises MonitorError: no such socket, no permission, not a QMP monitor, or in use by another client.
         """
         if isinstance(address, socket.socket):
-            sock, name = address, "private monitor"
+            sock = address
             sock.setblocking(False)
         else:
             name = os.fspath(address)
@@ -356,10 +357,7 @@ class Monitor(Commands):
 
 
 async def _connect_unix(path: str, timeout: float) -> socket.socket:
-    # QEMU's end of it gets the level of this one.
-    with selinux.sharing_sockets():
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    sock.setblocking(False)
+    sock = open_socket()
     try:
         async with asyncio.timeout(timeout):
             await asyncio.get_running_loop().sock_connect(sock, path)
@@ -376,30 +374,10 @@ async def _connect_unix(path: str, timeout: float) -> socket.socket:
     return sock
 
 
-@contextlib.contextmanager
-def protocol_errors(name: str) -> Iterator[None]:
-    """
-    Around code that parses an answer: a compromised QEMU may answer anything.
-
-    :raises MonitorError: the answer is invalid.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as err:
-        hint = "report this, with the version of QEMU"
-        raise MonitorError(f"{name}: invalid answer from QEMU ({invalid(err)})", hint) from err
-
-
 def readable_version(version: Mapping[str, Any]) -> str:
     """QEMU's version, as people write it."""
     qemu = version["qemu"]
     return ".".join(str(int(qemu[part])) for part in ("major", "minor", "micro"))
-
-
-def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """The (pid, uid, gid) of the process at the other end of a UNIX socket (SO_PEERCRED, unix(7))."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid, gid
 
 
 def _root_cause(error: BaseException) -> str:

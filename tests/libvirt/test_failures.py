@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 from sevhop_qmp.process import QemuProcess
 
 from tests.support.guests.daemon import Daemon, kill
@@ -312,9 +312,9 @@ def test_emulator_that_never_loads_the_library_is_refused(
 _WITH_A_CLOSED_LIBRARY = """
 import sys
 from pathlib import Path
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 path = Path(sys.argv[1])
-adopt.library_path = lambda: path
+adopt_library.path = lambda: path
 from sevhop.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -329,7 +329,7 @@ def test_library_that_qemus_user_cannot_read_is_reported_by_install_and_check(
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     library = closed / "adopt.so"
-    shutil.copyfile(adopt.library_path(), library)
+    shutil.copyfile(adopt_library.path(), library)
     argv = (sys.executable, "-c", _WITH_A_CLOSED_LIBRARY, library)
     process = QemuProcess.open(guest.pid)
     uid = process.credentials.uid

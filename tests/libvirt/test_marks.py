@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 
 from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.enclosure import GUESTS
@@ -62,9 +62,9 @@ def test_saved_domain_is_restored_without_sevhop(daemon: Daemon, upgraded: Domai
 @pytest.mark.parametrize("library", ["there", "missing"])
 def test_domain_is_defined_by_a_backup_of_its_xml(daemon: Daemon, upgraded: DomainGuest, library: str) -> None:
     xml = upgraded.xml("--security-info")
-    assert str(adopt.library_path()) in xml
+    assert str(adopt_library.path()) in xml
     if library == "missing":
-        xml = xml.replace(str(adopt.library_path()), "/nonexistent/adopt.so")
+        xml = xml.replace(str(adopt_library.path()), "/nonexistent/adopt.so")
     upgraded.file("backup").write_text(xml)
     daemon.virsh("destroy", upgraded.name)
     upgraded.file("log").unlink()

@@ -12,7 +12,7 @@ import pytest
 from tests.support.guests.build import ROOT
 
 _MAKE = "source tools/environment; root=$PWD; make_environment; .venv/bin/sevhop --version"
-_LIBRARY = "from sevhop_qmp import adopt; print(adopt.library_path())"
+_LIBRARY = "from sevhop_qmp import adopt_library; print(adopt_library.path())"
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ def test_source_distribution_is_installed_by_pip(host: Release, tmp_path: Path) 
     host.must("python3", "-m", "venv", "/root/venv")
     host.must("/root/venv/bin/pip", "install", "--no-index", "--find-links", "/root/wheels", "sevhop")
     assert host.must("/root/venv/bin/sevhop", "--version") == host.must("sevhop", "--version")
-    imports = "from sevhop.libvirt.hook_server import CLIENT; from sevhop_qmp import adopt"
-    script = f"{imports}; print(adopt.library_path(), CLIENT)"
+    imports = "from sevhop.libvirt.hook_server import CLIENT; from sevhop_qmp import adopt_library"
+    script = f"{imports}; print(adopt_library.path(), CLIENT)"
     library, client = host.must("/root/venv/bin/python3", "-c", script).split()
     assert library.startswith("/root/venv/")
     # It was compiled, and loads.

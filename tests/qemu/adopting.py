@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import pytest
 from qemu.qmp import EventListener, Message
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt, adopt_library
 from sevhop_qmp.errors import MonitorError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.run_mark import RunMark
@@ -186,7 +186,7 @@ def machine(
 def preloaded(keeper: str, stderr: int | None = None, more: str = "") -> dict[str, str]:
     """The environment of a destination."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    return {**environment, **adopt.environment(keeper, stderr, {"LD_PRELOAD": more} if more else None)}
+    return {**environment, **adopt_library.environment(keeper, stderr, {"LD_PRELOAD": more} if more else None)}
 
 
 class Destination:

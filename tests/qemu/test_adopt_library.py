@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 from sevhop.engine.realtime import boosted
-from sevhop_qmp import adopt, device_state
+from sevhop_qmp import adopt, adopt_library, device_state
 from sevhop_qmp.errors import CommandError, MonitorError
-from sevhop_qmp.monitor import peer_credentials
+from sevhop_qmp.peer import peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.protected_state import ProtectedState, has_flag
 from sevhop_qmp.run_mark import RunMark, RunState
@@ -70,7 +70,7 @@ def inspect(memory: Destination, address: int) -> int:
 
 def test_library_loads_into_older_c_libraries() -> None:
     """Debian 12's C library is 2.36, whatever the machine that builds has."""
-    symbols = subprocess.run(["nm", "-D", adopt.library_path()], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-D", adopt_library.path()], capture_output=True, text=True, check=True).stdout
     assert "__isoc23_" not in symbols
     versions = [(int(major), int(minor)) for major, minor in re.findall(r"@GLIBC_(\d+)\.(\d+)", symbols)]
     assert versions and max(versions) <= (2, 36)
@@ -78,7 +78,7 @@ def test_library_loads_into_older_c_libraries() -> None:
 
 def test_library_exports_only_what_it_interposes() -> None:
     listed = subprocess.run(
-        ["nm", "-D", "--defined-only", adopt.library_path()], capture_output=True, text=True, check=True
+        ["nm", "-D", "--defined-only", adopt_library.path()], capture_output=True, text=True, check=True
     )
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     assert names == set(
@@ -98,7 +98,7 @@ def test_library_is_inactive_in_other_programs(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [str(adopt.library_path()), "/no/keeper", "2"]
+    assert done.stdout.split() == [str(adopt_library.path()), "/no/keeper", "2"]
     assert not done.stderr
 
 
@@ -106,12 +106,12 @@ def test_library_is_inactive_in_other_programs(tmp_path: Path) -> None:
 def test_qemu_lists_the_adopt_commands(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
     with Destination.adopting(qemu, machine(accelerator), keeper) as destination:
         listed = {command["name"] for command in destination.execute("query-commands")}
-        assert listed >= set(adopt.COMMANDS)
+        assert listed >= set(adopt_library.COMMANDS)
 
 
 @EVERY_EMULATOR
 def test_memory_is_not_adopted_without_a_keeper(qemu: Path, accelerator: Accelerator) -> None:
-    environment = {**os.environ, "LD_PRELOAD": str(adopt.library_path())}
+    environment = {**os.environ, "LD_PRELOAD": str(adopt_library.path())}
     with Destination([qemu, *machine(accelerator, incoming=False)], environment) as plain:
         status = plain.status()
         assert (status.context, status.source, status.ram, status.memfds) == ("none", "none", "none", ())
@@ -128,7 +128,7 @@ def test_library_does_nothing_if_the_hop_is_over(qemu: Path, accelerator: Accele
     environment = preloaded(str(gone / "keeper")) | {"SEVHOP_MONITOR": str(gone / "monitor" / "qmp")}
     with Destination([qemu, *machine(accelerator, incoming=False)], environment) as plain:
         listed = {command["name"] for command in plain.execute("query-commands")}
-        assert listed.isdisjoint(adopt.COMMANDS)
+        assert listed.isdisjoint(adopt_library.COMMANDS)
         plain.execute("cont")
         assert plain.execute("query-status")["running"]
 
@@ -633,7 +633,7 @@ def test_adopt_commands_match_their_schema(qemu: Path, kvm: Accelerator, keeper:
     schema = documented()
     types = {"int": int, "str": str, "bool": bool}
     with Destination.adopting(qemu, machine(kvm), keeper) as destination:
-        assert {name for name in schema if name.startswith("x-")} == set(adopt.COMMANDS)
+        assert {name for name in schema if name.startswith("x-")} == set(adopt_library.COMMANDS)
         for command in ("x-sev-adopt-ram", "x-sev-migrate-from", "x-sev-adopt-status"):
             arguments = None
             if command == "x-sev-migrate-from":

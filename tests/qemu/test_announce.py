@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from qemu.qmp import EventListener
-from sevhop_qmp import adopt, device_state, exported, saved_device_state
+from sevhop_qmp import adopt, adopt_library, device_state, exported, saved_device_state
 from sevhop_qmp.errors import CommandError
 from sevhop_qmp.process import QemuProcess
 
@@ -305,7 +305,7 @@ def test_clients_see_balloon_and_trays_of_the_guest_when_the_hop_is_over(
 
 
 def test_guest_that_is_not_expected_is_not_announced(qemu: Path, accelerator: Accelerator, keeper: Keeper) -> None:
-    environment = {**os.environ, **adopt.library_environment({})}
+    environment = {**os.environ, **adopt_library.preloading({})}
     with (
         Destination([qemu, *machine(accelerator)], environment) as plain,
         pytest.raises(CommandError, match="No hop is in progress"),

@@ -23,7 +23,7 @@ from sevhop.guest import preload
 from sevhop.process import launch
 from sevhop.process.confinement import Confinement
 from sevhop.process.scheduling import Thread
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 from sevhop_qmp.process import QemuProcess
 
 from tests.support.guests.machine import Machine
@@ -346,8 +346,8 @@ def test_library_that_qemus_user_cannot_read_refuses(
 ) -> None:
     closed = logging_machine.directory / "closed"
     closed.mkdir(mode=0o700)
-    shutil.copyfile(adopt.library_path(), closed / "adopt.so")
-    monkeypatch.setattr(adopt, "library_path", lambda: closed / "adopt.so")
+    shutil.copyfile(adopt_library.path(), closed / "adopt.so")
+    monkeypatch.setattr(adopt_library, "path", lambda: closed / "adopt.so")
     guest = start(logging_machine, old)
     assert_refused(guest, new, f"library: the user of QEMU \\({NOBODY}\\) cannot read .* because of {closed}")
 
@@ -371,6 +371,25 @@ def test_emulator_is_probed_once_for_each_user(
         hop(guest, emulator)
     probed = [path for path in started if started.count(path)]
     assert (probed.count(str(new)), probed.count(str(old))) == (3, 2)  # each hop starts one destination
+    assert_unharmed(guest)
+
+
+def test_command_starts_the_emulator_twice(
+    old: Path, new: Path, counter_machine: DescribeCounter, start: StartGuest, tmp_path: Path
+) -> None:
+    """It is probed while the command imports what it needs, and not again by the check."""
+    guest = start(counter_machine(), old)
+    started = tmp_path / "started"
+    emulator = new.with_name(f"{new.name}-{tmp_path.name}")
+    try:
+        emulator.write_text(f'#!/bin/sh\necho "$2" >>{started}\nexec {new} "$@"\n')
+        emulator.chmod(0o755)
+        done = sevhop("hop", "--qmp", guest.machine.monitor, "--emulator", emulator)
+    finally:
+        emulator.unlink()
+    assert done.returncode == 0, done
+    assert started.read_text().splitlines()[:1] == ["none,accel=tcg:kvm"]
+    assert len(started.read_text().splitlines()) == 2
     assert_unharmed(guest)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sevhop.guest.runtime_settings import actions
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 from sevhop_qmp.errors import CommandError
 from sevhop_qmp.process import QemuProcess
 
@@ -29,7 +29,7 @@ def mark(tmp_path: Path) -> Path:
 
 def with_mark(emulator: Path, mark: Path) -> Destination:
     """A QEMU that uses this file, and nothing else of the library."""
-    environment = dict(os.environ) | adopt.library_environment({})
+    environment = dict(os.environ) | adopt_library.preloading({})
     destination = Destination([emulator, *machine("tcg", incoming=False)], environment)
     try:
         give(destination, mark)

@@ -14,7 +14,7 @@ import pytest
 from sevhop.checks.domain import _confinement
 from sevhop.checks.result import Status
 from sevhop.install import apparmor
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
@@ -100,7 +100,7 @@ def test_install_is_reverted_by_uninstall(profiles: Path) -> None:
     installed = contents(profiles)
     changed = {name for name in installed if installed[name] != before.get(name)}
     assert changed == {str(path.relative_to(profiles)) for path in paths}
-    assert str(adopt.library_path()) in paths[0].read_text()
+    assert str(adopt_library.path()) in paths[0].read_text()
     assert apparmor.install() == paths
     assert contents(profiles) == installed
     assert apparmor.uninstall()
@@ -141,7 +141,7 @@ def test_install_is_rolled_back_if_the_parser_refuses_the_rules(
 def test_in_place_is_false_if_the_library_has_moved(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apparmor.install()
     assert apparmor.in_place()
-    monkeypatch.setattr(adopt, "library_path", lambda: Path("/opt/new/adopt.so"))
+    monkeypatch.setattr(adopt_library, "path", lambda: Path("/opt/new/adopt.so"))
     assert not apparmor.in_place()
     apparmor.install()
     assert apparmor.in_place()

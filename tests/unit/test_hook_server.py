@@ -15,7 +15,7 @@ import pytest
 from sevhop.install import host
 from sevhop.libvirt import hook_server
 from sevhop.records.run_directory import listening
-from sevhop_qmp.monitor import peer_credentials
+from sevhop_qmp.peer import peer_credentials
 
 from .hooked_domain import DESTINATION, IMAGE, UUID, XML
 

@@ -6,8 +6,7 @@ import json
 
 import pytest
 from sevhop_qmp.errors import MonitorError
-from sevhop_qmp.invalid_data import InvalidData, invalid
-from sevhop_qmp.monitor import protocol_errors
+from sevhop_qmp.invalid_data import InvalidData, invalid, protocol_errors
 
 
 def error(code: str) -> Exception:

@@ -31,8 +31,8 @@ from sevhop.libvirt import hook_server
 from sevhop.records.run_directory import listening
 from sevhop_qmp import monitor
 from sevhop_qmp.errors import MonitorError, MoveError, MoveUncertain, SevhopError
-from sevhop_qmp.monitor import peer_credentials
 from sevhop_qmp.move import MoveReport
+from sevhop_qmp.peer import peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 from sevhop_qmp.run_mark import RunState

@@ -14,7 +14,7 @@ from sevhop.checks import registers
 from sevhop.checks.registers import Registers
 from sevhop.checks.result import CheckResult, Status
 from sevhop.guest.inspection import SevContext
-from sevhop_qmp import adopt, exported
+from sevhop_qmp import adopt_library, exported
 from sevhop_qmp.errors import ProcessError, SevhopError
 from sevhop_qmp.process import Descriptor
 
@@ -240,4 +240,4 @@ def test_root_gets_nothing_of_the_environment_of_the_source(monkeypatch: pytest.
     (environment,) = given
     assert set(environment) == {"PATH", "LD_PRELOAD", "SEVHOP_KEEPER"}
     assert environment["PATH"] == os.defpath
-    assert environment["LD_PRELOAD"] == str(adopt.library_path())
+    assert environment["LD_PRELOAD"] == str(adopt_library.path())

@@ -19,7 +19,7 @@ from sevhop.install import verification
 from sevhop.libvirt import hook_server
 from sevhop.process.apparmor_profile import ProfileCopy
 from sevhop.records import run_directory
-from sevhop_qmp import adopt, selinux
+from sevhop_qmp import adopt_library, selinux
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
@@ -180,7 +180,7 @@ def tools(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> To
         path.touch()
         os.setxattr(path, selinux.ATTRIBUTE, b"system_u:object_r:usr_t:s0")
     monkeypatch.setattr(hook_server, "CLIENT", client)
-    monkeypatch.setattr(adopt, "library_path", lambda: library)
+    monkeypatch.setattr(adopt_library, "path", lambda: library)
     return Tools(kernel, monkeypatch)
 
 

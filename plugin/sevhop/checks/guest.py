@@ -14,7 +14,6 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
@@ -28,8 +27,7 @@ from ..guest import command_line, emulator, pid_file, preload
 from ..guest.inspection import Guest, inspect
 from ..process import cgroup_memory
 from ..process.confinement import Confinement
-from ..process.launch import Identity, inheritable
-from ..process.scheduling import Thread
+from ..process.launch import inheritable
 from . import reboot, registers, sev_host
 from .confinement import reason_against
 from .registers import Registers
@@ -85,7 +83,7 @@ async def standalone(
 @contextlib.asynccontextmanager
 async def _probing(path: str, process: QemuProcess) -> AsyncIterator[asyncio.Future[emulator.Emulator]]:
     """Meanwhile an emulator is probed. In the end the result is there, which may be an error."""
-    probed = asyncio.ensure_future(asyncio.to_thread(_probe, path, process))
+    probed = asyncio.ensure_future(asyncio.to_thread(preload.probe_for, process, path))
     try:
         yield probed
     finally:
@@ -322,19 +320,6 @@ def library(process: QemuProcess) -> CheckResult:
         return failed(name, err.message, err.hint)
 
 
-def _probe(path: str, process: QemuProcess) -> emulator.Emulator:
-    """:raises SevhopError: the user of a guest's QEMU cannot have this one instead, or it cannot be probed."""
-    emulator.trusted(path)
-    user = process.credentials
-    if not user.may("x", Path(path)):
-        raise SevhopError(
-            f"the user of the guest's QEMU ({user.uid}) may not run {path}",
-            "install it for all users, or name another one with --emulator",
-        )
-    identity = Identity(Confinement.of(process), Thread.of(process.pid))
-    return preload.probe(path, identity, inheritable(process.environment))
-
-
 def emulator_for(
     path: str,
     machine_type: str,
@@ -357,7 +342,7 @@ def emulator_for(
     if readable.status is not Status.PASS:
         return CheckResult("emulator", Status.SKIP, children=[CheckResult("machine type", Status.SKIP)])
     try:
-        new = probed() if probed is not None else _probe(path, process)
+        new = probed() if probed is not None else preload.probe_for(process, path)
     except preload.NotLoaded as err:
         if machine_type in err.emulator.machine_types:
             return failed("emulator", err.message, err.hint, skipped=skipped)

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sevhop_qmp import adopt, exported
+from sevhop_qmp import adopt_library, exported
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.protected_state import ProtectedState, has_flag
 
@@ -161,14 +162,14 @@ def _run(process: QemuProcess, command: Sequence[str], keeper: str, keep: Sequen
             child = subprocess.Popen(
                 [*within_namespaces_of(process), *command],
                 # Nothing of the source's, which QEMU can change: root executes what enters the namespaces.
-                cwd="/", env={"PATH": os.defpath, **adopt.environment(keeper)}, pass_fds=keep,
+                cwd="/", env={"PATH": os.defpath, **adopt_library.environment(keeper)}, pass_fds=keep,
                 stdin=pipe, stdout=pipe, stderr=pipe,
             )  # fmt: skip
         else:
             confinement = replace(Confinement.of(process), label="", cgroups=())
             identity = Identity(confinement, Thread.of(process.pid))
             environment = launch.inheritable(process.environment)
-            environment |= adopt.environment(keeper, inherited=environment)
+            environment |= adopt_library.environment(keeper, inherited=environment)
             child = launch.spawn(command, environment, identity, keep=keep, stdin=pipe, stdout=pipe, stderr=pipe)
         with child:
             try:

@@ -16,7 +16,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import QemuProcess
 
 from ..cancellation import shielded

@@ -19,7 +19,8 @@ from typing import Any, Self
 
 import tenacity
 from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 
 from ..guest.block_queries import STOP, WAIT, query_block, query_named_block_nodes
 

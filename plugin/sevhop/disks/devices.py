@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sevhop_qmp.errors import CommandError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 
 from ..guest.command_line import parse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,15 +88,16 @@ class Acquired:
     oom_score_adj: int
 
 
-async def check(hop: Transaction, qmp: Path, options: HopOptions) -> Checked:
+async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: socket.socket | None = None) -> Checked:
     """
     Nothing is touched: can this guest hop, to this emulator, on this host?
 
     :param qmp: the source's QMP socket.
+    :param connection: to it, if there is one already.
     :raises Refused: it cannot.
     """
     try:
-        monitor = await hop.resources.enter_async_context(await _connect(qmp, options.step_timeout))
+        monitor = await hop.resources.enter_async_context(await _connect(qmp, connection, options.step_timeout))
         source = QemuProcess.open(monitor.peer)
         hop.resources.callback(source.close)
         hop.rollback.push(lambda: verify_alive(source))
@@ -137,9 +139,9 @@ def verify_can_hop(tree: CheckResult) -> None:
         raise Refused(f"{failures[0].name}: {failures[0].detail}", failures[0].hint)
 
 
-async def _connect(qmp: Path, timeout: float) -> Monitor:
+async def _connect(qmp: Path, connection: socket.socket | None, timeout: float) -> Monitor:
     try:
-        return await Monitor.connect(qmp, timeout=timeout, greeting_timeout=timeout)
+        return await Monitor.connect(connection or qmp, name=str(qmp), timeout=timeout, greeting_timeout=timeout)
     except MonitorError:
         # An earlier hop may have left it halted, or its socket without a listener.
         journal.expect_none(os.path.abspath(qmp))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from sevhop_qmp import adopt, selinux
+from sevhop_qmp import adopt_library, selinux
 from sevhop_qmp.credentials import Credentials
 from sevhop_qmp.errors import MonitorError, SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
@@ -194,7 +194,8 @@ class Destination:
         # QEMU's messages during the start are needed for errors; later they go where the source's went.
         log = os.fdopen(os.memfd_create("sevhop-destination-log"), "r+b")
         environment = dict(launch_context.environment)
-        environment |= adopt.environment(f"fd:{keeper.theirs.fileno()}", launch_context.stderr, inherited=environment)
+        theirs = f"fd:{keeper.theirs.fileno()}"
+        environment |= adopt_library.environment(theirs, launch_context.stderr, inherited=environment)
         gate, opened = os.pipe2(os.O_CLOEXEC)
         try:
             selinux.share(log.fileno())

@@ -32,6 +32,7 @@ its state has been saved the source is halted and executes nothing, so nobody el
 from __future__ import annotations
 
 import abc
+import socket
 from pathlib import Path
 
 from ..events import Listener, ignore
@@ -92,14 +93,25 @@ class HopPhases(Transaction):
 class Hop(HopPhases):
     """A hop of a guest that runs outside libvirt."""
 
-    def __init__(self, qmp: Path, options: HopOptions = HopOptions(), listener: Listener = ignore) -> None:
-        """:param qmp: the source's QMP socket."""
+    def __init__(
+        self,
+        qmp: Path,
+        options: HopOptions = HopOptions(),
+        listener: Listener = ignore,
+        *,
+        connection: socket.socket | None = None,
+    ) -> None:
+        """
+        :param qmp: the source's QMP socket.
+        :param connection: to it, if there is one already; the hop closes it.
+        """
         super().__init__(str(qmp), options, listener)
         self._qmp = qmp
+        self._connection = connection
 
     async def check_source(self) -> Checked:
         """See :func:`.check.check`."""
-        return await check(self, self._qmp, self.options)
+        return await check(self, self._qmp, self.options, self._connection)
 
     async def acquire_source(self, checked: Checked) -> Acquired:
         """See :func:`.check.acquire`."""

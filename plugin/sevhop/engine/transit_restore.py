@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sevhop_qmp import adopt, selinux
+from sevhop_qmp import adopt_library, selinux
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.process import QemuProcess
@@ -155,7 +155,7 @@ def write_image(transit: InTransit, keeper: KeeperClient) -> None:
 
     :raises SevhopError: it cannot be written.
     """
-    environment = adopt.environment(keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
+    environment = adopt_library.environment(keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
     monitor = str(keeper.monitor)
     label = selinux.context_in(transit.process.confinement)
     xml = domain_xml.for_destination(transit.xml, transit.new, environment, monitor, transit.displays, label)

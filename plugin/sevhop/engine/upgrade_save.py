@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sevhop_qmp import adopt, selinux, stream_sockets
+from sevhop_qmp import adopt_library, selinux, stream_sockets
 from sevhop_qmp.errors import SevhopError, StateError
 from sevhop_qmp.monitor import Commands, Monitor
 
@@ -193,7 +193,7 @@ async def save(
     except StateError:
         await verify_still_stopped()  # a running guest gives up nothing
         raise
-    environment = adopt.environment(keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
+    environment = adopt_library.environment(keeper.socket) | {hook.IMAGE_MARK: "without RAM"}
     label = selinux.context_in(checked.source.confinement)
     monitor = str(keeper.monitor)
     xml = domain_xml.for_destination(checked.xml, checked.new, environment, monitor, prepared.displays, label)

@@ -13,7 +13,8 @@ import asyncio
 from typing import Any
 
 from sevhop_qmp.errors import CommandError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 
 #: The registers that CPUID returns: "leaf[.subleaf] REGISTER" -> bits.
 FeatureWords = dict[str, int]

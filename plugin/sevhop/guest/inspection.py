@@ -15,7 +15,8 @@ from typing import Any
 
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.errors import CommandError, SevhopError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.ram_blocks import RamBlock
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sevhop_qmp.errors import CommandError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 
 #: The QOM path of devices that have an id.
 _PERIPHERAL = "/machine/peripheral"

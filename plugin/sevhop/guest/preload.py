@@ -13,20 +13,27 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 from sevhop_qmp.credentials import Credentials
 from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess
 
 from ..process import launch
+from ..process.confinement import Confinement
 from ..process.launch import Identity
+from ..process.scheduling import Thread
 from . import emulator
 from .emulator import Emulator
 
 #: (emulator, library, user and environment) → whether the library is loaded.
 _probed: dict[object, bool] = {}
+#: Of each emulator: who probes it while somebody else does waits for the answer.
+_locks: dict[str, threading.Lock] = {}
 
 
 class NotLoaded(SevhopError):
@@ -38,7 +45,7 @@ class NotLoaded(SevhopError):
 
     def __init__(self, emulator: Emulator, uid: int) -> None:
         super().__init__(
-            f"{emulator.path} does not load {adopt.library_path()} as user {uid}",
+            f"{emulator.path} does not load {adopt_library.path()} as user {uid}",
             "it must have no file capabilities and no setuid bit, and a wrapper script must keep LD_PRELOAD",
         )
         self.emulator = emulator
@@ -51,7 +58,7 @@ def verify_readable(user: Credentials) -> str:
     :return: its path.
     :raises SevhopError: that user cannot.
     """
-    path = adopt.library_path()
+    path = adopt_library.path()
     if user.may("r", path):
         return str(path)
     closed = next((one for one in reversed(path.parents) if not user.may("x", one)), None)
@@ -61,6 +68,24 @@ def verify_readable(user: Credentials) -> str:
         f"the user of QEMU ({user.uid}) cannot read {path} because of {closed}",
         f"install sevhop where all users may read it (not below /root), or: chmod o+x {closed}",
     )
+
+
+def probe_for(process: QemuProcess, path: str) -> Emulator:
+    """
+    Query an emulator, and verify that it can replace a guest's QEMU: that one's user may run it, and it loads the
+    library.
+
+    :raises SevhopError: as :func:`probe` does, or the user may not.
+    """
+    emulator.trusted(path)
+    user = process.credentials
+    if not user.may("x", Path(path)):
+        raise SevhopError(
+            f"the user of the guest's QEMU ({user.uid}) may not run {path}",
+            "install it for all users, or name another one with --emulator",
+        )
+    identity = Identity(Confinement.of(process), Thread.of(process.pid))
+    return probe(path, identity, launch.inheritable(process.environment))
 
 
 def probe(path: str, identity: Identity, environment: Mapping[str, str]) -> Emulator:
@@ -74,21 +99,22 @@ def probe(path: str, identity: Identity, environment: Mapping[str, str]) -> Emul
     :raises SevhopError: it cannot be trusted, cannot be started, or is not QEMU.
     """
     file = emulator.trusted(path)
-    library = adopt.library_path()
+    library = adopt_library.path()
     # Not in the guest's cgroups, which may have no room for it; and without its label, which is for this guest alone.
     outside = replace(identity, confinement=replace(identity.confinement, label="", cgroups=()))
-    environment = {**environment, **adopt.library_environment(environment)}
+    environment = {**environment, **adopt_library.preloading(environment)}
     state = library.stat()
     who = identity.confinement
     rights = (who.uids, who.gids, who.groups, who.inheritable, who.bounding, who.ambient, who.no_new_privs)
     key = (file, library, state.st_ino, state.st_mtime_ns, rights, tuple(sorted(environment.items())))
-    if key not in _probed:
-        last_error, answers = _query(path, outside, environment)
-        try:
-            _, commands = emulator.parse(path, file, answers)
-        except SevhopError as err:
-            raise SevhopError(f"{err.message}: {last_error}" if last_error else err.message, err.hint) from err
-        _probed[key] = set(adopt.COMMANDS) <= commands
+    with _locks.setdefault(path, threading.Lock()):
+        if key not in _probed:
+            last_error, answers = _query(path, outside, environment)
+            try:
+                _, commands = emulator.parse(path, file, answers)
+            except SevhopError as err:
+                raise SevhopError(f"{err.message}: {last_error}" if last_error else err.message, err.hint) from err
+            _probed[key] = set(adopt_library.COMMANDS) <= commands
     if not _probed[key]:
         raise NotLoaded(emulator.probe(path), identity.confinement.uids[1])
     return emulator.probe(path)

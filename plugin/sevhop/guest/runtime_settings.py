@@ -29,7 +29,8 @@ from typing import Any
 
 from sevhop_qmp.errors import CommandError
 from sevhop_qmp.exported import read_ints
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 from sevhop_qmp.process import QemuProcess
 
 from . import vm_generation_id

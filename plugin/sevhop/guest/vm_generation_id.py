@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import re
 
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import Commands
 
 from .absent import unless_absent
 from .command_line import parse

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 from sevhop_qmp.errors import SevhopError
 
 from ..libvirt import hook_server
@@ -67,7 +67,7 @@ class Addition:
     def text(self) -> bytes:
         """The lines."""
         text = (_RULES / self.rules).read_text()
-        paths = {"@LIBRARY@": adopt.library_path(), "@CLIENT@": hook_server.CLIENT, "@PYTHON@": Path(sys.executable)}
+        paths = {"@LIBRARY@": adopt_library.path(), "@CLIENT@": hook_server.CLIENT, "@PYTHON@": Path(sys.executable)}
         for mark, path in paths.items():
             text = text.replace(mark, quoted(path.resolve()))
         return os.fsencode(text)
@@ -104,7 +104,7 @@ def install() -> list[Path]:
     if not active():
         return []
     try:
-        adopt.library_path()
+        adopt_library.path()
     except FileNotFoundError as err:
         raise SevhopError(str(err)) from err
     additions = [addition for addition in (_QEMU, *_DAEMONS) if addition.included]

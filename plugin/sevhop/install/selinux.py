@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from sevhop_qmp import adopt, selinux
+from sevhop_qmp import adopt_library, selinux
 from sevhop_qmp.errors import SevhopError
 
 from ..libvirt import hook_server
@@ -61,7 +61,7 @@ def install(script: Path, daemons: Iterable[int]) -> list[Path]:
         return []
     before = loaded()
     try:
-        library = adopt.library_path().resolve()
+        library = adopt_library.path().resolve()
     except FileNotFoundError as err:
         raise SevhopError(str(err)) from err
     with tempfile.TemporaryDirectory(prefix="sevhop-") as directory:

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable
 
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import peer_credentials
+from sevhop_qmp.peer import peer_credentials
 from sevhop_qmp.process import QemuProcess
 
 from .config import MESSAGE

@@ -27,8 +27,9 @@ from typing import Any
 
 from sevhop_qmp import adopt
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.monitor import Monitor, peer_credentials
+from sevhop_qmp.monitor import Monitor
 from sevhop_qmp.move import MoveReport
+from sevhop_qmp.peer import peer_credentials
 from sevhop_qmp.process import QemuProcess
 from sevhop_qmp.run_mark import RunMark, RunState
 

@@ -10,7 +10,8 @@ from typing import Any
 import libvirt
 import libvirt_qemu
 from sevhop_qmp.errors import CommandError, MonitorClosed, MonitorTimeout
-from sevhop_qmp.monitor import COMMAND_TIMEOUT, FD_MARK, Commands, protocol_errors, readable_version
+from sevhop_qmp.invalid_data import protocol_errors
+from sevhop_qmp.monitor import COMMAND_TIMEOUT, FD_MARK, Commands, readable_version
 
 from .daemon import in_thread
 

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from sevhop_qmp.monitor import peer_credentials
+from sevhop_qmp.peer import peer_credentials
 
 from . import hook
 

@@ -26,8 +26,11 @@ import struct
 import syslog
 from pathlib import Path
 
-from ..engine.recovery_result import RecoveredGuest, RecoveryOutcome
 from ..events import Event, HopFinished, PhaseEnded
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..engine.recovery_result import RecoveredGuest
 
 #: Where systemd-journald listens.
 SOCKET = Path("/run/systemd/journal/socket")
@@ -55,12 +58,12 @@ _PRIORITY = {
 
 #: Those results of a recovery of which there is a record: in the others nothing was tried.
 _PRIORITY_OF_RESULT = {
-    RecoveryOutcome.SOURCE: syslog.LOG_NOTICE,
-    RecoveryOutcome.DESTINATION: syslog.LOG_NOTICE,
-    RecoveryOutcome.SAVED: syslog.LOG_WARNING,
-    RecoveryOutcome.DISCARDED: syslog.LOG_WARNING,
-    RecoveryOutcome.MANUAL: syslog.LOG_CRIT,
-    RecoveryOutcome.GONE: syslog.LOG_CRIT,
+    "source": syslog.LOG_NOTICE,
+    "destination": syslog.LOG_NOTICE,
+    "saved": syslog.LOG_WARNING,
+    "discarded": syslog.LOG_WARNING,
+    "manual": syslog.LOG_CRIT,
+    "gone": syslog.LOG_CRIT,
 }
 
 
@@ -95,7 +98,7 @@ class Records:
 
     def recovered(self, guest: RecoveredGuest) -> None:
         """Write a record for a guest whose hop was recovered, or could not be."""
-        if (priority := _PRIORITY_OF_RESULT.get(guest.result)) is not None:
+        if (priority := _PRIORITY_OF_RESULT.get(guest.name)) is not None:
             fields = {} if guest.stopped_ms is None else {"SEVHOP_MS": f"{guest.stopped_ms:.3f}"}
             self._write(
                 PRIORITY=priority,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 
 from .confinement import Confinement
 from .scheduling import Thread
@@ -92,7 +92,7 @@ def inheritable(environment: dict[str, str]) -> dict[str, str]:
     """An environment without the variables of an earlier hop."""
     kept = {name: value for name, value in environment.items() if not name.startswith("SEVHOP_")}
     preload = kept.pop("LD_PRELOAD", "")
-    others = [path for path in preload.split(":") if path and Path(path).name != adopt.library_path().name]
+    others = [path for path in preload.split(":") if path and Path(path).name != adopt_library.path().name]
     if others:
         kept["LD_PRELOAD"] = ":".join(others)
     return kept

@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Self
 
 from sevhop_qmp.errors import ProcessError, SevhopError
-from sevhop_qmp.monitor import Commands, protocol_errors
+from sevhop_qmp.invalid_data import protocol_errors
 from sevhop_qmp.process import QemuProcess
 
 from .in_words import in_words
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sevhop_qmp.monitor import Commands
 
 _SYS_SCHED_SETATTR, _SYS_SCHED_GETATTR = 314, 315
 _SYS_IOPRIO_SET, _SYS_IOPRIO_GET = 251, 252

@@ -15,7 +15,6 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.invalid_data import invalid
@@ -52,6 +51,8 @@ def of(thread: int) -> tuple[Program, ...]:
 
     :raises UnknownFilter: they cannot be read.
     """
+    from concurrent.futures import ThreadPoolExecutor  # takes long, and is seldom needed
+
     # The tracer is a thread: when it exits, for whatever reason, the kernel detaches it.
     with ThreadPoolExecutor(max_workers=1) as tracer:
         return tracer.submit(_read, thread).result()

@@ -24,7 +24,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from sevhop_qmp.monitor import peer_credentials
+from sevhop_qmp.peer import peer_credentials
 
 from ..keeper.config import MESSAGE
 from ..keeper.handover import HandoverProtocol

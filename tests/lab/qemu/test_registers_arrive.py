@@ -19,7 +19,7 @@ import pytest
 from sevhop.guest.inspection import SevContext
 from sevhop.keeper.handover import SourceHandles
 from sevhop.keeper.local import LocalKeeper
-from sevhop_qmp import adopt
+from sevhop_qmp import adopt_library
 
 from ..contract.sev import SevVm, contexts
 
@@ -84,7 +84,7 @@ def adopting(program: Path, source: SevVm, request: str, *, move: bool = True) -
                 program,
                 request,
                 *argv,
-                env=os.environ | adopt.environment(f"fd:{socket}"),
+                env=os.environ | adopt_library.environment(f"fd:{socket}"),
                 pass_fds=(socket, source.descriptor),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

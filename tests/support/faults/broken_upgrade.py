@@ -23,7 +23,7 @@ from sevhop.libvirt.daemon import DEFAULT_URI, DomainError
 from sevhop.libvirt.domain_monitor import DomainMonitor
 from sevhop.options import UpgradeOptions
 from sevhop_qmp.errors import CommandError, MonitorTimeout
-from sevhop_qmp.monitor import peer_credentials
+from sevhop_qmp.peer import peer_credentials
 
 from .fault import Fault, patched, run
 from .operator import Operator

@@ -1,0 +1,110 @@
+"""``sevhop hop`` probes the emulator while the rest of it is imported, if the guest's QEMU is known by then."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sevhop.cli import hop
+from sevhop.guest import preload
+from sevhop_qmp.errors import SevhopError
+from sevhop_qmp.process import QemuProcess
+
+GREETING = b'{"QMP": {"version": {}}}\r\n'
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "monitor"))
+        listener.listen()
+        yield listener
+
+
+def options(server: socket.socket, emulator: str | None = None, destination: tuple[str, ...] = ()) -> argparse.Namespace:
+    return argparse.Namespace(qmp=Path(server.getsockname()), emulator=emulator, destination=list(destination))
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The processes for which an emulator was probed, and that."""
+    calls: list[tuple[int, str]] = []
+
+    def probe_for(process: QemuProcess, path: str) -> None:
+        calls.append((process.pid, path))
+        raise SevhopError("it is not trusted")
+
+    monkeypatch.setattr(preload, "probe_for", probe_for)
+    return calls
+
+
+def greet(server: socket.socket, greeting: bytes) -> threading.Thread:
+    def serve() -> None:
+        client, _ = server.accept()
+        with client, contextlib.suppress(ConnectionResetError):
+            client.sendall(greeting)
+            client.recv(1)  # until it hangs up
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("given", "emulator"),
+    [
+        ((None, ()), os.path.realpath(sys.executable)),
+        (("/usr/bin/new", ()), "/usr/bin/new"),
+        ((None, ("/usr/bin/whole", "-machine", "q35")), "/usr/bin/whole"),
+    ],
+    ids=["its own", "named", "whole command line"],
+)
+def test_emulator_is_probed_for_the_process_that_greets(
+    given: tuple[str | None, tuple[str, ...]], emulator: str, server: socket.socket, probed: list[tuple[int, str]]
+) -> None:
+    serving = greet(server, GREETING)
+    with hop._probing(options(server, *given)) as connection:
+        assert connection is not None
+    # What fails is the check's to report, and the greeting is there for who negotiates.
+    assert probed == [(os.getpid(), emulator)]
+    assert connection.recv(64) == GREETING
+    connection.close()
+    serving.join()
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH\r\n", b'{"QM', b""], ids=["SSH", "part", "nothing"])
+def test_program_of_what_is_no_monitor_is_not_started(
+    greeting: bytes, server: socket.socket, probed: list[tuple[int, str]]
+) -> None:
+    """It would be: the emulator is the guest's own by default."""
+    serving = greet(server, greeting)
+    with hop._probing(options(server)) as connection:
+        assert connection is not None
+    assert probed == []
+    connection.close()
+    serving.join()
+
+
+def test_socket_without_listener_is_left_to_the_check(server: socket.socket, probed: list[tuple[int, str]]) -> None:
+    server.close()
+    missing = argparse.Namespace(qmp=Path("/nonexistent/monitor"), emulator=None, destination=[])
+    with hop._probing(missing) as connection:
+        assert connection is None
+    assert probed == []
+
+
+def test_little_is_imported_before_the_probe() -> None:
+    """It lasts as long as importing asyncio and the engine."""
+    script = "import sys, sevhop.cli.commands, sevhop.cli.hop; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert imported.isdisjoint({"asyncio", "qemu.qmp", "tenacity", "ssl", "sevhop.api"})
+    assert not [name for name in imported if name.startswith("sevhop.engine")]
