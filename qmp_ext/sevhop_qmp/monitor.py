@@ -121,7 +121,7 @@ class SourceMonitor(Commands, Protocol):
 
 class _Client(QMPClient):
     """
-    qemu.qmp's client, which takes an event that comes first for the greeting, or for the answer to the negotiation.
+    qemu.qmp's client, but an event that comes first is not taken for the greeting, or for the answer to the negotiation.
 
     QEMU sends events to a monitor as soon as a client is there, if the one before had negotiated; its greeting follows
     (``monitor_qmp_event`` in monitor/qmp.c).
@@ -142,6 +142,14 @@ class _Client(QMPClient):
         while self._establishing and "event" in message:
             message = await super()._recv()
         return message
+
+    # qemu.qmp's own format each message with an indent, for a debug log that nobody has asked for.
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
 
 
 class Monitor(Commands):
