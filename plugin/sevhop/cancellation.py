@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
@@ -28,3 +29,16 @@ async def wait_out(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
         except asyncio.CancelledError as err:
             cancelled = err
     return cancelled
+
+
+@contextlib.asynccontextmanager
+async def meanwhile(work: Coroutine[Any, Any, Answer]) -> AsyncIterator[asyncio.Future[Answer]]:
+    """Do some work during a context. At its end the result is there, which may be an error, for who asks for it."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield task
+    finally:
+        cancelled = await wait_out(task)
+        task.exception()
+        if cancelled is not None:
+            raise cancelled

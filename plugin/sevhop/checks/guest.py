@@ -12,14 +12,14 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from ..cancellation import wait_out
+from ..cancellation import meanwhile
 from ..disks import devices, present_disks
 from ..disks.block_graph import BlockGraph
 from ..disks.images import open_images
@@ -66,7 +66,7 @@ async def standalone(
     """
     source = process.command_line
     program = command[0] if command else emulator or path_on_disk(process.executable)
-    async with _probing(program, process) as probed:
+    async with meanwhile(asyncio.to_thread(preload.probe_for, process, program)) as probed:
         guest = await inspect(monitor, process)
         graph, result = await disks(monitor, process)
         if command:
@@ -78,19 +78,6 @@ async def standalone(
         found = await registers.examine(guest, process, monitor)
     tree = _examine(guest, process, arguments, result, found, probed.result)
     return Verdict(tree, guest, graph, arguments, found.flag)
-
-
-@contextlib.asynccontextmanager
-async def _probing(path: str, process: QemuProcess) -> AsyncIterator[asyncio.Future[emulator.Emulator]]:
-    """Meanwhile an emulator is probed. In the end the result is there, which may be an error."""
-    probed = asyncio.ensure_future(asyncio.to_thread(preload.probe_for, process, path))
-    try:
-        yield probed
-    finally:
-        cancelled = await wait_out(probed)
-        probed.exception()  # it is for who asks for the result
-        if cancelled is not None:
-            raise cancelled
 
 
 async def _with_present_disks(

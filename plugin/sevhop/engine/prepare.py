@@ -21,6 +21,7 @@ from sevhop_qmp.protected_state import ProtectedState
 from sevhop_qmp.ram_block_sync import RamBlockSync
 from sevhop_qmp.run_mark import RunMark
 
+from ..cancellation import meanwhile
 from ..disks.disk_guard import DiskGuard
 from ..errors import Refused
 from ..guest import command_line, cpu_features, inspection, plugged_vcpus, reboot, runtime_settings, vm_generation_id
@@ -36,6 +37,15 @@ from .start import DestinationUndo, Started, explaining_exit, start_destination
 from .state_transfer import StateTransfer
 from .stopped_guest import restore_oom_score_adj
 from .transaction import Transaction
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The source as it is while the destination starts. Right before the stop it is verified to be the same."""
+
+    disks: DiskGuard
+    features: cpu_features.FeatureWords
+    settings: runtime_settings.Settings
 
 
 @dataclass(frozen=True)
@@ -79,31 +89,35 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     run_mark = await _leave_run_mark(hop, checked)
     pinned = await vm_generation_id.pinned(checked.arguments.arguments, checked.monitor)
     arguments = replace(checked.arguments, arguments=pinned)
-    try:
-        started = await start_destination(hop, options, checked, acquired, arguments, run_mark)
-    except SevhopError as err:
-        if not (remote := checked.disks.remote()):
-            raise
-        raise SevhopError(
-            f"{err.message}; {remote}, whose server may take one client only",
-            err.hint or "allow a second client there for the time of the hop",
-        ) from err
-    outgoing = OutgoingState(checked.monitor, started.incoming)
-    transfer = StateTransfer(outgoing, started.incoming, options.step_timeout)
-    hop.resources.callback(transfer.close)
-    has_bitmaps = bool(checked.disks.bitmaps())
-    undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout, has_bitmaps)
-    hop.rollback.push(undo)
+    async with meanwhile(_read_source(hop, checked)) as read:
+        try:
+            started = await start_destination(hop, options, checked, acquired, arguments, run_mark)
+        except SevhopError as err:
+            if not (remote := checked.disks.remote()):
+                raise
+            raise SevhopError(
+                f"{err.message}; {remote}, whose server may take one client only",
+                err.hint or "allow a second client there for the time of the hop",
+            ) from err
+        outgoing = OutgoingState(checked.monitor, started.incoming)
+        transfer = StateTransfer(outgoing, started.incoming, options.step_timeout)
+        hop.resources.callback(transfer.close)
+        has_bitmaps = bool(checked.disks.bitmaps())
+        undo = DestinationUndo(hop, checked, started, transfer, run_mark, options.step_timeout, has_bitmaps)
+        hop.rollback.push(undo)  # before the end of this context, which may be cancelled
     async with explaining_exit(checked, started.destination):
-        theirs, roles, disks, ram = await _compare(hop, options, checked, acquired, started)
-        undo.has_bitmaps = bool(disks.graph.bitmaps())
-        settings = await _copy_settings(hop, options, checked, started)
+        source = read.result()
+        undo.has_bitmaps = bool(source.disks.graph.bitmaps())
+        theirs, roles, ram = await _compare(hop, options, checked, acquired, started, source.disks)
+        await _copy_settings(hop, options, checked, started, source)
         watchdog.watch(checked.source.pid, started.destination.process.pid)
         await hop.resources.enter_async_context(outgoing)
         identity = acquired.launch_context.credentials
         await outgoing.arm(identity.uid, identity.gid)
         flag = protected_state.open_flag(hop, checked.source, checked.flag)
-    return Prepared(started, arguments, run_mark, theirs, disks, ram, settings, roles, transfer, undo, flag)
+    return Prepared(
+        started, arguments, run_mark, theirs, source.disks, ram, source.settings, roles, transfer, undo, flag
+    )
 
 
 async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:
@@ -121,9 +135,16 @@ async def _leave_run_mark(hop: Transaction, checked: Checked) -> RunMark:
     return run_mark
 
 
+async def _read_source(hop: Transaction, checked: Checked) -> _Source:
+    disks = await DiskGuard.open(checked.monitor, checked.source)
+    hop.resources.callback(disks.close)
+    features = await cpu_features.feature_words(checked.monitor)
+    return _Source(disks, features, await runtime_settings.read(checked.monitor, checked.source))
+
+
 async def _compare(
-    hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, started: Started
-) -> tuple[inspection.Guest, tuple[scheduling.Roles, scheduling.Roles], DiskGuard, RamBlockSync]:
+    hop: Transaction, options: HopOptions, checked: Checked, acquired: Acquired, started: Started, disks: DiskGuard
+) -> tuple[inspection.Guest, tuple[scheduling.Roles, scheduling.Roles], RamBlockSync]:
     """Verify that the destination is the same machine, on the same memory, and sync its private RAM blocks."""
     destination = started.destination
     theirs = await inspection.inspect(destination.monitor, destination.process)
@@ -133,8 +154,6 @@ async def _compare(
             hint += f" after --, and for what was plugged since its start: {' '.join(vcpus)}"
         raise Refused("; ".join(found), hint)
     roles = await _compare_processes(hop, checked, destination, acquired.launch_context)
-    disks = await DiskGuard.open(checked.monitor, checked.source)
-    hop.resources.callback(disks.close)
     # A command line given by the caller, or by libvirt, may name block nodes differently.
     names = not (options.command or checked.transit)
     found = await disks.differences(destination.monitor, destination.process, names=names)
@@ -144,7 +163,7 @@ async def _compare(
     pairs = ram_blocks.private_pairs(checked.guest.blocks, theirs.blocks, encrypted=encrypted)
     ram = RamBlockSync(checked.source, destination.process, pairs)
     await asyncio.to_thread(ram.sync)
-    return theirs, roles, disks, ram
+    return theirs, roles, ram
 
 
 async def _compare_processes(
@@ -172,16 +191,15 @@ async def _compare_processes(
 
 
 async def _copy_settings(
-    hop: Transaction, options: HopOptions, checked: Checked, started: Started
-) -> runtime_settings.Settings:
+    hop: Transaction, options: HopOptions, checked: Checked, started: Started, now: _Source
+) -> None:
     """Set in the destination what was set in the source since its start; refuse the hop where that is not possible."""
     source, destination = checked.monitor, started.destination.monitor
-    lost, gained = await cpu_features.compare(source, await cpu_features.feature_words(source), destination)
+    lost, gained = await cpu_features.compare(source, now.features, destination)
     if lost:
         raise Refused(lost, "choose another version of QEMU, or one with these features")
-    settings = await runtime_settings.read(source, checked.source)
     theirs = await runtime_settings.read(destination, started.destination.process)
-    wanted = reboot.settings_after_hop(checked.guest, settings)
+    wanted = reboot.settings_after_hop(checked.guest, now.settings)
     if checked.transit:
         wanted = wanted.without_clients()
     found = runtime_settings.differences(wanted, theirs)
@@ -190,4 +208,3 @@ async def _copy_settings(
     notes = await runtime_settings.carry_over(wanted, theirs, destination)
     for note in filter(None, [gained, *found, *notes]):
         hop.note(note)
-    return settings
