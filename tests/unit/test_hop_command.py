@@ -29,7 +29,9 @@ def server(tmp_path: Path) -> Iterator[socket.socket]:
         yield listener
 
 
-def options(server: socket.socket, emulator: str | None = None, destination: tuple[str, ...] = ()) -> argparse.Namespace:
+def options(
+    server: socket.socket, emulator: str | None = None, destination: tuple[str, ...] = ()
+) -> argparse.Namespace:
     return argparse.Namespace(qmp=Path(server.getsockname()), emulator=emulator, destination=list(destination))
 
 
