@@ -15,7 +15,7 @@ from typing import Any
 from tests.support.guests.daemon import Daemon, DomainGuest
 from tests.support.guests.running import GuestFailed, wait_until
 
-_PATIENCE = 120
+_PATIENCE = 600
 _PROGRAM = Path(__file__).with_name("halting.py")
 
 
