@@ -8,8 +8,7 @@ destination refuses (with its reason), :class:`~sevhop_qmp.errors.MonitorError` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .invalid_data import protocol_errors
 from .monitor import Commands, Monitor
@@ -18,8 +17,7 @@ from .monitor import Commands, Monitor
 _REBOOT_MARK = "sevhop-reboot-mark"
 
 
-@dataclass(frozen=True)
-class AdoptedRam:
+class AdoptedRam(NamedTuple):
     """
     What ``x-sev-adopt-ram`` has mapped.
 
@@ -31,8 +29,7 @@ class AdoptedRam:
     size: int
 
 
-@dataclass(frozen=True)
-class MoveResult:
+class MoveResult(NamedTuple):
     """
     The result of a move.
 
@@ -50,8 +47,7 @@ class MoveResult:
     restore_errno: int
 
 
-@dataclass(frozen=True)
-class Announcement:
+class Announcement(NamedTuple):
     """
     The result of an announcement.
 
@@ -70,8 +66,7 @@ class DescriptorSender(Commands, Protocol):
         """See :meth:`sevhop_qmp.monitor.Monitor.send_fd`."""
 
 
-@dataclass(frozen=True)
-class AdoptedMemfd:
+class AdoptedMemfd(NamedTuple):
     """A memfd of the source that the destination uses: its name, size in bytes, and inode."""
 
     name: str
@@ -79,8 +74,7 @@ class AdoptedMemfd:
     inode: int
 
 
-@dataclass(frozen=True)
-class AdoptStatus:
+class AdoptStatus(NamedTuple):
     """
     What a destination has adopted so far.
 

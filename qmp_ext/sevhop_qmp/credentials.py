@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _CAP_IPC_LOCK = 14
 #: What :meth:`Credentials.may` tests: the letters of test(1), and the modes of access(2).
 _ACCESS = {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK, "e": os.F_OK}
 
 
-@dataclass(frozen=True)
-class Credentials:
+class Credentials(NamedTuple):
     """What the process runs as. ``capabilities`` is the effective set, as a bit mask."""
 
     uid: int

@@ -9,16 +9,15 @@ reached the kernel answers EBUSY, like for a migration in progress, although wai
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 #: What the controller counts for SEV guests.
 RESOURCES = ("sev", "sev_es")
 
 
-@dataclass(frozen=True)
-class FullCgroup:
+class FullCgroup(NamedTuple):
     """A cgroup whose share of SEV ASIDs is used up. ``path`` is relative to the cgroup root."""
 
     path: str

@@ -121,7 +121,8 @@ class SourceMonitor(Commands, Protocol):
 
 class _Client(QMPClient):
     """
-    qemu.qmp's client, but an event that comes first is not taken for the greeting, or for the answer to the negotiation.
+    qemu.qmp's client, but an event that comes first is not taken for the greeting, or for the answer to the
+    negotiation.
 
     QEMU sends events to a monitor as soon as a client is there, if the one before had negotiated; its greeting follows
     (``monitor_qmp_event`` in monitor/qmp.c).

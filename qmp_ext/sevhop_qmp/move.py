@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import tenacity
 
@@ -29,8 +30,7 @@ log = logging.getLogger(__name__)
 FD_NAME = "sevhop-source-vm"
 
 
-@dataclass(frozen=True)
-class MoveErrno:
+class MoveErrno(NamedTuple):
     """
     What one errno of the move means.
 

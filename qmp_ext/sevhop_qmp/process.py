@@ -15,8 +15,8 @@ import os
 import re
 import resource
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from .credentials import Credentials
 from .errors import ProcessError
@@ -51,16 +51,14 @@ _LIMITS: Mapping[str, int] = {
 }
 
 
-@dataclass(frozen=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """An open descriptor of another process: its number there, and the target of its link in /proc."""
 
     number: int
     target: str
 
 
-@dataclass(frozen=True)
-class MemoryMapping:
+class MemoryMapping(NamedTuple):
     """One line of ``/proc/PID/maps``; addresses in bytes, ``end`` exclusive. ``inode`` is 0 for anonymous memory."""
 
     start: int

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
 
 from .errors import RamError
 from .process import MemoryMapping, QemuProcess
@@ -41,7 +40,7 @@ def locate(rows: list[Row], process: QemuProcess) -> list[Row]:
             for block in _candidates(mem, heap, os.fsencode(rows[0].name) + b"\0"):
                 hosts = _hosts(mem, block, rows)
                 if hosts is not None:
-                    return [replace(row, host=host) for row, host in zip(rows, hosts, strict=True)]
+                    return [row._replace(host=host) for row, host in zip(rows, hosts, strict=True)]
     raise RamError(f"cannot find RAM block {rows[0].name} and those after it in QEMU's memory", UNKNOWN_HINT)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import RamError
 from .process import QemuProcess
@@ -18,8 +18,7 @@ from .ram_blocks import RamBlock
 CHUNK = 64 * 1024
 
 
-@dataclass(frozen=True)
-class RamBlockCopy:
+class RamBlockCopy(NamedTuple):
     """A copy of a block: (offset, content) of each part that has pages. The rest is zero."""
 
     block: RamBlock

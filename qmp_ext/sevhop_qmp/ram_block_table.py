@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import RamError
 
@@ -10,8 +10,7 @@ from .errors import RamError
 UNKNOWN_HINT = "report this, with QEMU's version and the output of its HMP command info ramblock"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of ``info ramblock``."""
 
     name: str

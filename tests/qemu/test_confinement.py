@@ -111,7 +111,7 @@ def test_destination_is_confined_as_the_source_is(
 
 def _but_soft_files(found: Confinement) -> dict[str, object]:
     limits = [(number, hard if number == 7 else soft, hard) for number, soft, hard in found.limits]
-    return {**vars(found), "limits": limits}
+    return found._asdict() | {"limits": limits}
 
 
 def test_threads_are_scheduled_as_those_of_the_source_are(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def could_be_reset(guest: Guest) -> bool:
                 found = await inspect(monitor, process)
             finally:
                 process.close()
-        return not reboot.stops(dataclasses.replace(found, context=SevContext("sev")))
+        return not reboot.stops(found._replace(context=SevContext("sev")))
 
     return asyncio.run(examine())
 

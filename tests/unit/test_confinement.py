@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ def own() -> Confinement:
 
 
 def test_confinement_of_a_copy_does_not_differ(own: Confinement) -> None:
-    assert differences(own, replace(own)) == []
+    assert differences(own, own._replace()) == []
 
 
 @pytest.mark.parametrize(
@@ -44,13 +43,13 @@ def test_confinement_of_a_copy_does_not_differ(own: Confinement) -> None:
     ],
 )
 def test_difference_is_reported_for_each_attribute(own: Confinement, changed: dict[str, object], reported: str) -> None:
-    (found,) = differences(own, replace(own, **changed))  # type: ignore[arg-type]
+    (found,) = differences(own, own._replace(**changed))  # type: ignore[arg-type]
     assert found.startswith(reported)
 
 
 def limited(own: Confinement, number: int, soft: int, hard: int) -> Confinement:
     limits = tuple((one, soft, hard) if one == number else (one, *rest) for one, *rest in own.limits)
-    return replace(own, limits=limits)  # type: ignore[arg-type]
+    return own._replace(limits=limits)  # type: ignore[arg-type]
 
 
 def test_limits_are_compared_but_for_what_a_newer_qemu_raises(own: Confinement) -> None:
@@ -79,18 +78,18 @@ def test_sandbox_is_found_in_a_command_line(line: str, expected: bool) -> None:
 
 
 def test_capabilities_other_than_the_users_are_refused(own: Confinement) -> None:
-    user = replace(own, uids=(7, 7, 7), permitted=0, effective=0, ambient=0, filters=own.filters)
+    user = own._replace(uids=(7, 7, 7), permitted=0, effective=0, ambient=0, filters=own.filters)
     assert reason_against(user, [], {}) == ""
     assert "0x1000, but a QEMU that is started by its user gets 0x0" in reason_against(
-        replace(user, permitted=0x1000), [], {}
+        user._replace(permitted=0x1000), [], {}
     )
-    root = replace(own, uids=(0, 0, 0), permitted=0, effective=0, inheritable=0, bounding=0x3000)
+    root = own._replace(uids=(0, 0, 0), permitted=0, effective=0, inheritable=0, bounding=0x3000)
     assert "it has changed them itself" in reason_against(root, [], {})
 
 
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "QEMU_MODULE_DIR", "GCONV_PATH"])
 def test_code_that_somebody_else_can_write_is_refused(own: Confinement, name: str, tmp_path: Path) -> None:
-    user = replace(own, uids=(7, 7, 7), permitted=0, effective=0, ambient=0)
+    user = own._replace(uids=(7, 7, 7), permitted=0, effective=0, ambient=0)
     (tmp_path / "mine.so").touch()
     assert reason_against(user, [], {name: f"/lib/none.so:{tmp_path}/mine.so"}) == ""
     tmp_path.chmod(0o777)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 from sevhop.process import confinement
@@ -32,7 +31,7 @@ def test_value_is_written_as_an_administrator_writes_it(value: object, text: str
 
 def test_affinity_of_another_thread_is_listed() -> None:
     mine = Thread.of(os.getpid())
-    (found,) = replace(mine, affinity=frozenset({0, 2})).differences(replace(mine, affinity=frozenset({1})))
+    (found,) = mine._replace(affinity=frozenset({0, 2})).differences(mine._replace(affinity=frozenset({1})))
     assert found == "affinity is 1 in the new QEMU, 0, 2 in the old one"
 
 
@@ -42,5 +41,5 @@ def test_difference_of_users_is_listed() -> None:
         own = Confinement.of(process)
     finally:
         process.close()
-    (found,) = confinement.differences(replace(own, uids=(1, 2, 3)), replace(own, uids=(4, 5, 6)))
+    (found,) = confinement.differences(own._replace(uids=(1, 2, 3)), own._replace(uids=(4, 5, 6)))
     assert found == "user is 4, 5, 6 in the new QEMU, 1, 2, 3 in the old one"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,10 +56,10 @@ def test_launch_changes_nothing_for_the_same_identity(own: Identity) -> None:
 @pytest.mark.parametrize("ambient", [0, 1 << 12])
 def test_user_and_its_capabilities_are_applied(own: Identity, ambient: int) -> None:
     three = (NOBODY, NOBODY, NOBODY)
-    confined = replace(
-        own.confinement, uids=three, gids=three, groups=(7,), inheritable=ambient, ambient=ambient, bounding=0x3000
+    confined = own.confinement._replace(
+        uids=three, gids=three, groups=(7,), inheritable=ambient, ambient=ambient, bounding=0x3000
     )
-    code, out, err = run(replace(own, confinement=replace(confined, no_new_privs=True)), *STATUS)
+    code, out, err = run(own._replace(confinement=confined._replace(no_new_privs=True)), *STATUS)
     assert (code, err) == (0, "")
     found = facts(out)
     assert found["Uid"].split() == [str(NOBODY)] * 4
@@ -71,7 +70,7 @@ def test_user_and_its_capabilities_are_applied(own: Identity, ambient: int) -> N
 
 
 def test_root_gets_no_capabilities_beyond_its_bounding_set(own: Identity) -> None:
-    code, out, _ = run(replace(own, confinement=replace(own.confinement, bounding=0)), *STATUS)
+    code, out, _ = run(own._replace(confinement=own.confinement._replace(bounding=0)), *STATUS)
     assert code == 0
     assert {facts(out)[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {"0" * 16}
 
@@ -92,7 +91,7 @@ def test_library_in_the_environment_is_not_loaded_while_it_is_root(own: Identity
     command = ["cc", "-include", "stdio.h", "-shared", "-fPIC", "-o", str(open_directory / "evil.so"), str(source)]
     subprocess.run(command, check=True)
     three = (NOBODY, NOBODY, NOBODY)
-    other = replace(own, confinement=replace(own.confinement, uids=three, gids=three, groups=()))
+    other = own._replace(confinement=own.confinement._replace(uids=three, gids=three, groups=()))
     with spawn(STATUS, {"LD_PRELOAD": str(open_directory / "evil.so")}, other) as child:
         assert child.wait(30) == 0
     assert set((open_directory / "log").read_text().split()) == {str(NOBODY)}
@@ -103,8 +102,8 @@ def test_limits_and_scheduling_are_applied(own: Identity) -> None:
         (number, 4096, 8192) if number == resource.RLIMIT_FSIZE else (number, soft, hard)
         for number, soft, hard in own.confinement.limits
     )
-    scheduling = replace(own.scheduling, nice=7, affinity=frozenset({0}), io_priority=0x4003)
-    identity = Identity(replace(own.confinement, limits=limits), scheduling)
+    scheduling = own.scheduling._replace(nice=7, affinity=frozenset({0}), io_priority=0x4003)
+    identity = Identity(own.confinement._replace(limits=limits), scheduling)
     script = "ulimit -f; nice; taskset -cp $$; ionice -p $$; cat /proc/self/oom_score_adj"
     code, out, err = run(identity, "/bin/sh", "-c", script)
     assert (code, err) == (0, "")
@@ -144,7 +143,7 @@ def test_process_does_not_start_if_a_step_fails(own: Identity, changed: dict[str
 
 def test_process_does_not_start_with_a_limit_above_our_own(own: Identity) -> None:
     limits = ((resource.RLIMIT_NOFILE, 1 << 40, 1 << 40),)
-    code, _, err = run(replace(own, confinement=replace(own.confinement, limits=limits)), "/bin/true")
+    code, _, err = run(own._replace(confinement=own.confinement._replace(limits=limits)), "/bin/true")
     assert code == 1
     assert "sevhop: cannot apply the resource limits of the old QEMU to the new one: " in err
 

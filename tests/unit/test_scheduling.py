@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def processes() -> Iterator[tuple[int, int]]:
 )
 def test_thread_gets_the_scheduling_of_another(processes: tuple[int, int], changed: dict[str, object]) -> None:
     one, other = processes
-    wanted = replace(Thread.of(one), **changed)  # type: ignore[arg-type]
+    wanted = Thread.of(one)._replace(**changed)  # type: ignore[arg-type]
     wanted.apply(one)
     assert wanted.differences(Thread.of(one)) == []
     assert hand_over(Roles({"first thread": one}, ()), Roles({"first thread": other}, ())) == []

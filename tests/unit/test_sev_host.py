@@ -144,7 +144,7 @@ def test_kvm_amd_fails_without_sev(host: Host, value: str | None) -> None:
 
 
 def test_module_parameter_depends_on_the_sev_generation(host: Host) -> None:
-    host.guest = dataclasses.replace(host.guest, context=SevContext("sev-es"))
+    host.guest = host.guest._replace(context=SevContext("sev-es"))
     assert host.found("kvm_amd").status is Status.FAIL
     host.write("sys/module/kvm_amd/parameters/sev_es", "Y\n")
     assert host.found("kvm_amd").status is Status.PASS
@@ -167,7 +167,7 @@ def test_device_fails_if_the_user_may_not_open_it(open_directory: Path) -> None:
 
 
 def test_vm_type_fails_of_kvm_sev_init2(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    host.guest = dataclasses.replace(host.guest, context=dataclasses.replace(CONTEXT, typed=True))
+    host.guest = host.guest._replace(context=dataclasses.replace(CONTEXT, typed=True))
     result = host.found("VM type")
     assert result.status is Status.FAIL, "where KVM does not answer, QEMU is trusted"
     assert "legacy-vm-type=on" in result.hint

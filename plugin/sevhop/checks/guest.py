@@ -13,7 +13,8 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
@@ -39,8 +40,7 @@ _SEV_BLOCKER = re.compile(r"^SEV(-SNP)?: Migration is not implemented")
 _SERVICE = re.compile(r"\.service(/|$)")
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """
     The outcome of a check: the tree, the guest and its disks as they were found, and the destination's command line.
 

@@ -15,8 +15,8 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from sevhop_qmp import adopt_library, exported
 from sevhop_qmp.errors import SevhopError
@@ -50,8 +50,7 @@ _COMMANDS = b'{"execute": "qmp_capabilities"} {"execute": "x-sev-adopt-status"} 
 _offsets: dict[str, int] = {}
 
 
-@dataclass(frozen=True)
-class Registers:
+class Registers(NamedTuple):
     """
     What was found.
 
@@ -166,7 +165,7 @@ def _run(process: QemuProcess, command: Sequence[str], keeper: str, keep: Sequen
                 stdin=pipe, stdout=pipe, stderr=pipe,
             )  # fmt: skip
         else:
-            confinement = replace(Confinement.of(process), label="", cgroups=())
+            confinement = Confinement.of(process)._replace(label="", cgroups=())
             identity = Identity(confinement, Thread.of(process.pid))
             environment = launch.inheritable(process.environment)
             environment |= adopt_library.environment(keeper, inherited=environment)

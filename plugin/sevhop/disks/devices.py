@@ -6,8 +6,7 @@ arguments of ``-device`` (:func:`plugged`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sevhop_qmp.errors import CommandError
 from sevhop_qmp.invalid_data import protocol_errors
@@ -27,8 +26,7 @@ PERIPHERAL = "/machine/peripheral"
 ANONYMOUS = "/machine/peripheral-anon"
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """
     A device of the guest that was created by an option, or plugged.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sevhop_qmp.errors import MonitorError, ProcessError, RamError, SevhopError
 from sevhop_qmp.monitor import Monitor, SourceMonitor
@@ -28,8 +28,7 @@ from .stopped_guest import verify_alive
 from .transaction import Transaction
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """
     A guest that can hop. See :func:`check`.
 
@@ -71,8 +70,7 @@ class Checked:
         return self.was_running and not self.has_context and not self.disks.bitmaps()
 
 
-@dataclass(frozen=True)
-class Acquired:
+class Acquired(NamedTuple):
     """
     What was taken from the source without changing it. See :func:`acquire`.
 

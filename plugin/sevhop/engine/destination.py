@@ -17,9 +17,8 @@ import signal
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 from sevhop_qmp import adopt_library, selinux
 from sevhop_qmp.credentials import Credentials
@@ -47,8 +46,7 @@ _JUST_ENDED = 0.2
 MONITOR = "monitor"
 
 
-@dataclass(frozen=True)
-class LaunchContext:
+class LaunchContext(NamedTuple):
     """
     The environment of the source, for the destination: read early, because the source may have exited by then.
 
@@ -327,8 +325,8 @@ def _spawn(
     own = launch_context.cgroups is not None
     cgroups = () if own else identity.confinement.cgroups_to_join()
     if launch_context.profile is not None:
-        confinement = replace(identity.confinement, label=str(launch_context.profile.label))
-        identity = replace(identity, confinement=confinement)
+        confinement = identity.confinement._replace(label=str(launch_context.profile.label))
+        identity = identity._replace(confinement=confinement)
     return launch.spawn(
         command,
         environment,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.device_state import OutgoingState
@@ -39,8 +40,7 @@ from .stopped_guest import restore_oom_score_adj
 from .transaction import Transaction
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """The source as it is while the destination starts. Right before the stop it is verified to be the same."""
 
     disks: DiskGuard
@@ -48,8 +48,7 @@ class _Source:
     settings: runtime_settings.Settings
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """
     All that is needed to stop the guest. See :func:`prepare`.
 
@@ -174,9 +173,9 @@ async def _compare_processes(
     ours = await scheduling.Roles.of(checked.monitor, checked.source)
     if (cgroups := launch_context.cgroups) is not None:
         moved = tuple((controllers, cgroups.moved(controllers, path)) for controllers, path in confined.cgroups)
-        confined, ours = replace(confined, cgroups=moved), replace(ours, moved=cgroups.moved)
+        confined, ours = confined._replace(cgroups=moved), ours._replace(moved=cgroups.moved)
     if (profile := launch_context.profile) is not None and confined.label == str(profile.original):
-        confined = replace(confined, label=str(profile.label))
+        confined = confined._replace(label=str(profile.label))
     found = confinement.differences(confined, Confinement.of(destination.process))
     theirs = await scheduling.Roles.of(destination.monitor, destination.process)
     found += scheduling.hand_over(ours, theirs)

@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sevhop_qmp import device_state
 from sevhop_qmp.device_state import IncomingState
@@ -52,8 +52,7 @@ class StartNotice(Protocol):
         """See :meth:`sevhop.keeper.local.LocalKeeper.revoke_start`."""
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """
     A destination that waits for the device state. See :func:`start_destination`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sevhop_qmp.errors import MonitorClosed, SevhopError, StateError
 from sevhop_qmp.monitor import Commands
@@ -29,8 +29,7 @@ from .stopped_guest import LOCKED_HINT, halt, resume_guest, verify_stopped
 from .transaction import Transaction
 
 
-@dataclass(frozen=True)
-class Stopped:
+class Stopped(NamedTuple):
     """
     The guest does not run. See :func:`stop`.
 

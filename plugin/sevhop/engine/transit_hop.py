@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sevhop_qmp import adopt
@@ -194,7 +194,7 @@ class TransitHop(HopPhases):
         except OSError as err:
             raise ProcessError(f"process {source.pid} has exited") from err
         self.record(oom_score_adj=score)
-        return Acquired(handles, replace(launch_context, profile=profile), GuestPaths([]), score)
+        return Acquired(handles, launch_context._replace(profile=profile), GuestPaths([]), score)
 
     def _launch_context(self, source: QemuProcess) -> LaunchContext:
         context = LaunchContext.of(source)
@@ -207,8 +207,7 @@ class TransitHop(HopPhases):
         namespaces = namespaces_to_enter(source)
         for namespace in namespaces:
             self.resources.callback(os.close, namespace)
-        return replace(
-            context,
+        return context._replace(
             environment=launch.inheritable(self._environment),
             namespaces=namespaces,
             cgroups=self._cgroups(source),

@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 #: Id of the monitor that sevhop adds to a destination.
 PRIVATE_MONITOR = "sevhop-monitor"
@@ -56,8 +57,7 @@ _PIDFILE_SUFFIX = re.compile(r"\.hop-[0-9a-f]{8}$")
 _MACHINE = ("machine", "M")
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One option: its name without dashes (empty for a bare disk image), and its argument if it takes one."""
 
     name: str

@@ -14,9 +14,8 @@ import pwd
 import stat
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sevhop_qmp.errors import SevhopError
 
@@ -40,8 +39,7 @@ FileIdentity = tuple[str, int, int, int, int]
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
-@dataclass(frozen=True)
-class Emulator:
+class Emulator(NamedTuple):
     """
     A QEMU binary.
 

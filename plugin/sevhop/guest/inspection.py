@@ -11,7 +11,7 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sevhop_qmp import ram_blocks
 from sevhop_qmp.errors import CommandError, SevhopError
@@ -31,8 +31,7 @@ _USER_NETWORK = re.compile(r": index=0,type=user,")
 ENCRYPTED_BLOCKS = frozenset({"pc.bios", "system.flash0"})
 
 
-@dataclass(frozen=True)
-class MemoryBackend:
+class MemoryBackend(NamedTuple):
     """One memory backend object: its QOM type (``memory-backend-memfd``), bytes, and whether it is shared."""
 
     name: str
@@ -61,8 +60,7 @@ class SevContext:
     typed: bool = False
 
 
-@dataclass(frozen=True)
-class Guest:
+class Guest(NamedTuple):
     """
     A guest as its QEMU describes it.
 

@@ -15,7 +15,6 @@ import functools
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from sevhop_qmp import adopt_library
@@ -101,7 +100,7 @@ def probe(path: str, identity: Identity, environment: Mapping[str, str]) -> Emul
     file = emulator.trusted(path)
     library = adopt_library.path()
     # Not in the guest's cgroups, which may have no room for it; and without its label, which is for this guest alone.
-    outside = replace(identity, confinement=replace(identity.confinement, label="", cgroups=()))
+    outside = identity._replace(confinement=identity.confinement._replace(label="", cgroups=()))
     environment = {**environment, **adopt_library.preloading(environment)}
     state = library.stat()
     who = identity.confinement

@@ -25,7 +25,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from sevhop_qmp.errors import CommandError
 from sevhop_qmp.exported import read_ints
@@ -258,8 +258,7 @@ def _displays(rows: list[dict[str, Any]]) -> dict[str, tuple[str, list[str]]]:
 # -- the destination -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """One thing to be set: its name in messages, and the command."""
 
     what: str

@@ -22,9 +22,8 @@ import secrets
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from sevhop_qmp import selinux
 from sevhop_qmp.errors import SevhopError
@@ -47,8 +46,7 @@ _UNUSED_TIMEOUT = 2.0
 _POLL = 0.01
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """
     The profile that confines a process.
 
@@ -69,8 +67,7 @@ def label(confinement: str) -> Label | None:
     return Label(found["profile"], found["mode"]) if found else None
 
 
-@dataclass(frozen=True)
-class ProfileCopy:
+class ProfileCopy(NamedTuple):
     """
     A copy of a domain's profile. :meth:`load` it before its QEMU is started, :meth:`remove` it when that has exited.
 

@@ -12,9 +12,8 @@ Not visible from outside, so not compared: securebits, and keepcaps, which execv
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from sevhop_qmp.errors import ProcessError
 from sevhop_qmp.invalid_data import invalid
@@ -51,8 +50,7 @@ _LIMIT_NAMES = {getattr(resource, name): name for name in reversed(dir(resource)
 _HEXADECIMAL = ("inheritable", "permitted", "effective", "bounding", "ambient", "personality")
 
 
-@dataclass(frozen=True)
-class Confinement:
+class Confinement(NamedTuple):
     """
     What the kernel reports of a process.
 
@@ -133,17 +131,17 @@ class Confinement:
 def differences(source: Confinement, destination: Confinement) -> list[str]:
     """How the confinement of the destination differs from the source's; empty when it does not."""
     found = []
-    for one in fields(Confinement):
-        ours, theirs = getattr(source, one.name), getattr(destination, one.name)
-        if one.name == "limits":
+    for name in Confinement._fields:
+        ours, theirs = getattr(source, name), getattr(destination, name)
+        if name == "limits":
             ours, theirs = _limits(ours), _limits(theirs)
         if ours == theirs:
             continue
-        if one.name in ("limits", "cgroups"):
+        if name in ("limits", "cgroups"):
             ours, theirs = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-        if one.name in _HEXADECIMAL:
+        if name in _HEXADECIMAL:
             ours, theirs = f"{ours:#x}", f"{theirs:#x}"
-        found.append(f"{_LABELS[one.name]} is {in_words(theirs)} in the new QEMU, {in_words(ours)} in the old one")
+        found.append(f"{_LABELS[name]} is {in_words(theirs)} in the new QEMU, {in_words(ours)} in the old one")
     return found
 
 

@@ -14,9 +14,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from sevhop_qmp import adopt_library
 
@@ -28,8 +27,7 @@ _PROGRAM = Path(__file__).with_name("launcher.py")
 FIRST_TO_DIE = 1000
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """
     What is applied to a new QEMU.
 

@@ -15,9 +15,8 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
@@ -49,8 +48,7 @@ _POLL = 0.01
 _EMPTY_TIMEOUT = 2.0
 
 
-@dataclass(frozen=True)
-class _Hierarchy:
+class _Hierarchy(NamedTuple):
     """
     One hierarchy.
 

@@ -13,9 +13,8 @@ import ctypes
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from sevhop_qmp.errors import ProcessError, SevhopError
 from sevhop_qmp.invalid_data import protocol_errors
@@ -42,8 +41,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-@dataclass(frozen=True)
-class Thread:
+class Thread(NamedTuple):
     """
     Scheduling of one thread.
 
@@ -111,20 +109,19 @@ class Thread:
     def differences(self, other: Self) -> list[str]:
         """How the scheduling of another thread, of a destination, differs."""
         found = []
-        for one in fields(self):
-            ours, theirs = getattr(self, one.name), getattr(other, one.name)
-            if one.name == "policy":
+        for name in self._fields:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if name == "policy":
                 ours, theirs = _POLICIES.get(ours, ours), _POLICIES.get(theirs, theirs)
-            if one.name == "affinity":
+            if name == "affinity":
                 ours, theirs = sorted(ours), sorted(theirs)
-            if ours != theirs and not (one.name == "timer_slack" and "" in (ours, theirs)):
-                what = one.name.replace("_", " ")
+            if ours != theirs and not (name == "timer_slack" and "" in (ours, theirs)):
+                what = name.replace("_", " ")
                 found.append(f"{what} is {in_words(theirs)} in the new QEMU, {in_words(ours)} in the old one")
         return found
 
 
-@dataclass(frozen=True)
-class Roles:
+class Roles(NamedTuple):
     """
     The roles of the threads of a QEMU.
 
