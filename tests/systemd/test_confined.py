@@ -46,8 +46,7 @@ def test_confined_transit_is_in_its_own_scope(confined: Host, guest: DomainGuest
     """It outlives the unit of the command, by a copy of the profile."""
     image = prepare(confined, guest)
     guest.wait_for_ticks()
-    (label,) = apparmor.copies(apparmor.profile_of(guest))
-    (transit,) = apparmor.confined_by(label)
+    (transit,) = apparmor.confined_by(apparmor.copy(apparmor.profile_of(guest)))
     (scope,) = confined.units("sevhop-transit-*")
     assert confined.release.processes_of(scope) == [transit]
     complete(confined, guest, image)
@@ -63,7 +62,7 @@ def test_timer_recovers_a_confined_domain(confined: Host, guest: DomainGuest) ->
         checkpoint.wait()
         confined.must("kill", "--signal=KILL", "sevhop-upgrade.service")
         guest.wait_for_ticks()
-        assert len(apparmor.copies(profile)) == 1
+        assert apparmor.confined_by(apparmor.copy(profile))
     confined.wait_until_recovered()
     assert guest.state == "running"
     assert_confined(confined, guest)

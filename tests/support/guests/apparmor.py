@@ -27,8 +27,19 @@ def label(profile: str) -> str:
 
 
 def copies(profile: str) -> list[str]:
-    """Label of each copy of a domain's profile that the kernel has."""
+    """Label of each copy of a domain's profile that the kernel has, and of what is in it."""
     return [line for line in LOADED.read_text().splitlines() if line.startswith(f"{profile}-")]
+
+
+def copy(profile: str) -> str:
+    """
+    Label of the only copy of a domain's profile.
+
+    :raises ValueError: there is none, or another one.
+    """
+    # Since libvirt 11 a domain's profile has one of its own in it, for passt.
+    (label,) = (line for line in copies(profile) if "//" not in line)
+    return label
 
 
 def confined_by(label: str) -> list[int]:
