@@ -30,7 +30,7 @@ from ..guest import emulator
 from ..guest.inspection import Guest, SevContext
 from ..keeper.handover import SourceHandles
 from ..keeper.local import LocalKeeper
-from ..process import launch
+from ..process import dialogue, launch
 from ..process.confinement import Confinement
 from ..process.launch import Identity
 from ..process.namespaces import within_namespaces_of
@@ -155,30 +155,36 @@ async def _guest_options(context: SevContext, monitor: Commands) -> list[str]:
 
 def _run(process: QemuProcess, command: Sequence[str], keeper: str, keep: Sequence[int]) -> tuple[bytes, bytes]:
     """Run it as the source's user, with the devices that this one has."""
-    pipe = subprocess.PIPE
     try:
-        if process.namespace("mnt") != os.readlink("/proc/self/ns/mnt"):
-            child = subprocess.Popen(
-                [*within_namespaces_of(process), *command],
-                # Nothing of the source's, which QEMU can change: root executes what enters the namespaces.
-                cwd="/", env={"PATH": os.defpath, **adopt_library.environment(keeper)}, pass_fds=keep,
-                stdin=pipe, stdout=pipe, stderr=pipe,
-            )  # fmt: skip
-        else:
-            confinement = Confinement.of(process)._replace(label="", cgroups=())
-            identity = Identity(confinement, Thread.of(process.pid))
-            environment = launch.inheritable(process.environment)
-            environment |= adopt_library.environment(keeper, inherited=environment)
-            child = launch.spawn(command, environment, identity, keep=keep, stdin=pipe, stdout=pipe, stderr=pipe)
-        with child:
+        with dialogue.questions(_COMMANDS) as stdin, _start(process, command, keeper, keep, stdin) as child:
             try:
-                return child.communicate(_COMMANDS, timeout=emulator.PATIENCE)
+                return dialogue.answers(child, emulator.PATIENCE)
             finally:
                 child.kill()
     except subprocess.TimeoutExpired as err:
         raise SevhopError(f"no answer from its program within {emulator.PATIENCE:g} s", "try again") from err
     except (OSError, subprocess.SubprocessError) as err:
         raise SevhopError(f"cannot start its program: {getattr(err, 'strerror', None) or err}") from err
+
+
+def _start(
+    process: QemuProcess, command: Sequence[str], keeper: str, keep: Sequence[int], stdin: int
+) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    if process.namespace("mnt") != os.readlink("/proc/self/ns/mnt"):
+        return subprocess.Popen(
+            [*within_namespaces_of(process), *command],
+            # Nothing of the source's, which QEMU can change: root executes what enters the namespaces.
+            cwd="/", env={"PATH": os.defpath, **adopt_library.environment(keeper)}, pass_fds=keep,
+            stdin=stdin, stdout=pipe, stderr=pipe,
+        )  # fmt: skip
+    confinement = Confinement.of(process)._replace(label="", cgroups=())
+    identity = Identity(confinement, Thread.of(process.pid))
+    environment = launch.inheritable(process.environment)
+    environment |= adopt_library.environment(keeper, inherited=environment)
+    return launch.spawn(
+        command, environment, identity, keep=keep, ends_with_us=True, stdin=stdin, stdout=pipe, stderr=pipe
+    )
 
 
 def _parse(output: bytes, errors: bytes) -> int:

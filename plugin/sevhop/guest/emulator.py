@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from sevhop_qmp.errors import SevhopError
 
+from ..process import dialogue
+
 #: Seconds within which a QEMU must have answered.
 PATIENCE = 60.0
 HINT = "name a QEMU system emulator with --emulator"
@@ -117,13 +119,18 @@ def query(path: str, commands: bytes, start: Start = subprocess.Popen) -> tuple[
     """
     pipe = subprocess.PIPE
     try:
-        with start([path, *PROBE], stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        with (
+            dialogue.questions(commands) as stdin,
+            start([path, *PROBE], stdin=stdin, stdout=pipe, stderr=pipe) as child,
+        ):
             try:
-                return child.communicate(commands, timeout=PATIENCE)
+                return dialogue.answers(child, PATIENCE)
             finally:
                 child.kill()
     except subprocess.TimeoutExpired as err:
         raise SevhopError(f"cannot query {path}: no answer within {PATIENCE:g} s", HINT) from err
+    except dialogue.TooMuchOutput as err:
+        raise SevhopError(f"{path} is not a QEMU system emulator: {err}", HINT) from err
     except (OSError, subprocess.SubprocessError) as err:
         raise SevhopError(f"cannot start {path}: {getattr(err, 'strerror', None) or err}", HINT) from err
 
@@ -162,7 +169,7 @@ def parse(path: str, identity: FileIdentity, answers: bytes) -> tuple[Emulator, 
         version = f"{qemu['major']:d}.{qemu['minor']:d}.{qemu['micro']:d}"
         types = {str(one[key]) for one in machines["return"] for key in ("name", "alias") if key in one}
         names = frozenset(str(one["name"]) for one in commands.get("return") or () if "name" in one)
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise SevhopError(f"{path} is not a QEMU system emulator", HINT) from err
     _known[identity] = Emulator(path, version, frozenset(types))
     return _known[identity], names

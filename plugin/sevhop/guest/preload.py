@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 from sevhop_qmp import adopt_library
@@ -31,8 +32,9 @@ from .emulator import Emulator
 
 #: (emulator, library, user and environment) → whether the library is loaded.
 _probed: dict[object, bool] = {}
-#: Of each emulator: who probes it while somebody else does waits for the answer.
-_locks: dict[str, threading.Lock] = {}
+#: Probes in progress: whoever wants the same one waits for it, and has its error as well.
+_running: dict[object, Future[bool]] = {}
+_lock = threading.Lock()
 
 
 class NotLoaded(SevhopError):
@@ -106,24 +108,48 @@ def probe(path: str, identity: Identity, environment: Mapping[str, str]) -> Emul
     who = identity.confinement
     rights = (who.uids, who.gids, who.groups, who.inheritable, who.bounding, who.ambient, who.no_new_privs)
     key = (file, library, state.st_ino, state.st_mtime_ns, rights, tuple(sorted(environment.items())))
-    with _locks.setdefault(path, threading.Lock()):
-        if key not in _probed:
-            last_error, answers = _query(path, outside, environment)
-            try:
-                _, commands = emulator.parse(path, file, answers)
-            except SevhopError as err:
-                raise SevhopError(f"{err.message}: {last_error}" if last_error else err.message, err.hint) from err
-            _probed[key] = set(adopt_library.COMMANDS) <= commands
-    if not _probed[key]:
+    if not _once(key, lambda: _loads_library(path, file, outside, environment)):
         raise NotLoaded(emulator.probe(path), identity.confinement.uids[1])
     return emulator.probe(path)
+
+
+def _once(key: object, probe: Callable[[], bool]) -> bool:
+    """The result of a probe, which is run by one thread; it is run again if it has failed."""
+    with _lock:
+        if key in _probed:
+            return _probed[key]
+        ours = key not in _running
+        running = _running.setdefault(key, Future())
+    if not ours:
+        return running.result()
+    try:
+        running.set_result(probe())
+        _probed[key] = running.result()
+    except BaseException as err:
+        running.set_exception(err)
+        raise
+    finally:
+        with _lock:
+            del _running[key]
+    return _probed[key]
+
+
+def _loads_library(path: str, file: emulator.FileIdentity, identity: Identity, environment: Mapping[str, str]) -> bool:
+    last_error, answers = _query(path, identity, environment)
+    try:
+        _, commands = emulator.parse(path, file, answers)
+    except SevhopError as err:
+        raise SevhopError(f"{err.message}: {last_error}" if last_error else err.message, err.hint) from err
+    return set(adopt_library.COMMANDS) <= commands
 
 
 def _query(path: str, identity: Identity, environment: Mapping[str, str]) -> tuple[str, bytes]:
     """The last line of its standard error, and its answers."""
     directory = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
-        start = functools.partial(launch.spawn, environment=environment, identity=identity, directory=directory)
+        start = functools.partial(
+            launch.spawn, environment=environment, identity=identity, directory=directory, ends_with_us=True
+        )
         answers, errors = emulator.query(path, emulator.COMMANDS, start)
     finally:
         os.close(directory)

@@ -48,6 +48,7 @@ def spawn(
     namespaces: Sequence[int] = (),
     keep: Sequence[int] = (),
     gate: int | None = None,
+    ends_with_us: bool = False,
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int | IO[bytes] = subprocess.DEVNULL,
     stderr: int | IO[bytes] = subprocess.DEVNULL,
@@ -62,11 +63,12 @@ def spawn(
     :param keep: descriptors that it inherits.
     :param gate: descriptor of a pipe: it does not execute QEMU before there is a byte to be read. QEMU opens its
         files then, and which devices it may open is decided by the cgroup in which it is at that moment.
+    :param ends_with_us: whether it is killed when the calling thread ends, however that comes to pass.
     :raises OSError, subprocess.SubprocessError: no process can be created.
     """
     specification = _specification(identity, directory, cgroups)
     specification |= {"command": list(command), "environment": dict(environment), "namespaces": list(namespaces)}
-    specification["gate"] = gate
+    specification |= {"gate": gate, "ends_with_parent": ends_with_us}
     spec = os.memfd_create("sevhop-launch", 0)
     try:
         with os.fdopen(spec, "wb", closefd=False) as file:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # at run time QEMU would be executed milliseconds later
     from collections.abc import Callable
     from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_THP_DISABLE = 41
@@ -35,7 +36,7 @@ _SYS_CAPGET, _SYS_CAPSET = 125, 126
 _SYS_IOPRIO_GET, _SYS_IOPRIO_SET = 252, 251
 _CAPABILITY_VERSION_3 = 0x20080522
 _PERSONALITY_QUERY = 0xFFFFFFFF
-_SIGPIPE, _SIGXFSZ = 13, 25
+_SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
 _SIG_DFL = None
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -209,6 +210,12 @@ def _no_new_privileges(wanted: bool) -> None:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def _end_with_parent(wanted: bool) -> None:
+    # Of the thread that has started it; changing the user would have cancelled it.
+    if wanted:
+        _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+
+
 def _wait_at(gate: int) -> None:
     """
     Wait until the parent has put this process where it is to be.
@@ -239,6 +246,7 @@ _STEPS: tuple[tuple[str, str, Callable[[dict[str, Any]], None]], ...] = (
     ("user and groups", "uids", lambda spec: _own_ids(spec["uids"], spec["gids"], spec["groups"])),
     ("capabilities", "ambient", lambda spec: _own_capabilities(spec["inheritable"], spec["ambient"], spec["uids"][1])),
     ("no_new_privs", "no_new_privs", lambda spec: _no_new_privileges(spec["no_new_privs"])),
+    ("end with the parent", "ends_with_parent", lambda spec: _end_with_parent(spec["ends_with_parent"])),
     ("cgroup", "gate", lambda spec: _wait_at(spec["gate"])),
 )
 
