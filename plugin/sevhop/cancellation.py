@@ -33,12 +33,19 @@ async def wait_out(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
 
 @contextlib.asynccontextmanager
 async def meanwhile(work: Coroutine[Any, Any, Answer]) -> AsyncIterator[asyncio.Future[Answer]]:
-    """Do some work during a context. At its end the result is there, which may be an error, for who asks for it."""
+    """
+    Do some work during a context. At its end the result is there, which may be an error, for who asks for it. If the
+    context fails or is cancelled nobody does, and the work is cancelled.
+    """
     task = asyncio.ensure_future(work)
     try:
         yield task
+        await asyncio.wait({task})
+    except BaseException:
+        # That is what is raised, whatever else may happen while the work ends.
+        task.cancel()
+        await wait_out(task)
+        raise
     finally:
-        cancelled = await wait_out(task)
-        task.exception()
-        if cancelled is not None:
-            raise cancelled
+        if not task.cancelled():
+            task.exception()  # it is not missed

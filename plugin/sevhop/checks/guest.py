@@ -20,7 +20,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import Commands, Monitor
 from sevhop_qmp.process import OnDisk, QemuProcess, path_on_disk
 
-from ..cancellation import meanwhile
+from ..cancellation import meanwhile, shielded
 from ..disks import devices, present_disks
 from ..disks.block_graph import BlockGraph
 from ..disks.images import open_images
@@ -66,7 +66,7 @@ async def standalone(
     """
     source = process.command_line
     program = command[0] if command else emulator or path_on_disk(process.executable)
-    async with meanwhile(asyncio.to_thread(preload.probe_for, process, program)) as probed:
+    async with meanwhile(shielded(asyncio.to_thread(preload.probe_for, process, program))) as probed:
         guest = await inspect(monitor, process)
         graph, result = await disks(monitor, process)
         if command:

@@ -24,7 +24,7 @@ from sevhop_qmp.run_mark import RunMark
 
 from ..cancellation import meanwhile
 from ..disks.disk_guard import DiskGuard
-from ..errors import Refused
+from ..errors import HopError, Refused
 from ..guest import command_line, cpu_features, inspection, plugged_vcpus, reboot, runtime_settings, vm_generation_id
 from ..guest.inspection import ENCRYPTED_BLOCKS
 from ..options import HopOptions
@@ -91,6 +91,8 @@ async def prepare(hop: Transaction, options: HopOptions, checked: Checked, acqui
     async with meanwhile(_read_source(hop, checked)) as read:
         try:
             started = await start_destination(hop, options, checked, acquired, arguments, run_mark)
+        except HopError:
+            raise
         except SevhopError as err:
             if not (remote := checked.disks.remote()):
                 raise
