@@ -21,6 +21,16 @@ def open_socket() -> socket.socket:
     return sock
 
 
+def server(path: str) -> int | None:
+    """Pid of the process that serves a UNIX socket now; None if none does, or it has too many clients."""
+    with open_socket() as sock:
+        try:
+            sock.connect(path)
+            return peer_credentials(sock)[0]
+        except OSError:
+            return None
+
+
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     """The (pid, uid, gid) of the process at the other end of a UNIX socket (SO_PEERCRED, unix(7))."""
     pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

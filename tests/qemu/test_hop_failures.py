@@ -36,7 +36,7 @@ from sevhop.keeper.local import LocalKeeper
 from sevhop_qmp.monitor import Monitor
 
 from tests.support.guests.machine import I440FX, Machine
-from tests.support.guests.running import Guest, wait_ended, wait_until
+from tests.support.guests.running import Guest, processes_of, wait_ended, wait_until
 
 from .conftest import DescribeCounter, StartGuest
 from .hops import (
@@ -276,6 +276,36 @@ def test_hop_is_refused_while_another_client_is_connected(guest: Guest, new: Pat
     done = asyncio.run(while_held())
     assert done.returncode == 1
     assert "another client is connected" in done.stderr
+    assert_untouched(guest, pid)
+
+
+def test_second_hop_is_refused_while_one_is_in_progress(guest: Guest, new: Path) -> None:
+    """Not when the old QEMU has exited, with which it would believe the guest lost."""
+    refused: list[subprocess.CompletedProcess[str]] = []
+
+    def again(_: object) -> None:
+        refused.append(sevhop("hop", "--qmp", guest.machine.monitor, "--emulator", new, "--json"))
+
+    HopDriver().run(guest, new, at="prepare", fault=again)
+    (done,) = refused
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["outcome"], report["guest_state"]) == (1, "refused", "untouched")
+    assert f"process {os.getpid()} is hopping" in report["reason"]
+    assert_unharmed(guest)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_emulator_that_hangs_ends_with_the_command(number: signal.Signals, guest: Guest, tmp_path: Path) -> None:
+    pid = guest.pid
+    hanging, never = tmp_path / "hanging", tmp_path / "never"
+    os.mkfifo(never)
+    hanging.write_text(f"#!/bin/sh\nread line <{never}\n")
+    hanging.chmod(0o755)
+    command = [sys.executable, "-m", "sevhop.cli", "hop", "--qmp", str(guest.machine.monitor)]
+    with subprocess.Popen([*command, f"--emulator={hanging}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as hop:
+        wait_until(lambda: set(processes_of(hanging)) - {hop.pid} != set(), 30, "the emulator is probed")
+        hop.send_signal(number)
+        wait_until(lambda: processes_of(hanging) == [], 30, "both have ended")
     assert_untouched(guest, pid)
 
 

@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-from sevhop_qmp.errors import MonitorError, ProcessError, RamError, SevhopError
+from sevhop_qmp import peer
+from sevhop_qmp.errors import ProcessError, RamError, SevhopError
 from sevhop_qmp.monitor import Monitor, SourceMonitor
 from sevhop_qmp.process import QemuProcess
 
@@ -95,10 +96,15 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: so
     :raises Refused: it cannot.
     """
     try:
-        monitor = await hop.resources.enter_async_context(await _connect(qmp, connection, options.step_timeout))
+        # Another hop has the monitor, or an interrupted one has left the source halted, so that it would not answer.
+        journal.expect_none(os.path.abspath(qmp))
+        limit = options.step_timeout
+        monitor = await hop.resources.enter_async_context(
+            await Monitor.connect(connection or qmp, name=str(qmp), timeout=limit, greeting_timeout=limit)
+        )
         source = QemuProcess.open(monitor.peer)
         hop.resources.callback(source.close)
-        hop.rollback.push(lambda: verify_alive(source))
+        hop.rollback.push(lambda: _verify_not_lost(source, qmp))
         hop.report.source_pid = source.pid
         hop.report.source_version = monitor.version
         watch = hop.resources.enter_context(SourceWatch.begin(monitor))
@@ -128,6 +134,7 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: so
             protected_state=checked.flag,
         )
     )
+    hop.rollback.push(lambda: verify_alive(source))
     return checked
 
 
@@ -137,13 +144,14 @@ def verify_can_hop(tree: CheckResult) -> None:
         raise Refused(f"{failures[0].name}: {failures[0].detail}", failures[0].hint)
 
 
-async def _connect(qmp: Path, connection: socket.socket | None, timeout: float) -> Monitor:
-    try:
-        return await Monitor.connect(connection or qmp, name=str(qmp), timeout=timeout, greeting_timeout=timeout)
-    except MonitorError:
-        # An earlier hop may have left it halted, or its socket without a listener.
-        journal.expect_none(os.path.abspath(qmp))
-        raise
+def _verify_not_lost(source: QemuProcess, qmp: Path) -> None:
+    """
+    As long as another command may replace the source, since the hop has no record yet.
+
+    :raises GuestLost: it has exited, and no other QEMU serves its socket.
+    """
+    if not source.alive and peer.server(os.fspath(qmp)) is None:
+        verify_alive(source)
 
 
 async def acquire(hop: Transaction, checked: Checked) -> Acquired:
