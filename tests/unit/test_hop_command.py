@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from sevhop.cli import hop
+from sevhop.cli import hop, terminal
+from sevhop.engine import check
+from sevhop.errors import GuestLost
 from sevhop.guest import preload
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
@@ -110,3 +115,25 @@ def test_little_is_imported_before_the_probe() -> None:
     imported = set(done.stdout.split())
     assert imported.isdisjoint({"asyncio", "qemu.qmp", "tenacity", "ssl", "sevhop.api"})
     assert not [name for name in imported if name.startswith("sevhop.engine")]
+
+
+def test_interrupt_takes_effect_when_all_is_imported() -> None:
+    """Otherwise who reports it would import what is half imported."""
+    reached: list[None] = []
+    with pytest.raises(KeyboardInterrupt), terminal.deferred_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(None)
+    assert reached
+    with terminal.deferred_interrupts():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_source_that_was_replaced_meanwhile_is_not_lost(server: socket.socket) -> None:
+    """Another command has the guest hop, and has not left a record any more."""
+    ended: Any = SimpleNamespace(alive=False)
+    path = Path(server.getsockname())
+    check._verify_not_lost(ended, path)
+    server.close()
+    with pytest.raises(GuestLost):
+        check._verify_not_lost(ended, path)

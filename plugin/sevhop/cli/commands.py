@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from sevhop_qmp.errors import SevhopError
 
@@ -31,6 +32,13 @@ _CHANGE_GUESTS = ("hop", "upgrade", "recover")
 _CHANGE_HOST = ("install", "uninstall")
 
 
+def function_of(command: str) -> Callable[[argparse.Namespace], int]:
+    """What runs a command; imported by now."""
+    module, name = _COMMANDS[command]
+    function: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(f".{module}", __package__), name)
+    return function
+
+
 def run(options: argparse.Namespace) -> int:
     """
     Execute a command. What it raises is reported, and nothing is raised but KeyboardInterrupt.
@@ -40,10 +48,8 @@ def run(options: argparse.Namespace) -> int:
     level = logging.INFO if options.verbose else logging.CRITICAL
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters arrives as an exception
-    module, function = _COMMANDS[options.command]
     try:
-        status: int = getattr(importlib.import_module(f".{module}", __package__), function)(options)
-        return status
+        return function_of(options.command)(options)
     except SevhopError as err:
         # Those of hops that have begun are in their reports.
         return _fail(options, err, None if options.command in _CHANGE_HOST else GuestState.UNTOUCHED)

@@ -20,6 +20,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess, path_on_disk
 
 from ..guest import preload
+from . import terminal
 
 #: How the greeting of a QMP monitor begins, and the seconds that it may take here: usually less than one millisecond.
 _GREETING = b'{"QMP"'
@@ -72,7 +73,7 @@ def _greets(connection: socket.socket) -> bool:
 
 
 def _probe(options: argparse.Namespace, pid: int) -> None:
-    with contextlib.suppress(SevhopError):
+    with contextlib.suppress(Exception):  # whatever it is, the check finds it as well
         process = QemuProcess.open(pid)
         try:
             named = options.destination[0] if options.destination else options.emulator
@@ -82,11 +83,12 @@ def _probe(options: argparse.Namespace, pid: int) -> None:
 
 
 def _hop(options: argparse.Namespace, connection: socket.socket | None) -> int:
-    from .. import api
-    from ..options import HopOptions
-    from . import interruptible
-    from .outcomes import Outcomes, add_metrics, shown_progress
-    from .output import fail
+    with terminal.deferred_interrupts():
+        from .. import api
+        from ..options import HopOptions
+        from . import interruptible
+        from .outcomes import Outcomes, add_metrics, shown_progress
+        from .output import fail
 
     with shown_progress(options) as progress:
         outcomes = Outcomes(options, progress)

@@ -7,16 +7,18 @@ at once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from typing import NoReturn
 
 from . import terminal
 from .exit_codes import EXIT_REFUSED
-from .parser import parser
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminal.nonblocking_output() as output:
             try:
-                options = parser().parse_args(arguments)
+                with terminal.deferred_interrupts():
+                    options = _parsed(arguments)
             except SystemExit as end:
                 usage, status = end, end.code
+            except KeyboardInterrupt:
+                print("sevhop: interrupted; nothing was touched", file=sys.stderr, flush=True)
             else:
                 changes_guests = options.command not in ("check", "prepare", "status")
                 status = _executed(options)
@@ -63,13 +68,26 @@ def program() -> NoReturn:
     os._exit(main())
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from .parser import parser
+
+    return parser().parse_args(arguments)
+
+
 def _executed(options: argparse.Namespace) -> int:
     try:
-        from . import commands
-
-        return commands.run(options)
+        with terminal.deferred_interrupts():
+            run = _imported(options)
+        return run(options)
     except KeyboardInterrupt:
         # Only as long as no guest is changed: see sevhop.cli.terminal.handle_signals.
         from .output import fail
 
         return fail(options, "interrupted")
+
+
+def _imported(options: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
+    from . import commands
+
+    commands.function_of(options.command)
+    return commands.run

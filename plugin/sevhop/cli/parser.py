@@ -71,7 +71,10 @@ def parser() -> argparse.ArgumentParser:
     )
     hop.add_argument("--qmp", required=True, type=Path, metavar="PATH", help="QMP socket of the running QEMU")
     hop.add_argument(
-        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the old QEMU's, as it is on disk now)"
+        "--emulator",
+        type=_path,
+        metavar="PATH",
+        help="QEMU binary to hop to (default: the old QEMU's, as it is on disk now)",
     )
     _add_seconds(hop, "--start-timeout", HopOptions.start_timeout, "for the new QEMU to start")
     _add_seconds(
@@ -104,7 +107,10 @@ def parser() -> argparse.ArgumentParser:
         help="all active domains whose QEMU is another version than is installed, or was replaced on disk",
     )
     upgrade.add_argument(
-        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the domain's own, as it is on disk now)"
+        "--emulator",
+        type=_path,
+        metavar="PATH",
+        help="QEMU binary to hop to (default: the domain's own, as it is on disk now)",
     )
     upgrade.add_argument("--dry-run", action="store_true", help="check only; nothing is touched")
     upgrade.add_argument(
@@ -153,7 +159,10 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("domain", nargs="?", metavar="DOMAIN", help="libvirt domain")
     which.add_argument("--qmp", type=Path, metavar="PATH", help="QMP socket of a QEMU outside libvirt")
     examine.add_argument(
-        "--emulator", metavar="PATH", help="QEMU binary to hop to (default: the guest's own, as it is on disk now)"
+        "--emulator",
+        type=_path,
+        metavar="PATH",
+        help="QEMU binary to hop to (default: the guest's own, as it is on disk now)",
     )
     examine.set_defaults(command="check")
 
@@ -278,6 +287,13 @@ def _window(text: str) -> Window:
         return Window.parse(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(f"invalid value: {err}") from err
+
+
+def _path(text: str) -> str:
+    # A script's variable that is not set would mean the default.
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a file")
+    return text
 
 
 def _count(text: str) -> int:

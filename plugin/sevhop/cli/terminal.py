@@ -45,6 +45,27 @@ def _nothing() -> None:
     pass
 
 
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """
+    Meanwhile Ctrl-C has no effect, but at the end: a module whose import is interrupted is not there for who reports
+    that.
+
+    :raises KeyboardInterrupt: at the end, if it was pressed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def ignore_interrupts() -> None:
     """From now on Ctrl-C is ignored: what a command has done to its guests is still to be reported."""
     if threading.current_thread() is threading.main_thread():
