@@ -34,8 +34,8 @@ imports only from those below it.
 :mod:`sevhop.guest`          what runs a guest: inspection, command_line, emulator, preload (adopt.so), cpu_features,
                              runtime_settings, saved_settings, plugged_vcpus, vm_generation_id, block_queries, absent,
                              pid_file
-:mod:`sevhop.process`        Linux processes: launch, launcher, confinement, seccomp_filter, scheduling, cgroup_memory,
-                             machine_cgroup, apparmor_profile, in_words
+:mod:`sevhop.process`        Linux processes: launch, launcher, dialogue (with a program that is probed), confinement,
+                             seccomp_filter, scheduling, cgroup_memory, machine_cgroup, apparmor_profile, in_words
 :mod:`sevhop.cancellation`   work that is completed despite a cancellation
 :mod:`sevhop.events`         events that report hops in progress
 :mod:`sevhop.report`         the report of a hop
