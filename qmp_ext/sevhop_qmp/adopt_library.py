@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from .errors import SevhopError
+
 #: The commands that the library adds, as ``query-commands`` lists them.
 COMMANDS = (
     "x-sev-adopt-ram",
@@ -28,11 +30,11 @@ def path() -> Path:
     """
     Path of adopt.so: in this package, or the target of a link there.
 
-    :raises FileNotFoundError: the package was not built (``pip install .`` builds it).
+    :raises SevhopError: the package was not built (``pip install .`` builds it).
     """
     found = (Path(__file__).parent / "preload" / "adopt.so").resolve()
     if not found.is_file():
-        raise FileNotFoundError(f"{found} is missing: install the package with a C compiler present")
+        raise SevhopError(f"{found} is missing", "install the package with a C compiler present")
     return found
 
 

@@ -21,14 +21,16 @@ def open_socket() -> socket.socket:
     return sock
 
 
-def server(path: str) -> int | None:
-    """Pid of the process that serves a UNIX socket now; None if none does, or it has too many clients."""
+def is_served(path: str) -> bool:
+    """Whether a process accepts connections at a UNIX socket."""
     with open_socket() as sock:
         try:
             sock.connect(path)
-            return peer_credentials(sock)[0]
+        except BlockingIOError:  # too many clients wait already
+            return True
         except OSError:
-            return None
+            return False
+        return True
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:

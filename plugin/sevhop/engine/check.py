@@ -95,6 +95,8 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: so
     :param connection: to it, if there is one already.
     :raises Refused: it cannot.
     """
+    if connection is not None:
+        hop.resources.callback(connection.close)
     try:
         # Another hop has the monitor, or an interrupted one has left the source halted, so that it would not answer.
         journal.expect_none(os.path.abspath(qmp))
@@ -150,7 +152,7 @@ def _verify_not_lost(source: QemuProcess, qmp: Path) -> None:
 
     :raises GuestLost: it has exited, and no other QEMU serves its socket.
     """
-    if not source.alive and peer.server(os.fspath(qmp)) is None:
+    if not source.alive and not peer.is_served(os.fspath(qmp)):
         verify_alive(source)
 
 

@@ -103,10 +103,7 @@ def install() -> list[Path]:
     """
     if not active():
         return []
-    try:
-        adopt_library.path()
-    except FileNotFoundError as err:
-        raise SevhopError(str(err)) from err
+    adopt_library.path()  # a rule for one that is missing would be of no use
     additions = [addition for addition in (_QEMU, *_DAEMONS) if addition.included]
     with _restored_on_failure([addition.path for addition in additions]):
         for addition in additions:

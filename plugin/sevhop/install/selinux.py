@@ -60,10 +60,7 @@ def install(script: Path, daemons: Iterable[int]) -> list[Path]:
     if not active():
         return []
     before = loaded()
-    try:
-        library = adopt_library.path().resolve()
-    except FileNotFoundError as err:
-        raise SevhopError(str(err)) from err
+    library = adopt_library.path()
     with tempfile.TemporaryDirectory(prefix="sevhop-") as directory:
         module = Path(directory, f"{MODULE}.cil")
         module.write_text(rules(script, hook_server.CLIENT, library))
