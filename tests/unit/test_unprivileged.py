@@ -338,3 +338,13 @@ def test_guest_in_a_transit_is_found_before_its_keeper_listens(run: Path) -> Non
 def test_second_claim_is_refused(keeper: Serving) -> None:
     with pytest.raises(HopInProgress):
         run_directory.claim("web", UUID)
+
+
+def test_ordinary_user_is_not_asked_to_remove_what_is_roots(
+    open_directory: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (open_directory / "sevhop").mkdir(mode=0o711)
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    with pytest.raises(RunDirectoryError) as caught:
+        run_directory.make_run_directories()
+    assert caught.value.hint == "run sevhop as root"

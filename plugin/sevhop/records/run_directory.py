@@ -78,7 +78,8 @@ def make_or_check(path: Path, mode: int) -> None:
     try:
         found = os.fstat(fd)
         if found.st_uid != os.geteuid():
-            raise RunDirectoryError(f"{path} belongs to user {found.st_uid}", "see who made it, and remove it")
+            hint = "see who made it, and remove it" if found.st_uid else "run sevhop as root"
+            raise RunDirectoryError(f"{path} belongs to user {found.st_uid}", hint)
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise RunDirectoryError(f"{path} can be written by others", "see what is in it, and remove it")
         os.fchmod(fd, mode)
