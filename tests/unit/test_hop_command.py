@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,16 +117,35 @@ def test_little_is_imported_before_the_probe() -> None:
     assert not [name for name in imported if name.startswith("sevhop.engine")]
 
 
-def test_interrupt_takes_effect_when_all_is_imported() -> None:
+@pytest.fixture
+def interrupts() -> Iterator[Callable[[Any], None]]:
+    """Sets what SIGINT does, until the end of the test."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def install(handler: Any) -> None:
+        signal.signal(signal.SIGINT, handler)
+
+    yield install
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_takes_effect_when_all_is_imported(interrupts: Callable[[Any], None]) -> None:
     """Otherwise who reports it would import what is half imported."""
+    interrupts(signal.default_int_handler)
     reached: list[None] = []
     with pytest.raises(KeyboardInterrupt), terminal.deferred_interrupts():
         os.kill(os.getpid(), signal.SIGINT)
         reached.append(None)
     assert reached
-    with terminal.deferred_interrupts():
-        pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ignored_interrupt_stays_ignored(interrupts: Callable[[Any], None]) -> None:
+    """As for a command in the background of a script."""
+    interrupts(signal.SIG_IGN)
+    with terminal.deferred_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_source_that_was_replaced_meanwhile_is_not_lost(server: socket.socket) -> None:
