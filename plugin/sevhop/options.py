@@ -19,7 +19,7 @@ class HopOptions:
     Options of a hop outside libvirt.
 
     :ivar emulator: the QEMU to hop to; by default the file that the source was started from, as it is on disk now.
-    :ivar command: the destination's whole command line; by default the source's own.
+    :ivar command: the destination's whole command line, which names the emulator; by default the source's own.
     :ivar step_timeout: seconds for each step of the downtime.
     :ivar start_timeout: seconds for the destination to start and answer on its monitor.
     :ivar move_deadline: seconds for which a busy move of the SEV context is retried.

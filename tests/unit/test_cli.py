@@ -25,6 +25,7 @@ WRONG: tuple[list[str], ...] = (
     ["check"],
     ["check", "web", "--qmp", "/run/qmp"],
     ["hop"],
+    ["hop", "--qmp", "/run/qmp", "--emulator", "/usr/bin/qemu", "--", "/usr/local/bin/qemu"],
     ["upgrade", "web", "--timeout", "0"],
     ["upgrade", "web", "--timeout", "nan"],
     ["install", "now"],

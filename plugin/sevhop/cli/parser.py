@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="COMMAND",
         help="after --: the new QEMU's whole command line (default: the old QEMU's own)",
     )
-    hop.set_defaults(command="hop")
+    hop.set_defaults(command="hop", misused=hop.error)
 
     upgrade = commands.add_parser(
         "upgrade",
