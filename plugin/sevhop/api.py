@@ -54,6 +54,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
 
+from .checks import earlier_hop
 from .checks import guest as guest_checks
 from .checks.result import CheckResult, Status
 from .engine import hop as standalone
@@ -75,6 +76,7 @@ from .events import (
 )
 from .options import HopOptions, RecoverOptions, UpgradeOptions, Window
 from .process import shutdown_inhibitor
+from .records.hop_record import Process
 from .report import Phase, Report
 
 TYPE_CHECKING = False
@@ -277,7 +279,8 @@ async def check(
     async with await Monitor.connect(Path(qmp)) as monitor:
         process = QemuProcess.open(monitor.peer)
         try:
-            return (await guest_checks.standalone(monitor, process, emulator)).tree
+            tree = (await guest_checks.standalone(monitor, process, emulator)).tree
+            return earlier_hop.add(tree, Process.of(process), os.path.abspath(qmp))
         finally:
             process.close()
 

@@ -141,7 +141,8 @@ class Report:
         if self.outcome == "checked":
             return f"{self.guest}: QEMU {self.source_version}, can hop to {self.emulator}"
         if self.image is not None:
-            where = "runs in the transit; to complete the upgrade" if self.in_transit else _SUSPENDED
+            runs = "runs" if self.stopped_ms is not None else "is paused"
+            where = f"{runs} in the transit; to complete the upgrade" if self.in_transit else _SUSPENDED
             by_name = f"sevhop recover {shlex.quote(self.guest)}"
             return f"{self.guest}: the guest {where}: {by_name}, or virsh restore {self.image}"
         line = f"{self.guest}: QEMU {self.source_version} -> {self.destination_version}"

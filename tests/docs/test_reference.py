@@ -15,8 +15,8 @@ import qmp_reference
 import sevhop
 import sevhop_qmp
 from sevhop.checks import domain as domain_checks
+from sevhop.checks import earlier_hop, reboot, registers, restart, sev_host
 from sevhop.checks import guest as guest_checks
-from sevhop.checks import reboot, registers, restart, sev_host
 from sevhop.cli import exit_codes
 from sevhop.cli.parser import parser as whole_parser
 from sevhop.engine import hop, recovery_result, upgrade
@@ -62,7 +62,7 @@ def check_names(module: ModuleType) -> Iterator[str]:
 
 
 def test_tests_of_check_are_explained() -> None:
-    modules = (guest_checks, domain_checks, reboot, registers, restart, sev_host)
+    modules = (earlier_hop, guest_checks, domain_checks, reboot, registers, restart, sev_host)
     made = {name for module in modules for name in check_names(module)} | set(sev_host.NAMES)
     assert {cells[0].strip("`") for cells in table("test")} == made
 

@@ -234,3 +234,9 @@ def test_monitor_is_an_object_only_in_a_newer_qemu() -> None:
     newer = Settings(types={"compat_monitor0": "monitor-qmp"})
     (note,) = (note for note in runtime_settings.not_carried_over(ours, newer) if "object" in note)
     assert "compat_monitor1 (monitor-qmp)" in note
+
+
+def test_monitor_of_a_domain_is_none_of_its_guests_objects() -> None:
+    """A transit has sevhop's instead."""
+    ours = Settings(types={"monitor": "monitor-qmp", "io": "iothread"})
+    assert ours.without_clients().types == {"io": "iothread"}

@@ -147,11 +147,3 @@ def test_interrupted_hop_is_listed_although_libvirt_has_no_qemu_of_its_domain(
     journal.Journal.begin(INTERRUPTED[text]).leave()
     (row,) = asyncio.run(status.survey("qemu:///system", names))
     assert (str(row), row.attended) == (f"my web: {text} (run: sevhop recover 'my web')", False)
-
-
-def test_interrupted_hop_is_not_listed_with_other_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "DIRECTORY", tmp_path / "journal")
-    journal.Journal.begin(replace(HOP, kind="standalone", guest="/run/qmp")).leave()
-    monkeypatch.setattr(status, "Connection", Libvirt())
-    monkeypatch.setattr(run_directory, "DOMAINS", tmp_path / "domains")
-    assert asyncio.run(status.survey("qemu:///system", [])) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
 
 UUID = "0c9d2f5e-0000-4000-8000-000000000001"
+OUTSIDE = HopRecord(kind="standalone", guest="vm", context="none", running=True, source=Process(1 << 22, 1))
 
 
 @dataclass
@@ -40,6 +42,9 @@ class FakeLibvirt:
 
     async def domains(self) -> list[FakeDomain]:
         return self.active
+
+    async def look_up(self, name: str) -> FakeDomain:
+        return next(domain for domain in self.active if domain.name == name)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -212,6 +217,28 @@ def test_status_without_domains_is_a_line(libvirt: FakeLibvirt, capsys: pytest.C
     assert capsys.readouterr().out == "no domain is active\n"
     assert main(["status", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"domains": []}
+
+
+def test_interrupted_hop_outside_libvirt_is_listed(libvirt: FakeLibvirt, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever runs status after a night of hops looks for what was left undone, with or without libvirt."""
+    mine = Journal.begin(OUTSIDE)
+    assert (row().operation, row().hint, row().place, row().attended) == ("hop in progress", "", Place.OUTSIDE, True)
+    mine.write({"phase": "prepare"})
+    mine.leave()
+    line = 'vm: hop not finished (phase "prepare") (run: sevhop recover vm)\n'
+    for names in ([], ["vm"]):
+        assert main(["status", *names]) == 4
+        assert capsys.readouterr().out == line
+    assert main(["status", "--json"]) == 4
+    (found,) = json.loads(capsys.readouterr().out)["domains"]
+    assert (found["place"], found["hint"]) == ("outside", "run: sevhop recover vm")
+
+
+def test_domain_and_guest_outside_libvirt_of_the_same_name_are_listed(libvirt: FakeLibvirt) -> None:
+    Journal.begin(dataclasses.replace(OUTSIDE, guest="web")).leave()
+    libvirt.active = [FakeDomain()]
+    rows = asyncio.run(status.survey("qemu:///system", ["web"]))
+    assert [(one.place, one.attended) for one in rows] == [(Place.DOMAIN, True), (Place.OUTSIDE, False)]
 
 
 def test_hop_of_a_command_that_is_at_work_has_no_hint(libvirt: FakeLibvirt) -> None:

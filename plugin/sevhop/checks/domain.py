@@ -26,7 +26,7 @@ from ..libvirt.domain import Domain
 from ..libvirt.domain_monitor import DomainMonitor
 from ..process import apparmor_profile
 from ..records import journal
-from . import definition, reboot, registers, restart
+from . import definition, earlier_hop, reboot, registers, restart
 from . import guest as guest_checks
 from .registers import Registers
 from .result import CheckResult, Status, failed, passed
@@ -315,6 +315,6 @@ async def check_domain(uri: str, name: str, emulator: str | None) -> CheckResult
         with or_its_hop(name):
             domain = await connection.look_up(name)
         async with examine(connection, domain, emulator, in_full=True) as examined:
-            return examined.tree
+            return earlier_hop.add(examined.tree, domain.uuid)
     finally:
         connection.close()

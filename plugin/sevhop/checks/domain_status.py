@@ -18,17 +18,20 @@ class Place(enum.Enum):
         it runs in the transit, beside libvirt
     ``KEEPER``
         it is suspended in the keeper
+    ``OUTSIDE``
+        it is none of libvirt's, and listed because of its hop
     """
 
     DOMAIN = "domain"
     TRANSIT = "transit"
     KEEPER = "keeper"
+    OUTSIDE = "outside"
 
 
 @dataclass(frozen=True)
 class DomainStatus:
     """
-    The status of a domain.
+    The status of a domain; or of a guest outside libvirt, of which only its hop is known.
 
     :ivar running_version: the version that runs it; empty when no QEMU does, or its monitor does not answer.
     :ivar binary_state: of the file that its QEMU was started from: ``unchanged``, ``replaced`` or ``deleted``.

@@ -31,7 +31,8 @@ async def survey(uri: str, names: Sequence[str], emulator: str | None = None) ->
     """
     The status of domains.
 
-    :param names: of domains; all that are active, or have a hop in progress, when there are none.
+    :param names: of domains, or of guests outside libvirt that have a hop, in progress or interrupted; all of these,
+        and all active domains, when there are none.
     :param emulator: the QEMU to go to; by default each domain's own, as it is on disk now.
     :raises SevhopError: libvirt does not answer, or has no such domain.
     """
@@ -44,8 +45,10 @@ async def survey(uri: str, names: Sequence[str], emulator: str | None = None) ->
         # When the hop was interrupted, the domain may have a QEMU again.
         suspended = {name for name in hopping if _has_keeper(name)}
         active = await connection.domains()
+        outside = _outside_libvirt(names)
         if names:
-            domains = [await connection.look_up(name) for name in names if name not in hopping]
+            known = hopping | ({row.name for row in outside} - {domain.name for domain in active})
+            domains = [await connection.look_up(name) for name in dict.fromkeys(names) if name not in known]
             domains += [domain for domain in active if domain.name in hopping - suspended]
         else:
             domains = [domain for domain in active if domain.name not in suspended]
@@ -53,9 +56,23 @@ async def survey(uri: str, names: Sequence[str], emulator: str | None = None) ->
         without = hopping - {domain.name for domain in domains}
         rows += [DomainStatus(name, operation=await _operation(name)) for name in without]
         rows += [] if names else _of_damaged_journals()
-        return sorted(map(_with_place, rows), key=lambda row: row.name)
+        return sorted([*map(_with_place, rows), *outside], key=lambda row: row.name)
     finally:
         connection.close()
+
+
+def _outside_libvirt(names: Sequence[str]) -> list[DomainStatus]:
+    """Guests outside libvirt that have a hop: with such a name, or all."""
+    rows = []
+    for path, record in _journals("standalone"):
+        if names and record.guest not in names:
+            continue
+        row = DomainStatus(record.guest, place=Place.OUTSIDE)
+        if journal.in_progress(path):
+            rows.append(replace(row, operation="hop in progress"))
+        elif path.exists():  # it has not just ended
+            rows.append(_unattended(row, record))
+    return rows
 
 
 def _of_damaged_journals() -> list[DomainStatus]:
@@ -127,8 +144,7 @@ def _unattended(row: DomainStatus, record: HopRecord) -> DomainStatus:
         if record.failures and record.phase != PREPARED and systemd.manages_host():
             operation.append(back_off.next_attempt(record))
     hint = f"run: sevhop recover {shlex.quote(row.name)}"
-    image = KeeperPaths(hop_with(record.uuid)).image
-    if row.place is not Place.DOMAIN and image.exists():
+    if row.place in (Place.TRANSIT, Place.KEEPER) and (image := KeeperPaths(hop_with(record.uuid)).image).exists():
         hint += f", or virsh restore {image}"
     return replace(row, operation="; ".join(operation), hint=hint, attended=False)
 
@@ -142,11 +158,11 @@ def _not_finished(row: DomainStatus, record: HopRecord) -> str:
     return f'hop not finished (phase "{record.phase or "acquire"}")'
 
 
-def _journals() -> Iterator[tuple[Path, HopRecord]]:
-    """Of the hops of domains, in progress or not, as far as they can be read."""
+def _journals(kind: str = "domain") -> Iterator[tuple[Path, HopRecord]]:
+    """Of the hops of such guests, in progress or not, as far as they can be read."""
     for path in journal.journals():
         with contextlib.suppress(JournalError):
-            if (record := journal.read(path)).kind == "domain":
+            if (record := journal.read(path)).kind == kind:
                 yield path, record
 
 

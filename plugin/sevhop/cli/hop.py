@@ -29,8 +29,6 @@ _PATIENCE = 0.05
 
 def run(options: argparse.Namespace) -> int:
     """The command. :return: its exit status."""
-    if options.emulator and options.destination:
-        options.misused("--emulator goes without a COMMAND, which names the emulator")
     with _probing(options) as connection:
         return _hop(options, connection)
 

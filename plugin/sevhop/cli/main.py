@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.open_standard_files()
     handler = signal.getsignal(signal.SIGINT)
     status: int | str | None = EXIT_REFUSED
-    changes_guests, usage = False, None
+    changes, usage = False, None
     try:
         with terminal.nonblocking_output() as output:
             try:
@@ -43,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except KeyboardInterrupt:
                 print("sevhop: interrupted; nothing was touched", file=sys.stderr, flush=True)
             else:
-                changes_guests = options.command not in ("check", "prepare", "status")
+                changes = options.command not in ("check", "status") and not getattr(options, "dry_run", False)
                 status = _executed(options)
     finally:
         signal.signal(signal.SIGINT, handler)
     if output.error is not None:
         print(f"sevhop: cannot write to standard output: {output.error.strerror}", file=sys.stderr, flush=True)
         # What has become of a guest matters more than that.
-        if not status and not changes_guests:
+        if not status and not changes:
             return EXIT_REFUSED
     if usage is not None:
         raise usage

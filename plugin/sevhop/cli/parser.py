@@ -26,7 +26,23 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._arguments = sys.argv[1:] if args is None else args
-        return super().parse_known_args(args, namespace)
+        found = super().parse_known_args(args, namespace)
+        if self.get_default("command") == "hop":
+            self._verify_destination(found[0])
+        return found
+
+    def _verify_destination(self, options: argparse.Namespace) -> None:
+        """
+        An emulator alone would be a whole command line, and a script's variable that is not set none. Whether there was
+        a ``--`` argparse does not report.
+        """
+        separated = "--" in self._arguments
+        if options.destination and not separated:
+            self.error(f"{options.destination[0]}: give --emulator PATH, or the new QEMU's whole command line after --")
+        if separated and not options.destination:
+            self.error("after -- there is no command line")
+        if options.emulator and options.destination:
+            self.error("--emulator goes without a command line, which names the emulator")
 
     def error(self, message: str) -> NoReturn:
         arguments = list(self._arguments)
@@ -86,18 +102,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="COMMAND",
         help="after --: the new QEMU's whole command line (default: the old QEMU's own)",
     )
-    hop.set_defaults(command="hop", misused=hop.error)
+    hop.set_defaults(command="hop")
 
     upgrade = commands.add_parser(
         "upgrade",
         help="replace the QEMU of libvirt domains",
         description="Replace the QEMU process of libvirt domains without rebooting them. Each domain keeps its name, "
-        "UUID and definition; only the emulator changes.",
-        epilog="A DOMAIN is a name, a UUID or an id; all are looked up before the first is touched. At most --jobs "
-        "domains are stopped at a time. After a failure, or after a named domain was refused, no further upgrade "
-        "begins; those in progress are completed. With --all and --outdated, domains that cannot hop are skipped and "
-        "reported. SIGINT, SIGTERM, SIGQUIT and SIGHUP roll back all upgrades in progress. The exit status is that of "
-        "the most severe outcome; a skipped domain counts as 1.",
+        "UUID and definition; only the emulator changes. A DOMAIN is a name, a UUID or an id; all are looked up "
+        "before the first is touched. At most --jobs domains are stopped at a time. After a failure, or after a named "
+        "domain was refused, no further upgrade begins; those in progress are completed. With --all and --outdated, "
+        "domains that cannot hop are skipped and reported. SIGINT, SIGTERM, SIGQUIT and SIGHUP roll back all upgrades "
+        "in progress. The exit status is that of the most severe outcome; a skipped domain counts as 1.",
     )
     upgrade.add_argument("domains", nargs="*", metavar="DOMAIN")
     upgrade.add_argument("--all", action="store_true", help="all active domains")
@@ -170,9 +185,9 @@ def parser() -> argparse.ArgumentParser:
         "prepare",
         help="change the definitions of libvirt domains so that they can hop",
         description="Change the persistent definition of libvirt domains so that their guests can hop when they were "
-        "shut down and started again, and show the difference. Running domains are not touched.",
-        epilog="A DOMAIN is a name, a UUID or an id; all are looked up before the first is changed. A definition that "
-        "has everything is not changed. The exit status is 1 if a domain was refused.",
+        "shut down and started again, and show the difference. Running domains are not touched. A DOMAIN is a name, a "
+        "UUID or an id; all are looked up before the first is changed. A definition that has everything is not "
+        "changed. The exit status is 1 if a domain was refused.",
     )
     prepare.add_argument("domains", nargs="*", metavar="DOMAIN")
     prepare.add_argument("--all", action="store_true", help="all domains that are defined, active or not")
@@ -184,9 +199,8 @@ def parser() -> argparse.ArgumentParser:
         "status",
         help="show which QEMU runs each domain",
         description="Show for each active domain which QEMU runs it, which one is installed, whether it can hop, and "
-        "any hop in progress.",
-        epilog="The exit status is 4 if a hop waits for sevhop recover or for virsh restore, or if a journal cannot be "
-        "read.",
+        "any hop in progress; also each hop of a guest outside libvirt that is in progress or was interrupted. The "
+        "exit status is 4 if a hop waits for sevhop recover or for virsh restore, or if a journal cannot be read.",
     )
     status.add_argument("domains", nargs="*", metavar="DOMAIN", help="default: all active domains")
     status.set_defaults(command="status")

@@ -5,6 +5,7 @@ the next time. The running domains stay as they are, and so do their guests.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import shlex
 from collections.abc import Sequence
@@ -75,7 +76,10 @@ async def _prepared(connection: Connection, domain: Domain, dry_run: bool) -> Pr
     try:
         return await _prepare(connection, domain, dry_run)
     except SevhopError as err:
-        return PreparedDefinition(domain.name, "refused", reason=err.message, hint=err.hint)
+        active = False
+        with contextlib.suppress(SevhopError):
+            active = await domain.active()
+        return PreparedDefinition(domain.name, "refused", active=active, reason=err.message, hint=err.hint)
 
 
 async def _prepare(connection: Connection, domain: Domain, dry_run: bool) -> PreparedDefinition:

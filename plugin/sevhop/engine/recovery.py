@@ -14,6 +14,7 @@ import contextlib
 import logging
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sevhop_qmp.errors import SevhopError
@@ -27,6 +28,8 @@ from . import hop_recovery
 from .recovery_result import RecoveredGuest, RecoveryOutcome
 
 log = logging.getLogger(__name__)
+
+_PAUSED = "it was paused when its hop began"
 
 
 async def recover(names: Sequence[str] = (), options: RecoverOptions = RecoverOptions()) -> list[RecoveredGuest]:
@@ -92,6 +95,9 @@ async def _recover(path: Path, names: Sequence[str], options: RecoverOptions) ->
     except BaseException:
         mine.leave()
         raise
+    runs = recovered.result in (RecoveryOutcome.SOURCE, RecoveryOutcome.DESTINATION)
+    if runs and not record.running and "paused" not in recovered.detail:
+        recovered = replace(recovered, detail="; ".join(filter(None, [recovered.detail, _PAUSED])))
     if recovered.result is RecoveryOutcome.IN_PROGRESS:
         mine.leave()
     else:

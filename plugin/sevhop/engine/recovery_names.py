@@ -60,4 +60,4 @@ async def _verify_exists(guest: str) -> None:
             connection.close()
     except DomainError as err:
         if err.code == NO_DOMAIN:
-            raise Refused(f"there is no guest {guest}", "see: sevhop status") from err
+            raise Refused(f"neither a domain nor an interrupted hop is named {guest}", "see: sevhop status") from err

@@ -37,6 +37,8 @@ from .transaction import CommitState, Transaction
 
 #: Seconds for each step, at least, where there is no rollback: late is better than lost.
 PATIENCE = 60.0
+#: How QEMU begins a message if it cannot load a state (``process_incoming_migration_co``, migration/migration.c).
+_NOT_LOADED = "load of migration failed"
 
 
 class StartNotice(Protocol):
@@ -193,5 +195,10 @@ async def explaining_exit(checked: Checked, destination: Destination) -> AsyncIt
         if destination.process.alive:
             raise
         printed = destination.last_error()
-        hint = err.hint or ("" if printed else "see dmesg for why, then try again")
+        hint = err.hint or (_hint(printed) if printed else "see dmesg for why, then try again")
         raise StateError("the new QEMU exited" + (f": {printed}" if printed else ""), hint) from err
+
+
+def _hint(printed: str) -> str:
+    # It says so, too, if the state ends early, since something else has failed.
+    return "if it does so again, choose another version of QEMU" if _NOT_LOADED in printed else ""

@@ -133,8 +133,9 @@ class Settings:
         return Settings(throttles=self.throttles, disks=self.disks, objects=objects, thresholds=self.thresholds)
 
     def without_clients(self) -> Settings:
-        """Only what a QEMU without displays has, whose character devices lead nowhere: a transit."""
-        return replace(self, displays={}, tickets=False, chardevs=[])
+        """Only what a transit has: no displays, character devices that lead nowhere, and a monitor that is ours."""
+        types = {name: kind for name, kind in self.types.items() if not kind.startswith(_MONITOR)}
+        return replace(self, types=types, displays={}, tickets=False, chardevs=[])
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -59,7 +59,12 @@ class Connection(Daemon):
                 if err.code != NO_DOMAIN:
                     raise
         function, key = ways[-1]
-        return Domain(self, await self.call(function, key))
+        try:
+            return Domain(self, await self.call(function, key))
+        except DomainError as err:
+            if err.code != NO_DOMAIN:
+                raise
+            raise DomainError(err.message, err.code, "see: virsh list --all") from err
 
     async def domain_with(self, uuid: str) -> Domain | None:
         """

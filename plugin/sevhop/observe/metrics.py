@@ -52,6 +52,8 @@ _RESTART_REQUIRED = "sevhop_restart_required_domains"
 _GUESTS = "sevhop_guests"
 _UNATTENDED = "sevhop_unattended_guests"
 _ELSEWHERE = "sevhop_elsewhere_seconds"
+#: Those of a domain's guest.
+_PLACES = (Place.DOMAIN, Place.TRANSIT, Place.KEEPER)
 _MOST_BYTES = 64 << 10
 _SAMPLE = re.compile(r"(?P<name>[a-z_]+(?:\{[a-z]+=\"[^\"\\\n]*\"\})?) (?P<value>[0-9]{1,15}(?:\.[0-9]{1,9})?)")
 
@@ -126,7 +128,7 @@ def _gauges(domains: Sequence[DomainStatus]) -> dict[str, float]:
         _UNATTENDED: sum(not row.attended for row in domains),
         _ELSEWHERE: max((row.elsewhere_s or 0.0 for row in domains), default=0.0),
     }
-    return found | {f'{_GUESTS}{{place="{one.value}"}}': sum(row.place is one for row in domains) for one in Place}
+    return found | {f'{_GUESTS}{{place="{one.value}"}}': sum(row.place is one for row in domains) for one in _PLACES}
 
 
 def _read(directory: int) -> dict[str, float]:
