@@ -50,6 +50,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sevhop_qmp import peer
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.monitor import COMMAND_TIMEOUT, Monitor
 from sevhop_qmp.process import QemuProcess
@@ -280,7 +281,7 @@ async def check(
         process = QemuProcess.open(monitor.peer)
         try:
             tree = (await guest_checks.standalone(monitor, process, emulator)).tree
-            return earlier_hop.add(tree, Process.of(process), os.path.abspath(qmp))
+            return earlier_hop.add(tree, Process.of(process), peer.absolute(qmp))
         finally:
             process.close()
 

@@ -6,10 +6,12 @@ Without asyncio and qemu.qmp, which take 50 ms to import: the process is known w
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 
 from . import selinux
+from .errors import MonitorError
 
 
 def open_socket() -> socket.socket:
@@ -19,6 +21,19 @@ def open_socket() -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.setblocking(False)
     return sock
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """
+    The absolute path of a socket.
+
+    :raises MonitorError: it is relative to a directory that is gone.
+    """
+    try:
+        return os.path.abspath(path)
+    except OSError as err:
+        what = f"cannot find the socket {os.fspath(path)}: the working directory is gone"
+        raise MonitorError(what, "name it by its absolute path") from err
 
 
 def is_served(path: str) -> bool:

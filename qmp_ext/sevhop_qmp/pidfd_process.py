@@ -23,6 +23,9 @@ _REAPED_POLL = 0.001
 #: Seconds between two polls of the state of its threads, after as many polls without a pause.
 _STATE_POLL = 0.001
 _BUSY_POLLS = 50
+#: Seconds in which a process that is exiting has exited, unless it waits in the kernel.
+_EXIT_PATIENCE = 5.0
+_EXITING = 0x4
 
 
 class PidfdProcess:
@@ -59,6 +62,24 @@ class PidfdProcess:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return not poll.poll(0)  # pidfd_open(2): it polls as readable when all threads have exited
+
+    async def lives_on(self) -> bool:
+        """
+        Whether it is alive, and not about to exit: then its end is awaited. A QEMU that is killed has lost its memory
+        and its monitor some milliseconds before its last thread has exited.
+        """
+        if self.alive and self._ending:
+            await self.wait(_EXIT_PATIENCE)
+        return self.alive
+
+    @property
+    def _ending(self) -> bool:
+        """Whether its first thread is exiting, or has exited (PF_EXITING, include/linux/sched.h)."""
+        try:
+            state, *_, flags = self._stat()[:7]
+        except OSError:
+            return True
+        return state in "ZX" or bool(int(flags) & _EXITING)
 
     @property
     def threads(self) -> list[int]:

@@ -314,6 +314,9 @@ class SimulatedProcess:
     def alive(self) -> bool:
         return self._qemu.alive and not self._actor.over
 
+    async def lives_on(self) -> bool:
+        return self.alive
+
     @property
     def frozen(self) -> bool:
         return self._qemu.alive and self._qemu.halted

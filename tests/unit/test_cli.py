@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -52,6 +53,17 @@ def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture
         main(argv)
     assert end.value.code == 2
     assert "usage: sevhop" in capsys.readouterr().err
+
+
+def test_command_does_not_begin_if_it_may_open_few_files() -> None:
+    """It would fail somewhere, and not know where the guest is."""
+    begin = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv.pop(1)),) * 2)"
+    script = f"{begin}; from sevhop.cli import main; main.program()"
+    command = [sys.executable, "-c", script, "40", "hop", "--qmp", "/run/qmp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = "sevhop: only 40 files may be open at a time (raise that limit: ulimit -Hn); nothing was touched\n"
+    assert done.stderr == expected
 
 
 def test_selections_that_exclude_each_other_are_named(capsys: pytest.CaptureFixture[str]) -> None:

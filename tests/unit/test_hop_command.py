@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,10 +21,12 @@ from typing import Any
 import pytest
 from sevhop.cli import hop, terminal
 from sevhop.engine import check
-from sevhop.errors import GuestLost
+from sevhop.errors import GuestLost, Refused
 from sevhop.guest import preload
 from sevhop_qmp.errors import SevhopError
 from sevhop_qmp.process import QemuProcess
+
+from tests.support.guests.running import wait_until
 
 GREETING = b'{"QMP": {"version": {}}}\r\n'
 
@@ -108,6 +113,47 @@ def test_socket_without_listener_is_left_to_the_check(server: socket.socket, pro
     assert probed == []
 
 
+def test_monitor_may_have_a_large_number(server: socket.socket) -> None:
+    """Many descriptors were inherited from a service, say: select(2) takes none above 1023."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    serving = greet(server, GREETING)
+    try:
+        with socket.socket(socket.AF_UNIX) as low:
+            low.connect(server.getsockname())
+            with socket.socket(fileno=fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1100)) as connection:
+                assert hop._greets(connection)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        serving.join()
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before it starts", "while it runs"])
+def test_interrupt_ends_a_probe_that_hangs(early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be waited for, for a minute, as for an emulator on a host that is busy."""
+    monkeypatch.setattr(preload, "_abandoned", early)
+    emulator = tmp_path / "qemu"
+    emulator.write_text(f"#!/bin/sh\necho >{tmp_path}/runs\nsleep 60\n")
+    emulator.chmod(0o755)
+    own = QemuProcess.open(os.getpid())
+    errors: list[str] = []
+
+    def probe() -> None:
+        try:
+            preload.probe_for(own, str(emulator))
+        except SevhopError as err:
+            errors.append(err.message)
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    if not early:
+        wait_until((tmp_path / "runs").exists, 10, "it runs")
+        preload.abandon()
+    thread.join(10)
+    assert errors == [f"{emulator} is not a QEMU system emulator"]
+    own.close()
+
+
 def test_little_is_imported_before_the_probe() -> None:
     """It lasts as long as importing asyncio and the engine."""
     script = "import sys, sevhop.cli.commands, sevhop.cli.hop; print(*sys.modules)"
@@ -140,6 +186,22 @@ def test_interrupt_takes_effect_when_all_is_imported(interrupts: Callable[[Any],
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_signal_that_ends_a_session_is_an_interrupt_from_the_start() -> None:
+    """Otherwise what was started by then, such as the emulator for a probe, is left."""
+    script = "import os, signal, sys; from sevhop.cli import interruptible, terminal; import asyncio\n"
+    script += "try:\n  with terminal.deferred_interrupts(): os.kill(os.getpid(), int(sys.argv[1]))\n"
+    script += "except KeyboardInterrupt: print('deferred')\n"
+    script += "async def work(): await asyncio.sleep(60)\n"
+    script += "handle = terminal.handle_signals\n"
+    script += "def late(*a, **k): os.kill(os.getpid(), int(sys.argv[1])); handle(*a, **k)\n"
+    script += "terminal.handle_signals = late\n"
+    script += "print(interruptible.run(work()))"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        command = [sys.executable, "-W", "ignore", "-c", script, str(int(number))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        assert (done.stdout.split(), done.stderr) == (["deferred", "None"], ""), number
+
+
 def test_ignored_interrupt_stays_ignored(interrupts: Callable[[Any], None]) -> None:
     """As for a command in the background of a script."""
     interrupts(signal.SIG_IGN)
@@ -150,9 +212,10 @@ def test_ignored_interrupt_stays_ignored(interrupts: Callable[[Any], None]) -> N
 
 def test_source_that_was_replaced_meanwhile_is_not_lost(server: socket.socket) -> None:
     """Another command has the guest hop, and has not left a record any more."""
-    ended: Any = SimpleNamespace(alive=False)
+    ended: Any = SimpleNamespace(lives_on=lambda: asyncio.sleep(0, False))
     path = Path(server.getsockname())
-    check._verify_not_lost(ended, path)
+    with pytest.raises(Refused, match="another QEMU serves that socket now"):
+        asyncio.run(check._verify_not_lost(ended, path))
     server.close()
     with pytest.raises(GuestLost):
-        check._verify_not_lost(ended, path)
+        asyncio.run(check._verify_not_lost(ended, path))

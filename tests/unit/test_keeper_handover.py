@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 
 import pytest
 from sevhop.guest.inspection import SevContext
@@ -13,6 +14,19 @@ from sevhop.keeper.local import LocalKeeper
 def keeper() -> LocalKeeper:
     """One without any handles."""
     return LocalKeeper(SourceHandles(None, {}), SevContext("none"))
+
+
+def test_keeper_is_possible_with_few_descriptors() -> None:
+    """Its number is above all others."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        ours = keeper()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert 200 < ours._ours.fileno() < 256
+    ours._ours.close()
+    ours.theirs.close()
 
 
 def test_start_that_was_announced_cannot_be_revoked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 from pathlib import Path
 
@@ -73,6 +74,18 @@ def test_root_gets_no_capabilities_beyond_its_bounding_set(own: Identity) -> Non
     code, out, _ = run(own._replace(confinement=own.confinement._replace(bounding=0)), *STATUS)
     assert code == 0
     assert {facts(out)[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {"0" * 16}
+
+
+def test_signals_are_neither_blocked_nor_ignored(own: Identity) -> None:
+    """Otherwise a QEMU would not shut down at SIGTERM, whatever it was that called the command."""
+    number = signal.SIGUSR1
+    before, blocked = signal.signal(number, signal.SIG_IGN), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        _, out, _ = run(own, *STATUS)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(number, before)
+    assert {int(facts(out)[name], 16) for name in ("SigBlk", "SigIgn")} == {0}
 
 
 def test_environment_is_that_of_the_command_alone(own: Identity) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,15 @@ import ctypes, sys, threading
 threading.Thread(target=sys.stdin.read).start()
 ctypes.CDLL(None).syscall(60, 0)
 """
+
+SIZE = 200 << 20
+LARGE = f"import time; memory = bytearray(b'x') * {SIZE}; time.sleep(60)"
+
+
+def resident(status: str) -> int:
+    """Bytes of memory of a process, from its ``/proc/PID/status``."""
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) << 10
 
 
 @contextmanager
@@ -53,6 +63,18 @@ def test_zombie_is_not_alive() -> None:
         assert not process.alive
         child.wait()
         assert not process.alive
+
+
+def test_process_that_is_killed_does_not_live_on() -> None:
+    """It is alive, in a sense, until its memory is freed, of which it has much: nothing else is to be read of it."""
+    with started(sys.executable, "-c", LARGE) as (child, process):
+        memory = Path(f"/proc/{child.pid}/status")
+        wait_until(lambda: resident(memory.read_text()) > SIZE, 10, "it has its memory")
+        assert asyncio.run(process.lives_on())
+        process.kill()
+        while Path(f"/proc/{child.pid}/cmdline").read_bytes():
+            pass
+        assert not asyncio.run(process.lives_on())
 
 
 def test_limits_are_those_of_the_kernel() -> None:

@@ -29,11 +29,18 @@ class Domain:
         return self._saved
 
 
+class Exited:
+    """A QEMU."""
+
+    async def lives_on(self) -> bool:
+        return False
+
+
 class Checked:
     """What an upgrade has checked. Its QEMU has exited since."""
 
     def __init__(self, domain: Domain) -> None:
-        self.source = type("Exited", (), {"alive": False})
+        self.source = Exited()
         self.saved_by_another = domain.saved
 
 

@@ -22,9 +22,9 @@ from sevhop_qmp.process import QemuProcess, path_on_disk
 from ..guest import preload
 from . import terminal
 
-#: How the greeting of a QMP monitor begins, and the seconds that it may take here: usually less than one millisecond.
+#: How the greeting of a QMP monitor begins, and the milliseconds that it may take here: usually less than one.
 _GREETING = b'{"QMP"'
-_PATIENCE = 0.05
+_PATIENCE_MS = 50
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,6 +55,9 @@ def _probing(options: argparse.Namespace) -> Iterator[socket.socket | None]:
     probe.start()
     try:
         yield connection
+    except KeyboardInterrupt:
+        preload.abandon()
+        raise
     finally:
         probe.join()
 
@@ -64,7 +67,9 @@ def _greets(connection: socket.socket) -> bool:
     Whether it is a QEMU that will talk to us, as far as can be seen at once: by default its program is started.
     Nothing is taken from the connection.
     """
-    if not select.select([connection], [], [], _PATIENCE)[0]:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(_PATIENCE_MS):
         return False
     try:
         return connection.recv(len(_GREETING), socket.MSG_PEEK) == _GREETING
@@ -105,7 +110,8 @@ def _hop(options: argparse.Namespace, connection: socket.socket | None) -> int:
                     ),
                     connection=connection,
                     listener=outcomes,
-                )
+                ),
+                interrupted=preload.abandon,  # when the check is over nothing is probed
             )
         except SevhopError:
             if not outcomes.reports:

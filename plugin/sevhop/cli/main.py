@@ -7,10 +7,10 @@ at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from typing import NoReturn
 
 from . import terminal
 from .exit_codes import EXIT_REFUSED
@@ -19,6 +19,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+    from typing import NoReturn
+
+
+#: Files that a command may have open, if it is allowed to; and without how many it does not begin.
+_FILES, _FEWEST_FILES = 4096, 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status: int | str | None = EXIT_REFUSED
     changes, usage = False, None
     try:
-        with terminal.nonblocking_output() as output:
+        with contextlib.ExitStack() as stack:
             try:
                 with terminal.deferred_interrupts():
+                    output = stack.enter_context(terminal.nonblocking_output())
                     options = _parsed(arguments)
             except SystemExit as end:
                 usage, status = end, end.code
@@ -77,6 +83,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _executed(options: argparse.Namespace) -> int:
     try:
         with terminal.deferred_interrupts():
+            if (limit := _raised_limit()) < _FEWEST_FILES:
+                from .output import fail
+
+                return fail(options, f"only {limit} files may be open at a time (raise that limit: ulimit -Hn)")
             run = _imported(options)
         return run(options)
     except KeyboardInterrupt:
@@ -84,6 +94,23 @@ def _executed(options: argparse.Namespace) -> int:
         from .output import fail
 
         return fail(options, "interrupted")
+
+
+def _raised_limit() -> int:
+    """
+    Raise the soft limit of open files: a hop has those of its guest open, and the default is for programs that use
+    select(2). What a new QEMU gets is the old one's.
+
+    :return: the limit then.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, _FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft
 
 
 def _imported(options: argparse.Namespace) -> Callable[[argparse.Namespace], int]:

@@ -16,8 +16,11 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import TextIO, cast
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import TextIO
 
 #: Signals that request an interruption.
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
@@ -46,25 +49,29 @@ def _nothing() -> None:
 
 
 @contextlib.contextmanager
-def deferred_interrupts() -> Iterator[None]:
+def deferred_interrupts() -> Iterator[list[int]]:
     """
-    Meanwhile Ctrl-C has no effect, but at the end: a module whose import is interrupted is not there for who reports
-    that.
+    Meanwhile the signals that request an interruption have no effect, but at the end: a module whose import is
+    interrupted is not there for who reports that, and what was started meanwhile would be left.
 
-    :raises KeyboardInterrupt: at the end, if it was pressed.
+    :return: those that were received so far; who takes note of them clears the list.
+    :raises KeyboardInterrupt: at the end, if there are any.
     """
-    before = signal.getsignal(signal.SIGINT)
-    # It is ignored in the background of a script.
-    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
-        yield
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
         return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    before = {number: signal.getsignal(number) for number in (*_INTERRUPTS, signal.SIGHUP)}
+    for number, action in before.items():
+        if action not in (None, signal.SIG_IGN):  # SIGINT is ignored in the background of a script
+            signal.signal(number, lambda number, _: received.append(number))
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
+        for number, action in before.items():
+            if action not in (None, signal.SIG_IGN):
+                signal.signal(number, action)
+    if received:
         raise KeyboardInterrupt
 
 
@@ -156,7 +163,9 @@ def _flush(file: TextIO) -> None:
             file.flush()
             return
         except BlockingIOError:  # a process that shares the file has set O_NONBLOCK
-            select.select([], [file], [])
+            poll = select.poll()
+            poll.register(file, select.POLLOUT)
+            poll.poll()
 
 
 class _Output:
@@ -186,7 +195,7 @@ def nonblocking_output() -> Iterator[_Writer]:
     """
     writer = _Writer(sys.stdout)
     files = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Output(file, writer)) for file in files)
+    sys.stdout, sys.stderr = (_Output(file, writer) for file in files)
     try:
         yield writer
     finally:

@@ -99,7 +99,7 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: so
         hop.resources.callback(connection.close)
     try:
         # Another hop has the monitor, or an interrupted one has left the source halted, so that it would not answer.
-        journal.expect_none(os.path.abspath(qmp))
+        journal.expect_none(peer.absolute(qmp))
         limit = options.step_timeout
         monitor = await hop.resources.enter_async_context(
             await Monitor.connect(connection or qmp, name=str(qmp), timeout=limit, greeting_timeout=limit)
@@ -130,7 +130,7 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: so
             context=checked.guest.context.kind,
             running=checked.was_running,
             source=Process.of(source),
-            monitor=os.path.abspath(qmp),
+            monitor=peer.absolute(qmp),
             old=source.executable,
             new=checked.arguments.emulator,
             protected_state=checked.flag,
@@ -146,14 +146,17 @@ def verify_can_hop(tree: CheckResult) -> None:
         raise Refused(f"{failures[0].name}: {failures[0].detail}", failures[0].hint)
 
 
-def _verify_not_lost(source: QemuProcess, qmp: Path) -> None:
+async def _verify_not_lost(source: QemuProcess, qmp: Path) -> None:
     """
     As long as another command may replace the source, since the hop has no record yet.
 
     :raises GuestLost: it has exited, and no other QEMU serves its socket.
+    :raises Refused: it has exited, and another one does.
     """
-    if not source.alive and not peer.is_served(os.fspath(qmp)):
-        verify_alive(source)
+    if not await source.lives_on():
+        if peer.is_served(os.fspath(qmp)):
+            raise Refused("another QEMU serves that socket now", "another command has replaced it: try again")
+        await verify_alive(source)
 
 
 async def acquire(hop: Transaction, checked: Checked) -> Acquired:

@@ -240,6 +240,8 @@ class Destination:
             reason, hint = self.last_error(), ""
             if killed and child.returncode == -signal.SIGKILL:
                 reason, hint = "it was killed, perhaps by the OOM killer", "see dmesg for why, then try again"
+            elif killed and not reason:
+                reason = f"it has exited with status {child.returncode}"
             elif not reason:
                 reason, hint = err.message, "on a slow host, raise --start-timeout"
             raise SevhopError(f"the new QEMU did not start: {reason}", hint) from err
@@ -278,6 +280,8 @@ class Destination:
         """
         if self._monitor is not None:
             await self._monitor.close()
+        if self._child is not None:
+            launch.kill_session(self._child)
         self.process.kill()
         gone = await self.process.wait(KILL_TIMEOUT)
         if not gone:

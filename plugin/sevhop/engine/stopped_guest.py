@@ -28,9 +28,9 @@ LOCKED_HINT = "usually another process has locked a disk image: find that proces
 STOPPED = frozenset({"paused", "postmigrate", "finish-migrate"})
 
 
-def verify_alive(source: QemuProcess) -> None:
+async def verify_alive(source: QemuProcess) -> None:
     """:raises GuestLost: the rollback has nobody to resume."""
-    if not source.alive:
+    if not await source.lives_on():
         raise GuestLost("the old QEMU exited unexpectedly, and the guest with it", LOST_HINT)
 
 

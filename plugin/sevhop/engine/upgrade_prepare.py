@@ -151,9 +151,9 @@ async def _verify_alive(checked: CheckedDomain) -> None:
     :raises GuestLost: the rollback has nobody to resume.
     :raises RolledBack: that is so because another client has saved the guest, in whose image it is.
     """
-    if not checked.source.alive and await checked.saved_by_another():
+    if not await checked.source.lives_on() and await checked.saved_by_another():
         raise RolledBack("another client has saved the domain", SAVED_HINT, GuestState.SAVED)
-    verify_alive(checked.source)
+    await verify_alive(checked.source)
 
 
 async def acquire(hop: Transaction, options: UpgradeOptions, checked: CheckedDomain) -> KeeperClient:

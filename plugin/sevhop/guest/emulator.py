@@ -13,13 +13,13 @@ import os
 import pwd
 import stat
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sevhop_qmp.errors import SevhopError
 
-from ..process import dialogue
+from ..process import dialogue, launch
 
 #: Seconds within which a QEMU must have answered.
 PATIENCE = 60.0
@@ -110,10 +110,15 @@ def properties(path: str, drivers: Iterable[str]) -> dict[str, frozenset[str]]:
     }
 
 
-def query(path: str, commands: bytes, start: Start = subprocess.Popen) -> tuple[bytes, bytes]:
+def _in_own_session(command: Sequence[str], **standard_files: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, start_new_session=True, **standard_files)
+
+
+def query(path: str, commands: bytes, start: Start = _in_own_session) -> tuple[bytes, bytes]:
     """
     Start a binary with :data:`PROBE`, and have it execute QMP commands.
 
+    :param start: starts it, in a session of its own.
     :return: the greeting and the answers, a line for each; and its standard error.
     :raises SevhopError: it cannot be started, or does not exit.
     """
@@ -126,7 +131,7 @@ def query(path: str, commands: bytes, start: Start = subprocess.Popen) -> tuple[
             try:
                 return dialogue.answers(child, PATIENCE)
             finally:
-                child.kill()
+                launch.kill_session(child)
     except subprocess.TimeoutExpired as err:
         raise SevhopError(f"cannot query {path}: no answer within {PATIENCE:g} s", HINT) from err
     except dialogue.TooMuchOutput as err:

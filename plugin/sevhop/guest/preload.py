@@ -11,10 +11,10 @@ library's commands.
 
 from __future__ import annotations
 
-import functools
 import os
+import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -35,6 +35,9 @@ _probed: dict[object, bool] = {}
 #: Probes in progress: whoever wants the same one waits for it, and has its error as well.
 _running: dict[object, Future[bool]] = {}
 _lock = threading.Lock()
+#: The emulators that run for a probe; whether there will be no other.
+_children: set[subprocess.Popen[bytes]] = set()
+_abandoned = False
 
 
 class NotLoaded(SevhopError):
@@ -113,6 +116,18 @@ def probe(path: str, identity: Identity, environment: Mapping[str, str]) -> Emul
     return emulator.probe(path)
 
 
+def abandon() -> None:
+    """
+    Probes in progress fail at once, and so do all later ones: for a command that ends, whose hop has not begun or needs
+    no probe any more.
+    """
+    global _abandoned
+    with _lock:
+        _abandoned = True
+        for child in _children:
+            launch.kill_session(child)
+
+
 def _once(key: object, probe: Callable[[], bool]) -> bool:
     """The result of a probe, which is run by one thread; it is run again if it has failed."""
     with _lock:
@@ -146,12 +161,37 @@ def _loads_library(path: str, file: emulator.FileIdentity, identity: Identity, e
 def _query(path: str, identity: Identity, environment: Mapping[str, str]) -> tuple[str, bytes]:
     """The last line of its standard error, and its answers."""
     directory = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    try:
-        start = functools.partial(
-            launch.spawn, environment=environment, identity=identity, directory=directory, ends_with_us=True
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: Sequence[str], stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+        child = launch.spawn(
+            command,
+            environment,
+            identity,
+            directory=directory,
+            ends_with_us=True,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
         )
+        started.append(child)
+        with _lock:
+            _children.add(child)
+            if _abandoned:
+                launch.kill_session(child)
+        return child
+
+    try:
         answers, errors = emulator.query(path, emulator.COMMANDS, start)
     finally:
+        with _lock:
+            _children.difference_update(started)
         os.close(directory)
     lines = errors.decode(errors="replace").strip().splitlines()
-    return (lines[-1].removeprefix("sevhop: ") if lines else ""), answers
+    last = lines[-1] if lines else ""
+    if last.startswith(launch.CANNOT_APPLY):
+        raise SevhopError(
+            f"cannot start {path}: {last.removeprefix('sevhop: ')}",
+            "run sevhop as root, with limits (ulimit) that are not below the old QEMU's",
+        )
+    return last, answers

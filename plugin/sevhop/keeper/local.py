@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import resource
 import socket
 from typing import Self
 
@@ -18,8 +19,9 @@ from .handover import HandoverProtocol, SourceHandles
 
 log = logging.getLogger(__name__)
 
-#: Lowest number of descriptors that are above all others of a command.
+#: Lowest number of descriptors that are above all others of a command; where fewer may be open, so far below the limit.
 _LAST = 512
+_MARGIN = 16
 
 
 class LocalKeeper(HandoverProtocol):
@@ -47,7 +49,8 @@ class LocalKeeper(HandoverProtocol):
         # first out). So the destination finds this socket closed before it takes the end of its stream for a complete
         # one.
         with ours:
-            self._ours = socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, _LAST))
+            last = min(_LAST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _MARGIN)
+            self._ours = socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, last))
         self._ours.setblocking(False)
         self._loop: asyncio.AbstractEventLoop
         self.runs = asyncio.Event()

@@ -11,6 +11,7 @@ import contextlib
 import marshal
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from .confinement import Confinement
 from .scheduling import Thread
 
 _PROGRAM = Path(__file__).with_name("launcher.py")
+#: How the program begins the only line that it prints, if the credentials cannot be applied.
+CANNOT_APPLY = "sevhop: cannot apply "
 #: The OOM killer kills a process with this first (proc(5)): the guest is in the other QEMU.
 FIRST_TO_DIE = 1000
 
@@ -86,6 +89,16 @@ def spawn(
         )
     finally:
         os.close(spec)
+
+
+def kill_session(child: subprocess.Popen[bytes]) -> None:
+    """
+    Kill a child of ours that has a session of its own, and whatever it has started there: it may be a script. Nothing
+    happens if it was reaped, since another process may have its pid then.
+    """
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def inheritable(environment: dict[str, str]) -> dict[str, str]:

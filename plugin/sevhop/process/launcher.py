@@ -36,8 +36,11 @@ _SYS_CAPGET, _SYS_CAPSET = 125, 126
 _SYS_IOPRIO_GET, _SYS_IOPRIO_SET = 252, 251
 _CAPABILITY_VERSION_3 = 0x20080522
 _PERSONALITY_QUERY = 0xFFFFFFFF
-_SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
+_SIGKILL = 9
 _SIG_DFL = None
+_SIG_SETMASK = 2
+#: Number of signals, and bytes of a ``sigset_t`` of the C library.
+_SIGNALS, _SIGNAL_SET = 64, 128
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -251,6 +254,16 @@ _STEPS: tuple[tuple[str, str, Callable[[dict[str, Any]], None]], ...] = (
 )
 
 
+def _reset_signals() -> None:
+    """
+    The executed program would inherit which signals are ignored, some of them by Python, and which are blocked: a QEMU
+    that inherits a blocked SIGTERM cannot be shut down with it.
+    """
+    for number in range(1, _SIGNALS + 1):
+        _libc.signal(number, _SIG_DFL)  # refused for SIGKILL and SIGSTOP, and those of the C library
+    _checked(_libc.sigprocmask(_SIG_SETMASK, bytes(_SIGNAL_SET), None))
+
+
 def main(spec: dict[str, Any]) -> None:
     """
     Apply it, and execute the command. Does not return.
@@ -266,9 +279,7 @@ def main(spec: dict[str, Any]) -> None:
             reason = getattr(err, "strerror", None) or err
             raise SystemExit(f"sevhop: cannot apply the {name} of the old QEMU to the new one: {reason}") from err
     os.umask(spec["umask"])
-    # Python ignores them, and the executed program would inherit that.
-    for number in (_SIGPIPE, _SIGXFSZ):
-        _libc.signal(number, _SIG_DFL)
+    _reset_signals()
     command = [os.fsencode(argument) for argument in spec["command"]]
     environment = {os.fsencode(name): os.fsencode(value) for name, value in spec["environment"].items()}
     try:
