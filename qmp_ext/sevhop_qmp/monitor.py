@@ -208,10 +208,16 @@ class Monitor(Commands):
                 "another client is connected, or it is not a QMP monitor; for a domain of libvirt use sevhop upgrade, "
                 "otherwise give the guest a second monitor for sevhop",
             ) from err
-        except QMPError as err:
+        except (QMPError, AssertionError) as err:
             sock.close()
+            cause = _root_cause(err)
+            # qemu.qmp asserts in the end that it is connected; QEMU may have hung up since its last answer.
+            if isinstance(err, AssertionError) or isinstance(cause, (EOFError, ConnectionError)):
+                raise MonitorClosed(
+                    f"cannot use the monitor {name}: it hung up before it could be used", "name a QMP socket of QEMU"
+                ) from err
             raise MonitorError(
-                f"cannot use the monitor {name}: it does not speak QMP ({_root_cause(err)})",
+                f"cannot use the monitor {name}: it does not speak QMP ({_in_words(cause)})",
                 "name a QMP socket of QEMU",
             ) from err
         return cls(client, sock, name, peer, timeout)
@@ -291,7 +297,9 @@ class Monitor(Commands):
         try:
             self._client.send_fd_scm(fd)
         except (OSError, QMPError, AttributeError, AssertionError) as err:
-            raise MonitorClosed(f"cannot pass a descriptor to QEMU over {self.name}: {_root_cause(err)}") from err
+            raise MonitorClosed(
+                f"cannot pass a descriptor to QEMU over {self.name}: {_in_words(_root_cause(err))}"
+            ) from err
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventListener]:
@@ -389,7 +397,11 @@ def readable_version(version: Mapping[str, Any]) -> str:
     return ".".join(str(int(qemu[part])) for part in ("major", "minor", "micro"))
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _in_words(error: BaseException) -> str:
     return str(error) or type(error).__name__

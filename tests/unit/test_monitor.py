@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 
 import pytest
-from sevhop_qmp.errors import MonitorError
+from sevhop_qmp.errors import MonitorClosed, MonitorError
 from sevhop_qmp.monitor import Monitor
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
@@ -63,3 +63,19 @@ def test_events_before_the_capabilities_are_answered_are_no_answer(count: int) -
 def test_monitor_is_refused_if_its_message_is_unknown() -> None:
     with pytest.raises(MonitorError, match="does not speak QMP"):
         play(answer={"error": {"class": "GenericError", "desc": "no"}})
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2], ids=["at once", "after the greeting", "after the negotiation"])
+def test_monitor_that_hangs_up_is_no_bug_of_ours(lines: int) -> None:
+    """The QEMU exits at that moment. After the last line it depends on which of both comes first."""
+
+    async def talk() -> None:
+        ours, theirs = socket.socketpair()
+        for message in [GREETING, {"return": {}}][:lines]:
+            theirs.sendall(json.dumps(message).encode() + b"\r\n")
+        theirs.close()
+        async with await Monitor.connect(ours, name="it", timeout=10, greeting_timeout=10) as monitor:
+            await monitor.execute("query-status")
+
+    with pytest.raises(MonitorClosed):
+        asyncio.run(talk())
