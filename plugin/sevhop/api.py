@@ -288,9 +288,10 @@ async def check(
 
 async def status(domains: Sequence[str] = (), *, connect: str | None = None) -> list[DomainStatus]:
     """
-    Which QEMU runs each domain, which one is installed, whether it can hop, and whether a hop is in progress.
+    Which QEMU runs each domain, which one is installed, whether it can hop, and whether a hop is in progress; and which
+    guests outside libvirt have a hop that is.
 
-    :param domains: their names; all that are active when there are none.
+    :param domains: names of both; when there are none, all domains that are active, and all that have a hop.
     :raises SevhopError: libvirt does not answer, or has no such domain.
     """
     expect_libvirt()
