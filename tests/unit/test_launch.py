@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,11 @@ def test_command_is_not_executed_if_its_parent_exits_before(own: Identity) -> No
         os.close(opened)
         assert child.communicate(timeout=30)[0] == b""
     assert child.returncode == 1
+
+
+@pytest.mark.parametrize(("offset", "status"), [(0, 0), (1, 1)], ids=["parent", "another"])
+def test_process_ends_if_its_parent_has_exited_before_it_could_notice(offset: int, status: int) -> None:
+    """A command that is killed while it starts an emulator that hangs."""
+    script = "import os, sys; from sevhop.process import launcher; launcher._end_with_parent(int(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", script, str(os.getpid() + offset)], check=False)
+    assert done.returncode == status

@@ -71,7 +71,7 @@ def spawn(
     """
     specification = _specification(identity, directory, cgroups)
     specification |= {"command": list(command), "environment": dict(environment), "namespaces": list(namespaces)}
-    specification |= {"gate": gate, "ends_with_parent": ends_with_us}
+    specification |= {"gate": gate, "ends_with_parent": os.getpid() if ends_with_us else None}
     spec = os.memfd_create("sevhop-launch", 0)
     try:
         with os.fdopen(spec, "wb", closefd=False) as file:

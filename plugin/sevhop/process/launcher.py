@@ -213,10 +213,12 @@ def _no_new_privileges(wanted: bool) -> None:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _end_with_parent(wanted: bool) -> None:
-    # Of the thread that has started it; changing the user would have cancelled it.
-    if wanted:
-        _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+def _end_with_parent(parent: int) -> None:
+    """:raises SystemExit: that has exited before."""
+    # With the thread that has started it; changing the user would have cancelled it.
+    _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(1)
 
 
 def _wait_at(gate: int) -> None:
