@@ -128,7 +128,7 @@ class Report:
             "in_transit": self.in_transit,
             "outcome": self.outcome,
             "reason": self.reason,
-            "hint": self.hint,
+            "hint": self.hint or (f"run: {self._completion}" if self.outcome == "prepared" else ""),
             "guest_state": None if self.guest_state is None else self.guest_state.value,
             "notes": self.notes,
         }
@@ -143,8 +143,7 @@ class Report:
         if self.image is not None:
             runs = "runs" if self.stopped_ms is not None else "is paused"
             where = f"{runs} in the transit; to complete the upgrade" if self.in_transit else _SUSPENDED
-            by_name = f"sevhop recover {shlex.quote(self.guest)}"
-            return f"{self.guest}: the guest {where}: {by_name}, or virsh restore {self.image}"
+            return f"{self.guest}: the guest {where}: {self._completion}"
         line = f"{self.guest}: QEMU {self.source_version} -> {self.destination_version}"
         if self.kind == "standalone":
             line += f", now process {self.destination_pid}"
@@ -153,6 +152,11 @@ class Report:
         if self.rehearsal_ms is not None:
             line += f", and {readable_ms(self.rehearsal_ms)} for the rehearsal"
         return "\n".join([line, *(f"note: {note}" for note in (*filter(None, [stopped]), *self.notes))])
+
+    @property
+    def _completion(self) -> str:
+        """What completes a prepared upgrade."""
+        return f"sevhop recover {shlex.quote(self.guest)}, or virsh restore {self.image}"
 
 
 def readable_ms(ms: float) -> str:

@@ -25,3 +25,4 @@ def test_prepared_upgrade_has_the_command_that_leaves_nothing_behind_first(
     report = Report(guest="web 1", kind="domain", image=IMAGE, in_transit=in_transit, outcome="prepared")
     report.downtime_ms = downtime_ms
     assert str(report) == f"{line}sevhop recover 'web 1', or virsh restore {IMAGE}"
+    assert report.as_json()["hint"] == f"run: sevhop recover 'web 1', or virsh restore {IMAGE}"
