@@ -104,7 +104,10 @@ def _begin_to_read(path: str, faults: int) -> None:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        ready = select.select([faults, over], [], [], _PATIENCE)[0]
+        poll = select.poll()
+        for descriptor in (faults, over):
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(_PATIENCE * 1e3)}
         if faults not in ready:
             error = errno.ESRCH if over in ready else errno.ETIMEDOUT
             raise OSError(error, os.strerror(error))
