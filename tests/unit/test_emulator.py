@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 from sevhop.guest import emulator
 from sevhop.guest.emulator import probe, untrusted_writer
 from sevhop_qmp.errors import SevhopError
-from sevhop_qmp.pidfd_process import PidfdProcess
+
+from tests.support.guests.running import wait_ended
 
 NOBODY = 65534
 GREETING = '{"QMP": {"version": {"qemu": {"micro": 3, "minor": 1, "major": 11}, "package": ""}, "capabilities": []}}'
@@ -28,10 +28,6 @@ def printing(path: Path, *lines: str) -> Path:
     """A program that prints these lines, and logs each start."""
     text = "\n".join(lines)
     return program(path, f"echo started >>{path}.log\ncat <<'END'\n{text}\nEND")
-
-
-def exists(pid_file: Path) -> bool:
-    return Path(f"/proc/{pid_file.read_text().strip()}").exists()
 
 
 def test_version_and_machine_types_are_read(tmp_path: Path) -> None:
@@ -60,8 +56,7 @@ def test_script_that_hangs_is_killed_with_what_it_has_started(tmp_path: Path, mo
     path = program(tmp_path / "qemu", f"sleep 60 &\necho $! >{tmp_path}/pid\nwait")
     with pytest.raises(SevhopError, match="no answer within 1 s"):
         probe(str(path))
-    left = PidfdProcess.open(int((tmp_path / "pid").read_text())) if exists(tmp_path / "pid") else None
-    assert left is None or asyncio.run(left.wait(10))
+    assert wait_ended(int((tmp_path / "pid").read_text()), 10)
 
 
 def test_binary_is_probed_once_until_it_changes(tmp_path: Path) -> None:

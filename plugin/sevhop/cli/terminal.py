@@ -61,16 +61,16 @@ def deferred_interrupts() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.getsignal(number) for number in (*_INTERRUPTS, signal.SIGHUP)}
-    for number, action in before.items():
-        if action not in (None, signal.SIG_IGN):  # SIGINT is ignored in the background of a script
-            signal.signal(number, lambda number, _: received.append(number))
+    actions = {number: signal.getsignal(number) for number in (*_INTERRUPTS, signal.SIGHUP)}
+    # SIGINT is ignored in the background of a script.
+    before = {number: action for number, action in actions.items() if action not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
         for number, action in before.items():
-            if action not in (None, signal.SIG_IGN):
-                signal.signal(number, action)
+            signal.signal(number, action)
     if received:
         raise KeyboardInterrupt
 

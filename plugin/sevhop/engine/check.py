@@ -99,7 +99,8 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: so
         hop.resources.callback(connection.close)
     try:
         # Another hop has the monitor, or an interrupted one has left the source halted, so that it would not answer.
-        journal.expect_none(peer.absolute(qmp))
+        path = peer.absolute(qmp)
+        journal.expect_none(path)
         limit = options.step_timeout
         monitor = await hop.resources.enter_async_context(
             await Monitor.connect(connection or qmp, name=str(qmp), timeout=limit, greeting_timeout=limit)
@@ -130,7 +131,7 @@ async def check(hop: Transaction, qmp: Path, options: HopOptions, connection: so
             context=checked.guest.context.kind,
             running=checked.was_running,
             source=Process.of(source),
-            monitor=peer.absolute(qmp),
+            monitor=path,
             old=source.executable,
             new=checked.arguments.emulator,
             protected_state=checked.flag,
@@ -153,10 +154,11 @@ async def _verify_not_lost(source: QemuProcess, qmp: Path) -> None:
     :raises GuestLost: it has exited, and no other QEMU serves its socket.
     :raises Refused: it has exited, and another one does.
     """
-    if not await source.lives_on():
-        if peer.is_served(os.fspath(qmp)):
-            raise Refused("another QEMU serves that socket now", "another command has replaced it: try again")
-        await verify_alive(source)
+    if await source.lives_on():
+        return
+    if peer.is_served(os.fspath(qmp)):
+        raise Refused("another QEMU serves that socket now", "another command has replaced it: try again")
+    await verify_alive(source)
 
 
 async def acquire(hop: Transaction, checked: Checked) -> Acquired:

@@ -96,7 +96,7 @@ async def _recover(path: Path, names: Sequence[str], options: RecoverOptions) ->
         mine.leave()
         raise
     runs = recovered.result in (RecoveryOutcome.SOURCE, RecoveryOutcome.DESTINATION)
-    if runs and not record.running and "paused" not in recovered.detail:
+    if runs and not record.running:
         recovered = replace(recovered, detail="; ".join(filter(None, [recovered.detail, _PAUSED])))
     if recovered.result is RecoveryOutcome.IN_PROGRESS:
         mine.leave()

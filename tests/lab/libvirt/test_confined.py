@@ -146,7 +146,7 @@ def test_transit_is_confined_by_a_copy_of_the_domains_profile(daemon: Daemon, sh
     report = daemon.upgrade(shared.name, "--emulator", new, "--timeout", "300", "--prepare")
     assert (report["outcome"], report["in_transit"], report["notes"]) == ("prepared", True, []), report
     assert shared.state == "shut off"
-    label = apparmor.copy(profile)
+    (label,) = apparmor.copies(profile)
     assert label.endswith(" (enforce)")
     assert expected not in apparmor.LOADED.read_text().splitlines()
     (transit,) = apparmor.confined_by(label)
@@ -176,7 +176,7 @@ def test_copy_of_the_profile_is_removed_if_the_guest_stays(daemon: Daemon, share
         )
         assert command.stderr is not None
         assert any(line.strip().endswith(": prepare") for line in command.stderr)
-        assert apparmor.copy(profile)
+        assert len(apparmor.copies(profile)) == 1
         command.send_signal(number)
         command.communicate(timeout=300)
         assert command.returncode == status
